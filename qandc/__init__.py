@@ -1,0 +1,39 @@
+"""Quantized and cached diffusion transformers: after *Q&C: When Quantization Meets Cache* (arXiv 2503.02508).
+
+Importing this package loads torch and nothing heavier; diffusers is imported by the functions that need it.
+"""
+
+from qandc.cache import FeatureCache, apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
+from qandc.calibration import calibrate
+from qandc.conversion import QuantizationReport, quantization_report, quantize_model
+from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
+from qandc.linear import QuantLinear
+from qandc.pipelines import fashion_dit_path, load_pipeline
+from qandc.quantizer import QuantConfig
+from qandc.sampling import decode_latents, make_scheduler, sample_latents
+
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "FeatureCache",
+    "ModelError",
+    "OutputError",
+    "QandCError",
+    "QuantConfig",
+    "QuantLinear",
+    "QuantizationReport",
+    "apply_cache_to_dit",
+    "calibrate",
+    "decode_latents",
+    "fashion_dit_path",
+    "get_cache",
+    "load_pipeline",
+    "make_scheduler",
+    "quantization_report",
+    "quantize_model",
+    "remove_cache",
+    "reset_all_caches",
+    "sample_latents",
+]

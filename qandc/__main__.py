@@ -1,0 +1,3 @@
+from qandc.cli import entry_point
+
+entry_point()

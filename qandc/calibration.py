@@ -1,0 +1,103 @@
+"""Static activation ranges: run samples through a quantized model, note what every layer sees, freeze it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qandc.conversion import quant_layers
+from qandc.errors import DataError, ModelError
+from qandc.linear import QuantLinear
+from qandc.quantizer import activation_parameters
+
+__all__ = ["calibrate"]
+
+
+class _RangeObserver:
+    """Running minimum and maximum of a layer's input, kept on its device."""
+
+    def __init__(self) -> None:
+        self.minimum: torch.Tensor | None = None
+        self.maximum: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        if x.numel() == 0:
+            return
+        low, high = (bound.to(torch.float32) for bound in torch.aminmax(x.detach()))
+        self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
+        self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any], *, symmetric: bool = False) -> nn.Module:
+    """Give every QuantLinear that the batches reach a static min-max range (Q&C Eq. 2 and 3).
+
+    The layers run with dynamic ranges meanwhile, also those that had static ones.
+
+    Args:
+        model: a model converted by :func:`qandc.quantize_model`.
+        batches: inputs of ``model``: a mapping is passed as keywords, a tuple or list as positions, else one argument.
+            Seen once and not kept.
+        symmetric: ranges around zero without a zero point, instead of ``[min, max]``.
+
+    Returns:
+        ``model``. A layer that no batch reached stays as it was.
+
+    Raises:
+        ModelError: the model has no QuantLinear.
+        DataError: there is no batch, no batch reaches a layer, or a layer saw NaN or inf. Ranges are unchanged then.
+    """
+    layers = quant_layers(model)
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no quantized layer; call quantize_model first")
+    before = {name: (layer.act_scale, layer.act_zero_point) for name, layer in layers.items()}
+    observers: dict[str, _RangeObserver] = {name: _RangeObserver() for name in layers}
+    handles = [layer.register_forward_pre_hook(observers[name]) for name, layer in layers.items()]
+    count = 0
+    try:
+        for layer in layers.values():
+            layer.set_static_range(None)
+        for batch in batches:
+            _call(model, batch)
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            layer.set_static_range(*before[name])
+    if count == 0:
+        raise DataError("the calibration set is empty; give at least one batch of model inputs")
+    ranges = {
+        name: _parameters(name, layers[name], observer, symmetric)
+        for name, observer in observers.items()
+        if observer.minimum is not None
+    }
+    if not ranges:
+        raise DataError("no calibration batch reached a quantized layer; check that they are inputs of this model")
+    for name, (scale, zero_point) in ranges.items():
+        layers[name].set_static_range(scale, zero_point)
+    return model
+
+
+def _parameters(
+    name: str, layer: QuantLinear, observer: _RangeObserver, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    assert observer.minimum is not None
+    assert observer.maximum is not None
+    try:
+        return activation_parameters(observer.minimum, observer.maximum, layer.a_bits, symmetric=symmetric)
+    except DataError as error:
+        raise DataError(f"layer {name}: {error}") from None

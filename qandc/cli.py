@@ -1,0 +1,238 @@
+"""The command line. It reads options, calls the library, prints; it decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.exceptions import TyperException
+
+from qandc.errors import ConfigError, OutputError, QandCError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantized and cached diffusion transformers.")
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def _check_output(path: Path) -> None:
+    """Refuse, before the work begins, a file that could not be written after it."""
+    if path.is_dir():
+        raise OutputError(f"output {str(path)!r} is a directory; give a file name such as {path / 'images.png'}")
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"output {str(path)!r} must end in .png")
+    if not path.parent.is_dir():
+        raise OutputError(f"output folder {str(path.parent)!r} does not exist; create it or give another --out")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"output folder {str(path.parent)!r} is not writable ({error.strerror})") from None
+
+
+def _quiet_diffusers() -> None:
+    """Keep diffusers' loading bars and hints out of our output."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        diffusers_logging.set_verbosity_error()
+
+
+def _save(image: Any, path: Path) -> None:
+    """Write beside the target and rename, so that a file under this name is always whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
+    """Ids and names separated by commas; by default the first ten classes."""
+    if text is None:
+        return tuple(names)[:10]
+    by_name = {name.lower(): label for label, name in names.items()}
+    first, last = min(names), max(names)
+    labels = []
+    for part in (part.strip() for part in text.split(",")):
+        if part.lower() in by_name:
+            label = by_name[part.lower()]
+        else:
+            try:
+                label = int(part)
+            except ValueError:
+                known = f"{names[first]} .. {names[last]}"
+                raise ConfigError(f"class {part!r} is unknown; give ids {first} to {last} or names {known}") from None
+        if label not in names:
+            raise ConfigError(
+                f"class id {label} is out of range; this model knows {first} ({names[first]}) to {last} ({names[last]})"
+            )
+        labels.append(label)
+    return tuple(labels)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None, typer.Option(help="Pipeline directory or hub id, e.g. facebook/DiT-XL-2-256. Default: fashion-dit.")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Class ids or names, comma-separated. Default: ten.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 1.5,
+    scheduler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
+    w_bits: Annotated[int, typer.Option(help="Bits of the weights: 4 or 8.")] = 8,
+    a_bits: Annotated[int, typer.Option(help="Bits of the activations: 4 to 8.")] = 8,
+    cache_interval: Annotated[int, typer.Option(help="Compute every Nth step; 1 turns the cache off.")] = 3,
+    seed: Annotated[int, typer.Option(help="Image i is drawn with seed + i.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    output: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write.")] = Path("qandc.png"),
+) -> None:
+    """Draw one image per class in full precision and quantized + cached, from the same noise, into one PNG."""
+    from qandc.generate import Comparison, GenerateSettings, draw_grid, quantized_name
+    from qandc.generate import generate as run
+    from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
+    from qandc.quantizer import QuantConfig
+
+    config = QuantConfig(w_bits, a_bits)
+    if cache_interval < 1:
+        raise ConfigError(f"--cache-interval is {cache_interval}; give an integer >= 1 (1 computes every step)")
+    if steps < 1:
+        raise ConfigError(f"--steps is {steps}; give an integer >= 1")
+    if not 0 <= seed < 2**62:
+        raise ConfigError(f"--seed is {seed}; give an integer from 0 to 2^62 - 1")
+    _check_output(output)
+    _quiet_diffusers()
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    with err.status("loading the pipeline"):
+        pipe = load_pipeline(model, where, torch_dtype)
+    names = class_names(pipe)
+    settings = GenerateSettings(
+        _parse_classes(classes, names), steps, guidance_scale, scheduler, config, cache_interval, seed
+    )
+
+    columns = (TextColumn("{task.description:18}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    result = Comparison()
+    interrupted = False
+    try:
+        with Progress(*columns, console=err) as progress:
+            total = steps * len(settings.class_labels)
+            tasks = {name: progress.add_task(name, total=total) for name in ("FP", quantized_name(settings))}
+            run(pipe, settings, result, lambda name, done: progress.advance(tasks[name], done))
+    except KeyboardInterrupt:
+        interrupted = True
+    if result.rows:
+        caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"
+        _save(draw_grid(result.rows, [names[label] for label in settings.class_labels], caption), output)
+    if interrupted:
+        kept = f"; wrote the finished row to {output}" if result.rows else "; nothing was finished"
+        err.print(f"interrupted{kept}", soft_wrap=True)
+        raise typer.Exit(130)
+    _print_comparison(result, str(torch_dtype).removeprefix("torch."))
+    out.print(f"wrote {output}", soft_wrap=True)
+
+
+def _print_comparison(result: Any, dtype: str) -> None:
+    from qandc.metrics import psnr
+
+    full, quantized = result.rows
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("", "s / image", "speed", "transformer", "PSNR to FP"):
+        table.add_column(header, justify="left" if not header else "right")
+    decibel = psnr(quantized.images, full.images)
+    for row in result.rows:
+        table.add_row(
+            f"{row.name} ({dtype})" if row is full else row.name,
+            f"{row.seconds / len(row.images):.3f}",
+            f"{full.seconds / row.seconds:.2f}x",
+            f"{row.transformer_bytes / 1e6:.1f} MB",
+            "" if row is full else f"{decibel.mean():.1f} dB (worst {decibel.min():.1f})",
+        )
+    out.print(table)
+    layers = result.report.quantized
+    before, after = (sum(getattr(layer, name) for layer in layers) for name in ("bytes_before", "bytes_after"))
+    out.print(
+        f"{len(layers)} layers quantized ({layers[0].scheme}), their weights {before / 1e6:.1f} -> "
+        f"{after / 1e6:.1f} MB\n"
+        f"kernel: {layers[0].kernel} ({layers[0].reason})",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def info() -> None:
+    """Print versions, GPUs, and which kernels can run here and why the others cannot."""
+    import torch
+
+    from qandc.pipelines import fashion_dit_path
+    from qandc.results import versions
+    from qandc_kernels import select_backend
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, version in versions().items():
+        table.add_row(name, version or "not installed")
+    table.add_row("CUDA (torch build)", torch.version.cuda or "none")
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        major, minor = torch.cuda.get_device_capability(device)
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        table.add_row(str(device), f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {memory:.0f} GiB")
+    table.add_row("embedded model", str(fashion_dit_path()))
+    out.print(table)
+    out.print()
+    kernels = Table("op", "device", "runs on", "why", box=None, pad_edge=False)
+    ops = ("quantize_per_tensor", "quantize_per_token", "int8_linear", "int4_linear")
+    for device in [torch.device("cpu"), *devices]:
+        backend, reason = select_backend(device)
+        for op in ops:
+            detail = reason
+            if op == "int4_linear" and backend == "triton":
+                detail = f"{reason}; the weight is unpacked to int8 before the product"
+            kernels.add_row(op, str(device), backend, detail)
+    if not devices:
+        built = "torch sees no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"
+        for op in ops:
+            kernels.add_row(op, "cuda", "not available", built)
+    out.print(kernels)
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what is decided, on stderr.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; every expected error is one line on stderr and status 2."""
+    try:
+        status = app(args=arguments, prog_name="qandc", standalone_mode=False)
+    except TyperException as error:
+        message = error.format_message()
+    except QandCError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        return 130
+    else:
+        return status if isinstance(status, int) else 0
+    if message:
+        err.print(f"qandc: error: {' '.join(message.split())}", style="red", soft_wrap=True, markup=False)
+    return 2
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Quantizing a whole model, and telling what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from qandc.errors import ModelError
+from qandc.linear import QuantLinear, check_finite
+from qandc.quantizer import QuantConfig
+from qandc_kernels import select_backend
+
+__all__ = ["LayerReport", "QuantizationReport", "quant_layers", "quantization_report", "quantize_model"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Qualified name to layer, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        # attention of torch itself reads .weight of its output projection past forward
+        if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            yield name, module
+
+
+def quantize_model(
+    model: ModelT,
+    w_bits: int = 8,
+    a_bits: int = 8,
+    skip_patterns: Sequence[str] = QuantConfig.skip_patterns,
+) -> ModelT:
+    """Replace the ``nn.Linear`` layers of ``model`` by :class:`QuantLinear`, in place, layer by layer.
+
+    Each full-precision weight is freed as soon as its layer is converted. On DiT-XL/2 the default patterns leave the
+    timestep, label and adaLN layers alone and convert 170: q, k, v, out and both MLP layers of 28 blocks, and the two
+    output projections.
+
+    Args:
+        model: any module; it must not be an ``nn.Linear`` itself (use ``QuantLinear.from_linear``).
+        w_bits: 4 or 8.
+        a_bits: 4 to 8.
+        skip_patterns: layers whose qualified name contains one of these substrings stay as they are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: unknown bits or patterns, or 4 bits with an odd ``in_features``.
+        ModelError: nothing is left to quantize.
+        DataError: a weight or bias holds NaN or inf. The model is unchanged then.
+    """
+    config = QuantConfig(w_bits, a_bits, skip_patterns)
+    if isinstance(model, nn.Linear):
+        raise ModelError("the model is a single nn.Linear; use QuantLinear.from_linear(linear)")
+    linears = dict(_linear_layers(model))
+    chosen = [name for name in linears if not config.skips(name)]
+    if not chosen:
+        if linears:
+            why = f"skip_patterns {list(config.skip_patterns)} exclude all {len(linears)} of its linear layers"
+        elif quant_layers(model):
+            why = "its linear layers are quantized already"
+        else:
+            why = "it has no nn.Linear layer"
+        raise ModelError(f"nothing to quantize in {type(model).__name__}: {why}")
+    for name in chosen:  # before the first change: a refused model stays whole
+        check_finite(linears[name].weight, f"{name}.weight")
+        check_finite(linears[name].bias, f"{name}.bias")
+        if config.w_bits == 4:
+            QuantLinear(linears[name].in_features, 0, w_bits=4, device="meta")
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        # a layer registered under two names stays one layer
+        setattr(model.get_submodule(parent), child, QuantLinear.from_linear(linears.pop(name), w_bits, a_bits))
+    return model
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer: ``kernel`` is what runs where the layer is now, ``reason`` says why."""
+
+    name: str
+    scheme: str
+    bytes_before: int
+    bytes_after: int
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """All linear layers of a model, quantized or not; ``print`` it for a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The layers that are QuantLinear."""
+        return tuple(layer for layer in self.layers if layer.scheme.startswith("W"))
+
+    @property
+    def bytes_before(self) -> int:
+        """Weight bytes of all linear layers as they were."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Weight bytes of all linear layers as they are."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=4)
+        lines = [f"{'layer':{width}}  {'scheme':24} {'bytes before':>12} {'after':>12}  kernel"]
+        for layer in self.layers:
+            lines.append(
+                f"{layer.name:{width}}  {layer.scheme:24} {layer.bytes_before:12,} {layer.bytes_after:12,}  "
+                f"{layer.kernel} ({layer.reason})"
+            )
+        lines.append(
+            f"{len(self.quantized)} of {len(self.layers)} linear layers quantized; weights "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
+        )
+        return "\n".join(lines)
+
+
+def quantization_report(model: nn.Module) -> QuantizationReport:
+    """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            device = module.qweight.device
+            if device.type == "meta":
+                kernel, reason = "none", "on the meta device"
+            else:
+                backend, reason = select_backend(device)
+                gemm = "int8_gemm" if module.w_bits == 8 else "unpack_int4 + int8_gemm"
+                kernel = f"{backend} {gemm}"
+            before = module.original_bytes or module.in_features * module.out_features * 4
+            rows.append(LayerReport(name, module.scheme, before, module.weight_bytes, kernel, reason))
+        elif isinstance(module, nn.Linear):
+            size = module.weight.numel() * module.weight.element_size()
+            dtype = str(module.weight.dtype).removeprefix("torch.")
+            rows.append(LayerReport(name, dtype, size, size, "torch linear", "not quantized"))
+    return QuantizationReport(tuple(rows))

@@ -1,0 +1,47 @@
+"""The exceptions of qandc, and nothing else.
+
+::
+
+    QandCError
+    ├── ConfigError        a setting is outside what is allowed               (also a ValueError)
+    ├── ModelError         a model or pipeline cannot be used as asked        (also a ValueError)
+    │   └── CacheError     a feature cache cannot be attached, used, removed
+    ├── DataError          calibration or weight data are empty or not finite (also a ValueError)
+    ├── DeviceError        the device asked for is not here                   (also a RuntimeError)
+    └── OutputError        a result cannot be written                         (also an OSError)
+
+Every message says what was given, what is allowed and what to do. The command line prints it in one line and exits
+with status 2; library callers catch ``QandCError``, or the builtin they would expect.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CacheError", "ConfigError", "DataError", "DeviceError", "ModelError", "OutputError", "QandCError"]
+
+
+class QandCError(Exception):
+    """Base of every error that qandc raises on purpose."""
+
+
+class ConfigError(QandCError, ValueError):
+    """A setting is outside what is allowed."""
+
+
+class ModelError(QandCError, ValueError):
+    """A model or pipeline cannot be used as asked."""
+
+
+class CacheError(ModelError):
+    """A feature cache cannot be attached, used or removed."""
+
+
+class DataError(QandCError, ValueError):
+    """Calibration or weight data are empty or not finite."""
+
+
+class DeviceError(QandCError, RuntimeError):
+    """The device asked for is not here."""
+
+
+class OutputError(QandCError, OSError):
+    """A result cannot be written."""

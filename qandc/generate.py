@@ -1,0 +1,150 @@
+"""The main job: the same noise through the full-precision and through the quantized, cached model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from qandc.cache import apply_cache_to_dit, remove_cache
+from qandc.conversion import QuantizationReport, quantization_report, quantize_model
+from qandc.quantizer import QuantConfig
+from qandc.sampling import decode_latents, make_scheduler, sample_latents
+
+__all__ = ["Comparison", "GenerateSettings", "Row", "draw_grid", "generate"]
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What ``qandc generate`` draws; validated by the functions that use each value."""
+
+    class_labels: tuple[int, ...]
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.5
+    scheduler: str = "ddpm"
+    config: QuantConfig = field(default_factory=QuantConfig)
+    cache_interval: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's images ``[B, C, H, W]`` in [-1, 1], seconds for all of them, bytes of its transformer."""
+
+    name: str
+    images: torch.Tensor
+    seconds: float
+    transformer_bytes: int
+
+
+@dataclass
+class Comparison:
+    """Rows in the order they were finished; ``report`` belongs to the quantized one."""
+
+    rows: list[Row] = field(default_factory=list)
+    report: QuantizationReport | None = None
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def _sample(pipe: Any, settings: GenerateSettings, progress: Callable[[int], None]) -> tuple[torch.Tensor, float]:
+    """All images of one model, and the seconds they took, decoding included."""
+    images = []
+    cuda = pipe.transformer.device.type == "cuda"
+    if cuda:  # compilation and kernel loading belong to no image
+        warm_up = GenerateSettings(settings.class_labels[:BATCH_SIZE], 1, settings.guidance_scale, settings.scheduler)
+        _sample_batch(pipe, warm_up, 0, lambda done: None)
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for first in range(0, len(settings.class_labels), BATCH_SIZE):
+        images.append(_sample_batch(pipe, settings, first, progress))
+    return torch.cat(images), time.perf_counter() - started
+
+
+def _sample_batch(pipe: Any, settings: GenerateSettings, first: int, progress: Callable[[int], None]) -> torch.Tensor:
+    labels = settings.class_labels[first : first + BATCH_SIZE]
+    latents = sample_latents(
+        pipe.transformer,
+        make_scheduler(settings.scheduler, pipe.scheduler.config),
+        labels,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        seeds=[settings.seed + first + index for index in range(len(labels))],
+        callback=lambda step, timestep, latents: progress(len(labels)),
+    )
+    return decode_latents(pipe.vae, latents)
+
+
+def generate(
+    pipe: Any,
+    settings: GenerateSettings,
+    result: Comparison,
+    progress: Callable[[str, int], None] = lambda row, done: None,
+) -> None:
+    """Sample in full precision, quantize ``pipe.transformer`` in place, attach the cache, sample the same noise again.
+
+    Args:
+        result: receives each row when it is finished, so that an interrupted run keeps the first.
+        progress: called as ``progress(row name, images denoised by one step)``.
+    """
+    name = "FP"
+    images, seconds = _sample(pipe, settings, lambda done: progress("FP", done))
+    result.rows.append(Row(name, images, seconds, module_bytes(pipe.transformer)))
+
+    config = settings.config
+    quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns)
+    apply_cache_to_dit(pipe.transformer, settings.cache_interval)
+    name = quantized_name(settings)
+    try:
+        images, seconds = _sample(pipe, settings, lambda done: progress(name, done))
+    finally:
+        remove_cache(pipe.transformer)
+    result.rows.append(Row(name, images, seconds, module_bytes(pipe.transformer)))
+    result.report = quantization_report(pipe.transformer)
+
+
+def quantized_name(settings: GenerateSettings) -> str:
+    """E.g. "W8A8 + cache 3"."""
+    return f"{settings.config.scheme} + cache {settings.cache_interval}"
+
+
+def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) -> Image.Image:
+    """One labelled picture: a line of images per row, class names above, row names at the left, a caption below."""
+    height, width = rows[0].images.shape[-2:]
+    zoom = max(1, 112 // width)
+    cell_h, cell_w, gap = height * zoom, width * zoom, 6
+    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max(int(measure.textlength(row.name, font)) for row in rows) + 3 * gap
+    top, bottom = 28, 30
+    caption_width = int(measure.textlength(caption, small)) + left + gap
+    canvas_size = (
+        max(left + len(column_names) * (cell_w + gap), caption_width),
+        top + len(rows) * (cell_h + gap) + bottom,
+    )
+    canvas = Image.new("RGB", canvas_size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(column_names):
+        while name and measure.textlength(name, small) > cell_w:
+            name = name[:-1]
+        draw.text((left + column * (cell_w + gap) + cell_w / 2, top / 2), name, "black", small, anchor="mm")
+    for line, row in enumerate(rows):
+        y = top + line * (cell_h + gap)
+        draw.text((left - 2 * gap, y + cell_h / 2), row.name, "black", font, anchor="rm")
+        for column, image in enumerate(row.images):
+            pixels = ((image / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            tile = tile.resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left + column * (cell_w + gap), y))
+    draw.text((left, canvas_size[1] - bottom / 2), caption, "dimgray", small, anchor="lm")
+    return canvas

@@ -1,0 +1,187 @@
+"""QuantLinear: the drop-in for ``nn.Linear``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qandc.errors import ConfigError, DataError
+from qandc.quantizer import check_bits, quantize_weight
+from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tensor, quantize_per_token, unpack_int4
+
+__all__ = ["QuantLinear"]
+
+FP32_BUFFERS = ("weight_scale", "act_scale")
+STATIC_BUFFERS = ("act_scale", "act_zero_point")
+
+
+class QuantLinear(nn.Module):
+    """``y = dequantize(quantize(x) · qweightᵀ) + bias``, for inference.
+
+    Until static ranges are set (:func:`qandc.calibrate`) each input row is quantized with its own scale, found on the
+    way (dynamic, per token). Afterwards one scale and zero point serve all inputs (static, per tensor). On a GPU
+    the Triton kernels run; elsewhere the same integers are computed in plain torch.
+
+    Attributes:
+        qweight: ``[N, K] int8``, or ``[N, K/2] uint8`` for 4 bits (:mod:`qandc_kernels.packing`).
+        weight_scale: ``[N] float32``; stays float32 under ``.to(dtype)``.
+        weight_sum: ``[N] int32``, ``Σ_k q``: what a zero point is multiplied with.
+        act_scale: 0-d float32, or None while dynamic.
+        act_zero_point: 0-d int32, or None while dynamic or if symmetric.
+        bias: ``[N]`` parameter or None.
+    """
+
+    qweight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_sum: torch.Tensor
+    act_scale: torch.Tensor | None
+    act_zero_point: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        w_bits: int = 8,
+        a_bits: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_bits(w_bits, a_bits)
+        if w_bits == 4 and in_features % 2:
+            raise ConfigError(
+                f"int4 weights are packed in pairs and need an even in_features; got {in_features} "
+                "(skip this layer with skip_patterns, or use w_bits=8)"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.w_bits, self.a_bits = w_bits, a_bits
+        self.original_bytes = 0  # of the weight this layer was made from
+        shape = (out_features, in_features // 2) if w_bits == 4 else (out_features, in_features)
+        qdtype = torch.uint8 if w_bits == 4 else torch.int8
+        self.register_buffer("qweight", torch.zeros(shape, dtype=qdtype, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.register_buffer("weight_sum", torch.zeros(out_features, dtype=torch.int32, device=device))
+        self.register_buffer("act_scale", None)
+        self.register_buffer("act_zero_point", None)
+        if bias:
+            zeros = torch.zeros(out_features, device=device, dtype=dtype)
+            self.bias: nn.Parameter | None = nn.Parameter(zeros, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, w_bits: int = 8, a_bits: int = 8) -> QuantLinear:
+        """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
+
+        Raises:
+            ConfigError: unknown bits, or 4 bits with an odd ``in_features``.
+            DataError: the weight or bias holds NaN or inf.
+        """
+        weight, bias = linear.weight, linear.bias
+        check_finite(weight, "weight")
+        check_finite(bias, "bias")
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            bias is not None,
+            w_bits=w_bits,
+            a_bits=a_bits,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        q, scale = quantize_weight(weight, w_bits)
+        module.qweight = pack_int4(q) if w_bits == 4 else q
+        module.weight_scale = scale
+        module.weight_sum = q.sum(1, dtype=torch.int32)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        module.original_bytes = weight.numel() * weight.element_size()
+        return module.train(linear.training)
+
+    @property
+    def scheme(self) -> str:
+        """E.g. "W8A8 static per-tensor"."""
+        ranges = "dynamic per-token" if self.act_scale is None else "static per-tensor"
+        return f"W{self.w_bits}A{self.a_bits} {ranges}"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight ``[N, K]``, computed anew at each access, in the dtype of the bias."""
+        q = unpack_int4(self.qweight) if self.w_bits == 4 else self.qweight
+        return (q * self.weight_scale[:, None]).to(torch.float32 if self.bias is None else self.bias.dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weight with its scales and sums."""
+        return sum(t.numel() * t.element_size() for t in (self.qweight, self.weight_scale, self.weight_sum))
+
+    def set_static_range(self, scale: torch.Tensor | None, zero_point: torch.Tensor | None = None) -> None:
+        """Quantize all inputs with this scale (0-d float32) and zero point (0-d int32); None goes back to dynamic.
+
+        Raises:
+            DataError: the scale is not a finite number > 0.
+        """
+        if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
+            raise DataError(f"act_scale must be a finite number > 0; got {scale.tolist()}")
+        device = self.qweight.device
+        self.act_scale = None if scale is None else scale.to(device, torch.float32)
+        self.act_zero_point = None if zero_point is None else zero_point.to(device, torch.int32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of the same dtype."""
+        if self.act_scale is None:
+            xq, x_scale = quantize_per_token(x, self.a_bits)
+        else:
+            xq = quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
+            x_scale = self.act_scale
+        linear = int4_linear if self.w_bits == 4 else int8_linear
+        return linear(
+            xq,
+            self.qweight,
+            x_scale,
+            self.weight_scale,
+            self.bias,
+            self.act_zero_point,
+            self.weight_sum,
+            out_dtype=x.dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.scheme}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        # .to(float16) must not round the scales: they are part of the integers' meaning
+        scales = {name: getattr(self, name) for name in FP32_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != torch.float32:
+                setattr(self, name, scale.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # static ranges exist in one state and not in the other: take over which
+        for name in STATIC_BUFFERS:
+            value = state_dict.get(prefix + name)
+            if value is None:
+                setattr(self, name, None)
+            elif getattr(self, name) is None:
+                setattr(self, name, torch.empty_like(value, device=self.qweight.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def check_finite(tensor: torch.Tensor | None, name: str) -> None:
+    """Refuse NaN and inf; tensors on the meta device hold no values and pass."""
+    if tensor is not None and not tensor.is_meta and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise DataError(
+            f"{name} holds {bad} values that are NaN or inf; quantizing it would spread them over whole rows"
+        )

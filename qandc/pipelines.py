@@ -1,0 +1,115 @@
+"""Finding and loading pipelines: the embedded fashion-dit, a local directory, a hub id."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qandc.errors import ConfigError, DeviceError, ModelError
+
+__all__ = ["DTYPES", "class_names", "fashion_dit_path", "load_pipeline", "resolve_device", "resolve_dtype"]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def fashion_dit_path() -> Path:
+    """Directory of the embedded pipeline, for ``DiTPipeline.from_pretrained``."""
+    return Path(__file__).parent / "assets" / "fashion-dit"
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        ConfigError: torch does not know the name.
+        DeviceError: the device is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = "" if torch.version.cuda else "; this torch is built without CUDA"
+            raise DeviceError(f"device {name!r} was asked for, but torch sees no CUDA GPU{built}; use --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise DeviceError(
+                f"device {name!r} is not here; torch sees {torch.cuda.device_count()} GPU(s), from cuda:0"
+            )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA, float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is unknown; choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_pipeline(
+    model: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Load a ``DiTPipeline``; the autoencoder stays in float32.
+
+    Args:
+        model: a pipeline directory, a hub id such as "facebook/DiT-XL-2-256", or None for the embedded fashion-dit.
+
+    Raises:
+        ModelError: the directory is missing or not a DiT pipeline, or the hub did not deliver.
+    """
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    source = str(fashion_dit_path() if model is None else model)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(f"{source} is not a diffusers pipeline: it has no model_index.json")
+        source = str(path)
+    elif path.exists():
+        raise ModelError(f"{source} is a file; give the directory of a diffusers pipeline")
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ModelError(
+            f"model directory {source!r} does not exist; give a pipeline directory or a hub id (owner/name)"
+        )
+    try:
+        pipe: Any = DiTPipeline.from_pretrained(source)
+    except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
+        logger.debug("loading %s failed", source, exc_info=True)
+        if path.is_dir():
+            where, what_to_do = "is damaged or not a DiT pipeline", "compare it with a fresh copy"
+        else:
+            where, what_to_do = (
+                "is no local directory and the hub did not deliver it",
+                "check the name and the network, or give a pipeline directory",
+            )
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+        raise ModelError(f"model {source!r} {where}; {what_to_do} ({cause})") from error
+    if not isinstance(pipe.transformer, DiTTransformer2DModel):
+        raise ModelError(
+            f"model {source!r} is not a DiT pipeline: its transformer is {type(pipe.transformer).__name__}"
+        )
+    pipe.transformer.to(device, dtype)
+    pipe.vae.to(device)
+    return pipe
+
+
+def class_names(pipe: Any) -> dict[int, str]:
+    """Class id to name; names are the ids where the pipeline has none."""
+    if pipe.labels:
+        names: dict[int, str] = {}
+        for name, label in pipe.labels.items():
+            names.setdefault(label, name)
+        return dict(sorted(names.items()))
+    return {label: str(label) for label in range(pipe.transformer.config.num_embeds_ada_norm)}

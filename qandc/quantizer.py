@@ -1,0 +1,110 @@
+"""The uniform quantizer (Q&C, arXiv 2503.02508, Eq. 1-3) and its settings.
+
+``q = clip(round(x/s) + z, qmin, qmax)``, ``x̂ = s (q - z)`` with qmin = -2^(b-1), qmax = 2^(b-1) - 1. Weights are
+symmetric (z = 0) with one scale per output channel, activations have one scale per tensor (static) or per token
+(dynamic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qandc.errors import ConfigError, DataError
+
+__all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight"]
+
+W_BITS = (4, 8)
+A_BITS = (4, 5, 6, 7, 8)
+# a channel of zeros still needs a positive scale
+SMALLEST_AMAX = 1e-10
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What to quantize and how.
+
+    Attributes:
+        w_bits: 4 or 8, symmetric, per output channel.
+        a_bits: 4 to 8; fewer than 8 bits still run on the int8 kernels.
+        skip_patterns: layers whose qualified name contains one of these substrings stay as they are.
+    """
+
+    w_bits: int = 8
+    a_bits: int = 8
+    skip_patterns: Sequence[str] = ("pos_embed", "norm")
+
+    def __post_init__(self) -> None:
+        check_bits(self.w_bits, self.a_bits)
+        if isinstance(self.skip_patterns, str) or not all(isinstance(p, str) and p for p in self.skip_patterns):
+            raise ConfigError(
+                f"skip_patterns must be a list of non-empty strings, e.g. ['pos_embed', 'norm']; "
+                f"got {self.skip_patterns!r}"
+            )
+        object.__setattr__(self, "skip_patterns", tuple(self.skip_patterns))
+
+    @property
+    def scheme(self) -> str:
+        """The field's short name, e.g. "W8A8"."""
+        return f"W{self.w_bits}A{self.a_bits}"
+
+    def skips(self, name: str) -> bool:
+        """Whether the layer of this qualified name stays as it is."""
+        return any(pattern in name for pattern in self.skip_patterns)
+
+
+def check_bits(w_bits: int, a_bits: int) -> None:
+    """Refuse bit widths that no kernel runs."""
+    if w_bits not in W_BITS:
+        raise ConfigError(f"w_bits is {w_bits!r}; allowed are {' and '.join(map(str, W_BITS))}")
+    if a_bits not in A_BITS:
+        raise ConfigError(f"a_bits is {a_bits!r}; allowed are {', '.join(map(str, A_BITS))}")
+
+
+def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``s_n = max_k |w_nk| / qmax``, ``q = round(w / s)``, qmax = 2^(b-1) - 1 (Eq. 1, symmetric, per output channel).
+
+    Args:
+        weight: ``[N, K]``, any float dtype.
+        bits: 2 to 8.
+
+    Returns:
+        ``q [N, K] int8`` in -qmax..qmax and ``scale [N] float32``.
+    """
+    qmax = (1 << bits - 1) - 1
+    w = weight.detach().to(torch.float32)
+    amax = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
+    scale = amax.clamp(min=SMALLEST_AMAX) / qmax
+    return (w / scale[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
+
+
+def activation_parameters(
+    minimum: torch.Tensor, maximum: torch.Tensor, bits: int, *, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point of a static range (Eq. 2 and 3).
+
+    Asymmetric: ``s = (max - min) / (2^b - 1)``, ``z = round(qmin - min/s)``; the range is first extended to hold 0, so
+    that z lies in qmin..qmax. Symmetric: ``s = max(|min|, |max|) / qmax``, no zero point.
+
+    Args:
+        minimum, maximum: 0-d tensors.
+
+    Returns:
+        ``scale`` 0-d float32, ``zero_point`` 0-d int32 or None.
+
+    Raises:
+        DataError: a bound is NaN or infinite, or minimum > maximum.
+    """
+    low, high = minimum.to(torch.float32), maximum.to(torch.float32)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise DataError(f"activation range [{float(low)}, {float(high)}] is not finite; check the calibration data")
+    if low > high:
+        raise DataError(f"activation range [{float(low)}, {float(high)}] is empty")
+    qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
+    if symmetric:
+        return torch.maximum(low.abs(), high.abs()).clamp(min=SMALLEST_AMAX) / qmax, None
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low).clamp(min=SMALLEST_AMAX) / (qmax - qmin)
+    return scale, (qmin - low / scale).round().to(torch.int32)

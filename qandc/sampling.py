@@ -1,0 +1,114 @@
+"""The denoising loop: scheduler + transformer, guidance, one noise stream per image.
+
+``DiTPipeline`` draws the noise of a DDPM step from the global generator, so two of its runs cannot be compared image by
+image. This loop gives every image a generator of its own: image ``i`` is the same for any batch it is drawn in, and two
+models given the same seeds see the same noise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from qandc.errors import ConfigError
+
+__all__ = ["SCHEDULERS", "decode_latents", "make_scheduler", "sample_latents"]
+
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
+
+
+def make_scheduler(name: str, config: Any) -> Any:
+    """A fresh diffusers scheduler, ``name`` "ddpm" or "ddim", with the noise schedule of ``config``."""
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise ConfigError(f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Refuse class ids outside ``0 .. num_classes - 1`` and an empty list."""
+    if not labels:
+        raise ConfigError("no class ids given; give at least one")
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise ConfigError(f"class id {label} is out of range; this model knows 0 to {num_classes - 1}")
+
+
+@torch.inference_mode()
+def sample_latents(
+    transformer: Any,
+    scheduler: Any,
+    class_labels: Sequence[int],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.5,
+    seeds: Sequence[int],
+    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Denoise one latent image per class label: ``[B, C, H, W]`` in the transformer's dtype and device.
+
+    Each step computes ``ε = ε_uncond + guidance_scale · (ε_cond - ε_uncond)`` (classifier-free guidance, Ho and
+    Salimans 2022; without the unconditional rows when ``guidance_scale <= 1``) and calls ``scheduler.step``.
+
+    Args:
+        transformer: a diffusers ``DiTTransformer2DModel``, plain, quantized or cached.
+        scheduler: a diffusers scheduler; its step state is overwritten.
+        class_labels: class ids, ``[B]``.
+        num_inference_steps: 1 to the scheduler's number of training timesteps.
+        guidance_scale: a finite number >= 0.
+        seeds: one per image; initial and step noise of image ``i`` come from ``seeds[i]`` alone.
+        callback: called as ``callback(step, timestep, latents)`` after every step.
+
+    Raises:
+        ConfigError: a setting is outside the range above, or the lengths of labels and seeds differ.
+    """
+    config = transformer.config
+    check_labels(class_labels, config.num_embeds_ada_norm)
+    if len(seeds) != len(class_labels):
+        raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
+    limit = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= limit:
+        raise ConfigError(f"num_inference_steps is {num_inference_steps}; this scheduler allows 1 to {limit}")
+    if not 0 <= guidance_scale < float("inf"):
+        raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number >= 0 (1 turns guidance off)")
+
+    from diffusers.utils.torch_utils import randn_tensor
+
+    device, dtype = transformer.device, transformer.dtype
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    step_kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
+    latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+
+    labels = torch.tensor(class_labels, device=device)
+    guided = guidance_scale > 1
+    if guided:
+        labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
+
+    scheduler.set_timesteps(num_inference_steps)
+    latents = latents * scheduler.init_noise_sigma
+    for step, timestep in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
+        if guided:
+            model_input = torch.cat([model_input, model_input])
+        timesteps = timestep.to(device).expand(len(labels))
+        noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
+        noise_pred = noise_pred[:, : config.in_channels].float()  # DiT-XL/2 also predicts a variance: not used here
+        if guided:
+            cond, uncond = noise_pred.chunk(2)
+            noise_pred = uncond + guidance_scale * (cond - uncond)
+        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **step_kwargs)[0]
+        if callback is not None:
+            callback(step, int(timestep), latents)
+    return latents
+
+
+@torch.inference_mode()
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """``decode(latents / scaling_factor)``: images ``[B, channels, H, W] float32`` on the CPU, in [-1, 1]."""
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    return vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1).cpu()

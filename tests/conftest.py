@@ -1,0 +1,105 @@
+"""Where the kernels run: in Triton's interpreter on a machine without a GPU, on the GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of one
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    no_interpreter = pytest.mark.skip(
+        reason="kernels are compiled for the GPU here; TRITON_INTERPRET=1 interprets them"
+    )
+    for item in items:
+        if "gpu" in item.keywords and (INTERPRETED or not torch.cuda.is_available()):
+            item.add_marker(no_gpu)
+        if "interpret" in item.keywords and not INTERPRETED:
+            item.add_marker(no_interpreter)
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=pytest.mark.interpret), pytest.param("cuda", marks=pytest.mark.gpu)],
+    ids=["interpreter", "cuda"],
+)
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """A device on which the Triton launchers can be called directly."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` holds NaN (85 for integers), so that an element no kernel wrote shows up."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.is_meta or type(tensor) is not torch.Tensor or torch.compiler.is_compiling():
+            return tensor
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(85)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def make_dit(num_layers: int = 3, heads: int = 2, head_dim: int = 16, sample_size: int = 8, **changes):
+    """A small random DiT whose every path carries signal (the library leaves nothing at zero, so neither do we)."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=4,
+        out_channels=4,
+        num_layers=num_layers,
+        sample_size=sample_size,
+        **changes,
+    )
+    return model.eval()
+
+
+@pytest.fixture
+def dit():
+    return make_dit()
+
+
+@pytest.fixture
+def dit_inputs(seeded: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "hidden_states": torch.randn(4, 4, 8, 8, generator=seeded),
+        "timestep": torch.tensor([500]).expand(4),
+        "class_labels": torch.tensor([1, 2, 1000, 1000]),
+    }
+
+
+@pytest.fixture(scope="session")
+def pipeline_dir(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny random DiT pipeline saved by diffusers: every structure of the real one, nothing of its quality."""
+    from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    path = tmp_path_factory.mktemp("pipeline") / "tiny-dit"
+    DiTPipeline(make_dit(), vae, DDPMScheduler(clip_sample=False)).save_pretrained(path)
+    return path

@@ -1,0 +1,135 @@
+"""Quantization kernels against the reference: every integer equal, every scale equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qandc_kernels import quantize_per_tensor, quantize_per_token, reference
+from qandc_kernels.quantize import quantize_per_tensor_triton, quantize_per_token_triton
+
+SHAPES = [(1, 1), (1, 192), (17, 33), (256, 100), (727, 7), (3, 1152), (2, 4608)]
+ZERO_POINTS = [None, 0, -128, 127, 11]
+
+
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    # the interpreter computes bfloat16 wrongly
+    return [torch.float32, torch.float16] + ([torch.bfloat16] if device.type == "cuda" else [])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+def test_per_tensor_equals_reference(kernel_device, shape, zero_point, seeded):
+    z = None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32)
+    for dtype in dtypes(kernel_device):
+        x = (torch.randn(shape, generator=seeded) * 4).to(dtype)
+        for bits in (4, 6, 8):
+            scale = torch.tensor(0.037)
+            expected = reference.quantize_per_tensor(x, scale, z, bits)
+            actual = quantize_per_tensor_triton(
+                x.to(kernel_device), scale.to(kernel_device), None if z is None else z.to(kernel_device), bits
+            )
+            assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_per_token_equals_reference(kernel_device, shape, seeded):
+    for dtype in dtypes(kernel_device):
+        x = (torch.randn(shape, generator=seeded) * torch.logspace(-6, 4, shape[0])[:, None]).to(dtype)
+        for bits in (4, 8):
+            q, scale = quantize_per_token_triton(x.to(kernel_device), bits)
+            expected_q, expected_scale = reference.quantize_per_token(x, bits)
+            assert torch.equal(q.cpu(), expected_q)
+            assert torch.equal(scale.cpu(), expected_scale)
+
+
+def test_strided_input(kernel_device, seeded):
+    base = torch.randn(40, 66, generator=seeded).to(kernel_device)
+    for x in (base.t(), base[::3, ::2], base[:, 5:38]):
+        assert not x.is_contiguous()
+        q, scale = quantize_per_token_triton(x)
+        expected_q, expected_scale = reference.quantize_per_token(x.cpu())
+        assert torch.equal(q.cpu(), expected_q)
+        assert torch.equal(scale.cpu(), expected_scale)
+        s = torch.tensor(0.02)
+        actual = quantize_per_tensor_triton(x, s.to(kernel_device))
+        assert torch.equal(actual.cpu(), reference.quantize_per_tensor(x.cpu(), s))
+
+
+def test_no_rows(kernel_device):
+    x = torch.zeros(0, 64, device=kernel_device)
+    q, scale = quantize_per_token_triton(x)
+    assert q.shape == (0, 64)
+    assert scale.shape == (0,)
+    assert quantize_per_tensor_triton(x, torch.tensor(1.0, device=kernel_device)).shape == (0, 64)
+
+
+def test_rows_of_zeros(kernel_device):
+    q, scale = quantize_per_token_triton(torch.zeros(3, 40, device=kernel_device))
+    assert torch.equal(q.cpu(), torch.zeros(3, 40, dtype=torch.int8))
+    assert (scale > 0).all()
+    assert torch.isfinite(scale).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, tells of the overflow
+def test_extreme_values(kernel_device):
+    x = torch.tensor([[3e38, -3e38, 0.0, 1e-38, float("inf"), float("-inf"), float("nan"), 1.0]])
+    scale, zero_point = torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)
+    expected = torch.tensor([[127, -128, 3, 3, 127, -128, 3, 5]], dtype=torch.int8)
+    assert torch.equal(reference.quantize_per_tensor(x, scale, zero_point), expected)
+    actual = quantize_per_tensor_triton(x.to(kernel_device), scale.to(kernel_device), zero_point.to(kernel_device))
+    assert torch.equal(actual.cpu(), expected)
+
+
+def test_rounds_half_to_even(kernel_device):
+    x = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 127.5]])
+    expected = torch.tensor([[-2, -2, 0, 0, 2, 2, 126, 127]], dtype=torch.int8)
+    one = torch.tensor(1.0)
+    assert torch.equal(reference.quantize_per_tensor(x, one), expected)
+    assert torch.equal(quantize_per_tensor_triton(x.to(kernel_device), one.to(kernel_device)).cpu(), expected)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_reference_error_is_at_most_half_a_step(bits, seeded):
+    x = torch.randn(50, 64, generator=seeded)
+    q, scale = reference.quantize_per_token(x, bits)
+    assert int(q.abs().max()) == 2 ** (bits - 1) - 1
+    error = (q * scale[:, None] - x).abs()
+    assert (error <= scale[:, None] * 0.5001).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    scale=st.floats(1e-4, 1e3),
+    zero_point=st.integers(-128, 127),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.interpret
+def test_random_shapes_and_scales(rows, columns, scale, zero_point, seed):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 50
+    s, z = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
+    assert torch.equal(quantize_per_tensor_triton(x, s, z), reference.quantize_per_tensor(x, s, z))
+
+
+def test_ops_keep_leading_dimensions(seeded):
+    x = torch.randn(2, 3, 5, 16, generator=seeded).transpose(1, 2)
+    q, scale = quantize_per_token(x)
+    assert q.shape == x.shape
+    assert scale.shape == x.shape[:-1]
+    assert torch.equal(q, reference.quantize_per_token(x)[0])
+    s = torch.tensor(0.1)
+    assert torch.equal(quantize_per_tensor(x, s), reference.quantize_per_tensor(x, s))
+
+
+@pytest.mark.gpu
+def test_ops_run_the_kernels_on_the_gpu(seeded):
+    x = torch.randn(2, 3, 5, 16, generator=seeded).transpose(1, 2)
+    for actual, expected in zip(quantize_per_token(x.cuda()), reference.quantize_per_token(x), strict=True):
+        assert torch.equal(actual.cpu(), expected)
+    scale, zero_point = torch.tensor(0.1), torch.tensor(-7, dtype=torch.int32)
+    actual = quantize_per_tensor(x.cuda(), scale.cuda(), zero_point.cuda(), bits=6)
+    assert torch.equal(actual.cpu(), reference.quantize_per_tensor(x, scale, zero_point, bits=6))

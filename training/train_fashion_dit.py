@@ -1,0 +1,449 @@
+"""Trains fashion-dit, the pipeline that qandc ships: a classifier, an autoencoder, a diffusion transformer.
+
+    python training/train_fashion_dit.py --work build/fashion-dit --out qandc/assets
+
+Every stage saves a checkpoint once a minute; started again with the same settings it goes on where it stopped. All
+randomness of a step is drawn from a generator seeded by (seed, stage, step), so a resumed run sees the same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import nn
+
+from fashion_mnist import DEFAULT_DIRECTORY, LABELS, load_split
+from qandc.metrics import FashionClassifier, FeatureStatistics, extract_features
+
+NUM_CLASSES = 10
+NULL_CLASS = 1000  # DiTPipeline always passes this id for the unconditional rows
+CHECKPOINT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result. A checkpoint made with other settings is refused."""
+
+    seed: int = 0
+    classifier_steps: int = 3000
+    vae_steps: int = 5000
+    vae_kl_weight: float = 5e-4
+    dit_steps: int = 28000
+    dit_batch: int = 1024
+    dit_learning_rate: float = 6e-4
+    dit_snr_gamma: float = 5.0
+    dit_ema: float = 0.9995
+    label_dropout: float = 0.1
+
+
+class Stage:
+    """A training loop with warm-up and cosine decay, a moving average of the weights, checkpoints and a progress bar.
+
+    On a GPU the third step on is replayed as one CUDA graph: these models are small, and launching their kernels one by
+    one takes three times as long as running them.
+
+    Args:
+        draw: ``draw(generator) -> batch``, a tuple of tensors of fixed shapes.
+        loss: ``loss(model, *batch) -> scalar``, without host synchronization.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        draw: Callable[[torch.Generator], tuple[torch.Tensor, ...]],
+        loss: Callable[..., torch.Tensor],
+        *,
+        steps: int,
+        learning_rate: float,
+        ema_decay: float,
+        settings: Settings,
+        work: Path,
+    ) -> None:
+        self.name, self.model, self.draw, self.loss, self.steps = name, model, draw, loss, steps
+        self.learning_rate, self.ema_decay, self.settings = learning_rate, ema_decay, settings
+        self.path = work / f"{name}.pt"
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.device = next(model.parameters()).device
+        cuda = self.device.type == "cuda"
+        rate = torch.tensor(learning_rate, device=self.device)  # a tensor, so that a captured step sees it change
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda, capturable=cuda
+        )
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[torch.Tensor, ...] = ()
+        self.value = torch.zeros(())
+        self.step = 0
+        self.seconds = 0.0
+
+    def save(self) -> None:
+        state = {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+    def resume(self) -> None:
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, map_location=self.device, weights_only=True)
+        different = {
+            key: (state["settings"].get(key), value)
+            for key, value in asdict(self.settings).items()
+            if state["settings"].get(key) != value and (key.startswith(self.name) or "_" not in key)
+        }
+        if different:
+            raise SystemExit(f"{self.path} was made with other settings {different}; delete it or give another --work")
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        # the average follows quickly at first, so that it does not remember the initial weights
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        for ours, theirs in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            ours.copy_(theirs)  # batch-norm statistics are averages already
+
+    def optimize(self) -> None:
+        """One step of the optimizer on ``self.inputs``; the loss goes to ``self.value``."""
+        self.value = self.loss(self.model, *self.inputs)
+        self.value.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+
+    def train_step(self, batch: tuple[torch.Tensor, ...], steps_here: int) -> None:
+        if self.graph is not None:
+            for ours, theirs in zip(self.inputs, batch, strict=True):
+                ours.copy_(theirs)
+            self.graph.replay()
+            return
+        self.inputs = batch
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda" and steps_here == 3:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.optimize()
+            self.graph.replay()  # capturing alone computes nothing
+        elif self.device.type == "cuda":
+            side = torch.cuda.Stream()  # as capture asks of its warm-up
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.optimize()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            self.optimize()
+
+    def run(self) -> nn.Module:
+        """Train to the end and return the averaged model."""
+        self.resume()
+        first = self.step
+        generator = torch.Generator(self.device)
+        warmup = min(500, self.steps // 10 + 1)
+        started = saved = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, refresh_per_second=0.2) as progress:
+            task = progress.add_task(self.name, total=self.steps, completed=self.step)
+            while self.step < self.steps:
+                rate = self.learning_rate * min(
+                    (self.step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)) + 1e-3
+                )
+                for group in self.optimizer.param_groups:
+                    group["lr"].fill_(rate)
+                generator.manual_seed(self.settings.seed << 40 | sum(self.name.encode()) << 24 | self.step)
+                self.train_step(self.draw(generator), self.step - first)
+                self.step += 1
+                self.update_ema()
+                if self.step % 100 == 0 or self.step == self.steps:
+                    number = self.value.item()
+                    if not math.isfinite(number):
+                        raise SystemExit(f"{self.name}: loss is {number} at step {self.step}; lower the learning rate")
+                    now = time.monotonic()
+                    progress.update(task, completed=self.step, description=f"{self.name} loss {number:.4f}")
+                    if now - saved > CHECKPOINT_SECONDS or self.step == self.steps:
+                        self.seconds += now - started
+                        started = saved = now
+                        self.save()
+                        progress.console.log(f"{self.name} step {self.step} loss {number:.4f} {self.seconds:.0f} s")
+        return self.ema
+
+
+def pick(generator: torch.Generator, images: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.randint(len(images), (count,), generator=generator, device=images.device)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # cached casts do not outlive a capture
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
+
+
+def train_classifier(images: torch.Tensor, labels: torch.Tensor, settings: Settings, work: Path) -> nn.Module:
+    device = images.device
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        index = pick(generator, images, 512)
+        # shift by up to two pixels: the padding is black, so a roll is a translation
+        dy, dx = (int(v) for v in torch.randint(-2, 3, (2,), generator=generator, device=device).cpu())
+        return to_float(images[index]).roll((dy, dx), (2, 3)), labels[index]
+
+    def loss(model: nn.Module, batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            return F.cross_entropy(model(batch)[1].float(), targets)
+
+    model = FashionClassifier().to(device)
+    stage = Stage(
+        "classifier",
+        model,
+        draw,
+        loss,
+        steps=settings.classifier_steps,
+        learning_rate=2e-3,
+        ema_decay=0.99,
+        settings=settings,
+        work=work,
+    )
+    return stage.run()
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=32,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def train_vae(images: torch.Tensor, settings: Settings, work: Path, *, compile_model: bool) -> AutoencoderKL:
+    device = images.device
+
+    def forward(model: AutoencoderKL, batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        posterior = model.encode(batch).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+        return F.mse_loss(model.decode(latents).sample.float(), batch) + settings.vae_kl_weight * kl.float().mean()
+
+    compiled = torch.compile(forward) if compile_model else forward
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        batch = to_float(images[pick(generator, images, 512)])
+        return batch, torch.randn(512, 4, 16, 16, generator=generator, device=device)
+
+    def loss(model: nn.Module, batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            return compiled(model, batch, noise)
+
+    model = make_vae().to(device)
+    stage = Stage(
+        "vae",
+        model,
+        draw,
+        loss,
+        steps=settings.vae_steps,
+        learning_rate=2e-3,
+        ema_decay=0.999,
+        settings=settings,
+        work=work,
+    )
+    return stage.run()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior mean and standard deviation of all images, ``[N, 4, 16, 16]`` each."""
+    posteriors = [vae.encode(to_float(batch)).latent_dist for batch in images.split(1000)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+@torch.no_grad()
+def normalize_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Fold a per-channel shift and scale into the two 1x1 convolutions, so that latents have mean 0 and variance 1.
+
+    ``DiTPipeline`` knows one scalar ``scaling_factor``; this way it can stay 1.
+    """
+    mean, std = encode(vae, images)
+    shift = mean.mean((0, 2, 3))
+    scale = (mean - shift[:, None, None]).square().add(std.square()).mean((0, 2, 3)).sqrt()
+    quant, post_quant = vae.quant_conv, vae.post_quant_conv
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ shift
+    post_quant.weight *= scale[None, :, None, None]
+    quant.weight[:4] /= scale[:, None, None, None]
+    quant.bias[:4] = (quant.bias[:4] - shift) / scale
+    quant.bias[4:] -= 2 * scale.log()
+
+
+def make_dit() -> DiTTransformer2DModel:
+    """DiT with 12 layers of 6 heads x 32, initialised as in Peebles and Xie 2023 (adaLN-Zero)."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=12,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    nn.init.zeros_(model.pos_embed.proj.bias)
+    for block in model.transformer_blocks:
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.normal_(block.norm1.emb.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(block.norm1.emb.timestep_embedder.linear_2.weight, std=0.02)
+        table = block.norm1.emb.class_embedder.embedding_table.weight
+        nn.init.zeros_(table)
+        nn.init.normal_(table[:NUM_CLASSES], std=0.02)
+        nn.init.normal_(table[NULL_CLASS], std=0.02)
+    nn.init.zeros_(model.proj_out_1.weight)
+    nn.init.zeros_(model.proj_out_2.weight)
+    return model.eval()  # in train mode every block would drop labels on its own
+
+
+def make_noise_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+
+
+def train_dit(
+    mean: torch.Tensor, std: torch.Tensor, labels: torch.Tensor, settings: Settings, work: Path, *, compile_model: bool
+) -> DiTTransformer2DModel:
+    """ε-prediction with min-SNR weights (Hang et al. 2023): ``min(SNR, γ)/SNR · (ε̂ - ε)²``."""
+    device = mean.device
+    alphas_cumprod = make_noise_scheduler().alphas_cumprod.to(device)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = snr.clamp(max=settings.dit_snr_gamma) / snr
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        batch = settings.dit_batch
+        index = pick(generator, mean, batch)
+        posterior_noise, noise = torch.randn(2, batch, *mean.shape[1:], generator=generator, device=device)
+        latents = mean[index] + std[index] * posterior_noise
+        timestep = torch.randint(1000, (batch,), generator=generator, device=device)
+        dropped = torch.rand(batch, generator=generator, device=device) < settings.label_dropout
+        return latents, noise, timestep, labels[index].masked_fill(dropped, NULL_CLASS)
+
+    def loss(
+        model: nn.Module,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+    ) -> torch.Tensor:
+        signal = alphas_cumprod[timestep][:, None, None, None]
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        with autocast(device):
+            prediction = model(noisy, timestep=timestep, class_labels=class_labels, return_dict=False)[0]
+        error = (prediction.float() - noise).square().mean((1, 2, 3))
+        return (weights[timestep] * error).mean()
+
+    model = make_dit().to(device)
+    stage = Stage(
+        "dit",
+        model,
+        draw,
+        loss,
+        steps=settings.dit_steps,
+        learning_rate=settings.dit_learning_rate,
+        ema_decay=settings.dit_ema,
+        settings=settings,
+        work=work,
+    )
+    if compile_model:
+        for block in model.transformer_blocks:
+            block.compile()
+    return stage.run()
+
+
+def export(vae: AutoencoderKL, dit: DiTTransformer2DModel, out: Path) -> None:
+    """Write the pipeline directory with fp16 weights, each file under 16 MB."""
+    pipe = DiTPipeline(transformer=dit.cpu().half(), vae=vae.cpu().half(), scheduler=make_noise_scheduler())
+    pipe.save_pretrained(out, max_shard_size="12MB")
+    index = json.loads((out / "model_index.json").read_text())
+    index["id2label"] = {str(i): name for i, name in enumerate(LABELS)}
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Directory for checkpoints.")] = Path("build/fashion-dit"),
+    out: Annotated[Path, typer.Option(help="Directory that receives the two asset folders.")] = Path("build/assets"),
+    data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    seed: Annotated[int, typer.Option(min=0, max=2**20)] = 0,
+    classifier_steps: int = Settings.classifier_steps,
+    vae_steps: int = Settings.vae_steps,
+    dit_steps: int = Settings.dit_steps,
+    dit_batch: int = Settings.dit_batch,
+    stop_before_dit: Annotated[bool, typer.Option(help="Train classifier and autoencoder only.")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile the models.")] = True,
+    device: str = "cuda",
+) -> None:
+    """Train fashion-dit and its classifier on Fashion-MNIST and export them."""
+    settings = Settings(
+        seed=seed,
+        classifier_steps=classifier_steps,
+        vae_steps=vae_steps,
+        dit_steps=dit_steps,
+        dit_batch=dit_batch,
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(seed)
+    images, labels = (x.to(device) for x in load_split(data, "train"))
+    test_images, test_labels = (x.to(device) for x in load_split(data, "t10k"))
+
+    classifier = train_classifier(images, labels, settings, work)
+    features, _ = extract_features(classifier, images)
+    _, logits = extract_features(classifier, test_images)
+    accuracy = (logits.argmax(1) == test_labels.cpu()).double().mean()
+    typer.echo(f"classifier: test accuracy {accuracy:.4f}")
+    folder = out / "fashion-classifier"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
+    FeatureStatistics.of(features).save(folder / "train-statistics.npz")
+
+    vae = train_vae(images, settings, work, compile_model=compile_model)
+    normalize_latents(vae, images)
+    mean, std = encode(vae, images)
+    if stop_before_dit:
+        return
+    dit = train_dit(mean, std, labels, settings, work, compile_model=compile_model)
+    export(vae, dit, out / "fashion-dit")
+    typer.echo(f"wrote {out / 'fashion-dit'} and {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
