@@ -84,7 +84,7 @@ def load_pipeline(
             f"model directory {source!r} does not exist; give a pipeline directory or a hub id (owner/name)"
         )
     try:
-        pipe: Any = DiTPipeline.from_pretrained(source)
+        pipe: Any = DiTPipeline.from_pretrained(source, torch_dtype={"transformer": dtype, "default": torch.float32})
     except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
         logger.debug("loading %s failed", source, exc_info=True)
         if path.is_dir():
@@ -100,9 +100,7 @@ def load_pipeline(
         raise ModelError(
             f"model {source!r} is not a DiT pipeline: its transformer is {type(pipe.transformer).__name__}"
         )
-    pipe.transformer.to(device, dtype)
-    pipe.vae.to(device)
-    return pipe
+    return pipe.to(device)
 
 
 def class_names(pipe: Any) -> dict[int, str]:

@@ -42,7 +42,7 @@ class Settings:
     classifier_steps: int = 3000
     vae_steps: int = 5000
     vae_kl_weight: float = 5e-4
-    dit_steps: int = 28000
+    dit_steps: int = 14000
     dit_batch: int = 1024
     dit_learning_rate: float = 6e-4
     dit_snr_gamma: float = 5.0
