@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from qandc.errors import ModelError
-from qandc.linear import QuantLinear, check_finite
+from qandc.linear import QuantLinear, check_finite, check_in_features
 from qandc.quantizer import QuantConfig
 from qandc_kernels import select_backend
 
@@ -24,7 +24,7 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         # attention of torch itself reads .weight of its output projection past forward
         if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             yield name, module
@@ -72,12 +72,14 @@ def quantize_model(
     for name in chosen:  # before the first change: a refused model stays whole
         check_finite(linears[name].weight, f"{name}.weight")
         check_finite(linears[name].bias, f"{name}.bias")
-        if config.w_bits == 4:
-            QuantLinear(linears[name].in_features, 0, w_bits=4, device="meta")
+        check_in_features(linears[name].in_features, config.w_bits, name)
+    converted: dict[int, QuantLinear] = {}  # a layer registered under two names stays one layer
     for name in chosen:
+        linear = linears.pop(name)
+        if id(linear) not in converted:
+            converted[id(linear)] = QuantLinear.from_linear(linear, w_bits, a_bits)
         parent, _, child = name.rpartition(".")
-        # a layer registered under two names stays one layer
-        setattr(model.get_submodule(parent), child, QuantLinear.from_linear(linears.pop(name), w_bits, a_bits))
+        setattr(model.get_submodule(parent), child, converted[id(linear)])
     return model
 
 

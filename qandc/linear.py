@@ -53,11 +53,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_bits(w_bits, a_bits)
-        if w_bits == 4 and in_features % 2:
-            raise ConfigError(
-                f"int4 weights are packed in pairs and need an even in_features; got {in_features} "
-                "(skip this layer with skip_patterns, or use w_bits=8)"
-            )
+        check_in_features(in_features, w_bits)
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.a_bits = w_bits, a_bits
         self.original_bytes = 0  # of the weight this layer was made from
@@ -176,6 +172,15 @@ class QuantLinear(nn.Module):
             elif getattr(self, name) is None:
                 setattr(self, name, torch.empty_like(value, device=self.qweight.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def check_in_features(in_features: int, w_bits: int, name: str = "this layer") -> None:
+    """Refuse widths that cannot be packed."""
+    if w_bits == 4 and in_features % 2:
+        raise ConfigError(
+            f"int4 weights are packed in pairs and need an even in_features; got {in_features} "
+            f"(skip {name} with skip_patterns, or use w_bits=8)"
+        )
 
 
 def check_finite(tensor: torch.Tensor | None, name: str) -> None:

@@ -84,7 +84,7 @@ def load_pipeline(
             f"model directory {source!r} does not exist; give a pipeline directory or a hub id (owner/name)"
         )
     try:
-        pipe: Any = DiTPipeline.from_pretrained(source, torch_dtype={"transformer": dtype, "default": torch.float32})
+        pipe: Any = DiTPipeline.from_pretrained(source)
     except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
         logger.debug("loading %s failed", source, exc_info=True)
         if path.is_dir():
@@ -96,10 +96,10 @@ def load_pipeline(
             )
         cause = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         raise ModelError(f"model {source!r} {where}; {what_to_do} ({cause})") from error
-    if not isinstance(pipe.transformer, DiTTransformer2DModel):
-        raise ModelError(
-            f"model {source!r} is not a DiT pipeline: its transformer is {type(pipe.transformer).__name__}"
-        )
+    transformer = pipe.transformer
+    if not isinstance(transformer, DiTTransformer2DModel):
+        raise ModelError(f"model {source!r} is not a DiT pipeline: its transformer is {type(transformer).__name__}")
+    torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own .to() warns of layers that DiT does not have
     return pipe.to(device)
 
 

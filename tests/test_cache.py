@@ -1,0 +1,369 @@
+"""The block-residual cache against a slow model of it, and everything that must end or reset it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from qandc import (
+    CacheError,
+    ConfigError,
+    apply_cache_to_dit,
+    get_cache,
+    make_scheduler,
+    quantize_model,
+    remove_cache,
+    reset_all_caches,
+    sample_latents,
+)
+from tests.conftest import make_dit
+
+LABELS = torch.tensor([1, 2, 1000, 1000])
+
+
+def inputs(step: int, seed: int = 0, batch: int = 4, size: int = 8):
+    """Model inputs of one step of a run; the labels tensor is made once per run by the caller."""
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    return {
+        "hidden_states": torch.randn(batch, 4, size, size, generator=generator),
+        "timestep": torch.tensor([900 - 20 * step]).expand(batch),
+    }
+
+
+def run(model, steps: int, seed: int = 0, labels: torch.Tensor | None = None, **shape) -> list[torch.Tensor]:
+    labels = LABELS.clone() if labels is None else labels
+    with torch.no_grad():
+        return [model(**inputs(step, seed, **shape), class_labels=labels).sample for step in range(steps)]
+
+
+class SlowCache:
+    """The definition: on a reuse step every block adds the residual it had at the last compute step."""
+
+    def __init__(self, model, interval: int) -> None:
+        self.model, self.interval = model, interval
+
+    def run(self, steps: int, seed: int = 0) -> list[torch.Tensor]:
+        residuals: list[torch.Tensor] = [torch.empty(0)] * len(self.model.transformer_blocks)
+        outputs = []
+        for step in range(steps):
+            handles = []
+            for index, block in enumerate(self.model.transformer_blocks):
+
+                def hook(block, args, output, index=index, step=step):
+                    if step % self.interval == 0:
+                        residuals[index] = output - args[0]
+                        return output
+                    return args[0] + residuals[index]
+
+                handles.append(block.register_forward_hook(hook))
+            with torch.no_grad():
+                outputs.append(self.model(**inputs(step, seed), class_labels=LABELS).sample)
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["fp", "w8a8"])
+@pytest.mark.parametrize("interval", [2, 3, 5])
+def test_equals_block_by_block_reuse(interval, quantized):
+    model = make_dit()
+    if quantized:
+        quantize_model(model)
+    expected = SlowCache(copy.deepcopy(model), interval).run(8)
+    cache = apply_cache_to_dit(model, cache_interval=interval)
+    for actual, wanted in zip(run(model, 8), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+    computed = -(-8 // interval)
+    assert (cache.compute_steps, cache.reuse_steps) == (computed, 8 - computed)
+
+
+def test_reuse_changes_the_output():
+    """Guards the test above: with these inputs the cache is not a no-op."""
+    model = make_dit()
+    plain = run(model, 3)
+    apply_cache_to_dit(model, 3)
+    cached = run(model, 3)
+    assert torch.equal(cached[0], plain[0])
+    assert not torch.allclose(cached[1], plain[1], atol=1e-3)
+
+
+def test_blocks_do_not_run_on_reuse_steps():
+    model = make_dit()
+    calls = []
+    for block in model.transformer_blocks:
+        block.attn1.register_forward_hook(lambda *_: calls.append(1))
+    apply_cache_to_dit(model, 3)
+    run(model, 7)
+    assert len(calls) == 3 * len(model.transformer_blocks)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_works_for_any_depth(num_layers):
+    model = make_dit(num_layers=num_layers)
+    expected = SlowCache(copy.deepcopy(model), 2).run(4)
+    apply_cache_to_dit(model, 2)
+    for actual, wanted in zip(run(model, 4), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_interval_one_equals_no_cache_bit_for_bit():
+    model = make_dit()
+    expected = run(model, 4)
+    apply_cache_to_dit(model, 1)
+    for actual, wanted in zip(run(model, 4), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_removing_restores_the_model_exactly():
+    model = make_dit()
+    expected = run(model, 4)
+    classes = [type(m) for m in model.modules()]
+    keys = [set(m.__dict__) for m in model.modules()]
+    apply_cache_to_dit(model, 2)
+    run(model, 3)
+    remove_cache(model)
+    assert get_cache(model) is None
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(m.__dict__) for m in model.modules()] == keys
+    for actual, wanted in zip(run(model, 4), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_the_attached_model_looks_the_same():
+    model = make_dit()
+    names, classes = list(model.state_dict()), [type(m).__name__ for m in model.modules()]
+    apply_cache_to_dit(model, 2)
+    assert list(model.state_dict()) == names
+    assert [type(m).__name__ for m in model.modules()] == classes
+    assert model.transformer_blocks[0].norm1.emb is not None
+    assert model.dtype == torch.float32
+
+
+def fresh_start(model, attach_interval: int, action) -> None:
+    """After ``action`` a run must give what it gives with a cache that has seen nothing."""
+    expected = run(apply(make_dit(), attach_interval), 5, seed=7)
+    apply(model, attach_interval)
+    action(model)
+    for actual, wanted in zip(run(model, 5, seed=7), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def apply(model, interval: int):
+    apply_cache_to_dit(model, interval)
+    return model
+
+
+def aborted(model) -> None:
+    """A block raises in the middle of the second compute step."""
+    labels = LABELS.clone()
+    run(model, 3, labels=labels)
+    handle = model.transformer_blocks[1].ff.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs(3), class_labels=labels)
+    handle.remove()
+
+
+ACTIONS = {
+    "a whole run": lambda model: run(model, 6),
+    "a run that ended between compute steps": lambda model: run(model, 5),
+    "a run of one step": lambda model: run(model, 1),
+    "a run stopped outside the model": lambda model: run(model, 2),
+    "another batch size": lambda model: run(model, 2, labels=LABELS[:2].clone(), batch=2),
+    "an exception inside": aborted,
+    "reset": lambda model: (run(model, 2), reset_all_caches(model)),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
+def test_nothing_stale_after(action):
+    fresh_start(make_dit(), 3, action)
+
+
+def test_a_run_that_starts_at_a_lower_timestep_is_new():
+    """A run aborted at timestep 900, then one that starts at 700: by their timesteps they would be one run."""
+    model = apply(make_dit(), 3)
+    with torch.no_grad():
+        model(**inputs(0), class_labels=LABELS.clone())
+        later = inputs(10, seed=3)
+        actual = model(**later, class_labels=LABELS.clone()).sample
+        assert torch.equal(actual, make_dit()(**later, class_labels=LABELS).sample)
+
+
+def test_a_repeated_run_with_one_labels_tensor_is_new():
+    """A loop that keeps its labels tensor: the timestep rises, so a new run begins."""
+    model = apply(make_dit(), 3)
+    labels = LABELS.clone()
+    run(model, 5, labels=labels)
+    expected = run(apply(make_dit(), 3), 5, seed=2)
+    for actual, wanted in zip(run(model, 5, seed=2, labels=labels), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_labels_made_anew_every_step_are_never_mixed_and_warned_about(caplog):
+    from qandc.cache import _warn_labels
+
+    _warn_labels.cache_clear()
+    model = make_dit()
+    expected = run(model, 3)
+    cache = apply_cache_to_dit(model, 3)
+    with caplog.at_level(logging.WARNING, "qandc.cache"), torch.no_grad():
+        for step, wanted in enumerate(expected):
+            assert torch.equal(model(**inputs(step), class_labels=LABELS.clone()).sample, wanted)
+    assert cache.reuse_steps == 0
+    assert len(caplog.records) == 1
+    assert "class_labels is another tensor" in caplog.text
+
+
+def test_rows_never_mix():
+    """Conditional and unconditional rows, and images, each keep their own features."""
+    model = apply(make_dit(), 3)
+    together = run(model, 5)
+    row = 2
+    alone_model = apply(make_dit(), 3)
+    labels = LABELS[row : row + 1].clone()
+    with torch.no_grad():
+        for step in range(5):
+            one = {name: value[row : row + 1] for name, value in inputs(step).items()}
+            alone = alone_model(**one, class_labels=labels).sample
+            torch.testing.assert_close(together[step][row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_two_models_do_not_share_state():
+    first, second = apply(make_dit(), 2), apply(make_dit(), 2)
+    expected_first, expected_second = run(apply(make_dit(), 2), 4, seed=1), run(apply(make_dit(), 2), 4, seed=2)
+    labels = [LABELS.clone(), LABELS.clone()]
+    with torch.no_grad():
+        for step in range(4):
+            a = first(**inputs(step, 1), class_labels=labels[0]).sample
+            b = second(**inputs(step, 2), class_labels=labels[1]).sample
+            assert torch.equal(a, expected_first[step])
+            assert torch.equal(b, expected_second[step])
+
+
+def test_deepcopy_takes_the_cache_along_and_does_not_share_it():
+    model = apply(make_dit(), 2)
+    run(model, 1)
+    copied = copy.deepcopy(model)
+    assert get_cache(copied) is not get_cache(model)
+    expected = run(apply(make_dit(), 2), 4, seed=1)
+    for actual, wanted in zip(run(copied, 4, seed=1), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert get_cache(model).compute_steps == 1
+    remove_cache(copied)
+    assert get_cache(model) is not None
+
+
+def test_cached_features_do_not_alias_the_output():
+    model = apply(make_dit(), 2)
+    labels = LABELS.clone()
+    with torch.no_grad():
+        model(**inputs(0), class_labels=labels).sample.zero_()
+        stored = get_cache(model).residual.clone()
+        model(**inputs(1), class_labels=labels).sample.zero_()
+    assert torch.equal(get_cache(model).residual, stored)
+
+
+def test_memory_is_one_tensor_for_the_whole_model():
+    model = apply(make_dit(), 2)
+    run(model, 1)
+    assert get_cache(model).residual.shape == (4, 16, 32)  # rows, tokens, hidden
+    assert get_cache(model)._block_input is None
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_unmodified_pipeline_reuses_and_resets(pipeline_dir, scheduler, guidance_scale):
+    """diffusers' own pipeline on top; two runs of other lengths in a row give what each gives alone."""
+    from diffusers import DiTPipeline
+
+    def draw(pipe, steps):
+        torch.manual_seed(5)  # DiTPipeline draws the noise of DDPM steps from the global generator
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(
+            class_labels=[1, 7], num_inference_steps=steps, guidance_scale=guidance_scale, output_type="np"
+        ).images
+
+    def load():
+        pipe = DiTPipeline.from_pretrained(pipeline_dir)
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+        return pipe
+
+    pipe = load()
+    plain = draw(pipe, 5)
+    cache = apply_cache_to_dit(pipe.transformer, cache_interval=2)
+    five = draw(pipe, 5)
+    assert (cache.compute_steps, cache.reuse_steps) == (3, 2)
+    assert not (five == plain).all()
+    four = draw(pipe, 4)
+    assert (cache.compute_steps, cache.reuse_steps) == (5, 4)
+
+    fresh = load()
+    apply_cache_to_dit(fresh.transformer, cache_interval=2)
+    assert (draw(fresh, 4) == four).all()
+    remove_cache(pipe.transformer)
+    assert (draw(pipe, 5) == plain).all()
+
+
+def test_own_loop_reuses(pipeline_dir):
+    model = make_dit()
+    cache = apply_cache_to_dit(model, 4)
+    scheduler = make_scheduler("ddpm", {"num_train_timesteps": 1000})
+    for _ in range(2):
+        sample_latents(model, scheduler, [1, 2], num_inference_steps=8, seeds=[0, 1])
+    assert (cache.compute_steps, cache.reuse_steps) == (4, 12)
+
+
+def test_blocks_may_be_compiled():
+    model = make_dit()
+    expected = run(apply(make_dit(), 2), 4)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    apply_cache_to_dit(model, 2)
+    for actual, wanted in zip(run(model, 4), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("interval", [0, -1, 2.0, "3", True, None])
+def test_interval_must_be_a_positive_integer(interval):
+    with pytest.raises(ConfigError, match=r"cache_interval is .*; give an integer >= 1"):
+        apply_cache_to_dit(make_dit(), interval)
+
+
+def test_attaching_twice_is_refused():
+    model = apply(make_dit(), 2)
+    with pytest.raises(CacheError, match="remove_cache"):
+        apply_cache_to_dit(model, 2)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(CacheError, match="DiTTransformer2DModel; got Linear"):
+        apply_cache_to_dit(nn.Linear(2, 2))
+
+
+def test_replaced_forward_is_refused_before_and_after():
+    model = make_dit()
+    model.forward = model.forward
+    with pytest.raises(CacheError, match="replaced on the instance"):
+        apply_cache_to_dit(model)
+    del model.forward
+    apply_cache_to_dit(model)
+    model.transformer_blocks[1].forward = model.transformer_blocks[1].forward
+    with pytest.raises(CacheError, match="wrapped after the cache"):
+        remove_cache(model)
+
+
+def test_removing_without_a_cache_is_refused_and_resetting_is_not():
+    model = make_dit()
+    with pytest.raises(CacheError, match="no cache is attached"):
+        remove_cache(model)
+    reset_all_caches(model)
+
+
+def test_a_step_without_timestep_is_refused():
+    model = apply(make_dit(), 2)
+    with pytest.raises(CacheError, match="needs timestep"):
+        model(torch.zeros(1, 4, 8, 8), class_labels=LABELS[:1])

@@ -1,0 +1,129 @@
+"""Quantizing whole models, and the report."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from qandc import ConfigError, DataError, ModelError, QuantLinear, quantization_report, quantize_model
+from tests.conftest import make_dit
+
+
+def test_dit_xl_2_has_170_layers():
+    """diffusers' default configuration is DiT-XL/2; on the meta device it costs no memory."""
+    from diffusers import DiTTransformer2DModel
+
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(out_channels=8)
+    linears = sum(isinstance(m, nn.Linear) for m in model.modules())
+    quantize_model(model, w_bits=8, a_bits=8, skip_patterns=["pos_embed", "norm"])
+    names = {name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert (linears, len(names)) == (254, 170)
+    per_block = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+    expected = {f"transformer_blocks.{i}.{layer}" for i in range(28) for layer in per_block}
+    assert names == expected | {"proj_out_1", "proj_out_2"}
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_output_stays_close(dit, dit_inputs, w_bits):
+    expected = dit(**dit_inputs).sample
+    assert quantize_model(dit, w_bits=w_bits) is dit
+    actual = dit(**dit_inputs).sample
+    error = ((actual - expected).norm() / expected.norm()).item()
+    assert 0 < error < {8: 0.02, 4: 0.25}[w_bits]
+
+
+def test_full_precision_weights_are_freed(dit):
+    weights = [weakref.ref(m.weight) for n, m in dit.named_modules() if isinstance(m, nn.Linear) and "norm" not in n]
+    quantize_model(dit)
+    gc.collect()
+    assert weights
+    assert all(w() is None for w in weights)
+
+
+def test_report(dit):
+    before = sum(m.weight.numel() * 4 for m in dit.modules() if isinstance(m, nn.Linear))
+    quantize_model(dit)
+    report = quantization_report(dit)
+    assert report.bytes_before == before
+    assert len(report.quantized) == 3 * 6 + 2
+    for layer in report.quantized:
+        module = dit.get_submodule(layer.name)
+        assert layer.scheme == "W8A8 dynamic per-token"
+        assert layer.bytes_after == module.in_features * module.out_features + 8 * module.out_features
+        assert layer.bytes_before == 4 * module.in_features * module.out_features
+        assert layer.kernel == "reference int8_gemm"
+        assert "CUDA" in layer.reason
+    skipped = [layer for layer in report.layers if layer not in report.quantized]
+    assert skipped
+    assert all("norm" in layer.name and layer.bytes_before == layer.bytes_after for layer in skipped)
+    assert f"20 of {len(report.layers)} linear layers quantized" in str(report)
+
+
+def test_report_tells_int4_and_half_precision(dit):
+    quantize_model(dit.half(), w_bits=4)
+    layer = quantization_report(dit).quantized[0]
+    k = n = 32
+    assert layer.bytes_before == 2 * n * k
+    assert layer.bytes_after == n * k // 2 + 8 * n
+    assert layer.kernel == "reference unpack_int4 + int8_gemm"
+
+
+def test_skip_patterns_are_substrings_of_names(dit):
+    quantize_model(dit, skip_patterns=["norm", "ff", "proj_out"])
+    assert {layer.name.split(".")[2] for layer in quantization_report(dit).quantized} == {"attn1"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_weight_is_named_and_nothing_changes(dit, bad):
+    with torch.no_grad():
+        dit.proj_out_2.weight[3, 4] = bad
+    with pytest.raises(DataError, match=r"proj_out_2\.weight holds 1 values"):
+        quantize_model(dit)
+    assert not any(isinstance(m, QuantLinear) for m in dit.modules())
+
+
+def test_odd_width_at_four_bits_is_refused_before_any_change():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    with pytest.raises(ConfigError, match="even in_features; got 5"):
+        quantize_model(model, w_bits=4)
+    assert isinstance(model[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (nn.Sequential(nn.ReLU()), {}, "it has no nn.Linear layer"),
+        (nn.Sequential(nn.Linear(2, 2)), {"skip_patterns": ["0"]}, r"skip_patterns \['0'\] exclude all 1"),
+        (nn.Linear(2, 2), {}, "QuantLinear.from_linear"),
+        (nn.Sequential(QuantLinear(2, 2)), {}, "quantized already"),
+    ],
+)
+def test_models_with_nothing_to_quantize(model, arguments, message):
+    with pytest.raises(ModelError, match=message):
+        quantize_model(model, **arguments)
+
+
+def test_layer_shared_under_two_names_stays_shared():
+    model = nn.Module()
+    model.a = nn.Linear(4, 4)
+    model.b = model.a
+    quantize_model(model)
+    assert isinstance(model.a, QuantLinear)
+    assert model.b is model.a
+
+
+def test_whole_quantized_model_round_trips_through_state_dict(dit, dit_inputs):
+    quantize_model(dit)
+    expected = dit(**dit_inputs).sample
+    other = quantize_model(make_dit())
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.zero_()
+    other.load_state_dict(dit.state_dict())
+    other.pos_embed.pos_embed.copy_(dit.pos_embed.pos_embed)  # a constant that diffusers does not save
+    assert torch.equal(other(**dit_inputs).sample, expected)

@@ -1,0 +1,203 @@
+"""QuantLinear as a drop-in for nn.Linear."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qandc import ConfigError, DataError, QuantLinear, calibrate
+from qandc.quantizer import quantize_weight
+from qandc_kernels import reference, unpack_int4
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def make(w_bits=8, bias=True, in_features=32, out_features=12, dtype=torch.float32):
+    torch.manual_seed(1)
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    return linear, QuantLinear.from_linear(linear, w_bits=w_bits)
+
+
+def static(layer: QuantLinear, zero_point: int | None = 9) -> QuantLinear:
+    z = None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32)
+    layer.set_static_range(torch.tensor(0.03), z)
+    return layer
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "symmetric"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_equals_its_definition(w_bits, bias, mode, seeded):
+    """``dequantize(quantize(x)) · dequantize(quantize(W))ᵀ + bias`` in float64."""
+    linear, layer = make(w_bits, bias)
+    if mode != "dynamic":
+        static(layer, 9 if mode == "static" else None)
+    x = torch.randn(2, 5, 32, generator=seeded)
+    q, scale = quantize_weight(linear.weight, w_bits)
+    w = q.double() * scale.double()[:, None]
+    if mode == "dynamic":
+        xq, s = reference.quantize_per_token(x)
+        x_hat = xq.double() * s.double()[..., None]
+    else:
+        z = layer.act_zero_point
+        x_hat = (reference.quantize_per_tensor(x, layer.act_scale, z).double() - (9 if mode == "static" else 0)) * 0.03
+    expected = x_hat @ w.t() + (linear.bias.double() if bias else 0)
+    torch.testing.assert_close(layer(x).double(), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("w_bits", "limit"), [(8, 0.02), (4, 0.2)])
+def test_is_close_to_the_layer_it_replaces(w_bits, limit, seeded):
+    linear, layer = make(w_bits, in_features=256)
+    x = torch.randn(64, 256, generator=seeded)
+    error = (layer(x) - linear(x)).norm() / linear(x).norm()
+    assert error < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("w_bits", [8, 4])
+@pytest.mark.parametrize("device", DEVICES)
+def test_output_has_the_dtype_of_the_input(w_bits, dtype, device, seeded):
+    _, layer = make(w_bits, dtype=dtype)
+    x = torch.randn(3, 32, generator=seeded).to(device, dtype)
+    y = layer.to(device)(x)
+    assert y.dtype == dtype
+    assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_compiles_without_graph_break(w_bits, is_static, device, seeded):
+    _, layer = make(w_bits)
+    if is_static:
+        static(layer)
+    layer.to(device)
+    x = torch.randn(3, 32, generator=seeded).to(device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), atol=0, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_gpu_and_cpu_agree(w_bits, is_static, seeded):
+    _, layer = make(w_bits, in_features=1152, out_features=1152)
+    if is_static:
+        static(layer)
+    x = torch.randn(300, 1152, generator=seeded)
+    expected = layer(x)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_do_not_depend_on_each_other(seeded):
+    """A dynamic scale per token, not per batch: a row gives the same alone and in company."""
+    _, layer = make()
+    x = torch.randn(4, 32, generator=seeded) * torch.tensor([1.0, 100.0, 1e-3, 0.0])[:, None]
+    assert torch.equal(layer(x)[2:3], layer(x[2:3]))
+    assert torch.equal(layer(x)[3], layer.bias)
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+def test_state_dict_round_trip(is_static, seeded):
+    _, layer = make()
+    if is_static:
+        static(layer)
+    other = static(QuantLinear(32, 12), 3)  # in the opposite state: loading decides
+    if is_static:
+        other.set_static_range(None)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 32, generator=seeded)
+    assert torch.equal(other(x), layer(x))
+    assert other.scheme == layer.scheme
+
+
+def test_state_dict_of_other_bits_is_refused():
+    with pytest.raises(RuntimeError, match="qweight"):
+        make(w_bits=4)[1].load_state_dict(make(w_bits=8)[1].state_dict())
+
+
+def test_deepcopy_is_independent(seeded):
+    layer = static(make()[1])
+    copied = copy.deepcopy(layer)
+    x = torch.randn(5, 32, generator=seeded)
+    assert torch.equal(copied(x), layer(x))
+    copied.qweight.zero_()
+    copied.set_static_range(None)
+    assert not torch.equal(copied(x), layer(x))
+    assert layer.act_scale is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scales_stay_float32(dtype):
+    layer = static(make()[1])
+    before = layer.weight_scale.clone()
+    layer.to(dtype)
+    assert layer.bias.dtype == dtype
+    assert layer.weight_scale.dtype == torch.float32
+    assert torch.equal(layer.weight_scale, before)
+    assert layer.act_scale.dtype == torch.float32
+    assert layer.act_zero_point.dtype == torch.int32
+
+
+def test_moves_to_the_meta_device():
+    layer = static(make()[1]).half().to("meta")
+    assert {t.device.type for t in (*layer.buffers(), *layer.parameters())} == {"meta"}
+
+
+def test_weight_is_the_dequantized_one():
+    linear, layer = make(w_bits=4)
+    assert layer.weight.shape == linear.weight.shape
+    q, scale = quantize_weight(linear.weight, 4)
+    assert torch.equal(unpack_int4(layer.qweight), q)
+    torch.testing.assert_close(layer.weight, q * scale[:, None], atol=0, rtol=0)
+
+
+def test_describes_itself():
+    assert "in_features=32, out_features=12, bias=True, W8A8 dynamic per-token" in repr(make()[1])
+    assert "W4A8 static per-tensor" in repr(static(make(4)[1]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_refuses_weights_that_are_not_finite(name, bad):
+    linear = nn.Linear(4, 3)
+    with torch.no_grad():
+        getattr(linear, name).view(-1)[1] = bad
+    with pytest.raises(DataError, match=f"{name} holds 1 values that are NaN or inf"):
+        QuantLinear.from_linear(linear)
+
+
+def test_refuses_odd_width_at_four_bits():
+    with pytest.raises(ConfigError, match="even in_features; got 33"):
+        QuantLinear.from_linear(nn.Linear(33, 4), w_bits=4)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_refuses_a_static_scale_that_is_no_scale(scale):
+    with pytest.raises(DataError, match="finite number > 0"):
+        make()[1].set_static_range(torch.tensor(scale))
+
+
+def test_refuses_float64_input():
+    with pytest.raises(TypeError, match="x must be float16 or bfloat16 or float32; got float64"):
+        make()[1](torch.zeros(2, 32, dtype=torch.float64))
+
+
+def test_refuses_input_of_another_width():
+    with pytest.raises(ValueError, match="must agree in K"):
+        make()[1](torch.zeros(2, 31))
+
+
+def test_fewer_activation_bits_lose_more(seeded):
+    linear, _ = make(in_features=128)
+    x = torch.randn(50, 128, generator=seeded)
+    errors = []
+    for a_bits in (8, 6, 4):
+        layer = nn.Sequential(QuantLinear.from_linear(linear, a_bits=a_bits))
+        calibrate(layer, [x])
+        errors.append((layer(x) - linear(x)).norm().item())
+    assert errors[0] < errors[1] < errors[2]

@@ -1,0 +1,98 @@
+"""The package as such: names, what an import loads, which way dependencies point."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qandc
+import qandc_kernels
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("diffusers", "transformers", "triton", "sklearn", "typer", "matplotlib")
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules loaded by ``statement`` in a fresh interpreter."""
+    code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("package", [qandc, qandc_kernels], ids=lambda p: p.__name__)
+def test_all_is_sorted_and_true(package):
+    assert package.__all__ == sorted(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+
+
+def test_public_names_of_the_snippet():
+    names = ("quantize_model", "apply_cache_to_dit", "reset_all_caches", "fashion_dit_path", "QuantLinear")
+    assert set(names) <= set(qandc.__all__)
+    names = ("quantize_per_tensor", "quantize_per_token", "int8_linear", "int4_linear", "pack_int4", "unpack_int4")
+    assert set(names) <= set(qandc_kernels.__all__)
+
+
+@pytest.mark.parametrize("package", ["qandc", "qandc_kernels"])
+def test_import_loads_nothing_heavy(package):
+    assert not modules_after(f"import {package}") & set(HEAVY)
+
+
+def test_import_needs_no_triton():
+    blocked = "import sys; sys.modules['triton'] = None; import qandc, qandc_kernels"
+    assert "qandc" in modules_after(blocked)
+
+
+def test_import_takes_less_than_a_second_beyond_torch():
+    code = "import torch, time; t = time.perf_counter(); import qandc; print(time.perf_counter() - t)"
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
+    assert seconds < 1
+
+
+def test_kernels_know_nothing_of_the_method():
+    """The arrows of docs/architecture.md: no module imports one that stands to its left."""
+    order = ["qandc_kernels", "errors", "quantizer", "linear", "conversion", "calibration", "cache", "sampling"]
+    code = "import sys, {0}; print([m for m in sys.modules if m.split('.')[0] in ('qandc', 'qandc_kernels')])"
+    for module, later in (("qandc_kernels", "qandc"),):
+        done = subprocess.run([sys.executable, "-c", code.format(module)], cwd=ROOT, capture_output=True, text=True)
+        assert f"'{later}'" not in done.stdout
+    for position, name in enumerate(order[1:], 1):
+        text = (ROOT / "qandc" / f"{name}.py").read_text()
+        for later in [*order[position + 1 :], "pipelines", "generate", "cli"]:
+            assert f"from qandc.{later} import" not in text, f"{name} imports {later}"
+
+
+def test_source_files_fit_one_sitting():
+    for folder in ("qandc", "qandc_kernels"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_errors_are_what_people_expect_to_catch():
+    assert issubclass(qandc.ConfigError, ValueError)
+    assert issubclass(qandc.DataError, ValueError)
+    assert issubclass(qandc.DeviceError, RuntimeError)
+    assert issubclass(qandc.OutputError, OSError)
+    assert issubclass(qandc.CacheError, qandc.ModelError)
+    for name in ("CacheError", "ConfigError", "DataError", "DeviceError", "ModelError", "OutputError"):
+        assert issubclass(getattr(qandc, name), qandc.QandCError)
+
+
+def test_module_entry_point():
+    done = subprocess.run(
+        [sys.executable, "-m", "qandc", "generate", "--steps", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "qandc: error: --steps is 0; give an integer >= 1"

@@ -1,0 +1,139 @@
+"""Loading pipelines, and the embedded one: what it must be for anybody who loads it without us."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qandc import ConfigError, DeviceError, ModelError, fashion_dit_path, load_pipeline
+from qandc.metrics import (
+    class_accuracy,
+    extract_features,
+    fashion_classifier_path,
+    load_fashion_classifier,
+)
+from qandc.pipelines import class_names, resolve_device, resolve_dtype
+
+LABELS = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+def test_embedded_files_are_small_and_plain():
+    files = [path for path in fashion_dit_path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25e6
+    assert max(path.stat().st_size for path in files) <= 16e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    classifier = [path for path in fashion_classifier_path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in classifier) <= 2e6
+
+
+def test_unmodified_diffusers_runs_the_embedded_pipeline():
+    """Ten images by DiTPipeline alone: our classifier recognises the classes that were asked for."""
+    from diffusers import DiTPipeline
+
+    pipe = DiTPipeline.from_pretrained(fashion_dit_path())
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    images = pipe(class_labels=list(range(10)), num_inference_steps=20, guidance_scale=1.5, output_type="pt").images
+    assert images.shape == (10, 1, 32, 32)
+    _, logits = extract_features(load_fashion_classifier(), images * 2 - 1)
+    assert class_accuracy(logits, torch.arange(10)) >= 0.8
+
+
+def test_embedded_labels():
+    pipe = load_pipeline()
+    assert list(class_names(pipe).values()) == LABELS
+    assert pipe.get_label_ids(["Bag"]) == [8]
+
+
+def test_embedded_weights_are_finite_half_precision():
+    for path in fashion_dit_path().rglob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            assert tensor.dtype == torch.float16, name
+            assert torch.isfinite(tensor).all(), name
+
+
+def test_dtype_is_that_of_the_transformer_and_the_autoencoder_stays_float32(pipeline_dir):
+    pipe = load_pipeline(pipeline_dir, dtype=torch.bfloat16)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
+
+
+def test_labels_of_a_pipeline_without_names(pipeline_dir):
+    names = class_names(load_pipeline(pipeline_dir))
+    assert len(names) == 1000
+    assert names[207] == "207"
+
+
+def test_missing_directory():
+    with pytest.raises(ModelError, match=r"model directory '\./nowhere' does not exist"):
+        load_pipeline("./nowhere")
+
+
+def test_directory_that_is_no_pipeline(tmp_path):
+    with pytest.raises(ModelError, match=r"is not a diffusers pipeline: it has no model_index\.json"):
+        load_pipeline(tmp_path)
+
+
+def test_file_instead_of_directory(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(ModelError, match="is a file; give the directory"):
+        load_pipeline(tmp_path / "x")
+
+
+def test_hub_unreachable():
+    """The suite runs with HF_HUB_OFFLINE=1: the hub client refuses as it does without a network."""
+    with pytest.raises(ModelError, match=r"'owner/model' is no local directory and the hub did not deliver it; check"):
+        load_pipeline("owner/model")
+
+
+def test_damaged_weights(pipeline_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(pipeline_dir, broken)
+    weights = next((broken / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="is damaged or not a DiT pipeline"):
+        load_pipeline(broken)
+
+
+def test_another_kind_of_pipeline(pipeline_dir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(pipeline_dir, other)
+    index = json.loads((other / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "AutoencoderKL"]
+    shutil.rmtree(other / "transformer")
+    shutil.copytree(other / "vae", other / "transformer")
+    (other / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="not a DiT pipeline"):
+        load_pipeline(other)
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "meta", "mps"):
+        with pytest.raises(ConfigError, match="choose auto, cpu, cuda or cuda:N"):
+            resolve_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_without_cuda():
+    with pytest.raises(DeviceError, match="'cuda' was asked for, but torch sees no CUDA GPU"):
+        resolve_device("cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_that_is_not_here():
+    with pytest.raises(DeviceError, match="cuda:99"):
+        resolve_device("cuda:99")
+
+
+def test_dtypes():
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+    with pytest.raises(ConfigError, match="dtype 'int8' is unknown"):
+        resolve_dtype("int8", torch.device("cpu"))

@@ -1,0 +1,80 @@
+"""The quantizer's equations (Q&C Eq. 1-3), and what its settings refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qandc import ConfigError, DataError, QuantConfig
+from qandc.quantizer import activation_parameters, quantize_weight
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_weight_error_is_at_most_half_a_step(bits, dtype, seeded):
+    weight = torch.randn(7, 33, generator=seeded).to(dtype)
+    q, scale = quantize_weight(weight, bits)
+    assert q.dtype == torch.int8
+    assert scale.dtype == torch.float32
+    assert torch.equal(q.abs().amax(1), torch.full((7,), 2 ** (bits - 1) - 1, dtype=torch.int8))
+    assert ((q * scale[:, None] - weight.float()).abs() <= scale[:, None] * 0.5001).all()
+
+
+def test_channel_of_zeros():
+    q, scale = quantize_weight(torch.tensor([[0.0, 0.0], [1.0, -2.0]]), 8)
+    assert torch.equal(q, torch.tensor([[0, 0], [64, -127]], dtype=torch.int8))
+    assert (scale > 0).all()
+
+
+def test_asymmetric_range_uses_all_levels():
+    scale, zero_point = activation_parameters(torch.tensor(-0.17), torch.tensor(5.0), 8)
+    torch.testing.assert_close(scale, torch.tensor(5.17 / 255))
+    assert zero_point.dtype == torch.int32
+    low, high = (round(v / scale.item()) + zero_point.item() for v in (-0.17, 5.0))
+    assert (low, high) == (-128, 127)
+
+
+@pytest.mark.parametrize(("low", "high", "z"), [(1.0, 3.0, -128), (-3.0, -1.0, 127), (0.0, 0.0, -128)])
+def test_range_is_extended_to_hold_zero(low, high, z):
+    scale, zero_point = activation_parameters(torch.tensor(low), torch.tensor(high), 8)
+    assert zero_point.item() == z
+    assert scale > 0
+
+
+def test_symmetric_range():
+    scale, zero_point = activation_parameters(torch.tensor(-2.0), torch.tensor(1.0), 8, symmetric=True)
+    assert zero_point is None
+    torch.testing.assert_close(scale, torch.tensor(2 / 127))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_range_must_be_finite(bad):
+    with pytest.raises(DataError, match="not finite"):
+        activation_parameters(torch.tensor(0.0), torch.tensor(bad), 8)
+
+
+def test_empty_range_is_refused():
+    with pytest.raises(DataError, match="empty"):
+        activation_parameters(torch.tensor(1.0), torch.tensor(-1.0), 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
+        ({"a_bits": 16}, "a_bits is 16; allowed are 4, 5, 6, 7, 8"),
+        ({"w_bits": "8"}, "w_bits is '8'"),
+        ({"skip_patterns": "norm"}, "skip_patterns must be a list"),
+        ({"skip_patterns": [""]}, "non-empty"),
+    ],
+)
+def test_config_refuses(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig(**settings)
+
+
+def test_config_is_a_value():
+    assert QuantConfig(skip_patterns=["norm"]) == QuantConfig(skip_patterns=("norm",))
+    assert QuantConfig(w_bits=4).scheme == "W4A8"
+    assert QuantConfig().skips("transformer_blocks.0.norm1.linear")
+    assert not QuantConfig().skips("transformer_blocks.0.attn1.to_q")

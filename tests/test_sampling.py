@@ -1,0 +1,101 @@
+"""The denoising loop: equal to the pipeline where both are deterministic, and one noise stream per image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qandc import ConfigError, decode_latents, load_pipeline, make_scheduler, sample_latents
+
+
+@pytest.fixture
+def pipe(pipeline_dir):
+    return load_pipeline(pipeline_dir)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_equals_diffusers_pipeline_with_ddim(pipe, guidance_scale):
+    pipe.scheduler = make_scheduler("ddim", pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    expected = pipe([5, 6], guidance_scale, generator, 6, output_type="pt").images
+    latents = sample_latents(
+        pipe.transformer,
+        make_scheduler("ddim", pipe.scheduler.config),
+        [5, 6],
+        num_inference_steps=6,
+        guidance_scale=guidance_scale,
+        seeds=[3, 4],
+    )
+    actual = decode_latents(pipe.vae, latents) / 2 + 0.5
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_an_image_does_not_depend_on_its_batch(pipe, name):
+    def draw(labels, seeds):
+        scheduler = make_scheduler(name, pipe.scheduler.config)
+        return sample_latents(pipe.transformer, scheduler, labels, num_inference_steps=4, seeds=seeds)
+
+    together = draw([1, 2, 3], [10, 11, 12])
+    for index in range(3):
+        alone = draw([index + 1], [10 + index])
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_other_seeds_give_other_step_noise(pipe):
+    def draw(seed):
+        scheduler = make_scheduler("ddpm", pipe.scheduler.config)
+        return sample_latents(pipe.transformer, scheduler, [1], num_inference_steps=4, seeds=[seed])
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.allclose(draw(0), draw(1), atol=0.1)
+
+
+def test_callback_sees_every_step(pipe):
+    seen = []
+    latents = sample_latents(
+        pipe.transformer,
+        make_scheduler("ddpm", pipe.scheduler.config),
+        [1],
+        num_inference_steps=5,
+        seeds=[0],
+        callback=lambda step, timestep, latents: seen.append((step, timestep, latents)),
+    )
+    assert [(step, timestep) for step, timestep, _ in seen] == [(i, 800 - 200 * i) for i in range(5)]
+    assert torch.equal(seen[-1][2], latents)
+
+
+def test_predicted_variance_is_not_used(pipe, seeded):
+    """DiT-XL/2 predicts 8 channels; only the first 4 are noise."""
+    from tests.conftest import make_dit
+
+    wide = make_dit()
+    wide.proj_out_2 = torch.nn.Linear(32, 2 * 2 * 8)
+    wide.out_channels = 8
+    latents = sample_latents(wide, make_scheduler("ddpm", pipe.scheduler.config), [1], num_inference_steps=2, seeds=[0])
+    assert latents.shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_labels": [1000]}, "class id 1000 is out of range; this model knows 0 to 999"),
+        ({"class_labels": [-1]}, "class id -1"),
+        ({"class_labels": [], "seeds": []}, "no class ids"),
+        ({"seeds": [1, 2]}, "1 class ids need as many seeds; got 2"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; this scheduler allows 1 to 1000"),
+        ({"num_inference_steps": 1001}, "allows 1 to 1000"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
+    ],
+)
+def test_refusals(pipe, changes, message):
+    arguments = {"class_labels": [1], "seeds": [0], "num_inference_steps": 2, **changes}
+    with pytest.raises(ConfigError, match=message):
+        sample_latents(pipe.transformer, make_scheduler("ddpm", pipe.scheduler.config), **arguments)
+
+
+def test_unknown_scheduler():
+    with pytest.raises(ConfigError, match="scheduler 'euler' is unknown; choose one of ddpm, ddim"):
+        make_scheduler("euler", {})
