@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +24,12 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, suffix: str) -> None:
     """Refuse, before the work begins, a file that could not be written after it."""
     if path.is_dir():
-        raise OutputError(f"output {str(path)!r} is a directory; give a file name such as {path / 'images.png'}")
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"output {str(path)!r} must end in .png")
+        raise OutputError(f"output {str(path)!r} is a directory; give a file name such as {path / f'images{suffix}'}")
+    if path.suffix.lower() != suffix:
+        raise ConfigError(f"output {str(path)!r} must end in {suffix}")
     if not path.parent.is_dir():
         raise OutputError(f"output folder {str(path.parent)!r} does not exist; create it or give another --out")
     try:
@@ -46,11 +48,11 @@ def _quiet_diffusers() -> None:
         diffusers_logging.set_verbosity_error()
 
 
-def _save(image: Any, path: Path) -> None:
+def _save(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside the target and rename, so that a file under this name is always whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        image.save(partial, format="PNG")
+        write(partial)
         os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
@@ -98,9 +100,10 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     output: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write.")] = Path("qandc.png"),
+    json_output: Annotated[Path | None, typer.Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:
     """Draw one image per class in full precision and quantized + cached, from the same noise, into one PNG."""
-    from qandc.generate import Comparison, GenerateSettings, draw_grid, quantized_name
+    from qandc.generate import Comparison, GenerateSettings, comparison_record, draw_grid, quantized_name
     from qandc.generate import generate as run
     from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
     from qandc.quantizer import QuantConfig
@@ -112,7 +115,9 @@ def generate(
         raise ConfigError(f"--steps is {steps}; give an integer >= 1")
     if not 0 <= seed < 2**62:
         raise ConfigError(f"--seed is {seed}; give an integer from 0 to 2^62 - 1")
-    _check_output(output)
+    _check_output(output, ".png")
+    if json_output is not None:
+        _check_output(json_output, ".json")
     _quiet_diffusers()
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
@@ -135,12 +140,16 @@ def generate(
         interrupted = True
     if result.rows:
         caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"
-        _save(draw_grid(result.rows, [names[label] for label in settings.class_labels], caption), output)
+        picture = draw_grid(result.rows, [names[label] for label in settings.class_labels], caption)
+        _save(output, lambda path: picture.save(path, format="PNG"))
     if interrupted:
         kept = f"; wrote the finished row to {output}" if result.rows else "; nothing was finished"
         err.print(f"interrupted{kept}", soft_wrap=True)
         raise typer.Exit(130)
     _print_comparison(result, str(torch_dtype).removeprefix("torch."))
+    if json_output is not None:
+        text = json.dumps(comparison_record(result, settings, str(where), str(torch_dtype)), indent=1) + "\n"
+        _save(json_output, lambda path: path.write_text(text))
     out.print(f"wrote {output}", soft_wrap=True)
 
 

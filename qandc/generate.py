@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import nn
 
 from qandc.cache import apply_cache_to_dit, remove_cache
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
+from qandc.metrics import psnr
 from qandc.quantizer import QuantConfig
+from qandc.results import result_header
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
 
-__all__ = ["Comparison", "GenerateSettings", "Row", "draw_grid", "generate"]
+__all__ = ["Comparison", "GenerateSettings", "Row", "comparison_record", "draw_grid", "generate", "quantized_name"]
 
 BATCH_SIZE = 32
 
@@ -60,11 +62,9 @@ def module_bytes(module: nn.Module) -> int:
 def _sample(pipe: Any, settings: GenerateSettings, progress: Callable[[int], None]) -> tuple[torch.Tensor, float]:
     """All images of one model, and the seconds they took, decoding included."""
     images = []
-    cuda = pipe.transformer.device.type == "cuda"
-    if cuda:  # compilation and kernel loading belong to no image
-        warm_up = GenerateSettings(settings.class_labels[:BATCH_SIZE], 1, settings.guidance_scale, settings.scheduler)
-        _sample_batch(pipe, warm_up, 0, lambda done: None)
-        torch.cuda.synchronize()
+    # one step outside the clock: compilation and the loading of kernels belong to no image
+    warm_up = GenerateSettings(settings.class_labels[:BATCH_SIZE], 1, settings.guidance_scale, settings.scheduler)
+    _sample_batch(pipe, warm_up, 0, lambda done: None)
     started = time.perf_counter()
     for first in range(0, len(settings.class_labels), BATCH_SIZE):
         images.append(_sample_batch(pipe, settings, first, progress))
@@ -116,6 +116,32 @@ def generate(
 def quantized_name(settings: GenerateSettings) -> str:
     """E.g. "W8A8 + cache 3"."""
     return f"{settings.config.scheme} + cache {settings.cache_interval}"
+
+
+def comparison_record(result: Comparison, settings: GenerateSettings, device: str, dtype: str) -> dict[str, Any]:
+    """The comparison as a measured result (:mod:`qandc.results`)."""
+    full, quantized = result.rows
+    assert result.report is not None
+    decibel = psnr(quantized.images, full.images)
+    rows = [
+        {
+            "name": row.name,
+            "images": len(row.images),
+            "seconds_per_image": row.seconds / len(row.images),
+            "speed_ratio": full.seconds / row.seconds,
+            "transformer_bytes": row.transformer_bytes,
+        }
+        for row in result.rows
+    ]
+    rows[1] |= {
+        "psnr_mean": float(decibel.mean()),
+        "psnr_min": float(decibel.min()),
+        "layers_quantized": len(result.report.quantized),
+        "quantized_bytes_before": sum(layer.bytes_before for layer in result.report.quantized),
+        "quantized_bytes_after": sum(layer.bytes_after for layer in result.report.quantized),
+        "kernel": result.report.quantized[0].kernel,
+    }
+    return {**result_header({**asdict(settings), "device": device, "dtype": dtype}), "rows": rows, "goals": []}
 
 
 def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) -> Image.Image:

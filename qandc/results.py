@@ -32,7 +32,8 @@ def versions() -> dict[str, str | None]:
 def machine() -> dict[str, Any]:
     """GPU, processor, cores."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "processor": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()}
+    processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return {"gpu": gpu, "processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
 
 
 def _commit() -> str | None:

@@ -37,9 +37,10 @@ def test_unmodified_diffusers_runs_the_embedded_pipeline():
     pipe = DiTPipeline.from_pretrained(fashion_dit_path())
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
-    images = pipe(class_labels=list(range(10)), num_inference_steps=20, guidance_scale=1.5, output_type="pt").images
-    assert images.shape == (10, 1, 32, 32)
-    _, logits = extract_features(load_fashion_classifier(), images * 2 - 1)
+    images = pipe(class_labels=list(range(10)), num_inference_steps=20, guidance_scale=1.5, output_type="np").images
+    assert images.shape == (10, 32, 32, 1)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    _, logits = extract_features(load_fashion_classifier(), pixels)
     assert class_accuracy(logits, torch.arange(10)) >= 0.8
 
 

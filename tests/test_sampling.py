@@ -18,7 +18,7 @@ def test_equals_diffusers_pipeline_with_ddim(pipe, guidance_scale):
     pipe.scheduler = make_scheduler("ddim", pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    expected = pipe([5, 6], guidance_scale, generator, 6, output_type="pt").images
+    expected = torch.from_numpy(pipe([5, 6], guidance_scale, generator, 6, output_type="np").images)
     latents = sample_latents(
         pipe.transformer,
         make_scheduler("ddim", pipe.scheduler.config),
@@ -27,7 +27,7 @@ def test_equals_diffusers_pipeline_with_ddim(pipe, guidance_scale):
         guidance_scale=guidance_scale,
         seeds=[3, 4],
     )
-    actual = decode_latents(pipe.vae, latents) / 2 + 0.5
+    actual = (decode_latents(pipe.vae, latents) / 2 + 0.5).permute(0, 2, 3, 1)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -1,0 +1,49 @@
+"""README.md is executed: its snippet runs, its tables are what the measured files say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_snippet_runs_on_the_embedded_model():
+    """As printed, but for the model's path, the class and fewer steps."""
+    from qandc import QuantLinear, fashion_dit_path, get_cache
+
+    code = README.partition("<!-- snippet -->\n```python\n")[2].partition("```")[0]
+    for theirs, ours in {
+        '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
+        "class_labels=[207]": "class_labels=[7]",
+        "num_inference_steps=50": "num_inference_steps=11",
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    names: dict = {}
+    exec(code, names)
+    assert names["images"][0].size == (32, 32)
+    assert sum(isinstance(m, QuantLinear) for m in names["pipe"].transformer.modules()) == 12 * 6 + 2
+    assert get_cache(names["pipe"].transformer).compute_steps == 3
+
+
+def test_tables_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "update_tables.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_linked_and_named_files_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        base = ROOT if target.startswith("/") else (ROOT / document).parent
+        assert (base / target.lstrip("/")).exists(), target
+    for name in re.findall(r"`((?:qandc|qandc_kernels|tests|docs|training)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
