@@ -11,8 +11,10 @@ own classes that override ``forward`` alone. Attributes, parameters and state-di
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,16 +26,23 @@ __all__ = ["FeatureCache", "apply_cache_to_dit", "get_cache", "remove_cache", "r
 
 logger = logging.getLogger(__name__)
 
-ATTRIBUTE = "_qandc_cache"
+CACHE = "_qandc_cache"
 POSITION = "_qandc_position"
+BASE_CLASS = "_qandc_base_class"
 
 
 class FeatureCache:
     """State of one attached cache.
 
-    A run is recognised by its ``class_labels`` tensor, which a pipeline makes once per call, by the shape, dtype and
-    device of its latents, and by timesteps that fall from step to step. Anything else starts a new run with a compute
-    step. Reading the timestep waits for the GPU once per step.
+    Two calls of the transformer are successive steps of one run if
+
+    - ``class_labels`` is the same tensor, as in a pipeline, which makes it once per run, with the same values;
+    - latents have the same shape, dtype and device;
+    - every row's timestep falls, by no more than twice the last fall (plus one, for rounding).
+
+    Anything else begins a new run with a compute step. A scheduler that repeats a timestep (Heun, PNDM) therefore
+    computes more often than the interval says. A loop of your own that keeps one labels tensor for several runs should
+    call :func:`reset_all_caches` between them. Comparing waits for the GPU once per step.
 
     Attributes:
         interval: every ``interval``-th step is computed.
@@ -42,12 +51,15 @@ class FeatureCache:
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
+        self.paused = False
+        self.active = False  # inside a forward of the transformer
         self.reset()
 
     def reset(self) -> None:
         """Forget all features, the current run and the counters."""
         self.compute_steps = 0
         self.reuse_steps = 0
+        self._warned = False
         self._forget()
 
     def _forget(self) -> None:
@@ -56,57 +68,89 @@ class FeatureCache:
         self._step = -1
         self._signature: tuple[Any, ...] | None = None
         self._class_labels: torch.Tensor | None = None
-        self._timestep = float("-inf")
+        self._label_values: torch.Tensor | None = None
+        self._timesteps: list[float] = []
+        self._largest_fall = float("inf")
         self._block_input: torch.Tensor | None = None
 
-    def begin_step(self, hidden_states: torch.Tensor, timestep: Any, class_labels: torch.Tensor | None) -> None:
-        """Decide whether this step computes or reuses; called by the transformer's forward."""
+    @contextlib.contextmanager
+    def step(self, hidden_states: torch.Tensor, timestep: Any, class_labels: torch.Tensor | None) -> Iterator[None]:
+        """One forward of the transformer; an exception inside, Ctrl-C included, leaves nothing behind."""
+        if self.active:
+            raise CacheError(
+                "two threads are inside this cached transformer at once, and its features would mix; give each thread "
+                "a copy of the model (copy.deepcopy), or a lock"
+            )
+        self.active = True
+        try:
+            if not self.paused:
+                self._begin(hidden_states, timestep, class_labels)
+            yield
+        except BaseException:
+            self._forget()
+            raise
+        finally:
+            self.active = self.reusing = False
+            self._block_input = None
+
+    def _begin(self, hidden_states: torch.Tensor, timestep: Any, class_labels: torch.Tensor | None) -> None:
+        """Decide whether this step computes or reuses."""
         if timestep is None:
             raise CacheError("a cached DiT needs timestep: pass the timestep of this denoising step")
-        signature = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
-        value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        same_inputs = signature == self._signature and value < self._timestep
-        if same_inputs and class_labels is not self._class_labels:
-            _warn_labels()
-        if not same_inputs or class_labels is not self._class_labels:
+        timesteps = torch.as_tensor(timestep).reshape(-1).tolist()
+        signature = (hidden_states.shape, hidden_states.dtype, hidden_states.device, len(timesteps))
+        falls = [before - now for before, now in zip(self._timesteps, timesteps, strict=False)]
+        continues = signature == self._signature and min(falls) > 0 and max(falls) <= 2 * self._largest_fall + 1
+        if continues and class_labels is not self._class_labels:
+            self._warn_labels()
+            continues = False
+        if continues and class_labels is not None and self._label_values is not None:
+            continues = torch.equal(class_labels, self._label_values)  # the tensor may have been written to
+        if continues:
+            self._largest_fall = max(falls)
+        else:
             self._forget()
-        # holding the labels keeps their memory from being given to another run's
-        self._signature, self._class_labels, self._timestep = signature, class_labels, value
+            self._signature = signature
+            # holding the tensor keeps its identity from being given to another run's
+            self._class_labels = class_labels
+            self._label_values = None if class_labels is None else class_labels.clone()
+        self._timesteps = timesteps
         self._step += 1
         self.reusing = self._step % self.interval != 0
         if self.reusing:
             self.reuse_steps += 1
         else:
             self.compute_steps += 1
-            self.residual = None
+
+    def _warn_labels(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "the feature cache starts anew because class_labels is another tensor than in the step before; if this "
+                "is a denoising loop of your own, make it once and pass the same tensor to every step (conditional and "
+                "unconditional rows in one batch), or nothing is ever reused"
+            )
 
     def reuse(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``x + r``: what all blocks together make of ``x`` on a reuse step."""
-        assert self.residual is not None
+        if self.residual is None:
+            raise CacheError("the cache holds no features to reuse; call reset_all_caches(transformer) and start again")
         return hidden_states + self.residual
 
     def first_block_input(self, hidden_states: torch.Tensor) -> None:
         """Note what goes into the first block of a compute step."""
-        if self.interval > 1:
+        if self.active and not self.paused and self.interval > 1:
             self._block_input = hidden_states
 
     def last_block_output(self, hidden_states: torch.Tensor) -> None:
         """Store the residual of all blocks together."""
         if self._block_input is not None:
             self.residual = (hidden_states - self._block_input).detach()
-            self._block_input = None
-
-
-@functools.cache
-def _warn_labels() -> None:
-    logger.warning(
-        "the feature cache starts anew because class_labels is another tensor than in the step before; in a denoising "
-        "loop of your own, make it once and pass the same tensor to every step (conditional and unconditional rows in "
-        "one batch), or nothing is ever reused"
-    )
 
 
 class _CachedTransformer(nn.Module):
+    gradient_checkpointing: bool
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -115,18 +159,16 @@ class _CachedTransformer(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        cache: FeatureCache = getattr(self, ATTRIBUTE)
-        cache.begin_step(hidden_states, timestep, class_labels)
-        try:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            raise CacheError("a cached DiT cannot recompute its blocks: disable gradient checkpointing, or use no_grad")
+        cache: FeatureCache = getattr(self, CACHE)
+        with cache.step(hidden_states, timestep, class_labels):
             return super().forward(hidden_states, timestep, class_labels, *args, **kwargs)
-        except BaseException:  # Ctrl-C too: a step that did not finish must leave nothing behind
-            cache._forget()
-            raise
 
 
 class _CachedBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        cache: FeatureCache = getattr(self, ATTRIBUTE)
+        cache: FeatureCache = getattr(self, CACHE)
         position: str = self.__dict__[POSITION]
         if cache.reusing:
             return cache.reuse(hidden_states) if "first" in position else hidden_states
@@ -146,8 +188,8 @@ def _cached_class(mixin: Any, base: Any) -> Any:
 
 
 def get_cache(transformer: nn.Module) -> FeatureCache | None:
-    """The cache attached to ``transformer``, or None."""
-    return transformer.__dict__.get(ATTRIBUTE)
+    """The cache attached to ``transformer`` (or to the model inside ``torch.compile(transformer)``), or None."""
+    return getattr(transformer, "_orig_mod", transformer).__dict__.get(CACHE)
 
 
 def apply_cache_to_dit(transformer: nn.Module, cache_interval: int = 5) -> FeatureCache:
@@ -158,7 +200,7 @@ def apply_cache_to_dit(transformer: nn.Module, cache_interval: int = 5) -> Featu
         cache_interval: every ``cache_interval``-th step is computed, the others reuse; 1 computes all.
 
     Returns:
-        The cache, for its counters. Features are dropped by themselves when a new run begins.
+        The cache, for its counters. Features are dropped by themselves when a new run begins (:class:`FeatureCache`).
 
     Raises:
         ConfigError: the interval is not an integer >= 1.
@@ -196,14 +238,16 @@ def _blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def _attach(module: Any, mixin: Any, cache: FeatureCache) -> None:
-    setattr(module, ATTRIBUTE, cache)
     base: Any = type(module)
+    setattr(module, CACHE, cache)
+    setattr(module, BASE_CLASS, base)
     module.__class__ = _cached_class(mixin, base)
 
 
 def _detach(module: Any) -> None:
-    delattr(module, ATTRIBUTE)
-    module.__class__ = type(module).__mro__[2]  # cached class, mixin, base
+    module.__class__ = getattr(module, BASE_CLASS)
+    for name in (CACHE, BASE_CLASS, POSITION):
+        module.__dict__.pop(name, None)
 
 
 def reset_all_caches(transformer: nn.Module) -> None:
@@ -213,22 +257,38 @@ def reset_all_caches(transformer: nn.Module) -> None:
         cache.reset()
 
 
+@contextlib.contextmanager
+def paused_cache(model: nn.Module) -> Iterator[None]:
+    """Compute every step inside, whatever is attached, and forget all features afterwards."""
+    cache = get_cache(model)
+    if cache is None:
+        yield
+        return
+    cache.paused = True
+    try:
+        yield
+    finally:
+        cache.paused = False
+        cache.reset()
+
+
 def remove_cache(transformer: nn.Module) -> None:
     """Detach the cache: the model is exactly what it was before.
 
     Raises:
-        CacheError: none is attached, or another tool has wrapped the cached ``forward`` since.
+        CacheError: none is attached, or another tool has wrapped the cached model since.
     """
     if get_cache(transformer) is None:
         raise CacheError(f"no cache is attached to this {type(transformer).__name__}")
-    blocks = _blocks(transformer)
-    for module in (transformer, *blocks):
-        if "forward" in module.__dict__:
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    modules = [*_blocks(transformer), transformer]
+    for module in modules:
+        mixin = _CachedTransformer if module is transformer else _CachedBlock
+        base: Any = getattr(module, BASE_CLASS)
+        if "forward" in module.__dict__ or type(module) is not _cached_class(mixin, base):
             raise CacheError(
-                f"forward of {type(module).__name__} was wrapped after the cache was attached (by accelerate's offload "
-                "hooks, for example); remove those first"
+                f"{type(module).__name__} was wrapped after the cache was attached (by accelerate's offload hooks, for "
+                "example); undo that first"
             )
-    for block in blocks:
-        _detach(block)
-        delattr(block, POSITION)
-    _detach(transformer)
+    for module in modules:
+        _detach(module)

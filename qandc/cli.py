@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -19,24 +20,29 @@ from typer.exceptions import TyperException
 
 from qandc.errors import ConfigError, OutputError, QandCError
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantized and cached diffusion transformers.")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 def _check_output(path: Path, suffix: str) -> None:
     """Refuse, before the work begins, a file that could not be written after it."""
-    if path.is_dir():
-        raise OutputError(f"output {str(path)!r} is a directory; give a file name such as {path / f'images{suffix}'}")
-    if path.suffix.lower() != suffix:
-        raise ConfigError(f"output {str(path)!r} must end in {suffix}")
-    if not path.parent.is_dir():
-        raise OutputError(f"output folder {str(path.parent)!r} does not exist; create it or give another --out")
     try:
+        if path.is_dir():
+            name = path / f"images{suffix}"
+            raise OutputError(f"output {str(path)!r} is a directory; give a file name such as {name}")
+        if path.suffix.lower() != suffix:
+            raise ConfigError(f"output {str(path)!r} must end in {suffix}")
+        if not path.parent.is_dir():
+            raise OutputError(f"output folder {str(path.parent)!r} does not exist; create it or give another one")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise OutputError(f"output folder {str(path.parent)!r} is not writable ({error.strerror})") from None
+    except QandCError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"output {str(path)!r} cannot be written ({reason}); give another file") from None
 
 
 def _quiet_diffusers() -> None:
@@ -50,7 +56,7 @@ def _quiet_diffusers() -> None:
 
 def _save(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside the target and rename, so that a file under this name is always whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{os.getpid()}.partial")
     try:
         write(partial)
         os.replace(partial, path)
@@ -77,9 +83,8 @@ def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
                 known = f"{names[first]} .. {names[last]}"
                 raise ConfigError(f"class {part!r} is unknown; give ids {first} to {last} or names {known}") from None
         if label not in names:
-            raise ConfigError(
-                f"class id {label} is out of range; this model knows {first} ({names[first]}) to {last} ({names[last]})"
-            )
+            known = f"{len(names)} classes, {first} ({names[first]}) to {last} ({names[last]})"
+            raise ConfigError(f"class id {label} is out of range; this model knows {known}")
         labels.append(label)
     return tuple(labels)
 
@@ -107,6 +112,7 @@ def generate(
     from qandc.generate import generate as run
     from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
     from qandc.quantizer import QuantConfig
+    from qandc.sampling import check_sampling, make_scheduler
 
     config = QuantConfig(w_bits, a_bits)
     if cache_interval < 1:
@@ -128,47 +134,49 @@ def generate(
         _parse_classes(classes, names), steps, guidance_scale, scheduler, config, cache_interval, seed
     )
 
+    noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)
+    check_sampling(pipe.transformer, noise_schedule, settings.class_labels, steps, guidance_scale)
+
     columns = (TextColumn("{task.description:18}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     result = Comparison()
-    interrupted = False
+
+    def save_rows() -> str:
+        rows = [row for row in result.rows if row.batches]
+        if not rows:
+            return "nothing was finished"
+        caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"
+        picture = draw_grid(rows, [names[label] for label in settings.class_labels], caption)
+        _save(output, lambda path: picture.save(path, format="PNG"))
+        return f"wrote {output}"
+
     try:
         with Progress(*columns, console=err) as progress:
             total = steps * len(settings.class_labels)
             tasks = {name: progress.add_task(name, total=total) for name in ("FP", quantized_name(settings))}
             run(pipe, settings, result, lambda name, done: progress.advance(tasks[name], done))
-    except KeyboardInterrupt:
-        interrupted = True
-    if result.rows:
-        caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"
-        picture = draw_grid(result.rows, [names[label] for label in settings.class_labels], caption)
-        _save(output, lambda path: picture.save(path, format="PNG"))
-    if interrupted:
-        kept = f"; wrote the finished row to {output}" if result.rows else "; nothing was finished"
-        err.print(f"interrupted{kept}", soft_wrap=True)
-        raise typer.Exit(130)
+    except BaseException:  # Ctrl-C, out of memory, a broken model: what is finished is kept
+        err.print(f"stopped early; {save_rows()}", soft_wrap=True)
+        raise
+    saved = save_rows()
     _print_comparison(result, str(torch_dtype).removeprefix("torch."))
     if json_output is not None:
         text = json.dumps(comparison_record(result, settings, str(where), str(torch_dtype)), indent=1) + "\n"
         _save(json_output, lambda path: path.write_text(text))
-    out.print(f"wrote {output}", soft_wrap=True)
+    out.print(saved, soft_wrap=True)
 
 
 def _print_comparison(result: Any, dtype: str) -> None:
-    from qandc.metrics import psnr
-
     full, quantized = result.rows
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("", "s / image", "speed", "transformer", "PSNR to FP"):
         table.add_column(header, justify="left" if not header else "right")
-    decibel = psnr(quantized.images, full.images)
-    for row in result.rows:
-        table.add_row(
-            f"{row.name} ({dtype})" if row is full else row.name,
-            f"{row.seconds / len(row.images):.3f}",
-            f"{full.seconds / row.seconds:.2f}x",
-            f"{row.transformer_bytes / 1e6:.1f} MB",
-            "" if row is full else f"{decibel.mean():.1f} dB (worst {decibel.min():.1f})",
-        )
+    quality = f"{result.psnr.mean():.1f} dB (worst {result.psnr.min():.1f})"
+    for row, name, speed, decibel in (
+        (full, f"{full.name} ({dtype})", 1.0, ""),
+        (quantized, quantized.name, result.speed_ratio, quality),
+    ):
+        memory = f"{row.transformer_bytes / 1e6:.1f} MB"
+        table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
     out.print(table)
     layers = result.report.quantized
     before, after = (sum(getattr(layer, name) for layer in layers) for name in ("bytes_before", "bytes_after"))
@@ -225,23 +233,28 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; every expected error is one line on stderr and status 2."""
+    """Run the command line; every error is one line on stderr and status 2, Ctrl-C is status 130."""
     try:
         status = app(args=arguments, prog_name="qandc", standalone_mode=False)
     except TyperException as error:
         message = error.format_message()
     except QandCError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        return 130
+    except Exception as error:
+        logger.debug("unexpected error", exc_info=True)
+        message = f"{type(error).__name__}: {error} (qandc --verbose shows where)"
     else:
+        if status == 130:
+            err.print("interrupted")
         return status if isinstance(status, int) else 0
     if message:
-        err.print(f"qandc: error: {' '.join(message.split())}", style="red", soft_wrap=True, markup=False)
+        err.print(f"qandc: error: {' '.join(message.split())}", style="red", soft_wrap=True)
     return 2
 
 
 def entry_point() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     sys.exit(main())

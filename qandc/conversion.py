@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from qandc.cache import reset_all_caches
 from qandc.errors import ModelError
-from qandc.linear import QuantLinear, check_finite, check_in_features
+from qandc.linear import QuantLinear, check_finite, check_layer
 from qandc.quantizer import QuantConfig
 from qandc_kernels import select_backend
 
@@ -25,8 +26,8 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules(remove_duplicate=False):
-        # attention of torch itself reads .weight of its output projection past forward
-        if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        # a subclass may compute something else, or be read past its forward, as in nn.MultiheadAttention
+        if type(module) is nn.Linear:
             yield name, module
 
 
@@ -52,15 +53,18 @@ def quantize_model(
         ``model``.
 
     Raises:
-        ConfigError: unknown bits or patterns, or 4 bits with an odd ``in_features``.
-        ModelError: nothing is left to quantize.
-        DataError: a weight or bias holds NaN or inf. The model is unchanged then.
+        ConfigError: unknown bits or patterns, or a layer that no kernel can run (:meth:`QuantLinear.from_linear`).
+        ModelError: nothing is left to quantize, or a layer has hooks or a replaced ``forward``, which would be lost.
+        DataError: a weight or bias holds NaN or inf.
+
+    After any of them the model is unchanged. Subclasses of ``nn.Linear`` stay as they are.
     """
     config = QuantConfig(w_bits, a_bits, skip_patterns)
     if isinstance(model, nn.Linear):
         raise ModelError("the model is a single nn.Linear; use QuantLinear.from_linear(linear)")
     linears = dict(_linear_layers(model))
-    chosen = [name for name in linears if not config.skips(name)]
+    skipped = {id(linear) for name, linear in linears.items() if config.skips(name)}
+    chosen = [name for name, linear in linears.items() if id(linear) not in skipped]
     if not chosen:
         if linears:
             why = f"skip_patterns {list(config.skip_patterns)} exclude all {len(linears)} of its linear layers"
@@ -70,9 +74,12 @@ def quantize_model(
             why = "it has no nn.Linear layer"
         raise ModelError(f"nothing to quantize in {type(model).__name__}: {why}")
     for name in chosen:  # before the first change: a refused model stays whole
-        check_finite(linears[name].weight, f"{name}.weight")
-        check_finite(linears[name].bias, f"{name}.bias")
-        check_in_features(linears[name].in_features, config.w_bits, name)
+        linear = linears[name]
+        check_layer(name, linear.in_features, linear.weight.dtype, config.w_bits)
+        if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
+            raise ModelError(f"{name} has hooks or a replaced forward, which would be lost; remove them first")
+        check_finite(linear.weight, f"{name}.weight")
+        check_finite(linear.bias, f"{name}.bias")
     converted: dict[int, QuantLinear] = {}  # a layer registered under two names stays one layer
     for name in chosen:
         linear = linears.pop(name)
@@ -80,6 +87,7 @@ def quantize_model(
             converted[id(linear)] = QuantLinear.from_linear(linear, w_bits, a_bits)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted[id(linear)])
+    reset_all_caches(model)  # what it holds are features of the full-precision model
     return model
 
 

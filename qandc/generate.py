@@ -36,22 +36,43 @@ class GenerateSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One model's images ``[B, C, H, W]`` in [-1, 1], seconds for all of them, bytes of its transformer."""
+    """One model's images, batch by batch as they are finished, and the seconds these took."""
 
     name: str
-    images: torch.Tensor
-    seconds: float
     transformer_bytes: int
+    batches: list[torch.Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def images(self) -> torch.Tensor:
+        """``[B, C, H, W]`` in [-1, 1]."""
+        return torch.cat(self.batches)
+
+    @property
+    def seconds_per_image(self) -> float:
+        return self.seconds / len(self.images)
 
 
 @dataclass
 class Comparison:
-    """Rows in the order they were finished; ``report`` belongs to the quantized one."""
+    """Rows in the order they were begun; ``report`` belongs to the quantized one."""
 
     rows: list[Row] = field(default_factory=list)
     report: QuantizationReport | None = None
+
+    @property
+    def speed_ratio(self) -> float:
+        """Seconds per image in full precision over those of the quantized model."""
+        full, quantized = self.rows
+        return full.seconds_per_image / quantized.seconds_per_image
+
+    @property
+    def psnr(self) -> torch.Tensor:
+        """Of each quantized image to the one of full precision, in dB."""
+        full, quantized = self.rows
+        return psnr(quantized.images, full.images)
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -59,30 +80,27 @@ def module_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def _sample(pipe: Any, settings: GenerateSettings, progress: Callable[[int], None]) -> tuple[torch.Tensor, float]:
-    """All images of one model, and the seconds they took, decoding included."""
-    images = []
-    # one step outside the clock: compilation and the loading of kernels belong to no image
-    warm_up = GenerateSettings(settings.class_labels[:BATCH_SIZE], 1, settings.guidance_scale, settings.scheduler)
-    _sample_batch(pipe, warm_up, 0, lambda done: None)
-    started = time.perf_counter()
+def _sample(pipe: Any, settings: GenerateSettings, row: Row, progress: Callable[[int], None]) -> None:
+    """Add all images of one model to ``row``, decoding included in the clock."""
+
+    def batch(first: int, steps: int, progress: Callable[[int], None]) -> torch.Tensor:
+        labels = settings.class_labels[first : first + BATCH_SIZE]
+        latents = sample_latents(
+            pipe.transformer,
+            make_scheduler(settings.scheduler, pipe.scheduler.config),
+            labels,
+            num_inference_steps=steps,
+            guidance_scale=settings.guidance_scale,
+            seeds=[settings.seed + first + index for index in range(len(labels))],
+            callback=lambda step, timestep, latents: progress(len(labels)),
+        )
+        return decode_latents(pipe.vae, latents)
+
+    batch(0, 1, lambda done: None)  # outside the clock: compilation and the loading of kernels belong to no image
     for first in range(0, len(settings.class_labels), BATCH_SIZE):
-        images.append(_sample_batch(pipe, settings, first, progress))
-    return torch.cat(images), time.perf_counter() - started
-
-
-def _sample_batch(pipe: Any, settings: GenerateSettings, first: int, progress: Callable[[int], None]) -> torch.Tensor:
-    labels = settings.class_labels[first : first + BATCH_SIZE]
-    latents = sample_latents(
-        pipe.transformer,
-        make_scheduler(settings.scheduler, pipe.scheduler.config),
-        labels,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        seeds=[settings.seed + first + index for index in range(len(labels))],
-        callback=lambda step, timestep, latents: progress(len(labels)),
-    )
-    return decode_latents(pipe.vae, latents)
+        started = time.perf_counter()
+        row.batches.append(batch(first, settings.num_inference_steps, progress))
+        row.seconds += time.perf_counter() - started
 
 
 def generate(
@@ -94,23 +112,23 @@ def generate(
     """Sample in full precision, quantize ``pipe.transformer`` in place, attach the cache, sample the same noise again.
 
     Args:
-        result: receives each row when it is finished, so that an interrupted run keeps the first.
+        result: receives rows and images as they are finished, so that an interrupted run keeps them.
         progress: called as ``progress(row name, images denoised by one step)``.
     """
-    name = "FP"
-    images, seconds = _sample(pipe, settings, lambda done: progress("FP", done))
-    result.rows.append(Row(name, images, seconds, module_bytes(pipe.transformer)))
+    full = Row("FP", module_bytes(pipe.transformer))
+    result.rows.append(full)
+    _sample(pipe, settings, full, lambda done: progress(full.name, done))
 
     config = settings.config
     quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns)
+    quantized = Row(quantized_name(settings), module_bytes(pipe.transformer))
+    result.rows.append(quantized)
+    result.report = quantization_report(pipe.transformer)
     apply_cache_to_dit(pipe.transformer, settings.cache_interval)
-    name = quantized_name(settings)
     try:
-        images, seconds = _sample(pipe, settings, lambda done: progress(name, done))
+        _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done))
     finally:
         remove_cache(pipe.transformer)
-    result.rows.append(Row(name, images, seconds, module_bytes(pipe.transformer)))
-    result.report = quantization_report(pipe.transformer)
 
 
 def quantized_name(settings: GenerateSettings) -> str:
@@ -119,29 +137,29 @@ def quantized_name(settings: GenerateSettings) -> str:
 
 
 def comparison_record(result: Comparison, settings: GenerateSettings, device: str, dtype: str) -> dict[str, Any]:
-    """The comparison as a measured result (:mod:`qandc.results`)."""
-    full, quantized = result.rows
+    """The finished comparison as a measured result (:mod:`qandc.results`)."""
     assert result.report is not None
-    decibel = psnr(quantized.images, full.images)
-    rows = [
+    full, quantized = (
         {
             "name": row.name,
             "images": len(row.images),
-            "seconds_per_image": row.seconds / len(row.images),
-            "speed_ratio": full.seconds / row.seconds,
+            "seconds_per_image": row.seconds_per_image,
             "transformer_bytes": row.transformer_bytes,
         }
         for row in result.rows
-    ]
-    rows[1] |= {
-        "psnr_mean": float(decibel.mean()),
-        "psnr_min": float(decibel.min()),
-        "layers_quantized": len(result.report.quantized),
-        "quantized_bytes_before": sum(layer.bytes_before for layer in result.report.quantized),
-        "quantized_bytes_after": sum(layer.bytes_after for layer in result.report.quantized),
-        "kernel": result.report.quantized[0].kernel,
+    )
+    layers = result.report.quantized
+    quantized |= {
+        "speed_ratio": result.speed_ratio,
+        "psnr_mean": float(result.psnr.mean()),
+        "psnr_min": float(result.psnr.min()),
+        "layers_quantized": len(layers),
+        "quantized_bytes_before": sum(layer.bytes_before for layer in layers),
+        "quantized_bytes_after": sum(layer.bytes_after for layer in layers),
+        "kernel": layers[0].kernel,
     }
-    return {**result_header({**asdict(settings), "device": device, "dtype": dtype}), "rows": rows, "goals": []}
+    header = result_header({**asdict(settings), "device": device, "dtype": dtype})
+    return {**header, "rows": [full, quantized], "goals": []}
 
 
 def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) -> Image.Image:
@@ -161,6 +179,7 @@ def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) ->
     canvas = Image.new("RGB", canvas_size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(column_names):
+        name = " ".join(name.split())
         while name and measure.textlength(name, small) > cell_w:
             name = name[:-1]
         draw.text((left + column * (cell_w + gap) + cell_w / 2, top / 2), name, "black", small, anchor="mm")

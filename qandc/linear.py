@@ -14,12 +14,17 @@ from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tens
 
 __all__ = ["QuantLinear"]
 
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_IN_FEATURES = 65535
 FP32_BUFFERS = ("weight_scale", "act_scale")
-STATIC_BUFFERS = ("act_scale", "act_zero_point")
+STATIC_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32}
 
 
 class QuantLinear(nn.Module):
     """``y = dequantize(quantize(x) · qweightᵀ) + bias``, for inference.
+
+    The output has the dtype of the input, or under autocast that of autocast, as with ``nn.Linear``. It carries no
+    gradient.
 
     Until static ranges are set (:func:`qandc.calibrate`) each input row is quantized with its own scale, found on the
     way (dynamic, per token). Afterwards one scale and zero point serve all inputs (static, per tensor). On a GPU
@@ -31,12 +36,15 @@ class QuantLinear(nn.Module):
         weight_sum: ``[N] int32``, ``Σ_k q``: what a zero point is multiplied with.
         act_scale: 0-d float32, or None while dynamic.
         act_zero_point: 0-d int32, or None while dynamic or if symmetric.
+        bits: ``[2] uint8``, w_bits and a_bits; a state dict made with others is refused.
         bias: ``[N]`` parameter or None.
     """
 
     qweight: torch.Tensor
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
+    bits: torch.Tensor
+    weight_dtype_holder: torch.Tensor
     act_scale: torch.Tensor | None
     act_zero_point: torch.Tensor | None
 
@@ -53,7 +61,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_bits(w_bits, a_bits)
-        check_in_features(in_features, w_bits)
+        check_layer("this layer", in_features, dtype or torch.get_default_dtype(), w_bits)
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.a_bits = w_bits, a_bits
         self.original_bytes = 0  # of the weight this layer was made from
@@ -62,6 +70,9 @@ class QuantLinear(nn.Module):
         self.register_buffer("qweight", torch.zeros(shape, dtype=qdtype, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         self.register_buffer("weight_sum", torch.zeros(out_features, dtype=torch.int32, device=device))
+        self.register_buffer("bits", torch.tensor([w_bits, a_bits], dtype=torch.uint8, device=device))
+        # empty; .to(dtype) changes it as it would have changed the weight
+        self.register_buffer("weight_dtype_holder", torch.zeros(0, device=device, dtype=dtype), persistent=False)
         self.register_buffer("act_scale", None)
         self.register_buffer("act_zero_point", None)
         if bias:
@@ -75,7 +86,7 @@ class QuantLinear(nn.Module):
         """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
 
         Raises:
-            ConfigError: unknown bits, or 4 bits with an odd ``in_features``.
+            ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
             DataError: the weight or bias holds NaN or inf.
         """
         weight, bias = linear.weight, linear.bias
@@ -107,9 +118,9 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight ``[N, K]``, computed anew at each access, in the dtype of the bias."""
+        """The dequantized weight ``[N, K]``, computed anew at each access, in the dtype the weight would have."""
         q = unpack_int4(self.qweight) if self.w_bits == 4 else self.qweight
-        return (q * self.weight_scale[:, None]).to(torch.float32 if self.bias is None else self.bias.dtype)
+        return (q * self.weight_scale[:, None]).to(self.weight_dtype_holder.dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -117,23 +128,39 @@ class QuantLinear(nn.Module):
         return sum(t.numel() * t.element_size() for t in (self.qweight, self.weight_scale, self.weight_sum))
 
     def set_static_range(self, scale: torch.Tensor | None, zero_point: torch.Tensor | None = None) -> None:
-        """Quantize all inputs with this scale (0-d float32) and zero point (0-d int32); None goes back to dynamic.
+        """Quantize all inputs with this scale (0-d float) and zero point (0-d integer); None goes back to dynamic.
 
         Raises:
-            DataError: the scale is not a finite number > 0.
+            DataError: the scale is not a finite number > 0, or the zero point not an integer of a_bits bits.
         """
-        if scale is not None and not (torch.isfinite(scale).all() and (scale > 0).all()):
-            raise DataError(f"act_scale must be a finite number > 0; got {scale.tolist()}")
         device = self.qweight.device
-        self.act_scale = None if scale is None else scale.to(device, torch.float32)
-        self.act_zero_point = None if zero_point is None else zero_point.to(device, torch.int32)
+        if scale is None:
+            if zero_point is not None:
+                raise DataError("a zero point needs a scale; give both, or None for dynamic ranges")
+            self.act_scale = self.act_zero_point = None
+            return
+        if not (scale.ndim == 0 and scale.is_floating_point() and torch.isfinite(scale) and scale > 0):
+            raise DataError(f"act_scale must be one finite number > 0 (a 0-d float tensor); got {scale.tolist()}")
+        if zero_point is not None:
+            limit = 1 << self.a_bits - 1
+            whole = zero_point.ndim == 0 and not zero_point.is_floating_point()
+            if not (whole and -limit <= int(zero_point) < limit):
+                raise DataError(
+                    f"act_zero_point must be one integer from {-limit} to {limit - 1} (a 0-d integer tensor); "
+                    f"got {zero_point.tolist()}"
+                )
+            zero_point = zero_point.detach().to(device, torch.int32, copy=True)
+        self.act_scale = scale.detach().to(device, torch.float32, copy=True)
+        self.act_zero_point = zero_point
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of the same dtype."""
+        device_type = input.device.type
+        autocast = torch.is_autocast_enabled(device_type)
         if self.act_scale is None:
-            xq, x_scale = quantize_per_token(x, self.a_bits)
+            xq, x_scale = quantize_per_token(input, self.a_bits)
         else:
-            xq = quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
+            xq = quantize_per_tensor(input, self.act_scale, self.act_zero_point, self.a_bits)
             x_scale = self.act_scale
         linear = int4_linear if self.w_bits == 4 else int8_linear
         return linear(
@@ -144,7 +171,7 @@ class QuantLinear(nn.Module):
             self.bias,
             self.act_zero_point,
             self.weight_sum,
-            out_dtype=x.dtype,
+            out_dtype=torch.get_autocast_dtype(device_type) if autocast else input.dtype,
         )
 
     def extra_repr(self) -> str:
@@ -164,22 +191,39 @@ class QuantLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # static ranges exist in one state and not in the other: take over which
-        for name in STATIC_BUFFERS:
-            value = state_dict.get(prefix + name)
-            if value is None:
-                setattr(self, name, None)
-            elif getattr(self, name) is None:
-                setattr(self, name, torch.empty_like(value, device=self.qweight.device))
+        if prefix + "qweight" in state_dict:
+            # static ranges may exist in one state and not in the other: take over which
+            for name, dtype in STATIC_BUFFERS.items():
+                if prefix + name not in state_dict:
+                    setattr(self, name, None)
+                elif getattr(self, name) is None:
+                    setattr(self, name, torch.zeros((), dtype=dtype, device=self.qweight.device))
+        error_msgs: list[str] = args[-1] if args else kwargs["error_msgs"]
+        bits = state_dict.get(prefix + "bits")
+        if bits is not None and not bits.is_meta and bits.tolist() != [self.w_bits, self.a_bits]:
+            theirs = "W{}A{}".format(*bits.tolist())
+            name = prefix.removesuffix(".") or "this layer"
+            error_msgs.append(
+                f"{name} is W{self.w_bits}A{self.a_bits}, the state dict is {theirs}; quantize it with those"
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def check_in_features(in_features: int, w_bits: int, name: str = "this layer") -> None:
-    """Refuse widths that cannot be packed."""
+def check_layer(name: str, in_features: int, dtype: torch.dtype, w_bits: int) -> None:
+    """Refuse layers that no kernel can run."""
+    if dtype not in WEIGHT_DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in WEIGHT_DTYPES)
+        raise ConfigError(f"{name} is {str(dtype).removeprefix('torch.')}; allowed are {allowed} (convert the model)")
+    if in_features > LARGEST_IN_FEATURES:
+        raise ConfigError(
+            f"{name} has in_features {in_features}; int32 accumulators are exact up to {LARGEST_IN_FEATURES} "
+            "(skip it with skip_patterns)"
+        )
     if w_bits == 4 and in_features % 2:
         raise ConfigError(
-            f"int4 weights are packed in pairs and need an even in_features; got {in_features} "
-            f"(skip {name} with skip_patterns, or use w_bits=8)"
+            f"int4 weights are packed in pairs and need an even in_features; {name} has {in_features} "
+            "(skip it with skip_patterns, or use w_bits=8)"
         )
 
 

@@ -101,7 +101,7 @@ class FeatureStatistics:
             raise DataError(f"feature statistics need [N >= 2, D] features; got shape {tuple(array.shape)}")
         if not np.isfinite(array).all():
             raise DataError("features contain NaN or inf; check the images they were computed from")
-        return cls(array.mean(0), np.cov(array, rowvar=False), len(array))
+        return cls(array.mean(0), np.atleast_2d(np.cov(array, rowvar=False)), len(array))
 
     def save(self, path: str | Path) -> None:
         """Write ``mean``, ``covariance`` and ``count`` to an ``.npz`` file."""

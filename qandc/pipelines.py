@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qandc.errors import ConfigError, DeviceError, ModelError
+from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
 
 __all__ = ["DTYPES", "class_names", "fashion_dit_path", "load_pipeline", "resolve_device", "resolve_dtype"]
 
@@ -36,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise ConfigError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -68,16 +68,23 @@ def load_pipeline(
 
     Raises:
         ModelError: the directory is missing or not a DiT pipeline, or the hub did not deliver.
+        DataError: a weight is NaN or infinite.
     """
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
     source = str(fashion_dit_path() if model is None else model)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a null byte
+        raise ModelError(f"model {textwrap.shorten(repr(source), 80)} is no usable path: {error}") from None
+    if not source:
+        raise ModelError("the model name is empty; give a pipeline directory or a hub id (owner/name)")
+    if is_directory:
         if not (path / "model_index.json").is_file():
             raise ModelError(f"{source} is not a diffusers pipeline: it has no model_index.json")
         source = str(path)
-    elif path.exists():
+    elif exists:
         raise ModelError(f"{source} is a file; give the directory of a diffusers pipeline")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ModelError(
@@ -85,9 +92,17 @@ def load_pipeline(
         )
     try:
         pipe: Any = DiTPipeline.from_pretrained(source)
+        transformer = pipe.transformer
+        if not isinstance(transformer, DiTTransformer2DModel):
+            raise ModelError(f"model {source!r} is not a DiT pipeline: its transformer is {type(transformer).__name__}")
+        _check_weights(source, pipe)
+        torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own .to() warns of layers that DiT does not have
+        return pipe.to(device)
+    except QandCError:
+        raise
     except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
         logger.debug("loading %s failed", source, exc_info=True)
-        if path.is_dir():
+        if is_directory:
             where, what_to_do = "is damaged or not a DiT pipeline", "compare it with a fresh copy"
         else:
             where, what_to_do = (
@@ -96,11 +111,24 @@ def load_pipeline(
             )
         cause = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         raise ModelError(f"model {source!r} {where}; {what_to_do} ({cause})") from error
-    transformer = pipe.transformer
-    if not isinstance(transformer, DiTTransformer2DModel):
-        raise ModelError(f"model {source!r} is not a DiT pipeline: its transformer is {type(transformer).__name__}")
-    torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own .to() warns of layers that DiT does not have
-    return pipe.to(device)
+
+
+def _check_weights(source: str, pipe: Any) -> None:
+    """Refuse a pipeline whose parts do not fit together, miss weights, or hold NaN or inf."""
+    latents, channels = pipe.vae.config.latent_channels, pipe.vae.config.out_channels
+    if latents != pipe.transformer.config.in_channels:
+        raise ModelError(
+            f"model {source!r} does not fit together: the autoencoder has {latents} latent channels, the transformer "
+            f"{pipe.transformer.config.in_channels}"
+        )
+    if channels not in (1, 3):
+        raise ModelError(f"model {source!r} decodes to {channels} channels; pictures need 1 or 3")
+    for part in ("transformer", "vae"):
+        for name, tensor in getattr(pipe, part).named_parameters():
+            if tensor.is_meta:
+                raise ModelError(f"model {source!r} has no weight for {part}.{name}; compare it with a fresh copy")
+            if not torch.isfinite(tensor).all():
+                raise DataError(f"model {source!r}: {part}.{name} holds NaN or inf; compare it with a fresh copy")
 
 
 def class_names(pipe: Any) -> dict[int, str]:

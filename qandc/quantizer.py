@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from qandc.errors import ConfigError, DataError
+from qandc_kernels.reference import SMALLEST_AMAX
 
 __all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight"]
 
 W_BITS = (4, 8)
 A_BITS = (4, 5, 6, 7, 8)
-# a channel of zeros still needs a positive scale
-SMALLEST_AMAX = 1e-10
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         check_bits(self.w_bits, self.a_bits)
-        if isinstance(self.skip_patterns, str) or not all(isinstance(p, str) and p for p in self.skip_patterns):
+        patterns = self.skip_patterns
+        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) and p for p in patterns):
             raise ConfigError(
-                f"skip_patterns must be a list of non-empty strings, e.g. ['pos_embed', 'norm']; "
-                f"got {self.skip_patterns!r}"
+                f"skip_patterns must be a list of non-empty strings, e.g. ['pos_embed', 'norm']; got {patterns!r}"
             )
-        object.__setattr__(self, "skip_patterns", tuple(self.skip_patterns))
+        object.__setattr__(self, "skip_patterns", tuple(patterns))
 
     @property
     def scheme(self) -> str:
@@ -57,9 +56,9 @@ class QuantConfig:
 
 def check_bits(w_bits: int, a_bits: int) -> None:
     """Refuse bit widths that no kernel runs."""
-    if w_bits not in W_BITS:
+    if type(w_bits) is not int or w_bits not in W_BITS:
         raise ConfigError(f"w_bits is {w_bits!r}; allowed are {' and '.join(map(str, W_BITS))}")
-    if a_bits not in A_BITS:
+    if type(a_bits) is not int or a_bits not in A_BITS:
         raise ConfigError(f"a_bits is {a_bits!r}; allowed are {', '.join(map(str, A_BITS))}")
 
 
@@ -95,7 +94,7 @@ def activation_parameters(
         ``scale`` 0-d float32, ``zero_point`` 0-d int32 or None.
 
     Raises:
-        DataError: a bound is NaN or infinite, or minimum > maximum.
+        DataError: a bound or the scale is NaN or infinite, or minimum > maximum.
     """
     low, high = minimum.to(torch.float32), maximum.to(torch.float32)
     if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -107,4 +106,6 @@ def activation_parameters(
         return torch.maximum(low.abs(), high.abs()).clamp(min=SMALLEST_AMAX) / qmax, None
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low).clamp(min=SMALLEST_AMAX) / (qmax - qmin)
+    if not torch.isfinite(scale):
+        raise DataError(f"activation range [{float(low)}, {float(high)}] is wider than float32 can hold")
     return scale, (qmin - low / scale).round().to(torch.int32)

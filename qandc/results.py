@@ -40,10 +40,12 @@ def _commit() -> str | None:
     """The commit of this source tree, ``-dirty`` behind it if files differ; the variable QANDC_COMMIT wins."""
     if "QANDC_COMMIT" in os.environ:
         return os.environ["QANDC_COMMIT"]
-    here = Path(__file__).parent
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed: a repository further up is somebody else's
+        return None
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

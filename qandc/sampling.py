@@ -8,14 +8,17 @@ models given the same seeds see the same noise.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from qandc.errors import ConfigError
+from qandc.errors import ConfigError, DataError
 
 __all__ = ["SCHEDULERS", "decode_latents", "make_scheduler", "sample_latents"]
+
+logger = logging.getLogger(__name__)
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
 
@@ -26,16 +29,29 @@ def make_scheduler(name: str, config: Any) -> Any:
 
     if name not in SCHEDULERS:
         raise ConfigError(f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    changes = {}
+    if str(config.get("variance_type", "")).startswith("learned"):
+        # needs a predicted variance, which the loop below does not use
+        changes["variance_type"] = "fixed_small"
+        logger.info("variance_type %s is replaced by fixed_small", config["variance_type"])
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **changes)
 
 
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Refuse class ids outside ``0 .. num_classes - 1`` and an empty list."""
-    if not labels:
+def check_sampling(
+    transformer: Any, scheduler: Any, class_labels: Sequence[int], num_inference_steps: int, guidance_scale: float
+) -> None:
+    """Refuse what :func:`sample_latents` cannot sample, before any work."""
+    if not class_labels:
         raise ConfigError("no class ids given; give at least one")
-    for label in labels:
+    num_classes = transformer.config.num_embeds_ada_norm
+    for label in class_labels:
         if not 0 <= label < num_classes:
             raise ConfigError(f"class id {label} is out of range; this model knows 0 to {num_classes - 1}")
+    limit = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= limit:
+        raise ConfigError(f"num_inference_steps is {num_inference_steps}; this scheduler allows 1 to {limit}")
+    if not 0 <= guidance_scale < float("inf"):
+        raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number >= 0 (1 turns guidance off)")
 
 
 @torch.inference_mode()
@@ -65,20 +81,14 @@ def sample_latents(
 
     Raises:
         ConfigError: a setting is outside the range above, or the lengths of labels and seeds differ.
+        DataError: the latents came out NaN or infinite.
     """
-    config = transformer.config
-    check_labels(class_labels, config.num_embeds_ada_norm)
+    check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
     if len(seeds) != len(class_labels):
         raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
-    limit = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= limit:
-        raise ConfigError(f"num_inference_steps is {num_inference_steps}; this scheduler allows 1 to {limit}")
-    if not 0 <= guidance_scale < float("inf"):
-        raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number >= 0 (1 turns guidance off)")
-
     from diffusers.utils.torch_utils import randn_tensor
 
-    device, dtype = transformer.device, transformer.dtype
+    config, device, dtype = transformer.config, transformer.device, transformer.dtype
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     step_kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
@@ -104,6 +114,11 @@ def sample_latents(
         latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **step_kwargs)[0]
         if callback is not None:
             callback(step, int(timestep), latents)
+    if not torch.isfinite(latents).all():
+        raise DataError(
+            f"the latents hold NaN or inf after {num_inference_steps} steps with guidance_scale {guidance_scale} in "
+            f"{str(dtype).removeprefix('torch.')}; try a lower guidance_scale or another dtype, and check the weights"
+        )
     return latents
 
 

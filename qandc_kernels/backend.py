@@ -28,8 +28,8 @@ def _select(device: torch.device) -> Backend:
     if device.type != "cuda":
         return Backend("reference", f"plain torch: the kernels need a CUDA device, this is {device.type}")
     if torch.version.hip is not None:
-        return Backend("reference", "the kernels are written for NVIDIA GPUs; this is ROCm")
-    if importlib.util.find_spec("triton") is None:
+        chosen = Backend("reference", "the kernels are written for NVIDIA GPUs, this is ROCm")
+    elif importlib.util.find_spec("triton") is None:
         chosen = Backend("reference", "Triton is not installed (pip install triton)")
     else:
         capability = torch.cuda.get_device_capability(device)

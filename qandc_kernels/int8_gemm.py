@@ -105,7 +105,7 @@ def int8_gemm_triton(
         return out
     if tile is None:
         capability = torch.cuda.get_device_capability(xq.device) if xq.is_cuda else (9, 0)
-        tile = int8_gemm_tile(m, n, k, capability)
+        tile = int8_gemm_tile(m, n, capability)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     _int8_gemm_kernel[grid](
         xq, wq, out,

@@ -1,4 +1,7 @@
-"""The public ops: argument checks, torch.library schemas, fake implementations, choice of Triton or reference."""
+"""The public ops: argument checks, torch.library schemas, fake implementations, choice of Triton or reference.
+
+All are for inference: results carry no gradient.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from qandc_kernels.packing import unpack_int4
 __all__ = ["int4_linear", "int8_linear", "int8_matmul", "quantize_per_tensor", "quantize_per_token"]
 
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# |acc| <= 2 · K · 128 · 128 with the zero-point term: int32 holds it up to here
+# |acc| <= 2 · K · 128 · 128 with the term of a zero point within int8: int32 holds it up to here
 LARGEST_K = 65535
 
 
@@ -23,8 +26,9 @@ def _use_triton(x: torch.Tensor) -> bool:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``[..., K]`` as ``[M, K]``; a view where strides allow."""
-    return x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    """``[..., K]`` as ``[M, K]``; a view where strides allow and the kernels' int32 offsets along K suffice."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x.contiguous() if x.shape[-1] * x.stride(-1) >= 2**31 else x
 
 
 # --- quantization -----------------------------------------------------------------------------------------------------
@@ -37,7 +41,8 @@ def _quantize_per_tensor(
         return reference.quantize_per_tensor(x, scale, zero_point, bits)
     from qandc_kernels.quantize import quantize_per_tensor_triton
 
-    return quantize_per_tensor_triton(_rows(x), scale, zero_point, bits).view(x.shape)
+    with torch.cuda.device(x.device):
+        return quantize_per_tensor_triton(_rows(x), scale, zero_point, bits).view(x.shape)
 
 
 def _quantize_per_tensor_fake(
@@ -51,7 +56,8 @@ def _quantize_per_token(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
         return reference.quantize_per_token(x, bits)
     from qandc_kernels.quantize import quantize_per_token_triton
 
-    q, scale = quantize_per_token_triton(_rows(x), bits)
+    with torch.cuda.device(x.device):
+        q, scale = quantize_per_token_triton(_rows(x), bits)
     return q.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -67,7 +73,8 @@ def _int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
         return reference.int8_matmul(xq, wq)
     from qandc_kernels.int8_gemm import int8_gemm_triton
 
-    return int8_gemm_triton(_rows(xq), wq).view(*xq.shape[:-1], wq.shape[0])
+    with torch.cuda.device(xq.device):
+        return int8_gemm_triton(_rows(xq), _rows(wq)).view(*xq.shape[:-1], wq.shape[0])
 
 
 def _int8_matmul_fake(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
@@ -90,16 +97,17 @@ def _int8_linear(
 
     if x_zero_point is not None and w_sum is None:
         w_sum = wq.sum(1, dtype=torch.int32)
-    out = int8_gemm_triton(
-        _rows(xq),
-        wq,
-        x_scale if x_scale.ndim == 0 else x_scale.reshape(-1).contiguous(),
-        w_scale.contiguous(),
-        None if bias is None else bias.contiguous(),
-        x_zero_point,
-        None if w_sum is None else w_sum.contiguous(),
-        out_dtype,
-    )
+    with torch.cuda.device(xq.device):
+        out = int8_gemm_triton(
+            _rows(xq),
+            _rows(wq),
+            x_scale if x_scale.ndim == 0 else x_scale.reshape(-1).contiguous(),
+            w_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
+            x_zero_point,
+            None if w_sum is None else w_sum.contiguous(),
+            out_dtype,
+        )
     return out.view(*xq.shape[:-1], wq.shape[0])
 
 
@@ -151,10 +159,13 @@ _OPS: list[tuple[str, str, Callable[..., Any], Callable[..., Any]]] = [
     ("int8_linear", _LINEAR_SCHEMA, _int8_linear, _linear_fake),
     ("int4_linear", _LINEAR_SCHEMA, _int4_linear, _linear_fake),
 ]
+_LIBRARY = torch.library.Library("qandc", "FRAGMENT")  # kept: its registrations end with it
 for _name, _schema, _implementation, _fake in _OPS:
     torch.library.define(f"qandc::{_name}", _schema)
-    torch.library.impl(f"qandc::{_name}", ("CPU", "CUDA"), _implementation)
+    torch.library.impl(f"qandc::{_name}", "default", _implementation)
     torch.library.register_fake(f"qandc::{_name}", _fake)
+    # without this torch would mark results as differentiable and give zeros in the backward pass
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------
@@ -168,7 +179,7 @@ def _check_tensor(
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be {allowed}; got {str(tensor.dtype).removeprefix('torch.')}")
-    if shapes and tuple(tensor.shape) not in shapes:
+    if shapes and not any(tensor.shape == shape for shape in shapes):
         allowed = " or ".join(str(tuple(s)) for s in shapes)
         raise ValueError(f"{op}: {name} must have shape {allowed}; got {tuple(tensor.shape)}")
 
@@ -181,8 +192,16 @@ def _check_devices(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def _check_bits(op: str, bits: int) -> None:
-    if bits not in range(2, 9):
-        raise ValueError(f"{op}: bits must be 2 to 8; got {bits}")
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"{op}: bits must be an integer from 2 to 8; got {bits!r}")
+
+
+def _check_activations(op: str, x: torch.Tensor) -> None:
+    _check_tensor(op, "x", x, OUT_DTYPES)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x must have at least one dimension")
+    if x.shape[-1] > LARGEST_K:
+        raise ValueError(f"{op}: the last dimension of x is {x.shape[-1]}; allowed are up to {LARGEST_K}")
 
 
 def _check_linear(
@@ -199,8 +218,8 @@ def _check_linear(
     out_dtype: torch.dtype,
 ) -> None:
     _check_product(op, xq, weight, weight_dtype, values_per_byte)
-    n, rows = weight.shape[0], tuple(xq.shape[:-1])
-    _check_tensor(op, "x_scale", x_scale, (torch.float32,), ((), rows, (xq.numel() // max(xq.shape[-1], 1),)))
+    n = weight.shape[0]
+    _check_tensor(op, "x_scale", x_scale, (torch.float32,), ((), xq.shape[:-1]))
     _check_tensor(op, "w_scale", w_scale, (torch.float32,), ((n,),))
     if bias is not None:
         _check_tensor(op, "bias", bias, OUT_DTYPES, ((n,),))
@@ -219,12 +238,12 @@ def _check_product(
     op: str, xq: torch.Tensor, weight: torch.Tensor, weight_dtype: torch.dtype, values_per_byte: int
 ) -> None:
     _check_tensor(op, "xq", xq, (torch.int8,))
-    _check_tensor(op, "weight", weight, (weight_dtype,))
+    name = "wq_packed" if values_per_byte == 2 else "wq"
+    _check_tensor(op, name, weight, (weight_dtype,))
     if xq.ndim == 0 or weight.ndim != 2 or xq.shape[-1] != weight.shape[1] * values_per_byte:
-        packed = " (two values per byte)" if values_per_byte == 2 else ""
+        allowed = "[N, K/2]" if values_per_byte == 2 else "[N, K]"
         raise ValueError(
-            f"{op}: xq [..., K] and weight [N, K]{packed} must agree in K; got {tuple(xq.shape)} and "
-            f"{tuple(weight.shape)}"
+            f"{op}: xq [..., K] and {name} {allowed} must agree in K; got {tuple(xq.shape)} and {tuple(weight.shape)}"
         )
     if xq.shape[-1] > LARGEST_K:
         raise ValueError(f"{op}: K is {xq.shape[-1]}; int32 accumulators are exact up to K = {LARGEST_K}")
@@ -242,9 +261,9 @@ def quantize_per_tensor(
     Rounding is half to even. NaN becomes the zero point; infinities saturate.
 
     Args:
-        x: ``[..., K]`` float16, bfloat16 or float32, any strides.
+        x: ``[..., K]`` float16, bfloat16 or float32, any strides, K <= 65535.
         scale: 0-d float32 tensor on the device of ``x``, > 0. Read on the device: no synchronization.
-        zero_point: 0-d int32 tensor, or None for symmetric quantization.
+        zero_point: 0-d int32 tensor within -2^(b-1)..2^(b-1) - 1, or None for symmetric quantization.
         bits: 2 to 8; fewer than 8 still fill an int8 tensor.
 
     Returns:
@@ -254,9 +273,7 @@ def quantize_per_tensor(
         TypeError, ValueError: a dtype, shape, device or bit width is not one of the above.
     """
     op = "quantize_per_tensor"
-    _check_tensor(op, "x", x, OUT_DTYPES)
-    if x.ndim == 0:
-        raise ValueError(f"{op}: x must have at least one dimension")
+    _check_activations(op, x)
     _check_tensor(op, "scale", scale, (torch.float32,), ((),))
     if zero_point is not None:
         _check_tensor(op, "zero_point", zero_point, (torch.int32,), ((),))
@@ -269,19 +286,18 @@ def quantize_per_token(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, to
     """Quantize each row with its own scale: ``s = max_k |x_k| / qmax``, ``q = round(x · (1/s))``, qmax = 2^(b-1) - 1.
 
     Args:
-        x: ``[..., K]`` float16, bfloat16 or float32, finite, any strides.
+        x: ``[..., K]`` float16, bfloat16 or float32, any strides, K <= 65535.
         bits: 2 to 8.
 
     Returns:
-        ``q [..., K] int8`` and ``scale [...] float32``. A row of zeros gets zeros and a tiny positive scale.
+        ``q [..., K] int8`` and ``scale [...] float32``. A row of zeros gets zeros and a tiny positive scale, a
+        row with NaN the scale NaN.
 
     Raises:
         TypeError, ValueError: a dtype, shape or bit width is not one of the above.
     """
     op = "quantize_per_token"
-    _check_tensor(op, "x", x, OUT_DTYPES)
-    if x.ndim == 0:
-        raise ValueError(f"{op}: x must have at least one dimension")
+    _check_activations(op, x)
     _check_bits(op, bits)
     return torch.ops.qandc.quantize_per_token(x, bits)
 
@@ -325,7 +341,7 @@ def int8_linear(
         x_scale: float32, 0-d (per tensor) or ``[...]`` (per token).
         w_scale: ``[N] float32``, per output channel.
         bias: ``[N]`` float16, bfloat16 or float32.
-        x_zero_point: 0-d int32, per tensor.
+        x_zero_point: 0-d int32 in -128..127, per tensor.
         w_sum: ``[N] int32``, ``wq.sum(1)``; computed here if a zero point is given without it.
         out_dtype: float16, bfloat16 or float32.
 

@@ -24,8 +24,8 @@ def pack_int4(q: torch.Tensor) -> torch.Tensor:
         TypeError: ``q`` is not int8.
         ValueError: K is odd, or a value is outside -8 to 7.
     """
-    if q.dtype != torch.int8:
-        raise TypeError(f"pack_int4 takes int8 values; got {q.dtype}")
+    if not isinstance(q, torch.Tensor) or q.dtype != torch.int8:
+        raise TypeError(f"pack_int4 takes an int8 tensor; got {getattr(q, 'dtype', type(q).__name__)}")
     if q.ndim == 0 or q.shape[-1] % 2:
         raise ValueError(f"pack_int4 needs an even last dimension; got shape {tuple(q.shape)}")
     if q.numel() and not q.is_meta and (q.min() < -8 or q.max() > 7):
@@ -40,8 +40,8 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: ``packed`` is not uint8.
     """
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"unpack_int4 takes uint8 bytes; got {packed.dtype}")
+    if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8:
+        raise TypeError(f"unpack_int4 takes a uint8 tensor; got {getattr(packed, 'dtype', type(packed).__name__)}")
     signed = packed.view(torch.int8)
     # an arithmetic shift right by 4 extends the sign of the high nibble; the low one is moved up first
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)

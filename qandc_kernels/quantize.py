@@ -66,7 +66,10 @@ def _quantize_per_token_kernel(
     mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
     x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_AMAX) * (1.0 / QMAX)  # [BLOCK_M]
+    # tl.max passes over NaN; a scale of NaN carries it to the output of the product
+    scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
     y = x * tl.div_rn(1.0, scale)[:, None]
+    y = tl.where(y == y, y, 0.0)
     y = _round_half_even(tl.minimum(tl.maximum(y, -QMAX), QMAX))
     tl.store(q_ptr + offs_m[:, None] * K + offs_k[None, :], y.to(tl.int8), mask=mask)
     tl.store(scale_ptr + offs_m, scale, mask=offs_m < M)
@@ -91,7 +94,7 @@ def quantize_per_tensor_triton(
         HAS_ZERO_POINT=zero_point is not None,
         BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=4,
-        enable_fp_fusion=False,  # a fused multiply-add would undo the rounding trick
+        enable_fp_fusion=False,  # rounds as the reference does
     )  # fmt: skip
     return q
 

@@ -1,6 +1,7 @@
 """Plain-torch definition of every op: what the kernels must equal, the CPU path, and a baseline for benchmarks.
 
-The functions carry the names and signatures of the public ops. They check nothing: the public ops do.
+The functions carry the names and signatures of the public ops. They check nothing: the public ops do. Like the kernels
+they are for inference: no result carries a gradient.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from qandc_kernels.packing import unpack_int4
 
 __all__ = ["int4_linear", "int8_linear", "int8_matmul", "quantize_per_tensor", "quantize_per_token"]
 
-# keeps the scale of an all-zero row finite and its reciprocal representable
+# keeps the scale of a row of zeros positive and its reciprocal finite
 SMALLEST_AMAX = 1e-10
 # 1024 products of magnitude <= 128 · 128 sum to 2^24 at most: every partial sum is exact in fp32
 EXACT_CHUNK = 1024
 
 
+@torch.no_grad()
 def quantize_per_tensor(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, bits: int = 8
 ) -> torch.Tensor:
@@ -24,27 +26,35 @@ def quantize_per_tensor(
     qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
     shift = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
     y = torch.nan_to_num(x.to(torch.float32) * (1.0 / scale), nan=0.0)
-    return (y.clamp(qmin - shift, qmax - shift).round() + shift).to(torch.int8)
+    q = y.clamp(qmin - shift, qmax - shift).round() + shift
+    return q.to(torch.int8, memory_format=torch.contiguous_format)
 
 
+@torch.no_grad()
 def quantize_per_token(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """``s = max|x| / qmax`` over the last dimension, ``q = round(x · (1/s))``: int8 ``[..., K]``, float32 ``[...]``."""
+    """``s = max|x| / qmax`` over the last dimension, ``q = round(x · (1/s))``: int8 ``[..., K]``, float32 ``[...]``.
+
+    A row with NaN gets the scale NaN, so that the NaN reaches the output of the product.
+    """
     qmax = (1 << bits - 1) - 1
     y = x.to(torch.float32)
     amax = y.abs().amax(-1) if x.shape[-1] else y.new_zeros(x.shape[:-1])
     scale = amax.clamp(min=SMALLEST_AMAX) * (1.0 / qmax)
-    q = (y * (1.0 / scale)[..., None]).clamp(-qmax, qmax).round()
-    return q.to(torch.int8), scale
+    q = torch.nan_to_num(y * (1.0 / scale)[..., None], nan=0.0).clamp(-qmax, qmax).round()
+    return q.to(torch.int8, memory_format=torch.contiguous_format), scale
 
 
+@torch.no_grad()
 def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     """``acc[..., n] = Σ_k xq[..., k] · wq[n, k]``, exact: int8 ``[..., K]`` and ``[N, K]`` to int32 ``[..., N]``."""
     acc = torch.zeros(*xq.shape[:-1], wq.shape[0], dtype=torch.int32, device=xq.device)
-    for x, w in zip(xq.split(EXACT_CHUNK, -1), wq.split(EXACT_CHUNK, -1), strict=True):
-        acc += torch.matmul(x.to(torch.float32), w.to(torch.float32).t()).to(torch.int32)
+    with torch.autocast(xq.device.type, enabled=False):  # bfloat16 sums would not be exact
+        for x, w in zip(xq.split(EXACT_CHUNK, -1), wq.split(EXACT_CHUNK, -1), strict=True):
+            acc += torch.matmul(x.to(torch.float32), w.to(torch.float32).t()).to(torch.int32)
     return acc
 
 
+@torch.no_grad()
 def int8_linear(
     xq: torch.Tensor,
     wq: torch.Tensor,
@@ -59,8 +69,7 @@ def int8_linear(
     acc = int8_matmul(xq, wq)
     if x_zero_point is not None:
         acc -= x_zero_point * (wq.sum(1, dtype=torch.int32) if w_sum is None else w_sum)
-    rows = x_scale if x_scale.ndim == 0 else x_scale.reshape(*xq.shape[:-1], 1)
-    y = acc.to(torch.float32) * rows * w_scale
+    y = acc.to(torch.float32) * (x_scale if x_scale.ndim == 0 else x_scale[..., None]) * w_scale
     if bias is not None:
         y += bias
     return y.to(out_dtype)

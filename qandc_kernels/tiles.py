@@ -18,8 +18,8 @@ class GemmTile(NamedTuple):
     num_stages: int
 
 
-def int8_gemm_tile(m: int, n: int, k: int, capability: tuple[int, int] = (9, 0)) -> GemmTile:
-    """A good tile for an ``[M, K] x [N, K]`` int8 product on a GPU of this compute capability.
+def int8_gemm_tile(m: int, n: int, capability: tuple[int, int] = (9, 0)) -> GemmTile:
+    """A good tile for an ``[M, K] x [N, K]`` int8 product, any K, on a GPU of this compute capability.
 
     From 33 rows on, blocks are at least 64 rows high, which Hopper's wgmma needs. Few rows mean few blocks: they are
     made narrower, so that all multiprocessors get one. Stages are bounded by shared memory: 227 KB on sm_90 and sm_100,

@@ -203,10 +203,135 @@ def test_a_repeated_run_with_one_labels_tensor_is_new():
         assert torch.equal(actual, wanted)
 
 
-def test_labels_made_anew_every_step_are_never_mixed_and_warned_about(caplog):
-    from qandc.cache import _warn_labels
+def test_a_run_broken_off_is_known_by_its_spacing_even_with_one_labels_tensor():
+    model = apply(make_dit(), 3)
+    labels = LABELS.clone()
+    run(model, 2, labels=labels)  # 900, 880
+    later = inputs(10, seed=3)  # 700
+    with torch.no_grad():
+        actual = model(**later, class_labels=labels).sample
+        assert torch.equal(actual, make_dit()(**later, class_labels=labels).sample)
 
-    _warn_labels.cache_clear()
+
+def test_labels_written_in_place_begin_a_new_run():
+    model = apply(make_dit(), 3)
+    labels = LABELS.clone()
+    run(model, 1, labels=labels)
+    labels[0] = 9
+    with torch.no_grad():
+        actual = model(**inputs(1), class_labels=labels).sample
+        assert torch.equal(actual, make_dit()(**inputs(1), class_labels=labels).sample)
+
+
+def test_a_row_whose_timestep_rises_begins_a_new_run():
+    model = apply(make_dit(), 3)
+    labels = LABELS.clone()
+    run(model, 1, labels=labels)
+    second = {**inputs(1), "timestep": torch.tensor([880, 999, 880, 880])}
+    with torch.no_grad():
+        actual = model(**second, class_labels=labels).sample
+        assert torch.equal(actual, make_dit()(**second, class_labels=labels).sample)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.double().float().half(), lambda x: x[..., :4, :4]], ids=["dtype", "size"]
+)
+def test_latents_of_another_kind_begin_a_new_run(change):
+    cache = apply_cache_to_dit(make_dit(), 3)
+    latents = inputs(0)["hidden_states"]
+    labels = LABELS.clone()
+    for step, x in enumerate((latents, latents, change(latents))):
+        with cache.step(x, torch.tensor([900 - 20 * step]), labels):
+            assert cache.reusing == (step == 1)
+
+
+def test_an_equal_timestep_begins_a_new_run():
+    """One-step runs in a loop that keeps its labels: the safe reading of a repeated timestep."""
+    model = apply(make_dit(), 3)
+    labels = LABELS.clone()
+    run(model, 1, labels=labels)
+    again = inputs(0, seed=4)
+    with torch.no_grad():
+        actual = model(**again, class_labels=labels).sample
+        assert torch.equal(actual, make_dit()(**again, class_labels=labels).sample)
+
+
+def test_ctrl_c_inside_a_block_leaves_nothing_behind():
+    model = apply(make_dit(), 3)
+    labels = LABELS.clone()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run(model, 2, labels=labels)
+    handle = model.proj_out_2.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs(2), class_labels=labels)
+    handle.remove()
+    with torch.no_grad():
+        actual = model(**inputs(3), class_labels=labels).sample
+        assert torch.equal(actual, make_dit()(**inputs(3), class_labels=labels).sample)
+
+
+def test_two_threads_inside_at_once_are_refused():
+    model = apply(make_dit(), 3)
+    model.transformer_blocks[1].ff.register_forward_hook(lambda *_: run(model, 1))
+    with pytest.raises(CacheError, match="two threads"):
+        run(model, 1)
+
+
+def test_a_block_called_alone_computes():
+    model = apply(make_dit(), 3)
+    run(model, 2)
+    x = torch.randn(4, 16, 32)
+    arguments = {"timestep": torch.tensor([5] * 4), "class_labels": LABELS}
+    with torch.no_grad():
+        expected = make_dit().transformer_blocks[0](x, **arguments)
+        assert torch.equal(model.transformer_blocks[0](x, **arguments), expected)
+
+
+def test_gradient_checkpointing_is_refused():
+    model = apply(make_dit(), 3)
+    model.enable_gradient_checkpointing()
+    with pytest.raises(CacheError, match="gradient checkpointing"):
+        model(**inputs(0), class_labels=LABELS)
+    run(model, 2)
+
+
+def test_features_carry_no_gradient():
+    model = apply(make_dit(), 3)
+    model(**inputs(0), class_labels=LABELS)
+    assert not get_cache(model).residual.requires_grad
+
+
+def test_calibration_sees_every_block_and_quantizing_drops_the_features():
+    from qandc import calibrate
+
+    labels = LABELS.clone()
+    batches = [{**inputs(step), "class_labels": labels} for step in range(4)]
+    plain = calibrate(quantize_model(make_dit()), batches)
+    cached = apply(make_dit(), 3)
+    run(cached, 2)
+    quantize_model(cached)
+    assert get_cache(cached).residual is None
+    calibrate(cached, batches)
+    assert torch.equal(
+        cached.transformer_blocks[2].ff.net[2].act_scale, plain.transformer_blocks[2].ff.net[2].act_scale
+    )
+    assert get_cache(cached).compute_steps == 0
+
+
+def test_a_compiled_model_is_unwrapped():
+    model = apply(make_dit(), 3)
+    run(model, 2)
+    compiled = torch.compile(model, backend="eager")
+    reset_all_caches(compiled)
+    assert get_cache(model).compute_steps == 0
+    remove_cache(compiled)
+    assert get_cache(model) is None
+
+
+def test_labels_made_anew_every_step_are_never_mixed_and_warned_about(caplog):
     model = make_dit()
     expected = run(model, 3)
     cache = apply_cache_to_dit(model, 3)

@@ -16,13 +16,57 @@ def model_and_batches():
 
 
 def test_ranges_are_the_extremes_of_all_batches():
+    """The largest value is in the first batch, the smallest in the second."""
     model, batches = model_and_batches()
+    batches[0][0, 0], batches[1][0, 0] = 7.0, -5.0
     assert calibrate(model, iter(batches)) is model
     x = torch.cat(batches)
     scale = (x.max() - x.min()) / 255
     torch.testing.assert_close(model[0].act_scale, scale)
     assert model[0].act_zero_point == (-128 - x.min() / scale).round().int()
-    assert model[2].act_zero_point < -100  # after GELU nearly all levels are above zero
+
+
+def test_range_of_the_input_after_gelu():
+    model, batches = model_and_batches()
+    calibrate(model, batches)
+    assert model[2].act_zero_point < -100  # nearly all levels are above zero
+
+
+def test_layers_called_by_keyword():
+    model, batches = model_and_batches()
+    model.forward = lambda x: model[2](input=model[1](model[0](input=x)))
+    calibrate(model, batches)
+    expected, _ = model_and_batches()
+    calibrate(expected, batches)
+    assert torch.equal(model[2].act_scale, expected[2].act_scale)
+
+
+def test_a_layer_that_saw_zeros_only_stays_dynamic_and_is_logged(caplog):
+    model, _ = model_and_batches()
+    with torch.no_grad():
+        model[0].bias.fill_(1.0)
+    with caplog.at_level("WARNING", "qandc.calibration"):
+        calibrate(model, [torch.zeros(3, 8)])
+    assert model[0].act_scale is None
+    assert model[2].act_scale is not None
+    assert "no range for 1 layers" in caplog.text
+
+
+@pytest.mark.parametrize("batches", [torch.zeros(2, 8), {"input": torch.zeros(2, 8)}], ids=["tensor", "mapping"])
+def test_one_batch_outside_a_list_is_refused(batches):
+    model, _ = model_and_batches()
+    with pytest.raises(DataError, match="put it in a list"):
+        calibrate(model, batches)
+
+
+def test_a_range_too_wide_changes_nothing():
+    model, batches = model_and_batches()
+    calibrate(model, batches)
+    before = [model[0].act_scale.clone(), model[2].act_scale.clone()]
+    batches[0][0, :2] = torch.tensor([-2e38, 2e38])
+    with pytest.raises(DataError, match=r"layer [02]: activation range"):
+        calibrate(model, batches)
+    assert [model[0].act_scale, model[2].act_scale] == before
 
 
 def test_symmetric_ranges_have_no_zero_point():
@@ -72,20 +116,20 @@ def test_layers_that_no_batch_reaches_stay_dynamic():
 def test_bad_data_is_refused_with_the_layer_and_ranges_are_kept(bad):
     model, batches = model_and_batches()
     calibrate(model, batches)
-    before = model[0].act_scale
+    before = model[0].act_scale.clone()
     batches[1][2, 3] = bad
     with pytest.raises(DataError, match="layer 0: activation range"):
         calibrate(model, batches)
-    assert model[0].act_scale is before
+    assert torch.equal(model[0].act_scale, before)
 
 
 def test_an_exception_in_the_model_leaves_no_hook_and_no_change():
     model, batches = model_and_batches()
     calibrate(model, batches)
-    before = model[0].act_scale
+    before = model[0].act_scale.clone()
     with pytest.raises(ValueError, match="agree in K"):
         calibrate(model, [batches[0], torch.zeros(2, 7)])
-    assert model[0].act_scale is before
+    assert torch.equal(model[0].act_scale, before)
     assert not model[0]._forward_pre_hooks
 
 

@@ -78,6 +78,48 @@ def test_skip_patterns_are_substrings_of_names(dit):
     assert {layer.name.split(".")[2] for layer in quantization_report(dit).quantized} == {"attn1"}
 
 
+def test_subclasses_of_linear_stay():
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = quantize_model(nn.Sequential(Doubled(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 1)))
+    assert type(model[0]) is Doubled
+    assert isinstance(model[1], QuantLinear)
+    model[2](*[torch.zeros(2, 4)] * 3)
+
+
+def test_hooks_are_not_lost_silently():
+    model = nn.Sequential(nn.Linear(4, 4))
+    handle = model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="0 has hooks or a replaced forward"):
+        quantize_model(model)
+    handle.remove()
+    quantize_model(model)
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        (nn.Linear(4, 4, dtype=torch.float64), "1 is float64; allowed are float16, bfloat16, float32"),
+        (nn.Linear(65536, 1), "1 has in_features 65536; int32 accumulators are exact up to 65535"),
+    ],
+)
+def test_layers_that_no_kernel_can_run_are_refused_before_any_change(linear, message):
+    model = nn.Sequential(nn.Linear(4, 4), linear)
+    with pytest.raises(ConfigError, match=message):
+        quantize_model(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_bad_bias_is_named_and_nothing_changes(dit):
+    with torch.no_grad():
+        dit.proj_out_2.bias[3] = float("nan")
+    with pytest.raises(DataError, match=r"proj_out_2\.bias holds 1 values"):
+        quantize_model(dit)
+    assert not any(isinstance(m, QuantLinear) for m in dit.modules())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_weight_is_named_and_nothing_changes(dit, bad):
     with torch.no_grad():
@@ -89,7 +131,7 @@ def test_a_bad_weight_is_named_and_nothing_changes(dit, bad):
 
 def test_odd_width_at_four_bits_is_refused_before_any_change():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
-    with pytest.raises(ConfigError, match="even in_features; got 5"):
+    with pytest.raises(ConfigError, match="even in_features; 1 has 5"):
         quantize_model(model, w_bits=4)
     assert isinstance(model[0], nn.Linear)
 
@@ -115,6 +157,17 @@ def test_layer_shared_under_two_names_stays_shared():
     quantize_model(model)
     assert isinstance(model.a, QuantLinear)
     assert model.b is model.a
+
+
+def test_a_shared_layer_stays_if_one_of_its_names_is_skipped():
+    model = nn.Module()
+    model.norm_a = nn.Linear(4, 4)
+    model.b = model.norm_a
+    model.c = nn.Linear(4, 4)
+    quantize_model(model)
+    assert type(model.b) is nn.Linear
+    assert model.b is model.norm_a
+    assert isinstance(model.c, QuantLinear)
 
 
 def test_whole_quantized_model_round_trips_through_state_dict(dit, dit_inputs):

@@ -116,7 +116,7 @@ def test_state_dict_round_trip(is_static, seeded):
 
 
 def test_state_dict_of_other_bits_is_refused():
-    with pytest.raises(RuntimeError, match="qweight"):
+    with pytest.raises(RuntimeError, match="this layer is W4A8, the state dict is W8A8"):
         make(w_bits=4)[1].load_state_dict(make(w_bits=8)[1].state_dict())
 
 
@@ -172,14 +172,115 @@ def test_refuses_weights_that_are_not_finite(name, bad):
 
 
 def test_refuses_odd_width_at_four_bits():
-    with pytest.raises(ConfigError, match="even in_features; got 33"):
+    with pytest.raises(ConfigError, match="even in_features; this layer has 33"):
         QuantLinear.from_linear(nn.Linear(33, 4), w_bits=4)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_refuses_a_static_scale_that_is_no_scale(scale):
-    with pytest.raises(DataError, match="finite number > 0"):
+    with pytest.raises(DataError, match="one finite number > 0"):
         make()[1].set_static_range(torch.tensor(scale))
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point", "message"),
+    [
+        (torch.ones(1), None, "0-d float tensor"),
+        (torch.tensor(1), None, "0-d float tensor"),
+        (None, torch.tensor(3), "a zero point needs a scale"),
+        (torch.tensor(1.0), torch.tensor(3.7), "0-d integer tensor"),
+        (torch.tensor(1.0), torch.tensor(128), "from -128 to 127"),
+        (torch.tensor(1.0), torch.tensor([1]), "0-d integer tensor"),
+    ],
+)
+def test_refuses_invalid_static_ranges(scale, zero_point, message):
+    with pytest.raises(DataError, match=message):
+        make()[1].set_static_range(scale, zero_point)
+
+
+def test_static_range_is_a_copy():
+    scale, zero_point = torch.tensor(0.5), torch.tensor(3)
+    layer = make()[1]
+    layer.set_static_range(scale, zero_point)
+    scale.zero_()
+    zero_point.zero_()
+    assert layer.act_scale == 0.5
+    assert layer.act_zero_point == 3
+    assert layer.act_zero_point.dtype == torch.int32
+
+
+def test_can_be_called_by_keyword_as_linear_is(seeded):
+    linear, layer = make()
+    x = torch.randn(2, 32, generator=seeded)
+    assert linear(input=x).shape == layer(input=x).shape
+    assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_decides_the_output_dtype_as_for_linear(dtype, seeded):
+    linear, layer = make()
+    x = torch.randn(2, 32, generator=seeded)
+    plain = layer(x)
+    with torch.autocast("cpu", dtype):
+        assert layer(x).dtype == linear(x).dtype == dtype
+        assert torch.equal(layer(x), plain.to(dtype))
+
+
+def test_weight_has_the_dtype_the_weight_had():
+    linear, layer = make(bias=False, dtype=torch.bfloat16)
+    assert layer.weight.dtype == linear.weight.dtype
+    assert layer.float().weight.dtype == torch.float32
+
+
+def test_training_flag_is_kept():
+    linear = nn.Linear(4, 4)
+    assert QuantLinear.from_linear(linear).training
+    assert not QuantLinear.from_linear(linear.eval()).training
+
+
+def test_results_carry_no_gradient_in_either_mode(seeded):
+    _, layer = make()
+    x = torch.randn(2, 32, generator=seeded, requires_grad=True)
+    assert not layer(x).requires_grad
+    assert not static(layer)(x).requires_grad
+
+
+@pytest.mark.parametrize("a_bits", [4, 6])
+def test_fewer_dynamic_bits_equal_their_definition(a_bits, seeded):
+    linear, _ = make()
+    layer = QuantLinear.from_linear(linear, a_bits=a_bits)
+    x = torch.randn(3, 32, generator=seeded)
+    xq, scale = reference.quantize_per_token(x, a_bits)
+    expected = (xq.double() * scale.double()[:, None]) @ layer.weight.double().t() + linear.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, atol=2e-6, rtol=2e-6)
+
+
+def test_state_dict_of_other_activation_bits_is_refused():
+    linear, layer = make()
+    with pytest.raises(RuntimeError, match="this layer is W8A4, the state dict is W8A8"):
+        QuantLinear.from_linear(linear, a_bits=4).load_state_dict(layer.state_dict())
+
+
+def test_a_state_dict_without_this_layer_changes_nothing():
+    layer = static(make()[1])
+    layer.load_state_dict({}, strict=False)
+    assert layer.act_scale is not None
+
+
+def test_a_rounded_state_dict_does_not_change_dtypes():
+    layer, other = static(make()[1]), make()[1]
+    state = {name: t.half() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+    other.load_state_dict(state)
+    assert other.act_scale.dtype == torch.float32
+    assert other.weight_scale.dtype == torch.float32
+
+
+def test_strided_input_compiles_with_inductor(seeded):
+    _, layer = make()
+    x = torch.randn(32, 6, generator=seeded).t()
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), atol=0, rtol=0)
 
 
 def test_refuses_float64_input():

@@ -49,6 +49,13 @@ def test_statistics_refuse_what_is_none():
         frechet_distance(one, two)
 
 
+def test_covariance_is_unbiased():
+    features = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    assert np.array_equal(FeatureStatistics.of(features).covariance, [[2, 0], [0, 0]])
+    one = FeatureStatistics.of(features[:, :1])
+    assert frechet_distance(one, one) == pytest.approx(0)
+
+
 def test_inception_score_of_extremes():
     assert inception_score(torch.full((10, 10), 0.0)) == pytest.approx(1)
     assert inception_score(torch.eye(10) * 100) == pytest.approx(10)

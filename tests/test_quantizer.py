@@ -53,6 +53,11 @@ def test_range_must_be_finite(bad):
         activation_parameters(torch.tensor(0.0), torch.tensor(bad), 8)
 
 
+def test_range_wider_than_float32_is_refused():
+    with pytest.raises(DataError, match="wider than float32"):
+        activation_parameters(torch.tensor(-2e38), torch.tensor(2e38), 8)
+
+
 def test_empty_range_is_refused():
     with pytest.raises(DataError, match="empty"):
         activation_parameters(torch.tensor(1.0), torch.tensor(-1.0), 8)
@@ -66,6 +71,8 @@ def test_empty_range_is_refused():
         ({"w_bits": "8"}, "w_bits is '8'"),
         ({"skip_patterns": "norm"}, "skip_patterns must be a list"),
         ({"skip_patterns": [""]}, "non-empty"),
+        ({"skip_patterns": None}, "got None"),
+        ({"w_bits": 8.0}, "w_bits is 8.0"),
     ],
 )
 def test_config_refuses(settings, message):

@@ -70,10 +70,11 @@ def main(
 
     test_images, test_labels = load_split(data, "t10k")
     score("test images", test_images, test_labels)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode():
         chunk = test_images.float() / 127.5 - 1
         decoded = [
-            decode_latents(pipe.vae, pipe.vae.encode(part.to(device)).latent_dist.sample())
+            decode_latents(pipe.vae, pipe.vae.encode(part.to(device)).latent_dist.sample(generator))
             for part in chunk.split(1000)
         ]
     score("test images, autoencoded", torch.cat(decoded), test_labels)

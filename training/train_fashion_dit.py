@@ -32,6 +32,8 @@ from qandc.metrics import FashionClassifier, FeatureStatistics, extract_features
 NUM_CLASSES = 10
 NULL_CLASS = 1000  # DiTPipeline always passes this id for the unconditional rows
 CHECKPOINT_SECONDS = 60
+# the settings that decide a stage's result begin with these words, or belong to no stage
+DEPENDS = {"classifier": ("classifier",), "vae": ("vae",), "dit": ("dit", "vae")}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Settings:
     dit_learning_rate: float = 6e-4
     dit_snr_gamma: float = 5.0
     dit_ema: float = 0.9995
-    label_dropout: float = 0.1
+    dit_label_dropout: float = 0.1
 
 
 class Stage:
@@ -110,7 +112,7 @@ class Stage:
         different = {
             key: (state["settings"].get(key), value)
             for key, value in asdict(self.settings).items()
-            if state["settings"].get(key) != value and (key.startswith(self.name) or "_" not in key)
+            if state["settings"].get(key) != value and (key.startswith(DEPENDS[self.name]) or key == "seed")
         }
         if different:
             raise SystemExit(f"{self.path} was made with other settings {different}; delete it or give another --work")
@@ -354,7 +356,7 @@ def train_dit(
         posterior_noise, noise = torch.randn(2, batch, *mean.shape[1:], generator=generator, device=device)
         latents = mean[index] + std[index] * posterior_noise
         timestep = torch.randint(1000, (batch,), generator=generator, device=device)
-        dropped = torch.rand(batch, generator=generator, device=device) < settings.label_dropout
+        dropped = torch.rand(batch, generator=generator, device=device) < settings.dit_label_dropout
         return latents, noise, timestep, labels[index].masked_fill(dropped, NULL_CLASS)
 
     def loss(

@@ -49,7 +49,7 @@ def records(archs: list[int], m_values: list[int]):
     n, k = 3456, 1152
     for arch in archs:
         for m in m_values:
-            tile = int8_gemm_tile(m, n, k, divmod(arch, 10))
+            tile = int8_gemm_tile(m, n, divmod(arch, 10))
             types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", "M": "i32", "N": "i32"}
             types |= {"stride_xm": "i32", "stride_wn": "i32", "stride_xk": "i32", "stride_wk": "i32"}
             types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16"}

@@ -56,16 +56,18 @@ def test_accumulators_are_exact(kernel_device, shape, seeded):
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 def test_accumulators_are_exact_at_dit_sizes(shape, seeded):
     xq, wq = random_int8((shape[0], shape[2]), seeded), random_int8((shape[1], shape[2]), seeded)
-    expected = reference.int8_matmul(xq, wq)
-    assert torch.equal(int8_matmul(xq.cuda(), wq.cuda()).cpu(), expected)
+    assert torch.equal(int8_matmul(xq.cuda(), wq.cuda()).cpu(), exact(xq, wq))
 
 
 def test_accumulators_are_exact_at_the_extremes(kernel_device):
-    """K = 4608 products of -128 · -128: 7.5e7, beyond what fp32 counts exactly."""
-    xq = torch.full((2, 4608), -128, dtype=torch.int8)
-    wq = torch.full((3, 4608), -128, dtype=torch.int8)
-    wq[1] = 127
-    wq[2, ::2] = 127
+    """K = 4608 products of 127 · 127: 7.4e7 in odd steps, which fp32 cannot count; and the largest, -128 · -128."""
+    xq = torch.full((3, 4608), 127, dtype=torch.int8)
+    xq[1, 7] = 126
+    xq[2] = -128
+    wq = torch.full((3, 4608), 127, dtype=torch.int8)
+    wq[1, 4607] = 1
+    wq[2] = -128
+    assert int(exact(xq, wq)[1, 0]) != int(exact(xq, wq)[1, 0].float())  # else this shows nothing
     assert torch.equal(reference.int8_matmul(xq, wq), exact(xq, wq))
     assert torch.equal(int8_gemm_triton(xq.to(kernel_device), wq.to(kernel_device)).cpu(), exact(xq, wq))
 
@@ -141,7 +143,31 @@ def test_ops_keep_leading_dimensions(seeded):
     y = int8_linear(xq, wq, scale, torch.ones(5), out_dtype=torch.float32)
     assert y.shape == (2, 3, 5)
     torch.testing.assert_close(y, exact(xq, wq).float() * scale[..., None])
-    assert torch.equal(int8_linear(xq, wq, scale.reshape(-1), torch.ones(5), out_dtype=torch.float32), y)
+
+
+def test_reference_stays_exact_under_autocast(seeded):
+    xq, wq = random_int8((40, 1152), seeded), random_int8((30, 1152), seeded)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(int8_matmul(xq, wq), exact(xq, wq))
+
+
+def test_empty_inputs_of_the_ops():
+    wq, one = torch.ones(5, 0, dtype=torch.int8), torch.tensor(1.0)
+    y = int8_linear(torch.zeros(2, 3, 0, dtype=torch.int8), wq, one, torch.ones(5), torch.arange(5.0))
+    assert torch.equal(y, torch.arange(5.0).expand(2, 3, 5).to(torch.bfloat16))
+    assert int8_matmul(torch.zeros(0, 4, 8, dtype=torch.int8), torch.zeros(5, 8, dtype=torch.int8)).shape == (0, 4, 5)
+
+
+@pytest.mark.gpu
+def test_strided_scales_and_missing_weight_sum_on_the_gpu(seeded):
+    p = problem((70, 40, 130), seeded)
+    expected = int8_linear(**p, out_dtype=torch.float32)
+    q = {name: t.cuda() for name, t in p.items()}
+    for name in ("x_scale", "w_scale", "bias"):
+        q[name] = torch.stack([q[name], torch.full_like(q[name], float("nan"))], dim=1)[:, 0]
+        assert not q[name].is_contiguous()
+    torch.testing.assert_close(int8_linear(**q, out_dtype=torch.float32).cpu(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_weight_sum_may_be_left_out(seeded):
@@ -177,7 +203,7 @@ def test_ops_agree_on_gpu_and_cpu(op, out_dtype, seeded):
 def test_heuristic_tiles_fit_shared_memory(capability):
     limits = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
     for m in (1, 17, 64, 256, 1000, 4096, 16384):
-        for n, k in ((1152, 1152), (3456, 1152), (4608, 1152), (1152, 4608), (32, 1152)):
-            tile = int8_gemm_tile(m, n, k, capability)
+        for n in (32, 1152, 3456, 4608):
+            tile = int8_gemm_tile(m, n, capability)
             stage = (tile.block_m + tile.block_n) * tile.block_k
             assert stage * tile.num_stages <= limits[capability] * 1024

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import qandc_kernels
-from qandc_kernels import int8_linear, int8_matmul, quantize_per_tensor, quantize_per_token, reference, select_backend
+from qandc_kernels import (
+    int4_linear,
+    int8_linear,
+    int8_matmul,
+    quantize_per_tensor,
+    quantize_per_token,
+    reference,
+    select_backend,
+)
 
 XQ = torch.zeros(3, 16, dtype=torch.int8)
 WQ = torch.zeros(5, 16, dtype=torch.int8)
@@ -17,12 +25,12 @@ GOOD = {"xq": XQ, "wq": WQ, "x_scale": torch.tensor(1.0), "w_scale": torch.ones(
     ("changes", "error", "message"),
     [
         ({"xq": XQ.float()}, TypeError, "xq must be int8; got float32"),
-        ({"wq": WQ.to(torch.uint8)}, TypeError, "weight must be int8; got uint8"),
+        ({"wq": WQ.to(torch.uint8)}, TypeError, "wq must be int8; got uint8"),
         ({"wq": WQ[:, :8]}, ValueError, r"must agree in K; got \(3, 16\) and \(5, 8\)"),
         ({"wq": WQ[0]}, ValueError, "must agree in K"),
         ({"x_scale": 1.0}, TypeError, "x_scale must be a tensor; got float"),
         ({"x_scale": torch.tensor(1.0).half()}, TypeError, "x_scale must be float32"),
-        ({"x_scale": torch.ones(4)}, ValueError, r"x_scale must have shape \(\) or \(3,\)"),
+        ({"x_scale": torch.ones(4)}, ValueError, r"x_scale must have shape \(\) or \(3,\); got \(4,\)"),
         ({"w_scale": torch.ones(3)}, ValueError, r"w_scale must have shape \(5,\); got \(3,\)"),
         ({"bias": torch.ones(3)}, ValueError, "bias must have shape"),
         ({"bias": torch.ones(5, dtype=torch.int32)}, TypeError, "bias must be float16"),
@@ -50,7 +58,9 @@ def test_k_beyond_int32_is_refused():
         ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
         ({"scale": torch.ones(2)}, ValueError, r"scale must have shape \(\)"),
         ({"zero_point": torch.tensor(1)}, TypeError, "zero_point must be int32; got int64"),
-        ({"bits": 9}, ValueError, "bits must be 2 to 8; got 9"),
+        ({"bits": 9}, ValueError, "bits must be an integer from 2 to 8; got 9"),
+        ({"bits": 8.0}, ValueError, "got 8.0"),
+        ({"x": torch.zeros(1, 65536)}, ValueError, "allowed are up to 65535"),
         ({"scale": torch.tensor(1.0, device="meta")}, ValueError, "one device"),
     ],
 )
@@ -62,8 +72,24 @@ def test_quantize_per_tensor_refuses(arguments, error, message):
 def test_quantize_per_token_refuses():
     with pytest.raises(TypeError, match="float64"):
         quantize_per_token(torch.zeros(2, 2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="bits must be 2 to 8; got 1"):
+    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8; got 1"):
         quantize_per_token(torch.zeros(2, 2), bits=1)
+    with pytest.raises(ValueError, match="at least one dimension"):
+        quantize_per_token(torch.tensor(1.0))
+
+
+def test_int4_linear_refuses():
+    packed = torch.zeros(5, 8, dtype=torch.uint8)
+    good = {"xq": XQ, "wq_packed": packed, "x_scale": torch.tensor(1.0), "w_scale": torch.ones(5)}
+    with pytest.raises(TypeError, match="wq_packed must be uint8; got int8"):
+        int4_linear(**{**good, "wq_packed": WQ})
+    with pytest.raises(ValueError, match=r"wq_packed \[N, K/2\] must agree in K; got \(3, 16\) and \(5, 16\)"):
+        int4_linear(**{**good, "wq_packed": torch.zeros(5, 16, dtype=torch.uint8)})
+
+
+def test_int8_matmul_refuses_two_devices():
+    with pytest.raises(ValueError, match="one device"):
+        int8_matmul(XQ, WQ.to("meta"))
 
 
 def sample_arguments(device: str) -> dict[str, tuple]:
@@ -73,6 +99,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
     zero_point, w_sum = torch.tensor(3, dtype=torch.int32, device=device), wq.sum(1, dtype=torch.int32)
     linear = (x_scale, w_scale, torch.randn(8, device=device), zero_point, w_sum, torch.float16)
     packed = qandc_kernels.pack_int4(wq // 32)
+    x = x.t().contiguous().t()  # the ops promise contiguous results for any strides
     return {
         "quantize_per_tensor": (x, torch.tensor(0.1, device=device), zero_point, 8),
         "quantize_per_token": (x, 8),
@@ -93,6 +120,27 @@ def test_opcheck(op, device):
         sample_arguments(device)[op],
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_dynamic_shapes_compile(per_token):
+    """One graph for all batch sizes."""
+
+    def layer(x, w, scale):
+        xq, x_scale = quantize_per_token(x)
+        return int8_linear(xq, w, x_scale if per_token else scale, torch.ones(5), out_dtype=torch.float32)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    w = torch.randint(-9, 9, (5, 16), dtype=torch.int8)
+    for rows in (2, 3, 7):
+        x = torch.randn(rows, 4, 16)
+        assert torch.equal(compiled(x, w, torch.tensor(0.1)), layer(x, w, torch.tensor(0.1)))
+
+
+def test_other_devices_get_the_reference():
+    """Registered for every device that has no kernel of its own, not for the CPU alone."""
+    for name in reference.__all__:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qandc::{name}", "CompositeExplicitAutograd")
 
 
 def test_reference_has_the_signatures_of_the_ops():

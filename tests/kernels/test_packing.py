@@ -24,7 +24,8 @@ def test_round_trip_of_all_values():
     [
         (torch.zeros(2, 3, dtype=torch.int8), ValueError, "even"),
         (torch.full((2, 4), 8, dtype=torch.int8), ValueError, "-8 to 7"),
-        (torch.zeros(2, 4, dtype=torch.int32), TypeError, "int8"),
+        (torch.zeros(2, 4, dtype=torch.int32), TypeError, "int8 tensor; got torch.int32"),
+        ([1, 2], TypeError, "int8 tensor; got list"),
     ],
 )
 def test_refusals(q, error, message):

@@ -83,6 +83,24 @@ def test_extreme_values(kernel_device):
     assert torch.equal(actual.cpu(), expected)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_row_with_nan_says_so_and_others_do_not_notice(kernel_device):
+    x = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 0.5, -2.0]])
+    expected_q, expected_scale = reference.quantize_per_token(x)
+    assert expected_scale[0].isnan()
+    assert torch.equal(expected_q[1], torch.tensor([64, 32, -127], dtype=torch.int8))
+    q, scale = quantize_per_token_triton(x.to(kernel_device))
+    assert torch.equal(q.cpu(), expected_q)
+    torch.testing.assert_close(scale.cpu(), expected_scale, atol=0, rtol=0, equal_nan=True)
+
+
+def test_smallest_rows(kernel_device):
+    """Below 1e-10 a row counts as zeros; above, it fills the range."""
+    x = torch.tensor([[1e-12, 0.0], [1e-9, 0.0]])
+    assert torch.equal(reference.quantize_per_token(x)[0], torch.tensor([[1, 0], [127, 0]], dtype=torch.int8))
+    assert torch.equal(quantize_per_token_triton(x.to(kernel_device))[0].cpu(), reference.quantize_per_token(x)[0])
+
+
 def test_rounds_half_to_even(kernel_device):
     x = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 127.5]])
     expected = torch.tensor([[-2, -2, 0, 0, 2, 2, 126, 127]], dtype=torch.int8)
@@ -123,6 +141,14 @@ def test_ops_keep_leading_dimensions(seeded):
     assert torch.equal(q, reference.quantize_per_token(x)[0])
     s = torch.tensor(0.1)
     assert torch.equal(quantize_per_tensor(x, s), reference.quantize_per_tensor(x, s))
+
+
+def test_results_are_contiguous_and_carry_no_gradient(seeded):
+    x = torch.randn(16, 8, generator=seeded, requires_grad=True).t()
+    q, scale = quantize_per_token(x)
+    assert q.is_contiguous()
+    assert quantize_per_tensor(x, torch.tensor(0.1)).is_contiguous()
+    assert not scale.requires_grad
 
 
 @pytest.mark.gpu

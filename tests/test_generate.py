@@ -1,0 +1,117 @@
+"""The comparison behind the command line: same noise for both models, batch by batch, and the picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qandc.generate
+from qandc import QuantConfig, get_cache, load_pipeline
+from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes
+
+
+def compare(pipeline_dir, **changes) -> Comparison:
+    settings = GenerateSettings(**{"class_labels": (1, 2, 3), "num_inference_steps": 3, **changes})
+    result = Comparison()
+    pipe = load_pipeline(pipeline_dir)
+    generate(pipe, settings, result)
+    assert get_cache(pipe.transformer) is None
+    return result
+
+
+def images(pipeline_dir, **changes) -> tuple[torch.Tensor, torch.Tensor]:
+    full, quantized = compare(pipeline_dir, **changes).rows
+    return full.images, quantized.images
+
+
+def test_same_settings_give_the_same_images(pipeline_dir):
+    for first, second in zip(images(pipeline_dir), images(pipeline_dir), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"scheduler": "ddim"}, {"guidance_scale": 4.0}, {"num_inference_steps": 4}], ids=str
+)
+def test_settings_change_both_rows(pipeline_dir, changes):
+    for base, changed in zip(images(pipeline_dir), images(pipeline_dir, **changes), strict=True):
+        assert not torch.allclose(base, changed, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cache_interval": 1}, {"config": QuantConfig(w_bits=4)}, {"config": QuantConfig(a_bits=4)}], ids=str
+)
+def test_quantizer_and_cache_change_the_second_row_alone(pipeline_dir, changes):
+    base, changed = images(pipeline_dir), images(pipeline_dir, **changes)
+    assert torch.equal(base[0], changed[0])
+    assert not torch.equal(base[1], changed[1])
+
+
+def test_both_models_see_the_same_noise(pipeline_dir):
+    """With 8 bits and no reuse the images nearly agree; with other noise they would not."""
+    result = compare(pipeline_dir, cache_interval=1)
+    assert result.psnr.min() > 30
+
+
+def test_batches_continue_the_seeds(pipeline_dir, monkeypatch):
+    together = images(pipeline_dir, class_labels=(1, 2, 3, 4, 5))
+    monkeypatch.setattr(qandc.generate, "BATCH_SIZE", 2)
+    for whole, split in zip(together, images(pipeline_dir, class_labels=(1, 2, 3, 4, 5)), strict=True):
+        torch.testing.assert_close(split, whole, atol=2e-2, rtol=0)
+
+
+def test_an_interrupt_keeps_finished_batches(pipeline_dir, monkeypatch):
+    monkeypatch.setattr(qandc.generate, "BATCH_SIZE", 2)
+    result = Comparison()
+    calls = []
+
+    def interrupt(name: str, done: int) -> None:
+        calls.append(done)
+        if len(calls) == 8:  # second step of the third batch
+            raise KeyboardInterrupt
+
+    settings = GenerateSettings((1, 2, 3, 4, 5), 3)
+    with pytest.raises(KeyboardInterrupt):
+        generate(load_pipeline(pipeline_dir), settings, result, interrupt)
+    assert len(result.rows[0].images) == 4
+
+
+def test_progress_counts_every_image_and_step(pipeline_dir):
+    done = {}
+    settings = GenerateSettings((1, 2, 3), 4)
+
+    def count(name: str, images: int) -> None:
+        done[name] = done.get(name, 0) + images
+
+    generate(load_pipeline(pipeline_dir), settings, Comparison(), count)
+    assert done == {"FP": 12, "W8A8 + cache 3": 12}
+
+
+def test_bytes_are_those_of_the_models(pipeline_dir):
+    result = compare(pipeline_dir)
+    assert result.rows[0].transformer_bytes == module_bytes(load_pipeline(pipeline_dir).transformer)
+    saved = sum(layer.bytes_before - layer.bytes_after for layer in result.report.quantized)
+    extra = 2 * len(result.report.quantized)  # the bit widths each layer remembers
+    assert result.rows[0].transformer_bytes - result.rows[1].transformer_bytes == saved - extra
+
+
+def test_grid_shows_each_image_in_its_place():
+    values = torch.tensor([[-1.0, 0.0], [0.5, 1.0]])
+    rows = [
+        Row(name, 0, [row[:, None, None, None].expand(2, 1, 32, 32)]) for name, row in zip("ab", values, strict=True)
+    ]
+    grid = draw_grid(rows, ["left", "right"], "caption")
+    size = 32 * 3
+    left = grid.width - 2 * (size + 6)
+    for line in range(2):
+        for column in range(2):
+            x, y = left + column * (size + 6), 28 + line * (size + 6)
+            grey = round((float(values[line, column]) / 2 + 0.5) * 255)
+            for corner in ((x, y), (x + size - 1, y + size - 1)):
+                assert grid.getpixel(corner) == (grey,) * 3
+            assert grid.getpixel((x + size, y)) == (255,) * 3
+
+
+def test_grid_of_colour_images_and_an_unfinished_row():
+    rows = [Row("a", 0, [torch.zeros(2, 3, 16, 16)]), Row("b", 0, [torch.ones(1, 3, 16, 16)])]
+    grid = draw_grid(rows, ["x" * 100, "two\nlines"], "caption " * 20)
+    assert grid.height == 28 + 2 * (112 + 6) + 30
