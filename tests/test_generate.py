@@ -94,6 +94,26 @@ def test_bytes_are_those_of_the_models(pipeline_dir):
     assert result.rows[0].transformer_bytes - result.rows[1].transformer_bytes == saved - extra
 
 
+@pytest.mark.gpu
+def test_embedded_model_gives_the_same_images_on_gpu_and_cpu():
+    """Full precision agrees to the last visible bit. Quantized, a layer makes the same integers from the same input, but
+    over 12 layers and 17 compute steps rounding decisions drift apart; far less than quantization and cache change."""
+    from qandc import fashion_dit_path
+    from qandc.metrics import psnr
+
+    settings = GenerateSettings(tuple(range(10)))
+    results = {}
+    for device in ("cpu", "cuda"):
+        results[device] = Comparison()
+        generate(load_pipeline(fashion_dit_path(), device), settings, results[device])
+    full, quantized = (
+        psnr(gpu.images, cpu.images) for gpu, cpu in zip(results["cuda"].rows, results["cpu"].rows, strict=True)
+    )
+    assert full.min() > 70
+    assert quantized.mean() > 35
+    assert quantized.min() > 28
+
+
 def test_grid_shows_each_image_in_its_place():
     values = torch.tensor([[-1.0, 0.0], [0.5, 1.0]])
     rows = [
