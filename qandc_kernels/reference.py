@@ -25,9 +25,9 @@ def quantize_per_tensor(
     """``q = clip(round(x · (1/s)) + z, -2^(b-1), 2^(b-1) - 1)``, rounding half to even; NaN becomes ``z``."""
     qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
     shift = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
-    y = torch.nan_to_num(x.to(torch.float32) * (1.0 / scale), nan=0.0)
-    q = y.clamp(qmin - shift, qmax - shift).round() + shift
-    return q.to(torch.int8, memory_format=torch.contiguous_format)
+    y = (x.to(torch.float32) * (1.0 / scale)).nan_to_num_(nan=0.0)
+    y.clamp_(qmin - shift, qmax - shift).round_().add_(shift)
+    return y.to(torch.int8, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -40,8 +40,9 @@ def quantize_per_token(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, to
     y = x.to(torch.float32)
     amax = y.abs().amax(-1) if x.shape[-1] else y.new_zeros(x.shape[:-1])
     scale = amax.clamp(min=SMALLEST_AMAX) * (1.0 / qmax)
-    q = torch.nan_to_num(y * (1.0 / scale)[..., None], nan=0.0).clamp(-qmax, qmax).round()
-    return q.to(torch.int8, memory_format=torch.contiguous_format), scale
+    y = (y * (1.0 / scale)[..., None]).nan_to_num_(nan=0.0)
+    y.clamp_(-qmax, qmax).round_()
+    return y.to(torch.int8, memory_format=torch.contiguous_format), scale
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def int8_linear(
     acc = int8_matmul(xq, wq)
     if x_zero_point is not None:
         acc -= x_zero_point * (wq.sum(1, dtype=torch.int32) if w_sum is None else w_sum)
-    y = acc.to(torch.float32) * (x_scale if x_scale.ndim == 0 else x_scale[..., None]) * w_scale
+    y = acc.to(torch.float32).mul_(x_scale if x_scale.ndim == 0 else x_scale[..., None]).mul_(w_scale)
     if bias is not None:
         y += bias
     return y.to(out_dtype)

@@ -96,8 +96,8 @@ def test_bytes_are_those_of_the_models(pipeline_dir):
 
 @pytest.mark.gpu
 def test_embedded_model_gives_the_same_images_on_gpu_and_cpu():
-    """Full precision agrees to the last visible bit. Quantized, a layer makes the same integers from the same input, but
-    over 12 layers and 17 compute steps rounding decisions drift apart; far less than quantization and cache change."""
+    """Full precision agrees to the last visible bit. Quantized, a layer makes the same integers from the same input,
+    but over 12 layers and 17 compute steps rounding decisions drift apart; less than quantization and cache change."""
     from qandc import fashion_dit_path
     from qandc.metrics import psnr
 
