@@ -50,7 +50,7 @@ def _quiet_diffusers() -> None:
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.disable_progress_bar()
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+    if not logger.isEnabledFor(logging.DEBUG):
         diffusers_logging.set_verbosity_error()
 
 
@@ -229,7 +229,9 @@ def info() -> None:
 def _options(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what is decided, on stderr.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    for package in ("qandc", "qandc_kernels"):
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.NOTSET)
 
 
 def main(arguments: list[str] | None = None) -> int:

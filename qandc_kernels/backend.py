@@ -26,7 +26,9 @@ class Backend(NamedTuple):
 @functools.cache
 def _select(device: torch.device) -> Backend:
     if device.type != "cuda":
-        return Backend("reference", f"plain torch: the kernels need a CUDA device, this is {device.type}")
+        chosen = Backend("reference", f"plain torch: the kernels need a CUDA device, this is {device.type}")
+        logger.debug("qandc_kernels on %s: %s", device, chosen.reason)
+        return chosen
     if torch.version.hip is not None:
         chosen = Backend("reference", "the kernels are written for NVIDIA GPUs, this is ROCm")
     elif importlib.util.find_spec("triton") is None:

@@ -170,6 +170,13 @@ def test_a_shared_layer_stays_if_one_of_its_names_is_skipped():
     assert isinstance(model.c, QuantLinear)
 
 
+def test_whole_quantized_model_compiles_without_graph_break(dit, dit_inputs):
+    quantize_model(dit)
+    compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**dit_inputs).sample, dit(**dit_inputs).sample, atol=1e-5, rtol=1e-5)
+
+
 def test_whole_quantized_model_round_trips_through_state_dict(dit, dit_inputs):
     quantize_model(dit)
     expected = dit(**dit_inputs).sample
