@@ -263,14 +263,14 @@ def test_ctrl_c_inside_a_block_leaves_nothing_behind():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    run(model, 2, labels=labels)
+    run(model, 1, labels=labels)
     handle = model.proj_out_2.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        model(**inputs(2), class_labels=labels)
+        model(**inputs(1), class_labels=labels)
     handle.remove()
-    with torch.no_grad():
-        actual = model(**inputs(3), class_labels=labels).sample
-        assert torch.equal(actual, make_dit()(**inputs(3), class_labels=labels).sample)
+    with torch.no_grad():  # would have been a reuse step
+        actual = model(**inputs(2), class_labels=labels).sample
+        assert torch.equal(actual, make_dit()(**inputs(2), class_labels=labels).sample)
 
 
 def test_two_threads_inside_at_once_are_refused():
@@ -319,6 +319,8 @@ def test_calibration_sees_every_block_and_quantizing_drops_the_features():
         cached.transformer_blocks[2].ff.net[2].act_scale, plain.transformer_blocks[2].ff.net[2].act_scale
     )
     assert get_cache(cached).compute_steps == 0
+    run(cached, 3)
+    assert (get_cache(cached).compute_steps, get_cache(cached).reuse_steps) == (1, 2)
 
 
 def test_a_compiled_model_is_unwrapped():

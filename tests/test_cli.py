@@ -231,6 +231,22 @@ def test_unexpected_errors_are_one_line_and_keep_what_is_finished(capsys, tmp_pa
     assert target.exists()
 
 
+def test_a_failed_write_is_one_line_and_leaves_no_fragment(capsys, tmp_path, pipeline_dir, monkeypatch):
+    import os
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    status, _, err = run(
+        capsys, "generate", "--model", pipeline_dir, "--steps", 1, "--classes", "1", "--device", "cpu",
+        "--out", tmp_path / "x.png",
+    )  # fmt: skip
+    assert status == 2
+    assert err.splitlines()[-1].endswith("No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_output(capsys, tmp_path, pipeline_dir):
     target = tmp_path / "x.json"
     status, _, _ = run(
