@@ -42,7 +42,7 @@ class FeatureCache:
 
     Anything else begins a new run with a compute step. A scheduler that repeats a timestep (Heun, PNDM) therefore
     computes more often than the interval says. A loop of your own that keeps one labels tensor for several runs should
-    call :func:`reset_all_caches` between them. Comparing waits for the GPU once per step.
+    call :func:`reset_all_caches` between them. Comparing waits for the GPU twice per step.
 
     Attributes:
         interval: every ``interval``-th step is computed.

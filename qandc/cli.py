@@ -1,4 +1,4 @@
-"""The command line. It reads options, calls the library, prints; it decides nothing."""
+"""The command line: reads options, calls the library, prints and saves."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
     first, last = min(names), max(names)
     labels = []
     for part in (part.strip() for part in text.split(",")):
+        if not part:
+            raise ConfigError(f"there is an empty class between the commas of {text!r}; give ids or names")
         if part.lower() in by_name:
             label = by_name[part.lower()]
         else:
@@ -225,8 +227,19 @@ def info() -> None:
     out.print(kernels)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from qandc.results import versions
+
+        out.print(f"qandc {versions()['qandc-kernels'] or '(not installed)'}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what is decided, on stderr.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

@@ -96,6 +96,7 @@ class LayerReport:
     """One linear layer: ``kernel`` is what runs where the layer is now, ``reason`` says why."""
 
     name: str
+    quantized: bool
     scheme: str
     bytes_before: int
     bytes_after: int
@@ -112,7 +113,7 @@ class QuantizationReport:
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
         """The layers that are QuantLinear."""
-        return tuple(layer for layer in self.layers if layer.scheme.startswith("W"))
+        return tuple(layer for layer in self.layers if layer.quantized)
 
     @property
     def bytes_before(self) -> int:
@@ -151,10 +152,11 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
                 backend, reason = select_backend(device)
                 gemm = "int8_gemm" if module.w_bits == 8 else "unpack_int4 + int8_gemm"
                 kernel = f"{backend} {gemm}"
-            before = module.original_bytes or module.in_features * module.out_features * 4
-            rows.append(LayerReport(name, module.scheme, before, module.weight_bytes, kernel, reason))
+            itemsize = module.weight_dtype_holder.element_size()
+            before = module.original_bytes or module.in_features * module.out_features * itemsize
+            rows.append(LayerReport(name, True, module.scheme, before, module.weight_bytes, kernel, reason))
         elif isinstance(module, nn.Linear):
             size = module.weight.numel() * module.weight.element_size()
             dtype = str(module.weight.dtype).removeprefix("torch.")
-            rows.append(LayerReport(name, dtype, size, size, "torch linear", "not quantized"))
+            rows.append(LayerReport(name, False, dtype, size, size, "torch linear", "not quantized"))
     return QuantizationReport(tuple(rows))

@@ -132,8 +132,9 @@ def generate(
 
 
 def quantized_name(settings: GenerateSettings) -> str:
-    """E.g. "W8A8 + cache 3"."""
-    return f"{settings.config.scheme} + cache {settings.cache_interval}"
+    """E.g. "W8A8 + cache 3", or "W8A8" where every step is computed."""
+    cached = f" + cache {settings.cache_interval}" if settings.cache_interval > 1 else ""
+    return settings.config.scheme + cached
 
 
 def comparison_record(result: Comparison, settings: GenerateSettings, device: str, dtype: str) -> dict[str, Any]:

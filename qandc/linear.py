@@ -154,7 +154,7 @@ class QuantLinear(nn.Module):
         self.act_zero_point = zero_point
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of the same dtype."""
+        """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         if self.act_scale is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCE
 __all__ = ["DTYPES", "class_names", "fashion_dit_path", "load_pipeline", "resolve_device", "resolve_dtype"]
 
 logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,7 +89,7 @@ def load_pipeline(
         source = str(path)
     elif exists:
         raise ModelError(f"{source} is a file; give the directory of a diffusers pipeline")
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+    elif not HUB_ID.fullmatch(source):
         raise ModelError(
             f"model directory {source!r} does not exist; give a pipeline directory or a hub id (owner/name)"
         )
@@ -95,7 +98,7 @@ def load_pipeline(
         transformer = pipe.transformer
         if not isinstance(transformer, DiTTransformer2DModel):
             raise ModelError(f"model {source!r} is not a DiT pipeline: its transformer is {type(transformer).__name__}")
-        _check_weights(source, pipe)
+        _check_pipeline(source, pipe)
         torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own .to() warns of layers that DiT does not have
         return pipe.to(device)
     except QandCError:
@@ -113,7 +116,7 @@ def load_pipeline(
         raise ModelError(f"model {source!r} {where}; {what_to_do} ({cause})") from error
 
 
-def _check_weights(source: str, pipe: Any) -> None:
+def _check_pipeline(source: str, pipe: Any) -> None:
     """Refuse a pipeline whose parts do not fit together, miss weights, or hold NaN or inf."""
     latents, channels = pipe.vae.config.latent_channels, pipe.vae.config.out_channels
     if latents != pipe.transformer.config.in_channels:

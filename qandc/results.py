@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
     """GPU, processor, cores."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
-    return {"gpu": gpu, "processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
+    return {"gpu": gpu, "processor": processor, "cores": os.cpu_count(), "system": platform.system()}
 
 
 def _commit() -> str | None:

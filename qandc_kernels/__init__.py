@@ -1,7 +1,8 @@
 """Low-bit matrix kernels for diffusion transformers: int8 and int4 weights, int8 activations, fused dequantization.
 
 Every op exists twice with one signature: as plain torch in :mod:`qandc_kernels.reference`, which is its definition, and
-as a Triton kernel, which runs on NVIDIA GPUs from compute capability 8.0. Importing this package needs neither a GPU
+on Triton kernels, which run on NVIDIA GPUs from compute capability 8.0 (int4 weights are unpacked, then multiplied by
+the int8 kernel). Importing this package needs neither a GPU
 nor Triton.
 """
 

@@ -121,6 +121,8 @@ def _int4_linear(
     w_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
+    if not _use_triton(xq):
+        return reference.int4_linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
     # the product runs on the int8 kernel, after a pass that unpacks the weight in memory
     return _int8_linear(xq, unpack_int4(wq_packed), x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
 
@@ -370,8 +372,8 @@ def int4_linear(
     Args:
         wq_packed: ``[N, K/2] uint8``; the layout is drawn in :mod:`qandc_kernels.packing`.
 
-    All else, results and errors are those of :func:`int8_linear`. On a GPU the weight is unpacked to int8 in memory
-    before the product.
+    All else, results and errors are those of :func:`int8_linear`. The weight is unpacked to int8 in memory before the
+    product.
     """
     _check_linear("int4_linear", xq, wq_packed, torch.uint8, 2, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
     return torch.ops.qandc.int4_linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)

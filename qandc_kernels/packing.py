@@ -6,8 +6,8 @@ Row n of a ``[N, K]`` weight becomes K/2 bytes. Byte j holds k = j in its low an
     bits 0-3    q[n, 0]          q[n, 1]          ...   q[n, K/2 - 1]
     bits 4-7    q[n, K/2]        q[n, K/2 + 1]    ...   q[n, K - 1]
 
-Both nibbles are two's complement, -8 to 7. The halves are split, not interleaved, so that a kernel unpacks a tile into
-two tiles with contiguous k and needs no shuffle.
+Both nibbles are two's complement, -8 to 7. The halves are split, not interleaved, so that unpacking
+gives two pieces with contiguous k and needs no shuffle.
 """
 
 from __future__ import annotations

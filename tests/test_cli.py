@@ -91,6 +91,7 @@ def test_help(capsys):
 REFUSALS = {
     "class out of range": (["--classes", "1000"], "class id 1000 is out of range; this model knows 1000 classes, 0"),
     "negative class": (["--classes", "-1"], "class id -1 is out of range"),
+    "empty class": (["--classes", "0,"], "there is an empty class between the commas of '0,'"),
     "unknown class": (["--classes", "kangaroo"], "class 'kangaroo' is unknown"),
     "no steps": (["--steps", "0"], "--steps is 0; give an integer >= 1"),
     "too many steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),
@@ -270,7 +271,7 @@ def test_the_table_says_what_was_measured(capsys):
 
     black = torch.full((2, 1, 4, 4), -1.0)
     grey = black + torch.tensor([0.2, 0.02])[:, None, None, None]  # 20 and 40 dB
-    layers = (LayerReport("a", "W8A8 dynamic per-token", 4_000_000, 1_000_000, "triton int8_gemm", "sm_90"),) * 2
+    layers = (LayerReport("a", True, "W8A8 dynamic per-token", 4_000_000, 1_000_000, "triton int8_gemm", "sm_90"),) * 2
     result = Comparison(
         [Row("FP", 8_000_000, [black], 6.0), Row("W8A8 + cache 3", 2_000_000, [grey[:1], grey[1:]], 3.0)],
         QuantizationReport(layers),

@@ -7,7 +7,7 @@ import torch
 
 import qandc.generate
 from qandc import QuantConfig, get_cache, load_pipeline
-from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes
+from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes, quantized_name
 
 
 def compare(pipeline_dir, **changes) -> Comparison:
@@ -84,6 +84,11 @@ def test_progress_counts_every_image_and_step(pipeline_dir):
 
     generate(load_pipeline(pipeline_dir), settings, Comparison(), count)
     assert done == {"FP": 12, "W8A8 + cache 3": 12}
+
+
+def test_names_of_the_rows():
+    assert quantized_name(GenerateSettings((1,), config=QuantConfig(w_bits=4))) == "W4A8 + cache 3"
+    assert quantized_name(GenerateSettings((1,), cache_interval=1)) == "W8A8"
 
 
 def test_bytes_are_those_of_the_models(pipeline_dir):

@@ -69,6 +69,12 @@ def test_labels_of_a_pipeline_without_names(pipeline_dir):
     assert names[207] == "207"
 
 
+@pytest.mark.parametrize("name", ["foo/", "/foo", "foo/bar/", "foo"])
+def test_what_is_neither_directory_nor_hub_id(name):
+    with pytest.raises(ModelError, match=r"does not exist; give a pipeline directory or a hub id \(owner/name\)"):
+        load_pipeline(name)
+
+
 def test_missing_directory():
     with pytest.raises(ModelError, match=r"model directory '\./nowhere' does not exist"):
         load_pipeline("./nowhere")

@@ -1,4 +1,4 @@
-"""Measures fashion-dit in full precision: Fréchet distance, inception score, class accuracy, and their floors.
+"""Measures fashion-dit unquantized (float32, TF32 products): Fréchet distance, inception score, class accuracy, floors.
 
 python training/evaluate_fashion_dit.py --assets qandc/assets --out results/h200/fashion-dit.json
 """
@@ -109,7 +109,15 @@ def main(
     ]
     for goal in goals:
         goal["value"] = sum(row[goal["name"]] for row in main_rows) / len(main_rows)
-    settings = {"images": images, "steps": steps, "guidance_scale": guidance_scale, "features": "fashion-classifier"}
+    settings = {
+        "images": images,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "features": "fashion-classifier",
+        "batch": batch,
+        "seeds": seeds,
+        "dtype": "float32, products in TF32",
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({**result_header(settings), "rows": rows, "goals": goals}, indent=1) + "\n")
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fashion_mnist import DEFAULT_DIRECTORY, LABELS, load_split
-from qandc.metrics import FashionClassifier, FeatureStatistics, extract_features
+from qandc.metrics import FashionClassifier, FeatureStatistics, class_accuracy, extract_features
 
 NUM_CLASSES = 10
 NULL_CLASS = 1000  # DiTPipeline always passes this id for the unconditional rows
@@ -93,6 +93,7 @@ class Stage:
         self.seconds = 0.0
 
     def save(self) -> None:
+        """Write the checkpoint; a crash in between leaves the old one."""
         state = {
             "settings": asdict(self.settings),
             "step": self.step,
@@ -106,6 +107,7 @@ class Stage:
         os.replace(partial, self.path)
 
     def resume(self) -> None:
+        """Go on from the checkpoint if there is one; one made with other settings is refused."""
         if not self.path.exists():
             return
         state = torch.load(self.path, map_location=self.device, weights_only=True)
@@ -123,6 +125,7 @@ class Stage:
 
     @torch.no_grad()
     def update_ema(self) -> None:
+        """``ema += (1 - decay) · (weights - ema)``."""
         # the average follows quickly at first, so that it does not remember the initial weights
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
@@ -137,6 +140,7 @@ class Stage:
         self.optimizer.step()
 
     def train_step(self, batch: tuple[torch.Tensor, ...], steps_here: int) -> None:
+        """Optimize on ``batch``; on a GPU eagerly for three steps of this process, then by replaying one graph."""
         if self.graph is not None:
             for ours, theirs in zip(self.inputs, batch, strict=True):
                 ours.copy_(theirs)
@@ -430,18 +434,17 @@ def main(
     classifier = train_classifier(images, labels, settings, work)
     features, _ = extract_features(classifier, images)
     _, logits = extract_features(classifier, test_images)
-    accuracy = (logits.argmax(1) == test_labels.cpu()).double().mean()
-    typer.echo(f"classifier: test accuracy {accuracy:.4f}")
+    typer.echo(f"classifier: test accuracy {class_accuracy(logits, test_labels):.4f}")
     folder = out / "fashion-classifier"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
     FeatureStatistics.of(features).save(folder / "train-statistics.npz")
 
     vae = train_vae(images, settings, work, compile_model=compile_model)
-    normalize_latents(vae, images)
-    mean, std = encode(vae, images)
     if stop_before_dit:
         return
+    normalize_latents(vae, images)
+    mean, std = encode(vae, images)
     dit = train_dit(mean, std, labels, settings, work, compile_model=compile_model)
     export(vae, dit, out / "fashion-dit")
     typer.echo(f"wrote {out / 'fashion-dit'} and {folder}")
