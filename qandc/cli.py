@@ -181,7 +181,7 @@ def _print_comparison(result: Any, dtype: str) -> None:
         table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
     out.print(table)
     layers = result.report.quantized
-    before, after = (sum(getattr(layer, name) for layer in layers) for name in ("bytes_before", "bytes_after"))
+    before, after = result.report.quantized_bytes
     out.print(
         f"{len(layers)} layers quantized ({layers[0].scheme}), their weights {before / 1e6:.1f} -> "
         f"{after / 1e6:.1f} MB\n"

@@ -116,6 +116,11 @@ class QuantizationReport:
         return tuple(layer for layer in self.layers if layer.quantized)
 
     @property
+    def quantized_bytes(self) -> tuple[int, int]:
+        """Weight bytes of the quantized layers alone, before and after."""
+        return sum(layer.bytes_before for layer in self.quantized), sum(layer.bytes_after for layer in self.quantized)
+
+    @property
     def bytes_before(self) -> int:
         """Weight bytes of all linear layers as they were."""
         return sum(layer.bytes_before for layer in self.layers)

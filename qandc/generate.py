@@ -150,13 +150,14 @@ def comparison_record(result: Comparison, settings: GenerateSettings, device: st
         for row in result.rows
     )
     layers = result.report.quantized
+    before, after = result.report.quantized_bytes
     quantized |= {
         "speed_ratio": result.speed_ratio,
         "psnr_mean": float(result.psnr.mean()),
         "psnr_min": float(result.psnr.min()),
         "layers_quantized": len(layers),
-        "quantized_bytes_before": sum(layer.bytes_before for layer in layers),
-        "quantized_bytes_after": sum(layer.bytes_after for layer in layers),
+        "quantized_bytes_before": before,
+        "quantized_bytes_after": after,
         "kernel": layers[0].kernel,
     }
     header = result_header({**asdict(settings), "device": device, "dtype": dtype})

@@ -11,11 +11,10 @@ from torch import nn
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, quantize_weight
 from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tensor, quantize_per_token, unpack_int4
+from qandc_kernels.ops import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
 
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LARGEST_IN_FEATURES = 65535
 FP32_BUFFERS = ("weight_scale", "act_scale")
 STATIC_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32}
 
@@ -191,6 +190,15 @@ class QuantLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        error_msgs: list[str] = args[-1] if args else kwargs["error_msgs"]
+        bits = state_dict.get(prefix + "bits")
+        if bits is not None and not bits.is_meta and bits.tolist() != [self.w_bits, self.a_bits]:
+            theirs = "W{}A{}".format(*bits.tolist())
+            layer = prefix.removesuffix(".") or "this layer"
+            error_msgs.append(
+                f"{layer} is W{self.w_bits}A{self.a_bits}, the state dict is {theirs}; quantize it with those"
+            )
+            return
         if prefix + "qweight" in state_dict:
             # static ranges may exist in one state and not in the other: take over which
             for name, dtype in STATIC_BUFFERS.items():
@@ -198,26 +206,17 @@ class QuantLinear(nn.Module):
                     setattr(self, name, None)
                 elif getattr(self, name) is None:
                     setattr(self, name, torch.zeros((), dtype=dtype, device=self.qweight.device))
-        error_msgs: list[str] = args[-1] if args else kwargs["error_msgs"]
-        bits = state_dict.get(prefix + "bits")
-        if bits is not None and not bits.is_meta and bits.tolist() != [self.w_bits, self.a_bits]:
-            theirs = "W{}A{}".format(*bits.tolist())
-            name = prefix.removesuffix(".") or "this layer"
-            error_msgs.append(
-                f"{name} is W{self.w_bits}A{self.a_bits}, the state dict is {theirs}; quantize it with those"
-            )
-            return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def check_layer(name: str, in_features: int, dtype: torch.dtype, w_bits: int) -> None:
     """Refuse layers that no kernel can run."""
-    if dtype not in WEIGHT_DTYPES:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in WEIGHT_DTYPES)
+    if dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise ConfigError(f"{name} is {str(dtype).removeprefix('torch.')}; allowed are {allowed} (convert the model)")
-    if in_features > LARGEST_IN_FEATURES:
+    if in_features > LARGEST_K:
         raise ConfigError(
-            f"{name} has in_features {in_features}; int32 accumulators are exact up to {LARGEST_IN_FEATURES} "
+            f"{name} has in_features {in_features}; int32 accumulators are exact up to {LARGEST_K} "
             "(skip it with skip_patterns)"
         )
     if w_bits == 4 and in_features % 2:

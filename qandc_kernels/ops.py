@@ -14,9 +14,17 @@ from qandc_kernels import reference
 from qandc_kernels.backend import select_backend
 from qandc_kernels.packing import unpack_int4
 
-__all__ = ["int4_linear", "int8_linear", "int8_matmul", "quantize_per_tensor", "quantize_per_token"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "LARGEST_K",
+    "int4_linear",
+    "int8_linear",
+    "int8_matmul",
+    "quantize_per_tensor",
+    "quantize_per_token",
+]
 
-OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # |acc| <= 2 · K · 128 · 128 with the term of a zero point within int8: int32 holds it up to here
 LARGEST_K = 65535
 
@@ -199,7 +207,7 @@ def _check_bits(op: str, bits: int) -> None:
 
 
 def _check_activations(op: str, x: torch.Tensor) -> None:
-    _check_tensor(op, "x", x, OUT_DTYPES)
+    _check_tensor(op, "x", x, FLOAT_DTYPES)
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least one dimension")
     if x.shape[-1] > LARGEST_K:
@@ -224,12 +232,12 @@ def _check_linear(
     _check_tensor(op, "x_scale", x_scale, (torch.float32,), ((), xq.shape[:-1]))
     _check_tensor(op, "w_scale", w_scale, (torch.float32,), ((n,),))
     if bias is not None:
-        _check_tensor(op, "bias", bias, OUT_DTYPES, ((n,),))
+        _check_tensor(op, "bias", bias, FLOAT_DTYPES, ((n,),))
     if x_zero_point is not None:
         _check_tensor(op, "x_zero_point", x_zero_point, (torch.int32,), ((),))
     if w_sum is not None:
         _check_tensor(op, "w_sum", w_sum, (torch.int32,), ((n,),))
-    if out_dtype not in OUT_DTYPES:
+    if out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32; got {out_dtype}")
     _check_devices(
         op, xq=xq, weight=weight, x_scale=x_scale, w_scale=w_scale, bias=bias, x_zero_point=x_zero_point, w_sum=w_sum
