@@ -1,62 +1,177 @@
-"""Latency of one linear layer of DiT-XL/2: ours, full precision, and quantization that is only simulated.
-
-    pytest benchmarks/ --benchmark-only
-
-Wall time of a call that waits for its result, launches included. Each candidate is compared with a float64 product
-before it is timed. Without a GPU the rows are few, and the ops run in plain torch.
-"""
+"""Latency of the linear layers of DiT-XL/2: full precision, simulated quantization, other libraries, ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from qandc_kernels import int8_linear, quantize_per_tensor
-from qandc_kernels.reference import quantize_per_token
+from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.goals import BF16, FP32, INT_MM, INT_MM_COMPILED
+from benchmarks.problems import DIT_XL_2, ROWS, SQUARE, Problem, problem
+from benchmarks.rivals import RIVALS
+from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from qandc_kernels import int4_linear, int8_linear, quantize_per_tensor, quantize_per_token, weight_only_linear
 
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-ROWS = 4096 if CUDA else 64
-DIT_XL_2 = {"qkv": (3456, 1152), "out": (1152, 1152), "fc1": (4608, 1152), "fc2": (1152, 4608)}  # (N, K)
+pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
+Launch = Callable[[int], torch.Tensor]
 
-def candidates(n: int, k: int) -> tuple[torch.Tensor, dict[str, Callable[[], torch.Tensor]]]:
-    generator = torch.Generator().manual_seed(0)
-    x, w, bias = (torch.randn(shape, generator=generator) for shape in ((ROWS, k), (n, k), (n,)))
-    expected = F.linear(x.double(), w.double(), bias.double())
-    wq, w_scale = quantize_per_token(w)
-    x_scale = x.abs().max() / 127
-    x, w, bias = (t.to(DEVICE, DTYPE) for t in (x, w, bias))
-    wq, w_scale, x_scale = (t.to(DEVICE) for t in (wq, w_scale, x_scale))
-    xq = quantize_per_tensor(x, x_scale)
-    w_hat = (wq * w_scale[:, None]).to(DTYPE)
-    return expected, {
-        "full precision": lambda: F.linear(x, w, bias),
-        "simulated W8A8": lambda: F.linear((quantize_per_tensor(x, x_scale) * x_scale).to(DTYPE), w_hat, bias),
-        "W8A8": lambda: int8_linear(xq, wq, x_scale, w_scale, bias, out_dtype=DTYPE),
-        "quantize + W8A8": lambda: int8_linear(
-            quantize_per_tensor(x, x_scale), wq, x_scale, w_scale, bias, out_dtype=DTYPE
-        ),
-    }
+FULL = BF16 if DEVICE == "cuda" else FP32
+FLOAT_PRODUCT = {FULL, "simulated W8A8", "W8A16", "W4A16"}
+INT8_INPUT = {"torch._int_mm", INT_MM, INT_MM_COMPILED, "W8A8", "W4A8", "W4A8 group 128"}
+FAST_ROWS = 4096  # of --rivals fast
+FLOAT_BOUND, INT8_BOUND, INT4_BOUND = 0.01, 0.03, 0.15
+RIVAL_COPIES = 16
 
 
-@pytest.mark.parametrize("name", ["full precision", "simulated W8A8", "W8A8", "quantize + W8A8"])
-@pytest.mark.parametrize("layer", DIT_XL_2)
-def test_linear(benchmark, layer: str, name: str) -> None:
-    """One layer, one candidate; groups of the table are layers."""
-    expected, functions = candidates(*DIT_XL_2[layer])
-    function = functions[name]
-    error = (function().cpu().double() - expected).norm() / expected.norm()
-    assert error < 0.03
+def full_precision(p: Problem) -> Launch:
+    return lambda i: F.linear(p.x, p.w[i], p.bias)
 
-    def call() -> None:
-        function()
-        if CUDA:
-            torch.cuda.synchronize()
 
-    benchmark.group = f"{layer} {(ROWS, *DIT_XL_2[layer])} on {torch.cuda.get_device_name() if CUDA else 'the CPU'}"
-    benchmark.extra_info["relative error"] = error.item()
-    benchmark.pedantic(call, warmup_rounds=5, rounds=30 if CUDA else 5, iterations=10 if CUDA else 1)
+def simulated(p: Problem) -> Launch:
+    w_hat = p.w_hat
+
+    def launch(i: int) -> torch.Tensor:
+        x_hat = (p.x / p.x_scale).round().clamp(-128, 127) * p.x_scale
+        return F.linear(x_hat, w_hat[i], p.bias)
+
+    return launch
+
+
+def int_mm(p: Problem) -> Launch:
+    w, _ = p.int8
+    return lambda i: torch._int_mm(p.xq, w[i].t())
+
+
+def _dequantize(xq: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (torch._int_mm(xq, w.t()).float() * scale + bias).to(bias.dtype)
+
+
+@cache
+def _compiled_dequantize() -> Callable[..., torch.Tensor]:
+    """One function, compiled once per shape whichever weight it is called with."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(_dequantize, fullgraph=True, dynamic=False)
+
+
+def int_mm_dequantize(compiled: bool, p: Problem) -> Launch:
+    w, w_scale = p.int8
+    scale = w_scale * p.x_scale
+    function = _compiled_dequantize() if compiled else _dequantize
+    return lambda i: function(p.xq, w[i], scale[i], p.bias)
+
+
+def w8a8(p: Problem) -> Launch:
+    w, scale = p.int8
+    return lambda i: int8_linear(p.xq, w[i], p.x_scale, scale[i], p.bias)
+
+
+def w4a8(p: Problem) -> Launch:
+    w, scale = p.int4
+    return lambda i: int4_linear(p.xq, w[i], p.x_scale, scale[i], p.bias)
+
+
+def w4a8_grouped(p: Problem) -> Launch:
+    w, scale = p.int4_grouped
+    return lambda i: int4_linear(p.xq, w[i], p.x_scale, scale[i], p.bias)
+
+
+def quantize_w8a8(p: Problem) -> Launch:
+    w, scale = p.int8
+    return lambda i: int8_linear(quantize_per_tensor(p.x, p.x_scale), w[i], p.x_scale, scale[i], p.bias)
+
+
+def quantize_w4a8(p: Problem) -> Launch:
+    w, scale = p.int4
+    return lambda i: int4_linear(quantize_per_tensor(p.x, p.x_scale), w[i], p.x_scale, scale[i], p.bias)
+
+
+def dynamic_w8a8(p: Problem) -> Launch:
+    w, scale = p.int8
+
+    def launch(i: int) -> torch.Tensor:
+        xq, x_scale = quantize_per_token(p.x)
+        return int8_linear(xq, w[i], x_scale, scale[i], p.bias)
+
+    return launch
+
+
+def dynamic_w4a8(p: Problem) -> Launch:
+    w, scale = p.int4
+
+    def launch(i: int) -> torch.Tensor:
+        xq, x_scale = quantize_per_token(p.x)
+        return int4_linear(xq, w[i], x_scale, scale[i], p.bias)
+
+    return launch
+
+
+def weight_only(bits: int, p: Problem) -> Launch:
+    w, scale = p.int8 if bits == 8 else p.int4
+    return lambda i: weight_only_linear(p.x, w[i], scale[i], p.bias)
+
+
+def rival(name: str, p: Problem) -> Launch:
+    layers = [RIVALS[name](p.w[i], p.bias) for i in range(RIVAL_COPIES)]
+    return lambda i: layers[i](p.x)
+
+
+Builder = Callable[[Problem], Launch]
+
+CANDIDATES: dict[str, tuple[Builder, float]] = {
+    FULL: (full_precision, FLOAT_BOUND),
+    "simulated W8A8": (simulated, INT8_BOUND),
+    INT_MM: (partial(int_mm_dequantize, False), INT8_BOUND),
+    INT_MM_COMPILED: (partial(int_mm_dequantize, True), INT8_BOUND),
+    "W8A8": (w8a8, INT8_BOUND),
+    "W4A8": (w4a8, INT4_BOUND),
+    "W4A8 group 128": (w4a8_grouped, INT4_BOUND),
+    "W8A16": (partial(weight_only, 8), INT8_BOUND),
+    "W4A16": (partial(weight_only, 4), INT4_BOUND),
+    "quantize + W8A8": (quantize_w8a8, INT8_BOUND),
+    "quantize + W4A8": (quantize_w4a8, INT4_BOUND),
+    "dynamic quantize + W8A8": (dynamic_w8a8, INT8_BOUND),
+    "dynamic quantize + W4A8": (dynamic_w4a8, INT4_BOUND),
+}
+BUILDERS: dict[str, tuple[Builder, float]] = {**CANDIDATES, "torch._int_mm": (int_mm, INT8_BOUND)}
+BUILDERS |= {name: (partial(rival, name), INT4_BOUND if "W4" in name else INT8_BOUND) for name in RIVALS}
+ON_CPU = (FULL, "simulated W8A8")
+LAYER_CASES = [(layer, m) for layer in DIT_XL_2 for m in ROWS]
+# the ceilings first; what tunes for minutes last
+CASES = [("8192^3", SQUARE, name) for name in (FULL, "torch._int_mm", "W8A8")]
+CASES += [(layer, m, name) for layer, m in LAYER_CASES for name in CANDIDATES]
+CASES += [(layer, m, name) for layer, m in LAYER_CASES for name in RIVALS]
+
+
+def candidate(layer: str, m: int, name: str) -> Candidate:
+    p = problem(layer, m)
+    build, bound = BUILDERS[name]
+    launch = build(p)
+    copies = min(p.copies, RIVAL_COPIES) if name in RIVALS else p.copies
+
+    def error(y: torch.Tensor, i: int) -> float:
+        i %= copies
+        if y.dtype == torch.int32:
+            y = y * (p.int8[1][i] * p.x_scale) + p.bias
+        return relative_error(y, p.expected(i))
+
+    return Candidate(lambda i: launch(i % copies), error, bound, p.launches)
+
+
+@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+def test_linear(measure: Measure, request: pytest.FixtureRequest, layer: str, m: int, name: str) -> None:
+    n, k = DIT_XL_2.get(layer, (SQUARE, SQUARE))
+    row = {"op": "linear", "layer": layer, "m": m, "n": n, "k": k, "candidate": name}
+    row["activations"] = "int8" if name in INT8_INPUT else "float"
+    row["ceiling"] = "bf16" if name in FLOAT_PRODUCT else "int8"
+    rivals = request.config.getoption("--rivals")
+    skip = None
+    if DEVICE == "cpu" and (layer not in DIT_XL_2 or name not in ON_CPU):
+        skip = NO_GPU
+    elif name in RIVALS and (rivals == "none" or (rivals == "fast" and m != FAST_ROWS)):
+        skip = f"--rivals {rivals}"
+    measure(row, lambda: candidate(layer, m, name), skip, operations=2 * m * n * k)

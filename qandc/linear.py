@@ -11,7 +11,7 @@ from torch import nn
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, quantize_weight
 from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tensor, quantize_per_token, unpack_int4
-from qandc_kernels.ops import FLOAT_DTYPES, LARGEST_K
+from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
 

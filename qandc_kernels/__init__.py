@@ -1,25 +1,44 @@
-"""Low-bit matrix kernels for diffusion transformers: int8 and int4 weights, int8 activations, fused dequantization.
+"""Low-bit matrix kernels for diffusion transformers: int8 and int4 weights, int8 activations, fused epilogues.
 
 Every op exists twice with one signature: as plain torch in :mod:`qandc_kernels.reference`, which is its definition, and
-on Triton kernels, which run on NVIDIA GPUs from compute capability 8.0 (int4 weights are unpacked, then multiplied by
-the int8 kernel). Importing this package needs neither a GPU
-nor Triton.
+on Triton kernels, which run on NVIDIA GPUs from compute capability 8.0. Importing this package needs neither a GPU nor
+Triton.
 """
 
 from qandc_kernels import reference
 from qandc_kernels.backend import Backend, select_backend
-from qandc_kernels.ops import int4_linear, int8_linear, int8_matmul, quantize_per_tensor, quantize_per_token
+from qandc_kernels.linear_ops import (
+    int4_linear,
+    int8_linear,
+    int8_matmul,
+    linear_gate_residual_,
+    linear_gelu_quantize,
+    weight_only_linear,
+)
 from qandc_kernels.packing import pack_int4, unpack_int4
+from qandc_kernels.quantize_ops import (
+    adaln_quantize_per_tensor,
+    adaln_quantize_per_token,
+    quantize_per_tensor,
+    quantize_per_token,
+)
+from qandc_kernels.warmup import warm_up
 
 __all__ = [
     "Backend",
+    "adaln_quantize_per_tensor",
+    "adaln_quantize_per_token",
     "int4_linear",
     "int8_linear",
     "int8_matmul",
+    "linear_gate_residual_",
+    "linear_gelu_quantize",
     "pack_int4",
     "quantize_per_tensor",
     "quantize_per_token",
     "reference",
     "select_backend",
     "unpack_int4",
+    "warm_up",
+    "weight_only_linear",
 ]

@@ -6,116 +6,142 @@ import torch
 import triton
 import triton.language as tl
 
+from qandc_kernels.epilogue import to_int8
 from qandc_kernels.reference import SMALLEST_AMAX
 
 __all__ = ["quantize_per_tensor_triton", "quantize_per_token_triton"]
 
 
 @triton.jit
-def _round_half_even(x):
-    # adding and taking away 1.5 · 2^23 leaves |x| < 2^22 rounded to an integer, half to even, on every backend
-    return (x + 12582912.0) - 12582912.0
+def _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH: tl.constexpr):
+    """Offsets of ``[row // inner_rows, row % inner_rows, column // WIDTH, column % WIDTH]``: [rows, columns]."""
+    rows = rows.to(tl.int64)
+    row_offsets = rows // inner_rows * stride_0 + rows % inner_rows * stride_1
+    columns = columns.to(tl.int64)
+    column_offsets = columns // WIDTH * stride_2 + columns % WIDTH * stride_3
+    return row_offsets[:, None] + column_offsets[None, :]
 
 
 @triton.jit
 def _quantize_per_tensor_kernel(
-    x_ptr,
-    q_ptr,
-    M,
-    K,
-    stride_xm,
-    stride_xk,
-    scale_ptr,
-    zero_point_ptr,
-    QMIN: tl.constexpr,
-    QMAX: tl.constexpr,
-    HAS_ZERO_POINT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
-    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=mask, other=0.0)
+    x_ptr, q_ptr,
+    M, K, inner_rows,
+    stride_0, stride_1, stride_2, stride_3,
+    scale_ptr, zero_point_ptr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (rows[:, None] < M) & (columns[None, :] < K)
+    offsets = _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     y = x.to(tl.float32) * tl.div_rn(1.0, tl.load(scale_ptr))
     y = tl.where(y == y, y, 0.0)
-    shift = 0.0
-    if HAS_ZERO_POINT:
-        shift = tl.load(zero_point_ptr).to(tl.float32)
-    # clamped before rounded: the bounds are integers, and it keeps the rounding trick in range
-    y = _round_half_even(tl.minimum(tl.maximum(y, QMIN - shift), QMAX - shift)) + shift
-    tl.store(q_ptr + offs_m[:, None] * K + offs_k[None, :], y.to(tl.int8), mask=mask)
+    zero_point = 0
+    if zero_point_ptr is not None:
+        zero_point = tl.load(zero_point_ptr)
+    # clamped before rounded: the bounds are integers, and it keeps the rounding in range
+    shift = zero_point * 1.0
+    y = tl.minimum(tl.maximum(y, QMIN - shift), QMAX - shift)
+    q = ((y + 12582912.0).to(tl.int32, bitcast=True) + zero_point).to(tl.int8)  # as in to_int8
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=mask)
 
 
 @triton.jit
 def _quantize_per_token_kernel(
-    x_ptr,
-    q_ptr,
-    scale_ptr,
-    M,
-    K,
-    stride_xm,
-    stride_xk,
-    QMAX: tl.constexpr,
-    SMALLEST_AMAX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
-    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=mask, other=0.0).to(tl.float32)
+    x_ptr, q_ptr, scale_ptr,
+    M, K, inner_rows,
+    stride_0, stride_1, stride_2, stride_3,
+    QMAX: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_K)
+    mask = (rows[:, None] < M) & (columns[None, :] < K)
+    offsets = _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_AMAX) * (1.0 / QMAX)  # [BLOCK_M]
     # tl.max passes over NaN; a scale of NaN carries it to the output of the product
     scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
     y = x * tl.div_rn(1.0, scale)[:, None]
     y = tl.where(y == y, y, 0.0)
-    y = _round_half_even(tl.minimum(tl.maximum(y, -QMAX), QMAX))
-    tl.store(q_ptr + offs_m[:, None] * K + offs_k[None, :], y.to(tl.int8), mask=mask)
-    tl.store(scale_ptr + offs_m, scale, mask=offs_m < M)
+    q = to_int8(tl.minimum(tl.maximum(y, -QMAX), QMAX))
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=mask)
+    tl.store(scale_ptr + rows, scale, mask=rows < M)
+
+
+def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
+    """Size and stride of the fewest dimensions that walk the same elements in the same order."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def _as_matrix(x: torch.Tensor, token_dims: int) -> tuple[torch.Tensor, tuple[int, int, int, tuple[int, ...], int]]:
+    """``x`` and how to walk it: M, K, inner rows, four strides, width.
+
+    Rows and columns may have two strides each, which covers what attention returns; anything wilder is copied first.
+    """
+    split = x.ndim - token_dims
+    rows = _merge(list(x.shape[:split]), list(x.stride()[:split]))
+    columns = _merge(list(x.shape[split:]), list(x.stride()[split:]))
+    if len(rows) > 2 or len(columns) > 2:
+        return _as_matrix(x.contiguous(), token_dims)
+    (outer_rows, stride_0), (inner_rows, stride_1) = [(1, 0)] * (2 - len(rows)) + rows
+    (outer_columns, stride_2), (width, stride_3) = [(1, 0)] * (2 - len(columns)) + columns
+    strides = (stride_0, stride_1, stride_2, stride_3)
+    return x, (outer_rows * inner_rows, outer_columns * width, inner_rows, strides, width)
 
 
 def quantize_per_tensor_triton(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, bits: int = 8
 ) -> torch.Tensor:
-    """Launch on ``x [M, K]``, any strides; ``scale`` and ``zero_point`` hold one element on the device."""
-    m, k = x.shape
-    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    """Launch on ``x`` of any shape and strides; ``scale`` and ``zero_point`` hold one element on the device."""
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if q.numel() == 0:
         return q
+    x, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
     block_k = min(triton.next_power_of_2(k), 1024)
     block_m = 4096 // block_k
     _quantize_per_tensor_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, block_k))](
         x, q,
-        m, k,
-        x.stride(0), x.stride(1),  # stride_xm, stride_xk
+        m, k, inner_rows,
+        *strides,
         scale, zero_point,
         QMIN=-(1 << bits - 1), QMAX=(1 << bits - 1) - 1,
-        HAS_ZERO_POINT=zero_point is not None,
-        BLOCK_M=block_m, BLOCK_K=block_k,
+        WIDTH=width, BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=4,
         enable_fp_fusion=False,  # rounds as the reference does
     )  # fmt: skip
     return q
 
 
-def quantize_per_token_triton(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch on ``x [M, K]``, any strides; each element is read once."""
-    m, k = x.shape
-    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    if m == 0:
+def quantize_per_token_triton(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch on ``x`` of any strides, whose last ``token_dims`` dimensions are one token; each element is read once."""
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[: x.ndim - token_dims], dtype=torch.float32, device=x.device)
+    if scale.numel() == 0:
         return q, scale
-    block_k = triton.next_power_of_2(max(k, 1))
-    block_m = max(1, 4096 // block_k)
+    if q.numel() == 0:
+        return q, scale.fill_(SMALLEST_AMAX * (1.0 / ((1 << bits - 1) - 1)))
+    x, (m, k, inner_rows, strides, width) = _as_matrix(x, token_dims)
+    block_k = triton.next_power_of_2(k)
+    block_m = max(1, 2048 // block_k)
     _quantize_per_token_kernel[(triton.cdiv(m, block_m),)](
         x, q, scale,
-        m, k,
-        x.stride(0), x.stride(1),  # stride_xm, stride_xk
+        m, k, inner_rows,
+        *strides,
         QMAX=(1 << bits - 1) - 1,
         SMALLEST_AMAX=SMALLEST_AMAX,
-        BLOCK_M=block_m, BLOCK_K=block_k,
-        num_warps=4 if block_k <= 4096 else 8,
+        WIDTH=width, BLOCK_M=block_m, BLOCK_K=block_k,
+        num_warps=min(8, max(1, block_k // 2048)),
         enable_fp_fusion=False,
     )  # fmt: skip
     return q, scale

@@ -7,10 +7,22 @@ they are for inference: no result carries a gradient.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from qandc_kernels.packing import unpack_int4
 
-__all__ = ["int4_linear", "int8_linear", "int8_matmul", "quantize_per_tensor", "quantize_per_token"]
+__all__ = [
+    "adaln_quantize_per_tensor",
+    "adaln_quantize_per_token",
+    "int4_linear",
+    "int8_linear",
+    "int8_matmul",
+    "linear_gate_residual_",
+    "linear_gelu_quantize",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "weight_only_linear",
+]
 
 # keeps the scale of a row of zeros positive and its reciprocal finite
 SMALLEST_AMAX = 1e-10
@@ -31,18 +43,51 @@ def quantize_per_tensor(
 
 
 @torch.no_grad()
-def quantize_per_token(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """``s = max|x| / qmax`` over the last dimension, ``q = round(x · (1/s))``: int8 ``[..., K]``, float32 ``[...]``.
+def quantize_per_token(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """``s = max|x| / qmax`` over the last dimensions, ``q = round(x · (1/s))``: int8 as ``x``, float32 ``[...]``.
 
-    A row with NaN gets the scale NaN, so that the NaN reaches the output of the product.
+    A token with NaN gets the scale NaN, so that the NaN reaches the output of the product.
     """
     qmax = (1 << bits - 1) - 1
-    y = x.to(torch.float32)
-    amax = y.abs().amax(-1) if x.shape[-1] else y.new_zeros(x.shape[:-1])
+    y = x.to(torch.float32).flatten(x.ndim - token_dims)
+    amax = y.abs().amax(-1) if y.shape[-1] else y.new_zeros(y.shape[:-1])
     scale = amax.clamp(min=SMALLEST_AMAX) * (1.0 / qmax)
     y = (y * (1.0 / scale)[..., None]).nan_to_num_(nan=0.0)
     y.clamp_(-qmax, qmax).round_()
-    return y.to(torch.int8, memory_format=torch.contiguous_format), scale
+    return y.to(torch.int8, memory_format=torch.contiguous_format).view(x.shape), scale
+
+
+@torch.no_grad()
+def _adaln(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """``(x - mean) / √(variance + eps) · (1 + scale) + shift`` in float32, one shift and scale per sample."""
+    y = F.layer_norm(x.to(torch.float32), x.shape[-1:], eps=eps)
+    return y * (1 + scale.to(torch.float32)[:, None]) + shift.to(torch.float32)[:, None]
+
+
+@torch.no_grad()
+def _quantize_static(y: torch.Tensor, factor: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+    """``clip(round(y · factor + z), -128, 127)``; NaN becomes -128."""
+    y = y * factor if zero_point is None else y * factor + zero_point
+    return y.nan_to_num_(nan=-128.0).clamp_(-128, 127).round_().to(torch.int8)
+
+
+def adaln_quantize_per_tensor(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    q_scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """LayerNorm, modulation, quantization with one given scale."""
+    return _quantize_static(_adaln(x, shift, scale, eps), 1.0 / q_scale, zero_point)
+
+
+def adaln_quantize_per_token(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm, modulation, quantization of each token with its own scale."""
+    return quantize_per_token(_adaln(x, shift, scale, eps))
 
 
 @torch.no_grad()
@@ -56,6 +101,43 @@ def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def _linear(
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(Σ_k x q - z Σ_k q) · s_x · s_w + bias`` in float32; sums of integers are exact."""
+    wq = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
+    if w_scale.ndim == 2:  # one scale per group of K: Σ_g s_w[g] Σ_(k in g) x q
+        y = torch.zeros(*xq.shape[:-1], wq.shape[0], device=xq.device)
+        group = wq.shape[1] // w_scale.shape[1]
+        for x, w, scale in zip(xq.split(group, -1), wq.split(group, -1), w_scale.unbind(1), strict=True):
+            y += _sums(x, w) * scale
+        if x_zero_point is not None:
+            y -= x_zero_point * ((wq * w_scale.repeat_interleave(group, 1)).sum(1) if w_sum is None else w_sum)
+    else:
+        acc = _sums(xq, wq)
+        if x_zero_point is not None:
+            acc -= x_zero_point * (wq.sum(1, dtype=torch.int32) if w_sum is None else w_sum)
+        y = acc.to(torch.float32)
+    if x_scale is not None:
+        y *= x_scale if x_scale.ndim == 0 else x_scale[..., None]
+    if w_scale.ndim == 1:
+        y *= w_scale
+    return y if bias is None else y + bias
+
+
+def _sums(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    if x.dtype == torch.int8:
+        return int8_matmul(x, w)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.matmul(x.to(torch.float32), w.to(torch.float32).t())
+
+
 def int8_linear(
     xq: torch.Tensor,
     wq: torch.Tensor,
@@ -67,13 +149,7 @@ def int8_linear(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """``y = (Σ_k xq wq - z Σ_k wq) · s_x · s_w + bias``, int32 inside, scaled in fp32, cast last."""
-    acc = int8_matmul(xq, wq)
-    if x_zero_point is not None:
-        acc -= x_zero_point * (wq.sum(1, dtype=torch.int32) if w_sum is None else w_sum)
-    y = acc.to(torch.float32).mul_(x_scale if x_scale.ndim == 0 else x_scale[..., None]).mul_(w_scale)
-    if bias is not None:
-        y += bias
-    return y.to(out_dtype)
+    return _linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum).to(out_dtype)
 
 
 def int4_linear(
@@ -86,5 +162,48 @@ def int4_linear(
     w_sum: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """:func:`int8_linear` of the unpacked weight."""
-    return int8_linear(xq, unpack_int4(wq_packed), x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
+    """:func:`int8_linear` of the unpacked weight, with scales per channel or per group."""
+    return _linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum).to(out_dtype)
+
+
+@torch.no_grad()
+def linear_gelu_quantize(
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    multiplier: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``clip(round(gelu(y) · multiplier / s_out + z_out))`` of the linear layer's ``y``."""
+    y = F.gelu(_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum), approximate="tanh")
+    factor = 1.0 / out_scale
+    return _quantize_static(y, factor if multiplier is None else multiplier * factor, out_zero_point)
+
+
+@torch.no_grad()
+def linear_gate_residual_(
+    residual: torch.Tensor,
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``residual += gate · y``, one gate per sample, ``gate · y`` cast before it is added."""
+    y = _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+    return residual.add_((y * gate.to(torch.float32)[:, None]).to(residual.dtype))
+
+
+def weight_only_linear(
+    x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``y = Σ_k x · wq · s_w + bias`` with 16-bit activations, summed in fp32, cast last."""
+    return _linear(x, weight, None, w_scale, bias).to(x.dtype)

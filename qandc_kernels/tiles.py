@@ -1,14 +1,38 @@
-"""Tile choice: sizes of the block of the output that one program computes."""
+"""Tile choice: a table tuned on the GPU where there is one, a closed form for all others. Nothing is tried at run time.
+
+A table is a JSON file named after its GPU, e.g. ``nvidia-h200.json``. It is looked for in the directory that the
+variable QANDC_TILES names (by default ``~/.cache/qandc_kernels``), where ``python -m qandc_kernels.tune`` writes it,
+then among those that come with this package.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import json
+import logging
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["GemmTile", "int8_gemm_tile"]
+import torch
+
+if TYPE_CHECKING:
+    from qandc_kernels.epilogue import Epilogue
+
+__all__ = ["GemmTile", "Gpu", "gemm_tile", "gpu_of", "heuristic_tile", "kernel_name", "own_tables", "tuned_tiles"]
+
+logger = logging.getLogger(__name__)
 
 
 class GemmTile(NamedTuple):
-    """Compile-time sizes of one GEMM launch; ``group_m`` rows of blocks share their weight tiles in the L2 cache."""
+    """Compile-time sizes of one GEMM launch.
+
+    ``group_m`` rows of blocks share their weight tiles in the L2 cache. With ``programs_per_sm`` so many programs run
+    on each multiprocessor and take tile after tile; 0 means one program per tile. The sums are finished and stored in
+    ``subtiles`` pieces. ``tma`` is 0 where plain loads beat the tensor memory accelerator, as they do on short work.
+    """
 
     block_m: int
     block_n: int
@@ -16,18 +40,98 @@ class GemmTile(NamedTuple):
     group_m: int
     num_warps: int
     num_stages: int
+    programs_per_sm: int = 0
+    subtiles: int = 1
+    tma: int = 1
 
 
-def int8_gemm_tile(m: int, n: int, capability: tuple[int, int] = (9, 0)) -> GemmTile:
-    """A good tile for an ``[M, K] x [N, K]`` int8 product, any K, on a GPU of this compute capability.
+class Gpu(NamedTuple):
+    """What tile choice knows of a device; ``name`` is that of its table."""
 
-    From 33 rows on, blocks are at least 64 rows high, which Hopper's wgmma needs. Few rows mean few blocks: they are
-    made narrower, so that all multiprocessors get one. Stages are bounded by shared memory: 227 KB on sm_90 and sm_100,
-    163 KB on sm_80, 99 KB on sm_86, sm_89 and sm_120.
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Properties of a CUDA device; for the CPU, where kernels are only interpreted, those of an unnamed Hopper."""
+    if device.type != "cuda":
+        return Gpu("interpreter", (9, 0), 132)
+    properties = torch.cuda.get_device_properties(device)
+    name = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
+    return Gpu(name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+def own_tables() -> Path:
+    """Directory of the tables made on this machine."""
+    return Path(os.environ.get("QANDC_TILES") or Path.home() / ".cache" / "qandc_kernels")
+
+
+def kernel_name(family: str, epilogue: Epilogue) -> str:
+    """Under this name tables list a kernel: its operands ("int8", "int4a8", ...) and its epilogue."""
+    if epilogue.out_scale is not None:
+        return family + " gelu"
+    return family + (" gate" if epilogue.gate is not None else "")
+
+
+@functools.cache
+def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]]]:
+    """Kernel, (N, K), M: tile. Empty without a table for this GPU; a broken one is logged and passed over."""
+    for directory in (own_tables(), Path(__file__).parent / "tuned"):
+        path = directory / f"{gpu}.json"
+        if not path.is_file():
+            continue
+        tables: dict[str, dict[tuple[int, int], dict[int, GemmTile]]] = {}
+        try:
+            for row in json.loads(path.read_text())["tiles"]:
+                layer = tables.setdefault(row["kernel"], {}).setdefault((row["n"], row["k"]), {})
+                layer[row["m"]] = GemmTile(*row["tile"])
+        except (ValueError, TypeError, KeyError) as error:
+            logger.warning("%s is no table of tiles (%s); make a new one: python -m qandc_kernels.tune", path, error)
+            continue
+        return tables
+    return {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
+    rows = tuned_tiles(gpu.name).get(kernel, {}).get((n, k), {})
+    if rows:
+        nearest = min(rows, key=lambda tuned: abs(math.log(tuned / m)))
+        if nearest / 2 <= m <= nearest * 2:
+            return rows[nearest]
+    return heuristic_tile(kernel.split()[0], m, n, gpu)
+
+
+def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: torch.device) -> GemmTile:
+    """The tile for an ``[M, K] x [N, K]`` product: tuned for this (N, K) and at most twice or half this M, or computed.
+
+    ``family`` is "int8" (W8A8), "int4a8", "int4a16" or "int8a16".
     """
-    small_memory = capability[0] == 12 or (capability[0] == 8 and capability[1] != 0)
+    return _choose(kernel_name(family, epilogue), m, n, k, gpu_of(device))
+
+
+def heuristic_tile(family: str, m: int, n: int, gpu: Gpu) -> GemmTile:
+    """A good tile without measurement.
+
+    wgmma (Hopper) takes blocks of at least 64 rows of the left operand, which is the weight unless both are int8. A
+    large product gets blocks of 128 x 128: three programs of one warpgroup each share a Hopper multiprocessor, so that
+    the tensor cores of one work while another stores. A small one gets smaller blocks, until all multiprocessors have
+    one. Stages are bounded by shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on sm_86, 89, 120.
+    """
+    small_memory = gpu.capability[0] == 12 or (gpu.capability[0] == 8 and gpu.capability[1] != 0)
+    hopper = gpu.capability >= (9, 0) and not small_memory
+    large = math.ceil(m / 128) * math.ceil(n / 128) >= gpu.multiprocessors
     if m <= 32:
-        return GemmTile(16 if m <= 16 else 32, 64, 128, 1, 4, 4)
-    if m <= 1024 or n <= 64:
-        return GemmTile(64, 64, 128, 8, 4, 4)
-    return GemmTile(128, 128, 64 if small_memory else 128, 8, 8, 4)
+        block_m = 16 if m <= 16 else 32
+        return GemmTile(block_m, 64, 128, 1, 4, 4) if family == "int8" else GemmTile(block_m, 64, 64, 1, 4, 4)
+    if family != "int8":  # a stage holds a tile of the weight and one or two of the activations
+        if not hopper:
+            return GemmTile(128, 128, 64, 8, 8, 2 if small_memory else 3) if large else GemmTile(64, 64, 32, 8, 4, 4)
+        return GemmTile(128, 128, 64, 8, 4, 3) if large else GemmTile(64, 64, 64, 8, 4, 3)
+    if large and hopper:
+        return GemmTile(128, 128, 128, 8, 4, 2, programs_per_sm=3, subtiles=4)
+    if large:
+        return GemmTile(128, 128, 64 if small_memory else 128, 8, 8, 4)
+    return GemmTile(64, 64, 128, 8, 4, 4)

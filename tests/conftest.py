@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -30,9 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     params=[pytest.param("cpu", marks=pytest.mark.interpret), pytest.param("cuda", marks=pytest.mark.gpu)],
     ids=["interpreter", "cuda"],
 )
-def kernel_device(request: pytest.FixtureRequest) -> torch.device:
-    """A device on which the Triton launchers can be called directly."""
-    return torch.device(request.param)
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device on which the public ops launch Triton kernels: the GPU, or the CPU with kernels interpreted."""
+    device = torch.device(request.param)
+    if device.type == "cpu":
+        monkeypatch.setattr("qandc_kernels.linear_ops.use_triton", lambda x: True)
+        monkeypatch.setattr("qandc_kernels.quantize_ops.use_triton", lambda x: True)
+        monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    return device
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,8 @@
-"""Compiles every kernel for the architectures given and writes PTX and resources as JSON. Needs no GPU."""
+"""Compiles what the launchers would launch on other GPUs, and writes PTX facts and resources as JSON. Needs no GPU.
+
+python compile_kernels.py '[80, 90]'                # the kernels with the tiles that ship for these architectures
+python compile_kernels.py '[90]' candidates         # the GEMMs with every tile that the tuner tries
+"""
 
 from __future__ import annotations
 
@@ -7,72 +11,152 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from qandc_kernels import int8_gemm, quantize
-from qandc_kernels.tiles import int8_gemm_tile
+from qandc_kernels import adaln, launch, quantize, tiles, tune
+from qandc_kernels.epilogue import Epilogue
+from qandc_kernels.int8_gemm import int8_gemm_triton
+from qandc_kernels.mixed_gemm import mixed_gemm_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHAPES = [(m, n, k) for m in (1, 17, 128, 512, 1000, 2048, 4096, 8192, 16384) for n, k in tune.DIT_XL_2]
+PTX = {
+    "wgmma int8": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+    "wgmma 16": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
+    "mma int8": r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32",
+    "mma 16": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32",
+    "tcgen05": r"tcgen05\.mma\.",
+    "tma load": r"cp\.async\.bulk\.tensor\.2d\.shared",
+    "tma add": r"cp\.reduce\.async\.bulk\.tensor\.2d\.global\.shared::cta\.add",
+}
 
 
-def compile_kernel(kernel, types: dict[str, str], constexprs: dict, arch: int, **options) -> dict:
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    # what the launcher finds at run time: 16-byte aligned pointers, sizes divisible by 16
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in types}
-    unit_stride = {name: 1 for name in ("stride_xk", "stride_wk") if name in kernel.arg_names}
-    for name in unit_stride:
-        signature[name] = "constexpr"
-    aligned = {key: value for key, value in aligned.items() if kernel.arg_names[key[0]] not in unit_stride}
-    none = {name: None for name in kernel.arg_names if name not in types and name not in constexprs}
-    source = ASTSource(kernel, signature, {**none, **constexprs, **unit_stride}, aligned)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options}
-    )
+class CompileOnly:
+    """A driver for a GPU that is not there."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+compiled: list = []
+
+
+def _compile_only(run):
+    def wrapper(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    return wrapper
+
+
+def record(arch: int, kernel: str, tile) -> dict:
+    binary = compiled.pop()
+    assert not compiled
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+).*?LOCAL:(\d+)", usage)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     return {
         "arch": arch,
-        "ptx": compiled.asm["ptx"],
-        "stack": int(found[1]) + int(found[2]),
-        "shared": compiled.metadata.shared,
+        "kernel": kernel,
+        "tile": list(tile),
+        "instructions": [name for name, pattern in PTX.items() if re.search(pattern, binary.asm["ptx"])],
+        "registers": int(found[1]),
+        # a product that runs on while registers it reads from are refilled gives wrong results
+        "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", binary.asm["ptx"])}),
+        "stack": int(found[2]) + int(found[3]),
+        "shared": binary.metadata.shared,
     }
 
 
-def records(archs: list[int], m_values: list[int]):
-    n, k = 3456, 1152
-    for arch in archs:
-        for m in m_values:
-            tile = int8_gemm_tile(m, n, divmod(arch, 10))
-            types = {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", "M": "i32", "N": "i32"}
-            types |= {"stride_xm": "i32", "stride_wn": "i32", "stride_xk": "i32", "stride_wk": "i32"}
-            types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
-            types |= {"x_zero_point_ptr": "*i32", "w_sum_ptr": "*i32"}
-            flags = {"DEQUANTIZE": True, "PER_TOKEN": False, "HAS_BIAS": True, "HAS_ZERO_POINT": True, "K": k}
-            blocks = {
-                "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m
-            }  # fmt: skip
-            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-            record = compile_kernel(int8_gemm._int8_gemm_kernel, types, flags | blocks, arch, **options)
-            yield {"kernel": "int8_gemm", "tile": list(tile), "block_m": tile.block_m, **record}
-        types = {"x_ptr": "*bf16", "q_ptr": "*i8", "M": "i32", "K": "i32", "stride_xm": "i32", "stride_xk": "i32"}
-        types |= {"scale_ptr": "*fp32"}
-        flags = {"QMIN": -128, "QMAX": 127, "HAS_ZERO_POINT": True, "BLOCK_M": 4, "BLOCK_K": 1024}
-        record = compile_kernel(
-            quantize._quantize_per_tensor_kernel, types | {"zero_point_ptr": "*i32"}, flags, arch, num_warps=4
-        )
-        yield {"kernel": "quantize_per_tensor", "tile": [4, 1024], **record}
-        for block_k in (2048, 8192):
-            flags = {"QMAX": 127, "SMALLEST_AMAX": 1e-10, "BLOCK_M": max(1, 4096 // block_k), "BLOCK_K": block_k}
-            record = compile_kernel(quantize._quantize_per_token_kernel, types, flags, arch, num_warps=8)
-            yield {"kernel": "quantize_per_token", "tile": [block_k], **record}
+def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None) -> None:
+    """As the ops do, with every optional operand."""
+    family, _, ending = kernel.partition(" ")
+    halves, packed = family.endswith("a16"), family.startswith("int4")
+    x = torch.zeros(m, k, dtype=torch.bfloat16 if halves else torch.int8)
+    weight = torch.zeros(n, k // 2, dtype=torch.uint8) if packed else torch.zeros(n, k, dtype=torch.int8)
+    one, integer, vector = torch.ones(()), torch.zeros((), dtype=torch.int32), torch.ones(n)
+    parameters = Epilogue(None if halves else one, vector, vector.bfloat16())
+    if ending == "gelu":
+        parameters = parameters._replace(out_scale=one, out_zero_point=integer, multiplier=vector)
+    elif ending == "gate":
+        parameters = parameters._replace(gate=torch.zeros(m // 256 + 1, n).bfloat16(), gate_stride=n, tokens=256)
+    out = torch.zeros(m, n, dtype=torch.int8 if ending == "gelu" else torch.bfloat16)
+    if not halves:
+        parameters = parameters._replace(x_zero_point=integer, w_sum=vector.int())
+    if family == "int8":
+        int8_gemm_triton(x, weight, out, parameters, tile)
+    else:
+        mixed_gemm_triton(x, weight, out, parameters, tile=tile)
+
+
+def records(arch: int, every_candidate: bool) -> Iterator[dict]:
+    shipped = "nvidia-h200" if arch == 90 else f"sm_{arch}"
+    gpu = tiles.Gpu(shipped, divmod(arch, 10), 132)
+    tiles.gpu_of = launch.gpu_of = lambda device: gpu
+    seen = set()
+    for kernel in tune.KERNELS:
+        for m, n, k in SHAPES:
+            chosen = set(tune.candidates(kernel, m)) if every_candidate else {tiles._choose(kernel, m, n, k, gpu)}
+            for tile in chosen:
+                if (kernel, tile) in seen:
+                    continue
+                seen.add((kernel, tile))
+                try:
+                    launch_gemm(kernel, m, n, k, tile)
+                except triton.errors.TritonError as error:
+                    if not every_candidate:
+                        raise
+                    yield {"arch": arch, "kernel": kernel, "tile": list(tile), "error": str(error)[:80]}
+                    continue
+                yield record(arch, kernel, tile)
+    if every_candidate:
+        return
+    sums = torch.zeros(512, 1152, dtype=torch.int32), tiles.GemmTile(64, 64, 64, 8, 4, 3)
+    x = torch.zeros(512, 192, dtype=torch.int8)
+    int8_gemm_triton(x, torch.zeros(1152, 192, dtype=torch.int8), sums[0], tile=sums[1])
+    yield record(arch, "int8 sums", sums[1])
+    groups, parameters = torch.ones(1152, 6), Epilogue(torch.ones(()), bias=torch.ones(1152))
+    out, packed = torch.zeros(512, 1152).bfloat16(), torch.zeros(1152, 96, dtype=torch.uint8)
+    mixed_gemm_triton(x, packed, out, parameters, groups, tile=sums[1])
+    yield record(arch, "int4a8 groups", sums[1])
+    mixed_gemm_triton(x.bfloat16(), packed, out, parameters._replace(x_scale=None), groups, tile=sums[1])
+    yield record(arch, "int4a16 groups", sums[1])
+    x, one, integer = torch.zeros(2, 256, 1152).bfloat16(), torch.ones(()), torch.zeros((), dtype=torch.int32)
+    for arguments in ((one, integer), (None, None)):
+        adaln.adaln_quantize_triton(x, x[:, 0], x[:, 1], *arguments, 1e-6)
+        yield record(arch, "adaln", arguments[:0])
+    for width in (1152, 4608):
+        x = torch.zeros(512, width).bfloat16()
+        quantize.quantize_per_tensor_triton(x, one, integer)
+        yield record(arch, "quantize_per_tensor", [width])
+        quantize.quantize_per_token_triton(x)
+        yield record(arch, "quantize_per_token", [width])
+    x = torch.zeros(2, 16, 256, 72).bfloat16().transpose(1, 2)
+    quantize.quantize_per_tensor_triton(x, one, integer)
+    yield record(arch, "quantize_per_tensor", [16, 72])
 
 
 if __name__ == "__main__":
-    json.dump(list(records(json.loads(sys.argv[1]), json.loads(sys.argv[2]))), sys.stdout)
+    JITFunction.run = _compile_only(JITFunction.run)
+    found = []
+    for arch in json.loads(sys.argv[1]):
+        driver.set_active(CompileOnly(arch))
+        found += records(arch, sys.argv[2:] == ["candidates"])
+    json.dump(found, sys.stdout)

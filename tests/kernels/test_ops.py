@@ -7,13 +7,18 @@ import torch
 
 import qandc_kernels
 from qandc_kernels import (
+    adaln_quantize_per_tensor,
+    adaln_quantize_per_token,
     int4_linear,
     int8_linear,
     int8_matmul,
+    linear_gate_residual_,
+    linear_gelu_quantize,
     quantize_per_tensor,
     quantize_per_token,
     reference,
     select_backend,
+    weight_only_linear,
 )
 
 XQ = torch.zeros(3, 16, dtype=torch.int8)
@@ -87,6 +92,125 @@ def test_int4_linear_refuses():
         int4_linear(**{**good, "wq_packed": torch.zeros(5, 16, dtype=torch.uint8)})
 
 
+@pytest.mark.parametrize(
+    ("k", "w_scale", "message"),
+    [
+        (
+            192,
+            torch.ones(5, 7),
+            r"w_scale must have shape \(5,\), or \(5, K/G\).*32, 64 or 128.*got \(5, 7\) with K = 192",
+        ),
+        (192, torch.ones(4, 6), "got \\(4, 6\\)"),
+        (160, torch.ones(5, 5), "a multiple of 64; got \\(5, 5\\) with K = 160"),
+        (192, torch.ones(5, 12), "got \\(5, 12\\)"),  # groups of 16
+    ],
+)
+def test_groups_that_do_not_divide_k(k, w_scale, message):
+    xq, packed = torch.zeros(3, k, dtype=torch.int8), torch.zeros(5, k // 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        int4_linear(xq, packed, torch.tensor(1.0), w_scale)
+    with pytest.raises(ValueError, match=message):
+        weight_only_linear(xq.half(), packed, w_scale)
+
+
+def test_groups_need_int4_weights_and_float_sums():
+    xq, packed = torch.zeros(3, 64, dtype=torch.int8), torch.zeros(5, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="for int4 weights in groups"):
+        int8_linear(xq, torch.zeros(5, 64, dtype=torch.int8), torch.tensor(1.0), torch.ones(5, 2))
+    with pytest.raises(TypeError, match="w_sum must be float32; got int32"):
+        int4_linear(xq, packed, torch.tensor(1.0), torch.ones(5, 2), w_sum=torch.zeros(5, dtype=torch.int32))
+
+
+FUSED = {"xq": XQ[None], "weight": WQ, "x_scale": torch.tensor(1.0), "w_scale": torch.ones(5)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"weight": WQ.float()}, TypeError, "weight must be int8 or uint8; got float32"),
+        ({"out_scale": torch.ones(2)}, ValueError, r"out_scale must have shape \(\); got \(2,\)"),
+        ({"out_scale": 1.0}, TypeError, "out_scale must be a tensor; got float"),
+        ({"out_zero_point": torch.tensor(1)}, TypeError, "out_zero_point must be int32; got int64"),
+        ({"multiplier": torch.ones(4)}, ValueError, r"multiplier must have shape \(5,\)"),
+        ({"multiplier": torch.ones(5, device="meta")}, ValueError, "one device"),
+        ({"x_scale": torch.ones(3)}, ValueError, r"x_scale must have shape \(\) or \(1, 3\)"),
+    ],
+)
+def test_linear_gelu_quantize_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        linear_gelu_quantize(**{**FUSED, "out_scale": torch.tensor(1.0), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"xq": XQ}, ValueError, r"xq must be \[samples, tokens, K\]; got \(3, 16\)"),
+        ({"residual": torch.zeros(1, 3, 4)}, ValueError, r"residual must have shape \(1, 3, 5\)"),
+        ({"residual": torch.zeros(1, 5, 3).mT}, ValueError, "residual must be contiguous.*got strides"),
+        ({"residual": torch.zeros(1, 3, 5).double()}, TypeError, "residual must be float16"),
+        ({"gate": torch.zeros(3, 5)}, ValueError, r"gate must have shape \(1, 5\)"),
+        ({"gate": torch.zeros(1, 5, device="meta")}, ValueError, "one device"),
+    ],
+)
+def test_linear_gate_residual_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        linear_gate_residual_(**{**FUSED, "residual": torch.zeros(1, 3, 5), "gate": torch.zeros(1, 5), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 16)}, TypeError, "x must be float16 or bfloat16; got float32"),
+        ({"x": torch.zeros(3, 8).half()}, ValueError, r"x \[..., K\] and weight \[N, K\] must agree in K"),
+        ({"weight": torch.zeros(5, 16, dtype=torch.uint8)}, ValueError, r"weight \[N, K/2\] must agree in K"),
+        ({"bias": torch.zeros(4)}, ValueError, "bias must have shape"),
+    ],
+)
+def test_weight_only_linear_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        weight_only_linear(**{"x": torch.zeros(3, 16).half(), "weight": WQ, "w_scale": torch.ones(5), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"x": torch.zeros(3, 16)},
+            ValueError,
+            r"x must be \[samples, tokens, K\] with K from 1 to 65535; got \(3, 16\)",
+        ),
+        ({"x": torch.zeros(2, 3, 0)}, ValueError, "with K from 1 to 65535"),
+        ({"x": torch.zeros(2, 3, 16).double()}, TypeError, "x must be float16"),
+        ({"shift": torch.zeros(3, 16)}, ValueError, r"shift must have shape \(2, 16\); got \(3, 16\)"),
+        ({"scale": torch.zeros(2, 16, dtype=torch.int8)}, TypeError, "scale must be float16"),
+        ({"scale": torch.zeros(2, 16, device="meta")}, ValueError, "one device"),
+    ],
+)
+def test_adaln_refuses(changes, error, message):
+    good = {"x": torch.zeros(2, 3, 16), "shift": torch.zeros(2, 16), "scale": torch.zeros(2, 16)}
+    with pytest.raises(error, match=message):
+        adaln_quantize_per_token(**{**good, **changes})
+    with pytest.raises(error, match=message):
+        adaln_quantize_per_tensor(**{**good, **changes}, q_scale=torch.tensor(1.0))
+
+
+def test_adaln_refuses_scales():
+    x, vector = torch.zeros(2, 3, 16), torch.zeros(2, 16)
+    with pytest.raises(ValueError, match=r"q_scale must have shape \(\)"):
+        adaln_quantize_per_tensor(x, vector, vector, torch.ones(2))
+    with pytest.raises(TypeError, match="zero_point must be int32"):
+        adaln_quantize_per_tensor(x, vector, vector, torch.tensor(1.0), torch.tensor(1))
+
+
+def test_token_dims():
+    with pytest.raises(ValueError, match="token_dims must be 1 or 2, and x have as many; got 3, 4 dimensions"):
+        quantize_per_token(torch.zeros(2, 3, 4, 5), token_dims=3)
+    with pytest.raises(ValueError, match="got 2, 1 dimensions"):
+        quantize_per_token(torch.zeros(5), token_dims=2)
+    with pytest.raises(ValueError, match="a token of x is 90000; allowed are up to 65535"):
+        quantize_per_token(torch.zeros(1, 300, 300), token_dims=2)
+
+
 def test_int8_matmul_refuses_two_devices():
     with pytest.raises(ValueError, match="one device"):
         int8_matmul(XQ, WQ.to("meta"))
@@ -98,20 +222,28 @@ def sample_arguments(device: str) -> dict[str, tuple]:
     wq, w_scale = quantize_per_token(torch.randn(8, 32, device=device))
     zero_point, w_sum = torch.tensor(3, dtype=torch.int32, device=device), wq.sum(1, dtype=torch.int32)
     linear = (x_scale, w_scale, torch.randn(8, device=device), zero_point, w_sum, torch.float16)
+    one = torch.tensor(1.0, device=device)
+    adaln = x.view(2, 3, 32), torch.randn(2, 32, device=device), torch.randn(2, 32, device=device)
     packed = qandc_kernels.pack_int4(wq // 32)
     x = x.t().contiguous().t()  # the ops promise contiguous results for any strides
     return {
         "quantize_per_tensor": (x, torch.tensor(0.1, device=device), zero_point, 8),
-        "quantize_per_token": (x, 8),
+        "quantize_per_token": (x, 8, 1),
         "int8_matmul": (xq, wq),
         "int8_linear": (xq, wq, *linear),
         "int4_linear": (xq, packed, *linear),
-    }
+        "linear_gelu_quantize": (xq, wq, x_scale, w_scale, one, None, zero_point, None, None, None),
+        "linear_gate_residual_": (
+            torch.randn(2, 3, 8, device=device), xq.view(2, 3, 32), packed, x_scale.view(2, 3), w_scale,
+            torch.randn(2, 8, device=device), None, zero_point, w_sum,
+        ),
+        "weight_only_linear": (x.half(), wq, w_scale, None),
+        "adaln_quantize_per_tensor": (*adaln, torch.tensor(0.1, device=device), zero_point, 1e-6),
+        "adaln_quantize_per_token": (*adaln, 1e-6),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "op", ["quantize_per_tensor", "quantize_per_token", "int8_matmul", "int8_linear", "int4_linear"]
-)
+@pytest.mark.parametrize("op", reference.__all__)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_opcheck(op, device):
     """Schema, fake implementation and dispatch agree with what the op does."""

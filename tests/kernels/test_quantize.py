@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import quantize_per_tensor, quantize_per_token, reference
-from qandc_kernels.quantize import quantize_per_tensor_triton, quantize_per_token_triton
+from tests.kernels.oracle import float_dtypes
 
 SHAPES = [(1, 1), (1, 192), (17, 33), (256, 100), (727, 7), (3, 1152), (2, 4608)]
 ZERO_POINTS = [None, 0, -128, 127, 11]
-
-
-def dtypes(device: torch.device) -> list[torch.dtype]:
-    # the interpreter computes bfloat16 wrongly
-    return [torch.float32, torch.float16] + ([torch.bfloat16] if device.type == "cuda" else [])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 def test_per_tensor_equals_reference(kernel_device, shape, zero_point, seeded):
     z = None if zero_point is None else torch.tensor(zero_point, dtype=torch.int32)
-    for dtype in dtypes(kernel_device):
+    for dtype in float_dtypes(kernel_device):
         x = (torch.randn(shape, generator=seeded) * 4).to(dtype)
         for bits in (4, 6, 8):
             scale = torch.tensor(0.037)
             expected = reference.quantize_per_tensor(x, scale, z, bits)
-            actual = quantize_per_tensor_triton(
+            actual = quantize_per_tensor(
                 x.to(kernel_device), scale.to(kernel_device), None if z is None else z.to(kernel_device), bits
             )
             assert torch.equal(actual.cpu(), expected)
@@ -36,10 +31,10 @@ def test_per_tensor_equals_reference(kernel_device, shape, zero_point, seeded):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_per_token_equals_reference(kernel_device, shape, seeded):
-    for dtype in dtypes(kernel_device):
+    for dtype in float_dtypes(kernel_device):
         x = (torch.randn(shape, generator=seeded) * torch.logspace(-6, 4, shape[0])[:, None]).to(dtype)
         for bits in (4, 8):
-            q, scale = quantize_per_token_triton(x.to(kernel_device), bits)
+            q, scale = quantize_per_token(x.to(kernel_device), bits)
             expected_q, expected_scale = reference.quantize_per_token(x, bits)
             assert torch.equal(q.cpu(), expected_q)
             assert torch.equal(scale.cpu(), expected_scale)
@@ -49,25 +44,55 @@ def test_strided_input(kernel_device, seeded):
     base = torch.randn(40, 66, generator=seeded).to(kernel_device)
     for x in (base.t(), base[::3, ::2], base[:, 5:38]):
         assert not x.is_contiguous()
-        q, scale = quantize_per_token_triton(x)
+        q, scale = quantize_per_token(x)
         expected_q, expected_scale = reference.quantize_per_token(x.cpu())
         assert torch.equal(q.cpu(), expected_q)
         assert torch.equal(scale.cpu(), expected_scale)
         s = torch.tensor(0.02)
-        actual = quantize_per_tensor_triton(x, s.to(kernel_device))
+        actual = quantize_per_tensor(x, s.to(kernel_device))
         assert torch.equal(actual.cpu(), reference.quantize_per_tensor(x.cpu(), s))
+
+
+def attention_output(kind, generator):
+    """What scaled_dot_product_attention returns: [batch, heads, tokens, head_dim], contiguous or not."""
+    if kind == "heads first":
+        return torch.randn(2, 4, 9, 24, generator=generator)
+    return torch.randn(2, 9, 4, 24, generator=generator).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", ["heads first", "tokens first"])
+def test_attention_output_as_it_is(kernel_device, kind, seeded):
+    """One token is [heads, head_dim]; nothing is copied first."""
+    x = attention_output(kind, seeded).transpose(1, 2)
+    expected_q, expected_scale = reference.quantize_per_token(x.reshape(2, 9, 96))
+    q, scale = quantize_per_token(x.to(kernel_device), token_dims=2)
+    assert torch.equal(q.flatten(2).cpu(), expected_q)
+    assert torch.equal(scale.cpu(), expected_scale)
+    assert torch.equal(reference.quantize_per_token(x, token_dims=2)[0], expected_q.view(x.shape))
+    s, z = torch.tensor(0.02), torch.tensor(5, dtype=torch.int32)
+    q = quantize_per_tensor(*(t.to(kernel_device) for t in (x, s, z)))
+    assert torch.equal(q.cpu(), reference.quantize_per_tensor(x, s, z))
+
+
+def test_wild_strides(kernel_device, seeded):
+    """More strides than a kernel takes: five dimensions in reverse order."""
+    x = torch.randn(2, 3, 4, 5, 6, generator=seeded).to(kernel_device).permute(4, 3, 2, 1, 0)
+    expected = reference.quantize_per_tensor(x.cpu(), torch.tensor(0.05))
+    assert torch.equal(quantize_per_tensor(x, torch.tensor(0.05, device=kernel_device)).cpu(), expected)
+    assert torch.equal(quantize_per_token(x, token_dims=2)[0].cpu(), reference.quantize_per_token(x.cpu(), 8, 2)[0])
 
 
 def test_no_rows(kernel_device):
     x = torch.zeros(0, 64, device=kernel_device)
-    q, scale = quantize_per_token_triton(x)
+    q, scale = quantize_per_token(x)
+    assert quantize_per_token(x.t())[1].tolist() == [pytest.approx(1e-10 / 127)] * 64
     assert q.shape == (0, 64)
     assert scale.shape == (0,)
-    assert quantize_per_tensor_triton(x, torch.tensor(1.0, device=kernel_device)).shape == (0, 64)
+    assert quantize_per_tensor(x, torch.tensor(1.0, device=kernel_device)).shape == (0, 64)
 
 
 def test_rows_of_zeros(kernel_device):
-    q, scale = quantize_per_token_triton(torch.zeros(3, 40, device=kernel_device))
+    q, scale = quantize_per_token(torch.zeros(3, 40, device=kernel_device))
     assert torch.equal(q.cpu(), torch.zeros(3, 40, dtype=torch.int8))
     assert (scale > 0).all()
     assert torch.isfinite(scale).all()
@@ -79,7 +104,7 @@ def test_extreme_values(kernel_device):
     scale, zero_point = torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)
     expected = torch.tensor([[127, -128, 3, 3, 127, -128, 3, 5]], dtype=torch.int8)
     assert torch.equal(reference.quantize_per_tensor(x, scale, zero_point), expected)
-    actual = quantize_per_tensor_triton(x.to(kernel_device), scale.to(kernel_device), zero_point.to(kernel_device))
+    actual = quantize_per_tensor(x.to(kernel_device), scale.to(kernel_device), zero_point.to(kernel_device))
     assert torch.equal(actual.cpu(), expected)
 
 
@@ -89,7 +114,7 @@ def test_a_row_with_nan_says_so_and_others_do_not_notice(kernel_device):
     expected_q, expected_scale = reference.quantize_per_token(x)
     assert expected_scale[0].isnan()
     assert torch.equal(expected_q[1], torch.tensor([64, 32, -127], dtype=torch.int8))
-    q, scale = quantize_per_token_triton(x.to(kernel_device))
+    q, scale = quantize_per_token(x.to(kernel_device))
     assert torch.equal(q.cpu(), expected_q)
     torch.testing.assert_close(scale.cpu(), expected_scale, atol=0, rtol=0, equal_nan=True)
 
@@ -98,7 +123,7 @@ def test_smallest_rows(kernel_device):
     """Below 1e-10 a row counts as zeros; above, it fills the range."""
     x = torch.tensor([[1e-12, 0.0], [1e-9, 0.0]])
     assert torch.equal(reference.quantize_per_token(x)[0], torch.tensor([[1, 0], [127, 0]], dtype=torch.int8))
-    assert torch.equal(quantize_per_token_triton(x.to(kernel_device))[0].cpu(), reference.quantize_per_token(x)[0])
+    assert torch.equal(quantize_per_token(x.to(kernel_device))[0].cpu(), reference.quantize_per_token(x)[0])
 
 
 def test_rounds_half_to_even(kernel_device):
@@ -106,7 +131,7 @@ def test_rounds_half_to_even(kernel_device):
     expected = torch.tensor([[-2, -2, 0, 0, 2, 2, 126, 127]], dtype=torch.int8)
     one = torch.tensor(1.0)
     assert torch.equal(reference.quantize_per_tensor(x, one), expected)
-    assert torch.equal(quantize_per_tensor_triton(x.to(kernel_device), one.to(kernel_device)).cpu(), expected)
+    assert torch.equal(quantize_per_tensor(x.to(kernel_device), one.to(kernel_device)).cpu(), expected)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -118,7 +143,7 @@ def test_reference_error_is_at_most_half_a_step(bits, seeded):
     assert (error <= scale[:, None] * 0.5001).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 70),
@@ -126,11 +151,11 @@ def test_reference_error_is_at_most_half_a_step(bits, seeded):
     zero_point=st.integers(-128, 127),
     seed=st.integers(0, 2**31),
 )
-@pytest.mark.interpret
-def test_random_shapes_and_scales(rows, columns, scale, zero_point, seed):
+def test_random_shapes_and_scales(kernel_device, rows, columns, scale, zero_point, seed):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 50
     s, z = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
-    assert torch.equal(quantize_per_tensor_triton(x, s, z), reference.quantize_per_tensor(x, s, z))
+    expected = reference.quantize_per_tensor(x, s, z)
+    assert torch.equal(quantize_per_tensor(*(t.to(kernel_device) for t in (x, s, z))).cpu(), expected)
 
 
 def test_ops_keep_leading_dimensions(seeded):

@@ -1,0 +1,215 @@
+"""Options, the fixture that measures, the tables at the end and the file they are saved to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Generator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+
+from benchmarks import report, timing
+from benchmarks.goals import goals
+from benchmarks.rivals import NotInstalled
+from qandc.results import result_header
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU = "needs an NVIDIA GPU"
+OPS = {"adaln", "copy", "epilogue", "linear"}
+
+
+class Run:
+    """The rows of this session, and pytest-benchmark's ``extra_info`` of each."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.infos: list[dict[str, Any]] = []
+        self.deselected = False
+        self.saved: Path | None = None
+
+    def add(self, row: dict[str, Any], info: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.infos.append(info)
+
+
+RUN = pytest.StashKey[Run]()
+
+
+class Measure(Protocol):
+    def __call__(
+        self,
+        row: dict[str, Any],
+        build: Callable[[], timing.Candidate],
+        skip: str | None = None,
+        *,
+        operations: float | None = None,
+        nbytes: float | None = None,
+    ) -> None: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kernels")
+    group.addoption(
+        "--save",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="write the rows to PATH (default results/<GPU>/kernels.json; a complete run on an H200 does so unasked)",
+    )
+    group.addoption(
+        "--rivals", choices=("none", "fast", "all"), default="all", help="gemlite and torchao: fast is M = 4096 alone"
+    )
+    group.addoption("--layers", metavar="A,B", help="only these layers, as tables name them: qkv,out,fc1,fc2,8192^3,LN")
+    group.addoption("--rows", metavar="M,M", help="only these numbers of rows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RUN] = Run()
+    # else Ctrl-C, which leaves one fixture unused, would take the tables at the end with it
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for option, parameter in (("--layers", "layer"), ("--rows", "m")):
+        wanted = config.getoption(option)
+        if wanted is None:
+            continue
+        kept: list[pytest.Item] = []
+        others: list[pytest.Item] = []
+        for item in items:
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
+            matches = parameter not in parameters or str(parameters[parameter]) in wanted.split(",")
+            (kept if matches else others).append(item)
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items[:1]:
+        item.config.stash[RUN].deselected = True
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
+    """Check, capture and time a candidate, and note its row; a candidate that can't run is a row with the reason."""
+    run = request.config.stash[RUN]
+
+    def measured(
+        row: dict[str, Any],
+        build: Callable[[], timing.Candidate],
+        skip: str | None = None,
+        *,
+        operations: float | None = None,
+        nbytes: float | None = None,
+    ) -> None:
+        benchmark.group = f"{row['op']} {row['layer']}" + (f" M={row['m']}" if row["m"] else "")
+        if skip is None:
+            try:
+                with torch.no_grad():
+                    row |= _time(benchmark, build())
+            except NotInstalled as error:
+                skip = f"not installed: {error}"
+            except Exception as error:
+                message = " ".join(f"failed: {type(error).__name__}: {error}".split())
+                run.add(row | {"skipped": message[:300]}, {})
+                raise
+        if skip is not None:
+            run.add(row | {"skipped": skip}, {})
+            pytest.skip(skip)
+        if "median_us" not in row:  # --benchmark-disable
+            return
+        seconds = row["median_us"] / 1e6
+        if operations is not None:
+            row["tops"] = operations / seconds / 1e12
+        if nbytes is not None:
+            row["gbytes_per_s"] = nbytes / seconds / 1e9
+        run.add(row, benchmark.extra_info)
+
+    return measured
+
+
+def _time(benchmark: Any, candidate: timing.Candidate) -> dict[str, Any]:
+    """Correctness first, then times: the entries of a row."""
+    error = candidate.error(candidate.launch(0), 0)
+    assert error <= candidate.bound, f"relative error {error:.3g}; allowed {candidate.bound}"
+    candidate.launch(0)  # what the first launch compiled or tuned is launched as it will be
+    timed = timing.prepare(candidate)
+    rounds = timed.rounds()
+    if timed.method == "graph" and not candidate.in_place:
+        replayed = candidate.error(timed.result, candidate.launches - 1)
+        assert replayed <= candidate.bound, f"relative error {replayed:.3g} in a graph; allowed {candidate.bound}"
+    benchmark.pedantic(timing.CLOCK.run, args=(timed,), warmup_rounds=2, rounds=rounds)
+    found = {"error": error, "method": timed.method, "launches": timed.launches}
+    if timed.why_no_graph is not None:
+        found["why_no_graph"] = timed.why_no_graph
+    if benchmark.stats is not None:
+        stats = benchmark.stats.stats
+        found |= {"rounds": rounds, "median_us": stats.median * 1e6, "min_us": stats.min * 1e6}
+    return found
+
+
+def _where(config: pytest.Config, exitstatus: int) -> Path | None:
+    """The file to write, if any."""
+    run, path = config.stash[RUN], config.getoption("--save")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    default = ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")) / "kernels.json"
+    if path is not None:
+        return Path(path) if path else default
+    complete = {row["op"] for row in run.rows} == OPS and not run.deselected and exitstatus == 0
+    return default if complete and "H200" in gpu and config.getoption("--rivals") == "all" else None
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("gemlite", "torchao", "pytest-benchmark"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark writes the extra_info to its own files
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None]:
+    config = session.config
+    run = config.stash[RUN]
+    report.complete(run.rows)
+    for row, info in zip(run.rows, run.infos, strict=True):
+        info |= row
+    path = _where(config, exitstatus)
+    if run.rows and path is not None:
+        settings = {
+            "rivals": config.getoption("--rivals"),
+            "versions": _versions(),
+            "ceilings": report.ceilings(run.rows),
+            "measured_seconds": timing.MEASURED_SECONDS,
+        }
+        header = result_header(settings)
+        header["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**header, "rows": run.rows, "goals": goals(run.rows)}, indent=1) + "\n")
+        run.saved = path
+    return (yield)
+
+
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    run = config.stash[RUN]
+    if not run.rows:
+        return
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    sections = {
+        f"median time of a launch on {where}, and speed relative to the baseline": report.table(run.rows),
+        "losses": report.losses(run.rows),
+        "goals": report.goal_lines(run.rows),
+    }
+    for title, lines in sections.items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
+    if run.saved is not None:
+        terminalreporter.write_line(f"saved to {run.saved}")

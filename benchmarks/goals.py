@@ -1,0 +1,97 @@
+"""What the kernels must reach and should reach, from the rows of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = [
+    "ADALN",
+    "BF16",
+    "EAGER",
+    "FP32",
+    "GATE",
+    "GELU",
+    "INT_MM",
+    "INT_MM_COMPILED",
+    "PLAIN",
+    "SQUARE_LAYER",
+    "goals",
+    "median",
+]
+
+BF16, FP32 = "bf16 F.linear", "fp32 F.linear"
+INT_MM, INT_MM_COMPILED = "torch._int_mm + dequantize", "torch._int_mm + dequantize, compiled"
+PLAIN, GELU, GATE = "W8A8, bf16 out", "W8A8 + GELU + requantize", "W8A8 + gate + residual"
+ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
+SQUARE_LAYER = "8192^3"
+LAYERS = ("qkv", "out", "fc1", "fc2")
+W8A8_RATIOS = {16384: (1.5, 1.8), 4096: (1.25, 1.5), 512: (1.0, 1.3)}  # M: must, goal
+EPILOGUES = (("fc1", GELU, "gelu_requantize"), ("out", GATE, "gate_residual"), ("fc2", GATE, "gate_residual"))
+
+Row = dict[str, Any]
+
+
+def find(rows: list[Row], op: str, layer: str, m: int, candidate: str, key: str) -> float | None:
+    """One figure of one row; None if it was not measured."""
+    wanted = {"op": op, "layer": layer, "m": m, "candidate": candidate}
+    for row in rows:
+        if wanted.items() <= row.items():
+            return row.get(key)
+    return None
+
+
+def median(rows: list[Row], op: str, layer: str, m: int, candidate: str) -> float | None:
+    """Median time in µs."""
+    return find(rows, op, layer, m, candidate, "median_us")
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """``a / b``; None if either was not measured."""
+    return None if a is None or b is None else a / b
+
+
+def goals(rows: list[Row]) -> list[Row]:
+    """Every goal with its value in these rows, None where it was not measured."""
+    found: list[Row] = []
+
+    def add(
+        name: str, value: float | None, must: float, goal: float | None, better: str = "higher", unit: str = "1"
+    ) -> None:
+        found.append({"name": name, "value": value, "unit": unit, "better": better, "must": must, "goal": goal})
+
+    def linear(layer: str, m: int, candidate: str) -> float | None:
+        return median(rows, "linear", layer, m, candidate)
+
+    for m, (must, goal) in W8A8_RATIOS.items():
+        for layer in LAYERS:
+            value = ratio(linear(layer, m, BF16), linear(layer, m, "W8A8"))
+            add(f"w8a8_over_bf16_{layer}_{m}", value, must, goal)
+    for layer, candidate, name in EPILOGUES:
+        for m in sorted(W8A8_RATIOS):
+            times = (median(rows, "epilogue", layer, m, which) for which in (candidate, PLAIN))
+            add(f"{name}_time_over_bf16_store_{layer}_{m}", ratio(*times), 1.1, 1.0, "lower")
+    add("w8a8_8192", find(rows, "linear", SQUARE_LAYER, 8192, "W8A8", "tops"), 1200, 1500, unit="TOP/s")
+    for m in (4096, 16384):
+        for layer in LAYERS:
+            full = linear(layer, m, BF16)
+            w4a8, w8a8 = (ratio(full, linear(layer, m, which)) for which in ("W4A8", "W8A8"))
+            add(f"w4a8_over_bf16_{layer}_{m}", w4a8, 1.2, w8a8)
+    copies = [row["gbytes_per_s"] for row in rows if row["op"] == "copy" and "gbytes_per_s" in row]
+    bandwidth = find(rows, "adaln", "LN", 16384, ADALN, "gbytes_per_s")
+    add("adaln_quantize_share_of_copy_bandwidth_16384", ratio(bandwidth, max(copies, default=None)), 0.60, 0.85)
+    for m in (4096, 16384):
+        for layer in LAYERS:
+            rivals = [t for name in (INT_MM, INT_MM_COMPILED) if (t := linear(layer, m, name)) is not None]
+            value = ratio(min(rivals, default=None), linear(layer, m, "W8A8"))
+            add(f"w8a8_over_int_mm_dequantize_{layer}_{m}", value, 1.7, 2.0)
+    return found
+
+
+def reached(goal: Row, which: str) -> bool | None:
+    """Whether the value reaches the goal's ``which``, "must" or "goal"; None where either is unknown."""
+    value, bound = goal["value"], goal[which]
+    if value is None or bound is None:
+        return None
+    compare: Callable[[float, float], bool] = float.__ge__ if goal["better"] == "higher" else float.__le__
+    return compare(float(value), float(bound))

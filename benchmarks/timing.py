@@ -1,0 +1,130 @@
+"""The time of one launch: many launches in a CUDA graph, whose replays are timed with CUDA events."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["CLOCK", "DEVICE", "Candidate", "Timed", "capture", "launches_for", "prepare", "relative_error"]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRAPH_SECONDS = 1.5e-3  # a replay lasts about this long or longer: events resolve half a microsecond
+MEASURED_SECONDS = 0.075  # of each candidate
+SHORTEST_LAUNCH = 4e-6
+EAGER_LAUNCHES = 64
+# cycles that the GPU spins before a measurement, while the processor queues what is to be measured
+GRAPH_HEAD_START, EAGER_HEAD_START = 1_000_000, 20_000_000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time: ``launch(i)`` does the work with the ``i``-th copy of what should come cold from memory."""
+
+    launch: Callable[[int], Any]
+    error: Callable[[Any, int], float]
+    """Of ``launch(i)`` and ``i``: how far the result is from the truth."""
+    bound: float
+    launches: int
+    keep: int = 1
+    """Results alive at a time within a graph; more than one, and they are written to different memory."""
+    in_place: bool = False
+    """Launches change the result of the one before, so that only the first can be checked."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """``launches`` launches behind one call."""
+
+    call: Callable[[], object]
+    launches: int
+    method: str
+    result: Any = None
+    """Where a graph leaves the result of its last launch."""
+    why_no_graph: str | None = None
+
+    def seconds(self) -> float:
+        """Of one launch, of this call."""
+        if self.method == "wall clock":
+            start = time.perf_counter()
+            self.call()
+            return (time.perf_counter() - start) / self.launches
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # without it the GPU would wait for the processor after the first event
+        torch.cuda._sleep(GRAPH_HEAD_START if self.method == "graph" else EAGER_HEAD_START)
+        begin.record()
+        self.call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / self.launches
+
+    def rounds(self) -> int:
+        """So many that the measurement takes ``MEASURED_SECONDS``, within 5 to 50."""
+        self.seconds()  # the first replay uploads the graph
+        return min(max(round(MEASURED_SECONDS / (self.seconds() * self.launches)), 5), 50)
+
+
+class LaunchClock:
+    """pytest-benchmark's clock. It stands still but for :meth:`run`, and moves on by the time of one launch there."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        return self._seconds
+
+    def run(self, timed: Timed) -> None:
+        self._seconds += timed.seconds()
+
+
+CLOCK = LaunchClock()
+
+
+def launches_for(copies: int, seconds: float) -> int:
+    """Launches of about ``seconds`` that fill a graph: a multiple of ``copies``, all of which take their turn."""
+    return copies * math.ceil(GRAPH_SECONDS / max(seconds, SHORTEST_LAUNCH) / copies)
+
+
+def capture(launch: Callable[[int], Any], launches: int, keep: int) -> Timed:
+    """A CUDA graph of ``launches`` launches; all compiling and tuning must be over."""
+    results: deque[Any] = deque(maxlen=keep)
+    graph = torch.cuda.CUDAGraph()
+    gc.disable()  # a collection could free what the GPU must not free during a capture
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for i in range(launches):
+                results.append(launch(i))
+    finally:
+        gc.enable()
+    return Timed(graph.replay, launches, "graph", results[-1])
+
+
+def prepare(candidate: Candidate) -> Timed:
+    """A graph of the candidate; launches one by one where it can't be captured; a plain call on a CPU."""
+    launch = candidate.launch
+    if DEVICE == "cpu":
+        return Timed(lambda: launch(0), 1, "wall clock")
+    try:
+        return capture(launch, candidate.launches, candidate.keep)
+    except RuntimeError as error:  # the op waits for the GPU, say
+        reason = str(error).partition("\n")[0]
+        torch.cuda.synchronize()
+    launches = min(candidate.launches, EAGER_LAUNCHES)
+
+    def call() -> None:
+        for i in range(launches):
+            launch(i)
+
+    return Timed(call, launches, "events", why_no_graph=reason)
+
+
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """``‖result - expected‖ / ‖expected‖``."""
+    expected = expected.double()
+    return ((result.double() - expected).norm() / expected.norm()).item()

@@ -1,0 +1,162 @@
+"""What all matrix products share: the order of tiles, and what becomes of the sums when they are stored."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+__all__ = ["NO_EPILOGUE", "Epilogue", "store_tile", "tile_position", "to_int8"]
+
+# Triton's interpreter knows neither assembly nor additions in memory; it takes the plain way to the same values
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+class Epilogue(NamedTuple):
+    """What follows a product: tensors in Python, pointers in a kernel, None where there is nothing.
+
+    ``y = (acc - x_zero_point · w_sum) · x_scale · w_scale + bias`` is stored; or ``quantize(gelu(y) · multiplier)`` if
+    there is an ``out_scale``; or ``gate · y`` is added to the output if there is a ``gate``. Vectors are contiguous.
+    An int32 output takes the sums themselves.
+    """
+
+    x_scale: Any = None  # float32: one element, or [M]
+    w_scale: Any = None  # [N] float32
+    bias: Any = None  # [N] floating point
+    x_zero_point: Any = None  # one element, int32
+    w_sum: Any = None  # [N] in the type of the sums
+    out_scale: Any = None  # one element, float32
+    out_zero_point: Any = None  # one element, int32
+    multiplier: Any = None  # [N] float32
+    gate: Any = None  # [samples, N] floating point, unit stride along N
+    gate_stride: int = 0
+    tokens: int = 1  # rows per sample
+
+
+NO_EPILOGUE = Epilogue()
+
+
+@triton.jit
+def to_int8(y):
+    """Round -128 <= y <= 127 to integers, half to even."""
+    # in the sum with 1.5 · 2^23 the low byte of the bits is the integer; a conversion would be slower
+    return (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def gelu_tanh(x):
+    # x/2 · (1 + tanh(u)) = x / (1 + exp(-2u)) with u = √(2/π) · (x + 0.044715 x³); the constants hold -2 log2(e) √(2/π)
+    u = x * (-2.3022081988 - 0.1029432396 * x * x)
+    if COMPILED:  # without the care for denormals, which 1 + exp cannot be
+        return x * tl.inline_asm_elementwise(
+            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return x / (1.0 + tl.exp2(u))
+
+
+@triton.jit
+def quantize_static(y, factor, zero_point):
+    """``clip(round(y · factor) + zero_point, -128, 127)``; NaN becomes -128."""
+    if COMPILED:  # one multiply-add clips (y · factor + zero_point + 128) / 255 to 0..1, one scales back and rounds
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; fma.rn.sat.f32 t, $1, $2, $3; fma.rn.f32 $0, t, 0f437F0000, 0f4B3FFF80; }",
+            "=r,f,f,f", [y, factor * (1.0 / 255), (zero_point + 128.0) * (1.0 / 255)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return bits.to(tl.int8)
+    else:
+        y = tl.where(y == y, y * factor + zero_point, -128.0)
+        return to_int8(tl.minimum(tl.maximum(y, -128.0), 127.0))
+
+
+@triton.jit
+def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Block row and column of a tile: down GROUP_M block rows, then the next column; neighbours share tiles in L2."""
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * blocks_n)
+    rows_in_group = min(blocks_m - group * GROUP_M, GROUP_M)
+    tile_in_group = tile % (GROUP_M * blocks_n)
+    return group * GROUP_M + tile_in_group % rows_in_group, tile_in_group // rows_in_group
+
+
+@triton.jit
+def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr):
+    """The epilogue ``e`` of the sums at ``rows`` x ``columns``: float32, or int8 after a GELU."""
+    if e.w_scale is not None:
+        scale = tl.load(e.w_scale + columns)
+    else:
+        scale = tl.full(columns.shape, 1.0, tl.float32)
+    if e.x_scale is not None and not PER_TOKEN:
+        scale *= tl.load(e.x_scale)
+    if e.bias is not None:
+        bias = tl.load(e.bias + columns).to(tl.float32)
+    else:
+        bias = tl.zeros_like(scale)
+    if e.gate is not None and ONE_GATE:  # all rows of a tile belong to one sample
+        gate = tl.load(e.gate + (tl.min(rows) // e.tokens) * e.gate_stride + columns).to(tl.float32)
+        scale *= gate
+        bias *= gate
+    if e.x_zero_point is not None:
+        acc -= (tl.load(e.x_zero_point) * tl.load(e.w_sum + columns))[None, :]
+    # int32 to float32 only here: float32 cannot hold the partial sums of a long row exactly
+    y = acc.to(tl.float32)
+    if PER_TOKEN:
+        y *= tl.load(e.x_scale + rows)[:, None]
+    y = y * scale[None, :] + bias[None, :]
+    if e.gate is not None and not ONE_GATE:
+        y *= tl.load(e.gate + (rows // e.tokens)[:, None] * e.gate_stride + columns[None, :]).to(tl.float32)
+    if e.out_scale is not None:
+        factor = tl.full(scale.shape, tl.div_rn(1.0, tl.load(e.out_scale)), tl.float32)
+        if e.multiplier is not None:
+            factor *= tl.load(e.multiplier + columns)
+        zero_point = 0.0
+        if e.out_zero_point is not None:
+            zero_point = tl.load(e.out_zero_point).to(tl.float32)
+        return quantize_static(gelu_tanh(y), factor[None, :], zero_point)
+    else:
+        return y
+
+
+@triton.jit
+def store_tile(
+    acc, out, row, column, M, N, e,
+    PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """Finish the sums of the tile that begins at (row, column), in SUBTILES pieces: each needs fewer registers."""
+    if SUBTILES > 1:
+        height: tl.constexpr = acc.shape[0]
+        half: tl.constexpr = acc.shape[1] // 2
+        first, second = tl.split(tl.permute(tl.reshape(acc, (height, 2, half)), (0, 2, 1)))
+        store_tile(first, out, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
+        if TRANSPOSED:
+            row += half
+        else:
+            column += half
+        store_tile(second, out, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
+    else:
+        if TRANSPOSED:
+            acc = tl.trans(acc)
+        rows = row + tl.arange(0, acc.shape[0])
+        columns = column + tl.arange(0, acc.shape[1])
+        dtype: tl.constexpr = out.dtype if TMA else out.dtype.element_ty
+        if dtype != tl.int32:
+            # rows and columns beyond the edge read valid parameters; the store drops their values
+            acc = _apply(acc, e, rows % M, columns % N, PER_TOKEN, ONE_GATE)
+        if TMA:
+            if e.gate is None:
+                out.store([row, column], acc.to(dtype))
+            elif COMPILED:  # added in the L2 cache: the residual never travels to the multiprocessor
+                out.atomic_add([row, column], acc.to(dtype))
+            else:
+                out.store([row, column], (out.load([row, column]).to(tl.float32) + acc).to(dtype))
+        else:
+            mask = (rows[:, None] < M) & (columns[None, :] < N)
+            out_ptrs = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+            if e.gate is not None:
+                acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptrs, acc.to(dtype), mask=mask)

@@ -1,0 +1,50 @@
+"""What the launchers of the matrix products share: operands as the copy engine wants them, number of programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from qandc_kernels.epilogue import Epilogue
+from qandc_kernels.tiles import GemmTile, gpu_of
+
+__all__ = ["epilogue_flags", "number_of_programs", "operands"]
+
+
+def _aligned(t: torch.Tensor) -> bool:
+    """Whether the copy engine can move tiles of ``t``: unit inner stride, rows and address multiples of 16 bytes."""
+    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def operands(
+    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, tile: GemmTile, out_block: list[int]
+) -> tuple[bool, Any, Any, Any]:
+    """Whether tiles travel through the copy engine (TMA, sm_90 on), and x, w, out as descriptors or as tensors."""
+    accelerator = tile.tma and gpu_of(x.device).capability >= (9, 0)
+    if not (accelerator and _aligned(x) and _aligned(w) and _aligned(out)):
+        return False, x, w, out
+    return (
+        True,
+        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(w, [tile.block_n, tile.block_k]),
+        TensorDescriptor.from_tensor(out, out_block),
+    )
+
+
+def number_of_programs(m: int, n: int, tile: GemmTile, device: torch.device) -> int:
+    """One per tile; with ``programs_per_sm`` no more than run at once, and each takes tile after tile."""
+    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    if tile.programs_per_sm:
+        return min(tiles, tile.programs_per_sm * gpu_of(device).multiprocessors)
+    return tiles
+
+
+def epilogue_flags(epilogue: Epilogue, tile: GemmTile) -> dict[str, bool]:
+    """What a kernel must know of the shapes in its epilogue when it is compiled."""
+    return {
+        "PER_TOKEN": epilogue.x_scale is not None and epilogue.x_scale.ndim == 1,
+        "ONE_GATE": epilogue.tokens % tile.block_m == 0,
+    }

@@ -1,0 +1,406 @@
+"""The public matrix products. All are for inference: results carry no gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qandc_kernels import reference
+from qandc_kernels.checks import (
+    FLOAT_DTYPES,
+    check_devices,
+    check_linear,
+    check_product,
+    check_tensor,
+    check_weight_scale,
+)
+from qandc_kernels.library import register, rows_of, use_triton
+from qandc_kernels.packing import unpack_int4
+
+__all__ = [
+    "int4_linear",
+    "int8_linear",
+    "int8_matmul",
+    "linear_gate_residual_",
+    "linear_gelu_quantize",
+    "weight_only_linear",
+]
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
+
+
+def _multiply(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Optional,
+    w_scale: Tensor,
+    bias: Optional,
+    x_zero_point: Optional = None,
+    w_sum: Optional = None,
+    **epilogue: Any,
+) -> Tensor:
+    """Launch the kernel for these operands; ``out [..., N]`` is contiguous and returned."""
+    from qandc_kernels.epilogue import Epilogue
+    from qandc_kernels.int8_gemm import int8_gemm_triton
+    from qandc_kernels.mixed_gemm import mixed_gemm_triton
+
+    grouped = w_scale.ndim == 2
+    if x_zero_point is not None and w_sum is None:
+        wq = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
+        if grouped:
+            w_sum = (wq * w_scale.repeat_interleave(wq.shape[1] // w_scale.shape[1], 1)).sum(1)
+        else:
+            w_sum = wq.sum(1, dtype=torch.int32)
+    parameters = Epilogue(
+        x_scale=x_scale if x_scale is None or x_scale.ndim == 0 else x_scale.reshape(-1).contiguous(),
+        w_scale=None if grouped else w_scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        x_zero_point=x_zero_point,
+        w_sum=None if w_sum is None else w_sum.contiguous(),
+        **epilogue,
+    )
+    rows = out.view(-1, out.shape[-1]) if out.numel() else out.reshape(out.shape[:-1].numel(), out.shape[-1])
+    with torch.cuda.device(x.device):
+        if weight.dtype == torch.int8 and x.dtype == torch.int8:
+            int8_gemm_triton(rows_of(x), rows_of(weight), rows, parameters)
+        else:
+            group_scale = w_scale.contiguous() if grouped else None
+            mixed_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, group_scale)
+    return out
+
+
+def _int8_matmul(xq: Tensor, wq: Tensor) -> Tensor:
+    if not use_triton(xq):
+        return reference.int8_matmul(xq, wq)
+    from qandc_kernels.int8_gemm import int8_gemm_triton
+
+    out = _int8_matmul_fake(xq, wq)
+    with torch.cuda.device(xq.device):
+        int8_gemm_triton(rows_of(xq), rows_of(wq), out.view(xq.shape[:-1].numel(), wq.shape[0]))
+    return out
+
+
+def _int8_matmul_fake(xq: Tensor, wq: Tensor) -> Tensor:
+    return xq.new_empty(*xq.shape[:-1], wq.shape[0], dtype=torch.int32)
+
+
+def _linear(
+    xq: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Optional,
+    x_zero_point: Optional,
+    w_sum: Optional,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    if not use_triton(xq):
+        return reference.int8_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
+    out = xq.new_empty(*xq.shape[:-1], weight.shape[0], dtype=out_dtype)
+    return _multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+
+
+def _linear_fake(
+    xq: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Optional,
+    x_zero_point: Optional,
+    w_sum: Optional,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return xq.new_empty(*xq.shape[:-1], weight.shape[0], dtype=out_dtype)
+
+
+def _linear_gelu_quantize(
+    xq: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_scale: Tensor,
+    bias: Optional,
+    out_zero_point: Optional,
+    multiplier: Optional,
+    x_zero_point: Optional,
+    w_sum: Optional,
+) -> Tensor:
+    if not use_triton(xq):
+        return reference.linear_gelu_quantize(
+            xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
+        )
+    out = xq.new_empty(*xq.shape[:-1], weight.shape[0])
+    ending = {
+        "out_scale": out_scale,
+        "out_zero_point": out_zero_point,
+        "multiplier": None if multiplier is None else multiplier.contiguous(),
+    }
+    return _multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
+
+
+def _same_dtype_fake(x: Tensor, weight: Tensor, *others: Optional) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_gate_residual_(
+    residual: Tensor,
+    xq: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    gate: Tensor,
+    bias: Optional,
+    x_zero_point: Optional,
+    w_sum: Optional,
+) -> None:
+    if not use_triton(xq):
+        reference.linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum)
+        return
+    gate = gate if gate.stride(1) == 1 else gate.contiguous()
+    ending = {"gate": gate, "gate_stride": gate.stride(0), "tokens": xq.shape[1]}
+    _multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
+
+
+def _linear_gate_residual_fake(residual: Tensor, xq: Tensor, *others: Optional) -> None:
+    return None
+
+
+def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Optional) -> Tensor:
+    if not use_triton(x):
+        return reference.weight_only_linear(x, weight, w_scale, bias)
+    return _multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)
+
+
+register("int8_matmul", "(Tensor xq, Tensor wq) -> Tensor", _int8_matmul, _int8_matmul_fake)
+for _name in ("int8_linear", "int4_linear"):
+    register(
+        _name,
+        "(Tensor xq, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor? bias, Tensor? x_zero_point, "
+        "Tensor? w_sum, ScalarType out_dtype) -> Tensor",
+        _linear,
+        _linear_fake,
+    )
+register(
+    "linear_gelu_quantize",
+    "(Tensor xq, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor out_scale, Tensor? bias, "
+    "Tensor? out_zero_point, Tensor? multiplier, Tensor? x_zero_point, Tensor? w_sum) -> Tensor",
+    _linear_gelu_quantize,
+    _same_dtype_fake,
+)
+register(
+    "linear_gate_residual_",
+    "(Tensor(a!) residual, Tensor xq, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor gate, Tensor? bias, "
+    "Tensor? x_zero_point, Tensor? w_sum) -> ()",
+    _linear_gate_residual_,
+    _linear_gate_residual_fake,
+)
+register(
+    "weight_only_linear",
+    "(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias) -> Tensor",
+    _weight_only_linear,
+    _same_dtype_fake,
+)
+
+
+def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
+    """The exact accumulators ``acc[..., n] = Σ_k xq[..., k] · wq[n, k]``.
+
+    Args:
+        xq: ``[..., K] int8``, K <= 65535.
+        wq: ``[N, K] int8``.
+
+    Returns:
+        int32 ``[..., N]``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not one of the above.
+    """
+    check_product("int8_matmul", xq, wq, (torch.int8,))
+    check_devices("int8_matmul", xq=xq, wq=wq)
+    return torch.ops.qandc.int8_matmul(xq, wq)
+
+
+def _check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
+    if out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32; got {out_dtype}")
+
+
+def int8_linear(
+    xq: torch.Tensor,
+    wq: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """W8A8 linear layer: ``y[..., n] = (Σ_k xq wq - z Σ_k wq) · s_x · s_w[n] + bias[n]``.
+
+    The sum is exact in int32, scaled in float32 and cast last. The zero point of asymmetric activations costs nothing
+    in the loop: ``Σ_k (xq - z) wq = Σ_k xq wq - z Σ_k wq``, and ``Σ_k wq`` is a constant of the layer.
+
+    Args:
+        xq: ``[..., K] int8`` activations, any strides, K <= 65535.
+        wq: ``[N, K] int8`` weight.
+        x_scale: float32, 0-d (per tensor; read on the device) or ``[...]`` (per token).
+        w_scale: ``[N] float32``, per output channel.
+        bias: ``[N]`` float16, bfloat16 or float32.
+        x_zero_point: 0-d int32 in -128..127, per tensor.
+        w_sum: ``[N] int32``, ``wq.sum(1)``; computed here if a zero point is given without it.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``, contiguous.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not one of the above.
+    """
+    op = "int8_linear"
+    check_linear(op, xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, (torch.int8,))
+    _check_out_dtype(op, out_dtype)
+    return torch.ops.qandc.int8_linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
+
+
+def int4_linear(
+    xq: torch.Tensor,
+    wq_packed: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """W4A8 linear layer: :func:`int8_linear` with a weight packed by :func:`qandc_kernels.pack_int4`.
+
+    The weight is unpacked in registers, on its way to the tensor cores. With scales per group the integer sums of the
+    groups are scaled and added in float32.
+
+    Args:
+        wq_packed: ``[N, K/2] uint8``; the layout is drawn in :mod:`qandc_kernels.packing`.
+        w_scale: float32 ``[N]``, or ``[N, K/G]`` for groups of G = 32, 64 or 128 along K (then K a multiple of 64).
+        w_sum: ``[N] int32``, the sums of the unpacked weight; with groups ``[N] float32``, sums of ``q · s_w``.
+
+    All else, results and errors are those of :func:`int8_linear`.
+    """
+    op = "int4_linear"
+    check_linear(op, xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, (torch.uint8,))
+    _check_out_dtype(op, out_dtype)
+    return torch.ops.qandc.int4_linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
+
+
+def linear_gelu_quantize(
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_zero_point: torch.Tensor | None = None,
+    multiplier: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear layer, GELU and quantization for the next layer: ``clip(round(gelu(y) · multiplier / s_out + z_out))``.
+
+    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32; GELU is the tanh form. Outputs equal those
+    of float64 except where it comes within 1e-3 of a rounding boundary. NaN becomes -128.
+
+    Args:
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        out_scale: 0-d float32 tensor, > 0, read on the device.
+        out_zero_point: 0-d int32 tensor in -128..127.
+        multiplier: ``[N] float32``, one factor per output channel, e.g. of smoothing.
+
+    Returns:
+        ``[..., N] int8``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not one of the above.
+    """
+    op = "linear_gelu_quantize"
+    check_tensor(op, "out_scale", out_scale, (torch.float32,), ((),))
+    if out_zero_point is not None:
+        check_tensor(op, "out_zero_point", out_zero_point, (torch.int32,), ((),))
+    check_linear(
+        op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
+        out_scale=out_scale, out_zero_point=out_zero_point, multiplier=multiplier,
+    )  # fmt: skip
+    if multiplier is not None:
+        check_tensor(op, "multiplier", multiplier, (torch.float32,), ((weight.shape[0],),))
+    return torch.ops.qandc.linear_gelu_quantize(
+        xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
+    )
+
+
+def linear_gate_residual_(
+    residual: torch.Tensor,
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear layer, gate and residual, in place: ``residual += gate · y``, one gate per sample (adaLN-Zero).
+
+    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32; ``gate · y`` is cast to the dtype of the
+    residual and added to it. On GPUs with a tensor memory accelerator (sm_90 on) the addition happens in the L2 cache.
+
+    Args:
+        residual: ``[samples, tokens, N]`` float16, bfloat16 or float32, contiguous; changed in place.
+        xq: ``[samples, tokens, K] int8``.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        gate: ``[samples, N]`` floating point, e.g. a chunk of one ``[samples, 6 N]`` tensor.
+
+    Returns:
+        ``residual``. All else as :func:`int8_linear` and :func:`int4_linear`.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device is not one of the above.
+    """
+    op = "linear_gate_residual_"
+    check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, residual=residual, gate=gate)
+    if xq.ndim != 3:
+        raise ValueError(f"{op}: xq must be [samples, tokens, K]; got {tuple(xq.shape)}")
+    samples, tokens, n = *xq.shape[:2], weight.shape[0]
+    check_tensor(op, "residual", residual, FLOAT_DTYPES, ((samples, tokens, n),))
+    if not residual.is_contiguous():
+        raise ValueError(f"{op}: residual must be contiguous, it is changed in place; got strides {residual.stride()}")
+    check_tensor(op, "gate", gate, FLOAT_DTYPES, ((samples, n),))
+    torch.ops.qandc.linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum)
+    return residual
+
+
+def weight_only_linear(
+    x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """W8A16 or W4A16 linear layer, for activations that must stay precise: ``y = Σ_k x wq · s_w + bias``.
+
+    The weight is unpacked and converted in registers; products are summed in float32 and cast last.
+
+    Args:
+        x: ``[..., K]`` float16 or bfloat16, any strides, K <= 65535.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        w_scale: float32 ``[N]``, or for int4 ``[N, K/G]``, groups as in :func:`int4_linear`.
+        bias: ``[N]`` float16, bfloat16 or float32.
+
+    Returns:
+        ``[..., N]`` of the dtype of ``x``, contiguous.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is not one of the above.
+    """
+    op = "weight_only_linear"
+    check_product(op, x, weight, x_name="x", x_dtypes=(torch.float16, torch.bfloat16))
+    check_weight_scale(op, x, weight, w_scale)
+    if bias is not None:
+        check_tensor(op, "bias", bias, FLOAT_DTYPES, ((weight.shape[0],),))
+    check_devices(op, x=x, weight=weight, w_scale=w_scale, bias=bias)
+    return torch.ops.qandc.weight_only_linear(x, weight, w_scale, bias)

@@ -1,0 +1,177 @@
+"""Products whose weight changes in registers on its way to the tensor cores: W4A8, W4A16, W8A16.
+
+The weight is the left operand, ``Yᵀ = W Xᵀ``: on that side the tensor cores take it from registers, so that it is
+never written back to shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from qandc_kernels.epilogue import COMPILED, NO_EPILOGUE, Epilogue, store_tile, tile_position
+from qandc_kernels.launch import epilogue_flags, number_of_programs, operands
+from qandc_kernels.tiles import GemmTile, gemm_tile
+
+__all__ = ["mixed_gemm_triton"]
+
+
+@triton.jit
+def _unpack(packed):
+    """Low and high nibbles as int8, times 16: left where the sign bit is, they need no extension."""
+    if COMPILED:  # four bytes in an instruction, which the compiler does not find by itself
+        low, high = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 4; and.b32 $0, $0, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }",
+            "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low, high = packed << 4, packed & -16
+    return low, high
+
+
+@triton.jit
+def _add_product(acc, w, x, group_scale_ptr, k, columns, K: tl.constexpr, GROUP: tl.constexpr):
+    """``acc + w · x`` of one block of K; with groups times the scale of the group it lies in."""
+    if GROUP == 0:
+        if x.dtype == tl.int8:
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+        else:
+            acc = tl.dot(w.to(x.dtype), x, acc)
+    else:
+        scale = tl.load(group_scale_ptr + columns * (K // GROUP) + k // GROUP)[:, None]
+        if x.dtype == tl.int8:
+            acc += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * scale
+        else:
+            acc += tl.dot(w.to(x.dtype), x) * scale
+    return acc
+
+
+@triton.jit
+def _mixed_tile(
+    tile, x, w, out, M, N,
+    stride_xm, stride_xk, stride_wn, stride_wk,
+    group_scale_ptr, epilogue,
+    K: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr,
+    PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):  # fmt: skip
+    block_row, block_column = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, column = block_row * BLOCK_M, block_column * BLOCK_N
+    # rows and columns beyond the edge read valid ones again; the store drops them
+    columns = (column + tl.arange(0, BLOCK_N)) % N
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
+    # Two products a step. With one, Triton (3.6, 3.9) lets it run on while its left operand's registers are refilled.
+    # A packed row's byte k holds k and k + K/2; an int8 row gives two blocks one after the other.
+    DEPTH: tl.constexpr = K // 2 if PACKED else K
+    STEP: tl.constexpr = BLOCK_K if PACKED else 2 * BLOCK_K
+    AHEAD: tl.constexpr = DEPTH if PACKED else BLOCK_K
+    if TMA:
+        for k in range(0, DEPTH, STEP):
+            first = w.load([column, k])
+            if PACKED:
+                first, second = _unpack(first)
+            else:
+                second = w.load([column, k + AHEAD])
+            acc = _add_product(acc, first, x.load([row, k]).T, group_scale_ptr, k, columns, K, GROUP)
+            x_tile = x.load([row, k + AHEAD]).T
+            acc = _add_product(acc, second, x_tile, group_scale_ptr, k + AHEAD, columns, K, GROUP)
+    else:
+        rows = (row + tl.arange(0, BLOCK_M)) % M
+        depth = tl.arange(0, BLOCK_K)
+        x_ptrs = x + rows.to(tl.int64)[None, :] * stride_xm + depth[:, None] * stride_xk  # [BLOCK_K, BLOCK_M]
+        w_ptrs = w + columns.to(tl.int64)[:, None] * stride_wn + depth[None, :] * stride_wk  # [BLOCK_N, BLOCK_K]
+        for k in range(0, DEPTH, STEP):
+            inside = depth < DEPTH - k
+            inside_second = inside if PACKED else depth < DEPTH - AHEAD - k
+            first = tl.load(w_ptrs, mask=inside[None, :], other=0)
+            if PACKED:
+                first, second = _unpack(first)
+            else:
+                second = tl.load(w_ptrs + AHEAD * stride_wk, mask=inside_second[None, :], other=0)
+            x_tile = tl.load(x_ptrs, mask=inside[:, None], other=0)
+            acc = _add_product(acc, first, x_tile, group_scale_ptr, k, columns, K, GROUP)
+            x_tile = tl.load(x_ptrs + AHEAD * stride_xk, mask=inside_second[:, None], other=0)
+            acc = _add_product(acc, second, x_tile, group_scale_ptr, k + AHEAD, columns, K, GROUP)
+            x_ptrs += STEP * stride_xk
+            w_ptrs += STEP * stride_wk
+    if PACKED:
+        if INTEGER:
+            acc >>= 4  # exact: multiples of 16
+        else:
+            acc *= 0.0625
+    store_tile(acc, out, row, column, M, N, epilogue, PER_TOKEN, ONE_GATE, TMA, True, SUBTILES)
+
+
+@triton.jit
+def _mixed_gemm_kernel(
+    x, w, out,  # [M, K], [N, K] or [N, K/2] int8, [M, N]: tensor descriptors with TMA, pointers without
+    M, N,
+    stride_xm, stride_xk, stride_wn, stride_wk,
+    group_scale_ptr, epilogue,
+    K: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr,
+    PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        # one program, many tiles: the loads of the next tile start while this one is stored
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _mixed_tile(
+                tile, x, w, out, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+                group_scale_ptr, epilogue, K, PACKED, GROUP, INTEGER, PER_TOKEN, ONE_GATE, TMA,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
+            )  # fmt: skip
+    else:
+        _mixed_tile(
+            tl.program_id(0), x, w, out, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+            group_scale_ptr, epilogue, K, PACKED, GROUP, INTEGER, PER_TOKEN, ONE_GATE, TMA,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
+        )  # fmt: skip
+
+
+def mixed_gemm_triton(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue = NO_EPILOGUE,
+    group_scale: torch.Tensor | None = None,
+    tile: GemmTile | None = None,
+) -> torch.Tensor:
+    """Launch on ``x [M, K]`` int8 or 16-bit float, ``w`` int8 ``[N, K]`` or uint8 ``[N, K/2]``, any strides.
+
+    ``group_scale [N, K/G] float32`` and ``out [M, N]``, which is returned, are contiguous.
+    An int32 ``out`` takes the sums.
+    """
+    (m, k), n = x.shape, w.shape[0]
+    if out.numel() == 0:
+        return out
+    packed = w.dtype == torch.uint8
+    group = 0 if group_scale is None else k // group_scale.shape[1]
+    if tile is None:
+        tile = gemm_tile(
+            ("int4" if packed else "int8") + ("a8" if x.dtype == torch.int8 else "a16"), epilogue, m, n, k, x.device
+        )
+    if group:  # a block lies within one group, in both halves of a packed row
+        tile = tile._replace(block_k=min(tile.block_k, math.gcd(group, k // 2 if packed else k)))
+    w = w.view(torch.int8)
+    tma, x_operand, w_operand, o = operands(x, w, out, tile, [tile.block_m // tile.subtiles, tile.block_n])
+    _mixed_gemm_kernel[(number_of_programs(m, n, tile, x.device),)](
+        x_operand, w_operand, o,
+        m, n,
+        x.stride(0), x.stride(1), w.stride(0), w.stride(1),  # stride_xm, stride_xk, stride_wn, stride_wk
+        group_scale, epilogue,
+        K=k, PACKED=packed, GROUP=group, INTEGER=x.dtype == torch.int8 and group == 0,
+        **epilogue_flags(epilogue, tile),
+        TMA=tma,
+        PERSISTENT=tile.programs_per_sm > 0,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        SUBTILES=tile.subtiles,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,67 @@
+"""Compile kernels before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from qandc_kernels.backend import select_backend
+from qandc_kernels.linear_ops import int4_linear, int8_linear, linear_gate_residual_, linear_gelu_quantize
+from qandc_kernels.quantize_ops import (
+    adaln_quantize_per_tensor,
+    adaln_quantize_per_token,
+    quantize_per_tensor,
+    quantize_per_token,
+)
+
+__all__ = ["warm_up"]
+
+
+def warm_up(
+    layers: Iterable[tuple[int, int]],
+    rows: Iterable[int],
+    dtype: torch.dtype = torch.bfloat16,
+    w_bits: int = 8,
+    device: torch.device | str = "cuda",
+) -> None:
+    """Run every kernel of quantized layers once, on zeros, so that a first real call finds it compiled.
+
+    A kernel takes about a second to compile; Triton keeps it on disk for later processes. On a device without Triton
+    kernels there is nothing to do.
+
+    Args:
+        layers: (out_features, in_features) of the layers.
+        rows: batch times tokens, as they will be.
+        dtype: of the activations, residual, gate and bias.
+        w_bits: 8 or 4.
+        device: where the kernels will run.
+
+    Raises:
+        ValueError: ``w_bits`` is neither 8 nor 4.
+    """
+    if w_bits not in (8, 4):
+        raise ValueError(f"warm_up: w_bits must be 8 or 4; got {w_bits!r}")
+    if select_backend(device).name != "triton":
+        return
+    one = torch.ones((), device=device)
+    zero_point = torch.zeros((), dtype=torch.int32, device=device)
+    for m in rows:
+        for n, k in layers:
+            x = torch.zeros(1, m, k, dtype=dtype, device=device)
+            modulation = torch.zeros(1, max(n, k), dtype=dtype, device=device)
+            quantize_per_token(x)
+            adaln_quantize_per_token(x, modulation[:, :k], modulation[:, :k])
+            weight = torch.zeros(n, k // (8 // w_bits), dtype=torch.uint8 if w_bits == 4 else torch.int8, device=device)
+            w_scale, w_sum = torch.ones(n, device=device), torch.zeros(n, dtype=torch.int32, device=device)
+            linear = int4_linear if w_bits == 4 else int8_linear
+            for z in (None, zero_point):
+                xq = quantize_per_tensor(x, one, z)
+                adaln_quantize_per_tensor(x, modulation[:, :k], modulation[:, :k], one, z)
+                linear(xq, weight, one, w_scale, modulation[0, :n], z, w_sum, out_dtype=dtype)
+                linear_gelu_quantize(xq, weight, one, w_scale, one, modulation[0, :n], z, None, z, w_sum)
+                residual = torch.zeros(1, m, n, dtype=dtype, device=device)
+                linear_gate_residual_(
+                    residual, xq, weight, one, w_scale, modulation[:, :n], modulation[0, :n], z, w_sum
+                )
+            linear(xq, weight, one.expand(1, m), w_scale, modulation[0, :n], out_dtype=dtype)

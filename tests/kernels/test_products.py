@@ -1,0 +1,344 @@
+"""W8A8, W4A8 and weight-only products: integer sums bit for bit, outputs against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qandc_kernels import (
+    int4_linear,
+    int8_linear,
+    int8_matmul,
+    linear_gate_residual_,
+    linear_gelu_quantize,
+    pack_int4,
+    reference,
+    unpack_int4,
+    weight_only_linear,
+)
+from qandc_kernels.int8_gemm import int8_gemm_triton
+from qandc_kernels.mixed_gemm import mixed_gemm_triton
+from qandc_kernels.tiles import GemmTile
+from tests.kernels.oracle import (
+    assert_close,
+    assert_rounded,
+    float_dtypes,
+    gelu,
+    make_layer,
+    random_int8,
+    to,
+)
+
+# numpy, under the interpreter, tells of overflows that are meant to happen
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+# (samples, tokens, N, K): tails in every dimension, rows of several samples in a tile; the last ones travel by TMA
+SHAPES = [(1, 1, 5, 8), (3, 7, 33, 100), (2, 35, 40, 130), (2, 64, 32, 192), (1, 70, 48, 64)]
+LARGE_SHAPES = [
+    (1, 1, 4608, 1152),
+    (1, 17, 3456, 1152),
+    (2, 256, 1152, 4608),
+    (8, 125, 1152, 1152),
+    (16, 256, 4608, 1152),
+    (3, 243, 577, 858),
+]
+
+
+@pytest.fixture
+def shape(request, kernel_device):
+    """Small shapes everywhere, those of DiT-XL/2 on the GPU alone."""
+    if kernel_device.type == "cpu" and request.param in LARGE_SHAPES:
+        pytest.skip("too large for the interpreter")
+    return request.param
+
+
+all_shapes = pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str, indirect=True)
+
+
+def exact(xq, wq):
+    return (xq.double() @ wq.double().t()).int()  # float64 counts to 2^53
+
+
+@all_shapes
+def test_sums_are_exact(kernel_device, shape, seeded):
+    samples, tokens, n, k = shape
+    xq, wq = random_int8((samples, tokens, k), seeded), random_int8((n, k), seeded)
+    expected = exact(xq, wq)
+    assert torch.equal(reference.int8_matmul(xq[:, :9], wq), expected[:, :9])
+    assert torch.equal(int8_matmul(xq.to(kernel_device), wq.to(kernel_device)).cpu(), expected)
+
+
+@all_shapes
+def test_sums_of_int4_weights_are_exact(kernel_device, shape, seeded):
+    samples, tokens, n, k = shape
+    xq, wq = random_int8((samples * tokens, k), seeded), random_int8((n, k), seeded, 4)
+    out = torch.empty(samples * tokens, n, dtype=torch.int32, device=kernel_device)
+    mixed_gemm_triton(xq.to(kernel_device), pack_int4(wq).to(kernel_device), out)
+    assert torch.equal(out.cpu(), exact(xq, wq))
+
+
+def test_sums_are_exact_at_the_extremes(kernel_device):
+    """K = 4608 products of 127 · 127: 7.4e7 in odd steps, which fp32 cannot count; and the largest, -128 · -128."""
+    xq = torch.full((3, 4608), 127, dtype=torch.int8)
+    xq[1, 7] = 126
+    xq[2] = -128
+    wq = torch.full((3, 4608), 127, dtype=torch.int8)
+    wq[1, 4607] = 1
+    wq[2] = -128
+    assert int(exact(xq, wq)[1, 0]) != int(exact(xq, wq)[1, 0].float())  # else this shows nothing
+    assert torch.equal(reference.int8_matmul(xq, wq), exact(xq, wq))
+    assert torch.equal(int8_matmul(xq.to(kernel_device), wq.to(kernel_device)).cpu(), exact(xq, wq))
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_tensor", "per_token"])
+@pytest.mark.parametrize("plain", [False, True], ids=["zero_point_and_bias", "plain"])
+@all_shapes
+def test_linear(kernel_device, shape, bits, per_token, plain, seeded):
+    p, expected = make_layer(shape, seeded, bits=bits, per_token=per_token, bias=not plain, zero_point=not plain)
+    weight = p.pop("weight")
+    function = int4_linear if bits == 4 else int8_linear
+    for dtype in float_dtypes(kernel_device):
+        q = to(kernel_device, p)
+        actual = function(q.pop("xq"), weight.to(kernel_device), **q, out_dtype=dtype)
+        assert actual.dtype == dtype
+        assert_close(actual, expected)
+    if expected.numel() < 1e5:
+        assert_close(function(p.pop("xq"), weight, **p, out_dtype=torch.float32), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "zero_points_and_multiplier"])
+@all_shapes
+def test_linear_gelu_quantize(kernel_device, shape, bits, asymmetric, seeded):
+    p, y = make_layer(shape, seeded, bits=bits, zero_point=asymmetric)
+    ending = {"out_scale": torch.tensor(0.013), "out_zero_point": None, "multiplier": None}
+    expected = gelu(y) / ending["out_scale"].double()
+    if asymmetric:
+        ending["out_zero_point"] = torch.tensor(-101, dtype=torch.int32)
+        ending["multiplier"] = torch.rand(shape[2], generator=seeded) + 0.5
+        expected = expected * ending["multiplier"].double() - 101
+    assert (expected > 127).any() or expected.numel() < 100  # clipping happens
+    assert_rounded(linear_gelu_quantize(**to(kernel_device, p), **to(kernel_device, ending)), expected)
+    if y.numel() < 1e5:
+        assert_rounded(reference.linear_gelu_quantize(**p, **ending), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_tensor", "per_token"])
+@all_shapes
+def test_linear_gate_residual(kernel_device, shape, bits, per_token, seeded):
+    samples, tokens, n, _ = shape
+    p, y = make_layer(shape, seeded, bits=bits, per_token=per_token)
+    modulation = torch.randn(samples, 6 * n, generator=seeded)
+    for dtype in float_dtypes(kernel_device):
+        residual = torch.randn(samples, tokens, n, generator=seeded).to(dtype)
+        gate = modulation.to(dtype)[:, 2 * n : 3 * n]  # a chunk: rows are not next to each other
+        expected = residual.double() + gate.double()[:, None] * y
+        actual = residual.to(kernel_device, copy=True)
+        gate = modulation.to(dtype).to(kernel_device)[:, 2 * n : 3 * n]
+        assert linear_gate_residual_(actual, gate=gate, **to(kernel_device, p)) is actual
+        assert_close(actual, expected, size=(gate.cpu().double().abs()[:, None] * y.abs()).max().item())
+        if y.numel() < 1e5:
+            linear_gate_residual_(residual, gate=gate.cpu(), **p)
+            assert_close(residual, expected, size=(gate.cpu().double().abs()[:, None] * y.abs()).max().item())
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("shape", [(2, 35, 40, 384), (2, 64, 48, 128), (2, 256, 1152, 1152)], ids=str, indirect=True)
+def test_int4_groups(kernel_device, shape, group, seeded):
+    if kernel_device.type == "cpu" and shape[2] == 1152:
+        pytest.skip("too large for the interpreter")
+    p, expected = make_layer(shape, seeded, bits=4, group=group)
+    weight = p.pop("weight")
+    q = to(kernel_device, p)
+    actual = int4_linear(q.pop("xq"), weight.to(kernel_device), **q, out_dtype=torch.float32)
+    # sums of groups are added in float32: a few ulp more
+    assert_close(actual, expected, size=10)
+    assert_close(int4_linear(p.pop("xq"), weight, **p, out_dtype=torch.float32), expected, size=10)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 in groups"])
+@all_shapes
+def test_weight_only_linear(kernel_device, shape, kind, seeded):
+    samples, tokens, n, k = shape
+    if kind == "int4 in groups" and k % 64:
+        pytest.skip("groups need a K that is a multiple of 64")
+    wq = random_int8((n, k), seeded, 8 if kind == "int8" else 4)
+    w_scale = (torch.rand((n, k // 32) if "groups" in kind else n, generator=seeded) + 0.5) / (k**0.5 * wq.abs().max())
+    bias = torch.randn(n, generator=seeded)
+    scales = w_scale.double().repeat_interleave(32, 1) if "groups" in kind else w_scale.double()[:, None]
+    weight = wq if kind == "int8" else pack_int4(wq)
+    for dtype in [d for d in float_dtypes(kernel_device) if d != torch.float32]:
+        x = torch.randn(samples, tokens, k, generator=seeded).to(dtype)
+        expected = x.double() @ (wq.double() * scales).t() + bias.double()
+        assert_close(weight_only_linear(*(t.to(kernel_device) for t in (x, weight, w_scale, bias))), expected, size=2)
+        if expected.numel() < 1e5:
+            assert_close(reference.weight_only_linear(x, weight, w_scale, bias), expected, size=2)
+
+
+def test_strided_operands(kernel_device, seeded):
+    xq = random_int8((60, 90), seeded).to(kernel_device)
+    wq = random_int8((90, 50), seeded).to(kernel_device)
+    for x, w in [(xq, wq.t()), (xq[::2, ::3], wq.t()[:, ::3]), (xq.t()[:, :40], random_int8((7, 40), seeded))]:
+        w = w.to(kernel_device)
+        assert torch.equal(int8_matmul(x, w).cpu(), exact(x.cpu(), w.cpu()))
+    packed = pack_int4(wq.t().contiguous() >> 4)
+    spread = torch.stack([packed, packed], dim=-1)[..., 0]
+    out = torch.empty(60, 50, dtype=torch.int32, device=kernel_device)
+    assert not spread.is_contiguous()
+    mixed_gemm_triton(xq, spread, out)
+    assert torch.equal(out.cpu(), exact(xq.cpu(), unpack_int4(packed).cpu()))
+
+
+def test_strided_vectors_and_missing_weight_sum(kernel_device, seeded):
+    p, expected = make_layer((1, 70, 40, 130), seeded, per_token=True)
+    for name in ("x_scale", "w_scale", "bias"):
+        p[name] = torch.stack([p[name], torch.full_like(p[name], float("nan"))], dim=-1)[..., 0]
+        assert not p[name].is_contiguous()
+    q = to(kernel_device, p)
+    assert_close(int8_linear(q.pop("xq"), q.pop("weight"), **q, out_dtype=torch.float32), expected)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 8), (8, 0)])
+def test_no_rows_or_columns(kernel_device, m, n):
+    xq = torch.zeros(m, 16, dtype=torch.int8, device=kernel_device)
+    wq = torch.zeros(n, 16, dtype=torch.int8, device=kernel_device)
+    assert int8_matmul(xq, wq).shape == (m, n)
+    one, vector = torch.tensor(1.0, device=kernel_device), torch.ones(n, device=kernel_device)
+    assert linear_gelu_quantize(xq, wq, one, vector, one).shape == (m, n)
+    residual, gate = torch.zeros(1, m, n, device=kernel_device), torch.zeros(1, n, device=kernel_device)
+    assert linear_gate_residual_(residual, xq[None], wq, one, vector, gate).shape == (1, m, n)
+
+
+TILES = [
+    GemmTile(16, 64, 32, 1, 4, 2),
+    GemmTile(32, 64, 128, 4, 4, 3),
+    GemmTile(64, 64, 64, 8, 4, 3, tma=0),
+    GemmTile(64, 128, 64, 8, 4, 3, 2, 4),
+    GemmTile(128, 128, 64, 2, 4, 2, 1, 2),
+    GemmTile(128, 64, 64, 4, 8, 3, 0, 2),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, t)))
+@pytest.mark.parametrize("n", [140, 144], ids=["pointers", "tma"])
+def test_every_tile_gives_the_same(kernel_device, tile, n, seeded):
+    """Persistent or not, in pieces or not; 140 columns of int32 are 16-byte rows, 100 deep rows of int8 are not."""
+    k = 100 if n == 140 else 160
+    xq, wq = random_int8((300, k), seeded), random_int8((n, k), seeded, 4)
+    out = torch.empty(300, n, dtype=torch.int32, device=kernel_device)
+    int8_gemm_triton(xq.to(kernel_device), wq.to(kernel_device), out, tile=tile)
+    assert torch.equal(out.cpu(), exact(xq, wq))
+    for weight in (pack_int4(wq), wq):
+        out = torch.empty_like(out)
+        mixed_gemm_triton(xq.to(kernel_device), weight.to(kernel_device), out, tile=tile)
+        assert torch.equal(out.cpu(), exact(xq, wq))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_layers(kernel_device, data):
+    """Shapes, strides, scales, epilogues and operands at random."""
+    draw = data.draw
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    samples, tokens, n = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 70))
+    k = 2 * draw(st.integers(1, 80))
+    bits = draw(st.sampled_from([8, 4]))
+    p, y = make_layer(
+        (samples, tokens, n, k), generator, bits=bits,
+        per_token=draw(st.booleans()), bias=draw(st.booleans()), zero_point=draw(st.booleans()),
+    )  # fmt: skip
+    size = 10.0 ** draw(st.integers(-6, 4))
+    p["w_scale"] *= size
+    y = (y - (p["bias"].double() if p["bias"] is not None else 0)) * size
+    if p["bias"] is not None:
+        y += p["bias"].double()
+    q = to(kernel_device, p)
+    if draw(st.booleans()):  # every second element of something twice as wide
+        q["xq"] = torch.stack([q["xq"], q["xq"] + 1], dim=-1)[..., 0]
+    scale = torch.tensor(float(y.abs().max().clamp(min=1e-6)) / 100)
+    ending = draw(st.sampled_from(["store", "gelu", "gate"]))
+    if ending == "store":
+        function = int4_linear if bits == 4 else int8_linear
+        actual = function(q.pop("xq"), q.pop("weight"), **q, out_dtype=torch.float32)
+        assert_close(actual, y, size=max(1.0, size) * 2)
+    elif ending == "gelu":
+        actual = linear_gelu_quantize(**q, out_scale=scale.to(kernel_device))
+        assert_rounded(actual, gelu(y) / scale.double())
+    else:
+        residual = torch.randn(samples, tokens, n, generator=generator)
+        gate = torch.randn(samples, n, generator=generator)
+        expected = residual.double() + gate.double()[:, None] * y
+        actual = linear_gate_residual_(residual.to(kernel_device), gate=gate.to(kernel_device), **q)
+        assert_close(actual, expected, size=max(1.0, size) * 8)
+
+
+def test_nan_scale_reaches_the_output(kernel_device, seeded):
+    p, _ = make_layer((1, 20, 16, 32), seeded, per_token=True)
+    p["x_scale"][0, 3] = float("nan")
+    q = to(kernel_device, p)
+    y = int8_linear(q.pop("xq"), q.pop("weight"), **q, out_dtype=torch.float32).cpu()
+    assert y[0, 3].isnan().all()
+    assert y.isnan().sum() == 16
+    q = linear_gelu_quantize(**to(kernel_device, p), out_scale=torch.tensor(0.1, device=kernel_device)).cpu()
+    assert (q[0, 3] == -128).all()
+    assert torch.equal(q, reference.linear_gelu_quantize(**p, out_scale=torch.tensor(0.1)))
+
+
+def test_ops_keep_leading_dimensions(seeded):
+    xq, wq = random_int8((2, 3, 32), seeded), random_int8((5, 32), seeded)
+    scale = torch.rand(2, 3, generator=seeded)
+    y = int8_linear(xq, wq, scale, torch.ones(5), out_dtype=torch.float32)
+    assert y.shape == (2, 3, 5)
+    torch.testing.assert_close(y, exact(xq, wq).float() * scale[..., None])
+
+
+def test_reference_stays_exact_under_autocast(seeded):
+    xq, wq = random_int8((40, 1152), seeded), random_int8((30, 1152), seeded)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(int8_matmul(xq, wq), exact(xq, wq))
+
+
+def test_empty_inputs_of_the_ops():
+    wq, one = torch.ones(5, 0, dtype=torch.int8), torch.tensor(1.0)
+    y = int8_linear(torch.zeros(2, 3, 0, dtype=torch.int8), wq, one, torch.ones(5), torch.arange(5.0))
+    assert torch.equal(y, torch.arange(5.0).expand(2, 3, 5).to(torch.bfloat16))
+    assert int8_matmul(torch.zeros(0, 4, 8, dtype=torch.int8), torch.zeros(5, 8, dtype=torch.int8)).shape == (0, 4, 5)
+
+
+def test_weight_sum_may_be_left_out(seeded):
+    p, _ = make_layer((1, 9, 12, 64), seeded)
+    weight, xq = p.pop("weight"), p.pop("xq")
+    given_sum = int8_linear(xq, weight, **p, w_sum=weight.sum(1, dtype=torch.int32), out_dtype=torch.float32)
+    assert torch.equal(int8_linear(xq, weight, **p, out_dtype=torch.float32), given_sum)
+    p, _ = make_layer((1, 9, 12, 64), seeded, bits=4, group=32)
+    weight, xq = p.pop("weight"), p.pop("xq")
+    w_sum = (unpack_int4(weight) * p["w_scale"].repeat_interleave(32, 1)).sum(1)
+    given_sum = int4_linear(xq, weight, **p, w_sum=w_sum, out_dtype=torch.float32)
+    assert torch.equal(int4_linear(xq, weight, **p, out_dtype=torch.float32), given_sum)
+
+
+def test_int4_equals_int8_of_the_unpacked_weight(seeded):
+    p, _ = make_layer((1, 9, 12, 20), seeded, bits=4)
+    weight, xq = p.pop("weight"), p.pop("xq")
+    expected = int8_linear(xq, unpack_int4(weight), **p, out_dtype=torch.float32)
+    assert torch.equal(int4_linear(xq, weight, **p, out_dtype=torch.float32), expected)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_scale(seeded):
+    """Scales are read on the device: a replay uses what they hold then."""
+    p, _ = make_layer((1, 256, 192, 192), seeded)
+    q = to(torch.device("cuda"), p)
+    args = (q.pop("xq"), q.pop("weight"))
+    int8_linear(*args, **q, out_dtype=torch.float32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = int8_linear(*args, **q, out_dtype=torch.float32)
+    q["x_scale"] *= 3
+    graph.replay()
+    assert torch.equal(y, int8_linear(*args, **q, out_dtype=torch.float32))

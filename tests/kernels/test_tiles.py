@@ -1,0 +1,150 @@
+"""Tile choice, tables, the tuner's command line, warm-up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qandc_kernels
+from qandc_kernels import tiles, tune
+from qandc_kernels.epilogue import Epilogue
+from qandc_kernels.tiles import GemmTile, Gpu, gemm_tile, heuristic_tile, kernel_name
+
+SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KB
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("QANDC_TILES", str(tmp_path))
+    tiles.tuned_tiles.cache_clear()
+    tiles._choose.cache_clear()
+    yield tmp_path
+    tiles.tuned_tiles.cache_clear()
+    tiles._choose.cache_clear()
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=str)
+@pytest.mark.parametrize("family", ["int8", "int4a8", "int4a16", "int8a16"])
+def test_heuristic_tiles_fit_shared_memory(capability, family):
+    for m in (1, 17, 64, 256, 1000, 4096, 16384):
+        for n in (32, 1152, 3456, 4608):
+            tile = heuristic_tile(family, m, n, Gpu("any", capability, 108))
+            x_bytes = (2 if family.endswith("a16") else 1) * (2 if family.startswith("int4") else 1)
+            stage = (tile.block_m * x_bytes + tile.block_n) * tile.block_k
+            assert stage * tile.num_stages * max(1, tile.programs_per_sm) <= SHARED_MEMORY[capability] * 1024
+            if capability < (9, 0):
+                assert tile.programs_per_sm == 0
+
+
+def test_every_multiprocessor_gets_work():
+    """Where there are rows enough, blocks shrink until there is one for each."""
+    for m in (512, 1024, 4096, 16384):
+        for n in (1152, 4608):
+            tile = heuristic_tile("int8", m, n, Gpu("any", (9, 0), 132))
+            assert (m // tile.block_m) * (n // tile.block_n) >= 132
+
+
+def write_table(directory, rows, name="interpreter"):
+    (directory / f"{name}.json").write_text(json.dumps({"tiles": rows}))
+
+
+def test_a_table_of_ones_own_wins(tables):
+    tile = [64, 64, 32, 1, 4, 2, 1, 2, 0]
+    write_table(tables, [{"kernel": "int8 gelu", "m": 512, "n": 96, "k": 192, "tile": tile, "us": 1.0}])
+    gelu = Epilogue(out_scale=1)
+    assert gemm_tile("int8", gelu, 512, 96, 192, CPU) == GemmTile(*tile)
+    assert gemm_tile("int8", gelu, 1000, 96, 192, CPU) == GemmTile(*tile)  # up to twice the rows
+    for kernel, epilogue, m, n in [
+        ("int8", Epilogue(), 512, 96), ("int8", gelu, 2000, 96), ("int8", gelu, 512, 97), ("int4a8", gelu, 512, 96)
+    ]:  # fmt: skip
+        assert gemm_tile(kernel, epilogue, m, n, 192, CPU) == heuristic_tile(kernel, m, n, tiles.gpu_of(CPU))
+
+
+@pytest.mark.parametrize("text", ["{", '{"tiles": [{"kernel": "int8"}]}', '{"tiles": [{"kernel": "int8", "m": 1, '
+                                  '"n": 1, "k": 1, "tile": [1]}]}', "[]"])  # fmt: skip
+def test_a_broken_table_is_passed_over(tables, text, caplog):
+    (tables / "interpreter.json").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        gemm_tile("int8", Epilogue(), 512, 96, 192, CPU)
+    assert "interpreter.json is no table of tiles" in caplog.text
+
+
+def test_names_of_kernels():
+    assert kernel_name("int8", Epilogue()) == "int8"
+    assert kernel_name("int4a8", Epilogue(out_scale=1)) == "int4a8 gelu"
+    assert kernel_name("int8", Epilogue(gate=1)) == "int8 gate"
+    assert set(tune.KERNELS) >= {"int8", "int8 gelu", "int4a8 gate", "int8a16"}
+
+
+def test_the_table_that_ships_covers_the_layers_of_dit_xl_2(tables):
+    table = tiles.tuned_tiles("nvidia-h200")
+    for kernel in tune.KERNELS:
+        assert set(table[kernel]) == set(tune.DIT_XL_2)
+        for rows in table[kernel].values():
+            assert set(rows) == set(tune.ROWS)
+            for m, tile in rows.items():
+                assert tile in set(tune.candidates(kernel, m))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_tuning_without_a_gpu_says_so():
+    done = subprocess.run([sys.executable, "-m", "qandc_kernels.tune"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "tiles are measured on a GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_tuning_refuses_nonsense(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--layers", "12"])
+    assert "'12' is no layer; give out_features x in_features" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_tuning_one_layer(tables):
+    arguments = ["--layers", "64x128", "--rows", "64", "--kernels", "int8", "--processes", "2"]
+    assert tune.main(arguments) == 0
+    (path,) = tables.iterdir()
+    (entry,) = json.loads(path.read_text())["tiles"]
+    assert entry["us"] > 0
+    tiles.tuned_tiles.cache_clear()
+    tiles._choose.cache_clear()
+    assert list(gemm_tile("int8", Epilogue(), 64, 64, 128, torch.device("cuda", 0))) == entry["tile"]
+
+
+def test_warm_up_without_kernels_does_nothing():
+    qandc_kernels.warm_up([(64, 64)], [8], device="cpu")
+    with pytest.raises(ValueError, match="w_bits must be 8 or 4; got 3"):
+        qandc_kernels.warm_up([(64, 64)], [8], w_bits=3)
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_warm_up_runs_every_kernel(kernel_device, monkeypatch, w_bits):
+    monkeypatch.setattr("qandc_kernels.warmup.select_backend", lambda device: qandc_kernels.Backend("triton", "here"))
+    qandc_kernels.warm_up([(48, 64)], [5], torch.float16, w_bits, kernel_device)
+
+
+@pytest.mark.gpu
+def test_a_first_call_compiles_in_seconds(tmp_path):
+    code = """
+import time, torch
+from qandc_kernels import int8_linear
+x, w = (torch.zeros(rows, 1152, dtype=torch.int8, device="cuda") for rows in (4096, 4608))
+one, scale = torch.ones((), device="cuda"), torch.ones(4608, device="cuda")
+torch.cuda.synchronize()
+start = time.perf_counter()
+int8_linear(x, w, one, scale)
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+    import os
+
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 5

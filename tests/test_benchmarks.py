@@ -1,0 +1,123 @@
+"""The benchmark suite where it can be tested without a GPU: its goals, its tables, its run on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import goals, report
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(op: str, layer: str, m: int | None, candidate: str, median_us: float, **others) -> dict:
+    found = {"op": op, "layer": layer, "m": m, "n": None, "k": None, "candidate": candidate, "method": "graph"}
+    return {**found, "ceiling": "int8", "median_us": median_us, "min_us": median_us, **others}
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    return [
+        row("linear", "qkv", 4096, goals.BF16, 30.0, tops=1.0, ceiling="bf16"),
+        row("linear", "qkv", 4096, "W8A8", 20.0, tops=1.5),
+        row("linear", "qkv", 4096, "W4A8", 24.0, tops=1.25),
+        row("linear", "qkv", 4096, goals.INT_MM, 60.0, tops=0.5),
+        row("linear", "qkv", 4096, goals.INT_MM_COMPILED, 36.0, tops=0.8),
+        row("linear", "qkv", 4096, "W8A16", 40.0, tops=0.7, ceiling="bf16"),
+        row("linear", "qkv", 4096, "dynamic quantize + W8A8", 28.0, tops=1.1),
+        row("linear", "qkv", 4096, "gemlite A8W8", 14.0, tops=2.2),
+        {"op": "linear", "layer": "out", "m": 512, "n": 1, "k": 1, "candidate": "W8A8", "skipped": "not installed: x"},
+        row("linear", goals.SQUARE_LAYER, 8192, "W8A8", 900.0, tops=1250.0),
+        row("linear", goals.SQUARE_LAYER, 8192, "torch._int_mm", 800.0, tops=1400.0),
+        row("epilogue", "fc1", 512, goals.PLAIN, 10.0, tops=1.0),
+        row("epilogue", "fc1", 512, goals.GELU, 10.5, tops=1.0),
+        row("copy", "1 GiB", None, "torch.neg", 1.0, gbytes_per_s=4000.0, ceiling="copy"),
+        row("copy", "38 MB", None, "torch.neg", 1.0, gbytes_per_s=3000.0, ceiling="copy"),
+        row("adaln", "LN", 16384, goals.ADALN, 1.0, gbytes_per_s=3400.0, ceiling="copy"),
+    ]
+
+
+def test_goals(rows):
+    found = {goal.pop("name"): goal for goal in goals.goals(rows)}
+    assert len(found) == 39
+    measured = {name: goal["value"] for name, goal in found.items() if goal["value"] is not None}
+    assert measured == pytest.approx(
+        {
+            "w8a8_over_bf16_qkv_4096": 1.5,
+            "gelu_requantize_time_over_bf16_store_fc1_512": 1.05,
+            "w8a8_8192": 1250.0,
+            "w4a8_over_bf16_qkv_4096": 1.25,
+            "adaln_quantize_share_of_copy_bandwidth_16384": 0.85,
+            "w8a8_over_int_mm_dequantize_qkv_4096": 1.8,
+        }
+    )
+    assert found["w8a8_over_bf16_qkv_4096"] == {
+        "value": 1.5, "unit": "1", "better": "higher", "must": 1.25, "goal": 1.5
+    }  # fmt: skip
+    assert found["w4a8_over_bf16_qkv_4096"]["goal"] == 1.5  # what W8A8 reached
+    assert found["w4a8_over_bf16_out_4096"]["goal"] is None
+
+
+def test_reached(rows):
+    found = {goal["name"]: goal for goal in goals.goals(rows)}
+    gelu, w8a8 = found["gelu_requantize_time_over_bf16_store_fc1_512"], found["w8a8_over_bf16_qkv_4096"]
+    assert (goals.reached(gelu, "must"), goals.reached(gelu, "goal")) == (True, False)
+    assert (goals.reached(w8a8, "must"), goals.reached(w8a8, "goal")) == (True, True)
+    assert goals.reached(found["w4a8_over_bf16_out_4096"], "must") is None
+
+
+def test_rows_are_completed(rows):
+    report.complete(rows)
+    by_name = {(r["op"], r["candidate"]): r for r in rows if r["layer"] in ("qkv", "fc1", "LN")}
+    assert by_name["linear", "W8A8"]["ratio_to_bf16"] == 1.5
+    assert by_name["linear", "W8A8"]["share_of_ceiling"] == 1.5 / 1400  # the best int8 product
+    assert by_name["linear", goals.BF16]["share_of_ceiling"] is None  # no bf16 product of that size
+    assert by_name["epilogue", goals.GELU]["ratio_to_bf16_store"] == pytest.approx(10 / 10.5)
+    assert by_name["adaln", goals.ADALN]["share_of_ceiling"] == 0.85
+
+
+def test_losses_and_missing_rows_are_printed(rows):
+    report.complete(rows)
+    losses = "\n".join(report.losses(rows))
+    assert "W8A16 takes 1.33 times the baseline's time" in losses
+    assert "gemlite A8W8 is 2.00 times as fast as dynamic quantize + W8A8" in losses
+    assert "_int_mm" not in losses
+    table = list(report.table(rows))
+    assert any("W8A8" in line and "not installed" in line for line in table)
+    assert any("20.0 µs  1.50x" in line for line in table)
+    assert any(line.startswith("w8a8_8192") and "must reached" in line for line in report.goal_lines(rows))
+
+
+def test_run_on_a_cpu(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "folder" / "kernels.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", f"--save={path}"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    result = json.loads(path.read_text())
+    assert {"command", "commit", "date", "machine", "versions", "settings", "rows", "goals"} == set(result)
+    assert all(goal["value"] is None for goal in result["goals"])
+    assert len(result["goals"]) == 39
+    measured = [r for r in result["rows"] if "median_us" in r]
+    assert {(r["layer"], r["candidate"]) for r in measured} == {
+        (layer, name) for layer in ("qkv", "out", "fc1", "fc2") for name in (goals.FP32, "simulated W8A8")
+    }
+    for r in measured:
+        assert (r["m"], r["method"]) == (64, "wall clock")
+        assert r["error"] < 0.03
+        assert 0 < r["min_us"] <= r["median_us"]
+        assert r["tops"] == pytest.approx(2 * 64 * r["n"] * r["k"] / r["median_us"] / 1e6)
+        assert r["ratio_to_fp32"] > 0
+    assert {r["skipped"] for r in result["rows"] if "median_us" not in r} == {"needs an NVIDIA GPU"}
+    assert "simulated W8A8" in done.stdout
+    assert "rows: needs an NVIDIA GPU" in done.stdout
