@@ -8,10 +8,9 @@ import triton.language as tl
 
 from qandc_kernels.epilogue import quantize_static, to_int8
 from qandc_kernels.reference import SMALLEST_AMAX
+from qandc_kernels.tiles import gpu_of
 
 __all__ = ["adaln_quantize_triton"]
-
-ROWS = 8  # per program: enough to hide one row's reductions behind the loads of the next ones, few enough to fill a GPU
 
 
 @triton.jit
@@ -29,7 +28,7 @@ def _adaln_quantize_kernel(
     stride_xm, stride_shift, stride_scale,
     q_scale_ptr, zero_point_ptr, eps,
     K: tl.constexpr, ONE_SAMPLE: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
-    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # a row in two pieces, powers of two: 1152 = 1024 + 128 leaves no lane idle
     head = tl.arange(0, HEAD)
@@ -46,7 +45,7 @@ def _adaln_quantize_kernel(
         sample = first // tokens
         shift0, scale0 = _load_modulation(shift_ptr, scale_ptr, sample, stride_shift, stride_scale, head, K)
         shift1, scale1 = _load_modulation(shift_ptr, scale_ptr, sample, stride_shift, stride_scale, tail, K)
-    for row in tl.range(first, min(first + ROWS, M), num_stages=3):
+    for row in tl.range(first, min(first + ROWS, M), num_stages=STAGES):
         x_row = x_ptr + row * stride_xm
         x0 = tl.load(x_row + head).to(tl.float32)
         x1 = tl.load(x_row + tail, mask=inside, other=0.0).to(tl.float32)
@@ -54,7 +53,7 @@ def _adaln_quantize_kernel(
             sample = row // tokens
             shift0, scale0 = _load_modulation(shift_ptr, scale_ptr, sample, stride_shift, stride_scale, head, K)
             shift1, scale1 = _load_modulation(shift_ptr, scale_ptr, sample, stride_shift, stride_scale, tail, K)
-        mean = (tl.sum(x0) + tl.sum(x1)) * (1.0 / K)
+        mean = tl.div_rn(tl.sum(x0) + tl.sum(x1), K * 1.0)  # exact for a constant row
         x0 -= mean
         x1 = tl.where(inside, x1 - mean, 0.0)
         variance = (tl.sum(x0 * x0) + tl.sum(x1 * x1)) * (1.0 / K)
@@ -98,17 +97,20 @@ def adaln_quantize_triton(
         token_scale = torch.empty(samples, tokens, dtype=torch.float32, device=x.device)
     if q.numel() == 0:
         return q, token_scale
+    # with programs enough for all multiprocessors, one hides the reductions of a row behind the loads of the next three
+    multiprocessors = gpu_of(x.device).multiprocessors
+    rows = 4 if m >= 24 * multiprocessors else 1
     head = max(1, triton.next_power_of_2(k) // 2)
     tail = triton.next_power_of_2(max(1, k - head))
-    _adaln_quantize_kernel[(triton.cdiv(m, ROWS),)](
+    _adaln_quantize_kernel[(triton.cdiv(m, rows),)](
         x, shift, scale,
         q, token_scale,
         m, tokens,
         x.stride(1), shift.stride(0), scale.stride(0),  # stride_xm, stride_shift, stride_scale
         q_scale, zero_point, eps,
-        K=k, ONE_SAMPLE=tokens % ROWS == 0, SMALLEST_AMAX=SMALLEST_AMAX,
-        ROWS=ROWS, HEAD=head, TAIL=tail,
-        num_warps=min(8, max(1, head // 1024)),
+        K=k, ONE_SAMPLE=tokens % rows == 0, SMALLEST_AMAX=SMALLEST_AMAX,
+        ROWS=rows, HEAD=head, TAIL=tail, STAGES=3 if k <= 4096 else 1,
+        num_warps=4 if m <= 8 * multiprocessors else min(8, max(1, head // 1024)),
         enable_fp_fusion=True,
     )  # fmt: skip
     return q, token_scale

@@ -124,3 +124,8 @@ def check_linear(
         w_sum=w_sum,
         **others,
     )
+
+
+def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
+    if out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32; got {out_dtype}")

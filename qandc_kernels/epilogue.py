@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["NO_EPILOGUE", "Epilogue", "store_tile", "tile_position", "to_int8"]
+__all__ = ["NO_EPILOGUE", "Epilogue", "start_early", "store_tile", "tile_position", "to_int8"]
 
 # Triton's interpreter knows neither assembly nor additions in memory; it takes the plain way to the same values
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -70,6 +70,14 @@ def quantize_static(y, factor, zero_point):
     else:
         y = tl.where(y == y, y * factor + zero_point, -128.0)
         return to_int8(tl.minimum(tl.maximum(y, -128.0), 127.0))
+
+
+@triton.jit
+def start_early():
+    """Let the next kernel's programs start now, and wait for what the kernel before this one wrote."""
+    if COMPILED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

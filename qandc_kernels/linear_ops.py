@@ -11,12 +11,12 @@ from qandc_kernels.checks import (
     FLOAT_DTYPES,
     check_devices,
     check_linear,
+    check_out_dtype,
     check_product,
     check_tensor,
     check_weight_scale,
 )
 from qandc_kernels.library import register, rows_of, use_triton
-from qandc_kernels.packing import unpack_int4
 
 __all__ = [
     "int4_linear",
@@ -49,11 +49,7 @@ def _multiply(
 
     grouped = w_scale.ndim == 2
     if x_zero_point is not None and w_sum is None:
-        wq = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
-        if grouped:
-            w_sum = (wq * w_scale.repeat_interleave(wq.shape[1] // w_scale.shape[1], 1)).sum(1)
-        else:
-            w_sum = wq.sum(1, dtype=torch.int32)
+        w_sum = reference.weight_sum(weight, w_scale)
     parameters = Epilogue(
         x_scale=x_scale if x_scale is None or x_scale.ndim == 0 else x_scale.reshape(-1).contiguous(),
         w_scale=None if grouped else w_scale.contiguous(),
@@ -62,13 +58,13 @@ def _multiply(
         w_sum=None if w_sum is None else w_sum.contiguous(),
         **epilogue,
     )
-    rows = out.view(-1, out.shape[-1]) if out.numel() else out.reshape(out.shape[:-1].numel(), out.shape[-1])
+    rows = out.view(out.shape[:-1].numel(), out.shape[-1])
     with torch.cuda.device(x.device):
-        if weight.dtype == torch.int8 and x.dtype == torch.int8:
+        if weight.dtype == x.dtype == torch.int8:
             int8_gemm_triton(rows_of(x), rows_of(weight), rows, parameters)
         else:
-            group_scale = w_scale.contiguous() if grouped else None
-            mixed_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, group_scale)
+            groups = w_scale.contiguous() if grouped else None
+            mixed_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, groups)
     return out
 
 
@@ -164,7 +160,7 @@ def _linear_gate_residual_(
     _multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
 
 
-def _linear_gate_residual_fake(residual: Tensor, xq: Tensor, *others: Optional) -> None:
+def _linear_gate_residual_fake(*arguments: Optional) -> None:
     return None
 
 
@@ -223,11 +219,6 @@ def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     return torch.ops.qandc.int8_matmul(xq, wq)
 
 
-def _check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
-    if out_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: out_dtype must be float16, bfloat16 or float32; got {out_dtype}")
-
-
 def int8_linear(
     xq: torch.Tensor,
     wq: torch.Tensor,
@@ -261,7 +252,7 @@ def int8_linear(
     """
     op = "int8_linear"
     check_linear(op, xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, (torch.int8,))
-    _check_out_dtype(op, out_dtype)
+    check_out_dtype(op, out_dtype)
     return torch.ops.qandc.int8_linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
 
 
@@ -285,11 +276,11 @@ def int4_linear(
         w_scale: float32 ``[N]``, or ``[N, K/G]`` for groups of G = 32, 64 or 128 along K (then K a multiple of 64).
         w_sum: ``[N] int32``, the sums of the unpacked weight; with groups ``[N] float32``, sums of ``q · s_w``.
 
-    All else, results and errors are those of :func:`int8_linear`.
+    All else is as in :func:`int8_linear`.
     """
     op = "int4_linear"
     check_linear(op, xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, (torch.uint8,))
-    _check_out_dtype(op, out_dtype)
+    check_out_dtype(op, out_dtype)
     return torch.ops.qandc.int4_linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
 
 
@@ -351,7 +342,7 @@ def linear_gate_residual_(
     """Linear layer, gate and residual, in place: ``residual += gate · y``, one gate per sample (adaLN-Zero).
 
     ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32; ``gate · y`` is cast to the dtype of the
-    residual and added to it. On GPUs with a tensor memory accelerator (sm_90 on) the addition happens in the L2 cache.
+    residual and added to it, on sm_90 and newer in the L2 cache.
 
     Args:
         residual: ``[samples, tokens, N]`` float16, bfloat16 or float32, contiguous; changed in place.
@@ -383,7 +374,7 @@ def weight_only_linear(
 ) -> torch.Tensor:
     """W8A16 or W4A16 linear layer, for activations that must stay precise: ``y = Σ_k x wq · s_w + bias``.
 
-    The weight is unpacked and converted in registers; products are summed in float32 and cast last.
+    The weight is converted in registers, products are summed in float32 and cast last.
 
     Args:
         x: ``[..., K]`` float16 or bfloat16, any strides, K <= 65535.

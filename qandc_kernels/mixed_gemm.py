@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qandc_kernels.epilogue import COMPILED, NO_EPILOGUE, Epilogue, store_tile, tile_position
+from qandc_kernels.epilogue import COMPILED, NO_EPILOGUE, Epilogue, start_early, store_tile, tile_position
 from qandc_kernels.launch import epilogue_flags, number_of_programs, operands
 from qandc_kernels.tiles import GemmTile, gemm_tile
 
@@ -115,8 +115,10 @@ def _mixed_gemm_kernel(
     K: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr,
     PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SUBTILES: tl.constexpr,
+    SUBTILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        start_early()
     if PERSISTENT:
         # one program, many tiles: the loads of the next tile start while this one is stored
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -170,7 +172,8 @@ def mixed_gemm_triton(
         TMA=tma,
         PERSISTENT=tile.programs_per_sm > 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        SUBTILES=tile.subtiles,
+        SUBTILES=tile.subtiles, OVERLAP=tile.overlap > 0,
+        launch_pdl=tile.overlap > 0,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -100,6 +100,14 @@ def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     return acc
 
 
+def weight_sum(weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """What a zero point is multiplied with: ``Σ_k q`` int32, or with groups ``Σ_k q · s_w`` float32."""
+    wq = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
+    if w_scale.ndim == 1:
+        return wq.sum(1, dtype=torch.int32)
+    return (wq * w_scale.repeat_interleave(wq.shape[1] // w_scale.shape[1], 1)).sum(1)
+
+
 @torch.no_grad()
 def _linear(
     xq: torch.Tensor,
@@ -118,11 +126,11 @@ def _linear(
         for x, w, scale in zip(xq.split(group, -1), wq.split(group, -1), w_scale.unbind(1), strict=True):
             y += _sums(x, w) * scale
         if x_zero_point is not None:
-            y -= x_zero_point * ((wq * w_scale.repeat_interleave(group, 1)).sum(1) if w_sum is None else w_sum)
+            y -= x_zero_point * (weight_sum(weight, w_scale) if w_sum is None else w_sum)
     else:
         acc = _sums(xq, wq)
         if x_zero_point is not None:
-            acc -= x_zero_point * (wq.sum(1, dtype=torch.int32) if w_sum is None else w_sum)
+            acc -= x_zero_point * (weight_sum(weight, w_scale) if w_sum is None else w_sum)
         y = acc.to(torch.float32)
     if x_scale is not None:
         y *= x_scale if x_scale.ndim == 0 else x_scale[..., None]

@@ -32,6 +32,7 @@ class GemmTile(NamedTuple):
     ``group_m`` rows of blocks share their weight tiles in the L2 cache. With ``programs_per_sm`` so many programs run
     on each multiprocessor and take tile after tile; 0 means one program per tile. The sums are finished and stored in
     ``subtiles`` pieces. ``tma`` is 0 where plain loads beat the tensor memory accelerator, as they do on short work.
+    With ``overlap`` a launch overlaps with the end of the one before (programmatic dependent launch, sm_90 on).
     """
 
     block_m: int
@@ -43,6 +44,7 @@ class GemmTile(NamedTuple):
     programs_per_sm: int = 0
     subtiles: int = 1
     tma: int = 1
+    overlap: int = 0
 
 
 class Gpu(NamedTuple):

@@ -58,8 +58,9 @@ def candidates(kernel: str, m: int) -> Iterator[GemmTile]:
                 continue
             for stages in (3, 5) if block_m * block_n < 16384 else (3,):
                 yield GemmTile(block_m, block_n, 128, 8, 4, stages)
-                if m <= 1024:
-                    yield GemmTile(block_m, block_n, 128, 8, 4, stages, tma=0)
+                for tma, overlap in ((0, 0), (0, 1), (1, 1)):
+                    if m <= 1024 and (tma or block_m * block_n < 16384):
+                        yield GemmTile(block_m, block_n, 128, 8, 4, stages, tma=tma, overlap=overlap)
         if 128 in rows and m > 128:
             yield GemmTile(128, 128, 64, 8, 4, 4, 0, 4)
             yield GemmTile(128, 128, 128, 8, 8, 3)
@@ -78,7 +79,8 @@ def candidates(kernel: str, m: int) -> Iterator[GemmTile]:
                 continue
             yield GemmTile(block_m, block_n, block_k, 8, 4, stages)
             if m <= 1024:
-                yield GemmTile(block_m, block_n, block_k, 8, 4, stages, tma=0)
+                for tma, overlap in ((0, 0), (0, 1), (1, 1)):
+                    yield GemmTile(block_m, block_n, block_k, 8, 4, stages, tma=tma, overlap=overlap)
             elif block_m * block_n >= 8192:
                 for subtiles in (1, 2, 4):
                     yield GemmTile(

@@ -33,6 +33,7 @@ PTX = {
     "mma int8": r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32",
     "mma 16": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32",
     "tcgen05": r"tcgen05\.mma\.",
+    "overlap": r"griddepcontrol\.wait",
     "tma load": r"cp\.async\.bulk\.tensor\.2d\.shared",
     "tma add": r"cp\.reduce\.async\.bulk\.tensor\.2d\.global\.shared::cta\.add",
 }
@@ -109,7 +110,7 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
 def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     shipped = "nvidia-h200" if arch == 90 else f"sm_{arch}"
     gpu = tiles.Gpu(shipped, divmod(arch, 10), 132)
-    tiles.gpu_of = launch.gpu_of = lambda device: gpu
+    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = lambda device: gpu
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
@@ -138,10 +139,12 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     yield record(arch, "int4a8 groups", sums[1])
     mixed_gemm_triton(x.bfloat16(), packed, out, parameters._replace(x_scale=None), groups, tile=sums[1])
     yield record(arch, "int4a16 groups", sums[1])
-    x, one, integer = torch.zeros(2, 256, 1152).bfloat16(), torch.ones(()), torch.zeros((), dtype=torch.int32)
-    for arguments in ((one, integer), (None, None)):
-        adaln.adaln_quantize_triton(x, x[:, 0], x[:, 1], *arguments, 1e-6)
-        yield record(arch, "adaln", arguments[:0])
+    one, integer = torch.ones(()), torch.zeros((), dtype=torch.int32)
+    for samples, width in ((2, 1152), (64, 1152), (2, 8000)):
+        x = torch.zeros(samples, 256, width).bfloat16()
+        for arguments in ((one, integer), (None, None)):
+            adaln.adaln_quantize_triton(x, x[:, 0], x[:, 1], *arguments, 1e-6)
+            yield record(arch, "adaln", [samples, width])
     for width in (1152, 4608):
         x = torch.zeros(512, width).bfloat16()
         quantize.quantize_per_tensor_triton(x, one, integer)

@@ -65,6 +65,11 @@ def test_tiles_travel_through_the_copy_engine(compiled, arch):
             assert ("tma add" in record["instructions"]) == record["kernel"].endswith("gate"), record
 
 
+def test_launches_overlap_where_a_tile_says_so(compiled):
+    for record in of(compiled, 90, *FAMILIES):
+        assert ("overlap" in record["instructions"]) == bool(record["tile"][9]), record
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_spills_and_shared_memory_fits(compiled, arch):
     for record in of(compiled, arch):
