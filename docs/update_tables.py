@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "qandc/assets/fashion-dit/README.md")
-BLOCK = re.compile(r"(<!-- table: (?P<path>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("README.md", "docs/kernel-notes.md", "qandc/assets/fashion-dit/README.md")
+BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def source(result: dict[str, Any], path: str) -> str:
     """Machine, versions, command and commit of a result, in a line."""
     machine, versions = result["machine"], result["versions"]
     where = machine["gpu"] or f"{machine['cores']} CPU cores ({machine['processor']})"
-    installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers"))
+    installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions[name])
     commit = (result["commit"] or "unknown")[:10]
     return f"{where}, {installed}; `{result['command']}` at {commit}; [{path}](/{path})."
 
@@ -54,16 +54,60 @@ def fashion_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def kernels_table(result: dict[str, Any]) -> list[str]:
+    """Speed of our products relative to bf16, by layer and rows; of others where they were measured."""
+    speed = {
+        (row["layer"], row["m"], row["candidate"]): row["ratio_to_bf16"]
+        for row in result["rows"]
+        if row["op"] == "linear" and "ratio_to_bf16" in row
+    }
+    sizes = (512, 4096, 16384)
+    lines = [
+        "| layer (N x K) | M | W8A8 | W4A8 | quantize + W8A8 | best of others, M 4096 |",
+        "|---|---|---|---|---|---|",
+    ]
+    shapes = {row["layer"]: f"{row['n']} x {row['k']}" for row in result["rows"] if row["op"] == "linear"}
+    for layer in ("qkv", "out", "fc1", "fc2"):
+        others = ("gemlite A8W8", "gemlite A8W4", "torchao int8dq, compiled", "torch._int_mm + dequantize, compiled")
+        found = {name: speed[layer, 4096, name] for name in others if (layer, 4096, name) in speed}
+        best = max(found, key=lambda name: found[name])
+        columns = [
+            " / ".join(f"{speed[layer, m, name]:.2f}x" for m in sizes) for name in ("W8A8", "W4A8", "quantize + W8A8")
+        ]
+        lines.append(
+            f"| {layer} ({shapes[layer]}) | {' / '.join(map(str, sizes))} | {' | '.join(columns)} | "
+            f"{found[best]:.2f}x ({best}) |"
+        )
+    return lines
+
+
+def goals_table(result: dict[str, Any]) -> list[str]:
+    lines = ["| figure | measured | must | goal | |", "|---|---|---|---|---|"]
+    for goal in result["goals"]:
+        if goal["value"] is None:
+            lines.append(f"| {goal['name']} | not measured | {goal['must']:g} | {goal['goal']:g} | |")
+            continue
+        sign = 1 if goal["better"] == "higher" else -1
+        reached = [name for name in ("goal", "must") if sign * goal["value"] >= sign * goal[name]]
+        verdict = f"{reached[0]} reached" if reached else "**missed**"
+        lines.append(f"| {goal['name']} | {goal['value']:.4g} | {goal['must']:.4g} | {goal['goal']:.4g} | {verdict} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/h200/fashion-dit.json": fashion_table,
+    "results/h200/kernels.json": kernels_table,
+    "results/h200/kernels.json goals": goals_table,
 }
 
 
 def render(match: re.Match[str]) -> str:
     path = match["path"]
     result = json.loads((ROOT / path).read_text())
-    return "\n".join([match[1].rstrip(), *TABLES[path](result), "", source(result, path), match[3]])
+    return "\n".join(
+        [match[1].rstrip(), *TABLES[path + (match["part"] or "")](result), "", source(result, path), match[3]]
+    )
 
 
 def main() -> int:

@@ -155,9 +155,8 @@ def mixed_gemm_triton(
     packed = w.dtype == torch.uint8
     group = 0 if group_scale is None else k // group_scale.shape[1]
     if tile is None:
-        tile = gemm_tile(
-            ("int4" if packed else "int8") + ("a8" if x.dtype == torch.int8 else "a16"), epilogue, m, n, k, x.device
-        )
+        family = ("int4" if packed else "int8") + ("a8" if x.dtype == torch.int8 else "a16") + ("g" if group else "")
+        tile = gemm_tile(family, epilogue, m, n, k, x.device)
     if group:  # a block lies within one group, in both halves of a packed row
         tile = tile._replace(block_k=min(tile.block_k, math.gcd(group, k // 2 if packed else k)))
     w = w.view(torch.int8)

@@ -103,24 +103,24 @@ def _choose(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
         nearest = min(rows, key=lambda tuned: abs(math.log(tuned / m)))
         if nearest / 2 <= m <= nearest * 2:
             return rows[nearest]
-    return heuristic_tile(kernel.split()[0], m, n, gpu)
+    return heuristic_tile(kernel.split()[0], m, n, k, gpu)
 
 
 def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: torch.device) -> GemmTile:
     """The tile for an ``[M, K] x [N, K]`` product: tuned for this (N, K) and at most twice or half this M, or computed.
 
-    ``family`` is "int8" (W8A8), "int4a8", "int4a16" or "int8a16".
+    ``family`` is "int8" (W8A8), "int4a8", "int4a16" or "int8a16"; with a g behind it weights have scales per group.
     """
     return _choose(kernel_name(family, epilogue), m, n, k, gpu_of(device))
 
 
-def heuristic_tile(family: str, m: int, n: int, gpu: Gpu) -> GemmTile:
+def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
     """A good tile without measurement.
 
     wgmma (Hopper) takes blocks of at least 64 rows of the left operand, which is the weight unless both are int8. A
-    large product gets blocks of 128 x 128: three programs of one warpgroup each share a Hopper multiprocessor, so that
-    the tensor cores of one work while another stores. A small one gets smaller blocks, until all multiprocessors have
-    one. Stages are bounded by shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on sm_86, 89, 120.
+    large product gets blocks of 128 x 128: two or three programs of one warpgroup share a Hopper multiprocessor, so
+    that the tensor cores work for one while another stores. A small one gets smaller blocks, until all multiprocessors
+    have one. Stages are bounded by shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on the others.
     """
     small_memory = gpu.capability[0] == 12 or (gpu.capability[0] == 8 and gpu.capability[1] != 0)
     hopper = gpu.capability >= (9, 0) and not small_memory
@@ -128,12 +128,16 @@ def heuristic_tile(family: str, m: int, n: int, gpu: Gpu) -> GemmTile:
     if m <= 32:
         block_m = 16 if m <= 16 else 32
         return GemmTile(block_m, 64, 128, 1, 4, 4) if family == "int8" else GemmTile(block_m, 64, 64, 1, 4, 4)
+    if family.endswith("g"):  # two sets of sums, of the group and of all: larger blocks do not fit the registers
+        return GemmTile(64, 64, 64, 8, 4, 4)
     if family != "int8":  # a stage holds a tile of the weight and one or two of the activations
         if not hopper:
             return GemmTile(128, 128, 64, 8, 8, 2 if small_memory else 3) if large else GemmTile(64, 64, 32, 8, 4, 4)
         return GemmTile(128, 128, 64, 8, 4, 3) if large else GemmTile(64, 64, 64, 8, 4, 3)
-    if large and hopper:
+    if large and hopper and k < 2048:
         return GemmTile(128, 128, 128, 8, 4, 2, programs_per_sm=3, subtiles=4)
+    if large and hopper:  # long sums hide the stores better, and want deeper prefetch
+        return GemmTile(128, 128, 128, 16, 4, 3, programs_per_sm=2, subtiles=4)
     if large:
         return GemmTile(128, 128, 64 if small_memory else 128, 8, 8, 4)
     return GemmTile(64, 64, 128, 8, 4, 4)

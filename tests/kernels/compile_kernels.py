@@ -27,6 +27,7 @@ from qandc_kernels.mixed_gemm import mixed_gemm_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHAPES = [(m, n, k) for m in (1, 17, 128, 512, 1000, 2048, 4096, 8192, 16384) for n, k in tune.DIT_XL_2]
+SHAPES.append((8192, 8192, 8192))
 PTX = {
     "wgmma int8": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
     "wgmma 16": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
@@ -135,10 +136,10 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     yield record(arch, "int8 sums", sums[1])
     groups, parameters = torch.ones(1152, 6), Epilogue(torch.ones(()), bias=torch.ones(1152))
     out, packed = torch.zeros(512, 1152).bfloat16(), torch.zeros(1152, 96, dtype=torch.uint8)
-    mixed_gemm_triton(x, packed, out, parameters, groups, tile=sums[1])
-    yield record(arch, "int4a8 groups", sums[1])
-    mixed_gemm_triton(x.bfloat16(), packed, out, parameters._replace(x_scale=None), groups, tile=sums[1])
-    yield record(arch, "int4a16 groups", sums[1])
+    for kernel, activations, x_scale in (("int4a8g", x, parameters.x_scale), ("int4a16g", x.bfloat16(), None)):
+        tile = tiles.heuristic_tile(kernel, 512, 1152, 192, gpu)
+        mixed_gemm_triton(activations, packed, out, parameters._replace(x_scale=x_scale), groups, tile=tile)
+        yield record(arch, kernel, tile)
     one, integer = torch.ones(()), torch.zeros((), dtype=torch.int32)
     for samples, width in ((2, 1152), (64, 1152), (2, 8000)):
         x = torch.zeros(samples, 256, width).bfloat16()

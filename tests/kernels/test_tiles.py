@@ -30,12 +30,12 @@ def tables(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY, ids=str)
-@pytest.mark.parametrize("family", ["int8", "int4a8", "int4a16", "int8a16"])
+@pytest.mark.parametrize("family", ["int8", "int4a8", "int4a16", "int8a16", "int4a8g", "int4a16g"])
 def test_heuristic_tiles_fit_shared_memory(capability, family):
     for m in (1, 17, 64, 256, 1000, 4096, 16384):
-        for n in (32, 1152, 3456, 4608):
-            tile = heuristic_tile(family, m, n, Gpu("any", capability, 108))
-            x_bytes = (2 if family.endswith("a16") else 1) * (2 if family.startswith("int4") else 1)
+        for n, k in ((32, 1152), (1152, 4608), (3456, 1152), (8192, 8192)):
+            tile = heuristic_tile(family, m, n, k, Gpu("any", capability, 108))
+            x_bytes = (2 if "a16" in family else 1) * (2 if family.startswith("int4") else 1)
             stage = (tile.block_m * x_bytes + tile.block_n) * tile.block_k
             assert stage * tile.num_stages * max(1, tile.programs_per_sm) <= SHARED_MEMORY[capability] * 1024
             if capability < (9, 0):
@@ -46,7 +46,7 @@ def test_every_multiprocessor_gets_work():
     """Where there are rows enough, blocks shrink until there is one for each."""
     for m in (512, 1024, 4096, 16384):
         for n in (1152, 4608):
-            tile = heuristic_tile("int8", m, n, Gpu("any", (9, 0), 132))
+            tile = heuristic_tile("int8", m, n, 1152, Gpu("any", (9, 0), 132))
             assert (m // tile.block_m) * (n // tile.block_n) >= 132
 
 
@@ -63,7 +63,7 @@ def test_a_table_of_ones_own_wins(tables):
     for kernel, epilogue, m, n in [
         ("int8", Epilogue(), 512, 96), ("int8", gelu, 2000, 96), ("int8", gelu, 512, 97), ("int4a8", gelu, 512, 96)
     ]:  # fmt: skip
-        assert gemm_tile(kernel, epilogue, m, n, 192, CPU) == heuristic_tile(kernel, m, n, tiles.gpu_of(CPU))
+        assert gemm_tile(kernel, epilogue, m, n, 192, CPU) == heuristic_tile(kernel, m, n, 192, tiles.gpu_of(CPU))
 
 
 @pytest.mark.parametrize("text", ["{", '{"tiles": [{"kernel": "int8"}]}', '{"tiles": [{"kernel": "int8", "m": 1, '
