@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/kernel-notes.md", "qandc/assets/fashion-dit/README.md")
-BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def source(result: dict[str, Any], path: str) -> str:
@@ -106,7 +106,7 @@ def render(match: re.Match[str]) -> str:
     path = match["path"]
     result = json.loads((ROOT / path).read_text())
     return "\n".join(
-        [match[1].rstrip(), *TABLES[path + (match["part"] or "")](result), "", source(result, path), match[3]]
+        [match[1].rstrip(), *TABLES[path + (match["part"] or "")](result), "", source(result, path), match["end"]]
     )
 
 
