@@ -71,30 +71,32 @@ def _adaln_quantize_kernel(
             bad = tl.sum((y0 != y0).to(tl.int32)) + tl.sum((y1 != y1).to(tl.int32))
             tl.store(token_scale_ptr + row, tl.where(bad > 0, float("nan"), scale))
             to_integers = tl.div_rn(1.0, scale)
-            q0 = to_int8(tl.minimum(tl.maximum(y0 * to_integers, -127.0), 127.0))
-            q1 = to_int8(tl.minimum(tl.maximum(y1 * to_integers, -127.0), 127.0))
+            y0 *= to_integers
+            y1 *= to_integers
+            q0 = to_int8(tl.minimum(tl.maximum(tl.where(y0 == y0, y0, 0.0), -127.0), 127.0))
+            q1 = to_int8(tl.minimum(tl.maximum(tl.where(y1 == y1, y1, 0.0), -127.0), 127.0))
         tl.store(q_row + head, q0)
         tl.store(q_row + tail, q1, mask=inside)
 
 
 def adaln_quantize_triton(
     x: torch.Tensor,
+    tokens: int,
     shift: torch.Tensor,
     scale: torch.Tensor,
     q_scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Launch on ``x [samples, tokens, K]``, whose first two dimensions have one stride; unit strides along K.
+    """Launch on ``x [M, K]``, ``tokens`` rows per sample; ``shift`` and ``scale [samples, K]``; unit strides along K.
 
     Without ``q_scale`` each row gets its own scale, returned beside the integers.
     """
-    samples, tokens, k = x.shape
-    m = samples * tokens
-    q = torch.empty(samples, tokens, k, dtype=torch.int8, device=x.device)
+    m, k = x.shape
+    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
     token_scale = None
     if q_scale is None:
-        token_scale = torch.empty(samples, tokens, dtype=torch.float32, device=x.device)
+        token_scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if q.numel() == 0:
         return q, token_scale
     # with programs enough for all multiprocessors, one hides the reductions of a row behind the loads of the next three
@@ -106,7 +108,7 @@ def adaln_quantize_triton(
         x, shift, scale,
         q, token_scale,
         m, tokens,
-        x.stride(1), shift.stride(0), scale.stride(0),  # stride_xm, stride_shift, stride_scale
+        x.stride(0), shift.stride(0), scale.stride(0),  # stride_xm, stride_shift, stride_scale
         q_scale, zero_point, eps,
         K=k, ONE_SAMPLE=tokens % rows == 0, SMALLEST_AMAX=SMALLEST_AMAX,
         ROWS=rows, HEAD=head, TAIL=tail, STAGES=3 if k <= 4096 else 1,

@@ -26,6 +26,9 @@ def check_tensor(
 
 
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -41,7 +44,7 @@ def check_activations(op: str, x: torch.Tensor, token_dims: int = 1) -> None:
     check_tensor(op, "x", x, FLOAT_DTYPES)
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least one dimension")
-    if token_dims not in (1, 2) or token_dims > x.ndim:
+    if type(token_dims) is not int or token_dims not in (1, 2) or token_dims > x.ndim:
         raise ValueError(
             f"{op}: token_dims must be 1 or 2, and x have as many; got {token_dims!r}, {x.ndim} dimensions"
         )
@@ -80,7 +83,7 @@ def check_weight_scale(op: str, x: torch.Tensor, weight: torch.Tensor, w_scale: 
     if isinstance(w_scale, torch.Tensor) and w_scale.ndim == 2:
         check_tensor(op, "w_scale", w_scale, (torch.float32,))
         groups = w_scale.shape[1]
-        sizes = [size for size in GROUP_SIZES if k % 64 == 0 and k % size == 0]
+        sizes = [size for size in GROUP_SIZES if k and k % 64 == 0 and k % size == 0]
         if weight.dtype != torch.uint8 or w_scale.shape[0] != n or groups not in [k // size for size in sizes]:
             raise ValueError(
                 f"{op}: w_scale must have shape ({n},), or ({n}, K/G) for int4 weights in groups of G = 32, 64 or 128 "

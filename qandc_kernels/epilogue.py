@@ -105,7 +105,7 @@ def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexp
     else:
         bias = tl.zeros_like(scale)
     if e.gate is not None and ONE_GATE:  # all rows of a tile belong to one sample
-        gate = tl.load(e.gate + (tl.min(rows) // e.tokens) * e.gate_stride + columns).to(tl.float32)
+        gate = tl.load(e.gate + (tl.min(rows) // e.tokens).to(tl.int64) * e.gate_stride + columns).to(tl.float32)
         scale *= gate
         bias *= gate
     if e.x_zero_point is not None:
@@ -116,7 +116,9 @@ def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexp
         y *= tl.load(e.x_scale + rows)[:, None]
     y = y * scale[None, :] + bias[None, :]
     if e.gate is not None and not ONE_GATE:
-        y *= tl.load(e.gate + (rows // e.tokens)[:, None] * e.gate_stride + columns[None, :]).to(tl.float32)
+        y *= tl.load(e.gate + (rows // e.tokens).to(tl.int64)[:, None] * e.gate_stride + columns[None, :]).to(
+            tl.float32
+        )
     if e.out_scale is not None:
         factor = tl.full(scale.shape, tl.div_rn(1.0, tl.load(e.out_scale)), tl.float32)
         if e.multiplier is not None:

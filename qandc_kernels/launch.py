@@ -16,7 +16,13 @@ __all__ = ["epilogue_flags", "number_of_programs", "operands"]
 
 def _aligned(t: torch.Tensor) -> bool:
     """Whether the copy engine can move tiles of ``t``: unit inner stride, rows and address multiples of 16 bytes."""
-    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    return (
+        t.shape[1] > 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+    )
 
 
 def operands(
@@ -46,5 +52,5 @@ def epilogue_flags(epilogue: Epilogue, tile: GemmTile) -> dict[str, bool]:
     """What a kernel must know of the shapes in its epilogue when it is compiled."""
     return {
         "PER_TOKEN": epilogue.x_scale is not None and epilogue.x_scale.ndim == 1,
-        "ONE_GATE": epilogue.tokens % tile.block_m == 0,
+        "ONE_GATE": epilogue.gate is not None and epilogue.tokens % tile.block_m == 0,
     }

@@ -341,8 +341,8 @@ def linear_gate_residual_(
 ) -> torch.Tensor:
     """Linear layer, gate and residual, in place: ``residual += gate · y``, one gate per sample (adaLN-Zero).
 
-    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32; ``gate · y`` is cast to the dtype of the
-    residual and added to it, on sm_90 and newer in the L2 cache.
+    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32. On sm_90 and newer ``gate · y`` is cast to
+    the dtype of the residual and added in the L2 cache; elsewhere it is added in float32 and cast last.
 
     Args:
         residual: ``[samples, tokens, N]`` float16, bfloat16 or float32, contiguous; changed in place.

@@ -159,6 +159,8 @@ def mixed_gemm_triton(
         tile = gemm_tile(family, epilogue, m, n, k, x.device)
     if group:  # a block lies within one group, in both halves of a packed row
         tile = tile._replace(block_k=min(tile.block_k, math.gcd(group, k // 2 if packed else k)))
+    if packed and x.dtype != torch.int8 and k // 2 % tile.block_k:
+        tile = tile._replace(tma=0)  # the copy engine would let values of the second half meet zeros: inf · 0 is NaN
     w = w.view(torch.int8)
     tma, x_operand, w_operand, o = operands(x, w, out, tile, [tile.block_m // tile.subtiles, tile.block_n])
     _mixed_gemm_kernel[(number_of_programs(m, n, tile, x.device),)](

@@ -31,8 +31,9 @@ def _quantize_per_tensor_kernel(
     QMIN: tl.constexpr, QMAX: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    rows = tl.program_id(0) // blocks_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (rows[:, None] < M) & (columns[None, :] < K)
     offsets = _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
@@ -110,7 +111,7 @@ def quantize_per_tensor_triton(
     x, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
     block_k = min(triton.next_power_of_2(k), 1024)
     block_m = 4096 // block_k
-    _quantize_per_tensor_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, block_k))](
+    _quantize_per_tensor_kernel[(triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
         x, q,
         m, k, inner_rows,
         *strides,

@@ -51,11 +51,12 @@ def _adaln(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from qandc_kernels.adaln import adaln_quantize_triton
 
-    if x.stride(2) != 1 or x.stride(0) != x.stride(1) * x.shape[1]:
-        x = x.contiguous()
-    shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (shift, scale))
+    samples, tokens, k = x.shape
+    rows = x.reshape(samples * tokens, k)  # a view where rows are evenly spaced
+    rows, shift, scale = (t if t.stride(1) == 1 or k == 1 else t.contiguous() for t in (rows, shift, scale))
     with torch.cuda.device(x.device):
-        return adaln_quantize_triton(x, shift, scale, q_scale, zero_point, eps)
+        q, token_scale = adaln_quantize_triton(rows, tokens, shift, scale, q_scale, zero_point, eps)
+    return q.view(x.shape), None if token_scale is None else token_scale.view(samples, tokens)
 
 
 def _adaln_quantize_per_tensor(
@@ -176,12 +177,14 @@ def quantize_per_token(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> t
     return torch.ops.qandc.quantize_per_token(x, bits, token_dims)
 
 
-def _check_adaln(op: str, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> None:
+def _check_adaln(op: str, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> None:
     check_tensor(op, "x", x, FLOAT_DTYPES)
     if x.ndim != 3 or not 0 < x.shape[2] <= LARGEST_K:
         raise ValueError(f"{op}: x must be [samples, tokens, K] with K from 1 to {LARGEST_K}; got {tuple(x.shape)}")
     for name, tensor in (("shift", shift), ("scale", scale)):
         check_tensor(op, name, tensor, FLOAT_DTYPES, ((x.shape[0], x.shape[2]),))
+    if not (isinstance(eps, float) and 0 <= eps < float("inf")):
+        raise ValueError(f"{op}: eps must be a finite float >= 0; got {eps!r}")
 
 
 def adaln_quantize_per_tensor(
@@ -212,7 +215,7 @@ def adaln_quantize_per_tensor(
         TypeError, ValueError: a dtype, shape or device is not one of the above.
     """
     op = "adaln_quantize_per_tensor"
-    _check_adaln(op, x, shift, scale)
+    _check_adaln(op, x, shift, scale, eps)
     check_tensor(op, "q_scale", q_scale, (torch.float32,), ((),))
     if zero_point is not None:
         check_tensor(op, "zero_point", zero_point, (torch.int32,), ((),))
@@ -232,6 +235,6 @@ def adaln_quantize_per_token(
         TypeError, ValueError: as :func:`adaln_quantize_per_tensor`.
     """
     op = "adaln_quantize_per_token"
-    _check_adaln(op, x, shift, scale)
+    _check_adaln(op, x, shift, scale, eps)
     check_devices(op, x=x, shift=shift, scale=scale)
     return torch.ops.qandc.adaln_quantize_per_token(x, shift, scale, eps)

@@ -67,7 +67,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def own_tables() -> Path:
     """Directory of the tables made on this machine."""
-    return Path(os.environ.get("QANDC_TILES") or Path.home() / ".cache" / "qandc_kernels")
+    return Path(os.environ.get("QANDC_TILES") or os.path.expanduser("~/.cache/qandc_kernels"))
 
 
 def kernel_name(family: str, epilogue: Epilogue) -> str:
@@ -88,8 +88,8 @@ def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]
         try:
             for row in json.loads(path.read_text())["tiles"]:
                 layer = tables.setdefault(row["kernel"], {}).setdefault((row["n"], row["k"]), {})
-                layer[row["m"]] = GemmTile(*row["tile"])
-        except (ValueError, TypeError, KeyError) as error:
+                layer[max(1, int(row["m"]))] = GemmTile(*row["tile"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("%s is no table of tiles (%s); make a new one: python -m qandc_kernels.tune", path, error)
             continue
         return tables

@@ -23,18 +23,21 @@ def warm_up(
     rows: Iterable[int],
     dtype: torch.dtype = torch.bfloat16,
     w_bits: int = 8,
+    tokens: int = 256,
     device: torch.device | str = "cuda",
 ) -> None:
-    """Run every kernel of quantized layers once, on zeros, so that a first real call finds it compiled.
+    """Run the kernels of quantized layers once, on zeros, so that a first real call finds them compiled.
 
-    A kernel takes about a second to compile; Triton keeps it on disk for later processes. On a device without Triton
-    kernels there is nothing to do.
+    Static ranges with and without zero points, dynamic ranges, all epilogues; not weights in groups, weight-only
+    layers or multipliers. A kernel takes about a second to compile; Triton keeps it on disk for later processes. On a
+    device without Triton kernels there is nothing to do.
 
     Args:
         layers: (out_features, in_features) of the layers.
         rows: batch times tokens, as they will be.
         dtype: of the activations, residual, gate and bias.
         w_bits: 8 or 4.
+        tokens: rows per sample, of which gates and modulation depend; rows that are no multiple count as one sample.
         device: where the kernels will run.
 
     Raises:
@@ -48,8 +51,9 @@ def warm_up(
     zero_point = torch.zeros((), dtype=torch.int32, device=device)
     for m in rows:
         for n, k in layers:
-            x = torch.zeros(1, m, k, dtype=dtype, device=device)
-            modulation = torch.zeros(1, max(n, k), dtype=dtype, device=device)
+            samples = m // tokens if m % tokens == 0 else 1
+            x = torch.zeros(samples, m // samples, k, dtype=dtype, device=device)
+            modulation = torch.zeros(samples, max(n, k), dtype=dtype, device=device)
             quantize_per_token(x)
             adaln_quantize_per_token(x, modulation[:, :k], modulation[:, :k])
             weight = torch.zeros(n, k // (8 // w_bits), dtype=torch.uint8 if w_bits == 4 else torch.int8, device=device)
@@ -60,8 +64,8 @@ def warm_up(
                 adaln_quantize_per_tensor(x, modulation[:, :k], modulation[:, :k], one, z)
                 linear(xq, weight, one, w_scale, modulation[0, :n], z, w_sum, out_dtype=dtype)
                 linear_gelu_quantize(xq, weight, one, w_scale, one, modulation[0, :n], z, None, z, w_sum)
-                residual = torch.zeros(1, m, n, dtype=dtype, device=device)
+                residual = torch.zeros(samples, m // samples, n, dtype=dtype, device=device)
                 linear_gate_residual_(
                     residual, xq, weight, one, w_scale, modulation[:, :n], modulation[0, :n], z, w_sum
                 )
-            linear(xq, weight, one.expand(1, m), w_scale, modulation[0, :n], out_dtype=dtype)
+            linear(xq, weight, one.expand(samples, m // samples), w_scale, modulation[0, :n], out_dtype=dtype)

@@ -43,16 +43,19 @@ def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.empty`` holds NaN (85 for integers), so that an element no kernel wrote shows up."""
-    empty = torch.empty
+    """New tensors hold NaN (85 for integers), so that an element no kernel wrote shows up."""
 
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        if tensor.is_meta or type(tensor) is not torch.Tensor or torch.compiler.is_compiling():
-            return tensor
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(85)
+    def poisoned(empty):
+        def wrapper(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            if tensor.is_meta or type(tensor) is not torch.Tensor or torch.compiler.is_compiling():
+                return tensor
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(85)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
 @pytest.fixture

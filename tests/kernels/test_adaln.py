@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import adaln_quantize_per_tensor, adaln_quantize_per_token, reference
+from qandc_kernels.tiles import Gpu
 from tests.kernels.oracle import assert_close, assert_rounded, float_dtypes
 
 # numpy, under the interpreter, tells of infinities that are meant to happen
@@ -74,6 +75,42 @@ def test_strided_input(kernel_device, seeded):
         assert torch.equal(adaln_quantize_per_tensor(view, shift, scale, q_scale), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 9, 7), (29, 1, 16), (3, 15, 20), (2, 8, 33)], ids=str)
+def test_several_rows_per_program(kernel_device, monkeypatch, shape, seeded):
+    """As on a GPU with one multiprocessor: programs of four rows, the last one with fewer, samples of any length."""
+    monkeypatch.setattr("qandc_kernels.adaln.gpu_of", lambda device: Gpu("small", (9, 0), 1))
+    x, modulation = make(shape, seeded)
+    k = shape[2]
+    shift, scale = modulation[:, :k], modulation[:, k : 2 * k]
+    on_device = modulation.to(kernel_device)
+    arguments = x.to(kernel_device), on_device[:, :k], on_device[:, k : 2 * k]
+    q_scale = torch.tensor(0.03)
+    y = exact(x, shift, scale)
+    assert_rounded(adaln_quantize_per_tensor(*arguments, q_scale.to(kernel_device)), y / q_scale.double())
+    q, token_scale = adaln_quantize_per_token(*arguments)
+    assert_rounded(q, y / token_scale.cpu().double()[..., None])
+
+
+def test_one_token_per_sample(kernel_device, seeded):
+    """torch ignores the stride of a dimension of size 1, and calls such a view contiguous."""
+    base = torch.randn(5, 3, 32, generator=seeded).to(kernel_device)
+    shift, scale = torch.randn(2, 3, 32, generator=seeded).to(kernel_device)
+    q_scale = torch.tensor(0.03, device=kernel_device)
+    view = base.transpose(0, 1)[:, :1]
+    assert view.shape == (3, 1, 32)
+    expected = adaln_quantize_per_tensor(view.clone(memory_format=torch.contiguous_format), shift, scale, q_scale)
+    assert torch.equal(adaln_quantize_per_tensor(view, shift, scale, q_scale), expected)
+    assert_rounded(expected, exact(view.cpu(), shift.cpu(), scale.cpu()) / 0.03)
+
+
+def test_eps_and_strided_modulation(kernel_device, seeded):
+    x = torch.randn(2, 4, 48, generator=seeded) * 0.01
+    shift, scale = torch.randn(48, 2, generator=seeded).t(), torch.randn(48, 2, generator=seeded).t()
+    y = F.layer_norm(x.double(), (48,), eps=1e-2) * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    arguments = [t.to(kernel_device) for t in (x, shift, scale, torch.tensor(0.01))]
+    assert_rounded(adaln_quantize_per_tensor(*arguments, eps=1e-2), y / torch.tensor(0.01).double())
+
+
 def test_constant_rows_and_zero_rows(kernel_device, seeded):
     """Nothing varies: the normalized row is 0, what remains is the shift."""
     x = torch.full((2, 4, 48), 3.0)
@@ -95,7 +132,8 @@ def test_nan_and_infinities(kernel_device):
     assert (expected[0, 1:3] == -128).all()
     arguments = [t.to(kernel_device) for t in (x, zeros, zeros)]
     assert torch.equal(adaln_quantize_per_tensor(*arguments, q_scale.to(kernel_device)).cpu(), expected)
-    _, token_scale = adaln_quantize_per_token(*arguments)
+    q, token_scale = adaln_quantize_per_token(*arguments)
+    assert torch.equal(q.cpu(), reference.adaln_quantize_per_token(x, zeros, zeros)[0])
     assert token_scale.isnan().cpu().tolist() == [[False, True, True, False]]
 
 

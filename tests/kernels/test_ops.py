@@ -102,6 +102,7 @@ def test_int4_linear_refuses():
         ),
         (192, torch.ones(4, 6), "got \\(4, 6\\)"),
         (160, torch.ones(5, 5), "a multiple of 64; got \\(5, 5\\) with K = 160"),
+        (0, torch.ones(5, 0), "got \\(5, 0\\) with K = 0"),
         (192, torch.ones(5, 12), "got \\(5, 12\\)"),  # groups of 16
     ],
 )
@@ -131,6 +132,7 @@ FUSED = {"xq": XQ[None], "weight": WQ, "x_scale": torch.tensor(1.0), "w_scale": 
         ({"out_scale": torch.ones(2)}, ValueError, r"out_scale must have shape \(\); got \(2,\)"),
         ({"out_scale": 1.0}, TypeError, "out_scale must be a tensor; got float"),
         ({"out_zero_point": torch.tensor(1)}, TypeError, "out_zero_point must be int32; got int64"),
+        ({"multiplier": 2.0}, TypeError, "multiplier must be a tensor; got float"),
         ({"multiplier": torch.ones(4)}, ValueError, r"multiplier must have shape \(5,\)"),
         ({"multiplier": torch.ones(5, device="meta")}, ValueError, "one device"),
         ({"x_scale": torch.ones(3)}, ValueError, r"x_scale must have shape \(\) or \(1, 3\)"),
@@ -148,6 +150,8 @@ def test_linear_gelu_quantize_refuses(changes, error, message):
         ({"residual": torch.zeros(1, 3, 4)}, ValueError, r"residual must have shape \(1, 3, 5\)"),
         ({"residual": torch.zeros(1, 5, 3).mT}, ValueError, "residual must be contiguous.*got strides"),
         ({"residual": torch.zeros(1, 3, 5).double()}, TypeError, "residual must be float16"),
+        ({"gate": 1.0}, TypeError, "gate must be a tensor; got float"),
+        ({"residual": 1.0}, TypeError, "residual must be a tensor; got float"),
         ({"gate": torch.zeros(3, 5)}, ValueError, r"gate must have shape \(1, 5\)"),
         ({"gate": torch.zeros(1, 5, device="meta")}, ValueError, "one device"),
     ],
@@ -196,6 +200,9 @@ def test_adaln_refuses(changes, error, message):
 
 def test_adaln_refuses_scales():
     x, vector = torch.zeros(2, 3, 16), torch.zeros(2, 16)
+    for eps in ("x", -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="eps must be a finite float >= 0; got"):
+            adaln_quantize_per_token(x, vector, vector, eps)
     with pytest.raises(ValueError, match=r"q_scale must have shape \(\)"):
         adaln_quantize_per_tensor(x, vector, vector, torch.ones(2))
     with pytest.raises(TypeError, match="zero_point must be int32"):
@@ -205,6 +212,8 @@ def test_adaln_refuses_scales():
 def test_token_dims():
     with pytest.raises(ValueError, match="token_dims must be 1 or 2, and x have as many; got 3, 4 dimensions"):
         quantize_per_token(torch.zeros(2, 3, 4, 5), token_dims=3)
+    with pytest.raises(ValueError, match=r"token_dims must be 1 or 2.*got 1\.0"):
+        quantize_per_token(torch.zeros(2, 3), token_dims=1.0)
     with pytest.raises(ValueError, match="got 2, 1 dimensions"):
         quantize_per_token(torch.zeros(5), token_dims=2)
     with pytest.raises(ValueError, match="a token of x is 90000; allowed are up to 65535"):

@@ -35,7 +35,7 @@ from tests.kernels.oracle import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # (samples, tokens, N, K): tails in every dimension, rows of several samples in a tile; the last ones travel by TMA
-SHAPES = [(1, 1, 5, 8), (3, 7, 33, 100), (2, 35, 40, 130), (2, 64, 32, 192), (1, 70, 48, 64)]
+SHAPES = [(1, 1, 5, 8), (3, 7, 33, 100), (2, 35, 40, 130), (2, 64, 32, 192), (2, 96, 32, 64), (1, 70, 48, 64)]
 LARGE_SHAPES = [
     (1, 1, 4608, 1152),
     (1, 17, 3456, 1152),
@@ -147,10 +147,17 @@ def test_linear_gate_residual(kernel_device, shape, bits, per_token, seeded):
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("shape", [(2, 35, 40, 384), (2, 64, 48, 128), (2, 256, 1152, 1152)], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 35, 40, 384), (2, 35, 41, 384), (2, 64, 48, 128), (1, 40, 48, 192), (2, 256, 1152, 1152)],
+    ids=str,
+    indirect=True,
+)
 def test_int4_groups(kernel_device, shape, group, seeded):
     if kernel_device.type == "cpu" and shape[2] == 1152:
         pytest.skip("too large for the interpreter")
+    if shape[3] % group:
+        pytest.skip("groups must divide K")
     p, expected = make_layer(shape, seeded, bits=4, group=group)
     weight = p.pop("weight")
     q = to(kernel_device, p)
@@ -200,6 +207,42 @@ def test_strided_vectors_and_missing_weight_sum(kernel_device, seeded):
         assert not p[name].is_contiguous()
     q = to(kernel_device, p)
     assert_close(int8_linear(q.pop("xq"), q.pop("weight"), **q, out_dtype=torch.float32), expected)
+
+
+def spread(t):
+    """The same values with something else between any two of them."""
+    return torch.stack([t, torch.full_like(t, 77)], dim=-1)[..., 0]
+
+
+def test_every_strided_operand(kernel_device, seeded):
+    p, y = make_layer((2, 20, 40, 64), seeded, bits=4, group=32)
+    p["w_sum"] = reference.weight_sum(p["weight"], p["w_scale"])
+    multiplier, gate = torch.rand(40, generator=seeded) + 0.5, torch.randn(2, 40, generator=seeded)
+    q = {name: t if t.ndim == 0 else spread(t) for name, t in to(kernel_device, p).items()}
+    scale = torch.tensor(0.02, device=kernel_device)
+    actual = linear_gelu_quantize(**q, out_scale=scale, multiplier=spread(multiplier.to(kernel_device)))
+    assert_rounded(actual, gelu(y) * multiplier.double() / torch.tensor(0.02).double())
+    residual = torch.zeros(2, 20, 40, device=kernel_device)
+    linear_gate_residual_(residual, gate=spread(gate.to(kernel_device)), **q)
+    assert_close(residual, gate.double()[:, None] * y, size=100)
+
+
+def test_k_of_zero(kernel_device):
+    """Fresh tensors and slices of wider ones: sums of nothing."""
+    for x, w in (
+        (torch.zeros(40, 0, dtype=torch.int8), torch.zeros(32, 0, dtype=torch.int8)),
+        (torch.zeros(40, 64, dtype=torch.int8)[:, :0], torch.zeros(32, 64, dtype=torch.int8)[:, :0]),
+    ):
+        assert not int8_matmul(x.to(kernel_device), w.to(kernel_device)).any()
+
+
+def test_infinity_meets_no_zero(kernel_device):
+    x = torch.ones(70, 160).half()
+    x[:, 81] = float("inf")
+    weight, scale = pack_int4(torch.ones(48, 160, dtype=torch.int8)), torch.ones(48)
+    for n in (48, 47):
+        y = weight_only_linear(*(t.to(kernel_device) for t in (x, weight[:n], scale[:n])))
+        assert torch.equal(y.cpu(), torch.full((70, n), float("inf")).half())
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 8), (8, 0)])

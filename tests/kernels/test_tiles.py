@@ -61,9 +61,17 @@ def test_a_table_of_ones_own_wins(tables):
     assert gemm_tile("int8", gelu, 512, 96, 192, CPU) == GemmTile(*tile)
     assert gemm_tile("int8", gelu, 1000, 96, 192, CPU) == GemmTile(*tile)  # up to twice the rows
     for kernel, epilogue, m, n in [
+        ("int8", gelu, 200, 96),
         ("int8", Epilogue(), 512, 96), ("int8", gelu, 2000, 96), ("int8", gelu, 512, 97), ("int4a8", gelu, 512, 96)
     ]:  # fmt: skip
         assert gemm_tile(kernel, epilogue, m, n, 192, CPU) == heuristic_tile(kernel, m, n, 192, tiles.gpu_of(CPU))
+
+
+def test_the_nearest_row_count_counts(tables):
+    rows = [{"kernel": "int8", "m": m, "n": 96, "k": 192, "tile": [64, 64, 32, 1, 4, m // 64]} for m in (128, 512)]
+    write_table(tables, rows)
+    assert gemm_tile("int8", Epilogue(), 400, 96, 192, CPU).num_stages == 8
+    assert gemm_tile("int8", Epilogue(), 150, 96, 192, CPU).num_stages == 2
 
 
 @pytest.mark.parametrize("text", ["{", '{"tiles": [{"kernel": "int8"}]}', '{"tiles": [{"kernel": "int8", "m": 1, '
@@ -127,7 +135,7 @@ def test_warm_up_without_kernels_does_nothing():
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_warm_up_runs_every_kernel(kernel_device, monkeypatch, w_bits):
     monkeypatch.setattr("qandc_kernels.warmup.select_backend", lambda device: qandc_kernels.Backend("triton", "here"))
-    qandc_kernels.warm_up([(48, 64)], [5], torch.float16, w_bits, kernel_device)
+    qandc_kernels.warm_up([(48, 64)], [5, 12], torch.float16, w_bits, tokens=6, device=kernel_device)
 
 
 @pytest.mark.gpu
