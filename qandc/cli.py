@@ -197,7 +197,8 @@ def info() -> None:
 
     from qandc.pipelines import fashion_dit_path
     from qandc.results import versions
-    from qandc_kernels import select_backend
+    from qandc_kernels import reference, select_backend
+    from qandc_kernels.tiles import gpu_of, tuned_tiles
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, version in versions().items():
@@ -207,19 +208,18 @@ def info() -> None:
     for device in devices:
         major, minor = torch.cuda.get_device_capability(device)
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        table.add_row(str(device), f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {memory:.0f} GiB")
+        tiles = "tuned tiles" if tuned_tiles(gpu_of(device).name) else "tiles by formula (python -m qandc_kernels.tune)"
+        name = torch.cuda.get_device_name(device)
+        table.add_row(str(device), f"{name}, sm_{major}{minor}, {memory:.0f} GiB, {tiles}")
     table.add_row("embedded model", str(fashion_dit_path()))
     out.print(table)
     out.print()
     kernels = Table("op", "device", "runs on", "why", box=None, pad_edge=False)
-    ops = ("quantize_per_tensor", "quantize_per_token", "int8_linear", "int4_linear")
+    ops = sorted(reference.__all__)
     for device in [torch.device("cpu"), *devices]:
         backend, reason = select_backend(device)
         for op in ops:
-            detail = reason
-            if op == "int4_linear" and backend == "triton":
-                detail = f"{reason}; the weight is unpacked to int8 before the product"
-            kernels.add_row(op, str(device), backend, detail)
+            kernels.add_row(op, str(device), backend, reason)
     if not devices:
         built = "torch sees no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"
         for op in ops:
