@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qandc_kernels.epilogue import NO_EPILOGUE, Epilogue, start_early, store_tile, tile_position
-from qandc_kernels.launch import epilogue_flags, number_of_programs, operands
+from qandc_kernels.launch import compile_time, number_of_programs, operands
 from qandc_kernels.tiles import GemmTile, gemm_tile
 
 __all__ = ["int8_gemm_triton"]
@@ -100,13 +100,7 @@ def int8_gemm_triton(
         xq.stride(0), xq.stride(1), wq.stride(0), wq.stride(1),  # stride_xm, stride_xk, stride_wn, stride_wk
         epilogue,
         K=k,
-        **epilogue_flags(epilogue, tile),
         TMA=tma,
-        PERSISTENT=tile.programs_per_sm > 0,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        SUBTILES=tile.subtiles, OVERLAP=tile.overlap > 0,
-        launch_pdl=tile.overlap > 0,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-        enable_fp_fusion=True,
+        **compile_time(epilogue, tile),
     )  # fmt: skip
     return out

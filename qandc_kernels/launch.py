@@ -1,4 +1,4 @@
-"""What the launchers of the matrix products share: operands as the copy engine wants them, number of programs."""
+"""What the launchers of the matrix products share: operands, number of programs, compile-time arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.tiles import GemmTile, gpu_of
 
-__all__ = ["epilogue_flags", "number_of_programs", "operands"]
+__all__ = ["compile_time", "number_of_programs", "operands"]
 
 
 def _aligned(t: torch.Tensor) -> bool:
@@ -48,9 +48,20 @@ def number_of_programs(m: int, n: int, tile: GemmTile, device: torch.device) -> 
     return tiles
 
 
-def epilogue_flags(epilogue: Epilogue, tile: GemmTile) -> dict[str, bool]:
-    """What a kernel must know of the shapes in its epilogue when it is compiled."""
+def compile_time(epilogue: Epilogue, tile: GemmTile) -> dict[str, Any]:
+    """What a kernel must know of its epilogue and tile when it is compiled, and Triton's own options."""
     return {
         "PER_TOKEN": epilogue.x_scale is not None and epilogue.x_scale.ndim == 1,
         "ONE_GATE": epilogue.gate is not None and epilogue.tokens % tile.block_m == 0,
+        "PERSISTENT": tile.programs_per_sm > 0,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "SUBTILES": tile.subtiles,
+        "OVERLAP": tile.overlap > 0,
+        "launch_pdl": tile.overlap > 0,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
     }

@@ -28,18 +28,18 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-Optional = torch.Tensor | None
+MaybeTensor = torch.Tensor | None
 
 
 def _multiply(
     out: Tensor,
     x: Tensor,
     weight: Tensor,
-    x_scale: Optional,
+    x_scale: MaybeTensor,
     w_scale: Tensor,
-    bias: Optional,
-    x_zero_point: Optional = None,
-    w_sum: Optional = None,
+    bias: MaybeTensor,
+    x_zero_point: MaybeTensor = None,
+    w_sum: MaybeTensor = None,
     **epilogue: Any,
 ) -> Tensor:
     """Launch the kernel for these operands; ``out [..., N]`` is contiguous and returned."""
@@ -88,9 +88,9 @@ def _linear(
     weight: Tensor,
     x_scale: Tensor,
     w_scale: Tensor,
-    bias: Optional,
-    x_zero_point: Optional,
-    w_sum: Optional,
+    bias: MaybeTensor,
+    x_zero_point: MaybeTensor,
+    w_sum: MaybeTensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
     if not use_triton(xq):
@@ -104,9 +104,9 @@ def _linear_fake(
     weight: Tensor,
     x_scale: Tensor,
     w_scale: Tensor,
-    bias: Optional,
-    x_zero_point: Optional,
-    w_sum: Optional,
+    bias: MaybeTensor,
+    x_zero_point: MaybeTensor,
+    w_sum: MaybeTensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
     return xq.new_empty(*xq.shape[:-1], weight.shape[0], dtype=out_dtype)
@@ -118,11 +118,11 @@ def _linear_gelu_quantize(
     x_scale: Tensor,
     w_scale: Tensor,
     out_scale: Tensor,
-    bias: Optional,
-    out_zero_point: Optional,
-    multiplier: Optional,
-    x_zero_point: Optional,
-    w_sum: Optional,
+    bias: MaybeTensor,
+    out_zero_point: MaybeTensor,
+    multiplier: MaybeTensor,
+    x_zero_point: MaybeTensor,
+    w_sum: MaybeTensor,
 ) -> Tensor:
     if not use_triton(xq):
         return reference.linear_gelu_quantize(
@@ -137,7 +137,7 @@ def _linear_gelu_quantize(
     return _multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
 
 
-def _same_dtype_fake(x: Tensor, weight: Tensor, *others: Optional) -> Tensor:
+def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -148,9 +148,9 @@ def _linear_gate_residual_(
     x_scale: Tensor,
     w_scale: Tensor,
     gate: Tensor,
-    bias: Optional,
-    x_zero_point: Optional,
-    w_sum: Optional,
+    bias: MaybeTensor,
+    x_zero_point: MaybeTensor,
+    w_sum: MaybeTensor,
 ) -> None:
     if not use_triton(xq):
         reference.linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum)
@@ -160,11 +160,11 @@ def _linear_gate_residual_(
     _multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
 
 
-def _linear_gate_residual_fake(*arguments: Optional) -> None:
+def _linear_gate_residual_fake(*arguments: MaybeTensor) -> None:
     return None
 
 
-def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Optional) -> Tensor:
+def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor) -> Tensor:
     if not use_triton(x):
         return reference.weight_only_linear(x, weight, w_scale, bias)
     return _multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)

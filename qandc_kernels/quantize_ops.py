@@ -22,9 +22,7 @@ def _quantize_per_tensor(
         return quantize_per_tensor_triton(x, scale, zero_point, bits)
 
 
-def _quantize_per_tensor_fake(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
-) -> torch.Tensor:
+def _per_tensor_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
@@ -72,17 +70,6 @@ def _adaln_quantize_per_tensor(
     return _adaln(x, shift, scale, q_scale, zero_point, eps)[0]
 
 
-def _adaln_quantize_per_tensor_fake(
-    x: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    q_scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
-
-
 def _adaln_quantize_per_token(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +90,7 @@ register(
     "quantize_per_tensor",
     "(Tensor x, Tensor scale, Tensor? zero_point, int bits) -> Tensor",
     _quantize_per_tensor,
-    _quantize_per_tensor_fake,
+    _per_tensor_fake,
 )
 register(
     "quantize_per_token",
@@ -115,7 +102,7 @@ register(
     "adaln_quantize_per_tensor",
     "(Tensor x, Tensor shift, Tensor scale, Tensor q_scale, Tensor? zero_point, float eps) -> Tensor",
     _adaln_quantize_per_tensor,
-    _adaln_quantize_per_tensor_fake,
+    _per_tensor_fake,
 )
 register(
     "adaln_quantize_per_token",

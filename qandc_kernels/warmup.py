@@ -37,7 +37,7 @@ def warm_up(
         rows: batch times tokens, as they will be.
         dtype: of the activations, residual, gate and bias.
         w_bits: 8 or 4.
-        tokens: rows per sample, of which gates and modulation depend; rows that are no multiple count as one sample.
+        tokens: rows per sample, on which gates and modulation depend; rows that are no multiple count as one sample.
         device: where the kernels will run.
 
     Raises:
