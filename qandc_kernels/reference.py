@@ -14,6 +14,7 @@ from qandc_kernels.packing import unpack_int4
 __all__ = [
     "adaln_quantize_per_tensor",
     "adaln_quantize_per_token",
+    "attention_quantize_per_tensor",
     "int4_linear",
     "int8_linear",
     "int8_matmul",
@@ -88,6 +89,20 @@ def adaln_quantize_per_token(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm, modulation, quantization of each token with its own scale."""
     return quantize_per_token(_adaln(x, shift, scale, eps))
+
+
+@torch.no_grad()
+def attention_quantize_per_tensor(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out_scale: torch.Tensor,
+    out_zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)`` of ``[batch, tokens, heads, D]``, in float32."""
+    q, k, v = (t.to(torch.float32).transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+    return _quantize_static(y, 1.0 / out_scale, out_zero_point)
 
 
 @torch.no_grad()

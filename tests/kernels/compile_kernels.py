@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qandc_kernels import adaln, launch, quantize, tiles, tune
+from qandc_kernels import adaln, attention, launch, quantize, tiles, tune
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.int8_gemm import int8_gemm_triton
 from qandc_kernels.mixed_gemm import mixed_gemm_triton
@@ -111,7 +111,7 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
 def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     shipped = "nvidia-h200" if arch == 90 else f"sm_{arch}"
     gpu = tiles.Gpu(shipped, divmod(arch, 10), 132)
-    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = lambda device: gpu
+    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = lambda device: gpu
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
@@ -146,6 +146,10 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         for arguments in ((one, integer), (None, None)):
             adaln.adaln_quantize_triton(x.view(-1, width), 256, x[:, 0], x[:, 1], *arguments, 1e-6)
             yield record(arch, "adaln", [samples, width])
+    for batch, tokens, width in ((2, 256, 72), (16, 256, 72), (64, 256, 72), (16, 1024, 72), (2, 64, 32), (2, 50, 128)):
+        parts = torch.zeros(batch, tokens, 3, 16, width).bfloat16().unbind(2)
+        attention.attention_quantize_triton(*parts, one, integer)
+        yield record(arch, "attention", [batch, tokens, width])
     for width in (1152, 4608):
         x = torch.zeros(512, width).bfloat16()
         quantize.quantize_per_tensor_triton(x, one, integer)

@@ -57,6 +57,13 @@ def test_products_use_the_tensor_cores(compiled, arch, family):
         assert wanted & set(record["instructions"]), f"sm_{arch}, {record['kernel']} {record['tile']}"
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attention_uses_the_tensor_cores(compiled, arch):
+    wanted = {"wgmma 16"} if arch == 90 else {"mma 16", "tcgen05"} if arch == 100 else {"mma 16"}
+    for record in of(compiled, arch, "attention"):
+        assert wanted & set(record["instructions"]), record
+
+
 @pytest.mark.parametrize("arch", [90, 100])
 def test_tiles_travel_through_the_copy_engine(compiled, arch):
     for record in of(compiled, arch, *FAMILIES):
@@ -79,5 +86,5 @@ def test_nothing_spills_and_shared_memory_fits(compiled, arch):
 
 def test_no_product_runs_on_while_its_registers_are_refilled(compiled):
     """Seen on an H200 with one product a step: NaN now and then. wgmma then waits for all but a few of its kind."""
-    for record in of(compiled, 90, *FAMILIES[1:]):
+    for record in of(compiled, 90, *FAMILIES[1:], "attention"):
         assert record["waits"] in ([], [0]), record

@@ -1,0 +1,147 @@
+"""Attention with an int8 output, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qandc_kernels import attention_quantize_per_tensor, reference
+from qandc_kernels.tiles import Gpu
+from tests.kernels.oracle import assert_rounded, float_dtypes
+
+# numpy, under the interpreter, tells of infinities that are meant to happen
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+# (batch, tokens, heads, D): tokens below, at and beyond a block; D in one piece and in two
+SHAPES = [(2, 64, 2, 72), (1, 50, 3, 32), (2, 100, 1, 64), (1, 130, 1, 128), (1, 17, 2, 48), (1, 1, 1, 16)]
+LARGE_SHAPES = [(2, 256, 16, 72), (16, 256, 16, 72), (64, 256, 16, 72), (2, 1024, 16, 72), (32, 64, 6, 32)]
+SCALE, ZERO_POINT = 0.02, 7
+# of the size of v: the softmax is rounded to the inputs' type before it is multiplied with v
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu(monkeypatch, kernel_device):
+    if kernel_device.type == "cpu":
+        monkeypatch.setattr("qandc_kernels.attention.gpu_of", lambda device: Gpu("", (9, 0), 132))
+
+
+def make(shape, generator, dtype, device):
+    """q, k, v as the parts of one tensor, as a product of all three leaves them."""
+    batch, tokens, heads, width = shape
+    return torch.randn(batch, tokens, 3, heads, width, generator=generator).to(dtype).to(device).unbind(2)
+
+
+def exact(q, k, v):
+    heads_first = (t.double().transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).cpu()
+
+
+def assert_quantized(out, q, k, v, scale=SCALE, zero_point=ZERO_POINT):
+    """Within half a step, a thousandth for rounding, and what the inputs' precision leaves."""
+    expected = (exact(q, k, v) / scale + zero_point).clamp(-128, 127)
+    difference = (out.cpu().double() - expected).abs()
+    largest = v.double().abs().amax((1, 3), keepdim=True).cpu()
+    assert out.dtype == torch.int8
+    assert out.is_contiguous()
+    assert (difference <= 0.5 + 1e-3 + TOLERANCES[q.dtype] * largest / scale).all(), difference.max()
+    # and on the whole as good as rounding the truth
+    assert (out.cpu().double() != expected.round()).double().mean() < 100 * TOLERANCES[q.dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
+def test_against_float64(kernel_device, shape, seeded):
+    if kernel_device.type == "cpu" and shape in LARGE_SHAPES:
+        pytest.skip("too large for the interpreter")
+    scale, zero_point = torch.tensor(SCALE), torch.tensor(ZERO_POINT, dtype=torch.int32)
+    for dtype in float_dtypes(kernel_device):
+        q, k, v = make(shape, seeded, dtype, kernel_device)
+        out = attention_quantize_per_tensor(q, k, v, scale.to(kernel_device), zero_point.to(kernel_device))
+        assert_quantized(out, q, k, v)
+        out = attention_quantize_per_tensor(q, k, v, scale.to(kernel_device))
+        assert_quantized(out, q, k, v, zero_point=0)
+
+
+def test_reference(seeded):
+    q, k, v = make((2, 50, 3, 24), seeded, torch.float32, "cpu")
+    scale, zero_point = torch.tensor(SCALE), torch.tensor(ZERO_POINT, dtype=torch.int32)
+    out = reference.attention_quantize_per_tensor(q, k, v, scale, zero_point)
+    assert_rounded(out, exact(q, k, v) / SCALE + ZERO_POINT)
+    assert torch.equal(out, attention_quantize_per_tensor(q, k, v, scale, zero_point))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_shapes_and_strides(kernel_device, data):
+    draw = data.draw
+    batch, tokens, heads = draw(st.integers(1, 3)), draw(st.integers(1, 140)), draw(st.integers(1, 3))
+    width = draw(st.sampled_from([8, 16, 20, 24, 40, 72, 96, 136]))  # 8, 20 and 136 take torch's attention
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    order = draw(st.permutations([0, 1, 2, 3]))
+    sizes = [(batch, tokens, heads, width)[d] for d in order]
+    back = [order.index(d) for d in range(4)]
+    q, k, v = (torch.randn(sizes, generator=generator).half().to(kernel_device).permute(back) for _ in range(3))
+    scale = draw(st.sampled_from([1e-3, 0.02, 1.0]))
+    out = attention_quantize_per_tensor(q, k, v, torch.tensor(scale, device=kernel_device))
+    assert_quantized(out, q, k, v, scale, 0)
+
+
+@pytest.mark.parametrize("tokens", [64, 70])
+def test_large_scores_do_not_overflow(kernel_device, seeded, tokens):
+    q, k, v = make((1, tokens, 2, 72), seeded, torch.float16, kernel_device)
+    scale = torch.tensor(SCALE, device=kernel_device)
+    out = attention_quantize_per_tensor(q * 100, k * 100, v, scale)
+    assert_quantized(out, q * 100, k * 100, v, zero_point=0)
+
+
+def test_nan_does_not_leave_its_head(kernel_device, seeded):
+    q, k, v = make((2, 50, 3, 72), seeded, torch.float16, kernel_device)
+    scale = torch.tensor(SCALE, device=kernel_device)
+    clean = attention_quantize_per_tensor(q, k, v, scale)
+    for tensor in (q, k, v):
+        tensor[0, 20, 1] = float("nan")
+    out = attention_quantize_per_tensor(q, k, v, scale)
+    assert (out[0, :, 1] == -128).all()
+    out[0, :, 1] = clean[0, :, 1]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_scale(seeded):
+    q, k, v = make((2, 64, 2, 72), seeded, torch.bfloat16, "cuda")
+    scale = torch.tensor(SCALE, device="cuda")
+    attention_quantize_per_tensor(q, k, v, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_quantize_per_tensor(q, k, v, scale)
+    scale.fill_(0.05)
+    graph.replay()
+    assert_quantized(out, q, k, v, 0.05, 0)
+
+
+def test_no_tokens_no_work(kernel_device):
+    empty = torch.zeros(2, 0, 3, 72, dtype=torch.float16, device=kernel_device)
+    out = attention_quantize_per_tensor(empty, empty, empty, torch.ones((), device=kernel_device))
+    assert out.shape == (2, 0, 3, 72)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 32)}, r"q must be \[batch, tokens, heads, D\]"),
+        ({"k": torch.zeros(2, 4, 2, 16, dtype=torch.float16)}, "k must be float32"),
+        ({"v": torch.zeros(2, 5, 2, 16)}, r"v must have shape \(2, 4, 2, 16\)"),
+        ({"out_scale": torch.ones(2)}, "out_scale must have shape"),
+        ({"out_zero_point": torch.zeros(())}, "out_zero_point must be int32"),
+        ({"q": torch.zeros(2, 4, 2, 16, dtype=torch.int8)}, "q must be float16 or bfloat16 or float32"),
+        ({"out_scale": torch.ones((), device="meta")}, "one device"),
+    ],
+)
+def test_refusals(change, message):
+    x = torch.zeros(2, 4, 2, 16)
+    arguments = {"q": x, "k": x, "v": x, "out_scale": torch.ones(()), **change}
+    with pytest.raises((TypeError, ValueError), match=message):
+        attention_quantize_per_tensor(**arguments)
