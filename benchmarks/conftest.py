@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.goals import goals
+from benchmarks.goals import goals, model_goals
 from benchmarks.rivals import NotInstalled
 from qandc.results import result_header
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "needs an NVIDIA GPU"
-OPS = {"adaln", "copy", "epilogue", "linear"}
+OPS = {"kernels": {"adaln", "copy", "epilogue", "linear"}, "model": {"model"}}  # file name: rows that it holds
+GOALS = {"kernels": goals, "model": model_goals}
 
 
 class Run:
@@ -29,7 +30,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.infos: list[dict[str, Any]] = []
         self.deselected = False
-        self.saved: Path | None = None
+        self.saved: list[Path] = []
 
     def add(self, row: dict[str, Any], info: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -152,15 +153,17 @@ def _time(benchmark: Any, candidate: timing.Candidate) -> dict[str, Any]:
     return found
 
 
-def _where(config: pytest.Config, exitstatus: int) -> Path | None:
-    """The file to write, if any."""
+def _where(config: pytest.Config, suite: str, exitstatus: int) -> Path | None:
+    """The file to write the rows of a suite to, if any."""
     run, path = config.stash[RUN], config.getoption("--save")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    default = ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")) / "kernels.json"
-    if path is not None:
-        return Path(path) if path else default
-    complete = {row["op"] for row in run.rows} == OPS and not run.deselected and exitstatus == 0
-    return default if complete and "H200" in gpu and config.getoption("--rivals") == "all" else None
+    default = ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")) / f"{suite}.json"
+    ops = {row["op"] for row in run.rows}
+    if path:
+        return Path(path) if ops <= OPS[suite] or suite == "kernels" else Path(path).with_name(f"{suite}.json")
+    complete = ops >= OPS[suite] and not run.deselected and exitstatus == 0
+    unasked = complete and "H200" in gpu and config.getoption("--rivals") == "all"
+    return default if path is not None or unasked else None
 
 
 def _versions() -> dict[str, str | None]:
@@ -180,19 +183,22 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
     report.complete(run.rows)
     for row, info in zip(run.rows, run.infos, strict=True):
         info |= row
-    path = _where(config, exitstatus)
-    if run.rows and path is not None:
+    for suite, ops in OPS.items():
+        rows = [row for row in run.rows if row["op"] in ops]
+        path = _where(config, suite, exitstatus)
+        if not rows or path is None:
+            continue
         settings = {
             "rivals": config.getoption("--rivals"),
             "versions": _versions(),
-            "ceilings": report.ceilings(run.rows),
+            "ceilings": report.ceilings(rows),
             "measured_seconds": timing.MEASURED_SECONDS,
         }
         header = result_header(settings)
         header["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**header, "rows": run.rows, "goals": goals(run.rows)}, indent=1) + "\n")
-        run.saved = path
+        path.write_text(json.dumps({**header, "rows": rows, "goals": GOALS[suite](rows)}, indent=1) + "\n")
+        run.saved.append(path)
     return (yield)
 
 
@@ -205,11 +211,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     sections = {
         f"median time of a launch on {where}, and speed relative to the baseline": report.table(run.rows),
         "losses": report.losses(run.rows),
+        "where the time of a step goes": report.breakdowns(run.rows),
         "goals": report.goal_lines(run.rows),
     }
     for title, lines in sections.items():
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
-    if run.saved is not None:
-        terminalreporter.write_line(f"saved to {run.saved}")
+    for path in run.saved:
+        terminalreporter.write_line(f"saved to {path}")

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "ADALN",
     "BF16",
+    "COMPILED",
     "EAGER",
     "FP32",
     "GATE",
@@ -18,14 +19,18 @@ __all__ = [
     "SQUARE_LAYER",
     "goals",
     "median",
+    "model_goals",
 ]
 
 BF16, FP32 = "bf16 F.linear", "fp32 F.linear"
 INT_MM, INT_MM_COMPILED = "torch._int_mm + dequantize", "torch._int_mm + dequantize, compiled"
 PLAIN, GELU, GATE = "W8A8, bf16 out", "W8A8 + GELU + requantize", "W8A8 + gate + residual"
 ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
+COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
+DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"
 SQUARE_LAYER = "8192^3"
 LAYERS = ("qkv", "out", "fc1", "fc2")
+MODEL = "DiT-XL/2-256"
 W8A8_RATIOS = {16384: (1.5, 1.8), 4096: (1.25, 1.5), 512: (1.0, 1.3)}  # M: must, goal
 EPILOGUES = (("fc1", GELU, "gelu_requantize"), ("out", GATE, "gate_residual"), ("fc2", GATE, "gate_residual"))
 
@@ -85,6 +90,31 @@ def goals(rows: list[Row]) -> list[Row]:
             rivals = [t for name in (INT_MM, INT_MM_COMPILED) if (t := linear(layer, m, name)) is not None]
             value = ratio(min(rivals, default=None), linear(layer, m, "W8A8"))
             add(f"w8a8_over_int_mm_dequantize_{layer}_{m}", value, 1.7, 2.0)
+    return found
+
+
+def model_goals(rows: list[Row]) -> list[Row]:
+    """The same for a whole denoising step of DiT-XL/2 at 256 x 256 pixels."""
+    found: list[Row] = []
+
+    def add(name: str, value: float | None, must: float, goal: float | None, better: str = "higher") -> None:
+        found.append({"name": name, "value": value, "unit": "1", "better": better, "must": must, "goal": goal})
+
+    def over(m: int, slow: str, fast: str) -> float | None:
+        return ratio(*(median(rows, "model", MODEL, m, which) for which in (slow, fast)))
+
+    for m, must in ((2, 1.8), (16, 1.5), (64, 1.7)):
+        add(f"fused_w8a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED), must, 2.0)
+    for m in (2, 16, 64):
+        add(f"fused_w8a8_over_torchao_int8dq_{m}", over(m, INT8DQ, FUSED), 2.0, None)
+    for m, must in ((2, 12.0), (64, 2.2)):
+        add(f"fused_w8a8_over_eager_bf16_as_called_{m}", over(m, CALLED, f"{FUSED}, called"), must, None)
+    for m in (2, 16, 64):
+        add(f"fused_w4a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED4), 1.3, None)
+    sizes = (find(rows, "model", MODEL, 2, which, "block_linear_bytes") for which in (FUSED4, COMPILED))
+    add("w4a8_share_of_bf16_block_weight_bytes", ratio(*sizes), 0.20, None, "lower")
+    for m in (16, 64):
+        add(f"compiled_quantlinear_over_compiled_bf16_{m}", over(m, COMPILED, DROP_IN), 1.0, None)
     return found
 
 

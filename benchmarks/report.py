@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.goals import BF16, EAGER, FP32, PLAIN, SQUARE_LAYER, goals, median, reached
+from benchmarks.goals import BF16, COMPILED, EAGER, FP32, PLAIN, SQUARE_LAYER, goals, median, model_goals, reached
 
-__all__ = ["ceilings", "complete", "goal_lines", "losses", "table"]
+__all__ = ["breakdowns", "ceilings", "complete", "goal_lines", "losses", "table"]
 
 Row = dict[str, Any]
 
@@ -17,6 +17,7 @@ BASELINES = {
     "epilogue": ((PLAIN, "ratio_to_bf16_store"),),
     "adaln": ((EAGER, "ratio_to_eager"),),
     "copy": (),
+    "model": ((COMPILED, "ratio_to_compiled_bf16"),),
 }
 RATIOS = tuple(key for baselines in BASELINES.values() for _, key in baselines)
 # a rival that quantizes its activations, and ours that does the same work
@@ -25,7 +26,7 @@ COUNTERPARTS = {
     "gemlite A8W4": "dynamic quantize + W4A8",
     "torchao int8dq, compiled": "dynamic quantize + W8A8",
 }
-THEIRS = ("F.linear", "simulated", "torch", "gemlite", ", then ")  # parts of names
+THEIRS = ("F.linear", "bf16 ", "simulated", "torch", "gemlite", ", then ")  # parts of names
 
 
 def ceilings(rows: list[Row]) -> dict[str, float]:
@@ -41,17 +42,19 @@ def ceilings(rows: list[Row]) -> dict[str, float]:
 
 
 def complete(rows: list[Row]) -> None:
-    """Add each row's share of the measured ceiling and its ratio to the baseline; None where that wasn't measured."""
+    """Add each row's ratio to the baseline and share of the measured ceiling; None where that wasn't measured."""
     best = ceilings(rows)
     for row in rows:
         if "skipped" in row:
             continue
-        rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
-        row["share_of_ceiling"] = None if ceiling is None else rate / ceiling
         for baseline, key in BASELINES[row["op"]]:
             time = median(rows, row["op"], row["layer"], row["m"], baseline)
             if time is not None:
                 row[key] = time / row["median_us"]
+        if row["op"] == "model":
+            continue
+        rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
+        row["share_of_ceiling"] = None if ceiling is None else rate / ceiling
 
 
 def row_ratio(row: Row) -> float | None:
@@ -83,7 +86,8 @@ def table(rows: list[Row]) -> Iterator[str]:
             columns = sorted({row["m"] for row in block}, key=lambda m: m or 0)
             shape = ", ".join(f"{key.upper()} {block[0][key]}" for key in ("n", "k") if block[0][key])
             heading = f"{op} {layer}" + (f" ({shape})" if shape else "")
-            yield f"{heading:38}" + "".join("" if m is None else f"{f'M {m}':>20}" for m in columns)
+            rows_are = "rows" if op == "model" else "M"
+            yield f"{heading:38}" + "".join("" if m is None else f"{f'{rows_are} {m}':>20}" for m in columns)
             cells = {(row["candidate"], row["m"]): _cell(row) for row in block}
             for name in dict.fromkeys(row["candidate"] for row in block):
                 yield f"  {name:36}" + "".join(f"{cells.get((name, m), ''):>20}" for m in columns)
@@ -108,10 +112,19 @@ def losses(rows: list[Row]) -> Iterator[str]:
                 yield f"{what} is {time / row['median_us']:.2f} times as fast as {counterpart}"
 
 
+def breakdowns(rows: list[Row]) -> Iterator[str]:
+    """Where the time of our steps goes, in µs."""
+    for row in rows:
+        if "kernels_us" in row:
+            parts = ", ".join(f"{name} {time:.0f}" for name, time in row["kernels_us"].items())
+            yield f"{row['layer']}, rows {row['m']}, {row['candidate']}: {parts}"
+
+
 def goal_lines(rows: list[Row]) -> Iterator[str]:
     """A line per goal that was measured, and a count of the others."""
     missing = 0
-    for goal in goals(rows):
+    suites = {row["op"] == "model" for row in rows}
+    for goal in [*(goals(rows) if False in suites else ()), *(model_goals(rows) if True in suites else ())]:
         if goal["value"] is None:
             missing += 1
             continue

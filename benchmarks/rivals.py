@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-__all__ = ["RIVALS", "NotInstalled"]
+__all__ = ["RIVALS", "NotInstalled", "library"]
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 """``[M, K]`` bf16 to ``[M, N]`` bf16."""
@@ -27,7 +27,7 @@ class NotInstalled(Exception):  # noqa: N818
 
 
 @cache
-def _library(name: str) -> ModuleType:
+def library(name: str) -> ModuleType:
     try:
         found = version(name)
     except PackageNotFoundError as error:
@@ -45,7 +45,7 @@ def _gemlite() -> ModuleType:
     """gemlite, set to choose its tiles for the M of each call rather than for the next of a list that ends at 4096."""
     if not torch.cuda.is_available():
         raise NotInstalled("gemlite needs a GPU")
-    gemlite = _library("gemlite")
+    gemlite = library("gemlite")
     gemlite.set_autotune_setting(lambda rows: rows)
     gemlite.set_autotune("fast")  # also what makes the kernels read the setting before
     return gemlite
@@ -113,7 +113,7 @@ def torchao_int8dq(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
     Compiled for each shape with what ``mode="max-autotune-no-cudagraphs"`` and torchao's recommended inductor settings
     turn on (the latter for this function only, not for the process). Layers of one shape share the compilation.
     """
-    _library("torchao")
+    library("torchao")
     warnings.filterwarnings("ignore", message="Int8Tensor does not implement")  # said while compiling; harmless
     quantization = importlib.import_module("torchao.quantization")
     n, k = weight.shape

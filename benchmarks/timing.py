@@ -36,6 +36,8 @@ class Candidate:
     """Results alive at a time within a graph; more than one, and they are written to different memory."""
     in_place: bool = False
     """Launches change the result of the one before, so that only the first can be checked."""
+    wall_clock: bool = False
+    """Timed as it is called from Python, launch by launch, the processor's work included."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,14 @@ def prepare(candidate: Candidate) -> Timed:
     launch = candidate.launch
     if DEVICE == "cpu":
         return Timed(lambda: launch(0), 1, "wall clock")
+    if candidate.wall_clock:
+
+        def called() -> None:
+            for i in range(candidate.launches):
+                launch(i)
+            torch.cuda.synchronize()
+
+        return Timed(called, candidate.launches, "wall clock")
     try:
         return capture(launch, candidate.launches, candidate.keep)
     except RuntimeError as error:  # the op waits for the GPU, say

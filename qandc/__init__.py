@@ -7,6 +7,7 @@ from qandc.cache import FeatureCache, apply_cache_to_dit, get_cache, remove_cach
 from qandc.calibration import calibrate
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
+from qandc.fused_dit import StepRanges, fuse_dit, unfuse_dit
 from qandc.linear import QuantLinear
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.quantizer import QuantConfig
@@ -24,10 +25,12 @@ __all__ = [
     "QuantConfig",
     "QuantLinear",
     "QuantizationReport",
+    "StepRanges",
     "apply_cache_to_dit",
     "calibrate",
     "decode_latents",
     "fashion_dit_path",
+    "fuse_dit",
     "get_cache",
     "load_pipeline",
     "make_scheduler",
@@ -36,4 +39,5 @@ __all__ = [
     "remove_cache",
     "reset_all_caches",
     "sample_latents",
+    "unfuse_dit",
 ]

@@ -27,6 +27,7 @@ __all__ = ["FeatureCache", "apply_cache_to_dit", "get_cache", "remove_cache", "r
 logger = logging.getLogger(__name__)
 
 CACHE = "_qandc_cache"
+FUSED = "_qandc_fused"  # the attribute that holds what fuse_dit knows of a model
 POSITION = "_qandc_position"
 BASE_CLASS = "_qandc_base_class"
 
@@ -217,6 +218,8 @@ def apply_cache_to_dit(transformer: nn.Module, cache_interval: int = 5) -> Featu
         )
     if get_cache(transformer) is not None:
         raise CacheError("a cache is attached already; call remove_cache(transformer) first")
+    if FUSED in transformer.__dict__:
+        raise CacheError("the cache works on unfused blocks; call unfuse_dit(transformer) first")
     blocks = _blocks(transformer)
     for module in (transformer, *blocks):
         if "forward" in module.__dict__:

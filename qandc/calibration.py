@@ -33,10 +33,12 @@ class _RangeObserver:
             return False
         return not (self.minimum == 0 and self.maximum == 0)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: QuantLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         if x.numel() == 0:
             return
+        if module.smoothing is not None:
+            x = x.float() / module.smoothing
         low, high = (bound.to(torch.float32) for bound in torch.aminmax(x.detach()))
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from qandc.cache import reset_all_caches
+from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ModelError
 from qandc.linear import QuantLinear, check_finite, check_layer
 from qandc.quantizer import QuantConfig
@@ -148,6 +148,7 @@ class QuantizationReport:
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
     rows = []
+    fused = model.__dict__.get(FUSED)
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             device = module.qweight.device
@@ -155,8 +156,10 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
                 kernel, reason = "none", "on the meta device"
             else:
                 backend, reason = select_backend(device)
-                gemm = "int8_gemm" if module.w_bits == 8 else "unpack_int4 + int8_gemm"
-                kernel = f"{backend} {gemm}"
+                kernel = f"{backend} {'int8' if module.w_bits == 8 else 'int4'}_linear"
+                how = fused.kernel_of(name) if fused is not None and backend == "triton" else None
+                if how is not None:
+                    kernel, reason = f"{kernel}, {how[0]}", f"{reason}; {how[1]}"
             itemsize = module.weight_dtype_holder.element_size()
             before = module.original_bytes or module.in_features * module.out_features * itemsize
             rows.append(LayerReport(name, True, module.scheme, before, module.weight_bytes, kernel, reason))

@@ -15,12 +15,12 @@ from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
 
-FP32_BUFFERS = ("weight_scale", "act_scale")
-STATIC_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32}
+FP32_BUFFERS = ("weight_scale", "act_scale", "smoothing")
+OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "smoothing": torch.float32}
 
 
 class QuantLinear(nn.Module):
-    """``y = dequantize(quantize(x) · qweightᵀ) + bias``, for inference.
+    """``y = dequantize(quantize(x / smoothing) · qweightᵀ) + bias``, for inference.
 
     The output has the dtype of the input, or under autocast that of autocast, as with ``nn.Linear``. It carries no
     gradient.
@@ -35,6 +35,8 @@ class QuantLinear(nn.Module):
         weight_sum: ``[N] int32``, ``Σ_k q``: what a zero point is multiplied with.
         act_scale: 0-d float32, or None while dynamic.
         act_zero_point: 0-d int32, or None while dynamic or if symmetric.
+        smoothing: ``[K] float32``, or None for all ones. ``qweight`` stands for the weight times it, so that it moves
+            outliers from activations to weights (SmoothQuant, arXiv 2211.10438, Eq. 3).
         bits: ``[2] uint8``, w_bits and a_bits; a state dict made with others is refused.
         bias: ``[N]`` parameter or None.
     """
@@ -46,6 +48,7 @@ class QuantLinear(nn.Module):
     weight_dtype_holder: torch.Tensor
     act_scale: torch.Tensor | None
     act_zero_point: torch.Tensor | None
+    smoothing: torch.Tensor | None
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("weight_dtype_holder", torch.zeros(0, device=device, dtype=dtype), persistent=False)
         self.register_buffer("act_scale", None)
         self.register_buffer("act_zero_point", None)
+        self.register_buffer("smoothing", None)
         if bias:
             zeros = torch.zeros(out_features, device=device, dtype=dtype)
             self.bias: nn.Parameter | None = nn.Parameter(zeros, requires_grad=False)
@@ -81,12 +85,19 @@ class QuantLinear(nn.Module):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, w_bits: int = 8, a_bits: int = 8) -> QuantLinear:
+    def from_linear(
+        cls, linear: nn.Linear, w_bits: int = 8, a_bits: int = 8, smoothing: torch.Tensor | None = None
+    ) -> QuantLinear:
         """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
+
+        Args:
+            linear: the layer to replace.
+            w_bits, a_bits: as :func:`qandc.quantize_model`.
+            smoothing: ``[K]`` factors > 0 that inputs are divided by and the weight is multiplied with.
 
         Raises:
             ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
-            DataError: the weight or bias holds NaN or inf.
+            DataError: the weight or bias holds NaN or inf, or smoothing is not ``[K]`` finite numbers > 0.
         """
         weight, bias = linear.weight, linear.bias
         check_finite(weight, "weight")
@@ -100,13 +111,21 @@ class QuantLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
+        if smoothing is not None:
+            if smoothing.shape != (linear.in_features,) or not (torch.isfinite(smoothing) & (smoothing > 0)).all():
+                raise DataError(
+                    f"smoothing must be {linear.in_features} finite numbers > 0, one per input channel; got shape "
+                    f"{tuple(smoothing.shape)} (leave it out for none)"
+                )
+            module.smoothing = smoothing.detach().to(weight.device, torch.float32, copy=True)
+            weight = weight.float() * module.smoothing
         q, scale = quantize_weight(weight, w_bits)
         module.qweight = pack_int4(q) if w_bits == 4 else q
         module.weight_scale = scale
         module.weight_sum = q.sum(1, dtype=torch.int32)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        module.original_bytes = weight.numel() * weight.element_size()
+        module.original_bytes = weight.numel() * linear.weight.element_size()
         return module.train(linear.training)
 
     @property
@@ -119,7 +138,10 @@ class QuantLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """The dequantized weight ``[N, K]``, computed anew at each access, in the dtype the weight would have."""
         q = unpack_int4(self.qweight) if self.w_bits == 4 else self.qweight
-        return (q * self.weight_scale[:, None]).to(self.weight_dtype_holder.dtype)
+        weight = q * self.weight_scale[:, None]
+        if self.smoothing is not None:
+            weight = weight / self.smoothing
+        return weight.to(self.weight_dtype_holder.dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -156,10 +178,11 @@ class QuantLinear(nn.Module):
         """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
+        x = input if self.smoothing is None else input.float() / self.smoothing
         if self.act_scale is None:
-            xq, x_scale = quantize_per_token(input, self.a_bits)
+            xq, x_scale = quantize_per_token(x, self.a_bits)
         else:
-            xq = quantize_per_tensor(input, self.act_scale, self.act_zero_point, self.a_bits)
+            xq = quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
             x_scale = self.act_scale
         linear = int4_linear if self.w_bits == 4 else int8_linear
         return linear(
@@ -200,12 +223,13 @@ class QuantLinear(nn.Module):
             )
             return
         if prefix + "qweight" in state_dict:
-            # static ranges may exist in one state and not in the other: take over which
-            for name, dtype in STATIC_BUFFERS.items():
+            # these may exist in one state and not in the other: take over which
+            for name, dtype in OPTIONAL_BUFFERS.items():
                 if prefix + name not in state_dict:
                     setattr(self, name, None)
                 elif getattr(self, name) is None:
-                    setattr(self, name, torch.zeros((), dtype=dtype, device=self.qweight.device))
+                    shape = (self.in_features,) if name == "smoothing" else ()
+                    setattr(self, name, torch.zeros(shape, dtype=dtype, device=self.qweight.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

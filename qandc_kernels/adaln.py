@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qandc_kernels.epilogue import quantize_static, to_int8
+from qandc_kernels.epilogue import quantize_static, start_early, to_int8
 from qandc_kernels.reference import SMALLEST_AMAX
 from qandc_kernels.tiles import gpu_of
 
@@ -29,12 +29,15 @@ def _adaln_quantize_kernel(
     q_scale_ptr, zero_point_ptr, eps,
     K: tl.constexpr, ONE_SAMPLE: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # a row in two pieces, powers of two: 1152 = 1024 + 128 leaves no lane idle
     head = tl.arange(0, HEAD)
     tail = HEAD + tl.arange(0, TAIL)
     inside = tail < K
     first = tl.program_id(0).to(tl.int64) * ROWS
+    if OVERLAP:
+        start_early()
     zero_point = 0.0
     factor = 1.0
     if q_scale_ptr is not None:
@@ -100,7 +103,9 @@ def adaln_quantize_triton(
     if q.numel() == 0:
         return q, token_scale
     # with programs enough for all multiprocessors, one hides the reductions of a row behind the loads of the next three
-    multiprocessors = gpu_of(x.device).multiprocessors
+    gpu = gpu_of(x.device)
+    multiprocessors = gpu.multiprocessors
+    overlap = gpu.capability[0] >= 9 and m <= 8 * multiprocessors
     rows = 4 if m >= 24 * multiprocessors else 1
     head = max(1, triton.next_power_of_2(k) // 2)
     tail = triton.next_power_of_2(max(1, k - head))
@@ -112,6 +117,7 @@ def adaln_quantize_triton(
         q_scale, zero_point, eps,
         K=k, ONE_SAMPLE=tokens % rows == 0, SMALLEST_AMAX=SMALLEST_AMAX,
         ROWS=rows, HEAD=head, TAIL=tail, STAGES=3 if k <= 4096 else 1,
+        OVERLAP=overlap, launch_pdl=overlap,
         num_warps=4 if m <= 8 * multiprocessors else min(8, max(1, head // 1024)),
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import goals, report
+from benchmarks import goals, models, report
+from benchmarks.timing import relative_error
+from tests.conftest import make_dit
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,6 +94,35 @@ def test_losses_and_missing_rows_are_printed(rows):
     assert any("W8A8" in line and "not installed" in line for line in table)
     assert any("20.0 µs  1.50x" in line for line in table)
     assert any(line.startswith("w8a8_8192") and "must reached" in line for line in report.goal_lines(rows))
+
+
+@pytest.mark.parametrize("name", [name for name in models.CANDIDATES if "torchao" not in name])
+def test_candidates_for_a_step(monkeypatch, name):
+    """As they are built, but for the compiler, from a small model."""
+    monkeypatch.setattr(models, "_compile_blocks", lambda model: model)
+    build, bound = models.CANDIDATES[name]
+    base = torch.nn.Module.to(make_dit(num_layers=2, heads=4), torch.bfloat16)
+    arguments = models.inputs(base, 4)
+    with torch.no_grad():
+        model = build(base)
+        error = relative_error(model(**arguments)[0], base(**arguments)[0])
+    assert error <= bound
+    assert (error > 0) == ("W" in name)
+    before, after = models.block_linear_bytes(base), models.block_linear_bytes(model)
+    if "simulated" not in name:
+        assert before / after == pytest.approx(1 if "bf16" in name else 3.4 if "W4" in name else 1.9, rel=0.12)
+
+
+def test_model_goals():
+    times = {goals.COMPILED: 3000.0, "fused W8A8": 1500.0, goals.INT8DQ: 4500.0, goals.DROP_IN: 2900.0}
+    found = {
+        g["name"]: g["value"] for g in goals.model_goals([row("model", goals.MODEL, 16, *t) for t in times.items()])
+    }
+    assert {name: value for name, value in found.items() if value is not None} == {
+        "fused_w8a8_over_compiled_bf16_16": 2.0,
+        "fused_w8a8_over_torchao_int8dq_16": 3.0,
+        "compiled_quantlinear_over_compiled_bf16_16": 3000 / 2900,
+    }
 
 
 def test_run_on_a_cpu(tmp_path):

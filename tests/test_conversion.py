@@ -56,7 +56,7 @@ def test_report(dit):
         assert layer.scheme == "W8A8 dynamic per-token"
         assert layer.bytes_after == module.in_features * module.out_features + 8 * module.out_features
         assert layer.bytes_before == 4 * module.in_features * module.out_features
-        assert layer.kernel == "reference int8_gemm"
+        assert layer.kernel == "reference int8_linear"
         assert "CUDA" in layer.reason
     skipped = [layer for layer in report.layers if layer not in report.quantized]
     assert skipped
@@ -70,7 +70,7 @@ def test_report_tells_int4_and_half_precision(dit):
     k = n = 32
     assert layer.bytes_before == 2 * n * k
     assert layer.bytes_after == n * k // 2 + 8 * n
-    assert layer.kernel == "reference unpack_int4 + int8_gemm"
+    assert layer.kernel == "reference int4_linear"
 
 
 def test_skip_patterns_are_substrings_of_names(dit):

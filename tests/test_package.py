@@ -58,8 +58,8 @@ def test_import_takes_less_than_a_second_beyond_torch():
     assert seconds < 1
 
 
-LAYERS = ["errors", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results", "sampling"]
-LAYERS += ["pipelines", "generate", "cli"]
+LAYERS = ["errors", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
+LAYERS += ["fused_step", "graphs", "fused_dit", "sampling", "pipelines", "generate", "cli"]
 
 
 def test_layers_are_all_modules():

@@ -75,6 +75,10 @@ def test_tiles_travel_through_the_copy_engine(compiled, arch):
 def test_launches_overlap_where_a_tile_says_so(compiled):
     for record in of(compiled, 90, *FAMILIES):
         assert ("overlap" in record["instructions"]) == bool(record["tile"][9]), record
+    for record in of(compiled, 90, "attention"):
+        assert "overlap" in record["instructions"], record
+    for record in of(compiled, 90, "adaln"):
+        assert ("overlap" in record["instructions"]) == (record["tile"][0] == 2), record  # 512 rows, not 16384
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

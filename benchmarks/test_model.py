@@ -1,0 +1,101 @@
+"""One denoising step of DiT-XL/2, as a whole: ours, bf16, and what others make of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.models import CANDIDATES, block_linear_bytes, dit_xl_2, floor_seconds, inputs, operations, tensor_bytes
+from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
+
+pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
+
+SIZES = {256: (32, (2, 16, 64)), 512: (64, (2, 16))}  # pixels: latent size, rows of a batch
+CASES = [(f"DiT-XL/2-{pixels}", m, name) for pixels, (_, rows) in SIZES.items() for name in CANDIDATES for m in rows]
+IMAGES_STEPS = 50
+PARTS = ("adaLN 1", "qkv", "attention", "out + gate", "adaLN 2", "fc1 + GELU", "fc2 + gate")
+KERNELS = ("_adaln_quantize_kernel", "_int8_gemm_kernel", "_mixed_gemm_kernel", "_attention_quantize_kernel")
+
+current: dict[str, Any] = {}  # the model of the candidate measured last; the next one's takes its place
+
+
+def model_of(layer: str, name: str) -> Any:
+    if current.get("key") != (layer, name):
+        current.clear()
+        torch.cuda.empty_cache()
+        latent, _ = SIZES[int(layer.rpartition("-")[2])]
+        with torch.no_grad():
+            current.update(key=(layer, name), model=CANDIDATES[name][0](dit_xl_2(latent)))
+    return current["model"]
+
+
+def candidate(layer: str, m: int, name: str) -> Candidate:
+    latent, _ = SIZES[int(layer.rpartition("-")[2])]
+    base, model = dit_xl_2(latent), model_of(layer, name)
+    arguments = inputs(base, m)
+    expected = base(**arguments)[0]
+
+    def launch(i: int) -> torch.Tensor:
+        return model(**arguments)[0]
+
+    def error(y: torch.Tensor, i: int) -> float:
+        return relative_error(y, expected)
+
+    launches = launches_for(1, 2 * sum(operations(base, m)) / 1e15)
+    return Candidate(launch, error, CANDIDATES[name][1], launches, wall_clock=name.endswith("called"))
+
+
+def breakdown(model: Any, arguments: dict[str, Any]) -> dict[str, float]:
+    """µs of each part of a step, launched kernel by kernel, summed over the blocks; conditioning and ends: "rest"."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.no_grad():
+        model(**arguments)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            model(**arguments)
+            torch.cuda.synchronize()
+    kernels = [event for event in profiled.events() if event.device_type.name == "CUDA" and event.device_time > 0]
+    kernels.sort(key=lambda event: event.time_range.start)
+    ours = [event for event in kernels if event.name in KERNELS]
+    times: dict[str, float] = defaultdict(float)
+    first = next(i for i, event in enumerate(ours) if event.name == KERNELS[0])
+    blocks = len(model.transformer_blocks) * len(PARTS)
+    for i, event in enumerate(ours[first : first + blocks]):
+        times[PARTS[i % len(PARTS)]] += event.device_time
+    times["rest"] = sum(event.device_time for event in kernels) - sum(times.values())
+    return dict(times)
+
+
+@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+def test_step(measure: Measure, request: pytest.FixtureRequest, layer: str, m: int, name: str) -> None:
+    row: dict[str, Any] = {"op": "model", "layer": layer, "m": m, "n": None, "k": None, "candidate": name}
+    skip = NO_GPU if DEVICE == "cpu" else None
+    if "torchao" in name and request.config.getoption("--rivals") == "none":
+        skip = "rivals: none"
+    measure(row, lambda: candidate(layer, m, name), skip)
+    if "median_us" not in row:
+        return
+    latent, _ = SIZES[int(layer.rpartition("-")[2])]
+    base, model = dit_xl_2(latent), model_of(layer, name)
+    weight_bits = 4 if "W4" in name else 8 if any(part in name for part in ("W8", "int8", "fp8")) else 16
+    activation_bits = 16 if "bf16" in name or "simulated" in name else 8
+    seconds = row["median_us"] / 1e6
+    row["images_per_s"] = m / 2 / (IMAGES_STEPS * seconds)
+    row["tops"] = sum(operations(base, m)) / seconds / 1e12
+    row["share_of_floor"] = floor_seconds(base, m, weight_bits, activation_bits) / seconds
+    row["model_bytes"], row["block_linear_bytes"] = tensor_bytes(model), block_linear_bytes(model)
+    arguments = inputs(base, m)
+    with torch.no_grad():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(**arguments)
+        torch.cuda.synchronize()
+    row["peak_bytes"] = row["model_bytes"] + torch.cuda.max_memory_allocated() - before
+    if name in ("fused W8A8", "fused W4A8"):
+        row["kernels_us"] = breakdown(model, arguments)

@@ -1,0 +1,386 @@
+"""``fuse_dit``: a quantized, calibrated DiT that runs on fused kernels and CUDA graphs, otherwise the same model.
+
+As with the feature cache, the model is not forked: while fused it is an instance of a subclass of its own class that
+overrides ``forward``. Attributes, parameters and state-dict keys stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from qandc.cache import FUSED, get_cache
+from qandc.conversion import quant_layers
+from qandc.errors import ConfigError, ModelError
+from qandc.fused_step import FusedStep, StepRanges
+from qandc.graphs import GraphCache
+from qandc.linear import QuantLinear
+from qandc_kernels import select_backend
+
+__all__ = ["StepRanges", "fuse_dit", "unfuse_dit"]
+
+logger = logging.getLogger(__name__)
+
+BASE_CLASS = "_qandc_unfused_class"
+QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+def _touched(module: nn.Module) -> str | None:
+    """What someone has put around a module that calling its weights directly would leave out."""
+    for name, part in module.named_modules():
+        where = name or type(part).__name__
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{where} has forward hooks"
+        if "forward" in part.__dict__:
+            return f"{where} has a replaced forward"
+        if parametrize.is_parametrized(part):
+            return f"{where} has parametrizations"
+    return None
+
+
+def _why_not_layer(name: str, layer: Any, has_range: bool) -> str | None:
+    if type(layer) is not QuantLinear:
+        return f"{name} is {type(layer).__name__}, not a QuantLinear"
+    if layer.a_bits != 8:
+        return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
+    if layer.act_scale is None and not has_range:
+        return f"{name} has no static range (calibrate the model)"
+    return None
+
+
+def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
+
+
+def _why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | None:
+    """Why a block can't run on the fused kernels, or None."""
+    from diffusers.models.activations import GELU
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+
+    if type(block) is not BasicTransformerBlock or block.norm_type != "ada_norm_zero":
+        return f"the block is {type(block).__name__}, not diffusers' adaLN-Zero block"
+    attention, feed_forward = block.attn1, block.ff.net
+    plain = (
+        type(attention) is Attention
+        and type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
+        and not any(getattr(attention, name, None) for name in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+    )
+    if not plain:
+        return "its attention is not the plain one of DiT"
+    if block.attn2 is not None or block.pos_embed is not None or block._chunk_size is not None:
+        return "it has cross-attention, a position embedding or a chunked feed-forward"
+    if block.norm3.elementwise_affine or block.norm1.norm.elementwise_affine:
+        return "its LayerNorm has weights"
+    if type(feed_forward[0]) is not GELU or feed_forward[0].approximate != "tanh":
+        return "its activation is not tanh-GELU"
+    touched = _touched(block)
+    if touched is not None:
+        return touched
+    names = set() if ranges is None else {n.removeprefix(prefix) for n in ranges.scales if n.startswith(prefix)}
+    for name in BLOCK_LAYERS:
+        reason = _why_not_layer(name, block.get_submodule(name), name in names)
+        if reason is not None:
+            return reason
+    q, k, v = (block.get_submodule(name) for name in QKV)
+    if not q.w_bits == k.w_bits == v.w_bits or len({layer.bias is None for layer in (q, k, v)}) > 1:
+        return "q, k and v have different bits or biases"
+    shared = ("smoothing",) if names else ("smoothing", "act_scale", "act_zero_point")
+    if not all(_equal(getattr(q, name), getattr(layer, name)) for layer in (k, v) for name in shared):
+        return "q, k and v, which see one input, have different ranges for it"
+    return None
+
+
+def _batched_conditioning(blocks: list[Any]) -> bool:
+    """Whether all embedders and adaLN layers are as diffusers made them, so that they can run as batched products."""
+    from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+    from diffusers.models.normalization import AdaLayerNormZero
+
+    def plain(norm: Any) -> bool:
+        if type(norm) is not AdaLayerNormZero or type(norm.emb) is not CombinedTimestepLabelEmbeddings:
+            return False
+        time = norm.emb.timestep_embedder
+        linears = (norm.linear, time.linear_1, time.linear_2)
+        return (
+            _touched(norm) is None
+            and all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
+            and type(time.act) is nn.SiLU
+            and time.cond_proj is None
+            and time.post_act is None
+        )
+
+    shapes = {tuple(p.shape for p in block.norm1.parameters()) for block in blocks}
+    return len(shapes) == 1 and all(plain(block.norm1) for block in blocks)
+
+
+class _Fused:
+    """The state of a fused transformer: a :class:`FusedStep` for the layers as they are now, and graphs of it."""
+
+    def __init__(self, cuda_graphs: bool, ranges: StepRanges | None) -> None:
+        self.cuda_graphs = cuda_graphs
+        self.ranges = ranges
+        self.graphs = GraphCache()
+        self.reasons: list[str | None] = []
+        self.output_reason: str | None = None
+        self._step: FusedStep | None = None
+        self._watch: _Watch | None = None
+        self._said: set[str] = set()
+
+    def __deepcopy__(self, memo: Any) -> _Fused:
+        return _Fused(self.cuda_graphs, self.ranges)  # a copy of the model builds its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Fused, (self.cuda_graphs, self.ranges)
+
+    def say(self, reason: str) -> None:
+        """Once for each reason."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("fuse_dit: %s", reason)
+
+    def drop(self) -> None:
+        """Forget what was built; the next forward builds it again."""
+        self._step = None
+        self.graphs.clear()
+
+    def inspect(self, transformer: Any) -> None:
+        """Find out which blocks can run fused."""
+        blocks = list(transformer.transformer_blocks)
+        prefixes = [f"transformer_blocks.{i}." for i in range(len(blocks))]
+        self.reasons = [_why_not_block(block, p, self.ranges) for block, p in zip(blocks, prefixes, strict=True)]
+        last = transformer.proj_out_2
+        ranged = self.ranges is not None and "proj_out_2" in self.ranges.scales
+        self.output_reason = (
+            _why_not_layer("proj_out_2", last, ranged) or _touched(last) or _touched(transformer.norm_out)
+        )
+
+    def step(self, transformer: Any) -> FusedStep | None:
+        """Built anew whenever layers have changed since; None where no block can run fused."""
+        if self._step is None or self._watch is None or not self._watch.unchanged():
+            self.drop()
+            self.inspect(transformer)
+            for reason in dict.fromkeys(r for r in self.reasons if r is not None):
+                self.say(f"{self.reasons.count(reason)} blocks run unfused: {reason}")
+            if all(reason is not None for reason in self.reasons):
+                return None
+            self._step = FusedStep(
+                transformer,
+                [reason is None for reason in self.reasons],
+                self.output_reason is None,
+                _batched_conditioning(list(transformer.transformer_blocks)),
+                self.ranges,
+            )
+            self._watch = _Watch(transformer)  # only now: building has moved some weights together
+        return self._step
+
+    def kernel_of(self, name: str) -> tuple[str, str] | None:
+        """For the report: what runs the layer, and why."""
+        if not self.reasons:
+            return None
+        parts = name.split(".", 2)
+        if parts[0] == "transformer_blocks" and parts[2] in BLOCK_LAYERS:
+            reason = self.reasons[int(parts[1])]
+        elif name == "proj_out_2":
+            reason = self.output_reason
+        else:
+            return None
+        return ("fused", "one of seven launches a block") if reason is None else ("unfused", reason)
+
+
+class _Watch:
+    """Notices that a layer was replaced, or got other weights, ranges or hooks; cheap enough for every forward."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.entries: list[tuple[dict[str, Any], str, Any]] = []
+        self.hooks: list[dict[int, Any]] = []
+        for parent in transformer.modules():
+            for name, layer in parent._modules.items():
+                if isinstance(layer, QuantLinear):
+                    self.entries.append((parent._modules, name, layer))
+                    self.entries += [(layer._buffers, key, tensor) for key, tensor in layer._buffers.items()]
+                    self.hooks += [layer._forward_pre_hooks, layer._forward_hooks]
+
+    def unchanged(self) -> bool:
+        return not any(self.hooks) and all(where.get(key) is value for where, key, value in self.entries)
+
+
+class _FusedTransformer(nn.Module):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        fused: _Fused = getattr(self, FUSED)
+        reason = _why_not_now(self, hidden_states, timestep, class_labels, cross_attention_kwargs)
+        if reason is not None:
+            fused.say(f"the model runs unfused: {reason}")
+            step = None
+        else:
+            # weights prepared in inference mode could not be used outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                step = fused.step(self)
+        if step is None:
+            return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
+        assert timestep is not None
+        assert class_labels is not None
+        with torch.inference_mode(False), torch.no_grad():
+            output = _run(fused, step, hidden_states, timestep, class_labels)
+        if not return_dict:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        getattr(self, FUSED).drop()  # .to() replaces tensors that the step and its graphs hold
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        getattr(self, FUSED).drop()
+        return super().load_state_dict(*args, **kwargs)
+
+
+def _why_not_now(
+    transformer: Any, hidden_states: Any, timestep: Any, class_labels: Any, cross_attention_kwargs: Any
+) -> str | None:
+    """Why this call must take the unfused way, or None."""
+    device = hidden_states.device
+    backend = select_backend(device)
+    if backend.name != "triton":
+        return f"on {device} there are no fused kernels ({backend.reason})"
+    if transformer.training:
+        return "it is in training mode; call eval()"
+    if timestep is None or class_labels is None or cross_attention_kwargs is not None:
+        return "it was called without timestep and class_labels, or with cross_attention_kwargs"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on; convert the model to the dtype you want instead"
+    return None
+
+
+def _run(
+    fused: _Fused, step: FusedStep, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+) -> torch.Tensor:
+    batch = latents.shape[0]
+    # float32 as the embedder makes of it; expanded as broadcasting would
+    timestep = torch.as_tensor(timestep).to(latents.device, torch.float32).reshape(-1).expand(batch)
+    class_labels = class_labels.to(torch.int64).reshape(-1).expand(batch)
+    if latents.is_cuda and fused.cuda_graphs and batch > 0 and not torch.cuda.is_current_stream_capturing():
+        return fused.graphs(step, (latents, timestep, class_labels))
+    return step(latents, timestep, class_labels)
+
+
+@functools.cache
+def _fused_class(base: Any) -> Any:
+    # the name of the base, because diffusers writes it into saved configurations
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (_FusedTransformer, base), names)
+
+
+def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
+    """Run a quantized, calibrated ``DiTTransformer2DModel`` on fused kernels, in the unmodified ``DiTPipeline`` too.
+
+    A block becomes seven launches without an int32 or a 16-bit copy of int8 data in between, the conditioning of all
+    blocks a few batched products, a forward one CUDA graph for each batch size and resolution (at most 8 are kept).
+    Results equal those of the unfused model to rounding. Weights are used where they are, those of q, k, v and of the
+    adaLN layers become parts of larger tensors; nothing is stored twice.
+
+    A block that can't run fused (a layer is not quantized or has no static range, activations of fewer than 8 bits,
+    hooks, LoRA, parametrizations, another attention processor) runs as before; ``quantization_report`` says why. On a
+    CPU, under autocast and in training mode the whole model does, which is logged. Changes to layers, ranges, dtype or
+    device are noticed; writing into a weight tensor is not, unless ``load_state_dict`` of the whole model does it.
+
+    Args:
+        transformer: a diffusers DiT after :func:`qandc.quantize_model` and :func:`qandc.calibrate`; changed in place.
+        cuda_graphs: False launches kernels one by one.
+        step_ranges: activation ranges that change from step to step, instead of those in the layers.
+
+    Returns:
+        ``transformer``. :func:`unfuse_dit` makes it again what it was.
+
+    Raises:
+        ModelError: not a DiT, not quantized, no block calibrated, in training mode, fused already, or with a cache.
+        ConfigError: ``step_ranges`` names layers that are not there, or not one range per timestep.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    dit_class: Any = DiTTransformer2DModel
+    if not isinstance(transformer, dit_class):
+        raise ModelError(
+            f"fuse_dit knows diffusers' DiTTransformer2DModel; got {type(transformer).__name__} "
+            "(of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile)"
+        )
+    if FUSED in transformer.__dict__:
+        raise ModelError("this transformer is fused already; call unfuse_dit(transformer) first")
+    if get_cache(transformer) is not None:
+        raise ModelError(
+            "a feature cache is attached, which works on unfused blocks; call remove_cache(transformer) first"
+        )
+    if "forward" in transformer.__dict__:
+        raise ModelError(
+            "forward of this transformer was replaced (by accelerate's offload hooks, for example); fuse first"
+        )
+    if transformer.training:
+        raise ModelError("this transformer is in training mode; call transformer.eval() first")
+    layers = quant_layers(transformer)
+    if not layers:
+        raise ModelError("this transformer is not quantized; call quantize_model and calibrate first")
+    if step_ranges is not None:
+        _check_ranges(step_ranges, layers)
+    fused = _Fused(cuda_graphs, step_ranges)
+    fused.inspect(transformer)
+    if all(reason is not None for reason in fused.reasons):
+        raise ModelError(f"no block of this transformer can run fused: {fused.reasons[0]}")
+    base: Any = type(transformer)
+    setattr(transformer, BASE_CLASS, base)
+    setattr(transformer, FUSED, fused)
+    transformer.__class__ = _fused_class(base)
+    return transformer
+
+
+def _check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:
+    steps = ranges.timesteps.shape
+    if len(steps) != 1 or steps[0] == 0:
+        raise ConfigError(f"step_ranges.timesteps must be [S] with S > 0; got {tuple(steps)}")
+    unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
+    if unknown:
+        raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
+    for name, values in (*ranges.scales.items(), *ranges.zero_points.items()):
+        if values.shape != steps or not torch.isfinite(values).all():
+            raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
+    if (
+        not all((scale > 0).all() for scale in ranges.scales.values())
+        or not ranges.zero_points.keys() <= ranges.scales.keys()
+    ):
+        raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
+
+
+def unfuse_dit(transformer: Any) -> Any:
+    """Undo :func:`fuse_dit`.
+
+    Raises:
+        ModelError: the transformer is not fused, or another tool has wrapped it since.
+    """
+    if FUSED not in transformer.__dict__:
+        raise ModelError(f"this {type(transformer).__name__} is not fused")
+    base = getattr(transformer, BASE_CLASS)
+    if "forward" in transformer.__dict__ or type(transformer) is not _fused_class(base):
+        raise ModelError(
+            "this transformer was wrapped after fuse_dit (by accelerate's offload hooks, for example); undo that first"
+        )
+    transformer.__class__ = base
+    for name in (FUSED, BASE_CLASS):
+        del transformer.__dict__[name]
+    return transformer

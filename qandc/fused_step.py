@@ -1,0 +1,356 @@
+"""One forward of a quantized DiT on fused kernels: what is prepared once, and what runs each step.
+
+A block is seven launches: LayerNorm + modulate + quantize, one product for q, k and v, attention that stores int8, a
+product that adds gate · y to the residual stream; LayerNorm + modulate + quantize, a product that applies GELU and
+stores int8, a product that adds. Between two of them stand int8 activations, or q, k and v in 16 bits; never int32,
+never a 16-bit copy of something int8.
+
+Nothing here waits for the GPU once a step is built, so a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from qandc.linear import QuantLinear
+from qandc_kernels import (
+    adaln_quantize_per_tensor,
+    attention_quantize_per_tensor,
+    int4_linear,
+    int8_linear,
+    linear_gate_residual_,
+    linear_gelu_quantize,
+)
+
+__all__ = ["FusedStep", "StepRanges"]
+
+# Blocks whose modulation is computed together: the first ones early and few, so that work can begin; the others while
+# those run.
+FIRST_CHUNKS = (1, 3)
+
+
+@dataclass(frozen=True)
+class StepRanges:
+    """Static activation ranges that change from step to step, a row per step.
+
+    A forward takes the row whose timestep is nearest to that of its first sample; the choice is made on the device.
+
+    Attributes:
+        timesteps: ``[S]``.
+        scales: layer name to ``[S] float32``.
+        zero_points: layer name to ``[S] int32``; a layer that is missing here is symmetric.
+    """
+
+    timesteps: torch.Tensor
+    scales: dict[str, torch.Tensor]
+    zero_points: dict[str, torch.Tensor]
+
+
+class Product(NamedTuple):
+    """The operands of a quantized linear layer, as the kernels take them."""
+
+    weight: torch.Tensor  # [N, K] int8, or [N, K/2] uint8
+    x_scale: torch.Tensor
+    w_scale: torch.Tensor
+    bias: torch.Tensor | None
+    x_zero_point: torch.Tensor | None
+    w_sum: torch.Tensor
+
+    def __call__(self, xq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        linear = int4_linear if self.weight.dtype == torch.uint8 else int8_linear
+        return linear(xq, *self, out_dtype=dtype)
+
+    def gelu_quantize(self, xq: torch.Tensor, following: Product, multiplier: torch.Tensor | None) -> torch.Tensor:
+        """int8 input of ``following``."""
+        return linear_gelu_quantize(
+            xq,
+            self.weight,
+            self.x_scale,
+            self.w_scale,
+            following.x_scale,
+            self.bias,
+            following.x_zero_point,
+            multiplier,
+            self.x_zero_point,
+            self.w_sum,
+        )
+
+    def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor) -> None:
+        """``x += gate · y``."""
+        linear_gate_residual_(
+            x, xq, self.weight, self.x_scale, self.w_scale, gate, self.bias, self.x_zero_point, self.w_sum
+        )
+
+
+class Ranges(NamedTuple):
+    """Where a layer finds its activation range: fixed, or a place in a vector that each step fills."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+
+
+class StepRangeTable:
+    """The ranges of all layers for all steps, ``[S, layers]``, and those of the current step, ``[layers]``."""
+
+    def __init__(self, ranges: StepRanges, device: torch.device) -> None:
+        names = list(ranges.scales)
+        no_shift = torch.zeros(ranges.timesteps.shape, dtype=torch.int32)
+        self.index = {name: i for i, name in enumerate(names)}
+        self.symmetric = set(names) - set(ranges.zero_points)
+        self.timesteps = ranges.timesteps.to(device, torch.float32)
+        self.scales = torch.stack([ranges.scales[name].to(device, torch.float32) for name in names], 1)
+        zero_points = [ranges.zero_points.get(name, no_shift).to(device, torch.int32) for name in names]
+        self.zero_points = torch.stack(zero_points, 1)
+        self.scale, self.zero_point = self.scales[0].clone(), self.zero_points[0].clone()
+
+    def select_(self, timestep: torch.Tensor) -> None:
+        row = (self.timesteps - timestep[0]).abs().argmin().reshape(1)
+        self.scale.copy_(self.scales.index_select(0, row)[0])
+        self.zero_point.copy_(self.zero_points.index_select(0, row)[0])
+
+    def of(self, name: str) -> Ranges:
+        i = self.index[name]
+        return Ranges(self.scale[i], None if name in self.symmetric else self.zero_point[i])
+
+
+def _product(layer: QuantLinear, ranges: Ranges) -> Product:
+    return Product(layer.qweight, ranges.scale, layer.weight_scale, layer.bias, ranges.zero_point, layer.weight_sum)
+
+
+def _share(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all, of which they become parts, so that the memory is not needed twice."""
+    whole = torch.stack([t.detach() for t in tensors])
+    for tensor, part in zip(tensors, whole.unbind(0), strict=True):
+        tensor.data = part
+    return whole
+
+
+def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> Product:
+    """q, k and v as one product; v divided by what the output layer would divide its input by."""
+    layers = (attention.to_q, attention.to_k, attention.to_v)
+    weight = torch.cat([layer.qweight for layer in layers])
+    for layer, part in zip(layers, weight.chunk(3), strict=True):
+        layer.qweight = part
+    w_scales = [layer.weight_scale for layer in layers]
+    biases = [layer.bias for layer in layers]
+    if out_smoothing is not None:
+        w_scales[2] = w_scales[2] / out_smoothing
+        biases[2] = None if biases[2] is None else biases[2].float() / out_smoothing
+    bias = None if biases[0] is None else torch.cat([b.float() for b in biases])
+    w_sum = torch.cat([layer.weight_sum for layer in layers])
+    return Product(weight, ranges.scale, torch.cat(w_scales), bias, ranges.zero_point, w_sum)
+
+
+class FusedBlock:
+    """A transformer block whose layers are all quantized with static ranges."""
+
+    def __init__(self, block: Any, ranges: dict[str, Ranges]) -> None:
+        attention, feed_forward = block.attn1, block.ff.net
+        self.heads: int = attention.heads
+        self.eps = (block.norm1.norm.eps, block.norm3.eps)
+        self.out = _product(attention.to_out[0], ranges["attn1.to_out.0"])
+        self.qkv = _qkv(attention, ranges["attn1.to_q"], attention.to_out[0].smoothing)
+        self.fc1 = _product(feed_forward[0].proj, ranges["ff.net.0.proj"])
+        self.fc2 = _product(feed_forward[2], ranges["ff.net.2"])
+        fc2_smoothing = feed_forward[2].smoothing
+        self.fc2_multiplier = None if fc2_smoothing is None else 1 / fc2_smoothing
+        self.smoothing = (attention.to_q.smoothing, feed_forward[0].proj.smoothing)
+
+    def __call__(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """``x [B, tokens, D]``, changed in place, and ``modulation [B, 6 D]``."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
+        xq = adaln_quantize_per_tensor(x, shift_attn, scale_attn, self.qkv.x_scale, self.qkv.x_zero_point, self.eps[0])
+        qkv = self.qkv(xq, x.dtype)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
+        xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point)
+        self.out.gate_residual_(x, xq.flatten(2), gate_attn)
+        xq = adaln_quantize_per_tensor(x, shift_mlp, scale_mlp, self.fc1.x_scale, self.fc1.x_zero_point, self.eps[1])
+        self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.fc2_multiplier), gate_mlp)
+        return x
+
+
+class Conditioning:
+    """The timestep and label embedders and adaLN layers of all blocks, a few blocks at a time in batched products.
+
+    In diffusers every block owns its own; ``[L, ...]`` tensors take their place, and the modules' become parts of them.
+    """
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        embedders = [block.norm1.emb for block in blocks]
+        self.time_proj = embedders[0].time_proj
+        linears = [
+            [emb.timestep_embedder.linear_1 for emb in embedders],
+            [emb.timestep_embedder.linear_2 for emb in embedders],
+            [block.norm1.linear for block in blocks],
+        ]
+        self.weights = [_share([linear.weight for linear in layers]) for layers in linears]
+        self.biases = [_share([linear.bias for linear in layers])[:, None] for layers in linears]
+        self.labels = _share([emb.class_embedder.embedding_table.weight for emb in embedders])
+
+    def __call__(
+        self, start: int, stop: int, frequencies: torch.Tensor, class_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of blocks start to stop: the embedding ``[n, B, D]`` and the modulation ``[n, B, 6 D]``."""
+
+        def linear(i: int, x: torch.Tensor) -> torch.Tensor:
+            return torch.baddbmm(self.biases[i][start:stop], x, self.weights[i][start:stop].transpose(1, 2))
+
+        x = F.silu(linear(0, frequencies.expand(stop - start, -1, -1)))
+        embedding = linear(1, x) + self.labels[start:stop].index_select(1, class_labels)
+        return embedding, linear(2, F.silu(embedding))
+
+
+class SmoothedModulation:
+    """Modulation that also divides by s: ``(y · (1 + scale) + shift) / s = y · (1 + scale') + shift'``, in float32.
+
+    Args:
+        smoothing: of each block, the factors of the layers behind its first and its second modulation.
+        like: a vector ``[D]`` on the right device.
+    """
+
+    def __init__(
+        self, smoothing: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], like: torch.Tensor
+    ) -> None:
+        one, zero = torch.ones_like(like, dtype=torch.float32), torch.zeros_like(like, dtype=torch.float32)
+        factors, offsets = [], []
+        for pair in smoothing:
+            inverses = [one if s is None else 1 / s for s in pair]
+            # shift, scale and gate, twice
+            factors.append(torch.cat([t for inverse in inverses for t in (inverse, inverse, one)]))
+            offsets.append(torch.cat([t for inverse in inverses for t in (zero, inverse - 1, zero)]))
+        self.factor, self.offset = torch.stack(factors)[:, None], torch.stack(offsets)[:, None]
+
+    def __call__(self, start: int, stop: int, modulation: torch.Tensor) -> torch.Tensor:
+        """``[n, B, 6 D]`` of blocks start to stop."""
+        return self.offset[start:stop] + modulation.float() * self.factor[start:stop]
+
+
+class FusedStep:
+    """What ``DiTTransformer2DModel.forward`` computes, block by block fused where it can be.
+
+    Args:
+        transformer: the model; its weights are used where they are, those of q, k, v and of the conditioning become
+            parts of larger tensors.
+        fused: for each block, whether it runs fused; else the module itself is called.
+        fused_output: whether the output projection runs fused.
+        batched_conditioning: whether the embedders and adaLN layers are plain linear layers of one shape.
+        ranges: of each step, instead of those in the layers.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        fused: Sequence[bool],
+        fused_output: bool,
+        batched_conditioning: bool,
+        ranges: StepRanges | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.device = transformer.proj_out_1.bias.device
+        self.table = None if ranges is None else StepRangeTable(ranges, self.device)
+        self.blocks: list[Any] = []
+        for i, block in enumerate(transformer.transformer_blocks):
+            names = {name: layer for name, layer in block.named_modules() if isinstance(layer, QuantLinear)}
+            of = {
+                name: self._ranges(f"transformer_blocks.{i}.{name}", layer) for name, layer in names.items() if fused[i]
+            }
+            self.blocks.append(FusedBlock(block, of) if fused[i] else block)
+        smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
+        self.smoothed: SmoothedModulation | None = None
+        if any(s is not None for pair in smoothing for s in pair):
+            self.smoothed = SmoothedModulation(smoothing, transformer.transformer_blocks[0].attn1.to_out[0].bias)
+        self.conditioning: Conditioning | None = None
+        if batched_conditioning:
+            self.conditioning = Conditioning(list(transformer.transformer_blocks))
+        self.output: Product | None = None
+        if fused_output:
+            self.output = _product(transformer.proj_out_2, self._ranges("proj_out_2", transformer.proj_out_2))
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _ranges(self, name: str, layer: QuantLinear) -> Ranges:
+        if self.table is not None and name in self.table.index:
+            return self.table.of(name)
+        assert layer.act_scale is not None
+        return Ranges(layer.act_scale, layer.act_zero_point)
+
+    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]``, ``[B]``, ``[B]`` to the noise prediction ``[B, out_channels, H, W]``."""
+        if self.table is not None:
+            self.table.select_(timestep)
+        x = self.transformer.pos_embed(latents).contiguous()
+        modulations = self._modulations(timestep, class_labels, x.dtype)
+        final = next(modulations)
+        for block in self.blocks:
+            modulation = next(modulations)
+            if isinstance(block, FusedBlock):
+                x = block(x, modulation)
+            else:
+                x = block(x, timestep=timestep, class_labels=class_labels)
+        return self._unpatchify(self._project(x, final))
+
+    def _modulations(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype
+    ) -> Iterator[torch.Tensor]:
+        """That of the output, then those of the blocks; from the second chunk on computed beside the blocks."""
+        count = len(self.blocks)
+        here = side = None
+        if self.conditioning is None:
+            chunks = [(i, i + 1) for i in range(count)]
+        else:
+            bounds = [*itertools.accumulate(FIRST_CHUNKS, initial=0), count]
+            chunks = [
+                (start, stop) for start, stop in itertools.pairwise(min(b, count) for b in bounds) if stop > start
+            ]
+            frequencies = self.conditioning.time_proj(timestep).to(dtype)
+            here, side = self.stream and torch.cuda.current_stream(self.device), self.stream
+
+        def compute(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.conditioning is None:
+                norm = self.transformer.transformer_blocks[start].norm1
+                embedding = norm.emb(timestep, class_labels, hidden_dtype=dtype)[None]
+                modulation = norm.linear(norm.silu(embedding[0]))[None]
+            else:
+                embedding, modulation = self.conditioning(start, stop, frequencies, class_labels)
+            return embedding, modulation if self.smoothed is None else self.smoothed(start, stop, modulation)
+
+        embedding, modulation = compute(*chunks[0])
+        yield self.transformer.proj_out_1(F.silu(embedding[0]))
+        if here is None or side is None:
+            yield from modulation.unbind(0)
+            for chunk in chunks[1:]:
+                yield from compute(*chunk)[1].unbind(0)
+            return
+        side.wait_stream(here)
+        ready = []
+        with torch.cuda.stream(side):
+            for chunk in chunks[1:]:
+                ready.append((compute(*chunk)[1], side.record_event()))
+        yield from modulation.unbind(0)
+        for modulation, event in ready:
+            here.wait_event(event)
+            yield from modulation.unbind(0)
+
+    def _project(self, x: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+        """Normalize, modulate and project to patches ``[B, tokens, p · p · out_channels]``."""
+        transformer = self.transformer
+        shift, scale = final.chunk(2, dim=1)
+        if self.output is None:
+            return transformer.proj_out_2(transformer.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+        smoothing = transformer.proj_out_2.smoothing
+        if smoothing is not None:
+            shift, scale = shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
+        q_scale, zero_point = self.output.x_scale, self.output.x_zero_point
+        xq = adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, transformer.norm_out.eps)
+        return self.output(xq, x.dtype)
+
+    def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        side = int(patches.shape[1] ** 0.5)
+        p, channels = self.transformer.patch_size, self.transformer.out_channels
+        grid = patches.view(-1, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        return grid.reshape(-1, channels, side * p, side * p)

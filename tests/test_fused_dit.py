@@ -1,0 +1,544 @@
+"""fuse_dit: the same numbers as the QuantLinear model, from fused kernels."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+import qandc.fused_dit
+from qandc import (
+    ConfigError,
+    ModelError,
+    QuantLinear,
+    StepRanges,
+    apply_cache_to_dit,
+    calibrate,
+    fuse_dit,
+    quantization_report,
+    quantize_model,
+    unfuse_dit,
+)
+from qandc.cache import FUSED, remove_cache
+from qandc.conversion import quant_layers
+from qandc.errors import CacheError
+from qandc.fused_step import FusedBlock
+from qandc.graphs import GraphCache
+from qandc_kernels import Backend
+from tests.conftest import make_dit
+
+BLOCK_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+# relative error of a block, and of a whole forward, to the unfused model: rounding of 16-bit values between its layers
+BLOCK_BOUND = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+MODEL_BOUND = {torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 5e-2}
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def make_inputs(batch=4, size=8, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([1, 2, 1000, 1000]).repeat(batch // 4 + 1)[:batch]
+    return {
+        "hidden_states": torch.randn(batch, 4, size, size, generator=generator).to(device, dtype),
+        "timestep": torch.tensor([500], device=device).expand(batch),
+        "class_labels": labels.to(device),
+    }
+
+
+def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False, symmetric=False, **changes):
+    """Calibrated; with ``smoothing``, each block layer with random factors of its own."""
+    model = make_dit(**changes)
+    if smoothing:
+        generator = torch.Generator().manual_seed(1)
+        shared = {}
+        for i, block in enumerate(model.transformer_blocks):
+            for name in BLOCK_LAYERS:
+                linear = block.get_submodule(name)
+                key = (i, "qkv" if name[6:] in ("to_q", "to_k", "to_v") else name)
+                shared.setdefault(key, torch.rand(linear.in_features, generator=generator) * 1.5 + 0.5)
+                parent, _, child = name.rpartition(".")
+                quantized = QuantLinear.from_linear(linear, w_bits, 8, shared[key])
+                setattr(block.get_submodule(parent), child, quantized)
+        linear = model.proj_out_2
+        factors = torch.rand(linear.in_features, generator=generator) * 1.5 + 0.5
+        model.proj_out_2 = QuantLinear.from_linear(linear, w_bits, 8, factors)
+    quantize_model(model, w_bits=w_bits)
+    size = changes.get("sample_size", 8)
+    inputs = make_inputs(size=size)
+    calibrate(model, [{**inputs, "timestep": inputs["timestep"] * 0 + t} for t in (999, 500, 10)], symmetric=symmetric)
+    return torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own .to() warns
+
+
+@pytest.fixture
+def fused_anywhere(monkeypatch):
+    """Take the fused path wherever the model is: with plain torch in the place of kernels on a CPU."""
+    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def fused_calls(monkeypatch):
+    calls = []
+    original = FusedBlock.__call__
+    monkeypatch.setattr(FusedBlock, "__call__", lambda self, *a: calls.append(self) or original(self, *a))
+    return calls
+
+
+def assert_blocks_equal(model, inputs, bound):
+    """Each block on the input that the unfused model gives it, and the whole."""
+    seen = []
+    with torch.no_grad():
+        handles = [
+            block.register_forward_hook(lambda block, args, output: seen.append((args[0].clone(), output)))
+            for block in model.transformer_blocks
+        ]
+        expected = model(**inputs).sample
+        for handle in handles:
+            handle.remove()
+        fused = copy.deepcopy(model)
+        fuse_dit(fused, cuda_graphs=False)
+        step = fused.__dict__[FUSED].step(fused)
+        for block, plain, (x, y) in zip(step.blocks, model.transformer_blocks, seen, strict=True):
+            assert isinstance(block, FusedBlock)
+            index = step.blocks.index(block)
+            modulations = list(step._modulations(inputs["timestep"].float(), inputs["class_labels"], x.dtype))
+            actual = block(x.clone(memory_format=torch.contiguous_format), modulations[1 + index])
+            assert relative_error(actual, y) <= bound, f"block {index} of {plain.norm_type}"
+        return expected, fused(**inputs).sample
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+@pytest.mark.parametrize("smoothing", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, symmetric):
+    model = make_quantized(w_bits=w_bits, smoothing=smoothing, symmetric=symmetric, num_layers=6)
+    expected, actual = assert_blocks_equal(model, make_inputs(), BLOCK_BOUND[torch.float32])
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) <= MODEL_BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, w_bits):
+    """In Triton's interpreter with one small block, on the GPU with blocks of the embedded model's size."""
+    on_gpu = kernel_device.type == "cuda"
+    size = {"heads": 6, "head_dim": 32, "sample_size": 16, "num_layers": 4} if on_gpu else {"num_layers": 1}
+    if not on_gpu:
+        for module in ("tiles", "launch", "adaln", "attention"):
+            from qandc_kernels.tiles import Gpu
+
+            monkeypatch.setattr(f"qandc_kernels.{module}.gpu_of", lambda device: Gpu("", (9, 0), 132))
+    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if on_gpu else [])):
+        model = make_quantized(dtype, kernel_device, w_bits, smoothing=True, **size)
+        inputs = make_inputs(size=size.get("sample_size", 8), dtype=dtype, device=kernel_device)
+        expected, actual = assert_blocks_equal(model, inputs, BLOCK_BOUND[dtype])
+        assert relative_error(actual, expected) <= MODEL_BOUND[dtype]
+
+
+def test_smoothing_matters(fused_anywhere):
+    """Left out of any of their five places, the factors would change the result by much more than rounding."""
+    model = make_quantized(smoothing=True)
+    expected = model(**make_inputs()).sample
+    for name, layer in quant_layers(model).items():
+        if layer.smoothing is None:
+            continue
+        changed = copy.deepcopy(model)
+        quant_layers(changed)[name].smoothing.fill_(1)
+        assert relative_error(changed(**make_inputs()).sample, expected) > 2 * MODEL_BOUND[torch.float32], name
+
+
+def test_rows_have_their_own_timestep_and_label(fused_anywhere):
+    model = make_quantized()
+    inputs = make_inputs()
+    inputs["timestep"] = torch.tensor([999, 400, 3, 77.5])
+    expected = model(**inputs).sample
+    assert relative_error(fuse_dit(model)(**inputs).sample, expected) <= MODEL_BOUND[torch.float32]
+
+
+def test_one_timestep_for_all_rows(fused_anywhere):
+    model = make_quantized()
+    inputs = make_inputs()
+    inputs["timestep"] = torch.tensor([500])
+    expected = model(**inputs).sample
+    output = fuse_dit(model)(**inputs, return_dict=False)
+    assert isinstance(output, tuple)
+    assert relative_error(output[0], expected) <= MODEL_BOUND[torch.float32]
+
+
+def test_ranges_of_each_step(fused_anywhere):
+    model = make_quantized()
+    layers = quant_layers(model)
+    generator = torch.Generator().manual_seed(5)
+    timesteps = torch.tensor([900.0, 500.0, 100.0])
+    names = [name for name in layers if name != "proj_out_1"]
+    factors = torch.rand(3, generator=generator) + 0.7
+    scales = {name: layers[name].act_scale * factors for name in names}
+    zero_points = {name: torch.tensor([-5, 0, 9], dtype=torch.int32) for name in names}
+    fused = fuse_dit(copy.deepcopy(model), step_ranges=StepRanges(timesteps, scales, zero_points))
+    results = []
+    for step, timestep in ((0, 999), (0, 710), (1, 520), (2, 0)):
+        for name in names:
+            layers[name].set_static_range(scales[name][step], zero_points[name][step])
+        inputs = make_inputs() | {"timestep": torch.tensor([timestep]).expand(4)}
+        expected = model(**inputs).sample
+        results.append(fused(**inputs).sample)
+        assert relative_error(results[-1], expected) <= MODEL_BOUND[torch.float32], timestep
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": torch.ones(2, 2)}, r"timesteps must be \[S\]"),
+        ({"scales": {"nobody": torch.ones(3)}}, "'nobody'"),
+        ({"scales": {"proj_out_2": torch.ones(2)}}, "3 finite numbers"),
+        ({"scales": {"proj_out_2": torch.zeros(3)}}, "scales > 0"),
+        ({"zero_points": {"proj_out_2": torch.zeros(3)}}, "has a zero point"),
+    ],
+)
+def test_refused_ranges(changes, message):
+    given = {"timesteps": torch.ones(3), "scales": {}, "zero_points": {}} | changes
+    with pytest.raises(ConfigError, match=message):
+        fuse_dit(make_quantized(), step_ranges=StepRanges(**given))
+
+
+def test_on_a_cpu_the_model_runs_as_before_and_says_so(caplog):
+    model = make_quantized()
+    expected = model(**make_inputs()).sample
+    with caplog.at_level(logging.WARNING):
+        fused = fuse_dit(model)
+        for _ in range(2):
+            assert torch.equal(fused(**make_inputs()).sample, expected)
+    assert [r.message for r in caplog.records if "unfused" in r.message] == [
+        "fuse_dit: the model runs unfused: on cpu there are no fused kernels "
+        "(plain torch: the kernels need a CUDA device, this is cpu)"
+    ]
+
+
+@pytest.mark.parametrize("how", ["training", "autocast", "kwargs"])
+def test_what_the_fused_path_does_not_know_runs_unfused(fused_anywhere, monkeypatch, caplog, how):
+    fused = fuse_dit(make_quantized())
+    calls = fused_calls(monkeypatch)
+    inputs = make_inputs()
+    if how == "kwargs":
+        inputs["cross_attention_kwargs"] = {}
+    with torch.autocast("cpu", enabled=how == "autocast"), caplog.at_level(logging.WARNING):
+        fused.train(how == "training")(**inputs)
+    assert not calls
+    assert {"training": "training mode", "autocast": "autocast is on"}.get(how, "cross_attention_kwargs") in caplog.text
+
+
+def change_forward_hook(model):
+    model.transformer_blocks[1].register_forward_hook(lambda *a: None)
+    return "forward hooks"
+
+
+def change_parametrization(model):
+    parametrize.register_parametrization(model.transformer_blocks[1].norm1.linear, "weight", torch.nn.Identity())
+    return "parametrizations"
+
+
+def change_lora(model):
+    class Lora(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) + 1
+
+    attention = model.transformer_blocks[1].attn1
+    attention.to_q = Lora(attention.to_q)
+    return "is Lora, not a QuantLinear"
+
+
+def change_processor(model):
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    class Other(AttnProcessor2_0):
+        pass
+
+    model.transformer_blocks[1].attn1.set_processor(Other())
+    return "attention is not the plain one"
+
+
+def change_range(model):
+    model.transformer_blocks[1].attn1.to_k.act_scale *= 2
+    return "q, k and v"
+
+
+def change_dynamic(model):
+    model.transformer_blocks[1].ff.net[2].set_static_range(None)
+    return "no static range"
+
+
+def change_bits(model):
+    model.transformer_blocks[1].ff.net[2].a_bits = 6
+    return "6 bits"
+
+
+def change_activation(model):
+    model.transformer_blocks[1].ff.net[0].approximate = "none"
+    return "tanh-GELU"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_forward_hook,
+        change_parametrization,
+        change_lora,
+        change_processor,
+        change_range,
+        change_dynamic,
+        change_bits,
+        change_activation,
+    ],
+)
+def test_a_block_that_cannot_be_fused_runs_as_before(fused_anywhere, monkeypatch, change):
+    model = make_quantized()
+    reason = change(model)
+    expected = model(**make_inputs()).sample
+    fused = fuse_dit(model)
+    calls = fused_calls(monkeypatch)
+    assert relative_error(fused(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
+    assert len(calls) == 2
+    monkeypatch.setattr("qandc.conversion.select_backend", lambda device: Backend("triton", "as if"))
+    report = {layer.name: layer for layer in quantization_report(fused).layers}
+    assert report["transformer_blocks.0.ff.net.2"].kernel == "triton int8_linear, fused"
+    layer = report["transformer_blocks.1.attn1.to_v"]
+    assert layer.kernel == "triton int8_linear, unfused"
+    assert reason in layer.reason
+
+
+@pytest.mark.parametrize("layer", ["transformer_blocks.1.norm1.linear", "proj_out_1", "proj_out_2"])
+def test_layers_around_the_blocks_may_be_plain_or_quantized(fused_anywhere, layer):
+    model = make_dit()
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "norm" not in n]
+    skip = ["norm"] if layer in names else []
+    quantize_model(model, skip_patterns=[*skip, layer] if layer in names else ["pos_embed"])
+    calibrate(model, [make_inputs()])
+    expected = model(**make_inputs()).sample
+    assert relative_error(fuse_dit(model)(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
+
+
+def test_changes_are_noticed(fused_anywhere, monkeypatch):
+    model = make_quantized()
+    fused = fuse_dit(model)
+    calls = fused_calls(monkeypatch)
+    first = fused(**make_inputs()).sample
+    assert len(calls) == 3
+
+    # calibration watches the layers, which needs them to run; then the new ranges count
+    far = make_inputs() | {"hidden_states": make_inputs()["hidden_states"] * 3}
+    calls.clear()
+    calibrate(fused, [far])
+    assert not calls
+    second = fused(**make_inputs()).sample
+    assert len(calls) == 3
+    assert not torch.equal(first, second)
+
+    calls.clear()
+    other = make_quantized(smoothing=True)
+    fused.load_state_dict(other.state_dict())
+    third = fused(**make_inputs()).sample
+    assert len(calls) == 3
+    assert relative_error(third, other(**make_inputs()).sample) <= MODEL_BOUND[torch.float32]
+
+    fused.half().float()  # other weights, by rounding
+    fourth = fused(**make_inputs()).sample
+    assert len(calls) == 6
+    assert relative_error(fourth, unfuse_dit(fused)(**make_inputs()).sample) <= MODEL_BOUND[torch.float32]
+
+
+def test_unfused_again_it_is_what_it_was(fused_anywhere):
+    model = make_quantized()
+    names, parameters = list(model.state_dict()), dict(model.named_parameters())
+    state = copy.deepcopy(model.state_dict())
+    expected = model(**make_inputs()).sample
+    base = type(model)
+    fused = fuse_dit(model)
+    assert fused is model
+    assert isinstance(fused, base)
+    fused(**make_inputs())
+    assert list(fused.state_dict()) == names
+    unfuse_dit(fused)
+    assert type(model) is base
+    assert FUSED not in model.__dict__
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(**make_inputs()).sample, expected)
+    with pytest.raises(ModelError, match="not fused"):
+        unfuse_dit(model)
+
+
+def test_weights_are_not_stored_twice(fused_anywhere):
+    def stored(model):
+        tensors = [*model.parameters(), *model.buffers()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    model = make_quantized()
+    before = stored(model)
+    fused = fuse_dit(model)
+    fused(**make_inputs())
+    step = fused.__dict__[FUSED].step(fused)
+    assert stored(fused) == before
+    parts = {t.untyped_storage().data_ptr() for t in [*fused.parameters(), *fused.buffers()]}
+    large = [*step.conditioning.weights, step.conditioning.labels, *(block.qkv.weight for block in step.blocks)]
+    assert all(t.untyped_storage().data_ptr() in parts for t in large)
+
+
+def test_a_copy_builds_its_own(fused_anywhere):
+    fused = fuse_dit(make_quantized())
+    expected = fused(**make_inputs()).sample
+    twin = copy.deepcopy(fused)
+    with torch.no_grad():
+        fused.transformer_blocks[0].attn1.to_out[0].weight_scale.zero_()
+    assert torch.equal(twin(**make_inputs()).sample, expected)
+
+
+def test_saved_by_diffusers(fused_anywhere, tmp_path):
+    fused = fuse_dit(make_quantized())
+    fused(**make_inputs())
+    fused.save_pretrained(tmp_path)
+    assert '"_class_name": "DiTTransformer2DModel"' in (tmp_path / "config.json").read_text()
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == fused.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in fused.state_dict().items())
+
+
+def test_inference_mode(fused_anywhere):
+    fused = fuse_dit(make_quantized())
+    with torch.inference_mode():
+        expected = fused(**make_inputs()).sample
+    with torch.no_grad():
+        assert torch.equal(fused(**make_inputs()).sample, expected)
+
+
+def test_cache_and_fusion_refuse_each_other():
+    model = make_quantized()
+    apply_cache_to_dit(model, 2)
+    with pytest.raises(ModelError, match="remove_cache"):
+        fuse_dit(model)
+    remove_cache(model)
+    fuse_dit(model)
+    with pytest.raises(CacheError, match="unfuse_dit"):
+        apply_cache_to_dit(model, 2)
+
+
+def test_refused_models():
+    with pytest.raises(ModelError, match="got Linear"):
+        fuse_dit(torch.nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="not quantized"):
+        fuse_dit(make_dit())
+    with pytest.raises(ModelError, match=r"no static range \(calibrate"):
+        fuse_dit(quantize_model(make_dit()))
+    with pytest.raises(ModelError, match=r"call transformer\.eval"):
+        fuse_dit(make_quantized().train())
+    with pytest.raises(ModelError, match="fused already"):
+        fuse_dit(fuse_dit(make_quantized()))
+    replaced = make_quantized()
+    replaced.forward = lambda: None
+    with pytest.raises(ModelError, match="was replaced"):
+        fuse_dit(replaced)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_graphs_follow_their_inputs(w_bits):
+    model = make_quantized(torch.bfloat16, "cuda", w_bits, heads=6, head_dim=32, sample_size=16)
+    fused = fuse_dit(model)
+    graphs = fused.__dict__[FUSED].graphs
+    for batch, size in ((4, 16), (8, 16), (4, 32), (4, 16)):
+        for seed in range(3):
+            inputs = make_inputs(batch, size, torch.bfloat16, "cuda")
+            inputs["hidden_states"] += seed
+            inputs["timestep"] = torch.tensor([100 * seed + 7], device="cuda").expand(batch)
+            inputs["class_labels"] = inputs["class_labels"].roll(seed)
+            with torch.inference_mode(seed == 1):
+                actual = fused(**inputs).sample
+            fused.__dict__[FUSED].cuda_graphs = False
+            with torch.no_grad():
+                eager = fused(**inputs).sample
+                unfused = super(type(fused), fused).forward(**inputs).sample
+            fused.__dict__[FUSED].cuda_graphs = True
+            assert torch.equal(actual, eager)
+            assert relative_error(actual, unfused) <= MODEL_BOUND[torch.bfloat16]
+    assert graphs.captures == 3
+    assert graphs.replays == 12
+
+
+@pytest.mark.gpu
+def test_results_of_two_steps_do_not_share_memory():
+    fused = fuse_dit(make_quantized(torch.bfloat16, "cuda"))
+    inputs = make_inputs(dtype=torch.bfloat16, device="cuda")
+    first = fused(**inputs).sample
+    kept = first.clone()
+    fused(**{**inputs, "hidden_states": inputs["hidden_states"] * 2})
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.gpu
+def test_graphs_are_bounded_and_a_failed_capture_is_survived(caplog):
+    graphs = GraphCache(limit=2)
+    for n in (1, 2, 3, 1):
+        x = torch.full((n,), 2.0, device="cuda")
+        assert torch.equal(graphs(lambda t: t * 3, (x,)), x * 3)
+        assert len(graphs) <= 2
+    assert graphs.captures == 4
+    with caplog.at_level(logging.WARNING):
+        x = torch.full((5,), 2.0, device="cuda")
+        for _ in range(2):
+            assert graphs(lambda t: t * t.sum().item(), (x,))[0] == 20
+    assert len([r for r in caplog.records if "no CUDA graph for inputs of (5,)" in r.message]) == 1
+    assert torch.equal(graphs(lambda t: t * 3, (x[:4],)), x[:4] * 3)
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu():
+    fused = fuse_dit(make_quantized(torch.bfloat16, "cuda"))
+    inputs = make_inputs(dtype=torch.bfloat16, device="cuda")
+    fused(**inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_in_the_vanilla_pipeline(pipeline_dir):
+    from diffusers import DiTPipeline
+
+    images = {}
+    for fuse in (False, True):
+        pipe = DiTPipeline.from_pretrained(pipeline_dir).to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        quantize_model(pipe.transformer)
+        calibrate(pipe.transformer, [make_inputs(device="cuda")])
+        if fuse:
+            pipe.transformer = fuse_dit(pipe.transformer)
+        torch.manual_seed(0)
+        for labels in ([1, 2], [3]):
+            images[fuse, len(labels)] = pipe(
+                labels, num_inference_steps=4, generator=torch.Generator("cuda").manual_seed(0), output_type="pt"
+            )[0]
+    assert pipe.transformer.__dict__[FUSED].graphs.captures == 2
+    for count in (1, 2):
+        assert F.mse_loss(images[True, count], images[False, count]) < 1e-3
+
+
+@pytest.mark.gpu
+def test_moved_between_devices():
+    fused = fuse_dit(make_quantized(torch.bfloat16, "cuda"))
+    inputs = make_inputs(dtype=torch.bfloat16, device="cuda")
+    expected = fused(**inputs).sample
+    fused.to("cpu")
+    fused(**make_inputs(dtype=torch.bfloat16))
+    assert torch.equal(fused.to("cuda")(**inputs).sample, expected)
