@@ -127,6 +127,8 @@ CANDIDATES: dict[str, tuple[Callable[[Model], Model], float]] = {
     "QuantLinear W8A8, compiled": (lambda model: _compile_blocks(_calibrated(model, 8)), 0.1),
     "fused W8A8": (lambda model: _fused(model, 8, False), 0.1),
     "fused W4A8": (lambda model: _fused(model, 4, False), 0.5),
+    "fused W8A8, prepared run": (lambda model: _fused(model, 8, False), 0.1),
+    "fused W4A8, prepared run": (lambda model: _fused(model, 4, False), 0.5),
     "fused W8A8, called": (lambda model: _fused(model, 8, True), 0.1),
     "torchao int8dq, compiled": (
         lambda model: _torchao(model, "Int8DynamicActivationInt8WeightConfig", set_inductor_config=False),

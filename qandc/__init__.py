@@ -7,7 +7,7 @@ from qandc.cache import FeatureCache, apply_cache_to_dit, get_cache, remove_cach
 from qandc.calibration import calibrate
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
-from qandc.fused_dit import StepRanges, fuse_dit, unfuse_dit
+from qandc.fused_dit import StepRanges, fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.quantizer import QuantConfig
@@ -34,6 +34,7 @@ __all__ = [
     "get_cache",
     "load_pipeline",
     "make_scheduler",
+    "prepare_run",
     "quantization_report",
     "quantize_model",
     "remove_cache",

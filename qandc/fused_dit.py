@@ -8,119 +8,27 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from qandc.cache import FUSED, get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, ModelError
+from qandc.fusable import BLOCK_LAYERS, is_batchable, touched, why_not_block, why_not_layer
 from qandc.fused_step import FusedStep, StepRanges
 from qandc.graphs import GraphCache
 from qandc.linear import QuantLinear
 from qandc_kernels import select_backend
 
-__all__ = ["StepRanges", "fuse_dit", "unfuse_dit"]
+__all__ = ["StepRanges", "fuse_dit", "is_fused", "prepare_run", "unfuse_dit"]
 
 logger = logging.getLogger(__name__)
 
 BASE_CLASS = "_qandc_unfused_class"
-QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
-
-
-def _touched(module: nn.Module) -> str | None:
-    """What someone has put around a module that calling its weights directly would leave out."""
-    for name, part in module.named_modules():
-        where = name or type(part).__name__
-        if part._forward_hooks or part._forward_pre_hooks:
-            return f"{where} has forward hooks"
-        if "forward" in part.__dict__:
-            return f"{where} has a replaced forward"
-        if parametrize.is_parametrized(part):
-            return f"{where} has parametrizations"
-    return None
-
-
-def _why_not_layer(name: str, layer: Any, has_range: bool) -> str | None:
-    if type(layer) is not QuantLinear:
-        return f"{name} is {type(layer).__name__}, not a QuantLinear"
-    if layer.a_bits != 8:
-        return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
-    if layer.act_scale is None and not has_range:
-        return f"{name} has no static range (calibrate the model)"
-    return None
-
-
-def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first, second)
-
-
-def _why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | None:
-    """Why a block can't run on the fused kernels, or None."""
-    from diffusers.models.activations import GELU
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-
-    if type(block) is not BasicTransformerBlock or block.norm_type != "ada_norm_zero":
-        return f"the block is {type(block).__name__}, not diffusers' adaLN-Zero block"
-    attention, feed_forward = block.attn1, block.ff.net
-    plain = (
-        type(attention) is Attention
-        and type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
-        and not any(getattr(attention, name, None) for name in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1
-    )
-    if not plain:
-        return "its attention is not the plain one of DiT"
-    if block.attn2 is not None or block.pos_embed is not None or block._chunk_size is not None:
-        return "it has cross-attention, a position embedding or a chunked feed-forward"
-    if block.norm3.elementwise_affine or block.norm1.norm.elementwise_affine:
-        return "its LayerNorm has weights"
-    if type(feed_forward[0]) is not GELU or feed_forward[0].approximate != "tanh":
-        return "its activation is not tanh-GELU"
-    touched = _touched(block)
-    if touched is not None:
-        return touched
-    names = set() if ranges is None else {n.removeprefix(prefix) for n in ranges.scales if n.startswith(prefix)}
-    for name in BLOCK_LAYERS:
-        reason = _why_not_layer(name, block.get_submodule(name), name in names)
-        if reason is not None:
-            return reason
-    q, k, v = (block.get_submodule(name) for name in QKV)
-    if not q.w_bits == k.w_bits == v.w_bits or len({layer.bias is None for layer in (q, k, v)}) > 1:
-        return "q, k and v have different bits or biases"
-    shared = ("smoothing",) if names else ("smoothing", "act_scale", "act_zero_point")
-    if not all(_equal(getattr(q, name), getattr(layer, name)) for layer in (k, v) for name in shared):
-        return "q, k and v, which see one input, have different ranges for it"
-    return None
-
-
-def _batched_conditioning(blocks: list[Any]) -> bool:
-    """Whether all embedders and adaLN layers are as diffusers made them, so that they can run as batched products."""
-    from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
-    from diffusers.models.normalization import AdaLayerNormZero
-
-    def plain(norm: Any) -> bool:
-        if type(norm) is not AdaLayerNormZero or type(norm.emb) is not CombinedTimestepLabelEmbeddings:
-            return False
-        time = norm.emb.timestep_embedder
-        linears = (norm.linear, time.linear_1, time.linear_2)
-        return (
-            _touched(norm) is None
-            and all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
-            and type(time.act) is nn.SiLU
-            and time.cond_proj is None
-            and time.post_act is None
-        )
-
-    shapes = {tuple(p.shape for p in block.norm1.parameters()) for block in blocks}
-    return len(shapes) == 1 and all(plain(block.norm1) for block in blocks)
+LARGEST_RUN = 1 << 30  # bytes of conditioning computed ahead
 
 
 class _Fused:
@@ -130,6 +38,7 @@ class _Fused:
         self.cuda_graphs = cuda_graphs
         self.ranges = ranges
         self.graphs = GraphCache()
+        self.run: _Run | None = None
         self.reasons: list[str | None] = []
         self.output_reason: str | None = None
         self._step: FusedStep | None = None
@@ -150,19 +59,17 @@ class _Fused:
 
     def drop(self) -> None:
         """Forget what was built; the next forward builds it again."""
-        self._step = None
+        self._step = self.run = None
         self.graphs.clear()
 
     def inspect(self, transformer: Any) -> None:
         """Find out which blocks can run fused."""
         blocks = list(transformer.transformer_blocks)
         prefixes = [f"transformer_blocks.{i}." for i in range(len(blocks))]
-        self.reasons = [_why_not_block(block, p, self.ranges) for block, p in zip(blocks, prefixes, strict=True)]
+        self.reasons = [why_not_block(block, p, self.ranges) for block, p in zip(blocks, prefixes, strict=True)]
         last = transformer.proj_out_2
         ranged = self.ranges is not None and "proj_out_2" in self.ranges.scales
-        self.output_reason = (
-            _why_not_layer("proj_out_2", last, ranged) or _touched(last) or _touched(transformer.norm_out)
-        )
+        self.output_reason = why_not_layer("proj_out_2", last, ranged) or touched(last) or touched(transformer.norm_out)
 
     def step(self, transformer: Any) -> FusedStep | None:
         """Built anew whenever layers have changed since; None where no block can run fused."""
@@ -177,7 +84,8 @@ class _Fused:
                 transformer,
                 [reason is None for reason in self.reasons],
                 self.output_reason is None,
-                _batched_conditioning(list(transformer.transformer_blocks)),
+                is_batchable(list(transformer.transformer_blocks)),
+                touched(transformer.pos_embed) is None,
                 self.ranges,
             )
             self._watch = _Watch(transformer)  # only now: building has moved some weights together
@@ -212,6 +120,23 @@ class _Watch:
 
     def unchanged(self) -> bool:
         return not any(self.hooks) and all(where.get(key) is value for where, key, value in self.entries)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Conditioning computed ahead for the steps whose timestep and labels are these very tensors."""
+
+    timesteps: tuple[torch.Tensor, ...]
+    class_labels: torch.Tensor
+    modulations: torch.Tensor
+    final: torch.Tensor
+
+    def find(self, timestep: Any, class_labels: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if class_labels is self.class_labels and batch == len(class_labels):
+            for known, modulations, final in zip(self.timesteps, self.modulations, self.final, strict=True):
+                if timestep is known:
+                    return modulations, final
+        return None
 
 
 class _FusedTransformer(nn.Module):
@@ -274,12 +199,15 @@ def _run(
     fused: _Fused, step: FusedStep, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
 ) -> torch.Tensor:
     batch = latents.shape[0]
+    ahead = None if fused.run is None else fused.run.find(timestep, class_labels, batch)
     # float32 as the embedder makes of it; expanded as broadcasting would
     timestep = torch.as_tensor(timestep).to(latents.device, torch.float32).reshape(-1).expand(batch)
     class_labels = class_labels.to(torch.int64).reshape(-1).expand(batch)
+    inputs = (latents, timestep, class_labels, *(ahead or ()))
+    function = step if ahead is None else step.prepared
     if latents.is_cuda and fused.cuda_graphs and batch > 0 and not torch.cuda.is_current_stream_capturing():
-        return fused.graphs(step, (latents, timestep, class_labels))
-    return step(latents, timestep, class_labels)
+        return fused.graphs(function, inputs, kind=ahead is not None)
+    return function(*inputs)
 
 
 @functools.cache
@@ -348,6 +276,49 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
     setattr(transformer, FUSED, fused)
     transformer.__class__ = _fused_class(base)
     return transformer
+
+
+def is_fused(transformer: nn.Module) -> bool:
+    return FUSED in transformer.__dict__
+
+
+def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Compute the conditioning of a whole denoising run ahead, in a few large products instead of some in each step.
+
+    :func:`qandc.sample_latents` does so by itself. Otherwise a step computes its own, in part beside its first blocks.
+
+    Args:
+        transformer: a fused DiT.
+        timesteps: ``[S]``, of the steps to come, in any order, on any device.
+        class_labels: ``[B]`` on the device of the model.
+
+    Returns:
+        S tensors ``[B]``. A step looks its conditioning up if its ``timestep`` is one of them and its ``class_labels``
+        the tensor given here, both by identity; they must not be written to. Kept until the next run; at most 1 GiB
+        (S · B · 0.4 MB for DiT-XL/2 in bf16), beyond which nothing is prepared.
+
+    Raises:
+        ModelError: the transformer is not fused.
+    """
+    fused = transformer.__dict__.get(FUSED)
+    if fused is None:
+        raise ModelError(f"this {type(transformer).__name__} is not fused; call fuse_dit first")
+    with torch.inference_mode(False), torch.no_grad():
+        on_device = timesteps.to(class_labels.device, torch.float32)
+        steps = tuple(on_device[:, None].repeat(1, len(class_labels)).unbind(0))
+        fused.run = None
+        step = None
+        if _why_not_now(transformer, class_labels, steps, class_labels, None) is None:
+            step = fused.step(transformer)
+        if step is None:
+            return steps
+        dtype = transformer.dtype
+        needed = step.conditioning.bytes_of_run(len(steps), len(class_labels), dtype)
+        if needed > LARGEST_RUN:
+            logger.info("conditioning of this run would take %.1f GiB: computed step by step", needed / 2**30)
+            return steps
+        fused.run = _Run(steps, class_labels, *step.conditioning.of_run(on_device, class_labels, dtype))
+    return steps
 
 
 def _check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:

@@ -10,7 +10,6 @@ Nothing here waits for the GPU once a step is built, so a CUDA graph can hold it
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from qandc.conditioning import Conditioning
 from qandc.linear import QuantLinear
 from qandc_kernels import (
     adaln_quantize_per_tensor,
@@ -29,10 +29,6 @@ from qandc_kernels import (
 )
 
 __all__ = ["FusedStep", "StepRanges"]
-
-# Blocks whose modulation is computed together: the first ones early and few, so that work can begin; the others while
-# those run.
-FIRST_CHUNKS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -123,14 +119,6 @@ def _product(layer: QuantLinear, ranges: Ranges) -> Product:
     return Product(layer.qweight, ranges.scale, layer.weight_scale, layer.bias, ranges.zero_point, layer.weight_sum)
 
 
-def _share(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor of all, of which they become parts, so that the memory is not needed twice."""
-    whole = torch.stack([t.detach() for t in tensors])
-    for tensor, part in zip(tensors, whole.unbind(0), strict=True):
-        tensor.data = part
-    return whole
-
-
 def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> Product:
     """q, k and v as one product; v divided by what the output layer would divide its input by."""
     layers = (attention.to_q, attention.to_k, attention.to_v)
@@ -175,60 +163,36 @@ class FusedBlock:
         return x
 
 
-class Conditioning:
-    """The timestep and label embedders and adaLN layers of all blocks, a few blocks at a time in batched products.
+class PatchEmbedding:
+    """``Conv2d(latents) + position``, as a product over patches and one addition in place."""
 
-    In diffusers every block owns its own; ``[L, ...]`` tensors take their place, and the modules' become parts of them.
-    """
+    def __init__(self, module: Any) -> None:
+        self.patch = module.patch_size
+        self.tokens = (module.height, module.width)
+        self.sizes = (module.height * self.patch, module.width * self.patch)  # others need other positions
+        self.weight = module.proj.weight.flatten(1)
+        self.bias, self.position = module.proj.bias, module.pos_embed
 
-    def __init__(self, blocks: Sequence[Any]) -> None:
-        embedders = [block.norm1.emb for block in blocks]
-        self.time_proj = embedders[0].time_proj
-        linears = [
-            [emb.timestep_embedder.linear_1 for emb in embedders],
-            [emb.timestep_embedder.linear_2 for emb in embedders],
-            [block.norm1.linear for block in blocks],
-        ]
-        self.weights = [_share([linear.weight for linear in layers]) for layers in linears]
-        self.biases = [_share([linear.bias for linear in layers])[:, None] for layers in linears]
-        self.labels = _share([emb.class_embedder.embedding_table.weight for emb in embedders])
+    @staticmethod
+    def fits(module: Any) -> bool:
+        """Whether the module computes just that."""
+        from diffusers.models.embeddings import PatchEmbed
 
-    def __call__(
-        self, start: int, stop: int, frequencies: torch.Tensor, class_labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of blocks start to stop: the embedding ``[n, B, D]`` and the modulation ``[n, B, 6 D]``."""
+        return (
+            type(module) is PatchEmbed
+            and type(module.proj) is torch.nn.Conv2d
+            and module.flatten
+            and not module.layer_norm
+            and module.pos_embed is not None
+            and module.pos_embed_max_size is None
+        )
 
-        def linear(i: int, x: torch.Tensor) -> torch.Tensor:
-            return torch.baddbmm(self.biases[i][start:stop], x, self.weights[i][start:stop].transpose(1, 2))
-
-        x = F.silu(linear(0, frequencies.expand(stop - start, -1, -1)))
-        embedding = linear(1, x) + self.labels[start:stop].index_select(1, class_labels)
-        return embedding, linear(2, F.silu(embedding))
-
-
-class SmoothedModulation:
-    """Modulation that also divides by s: ``(y · (1 + scale) + shift) / s = y · (1 + scale') + shift'``, in float32.
-
-    Args:
-        smoothing: of each block, the factors of the layers behind its first and its second modulation.
-        like: a vector ``[D]`` on the right device.
-    """
-
-    def __init__(
-        self, smoothing: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]], like: torch.Tensor
-    ) -> None:
-        one, zero = torch.ones_like(like, dtype=torch.float32), torch.zeros_like(like, dtype=torch.float32)
-        factors, offsets = [], []
-        for pair in smoothing:
-            inverses = [one if s is None else 1 / s for s in pair]
-            # shift, scale and gate, twice
-            factors.append(torch.cat([t for inverse in inverses for t in (inverse, inverse, one)]))
-            offsets.append(torch.cat([t for inverse in inverses for t in (zero, inverse - 1, zero)]))
-        self.factor, self.offset = torch.stack(factors)[:, None], torch.stack(offsets)[:, None]
-
-    def __call__(self, start: int, stop: int, modulation: torch.Tensor) -> torch.Tensor:
-        """``[n, B, 6 D]`` of blocks start to stop."""
-        return self.offset[start:stop] + modulation.float() * self.factor[start:stop]
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        batch, channels = latents.shape[:2]
+        (rows, columns), p = self.tokens, self.patch
+        patches = latents.view(batch, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        x = F.linear(patches.reshape(batch, rows * columns, channels * p * p), self.weight, self.bias)
+        return x.add_(self.position)  # in float32, rounded once
 
 
 class FusedStep:
@@ -240,6 +204,7 @@ class FusedStep:
         fused: for each block, whether it runs fused; else the module itself is called.
         fused_output: whether the output projection runs fused.
         batched_conditioning: whether the embedders and adaLN layers are plain linear layers of one shape.
+        plain_embedding: whether nothing is wrapped around the patch embedding.
         ranges: of each step, instead of those in the layers.
     """
 
@@ -249,6 +214,7 @@ class FusedStep:
         fused: Sequence[bool],
         fused_output: bool,
         batched_conditioning: bool,
+        plain_embedding: bool,
         ranges: StepRanges | None = None,
     ) -> None:
         self.transformer = transformer
@@ -262,16 +228,13 @@ class FusedStep:
             }
             self.blocks.append(FusedBlock(block, of) if fused[i] else block)
         smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
-        self.smoothed: SmoothedModulation | None = None
-        if any(s is not None for pair in smoothing for s in pair):
-            self.smoothed = SmoothedModulation(smoothing, transformer.transformer_blocks[0].attn1.to_out[0].bias)
-        self.conditioning: Conditioning | None = None
-        if batched_conditioning:
-            self.conditioning = Conditioning(list(transformer.transformer_blocks))
+        self.conditioning = Conditioning(transformer, batched_conditioning, smoothing)
+        self.embedding: PatchEmbedding | None = None
+        if plain_embedding and PatchEmbedding.fits(transformer.pos_embed):
+            self.embedding = PatchEmbedding(transformer.pos_embed)
         self.output: Product | None = None
         if fused_output:
             self.output = _product(transformer.proj_out_2, self._ranges("proj_out_2", transformer.proj_out_2))
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def _ranges(self, name: str, layer: QuantLinear) -> Ranges:
         if self.table is not None and name in self.table.index:
@@ -281,60 +244,42 @@ class FusedStep:
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """``[B, C, H, W]``, ``[B]``, ``[B]`` to the noise prediction ``[B, out_channels, H, W]``."""
+        modulations = self.conditioning.of_step(timestep, class_labels, latents.dtype)
+        return self._run(latents, timestep, class_labels, modulations)
+
+    def prepared(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        modulations: torch.Tensor,
+        final: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same, given modulations ``[L, B, 6 D]`` and ``[B, 2 D]`` of this step (:meth:`Conditioning.of_run`)."""
+        return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)))
+
+    def _run(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        modulations: Iterator[torch.Tensor],
+    ) -> torch.Tensor:
         if self.table is not None:
             self.table.select_(timestep)
-        x = self.transformer.pos_embed(latents).contiguous()
-        modulations = self._modulations(timestep, class_labels, x.dtype)
-        final = next(modulations)
+        x = self._embed(latents)
         for block in self.blocks:
             modulation = next(modulations)
             if isinstance(block, FusedBlock):
                 x = block(x, modulation)
             else:
                 x = block(x, timestep=timestep, class_labels=class_labels)
-        return self._unpatchify(self._project(x, final))
+        return self._unpatchify(self._project(x, next(modulations)))
 
-    def _modulations(
-        self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype
-    ) -> Iterator[torch.Tensor]:
-        """That of the output, then those of the blocks; from the second chunk on computed beside the blocks."""
-        count = len(self.blocks)
-        here = side = None
-        if self.conditioning is None:
-            chunks = [(i, i + 1) for i in range(count)]
-        else:
-            bounds = [*itertools.accumulate(FIRST_CHUNKS, initial=0), count]
-            chunks = [
-                (start, stop) for start, stop in itertools.pairwise(min(b, count) for b in bounds) if stop > start
-            ]
-            frequencies = self.conditioning.time_proj(timestep).to(dtype)
-            here, side = self.stream and torch.cuda.current_stream(self.device), self.stream
-
-        def compute(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if self.conditioning is None:
-                norm = self.transformer.transformer_blocks[start].norm1
-                embedding = norm.emb(timestep, class_labels, hidden_dtype=dtype)[None]
-                modulation = norm.linear(norm.silu(embedding[0]))[None]
-            else:
-                embedding, modulation = self.conditioning(start, stop, frequencies, class_labels)
-            return embedding, modulation if self.smoothed is None else self.smoothed(start, stop, modulation)
-
-        embedding, modulation = compute(*chunks[0])
-        yield self.transformer.proj_out_1(F.silu(embedding[0]))
-        if here is None or side is None:
-            yield from modulation.unbind(0)
-            for chunk in chunks[1:]:
-                yield from compute(*chunk)[1].unbind(0)
-            return
-        side.wait_stream(here)
-        ready = []
-        with torch.cuda.stream(side):
-            for chunk in chunks[1:]:
-                ready.append((compute(*chunk)[1], side.record_event()))
-        yield from modulation.unbind(0)
-        for modulation, event in ready:
-            here.wait_event(event)
-            yield from modulation.unbind(0)
+    def _embed(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.embedding is not None and self.embedding.sizes == latents.shape[2:]:
+            return self.embedding(latents)
+        return self.transformer.pos_embed(latents).contiguous()
 
     def _project(self, x: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
         """Normalize, modulate and project to patches ``[B, tokens, p · p · out_channels]``."""

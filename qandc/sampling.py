@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qandc.errors import ConfigError, DataError
+from qandc.fused_dit import is_fused, prepare_run
 
 __all__ = ["SCHEDULERS", "decode_latents", "make_scheduler", "sample_latents"]
 
@@ -101,11 +102,14 @@ def sample_latents(
 
     scheduler.set_timesteps(num_inference_steps)
     latents = latents * scheduler.init_noise_sigma
-    for step, timestep in enumerate(scheduler.timesteps):
+    if is_fused(transformer):
+        of_steps = prepare_run(transformer, scheduler.timesteps, labels)
+    else:
+        of_steps = tuple(timestep.to(device).expand(len(labels)) for timestep in scheduler.timesteps)
+    for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
         model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
         if guided:
             model_input = torch.cat([model_input, model_input])
-        timesteps = timestep.to(device).expand(len(labels))
         noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
         noise_pred = noise_pred[:, : config.in_channels].float()  # DiT-XL/2 also predicts a variance: not used here
         if guided:

@@ -48,6 +48,12 @@ def number_of_programs(m: int, n: int, tile: GemmTile, device: torch.device) -> 
     return tiles
 
 
+def _registers(tile: GemmTile) -> int | None:
+    """So few per thread that all programs fit a multiprocessor at once: one that has to wait costs a turn more."""
+    limit = 65536 // (max(tile.programs_per_sm, 1) * tile.num_warps * 32) // 8 * 8
+    return limit if limit < 255 else None
+
+
 def compile_time(epilogue: Epilogue, tile: GemmTile) -> dict[str, Any]:
     """What a kernel must know of its epilogue and tile when it is compiled, and Triton's own options."""
     return {
@@ -61,6 +67,7 @@ def compile_time(epilogue: Epilogue, tile: GemmTile) -> dict[str, Any]:
         "SUBTILES": tile.subtiles,
         "OVERLAP": tile.overlap > 0,
         "launch_pdl": tile.overlap > 0,
+        "maxnreg": _registers(tile),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,

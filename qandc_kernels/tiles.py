@@ -134,7 +134,7 @@ def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
         if not hopper:
             return GemmTile(128, 128, 64, 8, 8, 2 if small_memory else 3) if large else GemmTile(64, 64, 32, 8, 4, 4)
         return GemmTile(128, 128, 64, 8, 4, 3) if large else GemmTile(64, 64, 64, 8, 4, 3)
-    if large and hopper and k < 2048:
+    if large and gpu.capability[0] == 9 and k < 2048:
         return GemmTile(128, 128, 128, 8, 4, 2, programs_per_sm=3, subtiles=4)
     if large and hopper:  # long sums hide the stores better, and want deeper prefetch
         return GemmTile(128, 128, 128, 16, 4, 3, programs_per_sm=2, subtiles=4)

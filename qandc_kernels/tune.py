@@ -108,8 +108,11 @@ def launcher(problem: Problem, copies: int) -> Callable[[GemmTile, int], torch.T
     one = torch.full((), 1e-4, device="cuda")
     vector = torch.randn(max(1, m // TOKENS), 6 * n, generator=generator, device="cuda", dtype=torch.bfloat16)
     epilogue = Epilogue(None if halves else one, torch.ones(n, device="cuda"), vector[0, :n])
+    if not halves:  # zero points, as static ranges usually have them: they need registers
+        integer = torch.zeros((), dtype=torch.int32, device="cuda")
+        epilogue = epilogue._replace(x_zero_point=integer, w_sum=torch.zeros(n, dtype=torch.int32, device="cuda"))
     if ending == "gelu":
-        epilogue = epilogue._replace(out_scale=one * 1000)
+        epilogue = epilogue._replace(out_scale=one * 1000, out_zero_point=integer)
     elif ending == "gate":
         epilogue = epilogue._replace(gate=vector[:, :n], gate_stride=vector.stride(0), tokens=TOKENS)
     out = torch.zeros(m, n, dtype=torch.int8 if ending == "gelu" else torch.bfloat16, device="cuda")

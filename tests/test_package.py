@@ -59,7 +59,8 @@ def test_import_takes_less_than_a_second_beyond_torch():
 
 
 LAYERS = ["errors", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
-LAYERS += ["fused_step", "graphs", "fused_dit", "sampling", "pipelines", "generate", "cli"]
+LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
+LAYERS += ["sampling", "pipelines", "generate", "cli"]
 
 
 def test_layers_are_all_modules():

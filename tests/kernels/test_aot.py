@@ -88,6 +88,14 @@ def test_nothing_spills_and_shared_memory_fits(compiled, arch):
         assert record["shared"] <= SHARED_MEMORY[arch], f"{record['kernel']} {record['tile']} on sm_{arch}"
 
 
+def test_all_programs_that_take_tile_after_tile_fit_at_once(compiled):
+    """One that had to wait for a place would begin when the others end."""
+    for record in of(compiled, 90, "int8", "int4a8", "int4a16", "int8a16"):
+        programs, warps = record["tile"][6], record["tile"][4]
+        assert programs * warps * 32 * record["registers"] <= 65536, record
+        assert programs * (record["shared"] + 1024) <= 228 * 1024, record
+
+
 def test_no_product_runs_on_while_its_registers_are_refilled(compiled):
     """Seen on an H200 with one product a step: NaN now and then. wgmma then waits for all but a few of its kind."""
     for record in of(compiled, 90, *FAMILIES[1:], "attention"):
