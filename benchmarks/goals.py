@@ -9,12 +9,14 @@ __all__ = [
     "ADALN",
     "BF16",
     "COMPILED",
+    "CUDNN",
     "EAGER",
     "FP32",
     "GATE",
     "GELU",
     "INT_MM",
     "INT_MM_COMPILED",
+    "OWN_ATTENTION",
     "PLAIN",
     "SQUARE_LAYER",
     "goals",
@@ -27,6 +29,7 @@ INT_MM, INT_MM_COMPILED = "torch._int_mm + dequantize", "torch._int_mm + dequant
 PLAIN, GELU, GATE = "W8A8, bf16 out", "W8A8 + GELU + requantize", "W8A8 + gate + residual"
 ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
 COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
+OWN_ATTENTION, CUDNN = "attention_quantize_per_tensor", "torch cuDNN attention + quantize"
 DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"
 SQUARE_LAYER = "8192^3"
 LAYERS = ("qkv", "out", "fc1", "fc2")
@@ -115,6 +118,9 @@ def model_goals(rows: list[Row]) -> list[Row]:
     add("w4a8_share_of_bf16_block_weight_bytes", ratio(*sizes), 0.20, None, "lower")
     for m in (16, 64):
         add(f"compiled_quantlinear_over_compiled_bf16_{m}", over(m, COMPILED, DROP_IN), 1.0, None)
+    for tokens, batch in ((256, 2), (256, 16), (256, 64), (1024, 2), (1024, 16)):
+        times = (median(rows, "attention", f"{tokens} tokens", batch, which) for which in (CUDNN, OWN_ATTENTION))
+        add(f"attention_over_cudnn_and_quantize_{tokens}_tokens_{batch}", ratio(*times), 1.0, None)
     return found
 
 

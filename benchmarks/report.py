@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.goals import BF16, COMPILED, EAGER, FP32, PLAIN, SQUARE_LAYER, goals, median, model_goals, reached
+from benchmarks.goals import (
+    BF16,
+    COMPILED,
+    CUDNN,
+    EAGER,
+    FP32,
+    PLAIN,
+    SQUARE_LAYER,
+    goals,
+    median,
+    model_goals,
+    reached,
+)
 
 __all__ = ["breakdowns", "ceilings", "complete", "goal_lines", "losses", "table"]
 
@@ -17,6 +29,7 @@ BASELINES = {
     "epilogue": ((PLAIN, "ratio_to_bf16_store"),),
     "adaln": ((EAGER, "ratio_to_eager"),),
     "copy": (),
+    "attention": ((CUDNN, "ratio_to_cudnn"),),
     "model": ((COMPILED, "ratio_to_compiled_bf16"),),
 }
 RATIOS = tuple(key for baselines in BASELINES.values() for _, key in baselines)
@@ -86,7 +99,7 @@ def table(rows: list[Row]) -> Iterator[str]:
             columns = sorted({row["m"] for row in block}, key=lambda m: m or 0)
             shape = ", ".join(f"{key.upper()} {block[0][key]}" for key in ("n", "k") if block[0][key])
             heading = f"{op} {layer}" + (f" ({shape})" if shape else "")
-            rows_are = "rows" if op == "model" else "M"
+            rows_are = {"model": "rows", "attention": "batch"}.get(op, "M")
             yield f"{heading:38}" + "".join("" if m is None else f"{f'{rows_are} {m}':>20}" for m in columns)
             cells = {(row["candidate"], row["m"]): _cell(row) for row in block}
             for name in dict.fromkeys(row["candidate"] for row in block):
@@ -123,7 +136,7 @@ def breakdowns(rows: list[Row]) -> Iterator[str]:
 def goal_lines(rows: list[Row]) -> Iterator[str]:
     """A line per goal that was measured, and a count of the others."""
     missing = 0
-    suites = {row["op"] == "model" for row in rows}
+    suites = {row["op"] in ("attention", "model") for row in rows}
     for goal in [*(goals(rows) if False in suites else ()), *(model_goals(rows) if True in suites else ())]:
         if goal["value"] is None:
             missing += 1

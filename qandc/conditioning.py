@@ -7,10 +7,9 @@ run already; or, where the timesteps of a run are known, a few large products be
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +75,6 @@ class Conditioning:
         self.blocks = list(transformer.transformer_blocks)
         self.batched = BatchedEmbedders(self.blocks) if batched else None
         device = transformer.proj_out_1.bias.device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.factor = self.offset = None
         if any(s is not None for pair in smoothing for s in pair):
             one = torch.ones(transformer.inner_dim, device=device)
@@ -118,30 +116,32 @@ class Conditioning:
         """Shift and scale of the output ``[B, 2 D]``, from the embedding of the first block."""
         return self.transformer.proj_out_1(F.silu(embedding))
 
-    def of_step(self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The modulation ``[B, 6 D]`` of each block, then ``[B, 2 D]`` of the output.
+    def of_step(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype
+    ) -> list[tuple[Sequence[torch.Tensor], torch.cuda.Event | None]]:
+        """The modulations ``[B, 6 D]`` of the blocks in their order, then ``[B, 2 D]`` of the output.
 
-        On a GPU all but those of the first blocks are computed on a stream of their own, while blocks run.
+        In portions, each with the event of this stream after which it is there: blocks on another one need not wait for
+        all.
         """
         count = len(self.blocks)
         bounds = [min(bound, count) for bound in (*itertools.accumulate(FIRST_CHUNKS, initial=0), count)]
-        first, *later = [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
         waves = self.waves(timestep, dtype)
-        embedding, modulation = self(*first, timestep, waves, class_labels)
-        here = side = None
-        if self.stream is not None:
-            here, side = torch.cuda.current_stream(self.stream.device), self.stream
-            side.wait_stream(here)
-        ready: list[tuple[Iterable[torch.Tensor], torch.cuda.Event | None]] = [(modulation.unbind(0), None)]
-        with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
-            for chunk in later:
-                modulation = self(*chunk, timestep, waves, class_labels)[1]
-                ready.append((modulation.unbind(0), None if side is None else side.record_event()))
-            ready.append(([self.final(embedding[0])], None if side is None else side.record_event()))
-        for modulations, event in ready:
-            if here is not None and event is not None:
-                here.wait_event(event)
-            yield from modulations
+        portions: list[tuple[Sequence[torch.Tensor], torch.cuda.Event | None]] = []
+
+        def add(modulations: Sequence[torch.Tensor]) -> None:
+            on_gpu = modulations[0].is_cuda
+            portions.append((modulations, torch.cuda.current_stream().record_event() if on_gpu else None))
+
+        first = None
+        for start, stop in itertools.pairwise(bounds):
+            if stop > start:
+                embedding, modulation = self(start, stop, timestep, waves, class_labels)
+                first = embedding[0] if first is None else first
+                add(modulation.unbind(0))
+        assert first is not None
+        add([self.final(first)])
+        return portions
 
     def bytes_of_run(self, steps: int, batch: int, dtype: torch.dtype) -> int:
         """Memory of what :meth:`of_run` returns."""

@@ -107,12 +107,12 @@ def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexp
     if e.x_zero_point is not None and e.out_scale is not None and not PER_TOKEN:
         # as part of the bias it needs no registers per column, which a third program on a multiprocessor has not
         bias -= (tl.load(e.x_zero_point) * tl.load(e.w_sum + columns)).to(tl.float32) * scale
-    elif e.x_zero_point is not None:
-        acc -= (tl.load(e.x_zero_point) * tl.load(e.w_sum + columns))[None, :]
     if e.gate is not None and ONE_GATE:  # all rows of a tile belong to one sample
         gate = tl.load(e.gate + (tl.min(rows) // e.tokens).to(tl.int64) * e.gate_stride + columns).to(tl.float32)
         scale *= gate
         bias *= gate
+    if e.x_zero_point is not None and (e.out_scale is None or PER_TOKEN):
+        acc -= (tl.load(e.x_zero_point) * tl.load(e.w_sum + columns))[None, :]
     # int32 to float32 only here: float32 cannot hold the partial sums of a long row exactly
     y = acc.to(tl.float32)
     if PER_TOKEN:

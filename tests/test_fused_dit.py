@@ -111,7 +111,8 @@ def assert_blocks_equal(model, inputs, bound):
         for block, plain, (x, y) in zip(step.blocks, model.transformer_blocks, seen, strict=True):
             assert isinstance(block, FusedBlock)
             index = step.blocks.index(block)
-            modulations = list(step.conditioning.of_step(inputs["timestep"].float(), inputs["class_labels"], x.dtype))
+            portions = step.conditioning.of_step(inputs["timestep"].float(), inputs["class_labels"], x.dtype)
+            modulations = [modulation for portion, _ in portions for modulation in portion]
             actual = block(x.clone(memory_format=torch.contiguous_format), modulations[index])
             assert relative_error(actual, y) <= bound, f"block {index} of {plain.norm_type}"
         return expected, fused(**inputs).sample

@@ -32,6 +32,31 @@ def test_snippet_runs_on_the_embedded_model():
     assert get_cache(names["pipe"].transformer).compute_steps == 3
 
 
+def test_fuse_snippet_follows_the_first(monkeypatch):
+    """As printed, with fewer steps; on a CPU the model runs unfused, and says so."""
+    from qandc import fashion_dit_path
+    from qandc.cache import FUSED
+
+    first, second = (
+        README.partition(f"<!-- snippet{kind} -->\n```python\n")[2].partition("```")[0] for kind in ("", ": fuse")
+    )
+    code = first.partition("images = ")[0] + second
+    for theirs, ours in {
+        '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
+        "[207, 360, 387]": "[2, 3, 4]",
+        "num_inference_steps=10": "num_inference_steps=2",
+        "class_labels=[207]": "class_labels=[7]",
+        "num_inference_steps=50": "num_inference_steps=2",
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    names: dict = {}
+    exec(code, names)
+    assert names["images"][0].size == (32, 32)
+    assert len(names["batches"]) == 2
+    assert FUSED in names["pipe"].transformer.__dict__
+
+
 def test_tables_are_up_to_date():
     done = subprocess.run(
         [sys.executable, ROOT / "docs" / "update_tables.py", "--check"], capture_output=True, text=True, check=False
