@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qandc_kernels import batched_linear
+
 __all__ = ["Conditioning", "Smoothing"]
 
 # Blocks whose modulation is computed together: the first ones early and few, so that work can begin; the others while
 # those run.
-FIRST_CHUNKS = (1, 3)
+FIRST_CHUNKS = (1, 1, 2, 4, 8)
 
+SHARE = 0.25  # programs per multiprocessor that compute it
 Smoothing = tuple[torch.Tensor | None, torch.Tensor | None]
 """What the layers behind the first and the second modulation of a block divide their input by."""
 
@@ -44,7 +47,7 @@ class BatchedEmbedders:
             [block.norm1.linear for block in blocks],
         ]
         self.weights = [_share([linear.weight for linear in layers]) for layers in linears]
-        self.biases = [_share([linear.bias for linear in layers])[:, None] for layers in linears]
+        self.biases = [_share([linear.bias for linear in layers]) for layers in linears]
         self.labels = _share([emb.class_embedder.embedding_table.weight for emb in embedders])
 
     def __call__(
@@ -52,8 +55,11 @@ class BatchedEmbedders:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of blocks start to stop: the embedding ``[n, B, D]`` and the modulation ``[n, B, 6 D]``."""
 
+        # the blocks that wait for the first portion leave the GPU idle; those behind run beside others
+        share = 2.0 if start == 0 else SHARE
+
         def linear(i: int, x: torch.Tensor) -> torch.Tensor:
-            return torch.baddbmm(self.biases[i][start:stop], x, self.weights[i][start:stop].transpose(1, 2))
+            return batched_linear(x, self.weights[i][start:stop], self.biases[i][start:stop], share)
 
         x = F.silu(linear(0, waves.expand(stop - start, -1, -1)))
         embedding = linear(1, x) + self.labels[start:stop].index_select(1, class_labels)
@@ -65,13 +71,15 @@ class Conditioning:
 
     Args:
         transformer: a DiT.
+        needed: for each block whether its modulation is needed; blocks that run as modules make their own.
         batched: whether its embedders and adaLN layers are plain linear layers of one shape; else they are called.
         smoothing: of each block. Modulation then also divides, ``(y · (1 + scale) + shift) / s``, by being
             ``y · (1 + scale') + shift'``, in float32.
     """
 
-    def __init__(self, transformer: Any, batched: bool, smoothing: Sequence[Smoothing]) -> None:
+    def __init__(self, transformer: Any, needed: Sequence[bool], batched: bool, smoothing: Sequence[Smoothing]) -> None:
         self.transformer = transformer
+        self.needed = list(needed)
         self.blocks = list(transformer.transformer_blocks)
         self.batched = BatchedEmbedders(self.blocks) if batched else None
         device = transformer.proj_out_1.bias.device
@@ -85,7 +93,7 @@ class Conditioning:
                 factors.append(torch.cat([t for inverse in inverses for t in (inverse, inverse, one)]))
                 offsets.append(torch.cat([t for inverse in inverses for t in (0 * one, inverse - 1, 0 * one)]))
             self.factor, self.offset = torch.stack(factors)[:, None], torch.stack(offsets)[:, None]
-        proj = self.blocks[0].norm1.emb.time_proj
+        proj = transformer.transformer_blocks[0].norm1.emb.time_proj
         half = proj.num_channels // 2
         exponents = torch.arange(half, dtype=torch.float32, device=device) / (half - proj.downscale_freq_shift)
         self.frequencies = proj.scale * torch.exp(-math.log(10000) * exponents)
@@ -101,10 +109,14 @@ class Conditioning:
         """Of blocks start to stop: the embedding ``[n, B, D]`` and the modulation ``[n, B, 6 D]``."""
         if self.batched is None:
             embeddings, modulations = [], []
-            for block in self.blocks[start:stop]:
-                norm = block.norm1
-                embeddings.append(norm.emb(timestep, class_labels, hidden_dtype=waves.dtype))
-                modulations.append(norm.linear(norm.silu(embeddings[-1])))
+            width = self.transformer.inner_dim
+            for block, needed in zip(self.blocks[start:stop], self.needed[start:stop], strict=True):
+                embeddings.append(waves.new_zeros(len(waves), width))
+                modulations.append(waves.new_zeros(len(waves), 6 * width))
+                if needed or block is self.blocks[0]:  # the output needs the embedding of the first one
+                    embeddings[-1] = block.norm1.emb(timestep, class_labels, hidden_dtype=waves.dtype)
+                if needed:
+                    modulations[-1] = block.norm1.linear(block.norm1.silu(embeddings[-1]))
             embedding, modulation = torch.stack(embeddings), torch.stack(modulations)
         else:
             embedding, modulation = self.batched(start, stop, waves, class_labels)
@@ -131,7 +143,8 @@ class Conditioning:
 
         def add(modulations: Sequence[torch.Tensor]) -> None:
             on_gpu = modulations[0].is_cuda
-            portions.append((modulations, torch.cuda.current_stream().record_event() if on_gpu else None))
+            event = torch.cuda.current_stream(modulations[0].device).record_event() if on_gpu else None
+            portions.append((modulations, event))
 
         first = None
         for start, stop in itertools.pairwise(bounds):

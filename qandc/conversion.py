@@ -149,6 +149,8 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
     """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
     rows = []
     fused = model.__dict__.get(FUSED)
+    if fused is not None:
+        fused.inspect(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             device = module.qweight.device

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from qandc.fused_step import StepRanges
 from qandc.linear import QuantLinear
 
-__all__ = ["BLOCK_LAYERS", "is_batchable", "touched", "why_not_block", "why_not_layer"]
+__all__ = ["BLOCK_LAYERS", "Watch", "is_batchable", "touched", "why_not_block", "why_not_output"]
 
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -46,15 +46,21 @@ def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     return torch.equal(first, second)
 
 
+def _plain_norm(norm: Any) -> bool:
+    """A LayerNorm without weights, exactly."""
+    return type(norm) is nn.LayerNorm and not norm.elementwise_affine
+
+
 def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | None:
-    """Why a block can't run on the fused kernels, or None."""
+    """Why a block can't run on the fused kernels, or None. ``prefix`` is what its layers' names begin with."""
     from diffusers.models.activations import GELU
-    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention import BasicTransformerBlock, FeedForward
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+    from diffusers.models.normalization import AdaLayerNormZero
 
     if type(block) is not BasicTransformerBlock or block.norm_type != "ada_norm_zero":
         return f"the block is {type(block).__name__}, not diffusers' adaLN-Zero block"
-    attention, feed_forward = block.attn1, block.ff.net
+    attention = block.attn1
     plain = (
         type(attention) is Attention
         and type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
@@ -66,9 +72,9 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
         return "its attention is not the plain one of DiT"
     if block.attn2 is not None or block.pos_embed is not None or block._chunk_size is not None:
         return "it has cross-attention, a position embedding or a chunked feed-forward"
-    if block.norm3.elementwise_affine or block.norm1.norm.elementwise_affine:
-        return "its LayerNorm has weights"
-    if type(feed_forward[0]) is not GELU or feed_forward[0].approximate != "tanh":
+    if type(block.norm1) is not AdaLayerNormZero or not _plain_norm(block.norm1.norm) or not _plain_norm(block.norm3):
+        return "its norms are not those of DiT, without weights"
+    if type(block.ff) is not FeedForward or type(block.ff.net[0]) is not GELU or block.ff.net[0].approximate != "tanh":
         return "its activation is not tanh-GELU"
     around = touched(block)
     if around is not None:
@@ -81,29 +87,94 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
     q, k, v = (block.get_submodule(name) for name in QKV)
     if not q.w_bits == k.w_bits == v.w_bits or len({layer.bias is None for layer in (q, k, v)}) > 1:
         return "q, k and v have different bits or biases"
-    shared = ("smoothing",) if names else ("smoothing", "act_scale", "act_zero_point")
-    if not all(_equal(getattr(q, name), getattr(layer, name)) for layer in (k, v) for name in shared):
+    of_q, *others = (
+        (layer.smoothing, *_range_of(prefix + name, layer, ranges)) for name, layer in zip(QKV, (q, k, v), strict=True)
+    )
+    if not all(_equal(mine, theirs) for other in others for mine, theirs in zip(of_q, other, strict=True)):
         return "q, k and v, which see one input, have different ranges for it"
     return None
 
 
+def _range_of(
+    name: str, layer: QuantLinear, ranges: StepRanges | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if ranges is not None and name in ranges.scales:
+        return ranges.scales[name], ranges.zero_points.get(name)
+    return layer.act_scale, layer.act_zero_point
+
+
+def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
+    """Why the last norm and projection can't run fused, or None."""
+    if not _plain_norm(transformer.norm_out):
+        return "norm_out is not a LayerNorm without weights"
+    has_range = ranges is not None and "proj_out_2" in ranges.scales
+    reason = why_not_layer("proj_out_2", transformer.proj_out_2, has_range)
+    return reason or touched(transformer.proj_out_2) or touched(transformer.norm_out)
+
+
 def is_batchable(blocks: list[Any]) -> bool:
     """Whether all embedders and adaLN layers are as diffusers made them, so that they can run as batched products."""
-    from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+    from diffusers.models.embeddings import (
+        CombinedTimestepLabelEmbeddings,
+        LabelEmbedding,
+        TimestepEmbedding,
+        Timesteps,
+    )
     from diffusers.models.normalization import AdaLayerNormZero
 
     def plain(norm: Any) -> bool:
         if type(norm) is not AdaLayerNormZero or type(norm.emb) is not CombinedTimestepLabelEmbeddings:
             return False
-        time = norm.emb.timestep_embedder
-        linears = (norm.linear, time.linear_1, time.linear_2)
+        emb, time = norm.emb, norm.emb.timestep_embedder
+        parts = (type(emb.time_proj), type(time), type(emb.class_embedder), type(emb.class_embedder.embedding_table))
         return (
-            touched(norm) is None
-            and all(type(linear) is nn.Linear and linear.bias is not None for linear in linears)
+            parts == (Timesteps, TimestepEmbedding, LabelEmbedding, nn.Embedding)
+            and touched(norm) is None
+            and all(
+                type(linear) is nn.Linear and linear.bias is not None
+                for linear in (norm.linear, time.linear_1, time.linear_2)
+            )
+            and type(norm.silu) is nn.SiLU
             and type(time.act) is nn.SiLU
             and time.cond_proj is None
             and time.post_act is None
+            and emb.time_proj.flip_sin_to_cos
+            and emb.time_proj.num_channels % 2 == 0
         )
 
-    shapes = {tuple(p.shape for p in block.norm1.parameters()) for block in blocks}
-    return len(shapes) == 1 and all(plain(block.norm1) for block in blocks)
+    norms = [getattr(block, "norm1", None) for block in blocks]
+    if not all(plain(norm) for norm in norms):
+        return False
+    projections = [norm.emb.time_proj for norm in norms if norm is not None]
+    alike = {(p.num_channels, p.downscale_freq_shift, p.scale) for p in projections}
+    return (
+        len(alike) == 1 and len({tuple(p.shape for p in norm.parameters()) for norm in norms if norm is not None}) == 1
+    )
+
+
+class Watch:
+    """Notices that a module was replaced, or got other weights, ranges or hooks; cheap enough for every forward."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.entries: list[tuple[dict[str, Any], str, Any]] = []
+        self.sizes: list[tuple[Any, int]] = []
+        for module in transformer.modules():
+            for held in (module._modules, module._parameters, module._buffers):
+                self.entries += [(held, name, value) for name, value in held.items()]
+                self.sizes.append((held, len(held)))
+            self.sizes += [(hooks, len(hooks)) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+            attributes = [
+                name for name in ("a_bits", "processor", "approximate", "_chunk_size") if name in module.__dict__
+            ]
+            self.entries += [
+                (module.__dict__, name, module.__dict__[name])
+                for name in ("forward", *attributes)
+                if name in module.__dict__
+            ]
+            if module is not transformer:
+                self.sizes.append((module.__dict__, len(module.__dict__)))
+
+    def unchanged(self) -> bool:
+        if any(len(held) != size for held, size in self.sizes):
+            return False
+        return all(held.get(name) is value for held, name, value in self.entries)

@@ -6,6 +6,7 @@ overrides ``forward``. Attributes, parameters and state-dict keys stay as they a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 from qandc.cache import FUSED, get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, ModelError
-from qandc.fusable import BLOCK_LAYERS, is_batchable, touched, why_not_block, why_not_layer
+from qandc.fusable import BLOCK_LAYERS, Watch, is_batchable, touched, why_not_block, why_not_output
 from qandc.fused_step import FusedStep, StepRanges
 from qandc.graphs import GraphCache
 from qandc.linear import QuantLinear
@@ -41,8 +42,9 @@ class _Fused:
         self.run: _Run | None = None
         self.reasons: list[str | None] = []
         self.output_reason: str | None = None
+        self.graphable = True
         self._step: FusedStep | None = None
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> _Fused:
@@ -67,9 +69,7 @@ class _Fused:
         blocks = list(transformer.transformer_blocks)
         prefixes = [f"transformer_blocks.{i}." for i in range(len(blocks))]
         self.reasons = [why_not_block(block, p, self.ranges) for block, p in zip(blocks, prefixes, strict=True)]
-        last = transformer.proj_out_2
-        ranged = self.ranges is not None and "proj_out_2" in self.ranges.scales
-        self.output_reason = why_not_layer("proj_out_2", last, ranged) or touched(last) or touched(transformer.norm_out)
+        self.output_reason = why_not_output(transformer, self.ranges)
 
     def step(self, transformer: Any) -> FusedStep | None:
         """Built anew whenever layers have changed since; None where no block can run fused."""
@@ -80,21 +80,22 @@ class _Fused:
                 self.say(f"{self.reasons.count(reason)} blocks run unfused: {reason}")
             if all(reason is not None for reason in self.reasons):
                 return None
+            batched = is_batchable(list(transformer.transformer_blocks))
+            plain_embedding = touched(transformer.pos_embed) is None
+            fused = [reason is None for reason in self.reasons]
             self._step = FusedStep(
-                transformer,
-                [reason is None for reason in self.reasons],
-                self.output_reason is None,
-                is_batchable(list(transformer.transformer_blocks)),
-                touched(transformer.pos_embed) is None,
-                self.ranges,
+                transformer, fused, self.output_reason is None, batched, plain_embedding, self.ranges
             )
-            self._watch = _Watch(transformer)  # only now: building has moved some weights together
+            # of modules that run as they are a graph would replay the kernels, but not their Python
+            self.graphable = all(fused) and batched and plain_embedding and touched(transformer.proj_out_1) is None
+            self.graphable &= touched(transformer.proj_out_2) is None
+            if self.cuda_graphs and not self.graphable:
+                self.say("no CUDA graphs, as parts of the model run unfused")
+            self._watch = Watch(transformer)  # only now: building has moved some weights together
         return self._step
 
     def kernel_of(self, name: str) -> tuple[str, str] | None:
         """For the report: what runs the layer, and why."""
-        if not self.reasons:
-            return None
         parts = name.split(".", 2)
         if parts[0] == "transformer_blocks" and parts[2] in BLOCK_LAYERS:
             reason = self.reasons[int(parts[1])]
@@ -103,23 +104,6 @@ class _Fused:
         else:
             return None
         return ("fused", "one of seven launches a block") if reason is None else ("unfused", reason)
-
-
-class _Watch:
-    """Notices that a layer was replaced, or got other weights, ranges or hooks; cheap enough for every forward."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        self.entries: list[tuple[dict[str, Any], str, Any]] = []
-        self.hooks: list[dict[int, Any]] = []
-        for parent in transformer.modules():
-            for name, layer in parent._modules.items():
-                if isinstance(layer, QuantLinear):
-                    self.entries.append((parent._modules, name, layer))
-                    self.entries += [(layer._buffers, key, tensor) for key, tensor in layer._buffers.items()]
-                    self.hooks += [layer._forward_pre_hooks, layer._forward_hooks]
-
-    def unchanged(self) -> bool:
-        return not any(self.hooks) and all(where.get(key) is value for where, key, value in self.entries)
 
 
 @dataclass(frozen=True)
@@ -173,9 +157,12 @@ class _FusedTransformer(nn.Module):
         getattr(self, FUSED).drop()  # .to() replaces tensors that the step and its graphs hold
         return super()._apply(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        getattr(self, FUSED).drop()
-        return super().load_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        getattr(self, FUSED).drop()  # called also where a module that holds this one is loaded
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new_fused, (self.__dict__[BASE_CLASS],), self.__dict__.copy()  # the class itself has no importable name
 
 
 def _why_not_now(
@@ -192,6 +179,11 @@ def _why_not_now(
         return "it was called without timestep and class_labels, or with cross_attention_kwargs"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on; convert the model to the dtype you want instead"
+    batch = len(hidden_states)
+    if class_labels.dtype not in (torch.int32, torch.int64) or class_labels.shape not in ((batch,), (1,)):
+        return f"class_labels are {class_labels.dtype} {tuple(class_labels.shape)}, not one integer per row"
+    if not isinstance(timestep, torch.Tensor) or timestep.shape not in ((batch,), (1,)):
+        return "timestep is no tensor with one value, or one per row"
     return None
 
 
@@ -201,13 +193,15 @@ def _run(
     batch = latents.shape[0]
     ahead = None if fused.run is None else fused.run.find(timestep, class_labels, batch)
     # float32 as the embedder makes of it; expanded as broadcasting would
-    timestep = torch.as_tensor(timestep).to(latents.device, torch.float32).reshape(-1).expand(batch)
-    class_labels = class_labels.to(torch.int64).reshape(-1).expand(batch)
+    timestep = timestep.to(latents.device, torch.float32).expand(batch)
+    class_labels = class_labels.to(torch.int64).expand(batch)
     inputs = (latents, timestep, class_labels, *(ahead or ()))
     function = step if ahead is None else step.prepared
-    if latents.is_cuda and fused.cuda_graphs and batch > 0 and not torch.cuda.is_current_stream_capturing():
+    graphs = latents.is_cuda and fused.cuda_graphs and fused.graphable and batch > 0
+    if graphs and not torch.cuda.is_current_stream_capturing():
         return fused.graphs(function, inputs, kind=ahead is not None)
-    return function(*inputs)
+    with torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext():
+        return function(*inputs)
 
 
 @functools.cache
@@ -215,6 +209,11 @@ def _fused_class(base: Any) -> Any:
     # the name of the base, because diffusers writes it into saved configurations
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (_FusedTransformer, base), names)
+
+
+def _new_fused(base: Any) -> Any:
+    cls = _fused_class(base)
+    return cls.__new__(cls)
 
 
 def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
@@ -226,9 +225,10 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
     adaLN layers become parts of larger tensors; nothing is stored twice.
 
     A block that can't run fused (a layer is not quantized or has no static range, activations of fewer than 8 bits,
-    hooks, LoRA, parametrizations, another attention processor) runs as before; ``quantization_report`` says why. On a
-    CPU, under autocast and in training mode the whole model does, which is logged. Changes to layers, ranges, dtype or
-    device are noticed; writing into a weight tensor is not, unless ``load_state_dict`` of the whole model does it.
+    hooks, LoRA, parametrizations, another attention processor) runs as before, then without CUDA graphs, and
+    ``quantization_report`` says why. On a CPU, under autocast and in training mode the whole model does, and logs it.
+    Changes to modules, hooks, ranges, dtype or device are noticed; writing into a tensor of a layer is not, unless
+    ``load_state_dict`` of the transformer, or of a module that holds it, does so.
 
     Args:
         transformer: a diffusers DiT after :func:`qandc.quantize_model` and :func:`qandc.calibrate`; changed in place.
@@ -260,6 +260,8 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
         raise ModelError(
             "forward of this transformer was replaced (by accelerate's offload hooks, for example); fuse first"
         )
+    if type(transformer).forward is not dit_class.forward:
+        raise ModelError(f"{type(transformer).__name__} has a forward of its own, which fuse_dit does not know")
     if transformer.training:
         raise ModelError("this transformer is in training mode; call transformer.eval() first")
     layers = quant_layers(transformer)
@@ -271,6 +273,12 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
     fused.inspect(transformer)
     if all(reason is not None for reason in fused.reasons):
         raise ModelError(f"no block of this transformer can run fused: {fused.reasons[0]}")
+    if step_ranges is not None:
+        for name in step_ranges.scales:
+            how = fused.kernel_of(name)
+            if how is None or how[0] != "fused":
+                why = how[1] if how is not None else "it runs as it is in any case"
+                raise ConfigError(f"step_ranges names {name}, which does not run fused ({why}); leave it out")
     base: Any = type(transformer)
     setattr(transformer, BASE_CLASS, base)
     setattr(transformer, FUSED, fused)
@@ -308,7 +316,7 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
         steps = tuple(on_device[:, None].repeat(1, len(class_labels)).unbind(0))
         fused.run = None
         step = None
-        if _why_not_now(transformer, class_labels, steps, class_labels, None) is None:
+        if steps and _why_not_now(transformer, class_labels, steps[0], class_labels, None) is None:
             step = fused.step(transformer)
         if step is None:
             return steps
@@ -323,8 +331,10 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
 
 def _check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:
     steps = ranges.timesteps.shape
-    if len(steps) != 1 or steps[0] == 0:
-        raise ConfigError(f"step_ranges.timesteps must be [S] with S > 0; got {tuple(steps)}")
+    if len(steps) != 1 or steps[0] == 0 or not torch.isfinite(ranges.timesteps).all():
+        raise ConfigError(f"step_ranges.timesteps must be [S] finite numbers with S > 0; got shape {tuple(steps)}")
+    if not ranges.scales:
+        raise ConfigError("step_ranges has no scales; give those of at least one layer")
     unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
     if unknown:
         raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
@@ -336,6 +346,9 @@ def _check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:
         or not ranges.zero_points.keys() <= ranges.scales.keys()
     ):
         raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
+    for name, values in ranges.zero_points.items():
+        if values.is_floating_point() or not (values.abs() <= 128).all() or (values == 128).any():
+            raise ConfigError(f"zero points of {name} in step_ranges must be integers from -128 to 127")
 
 
 def unfuse_dit(transformer: Any) -> Any:

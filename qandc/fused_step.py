@@ -228,7 +228,7 @@ class FusedStep:
             }
             self.blocks.append(FusedBlock(block, of) if fused[i] else block)
         smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
-        self.conditioning = Conditioning(transformer, batched_conditioning, smoothing)
+        self.conditioning = Conditioning(transformer, fused, batched_conditioning, smoothing)
         self.embedding: PatchEmbedding | None = None
         if plain_embedding and PatchEmbedding.fits(transformer.pos_embed):
             self.embedding = PatchEmbedding(transformer.pos_embed)
@@ -264,6 +264,7 @@ class FusedStep:
         with torch.cuda.stream(fast):
             output = self._run(latents, timestep, class_labels, as_they_come())
         here.wait_stream(fast)
+        output.record_stream(here)
         return output
 
     def prepared(
@@ -286,13 +287,14 @@ class FusedStep:
     ) -> torch.Tensor:
         if self.table is not None:
             self.table.select_(timestep)
-        x = self._embed(latents)
+        x, ours = self._embed(latents), True
         for block in self.blocks:
             modulation = next(modulations)
             if isinstance(block, FusedBlock):
-                x = block(x, modulation)
+                # somebody may hold what an unfused block returned, and fused ones write in place
+                x, ours = block(x if ours else x.clone(memory_format=torch.contiguous_format), modulation), True
             else:
-                x = block(x, timestep=timestep, class_labels=class_labels)
+                x, ours = block(x, timestep=timestep, class_labels=class_labels), False
         return self._unpatchify(self._project(x, next(modulations)))
 
     def _embed(self, latents: torch.Tensor) -> torch.Tensor:

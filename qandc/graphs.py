@@ -44,6 +44,7 @@ class GraphCache:
         self._graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._pool: Any = None
         self._lock = threading.Lock()
+        self._done: Any = None
 
     def clear(self) -> None:
         """Give up all graphs and their memory."""
@@ -58,6 +59,8 @@ class GraphCache:
     ) -> torch.Tensor:
         key = (kind, *((t.shape, t.dtype, t.device) for t in inputs))
         with self._lock, torch.cuda.device(inputs[0].device):
+            if self._done is None:
+                self._done = torch.cuda.Event()
             if key not in self._graphs:
                 self._graphs[key] = self._capture(function, inputs)
                 while len(self._graphs) > self.limit:
@@ -66,11 +69,15 @@ class GraphCache:
             captured = self._graphs[key]
             if captured is None:
                 return function(*inputs)
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)  # a call on another stream may still run
             for static, given in zip(captured.inputs, inputs, strict=True):
                 static.copy_(given)
             captured.graph.replay()
             self.replays += 1
-            return captured.output.clone()
+            output = captured.output.clone()
+            self._done.record(stream)
+            return output
 
     def _capture(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
         static = tuple(t.clone(memory_format=torch.contiguous_format) for t in inputs)
@@ -84,7 +91,11 @@ class GraphCache:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # the outer context leaves the caller's stream as it was, also when the capture fails
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 output = function(*static)
         except RuntimeError as error:
             torch.cuda.synchronize()

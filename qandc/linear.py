@@ -112,13 +112,15 @@ class QuantLinear(nn.Module):
             dtype=weight.dtype,
         )
         if smoothing is not None:
+            smoothing = smoothing.detach().to(weight.device, torch.float32, copy=True)
             if smoothing.shape != (linear.in_features,) or not (torch.isfinite(smoothing) & (smoothing > 0)).all():
                 raise DataError(
-                    f"smoothing must be {linear.in_features} finite numbers > 0, one per input channel; got shape "
-                    f"{tuple(smoothing.shape)} (leave it out for none)"
+                    f"smoothing must be {linear.in_features} finite float32 numbers > 0, one per input channel; "
+                    f"got shape {tuple(smoothing.shape)} (leave it out for none)"
                 )
-            module.smoothing = smoothing.detach().to(weight.device, torch.float32, copy=True)
-            weight = weight.float() * module.smoothing
+            module.smoothing = smoothing
+            weight = weight.float() * smoothing
+            check_finite(weight, "weight times smoothing")
         q, scale = quantize_weight(weight, w_bits)
         module.qweight = pack_int4(q) if w_bits == 4 else q
         module.weight_scale = scale

@@ -8,6 +8,7 @@ Triton.
 from qandc_kernels import reference
 from qandc_kernels.attention_ops import attention_quantize_per_tensor
 from qandc_kernels.backend import Backend, select_backend
+from qandc_kernels.batched_ops import batched_linear
 from qandc_kernels.linear_ops import (
     int4_linear,
     int8_linear,
@@ -30,6 +31,7 @@ __all__ = [
     "adaln_quantize_per_tensor",
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",
+    "batched_linear",
     "int4_linear",
     "int8_linear",
     "int8_matmul",

@@ -15,6 +15,7 @@ __all__ = [
     "adaln_quantize_per_tensor",
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",
+    "batched_linear",
     "int4_linear",
     "int8_linear",
     "int8_matmul",
@@ -103,6 +104,12 @@ def attention_quantize_per_tensor(
     q, k, v = (t.to(torch.float32).transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
     return _quantize_static(y, 1.0 / out_scale, out_zero_point)
+
+
+@torch.no_grad()
+def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    """``y[l] = x[l] weight[l]ᵀ + bias[l]``; ``share`` says how much of a GPU to take."""
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
 @torch.no_grad()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.utils import parametrize
 
 import qandc.fused_dit
@@ -134,7 +136,7 @@ def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monk
     on_gpu = kernel_device.type == "cuda"
     size = {"heads": 6, "head_dim": 32, "sample_size": 16, "num_layers": 4} if on_gpu else {"num_layers": 1}
     if not on_gpu:
-        for module in ("tiles", "launch", "adaln", "attention"):
+        for module in ("tiles", "launch", "adaln", "attention", "batched_gemm"):
             from qandc_kernels.tiles import Gpu
 
             monkeypatch.setattr(f"qandc_kernels.{module}.gpu_of", lambda device: Gpu("", (9, 0), 132))
@@ -241,6 +243,9 @@ def test_ranges_of_each_step(fused_anywhere):
         assert relative_error(results[-1], expected) <= MODEL_BOUND[torch.float32], timestep
 
 
+FINE = {"proj_out_2": torch.ones(3)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -248,7 +253,11 @@ def test_ranges_of_each_step(fused_anywhere):
         ({"scales": {"nobody": torch.ones(3)}}, "'nobody'"),
         ({"scales": {"proj_out_2": torch.ones(2)}}, "3 finite numbers"),
         ({"scales": {"proj_out_2": torch.zeros(3)}}, "scales > 0"),
-        ({"zero_points": {"proj_out_2": torch.zeros(3)}}, "has a zero point"),
+        ({}, "no scales"),
+        ({"scales": FINE, "zero_points": {"proj_out_1": torch.zeros(3, dtype=torch.int32)}}, "has a zero point"),
+        ({"scales": FINE, "zero_points": {"proj_out_2": torch.full((3,), 128)}}, "from -128 to 127"),
+        ({"scales": {**FINE, "proj_out_1": torch.ones(3)}}, "proj_out_1, which does not run fused"),
+        ({"scales": FINE, "timesteps": torch.tensor([1.0, 2.0, float("nan")])}, "finite numbers"),
     ],
 )
 def test_refused_ranges(changes, message):
@@ -406,6 +415,155 @@ def test_changes_are_noticed(fused_anywhere, monkeypatch):
     assert relative_error(fourth, unfuse_dit(fused)(**make_inputs()).sample) <= MODEL_BOUND[torch.float32]
 
 
+def other_processor(model):
+    class Doubling(AttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            return 2 * super().__call__(*args, **kwargs)
+
+    model.transformer_blocks[1].attn1.set_processor(Doubling())
+
+
+def other_bits(model):
+    model.transformer_blocks[1].ff.net[2].a_bits = 4
+
+
+def a_hook_that_doubles(model):
+    model.transformer_blocks[1].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def a_hook_on_the_patches(model):
+    model.pos_embed.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def another_block(model):
+    model.transformer_blocks[1] = model.transformer_blocks[0]
+
+
+def one_block_less(model):
+    del model.transformer_blocks[2]
+
+
+def another_forward(model):
+    block = model.transformer_blocks[1]
+    block.forward = lambda x, *args, **kwargs: 2 * x
+
+
+def another_bias(model):
+    layer = model.transformer_blocks[1].attn1.to_q
+    layer.bias = torch.nn.Parameter(layer.bias.detach() + 1)
+
+
+def lora_on_adaln(model):
+    norm = model.transformer_blocks[1].norm1
+    norm.linear = torch.nn.Sequential(norm.linear, torch.nn.Hardtanh(-0.1, 0.1))
+
+
+def parametrized_adaln(model):
+    parametrize.register_parametrization(model.transformer_blocks[1].norm1.linear, "weight", torch.nn.Hardtanh(-0.01, 0.1))
+
+
+def loaded_through_a_parent(model):
+    state = {f"model.{name}": t * 1.5 if "weight_scale" in name else t for name, t in model.state_dict().items()}
+    torch.nn.ModuleDict({"model": model}).load_state_dict(state)
+
+
+def norm_with_weights(model):
+    model.norm_out = torch.nn.LayerNorm(model.inner_dim)
+    torch.nn.init.constant_(model.norm_out.weight, 0.3)
+
+
+def norm_of_another_kind(model):
+    model.transformer_blocks[1].norm3 = torch.nn.RMSNorm(model.inner_dim, 1e-6, elementwise_affine=False)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_processor,
+        other_bits,
+        a_hook_that_doubles,
+        a_hook_on_the_patches,
+        another_block,
+        one_block_less,
+        another_forward,
+        another_bias,
+        lora_on_adaln,
+        parametrized_adaln,
+        loaded_through_a_parent,
+        norm_with_weights,
+        norm_of_another_kind,
+    ],
+)
+def test_whatever_is_changed_counts(fused_anywhere, change, when):
+    model, twin = make_quantized(), make_quantized()
+    unchanged = twin(**make_inputs()).sample
+    change(twin)
+    expected = twin(**make_inputs()).sample
+    assert relative_error(unchanged, expected) > 2 * MODEL_BOUND[torch.float32]
+    if when == "after":
+        fuse_dit(model)(**make_inputs())
+        change(model)
+    else:
+        change(model)
+        fuse_dit(model)
+    for _ in range(2):
+        assert relative_error(model(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
+
+
+def test_a_step_is_built_once(fused_anywhere, monkeypatch):
+    built = []
+    original = FusedStep.__init__
+    monkeypatch.setattr(FusedStep, "__init__", lambda self, *a: built.append(0) or original(self, *a))
+    model = make_quantized()
+    model.transformer_blocks[1].ff.net[2].register_forward_hook(lambda *a: None)
+    fused = fuse_dit(model)
+    for _ in range(3):
+        fused(**make_inputs())
+    assert len(built) == 1
+
+
+def test_what_a_hook_has_kept_stays_as_it_was(fused_anywhere):
+    model = make_quantized()
+    kept = []
+    model.transformer_blocks[0].register_forward_hook(
+        lambda module, args, output: kept.append((output, output.clone()))
+    )
+    fuse_dit(model)(**make_inputs())
+    assert torch.equal(*kept[0])
+
+
+def test_a_block_of_another_kind(fused_anywhere):
+    class Block(torch.nn.Module):
+        def forward(self, x, **kwargs):
+            return x.transpose(1, 2).contiguous().transpose(1, 2) * 1.5
+
+    model = make_quantized()
+    model.transformer_blocks[1] = Block()
+    expected = model(**make_inputs()).sample
+    assert relative_error(fuse_dit(model)(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
+
+
+def test_pickle(fused_anywhere):
+    fused = fuse_dit(make_quantized())
+    expected = fused(**make_inputs()).sample
+    again = pickle.loads(pickle.dumps(fused))
+    assert torch.equal(again(**make_inputs()).sample, expected)
+    unfuse_dit(again)
+
+
+def test_a_forward_of_ones_own_is_refused():
+    model = make_quantized()
+
+    class Own(type(model)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Own
+    with pytest.raises(ModelError, match="forward of its own"):
+        fuse_dit(model)
+
+
 def test_unfused_again_it_is_what_it_was(fused_anywhere):
     model = make_quantized()
     names, parameters = list(model.state_dict()), dict(model.named_parameters())
@@ -551,6 +709,7 @@ def test_graphs_are_bounded_and_a_failed_capture_is_survived(caplog):
         x = torch.full((5,), 2.0, device="cuda")
         for _ in range(2):
             assert graphs(lambda t: t * t.sum().item(), (x,))[0] == 20
+            assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert len([r for r in caplog.records if "no CUDA graph for inputs of (5,)" in r.message]) == 1
     assert torch.equal(graphs(lambda t: t * 3, (x[:4],)), x[:4] * 3)
 
@@ -591,6 +750,35 @@ def test_in_the_vanilla_pipeline(pipeline_dir):
     assert pipe.transformer.__dict__[FUSED].graphs.captures == 2
     for count in (1, 2):
         assert F.mse_loss(images[True, count], images[False, count]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_on_the_second_gpu(cuda_graphs):
+    outputs = []
+    for device in ("cuda:0", "cuda:1"):
+        fused = fuse_dit(make_quantized(torch.bfloat16, device), cuda_graphs=cuda_graphs)
+        for _ in range(2):
+            outputs.append(fused(**make_inputs(dtype=torch.bfloat16, device=device)).sample.cpu())
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.gpu
+def test_calls_on_two_streams_do_not_mix():
+    fused = fuse_dit(make_quantized(torch.bfloat16, "cuda", num_layers=8))
+    inputs = [make_inputs(dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    inputs[1]["hidden_states"] *= 2
+    expected = [fused(**i).sample for i in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(20):
+        actual = []
+        for stream, i in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                actual.append(fused(**i).sample)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qandc_kernels import adaln, attention, launch, quantize, tiles, tune
+from qandc_kernels import adaln, attention, batched_gemm, launch, quantize, tiles, tune
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.int8_gemm import int8_gemm_triton
 from qandc_kernels.mixed_gemm import mixed_gemm_triton
@@ -111,7 +111,7 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
 def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     shipped = "nvidia-h200" if arch == 90 else f"sm_{arch}"
     gpu = tiles.Gpu(shipped, divmod(arch, 10), 132)
-    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = lambda device: gpu
+    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched_gemm.gpu_of = lambda device: gpu
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
@@ -150,6 +150,10 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         parts = torch.zeros(batch, tokens, 3, 16, width).bfloat16().unbind(2)
         attention.attention_quantize_triton(*parts, one, integer)
         yield record(arch, "attention", [batch, tokens, width])
+    for rows, inner, columns in ((2, 1152, 6912), (16, 256, 1152), (64, 1152, 6912), (5, 100, 70)):
+        x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
+        batched_gemm.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
+        yield record(arch, "batched_linear", [rows, inner, columns])
     for width in (1152, 4608):
         x = torch.zeros(512, width).bfloat16()
         quantize.quantize_per_tensor_triton(x, one, integer)

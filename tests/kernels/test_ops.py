@@ -249,6 +249,9 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "weight_only_linear": (x.half(), wq, w_scale, None),
         "adaln_quantize_per_tensor": (*adaln, torch.tensor(0.1, device=device), zero_point, 1e-6),
         "adaln_quantize_per_token": (*adaln, 1e-6),
+        "batched_linear": (
+            torch.randn(3, 2, 32, device=device), torch.randn(3, 8, 32, device=device), w_scale.expand(3, 8), 1.0
+        ),
         "attention_quantize_per_tensor": (
             *torch.randn(2, 3, 3, 2, 16, device=device).unbind(2), one, zero_point
         ),
