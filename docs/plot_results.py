@@ -28,12 +28,14 @@ SHOWN = {
 def main() -> None:
     path = ROOT / "results" / "h200" / "model.json"
     rows = model_rows(json.loads(path.read_text()))
+    measured = {name for _, _, name in rows}
+    shown = {name: colour for name, colour in SHOWN.items() if name in measured}
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    width = 0.8 / len(SHOWN)
-    for i, (name, colour) in enumerate(SHOWN.items()):
+    width = 0.8 / len(shown)
+    for i, (name, colour) in enumerate(shown.items()):
         found = [rows.get((layer, m, name)) for layer, m in MODEL_SIZES]
         heights = [0 if row is None else row["ratio_to_compiled_bf16"] for row in found]
-        at = [x + (i - len(SHOWN) / 2) * width for x in range(len(found))]
+        at = [x + (i - len(shown) / 2) * width for x in range(len(found))]
         bars = axes.bar(at, heights, width * 0.92, label=name, color=colour)
         axes.bar_label(bars, [f"{h:.2f}" if h else "" for h in heights], fontsize=5.5, rotation=90, padding=2)
     axes.axhline(1, color="#555", linewidth=0.8)

@@ -93,8 +93,11 @@ MODEL_SIZES = (
 def model_rows(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, Any]]:
     """By model, rows of the batch and candidate; those of other libraries from the file of their own run beside it."""
     others = json.loads((ROOT / "results/h200/model-torchao.json").read_text())
-    rows = [*others["rows"], *result["rows"]]
-    return {(row["layer"], row["m"], row["candidate"]): row for row in rows if "median_us" in row}
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in [*result["rows"], *others["rows"]]:
+        if row["op"] == "model" and "median_us" in row:
+            found.setdefault((row["layer"], row["m"], row["candidate"]), row)
+    return found
 
 
 def model_table(result: dict[str, Any]) -> list[str]:

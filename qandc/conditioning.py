@@ -23,7 +23,7 @@ __all__ = ["Conditioning", "Smoothing"]
 # those run.
 FIRST_CHUNKS = (1, 1, 2, 4, 8)
 
-SHARE = 0.25  # programs per multiprocessor that compute it
+SHARE = 0.5  # programs per multiprocessor that compute it
 Smoothing = tuple[torch.Tensor | None, torch.Tensor | None]
 """What the layers behind the first and the second modulation of a block divide their input by."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from qandc.linear import QuantLinear
 __all__ = ["BLOCK_LAYERS", "Watch", "is_batchable", "touched", "why_not_block", "why_not_output"]
 
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward")
 BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
@@ -153,28 +155,35 @@ def is_batchable(blocks: list[Any]) -> bool:
 
 
 class Watch:
-    """Notices that a module was replaced, or got other weights, ranges or hooks; cheap enough for every forward."""
+    """Notices that a module was replaced, or got other weights, ranges or hooks.
+
+    Compares identities, all of them in a few passes that run in C: some 1,000 modules for each forward.
+    """
 
     def __init__(self, transformer: nn.Module) -> None:
-        self.entries: list[tuple[dict[str, Any], str, Any]] = []
-        self.sizes: list[tuple[Any, int]] = []
-        for module in transformer.modules():
-            for held in (module._modules, module._parameters, module._buffers):
-                self.entries += [(held, name, value) for name, value in held.items()]
-                self.sizes.append((held, len(held)))
-            self.sizes += [(hooks, len(hooks)) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-            attributes = [
-                name for name in ("a_bits", "processor", "approximate", "_chunk_size") if name in module.__dict__
-            ]
-            self.entries += [
-                (module.__dict__, name, module.__dict__[name])
-                for name in ("forward", *attributes)
-                if name in module.__dict__
-            ]
-            if module is not transformer:
-                self.sizes.append((module.__dict__, len(module.__dict__)))
+        modules = list(transformer.modules())
+        held = [
+            values
+            for m in modules
+            for values in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
+        ]
+        # an instance gets an entry more when its forward is replaced; the transformer's own are for others to use
+        self.dicts: list[Any] = [*held, *(m.__dict__ for m in modules[1:])]
+        self.sizes = list(map(len, self.dicts))
+        self.filled = [values for values in held if values]
+        self.identities = self._identities()
+        self.settings = [(m.__dict__, name) for m in modules for name in SETTINGS if name in m.__dict__]
+        self.values = self._settings()
+
+    def _identities(self) -> list[int]:
+        return list(map(id, itertools.chain.from_iterable(values.values() for values in self.filled)))
+
+    def _settings(self) -> list[Any]:
+        return [where.get(name) for where, name in self.settings]
 
     def unchanged(self) -> bool:
-        if any(len(held) != size for held, size in self.sizes):
-            return False
-        return all(held.get(name) is value for held, name, value in self.entries)
+        return (
+            list(map(len, self.dicts)) == self.sizes
+            and self._identities() == self.identities
+            and self._settings() == self.values
+        )

@@ -459,7 +459,9 @@ def lora_on_adaln(model):
 
 
 def parametrized_adaln(model):
-    parametrize.register_parametrization(model.transformer_blocks[1].norm1.linear, "weight", torch.nn.Hardtanh(-0.01, 0.1))
+    parametrize.register_parametrization(
+        model.transformer_blocks[1].norm1.linear, "weight", torch.nn.Hardtanh(-0.01, 0.1)
+    )
 
 
 def loaded_through_a_parent(model):
