@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.rivals import NotInstalled, library
+from benchmarks.rivals import INDUCTOR_OPTIONS, NotInstalled, library
 from benchmarks.timing import DEVICE
 from qandc import calibrate, fuse_dit, quantize_model
 from qandc.linear import QuantLinear
@@ -57,11 +57,11 @@ def _calibrated(model: Model, w_bits: int) -> Model:
     return calibrate(quantized, [inputs(model, 2, t) for t in (999, 500, 10)])
 
 
-def _compile_blocks(model: Model) -> Model:
-    """Regional compilation: one graph for all blocks, for each shape."""
+def _compile_blocks(model: Model, options: dict[str, Any] | None = None) -> Model:
+    """Regional compilation: one graph for all blocks, for each shape; inductor's defaults but for ``options``."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in model.transformer_blocks:
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(fullgraph=True, dynamic=False, options=options)
     return model
 
 
@@ -90,13 +90,13 @@ def _simulated(model: Model) -> Model:
 
 
 def _torchao(model: Model, config: str, **arguments: Any) -> Model:
-    """torchao on the linear layers of the blocks, compiled with what it recommends for inductor."""
+    """torchao on the linear layers of the blocks, compiled with what it recommends, for this model alone."""
     library("torchao")
     warnings.filterwarnings("ignore", message="Int8Tensor does not implement")
     quantization = importlib.import_module("torchao.quantization")
     model = copy.deepcopy(model)
     try:
-        chosen = getattr(quantization, config)(**arguments)
+        chosen = getattr(quantization, config)(**arguments, set_inductor_config=False)
     except Exception as error:
         raise NotInstalled(f"torchao {config}: {error}") from error
 
@@ -105,7 +105,7 @@ def _torchao(model: Model, config: str, **arguments: Any) -> Model:
         return isinstance(module, torch.nn.Linear) and chosen_part
 
     quantization.quantize_(model, chosen, filter_fn=wanted)
-    return _compile_blocks(model)
+    return _compile_blocks(model, INDUCTOR_OPTIONS)
 
 
 def _fp8(model: Model) -> Model:
@@ -131,7 +131,7 @@ CANDIDATES: dict[str, tuple[Callable[[Model], Model], float]] = {
     "fused W4A8, prepared run": (lambda model: _fused(model, 4, False), 0.5),
     "fused W8A8, called": (lambda model: _fused(model, 8, True), 0.1),
     "torchao int8dq, compiled": (
-        lambda model: _torchao(model, "Int8DynamicActivationInt8WeightConfig", set_inductor_config=False),
+        lambda model: _torchao(model, "Int8DynamicActivationInt8WeightConfig"),
         0.1,
     ),
     "torchao fp8 rowwise, compiled": (_fp8, 0.2),

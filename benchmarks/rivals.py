@@ -16,7 +16,15 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-__all__ = ["RIVALS", "NotInstalled", "library"]
+__all__ = ["INDUCTOR_OPTIONS", "RIVALS", "NotInstalled", "library"]
+
+# what ``mode="max-autotune-no-cudagraphs"`` and torchao's recommended inductor settings turn on
+INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
+    "max_autotune": True,
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+}
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 """``[M, K]`` bf16 to ``[M, N]`` bf16."""
@@ -98,12 +106,7 @@ def _compiled_linear() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], t
         _linear,
         fullgraph=True,
         dynamic=False,
-        options={
-            "max_autotune": True,
-            "coordinate_descent_tuning": True,
-            "coordinate_descent_check_all_directions": True,
-            "force_fuse_int_mm_with_mul": True,
-        },
+        options=INDUCTOR_OPTIONS,
     )
 
 

@@ -93,7 +93,10 @@ class Conditioning:
                 factors.append(torch.cat([t for inverse in inverses for t in (inverse, inverse, one)]))
                 offsets.append(torch.cat([t for inverse in inverses for t in (0 * one, inverse - 1, 0 * one)]))
             self.factor, self.offset = torch.stack(factors)[:, None], torch.stack(offsets)[:, None]
-        proj = transformer.transformer_blocks[0].norm1.emb.time_proj
+        self.frequencies = torch.empty(0, device=device)
+        if not batched:  # then embedders make their own waves
+            return
+        proj = self.blocks[0].norm1.emb.time_proj
         half = proj.num_channels // 2
         exponents = torch.arange(half, dtype=torch.float32, device=device) / (half - proj.downscale_freq_shift)
         self.frequencies = proj.scale * torch.exp(-math.log(10000) * exponents)

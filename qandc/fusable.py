@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from qandc.fused_step import StepRanges
+from qandc.fused_step import PatchEmbedding, StepRanges
 from qandc.linear import QuantLinear
 
-__all__ = ["BLOCK_LAYERS", "Watch", "is_batchable", "touched", "why_not_block", "why_not_output"]
+__all__ = ["BLOCK_LAYERS", "Watch", "is_batchable", "is_graphable", "touched", "why_not_block", "why_not_output"]
 
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward")
+SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward", "eps")
 BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
@@ -114,6 +115,13 @@ def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
     return reason or touched(transformer.proj_out_2) or touched(transformer.norm_out)
 
 
+def is_graphable(transformer: Any) -> bool:
+    """Whether all around the blocks is as diffusers made it: a graph would replay no Python of other modules."""
+    ends = (transformer.pos_embed, transformer.norm_out, transformer.proj_out_1, transformer.proj_out_2)
+    kinds = all(type(end) in (nn.Linear, QuantLinear) for end in ends[2:]) and type(ends[1]) is nn.LayerNorm
+    return kinds and PatchEmbedding.fits(ends[0]) and all(touched(end) is None for end in ends)
+
+
 def is_batchable(blocks: list[Any]) -> bool:
     """Whether all embedders and adaLN layers are as diffusers made them, so that they can run as batched products."""
     from diffusers.models.embeddings import (
@@ -171,19 +179,29 @@ class Watch:
         self.dicts: list[Any] = [*held, *(m.__dict__ for m in modules[1:])]
         self.sizes = list(map(len, self.dicts))
         self.filled = [values for values in held if values]
-        self.identities = self._identities()
+        # the objects themselves: an id could be given to another once they are gone
+        self.objects = self._objects()
         self.settings = [(m.__dict__, name) for m in modules for name in SETTINGS if name in m.__dict__]
         self.values = self._settings()
+        self.parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        self.addresses = self._addresses()  # .to() of a part changes what is behind a parameter, not the parameter
 
-    def _identities(self) -> list[int]:
-        return list(map(id, itertools.chain.from_iterable(values.values() for values in self.filled)))
+    def _objects(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(values.values() for values in self.filled))
 
     def _settings(self) -> list[Any]:
         return [where.get(name) for where, name in self.settings]
 
+    def _addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self.parameters))
+
     def unchanged(self) -> bool:
+        if list(map(len, self.dicts)) != self.sizes:
+            return False
+        objects = self._objects()
         return (
-            list(map(len, self.dicts)) == self.sizes
-            and self._identities() == self.identities
+            len(objects) == len(self.objects)
+            and all(map(operator.is_, objects, self.objects))
             and self._settings() == self.values
+            and self._addresses() == self.addresses
         )

@@ -18,7 +18,7 @@ from torch import nn
 from qandc.cache import FUSED, get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, ModelError
-from qandc.fusable import BLOCK_LAYERS, Watch, is_batchable, touched, why_not_block, why_not_output
+from qandc.fusable import BLOCK_LAYERS, Watch, is_batchable, is_graphable, touched, why_not_block, why_not_output
 from qandc.fused_step import FusedStep, StepRanges
 from qandc.graphs import GraphCache
 from qandc.linear import QuantLinear
@@ -61,7 +61,7 @@ class _Fused:
 
     def drop(self) -> None:
         """Forget what was built; the next forward builds it again."""
-        self._step = self.run = None
+        self._step = self._watch = self.run = None
         self.graphs.clear()
 
     def inspect(self, transformer: Any) -> None:
@@ -86,9 +86,7 @@ class _Fused:
             self._step = FusedStep(
                 transformer, fused, self.output_reason is None, batched, plain_embedding, self.ranges
             )
-            # of modules that run as they are a graph would replay the kernels, but not their Python
-            self.graphable = all(fused) and batched and plain_embedding and touched(transformer.proj_out_1) is None
-            self.graphable &= touched(transformer.proj_out_2) is None
+            self.graphable = all(fused) and batched and is_graphable(transformer)
             if self.cuda_graphs and not self.graphable:
                 self.say("no CUDA graphs, as parts of the model run unfused")
             self._watch = Watch(transformer)  # only now: building has moved some weights together
@@ -117,9 +115,9 @@ class _Run:
 
     def find(self, timestep: Any, class_labels: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         if class_labels is self.class_labels and batch == len(class_labels):
-            for known, modulations, final in zip(self.timesteps, self.modulations, self.final, strict=True):
+            for i, known in enumerate(self.timesteps):
                 if timestep is known:
-                    return modulations, final
+                    return self.modulations[i], self.final[i]
         return None
 
 
@@ -222,12 +220,12 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
     A block becomes seven launches without an int32 or a 16-bit copy of int8 data in between, the conditioning of all
     blocks a few batched products, a forward one CUDA graph for each batch size and resolution (at most 8 are kept).
     Results equal those of the unfused model to rounding. Weights are used where they are, those of q, k, v and of the
-    adaLN layers become parts of larger tensors; nothing is stored twice.
+    adaLN layers become parts of larger tensors; no weight is stored twice.
 
     A block that can't run fused (a layer is not quantized or has no static range, activations of fewer than 8 bits,
     hooks, LoRA, parametrizations, another attention processor) runs as before, then without CUDA graphs, and
     ``quantization_report`` says why. On a CPU, under autocast and in training mode the whole model does, and logs it.
-    Changes to modules, hooks, ranges, dtype or device are noticed; writing into a tensor of a layer is not, unless
+    Changes to modules, hooks, ranges, dtype or device are noticed; writing into a tensor of a layer need not be, unless
     ``load_state_dict`` of the transformer, or of a module that holds it, does so.
 
     Args:

@@ -28,7 +28,7 @@ from qandc_kernels import (
     linear_gelu_quantize,
 )
 
-__all__ = ["FusedStep", "StepRanges"]
+__all__ = ["FusedStep", "PatchEmbedding", "StepRanges"]
 
 
 @dataclass(frozen=True)
@@ -287,20 +287,21 @@ class FusedStep:
     ) -> torch.Tensor:
         if self.table is not None:
             self.table.select_(timestep)
-        x, ours = self._embed(latents), True
+        x, ours = self._embed(latents)
         for block in self.blocks:
             modulation = next(modulations)
             if isinstance(block, FusedBlock):
-                # somebody may hold what an unfused block returned, and fused ones write in place
+                # somebody may hold what a module has returned, and fused blocks write in place
                 x, ours = block(x if ours else x.clone(memory_format=torch.contiguous_format), modulation), True
             else:
                 x, ours = block(x, timestep=timestep, class_labels=class_labels), False
         return self._unpatchify(self._project(x, next(modulations)))
 
-    def _embed(self, latents: torch.Tensor) -> torch.Tensor:
+    def _embed(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """``[B, tokens, D]``, and whether nobody else can hold it."""
         if self.embedding is not None and self.embedding.sizes == latents.shape[2:]:
-            return self.embedding(latents)
-        return self.transformer.pos_embed(latents).contiguous()
+            return self.embedding(latents), True
+        return self.transformer.pos_embed(latents), False
 
     def _project(self, x: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
         """Normalize, modulate and project to patches ``[B, tokens, p · p · out_channels]``."""

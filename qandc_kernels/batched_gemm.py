@@ -26,8 +26,8 @@ def _batched_gemm_kernel(
         columns = tile % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = columns < N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        x_rows = x_ptr + layer * stride_xl + rows[:, None] * stride_xm
-        w_rows = w_ptr + layer * N * K + columns[:, None] * K
+        x_rows = x_ptr + layer * stride_xl + rows.to(tl.int64)[:, None] * stride_xm
+        w_rows = w_ptr + layer * N * K + columns.to(tl.int64)[:, None] * K
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(x_rows + k[None, :], mask=(rows[:, None] < M) & (k[None, :] < K), other=0.0)

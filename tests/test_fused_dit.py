@@ -474,6 +474,30 @@ def norm_with_weights(model):
     torch.nn.init.constant_(model.norm_out.weight, 0.3)
 
 
+def a_hook_on_the_last_norm(model):
+    model.norm_out.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def another_eps(model):
+    model.transformer_blocks[1].norm3.eps = 0.5
+
+
+def another_range(model):
+    layer = model.transformer_blocks[1].ff.net[2]
+    layer.set_static_range(layer.act_scale * 40, layer.act_zero_point)
+
+
+def rounded_adaln(model):
+    with torch.no_grad():
+        model.transformer_blocks[1].norm1.linear.to(torch.float8_e4m3fn).float().weight.mul_(2)
+
+
+def block_0_by_itself_and_adaln_too(model):
+    a_hook = model.transformer_blocks[0].register_forward_hook(lambda module, args, output: 2 * output)
+    assert a_hook
+    parametrized_adaln(model)
+
+
 def norm_of_another_kind(model):
     model.transformer_blocks[1].norm3 = torch.nn.RMSNorm(model.inner_dim, 1e-6, elementwise_affine=False)
 
@@ -495,6 +519,11 @@ def norm_of_another_kind(model):
         loaded_through_a_parent,
         norm_with_weights,
         norm_of_another_kind,
+        a_hook_on_the_last_norm,
+        another_eps,
+        another_range,
+        rounded_adaln,
+        block_0_by_itself_and_adaln_too,
     ],
 )
 def test_whatever_is_changed_counts(fused_anywhere, change, when):
@@ -511,6 +540,52 @@ def test_whatever_is_changed_counts(fused_anywhere, change, when):
         fuse_dit(model)
     for _ in range(2):
         assert relative_error(model(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
+
+
+def test_a_weight_replaced_twice_is_noticed(fused_anywhere):
+    """The second one may be given the address of the first, which is gone."""
+    for _ in range(5):
+        model = make_quantized()
+        fused = fuse_dit(copy.deepcopy(model))
+        fused(**make_inputs())
+        for m in (model, fused):
+            linear = m.transformer_blocks[1].norm1.linear
+            for factor in (1.5, 2):
+                linear.weight = torch.nn.Parameter(linear.weight.detach() * factor)
+        assert (
+            relative_error(fused(**make_inputs()).sample, model(**make_inputs()).sample) <= MODEL_BOUND[torch.float32]
+        )
+
+
+@pytest.mark.parametrize("end", ["pos_embed", "norm_out", "proj_out_1", "proj_out_2"])
+def test_no_graph_of_what_has_hooks(fused_anywhere, end):
+    model = make_quantized()
+    fused = fuse_dit(model)
+    fused(**make_inputs())
+    assert fused.__dict__[FUSED].graphable
+    kept = []
+    model.get_submodule(end).register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
+    inputs = make_inputs()
+    inputs["hidden_states"] = inputs["hidden_states"].to(memory_format=torch.channels_last)
+    fused(**inputs)
+    assert not fused.__dict__[FUSED].graphable
+    assert torch.equal(*kept[0])
+
+
+def test_embedders_of_another_kind(fused_anywhere):
+    class Embedder(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, *args, **kwargs):
+            return 2 * self.base(*args, **kwargs)
+
+    model = make_quantized()
+    for block in model.transformer_blocks:
+        block.norm1.emb = Embedder(block.norm1.emb)
+    expected = model(**make_inputs()).sample
+    assert relative_error(fuse_dit(model)(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
 
 
 def test_a_step_is_built_once(fused_anywhere, monkeypatch):
