@@ -182,7 +182,8 @@ class _CachedBlock(nn.Module):
 
 
 @functools.cache
-def _cached_class(mixin: Any, base: Any) -> Any:
+def derived_class(mixin: Any, base: Any) -> Any:
+    """``base`` with the methods of ``mixin`` first; one class for each pair, so that it can be recognised."""
     # the name of the base, because diffusers writes it into saved configurations
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (mixin, base), names)
@@ -244,7 +245,7 @@ def _attach(module: Any, mixin: Any, cache: FeatureCache) -> None:
     base: Any = type(module)
     setattr(module, CACHE, cache)
     setattr(module, BASE_CLASS, base)
-    module.__class__ = _cached_class(mixin, base)
+    module.__class__ = derived_class(mixin, base)
 
 
 def _detach(module: Any) -> None:
@@ -288,7 +289,7 @@ def remove_cache(transformer: nn.Module) -> None:
     for module in modules:
         mixin = _CachedTransformer if module is transformer else _CachedBlock
         base: Any = getattr(module, BASE_CLASS)
-        if "forward" in module.__dict__ or type(module) is not _cached_class(mixin, base):
+        if "forward" in module.__dict__ or type(module) is not derived_class(mixin, base):
             raise CacheError(
                 f"{type(module).__name__} was wrapped after the cache was attached (by accelerate's offload hooks, for "
                 "example); undo that first"

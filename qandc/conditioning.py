@@ -49,6 +49,15 @@ class BatchedEmbedders:
         self.weights = [_share([linear.weight for linear in layers]) for layers in linears]
         self.biases = [_share([linear.bias for linear in layers]) for layers in linears]
         self.labels = _share([emb.class_embedder.embedding_table.weight for emb in embedders])
+        proj = embedders[0].time_proj
+        half = proj.num_channels // 2
+        steps = torch.arange(half, dtype=torch.float32, device=self.labels.device)
+        self.frequencies = proj.scale * torch.exp(-math.log(10000) * (steps / (half - proj.downscale_freq_shift)))
+
+    def waves(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``[B, 256]``: cosines and sines of the timestep, as ``Timesteps`` of diffusers orders them."""
+        angles = timestep.to(torch.float32)[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
 
     def __call__(
         self, start: int, stop: int, waves: torch.Tensor, class_labels: torch.Tensor
@@ -93,18 +102,6 @@ class Conditioning:
                 factors.append(torch.cat([t for inverse in inverses for t in (inverse, inverse, one)]))
                 offsets.append(torch.cat([t for inverse in inverses for t in (0 * one, inverse - 1, 0 * one)]))
             self.factor, self.offset = torch.stack(factors)[:, None], torch.stack(offsets)[:, None]
-        self.frequencies = torch.empty(0, device=device)
-        if not batched:  # then embedders make their own waves
-            return
-        proj = self.blocks[0].norm1.emb.time_proj
-        half = proj.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=device) / (half - proj.downscale_freq_shift)
-        self.frequencies = proj.scale * torch.exp(-math.log(10000) * exponents)
-
-    def waves(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[B, 256]``: cosines and sines of the timestep, as ``Timesteps`` of diffusers orders them."""
-        angles = timestep.to(torch.float32)[:, None] * self.frequencies
-        return torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
 
     def __call__(
         self, start: int, stop: int, timestep: torch.Tensor, waves: torch.Tensor, class_labels: torch.Tensor
@@ -127,6 +124,12 @@ class Conditioning:
             modulation = self.offset[start:stop] + modulation.float() * self.factor[start:stop]
         return embedding, modulation
 
+    def _waves(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What the embedders of all blocks have in common; empty where they are called one by one."""
+        if self.batched is None:
+            return timestep.new_empty(len(timestep), 0, dtype=dtype)
+        return self.batched.waves(timestep, dtype)
+
     def final(self, embedding: torch.Tensor) -> torch.Tensor:
         """Shift and scale of the output ``[B, 2 D]``, from the embedding of the first block."""
         return self.transformer.proj_out_1(F.silu(embedding))
@@ -141,7 +144,7 @@ class Conditioning:
         """
         count = len(self.blocks)
         bounds = [min(bound, count) for bound in (*itertools.accumulate(FIRST_CHUNKS, initial=0), count)]
-        waves = self.waves(timestep, dtype)
+        waves = self._waves(timestep, dtype)
         portions: list[tuple[Sequence[torch.Tensor], torch.cuda.Event | None]] = []
 
         def add(modulations: Sequence[torch.Tensor]) -> None:
@@ -170,7 +173,7 @@ class Conditioning:
         """Of steps ``[S]`` with labels ``[B]``: ``[S, L, B, 6 D]`` of the blocks, ``[S, B, 2 D]`` of the output."""
         steps, batch = len(timesteps), len(class_labels)
         timestep, labels = timesteps.repeat_interleave(batch), class_labels.repeat(steps)
-        waves = self.waves(timestep, dtype)
+        waves = self._waves(timestep, dtype)
         final, modulations = None, []
         for block in range(len(self.blocks)):
             embedding, modulation = self(block, block + 1, timestep, waves, labels)

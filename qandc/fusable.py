@@ -10,17 +10,25 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from qandc.fused_step import PatchEmbedding, StepRanges
+from qandc.fused_step import StepRanges
 from qandc.linear import QuantLinear
 
-__all__ = ["BLOCK_LAYERS", "Watch", "is_batchable", "is_graphable", "touched", "why_not_block", "why_not_output"]
+__all__ = [
+    "BLOCK_LAYERS",
+    "Watch",
+    "is_batchable",
+    "is_graphable",
+    "is_plain_embedding",
+    "why_not_block",
+    "why_not_output",
+]
 
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward", "eps")
 BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
-def touched(module: nn.Module) -> str | None:
+def _touched(module: nn.Module) -> str | None:
     """What someone has put around a module that calling its weights directly would leave out."""
     for name, part in module.named_modules():
         where = name or type(part).__name__
@@ -33,12 +41,12 @@ def touched(module: nn.Module) -> str | None:
     return None
 
 
-def why_not_layer(name: str, layer: Any, has_range: bool) -> str | None:
+def _why_not_layer(name: str, layer: Any, prefix: str, ranges: StepRanges | None) -> str | None:
     if type(layer) is not QuantLinear:
         return f"{name} is {type(layer).__name__}, not a QuantLinear"
     if layer.a_bits != 8:
         return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
-    if layer.act_scale is None and not has_range:
+    if _range_of(prefix + name, layer, ranges)[0] is None:
         return f"{name} has no static range (calibrate the model)"
     return None
 
@@ -79,12 +87,11 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
         return "its norms are not those of DiT, without weights"
     if type(block.ff) is not FeedForward or type(block.ff.net[0]) is not GELU or block.ff.net[0].approximate != "tanh":
         return "its activation is not tanh-GELU"
-    around = touched(block)
+    around = _touched(block)
     if around is not None:
         return around
-    names = set() if ranges is None else {n.removeprefix(prefix) for n in ranges.scales if n.startswith(prefix)}
     for name in BLOCK_LAYERS:
-        reason = why_not_layer(name, block.get_submodule(name), name in names)
+        reason = _why_not_layer(name, block.get_submodule(name), prefix, ranges)
         if reason is not None:
             return reason
     q, k, v = (block.get_submodule(name) for name in QKV)
@@ -110,16 +117,30 @@ def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
     """Why the last norm and projection can't run fused, or None."""
     if not _plain_norm(transformer.norm_out):
         return "norm_out is not a LayerNorm without weights"
-    has_range = ranges is not None and "proj_out_2" in ranges.scales
-    reason = why_not_layer("proj_out_2", transformer.proj_out_2, has_range)
-    return reason or touched(transformer.proj_out_2) or touched(transformer.norm_out)
+    reason = _why_not_layer("proj_out_2", transformer.proj_out_2, "", ranges)
+    return reason or _touched(transformer.proj_out_2) or _touched(transformer.norm_out)
 
 
 def is_graphable(transformer: Any) -> bool:
     """Whether all around the blocks is as diffusers made it: a graph would replay no Python of other modules."""
     ends = (transformer.pos_embed, transformer.norm_out, transformer.proj_out_1, transformer.proj_out_2)
     kinds = all(type(end) in (nn.Linear, QuantLinear) for end in ends[2:]) and type(ends[1]) is nn.LayerNorm
-    return kinds and PatchEmbedding.fits(ends[0]) and all(touched(end) is None for end in ends)
+    return kinds and is_plain_embedding(ends[0]) and all(_touched(end) is None for end in ends[1:])
+
+
+def is_plain_embedding(module: Any) -> bool:
+    """Whether it computes ``Conv2d(latents) + position`` and nothing else."""
+    from diffusers.models.embeddings import PatchEmbed
+
+    return (
+        type(module) is PatchEmbed
+        and type(module.proj) is nn.Conv2d
+        and module.flatten
+        and not module.layer_norm
+        and module.pos_embed is not None
+        and module.pos_embed_max_size is None
+        and _touched(module) is None
+    )
 
 
 def is_batchable(blocks: list[Any]) -> bool:
@@ -139,7 +160,7 @@ def is_batchable(blocks: list[Any]) -> bool:
         parts = (type(emb.time_proj), type(time), type(emb.class_embedder), type(emb.class_embedder.embedding_table))
         return (
             parts == (Timesteps, TimestepEmbedding, LabelEmbedding, nn.Embedding)
-            and touched(norm) is None
+            and _touched(norm) is None
             and all(
                 type(linear) is nn.Linear and linear.bias is not None
                 for linear in (norm.linear, time.linear_1, time.linear_2)

@@ -7,7 +7,6 @@ overrides ``forward``. Attributes, parameters and state-dict keys stay as they a
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.cache import FUSED, get_cache
+from qandc.cache import FUSED, derived_class, get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, ModelError
-from qandc.fusable import BLOCK_LAYERS, Watch, is_batchable, is_graphable, touched, why_not_block, why_not_output
+from qandc.fusable import (
+    BLOCK_LAYERS,
+    Watch,
+    is_batchable,
+    is_graphable,
+    is_plain_embedding,
+    why_not_block,
+    why_not_output,
+)
 from qandc.fused_step import FusedStep, StepRanges
 from qandc.graphs import GraphCache
 from qandc.linear import QuantLinear
@@ -81,7 +88,7 @@ class _Fused:
             if all(reason is not None for reason in self.reasons):
                 return None
             batched = is_batchable(list(transformer.transformer_blocks))
-            plain_embedding = touched(transformer.pos_embed) is None
+            plain_embedding = is_plain_embedding(transformer.pos_embed)
             fused = [reason is None for reason in self.reasons]
             self._step = FusedStep(
                 transformer, fused, self.output_reason is None, batched, plain_embedding, self.ranges
@@ -202,15 +209,8 @@ def _run(
         return function(*inputs)
 
 
-@functools.cache
-def _fused_class(base: Any) -> Any:
-    # the name of the base, because diffusers writes it into saved configurations
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (_FusedTransformer, base), names)
-
-
 def _new_fused(base: Any) -> Any:
-    cls = _fused_class(base)
+    cls = derived_class(_FusedTransformer, base)
     return cls.__new__(cls)
 
 
@@ -280,7 +280,7 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
     base: Any = type(transformer)
     setattr(transformer, BASE_CLASS, base)
     setattr(transformer, FUSED, fused)
-    transformer.__class__ = _fused_class(base)
+    transformer.__class__ = derived_class(_FusedTransformer, base)
     return transformer
 
 
@@ -358,7 +358,7 @@ def unfuse_dit(transformer: Any) -> Any:
     if FUSED not in transformer.__dict__:
         raise ModelError(f"this {type(transformer).__name__} is not fused")
     base = getattr(transformer, BASE_CLASS)
-    if "forward" in transformer.__dict__ or type(transformer) is not _fused_class(base):
+    if "forward" in transformer.__dict__ or type(transformer) is not derived_class(_FusedTransformer, base):
         raise ModelError(
             "this transformer was wrapped after fuse_dit (by accelerate's offload hooks, for example); undo that first"
         )

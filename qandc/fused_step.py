@@ -28,7 +28,7 @@ from qandc_kernels import (
     linear_gelu_quantize,
 )
 
-__all__ = ["FusedStep", "PatchEmbedding", "StepRanges"]
+__all__ = ["FusedStep", "StepRanges"]
 
 
 @dataclass(frozen=True)
@@ -173,20 +173,6 @@ class PatchEmbedding:
         self.weight = module.proj.weight.flatten(1)
         self.bias, self.position = module.proj.bias, module.pos_embed
 
-    @staticmethod
-    def fits(module: Any) -> bool:
-        """Whether the module computes just that."""
-        from diffusers.models.embeddings import PatchEmbed
-
-        return (
-            type(module) is PatchEmbed
-            and type(module.proj) is torch.nn.Conv2d
-            and module.flatten
-            and not module.layer_norm
-            and module.pos_embed is not None
-            and module.pos_embed_max_size is None
-        )
-
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         batch, channels = latents.shape[:2]
         (rows, columns), p = self.tokens, self.patch
@@ -204,7 +190,7 @@ class FusedStep:
         fused: for each block, whether it runs fused; else the module itself is called.
         fused_output: whether the output projection runs fused.
         batched_conditioning: whether the embedders and adaLN layers are plain linear layers of one shape.
-        plain_embedding: whether nothing is wrapped around the patch embedding.
+        plain_embedding: whether the patch embedding is that of DiT, with nothing wrapped around it.
         ranges: of each step, instead of those in the layers.
     """
 
@@ -222,15 +208,16 @@ class FusedStep:
         self.table = None if ranges is None else StepRangeTable(ranges, self.device)
         self.blocks: list[Any] = []
         for i, block in enumerate(transformer.transformer_blocks):
-            names = {name: layer for name, layer in block.named_modules() if isinstance(layer, QuantLinear)}
-            of = {
-                name: self._ranges(f"transformer_blocks.{i}.{name}", layer) for name, layer in names.items() if fused[i]
-            }
-            self.blocks.append(FusedBlock(block, of) if fused[i] else block)
+            if not fused[i]:
+                self.blocks.append(block)
+                continue
+            layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, QuantLinear)}
+            prefix = f"transformer_blocks.{i}."
+            self.blocks.append(FusedBlock(block, {name: self._ranges(prefix + name, layers[name]) for name in layers}))
         smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
         self.conditioning = Conditioning(transformer, fused, batched_conditioning, smoothing)
         self.embedding: PatchEmbedding | None = None
-        if plain_embedding and PatchEmbedding.fits(transformer.pos_embed):
+        if plain_embedding:
             self.embedding = PatchEmbedding(transformer.pos_embed)
         self.fast = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
         self.output: Product | None = None
