@@ -17,7 +17,7 @@ from benchmarks.timing import DEVICE
 from qandc import calibrate, fuse_dit, quantize_model
 from qandc.linear import QuantLinear
 
-__all__ = ["CANDIDATES", "SKIP_PATTERNS", "block_linear_bytes", "dit_xl_2", "floor_seconds", "inputs", "tensor_bytes"]
+__all__ = ["CANDIDATES", "block_linear_bytes", "dit_xl_2", "floor_seconds", "inputs", "operations", "tensor_bytes"]
 
 Model = Any
 SKIP_PATTERNS = ("pos_embed", "norm")
@@ -89,11 +89,15 @@ def _simulated(model: Model) -> Model:
     return model
 
 
+def _torchao_quantization() -> Any:
+    library("torchao")
+    return importlib.import_module("torchao.quantization")
+
+
 def _torchao(model: Model, config: str, **arguments: Any) -> Model:
     """torchao on the linear layers of the blocks, compiled with what it recommends, for this model alone."""
-    library("torchao")
+    quantization = _torchao_quantization()
     warnings.filterwarnings("ignore", message="Int8Tensor does not implement")
-    quantization = importlib.import_module("torchao.quantization")
     model = copy.deepcopy(model)
     try:
         chosen = getattr(quantization, config)(**arguments, set_inductor_config=False)
@@ -109,8 +113,8 @@ def _torchao(model: Model, config: str, **arguments: Any) -> Model:
 
 
 def _fp8(model: Model) -> Model:
-    quantization = importlib.import_module("torchao.quantization") if library("torchao") else None
-    return _torchao(model, "Float8DynamicActivationFloat8WeightConfig", granularity=quantization.PerRow())
+    per_row = _torchao_quantization().PerRow()
+    return _torchao(model, "Float8DynamicActivationFloat8WeightConfig", granularity=per_row)
 
 
 def _fused(model: Model, w_bits: int, cuda_graphs: bool) -> Model:
@@ -130,10 +134,7 @@ CANDIDATES: dict[str, tuple[Callable[[Model], Model], float]] = {
     "fused W8A8, prepared run": (lambda model: _fused(model, 8, False), 0.1),
     "fused W4A8, prepared run": (lambda model: _fused(model, 4, False), 0.5),
     "fused W8A8, called": (lambda model: _fused(model, 8, True), 0.1),
-    "torchao int8dq, compiled": (
-        lambda model: _torchao(model, "Int8DynamicActivationInt8WeightConfig"),
-        0.1,
-    ),
+    "torchao int8dq, compiled": (lambda model: _torchao(model, "Int8DynamicActivationInt8WeightConfig"), 0.1),
     "torchao fp8 rowwise, compiled": (_fp8, 0.2),
 }
 

@@ -24,24 +24,31 @@ KERNELS = ("_adaln_quantize_kernel", "_int8_gemm_kernel", "_mixed_gemm_kernel", 
 current: dict[str, Any] = {}  # the model of the candidate measured last; the next one's takes its place
 
 
+def base_of(layer: str) -> Any:
+    latent, _ = SIZES[int(layer.rpartition("-")[2])]
+    return dit_xl_2(latent)
+
+
 def model_of(layer: str, name: str) -> Any:
     if current.get("key") != (layer, name):
         current.clear()
         torch.cuda.empty_cache()
-        latent, _ = SIZES[int(layer.rpartition("-")[2])]
         with torch.no_grad():
-            current.update(key=(layer, name), model=CANDIDATES[name][0](dit_xl_2(latent)))
+            current.update(key=(layer, name), model=CANDIDATES[name][0](base_of(layer)))
     return current["model"]
 
 
-def candidate(layer: str, m: int, name: str) -> Candidate:
-    latent, _ = SIZES[int(layer.rpartition("-")[2])]
-    base, model = dit_xl_2(latent), model_of(layer, name)
-    arguments = inputs(base, m)
-    expected = base(**arguments)[0]
-
+def inputs_of(layer: str, m: int, name: str) -> dict[str, Any]:
+    arguments = inputs(base_of(layer), m)
     if name.endswith("prepared run"):  # as qandc.sample_latents does it
-        arguments["timestep"] = prepare_run(model, arguments["timestep"][:1], arguments["class_labels"])[0]
+        labels = arguments["class_labels"]
+        arguments["timestep"] = prepare_run(model_of(layer, name), arguments["timestep"][:1], labels)[0]
+    return arguments
+
+
+def candidate(layer: str, m: int, name: str) -> Candidate:
+    base, model = base_of(layer), model_of(layer, name)
+    expected, arguments = base(**inputs(base, m))[0], inputs_of(layer, m, name)
 
     def launch(i: int) -> torch.Tensor:
         return model(**arguments)[0]
@@ -84,8 +91,7 @@ def test_step(measure: Measure, request: pytest.FixtureRequest, layer: str, m: i
     measure(row, lambda: candidate(layer, m, name), skip)
     if "median_us" not in row:
         return
-    latent, _ = SIZES[int(layer.rpartition("-")[2])]
-    base, model = dit_xl_2(latent), model_of(layer, name)
+    base, model = base_of(layer), model_of(layer, name)
     weight_bits = 4 if "W4" in name else 8 if any(part in name for part in ("W8", "int8", "fp8")) else 16
     activation_bits = 16 if "bf16" in name or "simulated" in name else 8
     seconds = row["median_us"] / 1e6
@@ -93,13 +99,10 @@ def test_step(measure: Measure, request: pytest.FixtureRequest, layer: str, m: i
     row["tops"] = sum(operations(base, m)) / seconds / 1e12
     row["share_of_floor"] = floor_seconds(base, m, weight_bits, activation_bits) / seconds
     row["model_bytes"], row["block_linear_bytes"] = tensor_bytes(model), block_linear_bytes(model)
-    arguments = inputs(base, m)
-    if name.endswith(
-        "called"
-    ):  # a graph keeps its memory to itself; the row of the same step without it has the figure
+    # a graph keeps its memory to itself; the row of the same step without one has the figure
+    if name.endswith("called"):
         return
-    if name.endswith("prepared run"):
-        arguments["timestep"] = prepare_run(model, arguments["timestep"][:1], arguments["class_labels"])[0]
+    arguments = inputs_of(layer, m, name)
     with torch.no_grad():
         model(**arguments)
         torch.cuda.synchronize()

@@ -13,45 +13,48 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_snippet_runs_on_the_embedded_model():
-    """As printed, but for the model's path, the class and fewer steps."""
-    from qandc import QuantLinear, fashion_dit_path, get_cache
+def snippet(kind: str = "") -> str:
+    return README.partition(f"<!-- snippet{kind} -->\n```python\n")[2].partition("```")[0]
 
-    code = README.partition("<!-- snippet -->\n```python\n")[2].partition("```")[0]
-    for theirs, ours in {
-        '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
-        "class_labels=[207]": "class_labels=[7]",
-        "num_inference_steps=50": "num_inference_steps=11",
-    }.items():
+
+def run(code: str, changes: dict[str, str]) -> dict:
+    """The names that the code leaves, with each of the changes made."""
+    for theirs, ours in changes.items():
         assert theirs in code
         code = code.replace(theirs, ours)
     names: dict = {}
     exec(code, names)
+    return names
+
+
+def test_snippet_runs_on_the_embedded_model():
+    """As printed, but for the model's path, the class and fewer steps."""
+    from qandc import QuantLinear, fashion_dit_path, get_cache
+
+    changes = {
+        '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
+        "class_labels=[207]": "class_labels=[7]",
+        "num_inference_steps=50": "num_inference_steps=11",
+    }
+    names = run(snippet(), changes)
     assert names["images"][0].size == (32, 32)
     assert sum(isinstance(m, QuantLinear) for m in names["pipe"].transformer.modules()) == 12 * 6 + 2
     assert get_cache(names["pipe"].transformer).compute_steps == 3
 
 
-def test_fuse_snippet_follows_the_first(monkeypatch):
-    """As printed, with fewer steps; on a CPU the model runs unfused, and says so."""
+def test_fuse_snippet_follows_the_first():
+    """As printed, with fewer steps; on a CPU the model runs unfused."""
     from qandc import fashion_dit_path
     from qandc.cache import FUSED
 
-    first, second = (
-        README.partition(f"<!-- snippet{kind} -->\n```python\n")[2].partition("```")[0] for kind in ("", ": fuse")
-    )
-    code = first.partition("images = ")[0] + second
-    for theirs, ours in {
+    changes = {
         '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
         "[207, 360, 387]": "[2, 3, 4]",
         "num_inference_steps=10": "num_inference_steps=2",
         "class_labels=[207]": "class_labels=[7]",
         "num_inference_steps=50": "num_inference_steps=2",
-    }.items():
-        assert theirs in code
-        code = code.replace(theirs, ours)
-    names: dict = {}
-    exec(code, names)
+    }
+    names = run(snippet().partition("images = ")[0] + snippet(": fuse"), changes)
     assert names["images"][0].size == (32, 32)
     assert len(names["batches"]) == 2
     assert FUSED in names["pipe"].transformer.__dict__
