@@ -4,26 +4,56 @@ from __future__ import annotations
 
 import copy
 import importlib
+import statistics
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.rivals import INDUCTOR_OPTIONS, NotInstalled, library
-from benchmarks.timing import DEVICE
+from benchmarks.timing import DEVICE, Candidate, prepare
 from qandc import calibrate, fuse_dit, quantize_model
 from qandc.linear import QuantLinear
+from qandc_kernels import int8_linear
 
 __all__ = ["CANDIDATES", "block_linear_bytes", "dit_xl_2", "floor_seconds", "inputs", "operations", "tensor_bytes"]
 
 Model = Any
 SKIP_PATTERNS = ("pos_embed", "norm")
 LINEARS_PER_BLOCK = 12  # hidden² products of a block: q, k, v, out, 4 + 4 of the MLP
-COPY = 4.29e12  # bytes per second, int8 and bf16 operations per second: results/h200/kernels.json
-INT8, BF16 = 1456e12, 782e12
+
+
+class Rates(NamedTuple):
+    """The best that this GPU reaches: bytes, int8 and bf16 operations per second."""
+
+    copy: float
+    int8: float
+    bf16: float
+
+
+@cache
+def measured_rates() -> Rates:
+    """Of a copy of 1 GiB and of products of 8192 x 8192 x 8192, ours in int8 and cuBLAS's in bf16."""
+    n = 8192
+    x, y = torch.randn(2, n, n, device=DEVICE, dtype=torch.bfloat16).unbind(0)
+    xq, yq = torch.randint(-127, 128, (2, n, n), device=DEVICE, dtype=torch.int8).unbind(0)
+    scale, scales = torch.ones((), device=DEVICE), torch.ones(n, device=DEVICE)
+    large = torch.randn(1 << 28, device=DEVICE, dtype=torch.bfloat16)
+    copied = torch.empty_like(large)
+
+    def seconds(launch: Callable[[int], Any]) -> float:
+        launch(0)
+        timed = prepare(Candidate(launch, lambda result, i: 0.0, 0.0, launches=4))
+        return statistics.median(timed.seconds() for _ in range(timed.rounds()))
+
+    return Rates(
+        2 * large.numel() * large.element_size() / seconds(lambda i: torch.neg(large, out=copied)),
+        2 * n**3 / seconds(lambda i: int8_linear(xq, yq, scale, scales, out_dtype=torch.bfloat16)),
+        2 * n**3 / seconds(lambda i: F.linear(x, y)),
+    )
 
 
 @cache
@@ -174,12 +204,13 @@ def operations(model: Model, rows: int) -> tuple[float, float]:
 
 
 def floor_seconds(model: Model, rows: int, weight_bits: int, activation_bits: int) -> float:
-    """The least time of a step on an H200: the longer of all operations at the best rates measured, and of reading all
+    """The least time of a step on this GPU: the longer of all operations at the best rates measured, and of reading all
     weights once. Conditioning and output are bf16 and count as bytes alone; activations are left out."""
+    rates = measured_rates()
     config = model.config
     hidden = config.num_attention_heads * config.attention_head_dim
     linear, attention = operations(model, rows)
-    compute = linear / (INT8 if activation_bits == 8 else BF16) + attention / BF16
+    compute = linear / (rates.int8 if activation_bits == 8 else rates.bf16) + attention / rates.bf16
     conditioning = 2 * config.num_layers * hidden * (7 * hidden + 256)
-    memory = (config.num_layers * LINEARS_PER_BLOCK * hidden**2 * weight_bits / 8 + conditioning) / COPY
+    memory = (config.num_layers * LINEARS_PER_BLOCK * hidden**2 * weight_bits / 8 + conditioning) / rates.copy
     return max(compute, memory)

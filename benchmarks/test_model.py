@@ -97,7 +97,8 @@ def test_step(measure: Measure, request: pytest.FixtureRequest, layer: str, m: i
     seconds = row["median_us"] / 1e6
     row["images_per_s"] = m / 2 / (IMAGES_STEPS * seconds)
     row["tops"] = sum(operations(base, m)) / seconds / 1e12
-    row["share_of_floor"] = floor_seconds(base, m, weight_bits, activation_bits) / seconds
+    row["floor_us"] = 1e6 * floor_seconds(base, m, weight_bits, activation_bits)
+    row["share_of_floor"] = row["floor_us"] / row["median_us"]
     row["model_bytes"], row["block_linear_bytes"] = tensor_bytes(model), block_linear_bytes(model)
     # a graph keeps its memory to itself; the row of the same step without one has the figure
     if name.endswith("called"):

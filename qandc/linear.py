@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+import qandc_kernels
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, quantize_weight
-from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tensor, quantize_per_token, unpack_int4
+from qandc_kernels import int4_linear, int8_linear, pack_int4, reference, unpack_int4
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
@@ -181,10 +182,12 @@ class QuantLinear(nn.Module):
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         x = input if self.smoothing is None else input.float() / self.smoothing
+        # compiled, plain torch joins the kernel that computes x; one of ours would be another pass over it
+        ops: Any = reference if torch.compiler.is_compiling() else qandc_kernels
         if self.act_scale is None:
-            xq, x_scale = quantize_per_token(x, self.a_bits)
+            xq, x_scale = ops.quantize_per_token(x, self.a_bits)
         else:
-            xq = quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
+            xq = ops.quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
             x_scale = self.act_scale
         linear = int4_linear if self.w_bits == 4 else int8_linear
         return linear(
