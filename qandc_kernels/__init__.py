@@ -13,7 +13,6 @@ from qandc_kernels.linear_ops import (
     int4_linear,
     int8_linear,
     int8_matmul,
-    linear_gate_residual_,
     linear_gelu_quantize,
     weight_only_linear,
 )
@@ -24,6 +23,7 @@ from qandc_kernels.quantize_ops import (
     quantize_per_tensor,
     quantize_per_token,
 )
+from qandc_kernels.residual_ops import gated_sum, linear_gate_residual_
 from qandc_kernels.warmup import warm_up
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",
     "batched_linear",
+    "gated_sum",
     "int4_linear",
     "int8_linear",
     "int8_matmul",

@@ -92,8 +92,21 @@ def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROU
 
 
 @triton.jit
-def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr):
-    """The epilogue ``e`` of the sums at ``rows`` x ``columns``: float32, or int8 after a GELU."""
+def _gate(e, rows, columns, ONE_GATE: tl.constexpr):
+    """``[1, columns]`` if all rows of a tile belong to one sample, else ``[rows, columns]``."""
+    if ONE_GATE:
+        gates = e.gate + (tl.min(rows) // e.tokens).to(tl.int64) * e.gate_stride + columns[None, :]
+    else:
+        gates = e.gate + (rows // e.tokens).to(tl.int64)[:, None] * e.gate_stride + columns[None, :]
+    return tl.load(gates).to(tl.float32)
+
+
+@triton.jit
+def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, FOLD_GATE: tl.constexpr):
+    """The epilogue ``e`` of the sums at ``rows`` x ``columns``: float32, or int8 after a GELU.
+
+    With FOLD_GATE, the gate of all rows, it is ``gate · y``; otherwise it leaves the gate to the caller.
+    """
     if e.w_scale is not None:
         scale = tl.load(e.w_scale + columns)
     else:
@@ -107,8 +120,8 @@ def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexp
     if e.x_zero_point is not None and e.out_scale is not None and not PER_TOKEN:
         # as part of the bias it needs no registers per column, which a third program on a multiprocessor has not
         bias -= (tl.load(e.x_zero_point) * tl.load(e.w_sum + columns)).to(tl.float32) * scale
-    if e.gate is not None and ONE_GATE:  # all rows of a tile belong to one sample
-        gate = tl.load(e.gate + (tl.min(rows) // e.tokens).to(tl.int64) * e.gate_stride + columns).to(tl.float32)
+    if FOLD_GATE:
+        gate = tl.reshape(_gate(e, rows, columns, True), columns.shape)
         scale *= gate
         bias *= gate
     if e.x_zero_point is not None and (e.out_scale is None or PER_TOKEN):
@@ -118,10 +131,6 @@ def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexp
     if PER_TOKEN:
         y *= tl.load(e.x_scale + rows)[:, None]
     y = y * scale[None, :] + bias[None, :]
-    if e.gate is not None and not ONE_GATE:
-        y *= tl.load(e.gate + (rows // e.tokens).to(tl.int64)[:, None] * e.gate_stride + columns[None, :]).to(
-            tl.float32
-        )
     if e.out_scale is not None:
         factor = tl.full(scale.shape, tl.div_rn(1.0, tl.load(e.out_scale)), tl.float32)
         if e.multiplier is not None:
@@ -136,21 +145,24 @@ def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexp
 
 @triton.jit
 def store_tile(
-    acc, out, row, column, M, N, e,
+    acc, out, branch, row, column, M, N, e,
     PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """Finish the sums of the tile that begins at (row, column), in SUBTILES pieces: each needs fewer registers."""
+    """Finish the sums of the tile that begins at (row, column), in SUBTILES pieces: each needs fewer registers.
+
+    With a gate ``branch`` takes what is not gated yet, unless it is None.
+    """
     if SUBTILES > 1:
         height: tl.constexpr = acc.shape[0]
         half: tl.constexpr = acc.shape[1] // 2
         first, second = tl.split(tl.permute(tl.reshape(acc, (height, 2, half)), (0, 2, 1)))
-        store_tile(first, out, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
+        store_tile(first, out, branch, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
         if TRANSPOSED:
             row += half
         else:
             column += half
-        store_tile(second, out, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
+        store_tile(second, out, branch, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
     else:
         if TRANSPOSED:
             acc = tl.trans(acc)
@@ -159,7 +171,17 @@ def store_tile(
         dtype: tl.constexpr = out.dtype if TMA else out.dtype.element_ty
         if dtype != tl.int32:
             # rows and columns beyond the edge read valid parameters; the store drops their values
-            acc = _apply(acc, e, rows % M, columns % N, PER_TOKEN, ONE_GATE)
+            fold: tl.constexpr = e.gate is not None and ONE_GATE and branch is None
+            acc = _apply(acc, e, rows % M, columns % N, PER_TOKEN, fold)
+            if branch is not None:
+                if TMA:
+                    branch.store([row, column], acc.to(branch.dtype))
+                else:
+                    inside = (rows[:, None] < M) & (columns[None, :] < N)
+                    branch_ptrs = branch + rows.to(tl.int64)[:, None] * N + columns[None, :]
+                    tl.store(branch_ptrs, acc.to(branch.dtype.element_ty), mask=inside)
+            if e.gate is not None and not fold:
+                acc *= _gate(e, rows % M, columns % N, ONE_GATE)
         if TMA:
             if e.gate is None:
                 out.store([row, column], acc.to(dtype))

@@ -15,7 +15,7 @@ __all__ = ["int8_gemm_triton"]
 
 @triton.jit
 def _int8_tile(
-    tile, x, w, out, M, N,
+    tile, x, w, out, branch, M, N,
     stride_xm, stride_xk, stride_wn, stride_wk,
     epilogue,
     K: tl.constexpr, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr,
@@ -47,12 +47,12 @@ def _int8_tile(
             acc = tl.dot(x_tile, w_tile, acc, out_dtype=tl.int32)
             x_ptrs += BLOCK_K * stride_xk
             w_ptrs += BLOCK_K * stride_wk
-    store_tile(acc, out, row, column, M, N, epilogue, PER_TOKEN, ONE_GATE, TMA, False, SUBTILES)
+    store_tile(acc, out, branch, row, column, M, N, epilogue, PER_TOKEN, ONE_GATE, TMA, False, SUBTILES)
 
 
 @triton.jit
 def _int8_gemm_kernel(
-    x, w, out,  # [M, K] int8, [N, K] int8, [M, N]: tensor descriptors with TMA, pointers without
+    x, w, out, branch,  # [M, K] int8, [N, K] int8, [M, N] twice: tensor descriptors with TMA, pointers without
     M, N,
     stride_xm, stride_xk, stride_wn, stride_wk,
     epilogue,
@@ -67,12 +67,12 @@ def _int8_gemm_kernel(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _int8_tile(
-                tile, x, w, out, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+                tile, x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
                 epilogue, K, PER_TOKEN, ONE_GATE, TMA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
             )  # fmt: skip
     else:
         _int8_tile(
-            tl.program_id(0), x, w, out, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+            tl.program_id(0), x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
             epilogue, K, PER_TOKEN, ONE_GATE, TMA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
         )  # fmt: skip
 
@@ -83,19 +83,20 @@ def int8_gemm_triton(
     out: torch.Tensor,
     epilogue: Epilogue = NO_EPILOGUE,
     tile: GemmTile | None = None,
+    branch: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch on ``xq [M, K]`` and ``wq [N, K]``, any strides, and contiguous ``out [M, N]``, which is returned.
 
-    An int32 ``out`` takes the sums.
+    An int32 ``out`` takes the sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
     """
     (m, k), n = xq.shape, wq.shape[0]
     if out.numel() == 0:
         return out
     if tile is None:
         tile = gemm_tile("int8", epilogue, m, n, k, xq.device)
-    tma, x, w, o = operands(xq, wq, out, tile, [tile.block_m, tile.block_n // tile.subtiles])
+    tma, x, w, o, b = operands(xq, wq, out, branch, tile, [tile.block_m, tile.block_n // tile.subtiles])
     _int8_gemm_kernel[(number_of_programs(m, n, tile, xq.device),)](
-        x, w, o,
+        x, w, o, b,
         m, n,
         xq.stride(0), xq.stride(1), wq.stride(0), wq.stride(1),  # stride_xm, stride_xk, stride_wn, stride_wk
         epilogue,

@@ -26,17 +26,23 @@ def _aligned(t: torch.Tensor) -> bool:
 
 
 def operands(
-    x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, tile: GemmTile, out_block: list[int]
-) -> tuple[bool, Any, Any, Any]:
-    """Whether tiles travel through the copy engine (TMA, sm_90 on), and x, w, out as descriptors or as tensors."""
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    branch: torch.Tensor | None,
+    tile: GemmTile,
+    out_block: list[int],
+) -> tuple[bool, Any, Any, Any, Any]:
+    """Whether tiles travel through the copy engine (TMA, sm_90 on), and x, w, out, branch as descriptors or tensors."""
     accelerator = tile.tma and gpu_of(x.device).capability >= (9, 0)
-    if not (accelerator and _aligned(x) and _aligned(w) and _aligned(out)):
-        return False, x, w, out
+    if not (accelerator and all(_aligned(t) for t in (x, w, out, branch) if t is not None)):
+        return False, x, w, out, branch
     return (
         True,
         TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(w, [tile.block_n, tile.block_k]),
         TensorDescriptor.from_tensor(out, out_block),
+        None if branch is None else TensorDescriptor.from_tensor(branch, out_block),
     )
 
 

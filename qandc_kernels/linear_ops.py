@@ -18,20 +18,13 @@ from qandc_kernels.checks import (
 )
 from qandc_kernels.library import register, rows_of, use_triton
 
-__all__ = [
-    "int4_linear",
-    "int8_linear",
-    "int8_matmul",
-    "linear_gate_residual_",
-    "linear_gelu_quantize",
-    "weight_only_linear",
-]
+__all__ = ["int4_linear", "int8_linear", "int8_matmul", "linear_gelu_quantize", "multiply", "weight_only_linear"]
 
 Tensor = torch.Tensor
 MaybeTensor = torch.Tensor | None
 
 
-def _multiply(
+def multiply(
     out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -40,6 +33,7 @@ def _multiply(
     bias: MaybeTensor,
     x_zero_point: MaybeTensor = None,
     w_sum: MaybeTensor = None,
+    branch: MaybeTensor = None,
     **epilogue: Any,
 ) -> Tensor:
     """Launch the kernel for these operands; ``out [..., N]`` is contiguous and returned."""
@@ -59,12 +53,13 @@ def _multiply(
         **epilogue,
     )
     rows = out.view(out.shape[:-1].numel(), out.shape[-1])
+    branch = None if branch is None else branch.view(rows.shape)
     with torch.cuda.device(x.device):
         if weight.dtype == x.dtype == torch.int8:
-            int8_gemm_triton(rows_of(x), rows_of(weight), rows, parameters)
+            int8_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, branch=branch)
         else:
             groups = w_scale.contiguous() if grouped else None
-            mixed_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, groups)
+            mixed_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, groups, branch=branch)
     return out
 
 
@@ -96,7 +91,7 @@ def _linear(
     if not use_triton(xq):
         return reference.int8_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0], dtype=out_dtype)
-    return _multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+    return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
 
 
 def _linear_fake(
@@ -134,40 +129,17 @@ def _linear_gelu_quantize(
         "out_zero_point": out_zero_point,
         "multiplier": None if multiplier is None else multiplier.contiguous(),
     }
-    return _multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
+    return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
 
 
 def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_gate_residual_(
-    residual: Tensor,
-    xq: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    gate: Tensor,
-    bias: MaybeTensor,
-    x_zero_point: MaybeTensor,
-    w_sum: MaybeTensor,
-) -> None:
-    if not use_triton(xq):
-        reference.linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum)
-        return
-    gate = gate if gate.stride(1) == 1 else gate.contiguous()
-    ending = {"gate": gate, "gate_stride": gate.stride(0), "tokens": xq.shape[1]}
-    _multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
-
-
-def _linear_gate_residual_fake(*arguments: MaybeTensor) -> None:
-    return None
-
-
 def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor) -> Tensor:
     if not use_triton(x):
         return reference.weight_only_linear(x, weight, w_scale, bias)
-    return _multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)
+    return multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)
 
 
 register("int8_matmul", "(Tensor xq, Tensor wq) -> Tensor", _int8_matmul, _int8_matmul_fake)
@@ -185,13 +157,6 @@ register(
     "Tensor? out_zero_point, Tensor? multiplier, Tensor? x_zero_point, Tensor? w_sum) -> Tensor",
     _linear_gelu_quantize,
     _same_dtype_fake,
-)
-register(
-    "linear_gate_residual_",
-    "(Tensor(a!) residual, Tensor xq, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor gate, Tensor? bias, "
-    "Tensor? x_zero_point, Tensor? w_sum) -> ()",
-    _linear_gate_residual_,
-    _linear_gate_residual_fake,
 )
 register(
     "weight_only_linear",
@@ -326,47 +291,6 @@ def linear_gelu_quantize(
     return torch.ops.qandc.linear_gelu_quantize(
         xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
     )
-
-
-def linear_gate_residual_(
-    residual: torch.Tensor,
-    xq: torch.Tensor,
-    weight: torch.Tensor,
-    x_scale: torch.Tensor,
-    w_scale: torch.Tensor,
-    gate: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    x_zero_point: torch.Tensor | None = None,
-    w_sum: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Linear layer, gate and residual, in place: ``residual += gate · y``, one gate per sample (adaLN-Zero).
-
-    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32. On sm_90 and newer ``gate · y`` is cast to
-    the dtype of the residual and added in the L2 cache; elsewhere it is added in float32 and cast last.
-
-    Args:
-        residual: ``[samples, tokens, N]`` float16, bfloat16 or float32, contiguous; changed in place.
-        xq: ``[samples, tokens, K] int8``.
-        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
-        gate: ``[samples, N]`` floating point, e.g. a chunk of one ``[samples, 6 N]`` tensor.
-
-    Returns:
-        ``residual``. All else as :func:`int8_linear` and :func:`int4_linear`.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, stride or device is not one of the above.
-    """
-    op = "linear_gate_residual_"
-    check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, residual=residual, gate=gate)
-    if xq.ndim != 3:
-        raise ValueError(f"{op}: xq must be [samples, tokens, K]; got {tuple(xq.shape)}")
-    samples, tokens, n = *xq.shape[:2], weight.shape[0]
-    check_tensor(op, "residual", residual, FLOAT_DTYPES, ((samples, tokens, n),))
-    if not residual.is_contiguous():
-        raise ValueError(f"{op}: residual must be contiguous, it is changed in place; got strides {residual.stride()}")
-    check_tensor(op, "gate", gate, FLOAT_DTYPES, ((samples, n),))
-    torch.ops.qandc.linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum)
-    return residual
 
 
 def weight_only_linear(

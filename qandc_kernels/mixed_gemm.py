@@ -51,7 +51,7 @@ def _add_product(acc, w, x, group_scale_ptr, k, columns, K: tl.constexpr, GROUP:
 
 @triton.jit
 def _mixed_tile(
-    tile, x, w, out, M, N,
+    tile, x, w, out, branch, M, N,
     stride_xm, stride_xk, stride_wn, stride_wk,
     group_scale_ptr, epilogue,
     K: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr,
@@ -103,12 +103,12 @@ def _mixed_tile(
             acc >>= 4  # exact: multiples of 16
         else:
             acc *= 0.0625
-    store_tile(acc, out, row, column, M, N, epilogue, PER_TOKEN, ONE_GATE, TMA, True, SUBTILES)
+    store_tile(acc, out, branch, row, column, M, N, epilogue, PER_TOKEN, ONE_GATE, TMA, True, SUBTILES)
 
 
 @triton.jit
 def _mixed_gemm_kernel(
-    x, w, out,  # [M, K], [N, K] or [N, K/2] int8, [M, N]: tensor descriptors with TMA, pointers without
+    x, w, out, branch,  # [M, K], [N, K] or [N, K/2] int8, [M, N] twice: tensor descriptors with TMA, else pointers
     M, N,
     stride_xm, stride_xk, stride_wn, stride_wk,
     group_scale_ptr, epilogue,
@@ -124,13 +124,13 @@ def _mixed_gemm_kernel(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _mixed_tile(
-                tile, x, w, out, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+                tile, x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
                 group_scale_ptr, epilogue, K, PACKED, GROUP, INTEGER, PER_TOKEN, ONE_GATE, TMA,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
             )  # fmt: skip
     else:
         _mixed_tile(
-            tl.program_id(0), x, w, out, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+            tl.program_id(0), x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
             group_scale_ptr, epilogue, K, PACKED, GROUP, INTEGER, PER_TOKEN, ONE_GATE, TMA,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
         )  # fmt: skip
@@ -143,11 +143,12 @@ def mixed_gemm_triton(
     epilogue: Epilogue = NO_EPILOGUE,
     group_scale: torch.Tensor | None = None,
     tile: GemmTile | None = None,
+    branch: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch on ``x [M, K]`` int8 or 16-bit float, ``w`` int8 ``[N, K]`` or uint8 ``[N, K/2]``, any strides.
 
     ``group_scale [N, K/G] float32`` and ``out [M, N]``, which is returned, are contiguous.
-    An int32 ``out`` takes the sums.
+    An int32 ``out`` takes the sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
     """
     (m, k), n = x.shape, w.shape[0]
     if out.numel() == 0:
@@ -162,9 +163,9 @@ def mixed_gemm_triton(
     if packed and x.dtype != torch.int8 and k // 2 % tile.block_k:
         tile = tile._replace(tma=0)  # the copy engine would let values of the second half meet zeros: inf · 0 is NaN
     w = w.view(torch.int8)
-    tma, x_operand, w_operand, o = operands(x, w, out, tile, [tile.block_m // tile.subtiles, tile.block_n])
+    tma, x_operand, w_operand, o, b = operands(x, w, out, branch, tile, [tile.block_m // tile.subtiles, tile.block_n])
     _mixed_gemm_kernel[(number_of_programs(m, n, tile, x.device),)](
-        x_operand, w_operand, o,
+        x_operand, w_operand, o, b,
         m, n,
         x.stride(0), x.stride(1), w.stride(0), w.stride(1),  # stride_xm, stride_xk, stride_wn, stride_wk
         group_scale, epilogue,

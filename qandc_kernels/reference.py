@@ -6,6 +6,8 @@ they are for inference: no result carries a gradient.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +18,7 @@ __all__ = [
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",
     "batched_linear",
+    "gated_sum",
     "int4_linear",
     "int8_linear",
     "int8_matmul",
@@ -226,10 +229,36 @@ def linear_gate_residual_(
     bias: torch.Tensor | None = None,
     x_zero_point: torch.Tensor | None = None,
     w_sum: torch.Tensor | None = None,
+    branch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``residual += gate · y``, one gate per sample, ``gate · y`` cast before it is added."""
+    """``residual += gate · y``, one gate per sample, ``gate · y`` cast before it is added; ``branch`` becomes ``y``."""
     y = _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+    if branch is not None:
+        branch.copy_(y)
     return residual.add_((y * gate.to(torch.float32)[:, None]).to(residual.dtype))
+
+
+@torch.no_grad()
+def gated_sum(
+    x: torch.Tensor,
+    features: torch.Tensor,
+    gates: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x + Σ_s weights[s] Σ_(l, k) gates[l, k] · features[s, l, k] · scales[s, l, k]`` in float32, cast last."""
+    y = x.to(torch.float32, copy=True)
+    for s in range(features.shape[0]):
+        if weights is not None and weights[s] == 0:
+            continue  # what a weight of 0 stands at was never written
+        for index in itertools.product(range(features.shape[1]), range(features.shape[2])):
+            part = features[(s, *index)].to(torch.float32)
+            if scales is not None:
+                part = part * scales[(s, *index)][..., None]
+            if gates is not None:
+                part = part * gates[index].to(torch.float32)[:, None]
+            y += part if weights is None else part * weights[s]
+    return y.to(x.dtype)
 
 
 def weight_only_linear(

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 import torch
 
 from qandc_kernels.backend import select_backend
-from qandc_kernels.linear_ops import int4_linear, int8_linear, linear_gate_residual_, linear_gelu_quantize
+from qandc_kernels.linear_ops import int4_linear, int8_linear, linear_gelu_quantize
 from qandc_kernels.quantize_ops import (
     adaln_quantize_per_tensor,
     adaln_quantize_per_token,
     quantize_per_tensor,
     quantize_per_token,
 )
+from qandc_kernels.residual_ops import linear_gate_residual_
 
 __all__ = ["warm_up"]
 

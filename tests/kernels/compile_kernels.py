@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qandc_kernels import adaln, attention, batched_gemm, launch, quantize, tiles, tune
+from qandc_kernels import adaln, attention, batched_gemm, launch, quantize, reuse, tiles, tune
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.int8_gemm import int8_gemm_triton
 from qandc_kernels.mixed_gemm import mixed_gemm_triton
@@ -87,7 +87,7 @@ def record(arch: int, kernel: str, tile) -> dict:
     }
 
 
-def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None) -> None:
+def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None, branch: bool = False) -> None:
     """As the ops do, with every optional operand."""
     family, _, ending = kernel.partition(" ")
     halves, packed = family.endswith("a16"), family.startswith("int4")
@@ -102,16 +102,19 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
     out = torch.zeros(m, n, dtype=torch.int8 if ending == "gelu" else torch.bfloat16)
     if not halves:
         parameters = parameters._replace(x_zero_point=integer, w_sum=vector.int())
+    kept = torch.zeros_like(out) if branch else None
     if family == "int8":
-        int8_gemm_triton(x, weight, out, parameters, tile)
+        int8_gemm_triton(x, weight, out, parameters, tile, kept)
     else:
-        mixed_gemm_triton(x, weight, out, parameters, tile=tile)
+        mixed_gemm_triton(x, weight, out, parameters, tile=tile, branch=kept)
 
 
 def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     shipped = "nvidia-h200" if arch == 90 else f"sm_{arch}"
     gpu = tiles.Gpu(shipped, divmod(arch, 10), 132)
-    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched_gemm.gpu_of = lambda device: gpu
+    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched_gemm.gpu_of = reuse.gpu_of = (
+        lambda device: gpu
+    )
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
@@ -128,6 +131,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
                     yield {"arch": arch, "kernel": kernel, "tile": list(tile), "error": str(error)[:80]}
                     continue
                 yield record(arch, kernel, tile)
+                if kernel.endswith("gate") and not every_candidate:
+                    launch_gemm(kernel, m, n, k, tile, branch=True)
+                    yield record(arch, kernel + " branch", tile)
     if every_candidate:
         return
     sums = torch.zeros(512, 1152, dtype=torch.int32), tiles.GemmTile(64, 64, 64, 8, 4, 3)
@@ -154,6 +160,14 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched_gemm.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
         yield record(arch, "batched_linear", [rows, inner, columns])
+    for samples, sets, dtype in ((2, 1, torch.bfloat16), (64, 2, torch.bfloat16), (64, 1, torch.int8)):
+        x, features = torch.zeros(samples, 256, 1152).bfloat16(), torch.zeros(1, dtype=dtype)
+        features = features.expand(sets, 28, 2, samples, 256, 1152)
+        gates, scales = x[:, :2].transpose(0, 1).expand(28, -1, -1, -1), None
+        if dtype == torch.int8:
+            scales = torch.ones(1).expand(features.shape[:5])
+        reuse.gated_sum_triton(x, features, gates, torch.ones(sets) if sets > 1 else None, scales)
+        yield record(arch, "gated_sum", [samples, sets, dtype.itemsize])
     for width in (1152, 4608):
         x = torch.zeros(512, width).bfloat16()
         quantize.quantize_per_tensor_triton(x, one, integer)

@@ -1,0 +1,167 @@
+"""The public ops that add to the residual stream. For inference: results carry no gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from qandc_kernels import reference
+from qandc_kernels.checks import FLOAT_DTYPES, check_devices, check_linear, check_tensor
+from qandc_kernels.library import register, use_triton
+from qandc_kernels.linear_ops import multiply
+
+__all__ = ["gated_sum", "linear_gate_residual_"]
+
+
+def _linear_gate_residual_(
+    residual: torch.Tensor,
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    w_sum: torch.Tensor | None,
+    branch: torch.Tensor | None,
+) -> None:
+    if not use_triton(xq):
+        operands = (residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, branch)
+        reference.linear_gate_residual_(*operands)
+        return
+    gate = gate if gate.stride(1) == 1 else gate.contiguous()
+    ending = {"gate": gate, "gate_stride": gate.stride(0), "tokens": xq.shape[1]}
+    multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, branch, **ending)
+
+
+def _gated_sum(
+    x: torch.Tensor,
+    features: torch.Tensor,
+    gates: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+) -> torch.Tensor:
+    if not use_triton(x):
+        return reference.gated_sum(x, features, gates, weights, scales)
+    from qandc_kernels.reuse import gated_sum_triton
+
+    if gates is not None and gates.stride(3) != 1:
+        gates = gates.contiguous()
+    with torch.cuda.device(x.device):
+        return gated_sum_triton(x.contiguous(), features, gates, weights, scales)
+
+
+def _gated_sum_fake(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+register(
+    "linear_gate_residual_",
+    "(Tensor(a!) residual, Tensor xq, Tensor weight, Tensor x_scale, Tensor w_scale, Tensor gate, Tensor? bias, "
+    "Tensor? x_zero_point, Tensor? w_sum, Tensor(b!)? branch) -> ()",
+    _linear_gate_residual_,
+    lambda *arguments: None,
+)
+register(
+    "gated_sum",
+    "(Tensor x, Tensor features, Tensor? gates, Tensor? weights, Tensor? scales) -> Tensor",
+    _gated_sum,
+    _gated_sum_fake,
+)
+
+
+def linear_gate_residual_(
+    residual: torch.Tensor,
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+    branch: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear layer, gate and residual, in place: ``residual += gate · y``, one gate per sample (adaLN-Zero).
+
+    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32. On sm_90 and newer ``gate · y`` is cast to
+    the dtype of the residual and added in the L2 cache; elsewhere it is added in float32 and cast last.
+
+    Args:
+        residual: ``[samples, tokens, N]`` float16, bfloat16 or float32, contiguous; changed in place.
+        xq: ``[samples, tokens, K] int8``.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        gate: ``[samples, N]`` floating point, e.g. a chunk of one ``[samples, 6 N]`` tensor.
+        branch: takes ``y``, what a feature cache keeps: as ``residual``, of any of those dtypes.
+
+    Returns:
+        ``residual``. All else as :func:`int8_linear` and :func:`int4_linear`.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device is not one of the above.
+    """
+    op = "linear_gate_residual_"
+    others = {"residual": residual, "gate": gate, "branch": branch}
+    check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **others)
+    if xq.ndim != 3:
+        raise ValueError(f"{op}: xq must be [samples, tokens, K]; got {tuple(xq.shape)}")
+    samples, tokens, n = *xq.shape[:2], weight.shape[0]
+    for name, tensor in (("residual", residual), ("branch", branch)):
+        if tensor is not None:
+            check_tensor(op, name, tensor, FLOAT_DTYPES, ((samples, tokens, n),))
+            if not tensor.is_contiguous():
+                raise ValueError(f"{op}: {name} must be contiguous, it is written to; got strides {tensor.stride()}")
+    check_tensor(op, "gate", gate, FLOAT_DTYPES, ((samples, n),))
+    operands = (residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, branch)
+    torch.ops.qandc.linear_gate_residual_(*operands)
+    return residual
+
+
+def gated_sum(
+    x: torch.Tensor,
+    features: torch.Tensor,
+    gates: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A reuse step of a feature cache: ``y = x + Σ_s w_s Σ_(l, k) gate_(l, k) · f_(s, l, k)``, in one pass.
+
+    f are the branch outputs of L blocks at S computed steps, K branches a block; the gates are those of the current
+    step, the weights those of a forecast (FORA, arXiv 2407.01425: S = 1; TaylorSeer, arXiv 2503.06923, Eq. 5). Summed
+    in float32, cast last. Features whose weight is 0 are not read.
+
+    Args:
+        x: ``[samples, tokens, D]`` float16, bfloat16 or float32.
+        features: ``[S, L, K, samples, tokens, D]``, one of those dtypes or int8, contiguous.
+        gates: ``[L, K, samples, D]`` floating point, e.g. parts of ``[L, samples, 6 D]``; None for all 1.
+        weights: ``[S] float32``; None for all 1.
+        scales: ``[S, L, K, samples, tokens] float32``, contiguous, that int8 features are multiplied with.
+
+    Returns:
+        ``[samples, tokens, D]``, contiguous, dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device is not one of the above, or only one of int8 features
+            and scales is there.
+    """
+    op = "gated_sum"
+    check_tensor(op, "x", x, FLOAT_DTYPES)
+    check_tensor(op, "features", features, (*FLOAT_DTYPES, torch.int8))
+    if x.ndim != 3 or features.ndim != 6 or features.shape[3:] != x.shape:
+        raise ValueError(
+            f"{op}: x must be [samples, tokens, D] and features [S, L, K, samples, tokens, D]; "
+            f"got {tuple(x.shape)} and {tuple(features.shape)}"
+        )
+    sets, layers, branches, samples, _, width = features.shape
+    if gates is not None:
+        check_tensor(op, "gates", gates, FLOAT_DTYPES, ((layers, branches, samples, width),))
+    if weights is not None:
+        check_tensor(op, "weights", weights, (torch.float32,), ((sets,),))
+    if (features.dtype == torch.int8) != (scales is not None):
+        raise ValueError(f"{op}: int8 features need scales, and only they; got features of {features.dtype}")
+    if scales is not None:
+        check_tensor(op, "scales", scales, (torch.float32,), (tuple(features.shape[:5]),))
+    for name, tensor in (("features", features), ("scales", scales), ("weights", weights)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous; got strides {tensor.stride()}")
+    check_devices(op, x=x, features=features, gates=gates, weights=weights, scales=scales)
+    return torch.ops.qandc.gated_sum(x, features, gates, weights, scales)

@@ -1,0 +1,82 @@
+"""What a feature cache does on a step that computes no block: sum all gated branch outputs in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from qandc_kernels.tiles import gpu_of
+
+__all__ = ["gated_sum_triton"]
+
+
+@triton.jit
+def _gated_sum_kernel(
+    x_ptr, features_ptr, gates_ptr, weights_ptr, scales_ptr, out_ptr,
+    samples, tokens,
+    stride_gl, stride_gk, stride_gs,
+    D: tl.constexpr, SETS: tl.constexpr, LAYERS: tl.constexpr, BRANCHES: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(tokens, BLOCK_T)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    token = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = sample * tokens + token
+    offsets = rows[:, None] * D + columns[None, :]
+    inside = None if EVEN else (token < tokens)[:, None] & (columns < D)[None, :]
+    in_row = None if EVEN else token < tokens
+    in_column = None if EVEN else columns < D
+    of_branch = samples.to(tl.int64) * tokens  # rows of a feature
+    acc = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
+    for s in tl.static_range(SETS):
+        weight = 1.0
+        if weights_ptr is not None:
+            weight = tl.load(weights_ptr + s)
+        if weight != 0.0:  # what a weight of 0 stands at was never written
+            for branch in tl.range(0, LAYERS * BRANCHES, num_stages=STAGES):
+                first = (s * LAYERS * BRANCHES + branch) * of_branch
+                factor = tl.full((1, BLOCK_D), 1.0, tl.float32)
+                if gates_ptr is not None:
+                    gate = gates_ptr + branch // BRANCHES * stride_gl + branch % BRANCHES * stride_gk
+                    gate = tl.load(gate + sample * stride_gs + columns, mask=in_column)
+                    factor = gate.to(tl.float32)[None, :]
+                feature = tl.load(features_ptr + first * D + offsets, mask=inside).to(tl.float32)
+                if scales_ptr is not None:
+                    feature *= tl.load(scales_ptr + first + rows, mask=in_row)[:, None]
+                acc += feature * (factor * weight)
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def gated_sum_triton(
+    x: torch.Tensor,
+    features: torch.Tensor,
+    gates: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """Launch on contiguous ``x [samples, tokens, D]`` and ``features [S, L, K, samples, tokens, D]``.
+
+    ``gates [L, K, samples, D]`` have unit stride along D; ``weights [S]`` and ``scales`` are contiguous.
+    """
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    sets, layers, branches, samples, tokens, width = features.shape
+    # two programs for each multiprocessor at least, so that their loads hide each other's latency
+    block_d = min(128, triton.next_power_of_2(width))
+    small = samples * tokens * width < 2 * gpu_of(x.device).multiprocessors * 32 * block_d
+    block_t = 8 if small else 32
+    grid = (samples * triton.cdiv(tokens, block_t), triton.cdiv(width, block_d))
+    stride_gl, stride_gk, stride_gs = (0, 0, 0) if gates is None else gates.stride()[:3]
+    _gated_sum_kernel[grid](
+        x, features, gates, weights, scales, out,
+        samples, tokens,
+        stride_gl, stride_gk, stride_gs,
+        D=width, SETS=sets, LAYERS=layers, BRANCHES=branches,
+        EVEN=tokens % block_t == 0 and width % block_d == 0,
+        BLOCK_T=block_t, BLOCK_D=block_d, STAGES=4,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,161 @@
+"""The sum of a reuse step, and the branch output that a compute step leaves for it, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qandc_kernels import gated_sum, linear_gate_residual_, reference
+from tests.kernels.oracle import assert_close, float_dtypes, make_layer, to
+
+# (S, L, K, samples, tokens, D)
+SHAPES = [(1, 1, 1, 2, 16, 128), (2, 3, 2, 2, 35, 40), (3, 2, 2, 1, 1, 1), (1, 2, 2, 3, 33, 129), (2, 1, 1, 5, 8, 64)]
+LARGE_SHAPES = [(1, 28, 2, 2, 256, 1152), (2, 28, 2, 16, 256, 1152), (1, 28, 2, 3, 255, 1152)]
+
+
+def make(shape, generator, dtype=torch.float32, gated=True, integers=False):
+    sets, layers, branches, samples, tokens, width = shape
+    x = torch.randn(samples, tokens, width, generator=generator).to(dtype)
+    features, scales = torch.randn(*shape, generator=generator).to(dtype), None
+    value = features.double()
+    if integers:
+        features = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        scales = torch.rand(*shape[:5], generator=generator) / 50
+        value = features.double() * scales.double()[..., None]
+    weights = torch.randn(sets, generator=generator)
+    expected = value * weights.double().view(-1, *[1] * 5)
+    gates = None
+    if gated:  # as a modulation holds them: rows are not next to each other
+        modulation = torch.randn(layers, samples, 3 * branches, width, generator=generator).to(dtype)
+        gates = modulation[:, :, 2::3].transpose(1, 2)
+        expected = expected * gates.double()[:, :, :, None]
+    return (x, features, gates, weights, scales), x.double() + expected.sum((0, 1, 2)), expected.abs().sum().item()
+
+
+def moved(arguments, device):
+    """On the device, with the strides they have."""
+    x, features, gates, *others = arguments
+    if gates is not None:
+        whole = torch.zeros(gates.shape[0], gates.shape[2], 3 * gates.shape[1], gates.shape[3], dtype=gates.dtype)
+        whole[:, :, 2::3] = gates.transpose(1, 2)
+        gates = whole.to(device)[:, :, 2::3].transpose(1, 2)
+    return [x.to(device), features.to(device), gates, *(None if t is None else t.to(device) for t in others)]
+
+
+def check(device, shape, generator, **kinds):
+    for dtype in float_dtypes(device):
+        arguments, expected, size = make(shape, generator, dtype, **kinds)
+        actual = gated_sum(*moved(arguments, device))
+        assert actual.dtype == dtype
+        assert actual.is_contiguous()
+        assert_close(actual, expected, size=4 * max(1.0, size / expected.numel()))
+        if expected.numel() < 1e5:
+            assert_close(reference.gated_sum(*arguments), expected, size=4 * max(1.0, size / expected.numel()))
+
+
+@pytest.mark.parametrize("integers", [False, True], ids=["floats", "int8"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
+def test_gated_sum(kernel_device, shape, gated, integers, seeded):
+    if kernel_device.type == "cpu" and shape in LARGE_SHAPES:
+        pytest.skip("too large for the interpreter")
+    check(kernel_device, shape, seeded, gated=gated, integers=integers)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 3, 2, 3, 70, 150))),
+    gated=st.booleans(),
+    integers=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_random_shapes(kernel_device, shape, gated, integers, seed):
+    check(kernel_device, shape, torch.Generator().manual_seed(seed), gated=gated, integers=integers)
+
+
+def test_what_has_no_weight_is_not_read(kernel_device, seeded):
+    (x, features, gates, _, _), _, _ = make((3, 2, 2, 2, 9, 20), seeded)
+    features[1] = float("nan")
+    weights = torch.tensor([1.0, 0.0, -0.5])
+    expected = reference.gated_sum(x, features[::2].contiguous(), gates, weights[::2].contiguous())
+    assert torch.isfinite(expected).all()
+    actual = gated_sum(*moved((x, features, gates, weights, None), kernel_device))
+    assert_close(actual, expected.double(), size=10)
+
+
+def test_no_weights_are_ones(kernel_device, seeded):
+    (x, features, gates, _, _), _, _ = make((2, 2, 2, 2, 9, 20), seeded)
+    expected = reference.gated_sum(x, features, gates, torch.ones(2))
+    assert_close(gated_sum(*moved((x, features, gates, None, None), kernel_device)), expected.double(), size=10)
+
+
+def test_nan_of_one_sample_stays_there(kernel_device, seeded):
+    (x, features, gates, weights, _), _, _ = make((1, 2, 2, 3, 9, 20), seeded)
+    features[0, 1, 0, 1] = float("nan")
+    y = gated_sum(*moved((x, features, gates, weights, None), kernel_device)).cpu()
+    assert y[1].isnan().all()
+    assert torch.isfinite(y[::2]).all()
+
+
+def test_nothing_to_do(kernel_device):
+    x = torch.zeros(0, 4, 8, device=kernel_device)
+    assert gated_sum(x, x.new_zeros(1, 2, 2, 0, 4, 8)).shape == (0, 4, 8)
+
+
+X, F = torch.zeros(2, 4, 8), torch.zeros(1, 3, 2, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 7)}, r"x must be \[samples, tokens, D\]"),
+        ({"features": F[0]}, r"features \[S, L, K, samples, tokens, D\]"),
+        ({"features": F.double()}, "features must be float16"),
+        ({"gates": torch.zeros(3, 2, 2, 7)}, r"gates must have shape \(3, 2, 2, 8\)"),
+        ({"weights": torch.ones(2)}, r"weights must have shape \(1,\)"),
+        ({"features": F.to(torch.int8)}, "int8 features need scales"),
+        ({"scales": torch.ones(1, 3, 2, 2, 4)}, "int8 features need scales"),
+        ({"features": F.to(torch.int8), "scales": torch.ones(1, 3, 2, 2, 8)}, "scales must have shape"),
+        ({"features": F.transpose(1, 2).contiguous().transpose(1, 2)}, "features must be contiguous"),
+        ({"weights": torch.ones(1, device="meta")}, "one device"),
+    ],
+)
+def test_refusals(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        gated_sum(**{"x": X, "features": F, **change})
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@pytest.mark.parametrize("shape", [(2, 64, 48, 64), (3, 35, 40, 96), (2, 1, 33, 32), (2, 256, 1152, 1152)], ids=str)
+def test_a_product_leaves_its_branch(kernel_device, shape, bits, seeded):
+    """``branch`` takes y before its gate; the residual is what it is without it."""
+    if kernel_device.type == "cpu" and shape[2] == 1152:
+        pytest.skip("too large for the interpreter")
+    samples, tokens, n, _ = shape
+    p, y = make_layer(shape, seeded, bits=bits)
+    gate = torch.randn(samples, n, generator=seeded)
+    for dtype in float_dtypes(kernel_device):
+        residual = torch.randn(samples, tokens, n, generator=seeded).to(dtype)
+        expected = residual.double() + gate.double()[:, None] * y
+        for kept in {dtype, torch.float32}:
+            actual = residual.to(kernel_device, copy=True)
+            branch = torch.empty(y.shape, dtype=kept, device=kernel_device)
+            linear_gate_residual_(actual, gate=gate.to(kernel_device), **to(kernel_device, p), branch=branch)
+            assert_close(branch, y)
+            assert_close(actual, expected, size=(gate.double().abs()[:, None] * y.abs()).max().item())
+            if y.numel() < 1e5:
+                on_cpu, branch = residual.clone(), torch.empty(y.shape, dtype=kept)
+                reference.linear_gate_residual_(on_cpu, gate=gate, **p, branch=branch)
+                assert_close(branch, y)
+                assert_close(on_cpu, expected, size=(gate.double().abs()[:, None] * y.abs()).max().item())
+
+
+def test_a_branch_must_fit(seeded):
+    p, y = make_layer((2, 3, 8, 16), seeded)
+    arguments = {"residual": torch.zeros(2, 3, 8), "gate": torch.ones(2, 8), **p}
+    with pytest.raises(ValueError, match=r"branch must have shape \(2, 3, 8\)"):
+        linear_gate_residual_(**arguments, branch=torch.zeros(2, 3, 7))
+    with pytest.raises(ValueError, match="branch must be contiguous"):
+        linear_gate_residual_(**arguments, branch=torch.zeros(2, 8, 3).transpose(1, 2))
