@@ -3,18 +3,23 @@
 Importing this package loads torch and nothing heavier; diffusers is imported by the functions that need it.
 """
 
-from qandc.cache import FeatureCache, apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
+from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
 from qandc.calibration import calibrate
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
+from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import StepRanges, fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.quantizer import QuantConfig
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
+from qandc.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
+from qandc.schedule_calibration import calibrate_schedule
 
 __all__ = [
+    "CacheConfig",
     "CacheError",
+    "CalibratedSchedule",
     "ConfigError",
     "DataError",
     "DeviceError",
@@ -28,8 +33,10 @@ __all__ = [
     "StepRanges",
     "apply_cache_to_dit",
     "calibrate",
+    "calibrate_schedule",
     "decode_latents",
     "fashion_dit_path",
+    "format_schedule",
     "fuse_dit",
     "get_cache",
     "load_pipeline",
@@ -41,4 +48,5 @@ __all__ = [
     "reset_all_caches",
     "sample_latents",
     "unfuse_dit",
+    "uniform_schedule",
 ]

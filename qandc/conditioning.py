@@ -59,20 +59,31 @@ class BatchedEmbedders:
         angles = timestep.to(torch.float32)[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
 
-    def __call__(
-        self, start: int, stop: int, waves: torch.Tensor, class_labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of blocks start to stop: the embedding ``[n, B, D]`` and the modulation ``[n, B, 6 D]``."""
+    def embedding(self, start: int, stop: int, waves: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Of blocks start to stop ``[n, B, D]``."""
+        share = self._share(start)
+        x = batched_linear(
+            waves.expand(stop - start, -1, -1), self.weights[0][start:stop], self.biases[0][start:stop], share
+        )
+        x = batched_linear(F.silu(x), self.weights[1][start:stop], self.biases[1][start:stop], share)
+        return x + self.labels[start:stop].index_select(1, class_labels)
 
+    def modulation(self, start: int, stop: int, embedding: torch.Tensor) -> torch.Tensor:
+        """``[n, B, 6 D]`` from the embedding of these blocks."""
+        weight, bias = self.weights[2][start:stop], self.biases[2][start:stop]
+        return batched_linear(F.silu(embedding), weight, bias, self._share(start))
+
+    def gates(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Of attention and MLP in all blocks, ``[L, 2, B, D]``: the third and the sixth part of the modulation."""
+        layers, batch, width = embedding.shape
+        weight, bias = self.weights[2].view(6 * layers, width, -1)[2::3], self.biases[2].view(6 * layers, width)[2::3]
+        x = F.silu(embedding).repeat_interleave(2, 0)
+        return batched_linear(x, weight, bias, self._share(0)).view(layers, 2, batch, width)
+
+    @staticmethod
+    def _share(start: int) -> float:
         # the blocks that wait for the first portion leave the GPU idle; those behind run beside others
-        share = 2.0 if start == 0 else SHARE
-
-        def linear(i: int, x: torch.Tensor) -> torch.Tensor:
-            return batched_linear(x, self.weights[i][start:stop], self.biases[i][start:stop], share)
-
-        x = F.silu(linear(0, waves.expand(stop - start, -1, -1)))
-        embedding = linear(1, x) + self.labels[start:stop].index_select(1, class_labels)
-        return embedding, linear(2, F.silu(embedding))
+        return 2.0 if start == 0 else SHARE
 
 
 class Conditioning:
@@ -119,7 +130,8 @@ class Conditioning:
                     modulations[-1] = block.norm1.linear(block.norm1.silu(embeddings[-1]))
             embedding, modulation = torch.stack(embeddings), torch.stack(modulations)
         else:
-            embedding, modulation = self.batched(start, stop, waves, class_labels)
+            embedding = self.batched.embedding(start, stop, waves, class_labels)
+            modulation = self.batched.modulation(start, stop, embedding)
         if self.factor is not None and self.offset is not None:
             modulation = self.offset[start:stop] + modulation.float() * self.factor[start:stop]
         return embedding, modulation
@@ -161,6 +173,15 @@ class Conditioning:
         assert first is not None
         add([self.final(first)])
         return portions
+
+    def of_reuse(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype, gated: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What a step that computes no block needs: gates ``[L, 2, B, D]``, if any, and ``[B, 2 D]`` of the output."""
+        assert self.batched is not None
+        waves = self._waves(timestep, dtype)
+        embedding = self.batched.embedding(0, len(self.blocks) if gated else 1, waves, class_labels)
+        return self.batched.gates(embedding) if gated else None, self.final(embedding[0])
 
     def bytes_of_run(self, steps: int, batch: int, dtype: torch.dtype) -> int:
         """Memory of what :meth:`of_run` returns."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from qandc.derived import original_class
 from qandc.fused_step import StepRanges
 from qandc.linear import QuantLinear
 
@@ -69,11 +70,11 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
     from diffusers.models.normalization import AdaLayerNormZero
 
-    if type(block) is not BasicTransformerBlock or block.norm_type != "ada_norm_zero":
-        return f"the block is {type(block).__name__}, not diffusers' adaLN-Zero block"
+    if original_class(block) is not BasicTransformerBlock or block.norm_type != "ada_norm_zero":
+        return f"the block is {original_class(block).__name__}, not diffusers' adaLN-Zero block"
     attention = block.attn1
     plain = (
-        type(attention) is Attention
+        original_class(attention) is Attention
         and type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
         and not any(getattr(attention, name, None) for name in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
         and not attention.residual_connection
@@ -85,7 +86,11 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
         return "it has cross-attention, a position embedding or a chunked feed-forward"
     if type(block.norm1) is not AdaLayerNormZero or not _plain_norm(block.norm1.norm) or not _plain_norm(block.norm3):
         return "its norms are not those of DiT, without weights"
-    if type(block.ff) is not FeedForward or type(block.ff.net[0]) is not GELU or block.ff.net[0].approximate != "tanh":
+    if (
+        original_class(block.ff) is not FeedForward
+        or type(block.ff.net[0]) is not GELU
+        or block.ff.net[0].approximate != "tanh"
+    ):
         return "its activation is not tanh-GELU"
     around = _touched(block)
     if around is not None:

@@ -7,16 +7,20 @@ overrides ``forward``. Attributes, parameters and state-dict keys stay as they a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qandc.cache import FUSED, derived_class, get_cache
+from qandc.cache import FUSED, detached_cache, get_cache
 from qandc.conversion import quant_layers
+from qandc.derived import derived_class, original_class
 from qandc.errors import ConfigError, ModelError
+from qandc.feature_cache import FeatureCache
 from qandc.fusable import (
     BLOCK_LAYERS,
     Watch,
@@ -26,7 +30,7 @@ from qandc.fusable import (
     why_not_block,
     why_not_output,
 )
-from qandc.fused_step import FusedStep, StepRanges
+from qandc.fused_step import FusedStep, Kept, StepRanges
 from qandc.graphs import GraphCache
 from qandc.linear import QuantLinear
 from qandc_kernels import select_backend
@@ -35,7 +39,6 @@ __all__ = ["StepRanges", "fuse_dit", "is_fused", "prepare_run", "unfuse_dit"]
 
 logger = logging.getLogger(__name__)
 
-BASE_CLASS = "_qandc_unfused_class"
 LARGEST_RUN = 1 << 30  # bytes of conditioning computed ahead
 
 
@@ -146,12 +149,15 @@ class _FusedTransformer(nn.Module):
             # weights prepared in inference mode could not be used outside of it
             with torch.inference_mode(False), torch.no_grad():
                 step = fused.step(self)
+            if step is not None and get_cache(self) is not None and not fused.graphable:
+                fused.say("the model runs unfused: with a feature cache all of it must be fusable")
+                step = None
         if step is None:
             return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
         assert timestep is not None
         assert class_labels is not None
         with torch.inference_mode(False), torch.no_grad():
-            output = _run(fused, step, hidden_states, timestep, class_labels)
+            output = _run(fused, step, hidden_states, timestep, class_labels, get_cache(self))
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -165,9 +171,6 @@ class _FusedTransformer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         getattr(self, FUSED).drop()  # called also where a module that holds this one is loaded
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_fused, (self.__dict__[BASE_CLASS],), self.__dict__.copy()  # the class itself has no importable name
 
 
 def _why_not_now(
@@ -193,25 +196,56 @@ def _why_not_now(
 
 
 def _run(
-    fused: _Fused, step: FusedStep, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+    fused: _Fused,
+    step: FusedStep,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    class_labels: torch.Tensor,
+    cache: FeatureCache | None,
 ) -> torch.Tensor:
     batch = latents.shape[0]
     ahead = None if fused.run is None else fused.run.find(timestep, class_labels, batch)
     # float32 as the embedder makes of it; expanded as broadcasting would
     timestep = timestep.to(latents.device, torch.float32).expand(batch)
     class_labels = class_labels.to(torch.int64).expand(batch)
-    inputs = (latents, timestep, class_labels, *(ahead or ()))
-    function = step if ahead is None else step.prepared
+    kind, function, extra = _function(step, latents, ahead, cache)
+    inputs = (latents, timestep, class_labels, *extra)
     graphs = latents.is_cuda and fused.cuda_graphs and fused.graphable and batch > 0
     if graphs and not torch.cuda.is_current_stream_capturing():
-        return fused.graphs(function, inputs, kind=ahead is not None)
+        return fused.graphs(function, inputs, kind=kind)
     with torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext():
         return function(*inputs)
 
 
-def _new_fused(base: Any) -> Any:
-    cls = derived_class(_FusedTransformer, base)
-    return cls.__new__(cls)
+def _function(
+    step: FusedStep,
+    latents: torch.Tensor,
+    ahead: tuple[torch.Tensor, torch.Tensor] | None,
+    cache: FeatureCache | None,
+) -> tuple[tuple[Any, ...], Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
+    """What to run, a key for its graph, and its inputs beside latents, timestep and labels."""
+    kept, weights = None, None
+    if cache is not None and cache.plan.kind != "plain":
+        store = cache.store(step.tokens_of(latents), latents.dtype, latents.device)
+        kept, weights = Kept(store, cache.config.mode != "block", cache.plan.at), cache.weights(latents.device)
+    if cache is None or kept is None or cache.plan.kind == "store":
+        key = (ahead is not None, kept and (kept.store.serial, kept.at))
+        function = step if ahead is None else step.prepared
+        return key, function if kept is None else functools.partial(function, kept=kept), ahead or ()
+    named = {
+        "weights": weights,
+        "modulations": ahead[0] if ahead is not None and kept.branches else None,
+        "final": None if ahead is None else ahead[1],
+    }
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    missing = dict.fromkeys(named.keys() - given.keys())
+
+    def reuse(
+        latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, *extra: torch.Tensor
+    ) -> torch.Tensor:
+        return step.reuse(latents, timestep, labels, kept, **dict(zip(given, extra, strict=True)), **missing)
+
+    return ("reuse", kept.store.serial, *given), reuse, tuple(given.values())
 
 
 def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
@@ -237,7 +271,7 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
         ``transformer``. :func:`unfuse_dit` makes it again what it was.
 
     Raises:
-        ModelError: not a DiT, not quantized, no block calibrated, in training mode, fused already, or with a cache.
+        ModelError: not a DiT, not quantized, no block calibrated, in training mode, or fused already.
         ConfigError: ``step_ranges`` names layers that are not there, or not one range per timestep.
     """
     from diffusers import DiTTransformer2DModel
@@ -250,15 +284,11 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
         )
     if FUSED in transformer.__dict__:
         raise ModelError("this transformer is fused already; call unfuse_dit(transformer) first")
-    if get_cache(transformer) is not None:
-        raise ModelError(
-            "a feature cache is attached, which works on unfused blocks; call remove_cache(transformer) first"
-        )
     if "forward" in transformer.__dict__:
         raise ModelError(
             "forward of this transformer was replaced (by accelerate's offload hooks, for example); fuse first"
         )
-    if type(transformer).forward is not dit_class.forward:
+    if original_class(transformer).forward is not dit_class.forward:
         raise ModelError(f"{type(transformer).__name__} has a forward of its own, which fuse_dit does not know")
     if transformer.training:
         raise ModelError("this transformer is in training mode; call transformer.eval() first")
@@ -277,10 +307,10 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
             if how is None or how[0] != "fused":
                 why = how[1] if how is not None else "it runs as it is in any case"
                 raise ConfigError(f"step_ranges names {name}, which does not run fused ({why}); leave it out")
-    base: Any = type(transformer)
-    setattr(transformer, BASE_CLASS, base)
-    setattr(transformer, FUSED, fused)
-    transformer.__class__ = derived_class(_FusedTransformer, base)
+    with detached_cache(transformer):  # fusion is the inner of the two
+        base: Any = type(transformer)
+        setattr(transformer, FUSED, fused)
+        transformer.__class__ = derived_class(_FusedTransformer, base)
     return transformer
 
 
@@ -357,12 +387,13 @@ def unfuse_dit(transformer: Any) -> Any:
     """
     if FUSED not in transformer.__dict__:
         raise ModelError(f"this {type(transformer).__name__} is not fused")
-    base = getattr(transformer, BASE_CLASS)
-    if "forward" in transformer.__dict__ or type(transformer) is not derived_class(_FusedTransformer, base):
-        raise ModelError(
-            "this transformer was wrapped after fuse_dit (by accelerate's offload hooks, for example); undo that first"
-        )
-    transformer.__class__ = base
-    for name in (FUSED, BASE_CLASS):
-        del transformer.__dict__[name]
+    with detached_cache(transformer):
+        lineage = vars(type(transformer)).get("_qandc_lineage")
+        if "forward" in transformer.__dict__ or lineage is None or lineage[0] is not _FusedTransformer:
+            raise ModelError(
+                "this transformer was wrapped after fuse_dit (by accelerate's offload hooks, for example); undo that "
+                "first"
+            )
+        transformer.__class__ = lineage[1]
+        del transformer.__dict__[FUSED]
     return transformer

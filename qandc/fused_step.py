@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from qandc.conditioning import Conditioning
+from qandc.features import FeatureStore, Target
 from qandc.linear import QuantLinear
 from qandc_kernels import (
     adaln_quantize_per_tensor,
@@ -77,11 +78,28 @@ class Product(NamedTuple):
             self.w_sum,
         )
 
-    def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor) -> None:
-        """``x += gate · y``."""
+    def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:
+        """``x += gate · y``; ``target`` takes y."""
+        branch = None if target is None else target.values
+        if target is not None and target.scales is not None:  # a token's scale needs all of it first
+            branch = torch.empty_like(x)
         linear_gate_residual_(
-            x, xq, self.weight, self.x_scale, self.w_scale, gate, self.bias, self.x_zero_point, self.w_sum
+            x, xq, self.weight, self.x_scale, self.w_scale, gate, self.bias, self.x_zero_point, self.w_sum, branch
         )
+        if target is not None and branch is not target.values:
+            assert branch is not None
+            target.store_(branch)
+
+
+class Kept(NamedTuple):
+    """Where a step keeps its features for later ones: a set of ``store``, of every branch or of all blocks together."""
+
+    store: FeatureStore
+    branches: bool
+    at: int = 0
+
+    def target(self, layer: int, branch: int) -> Target:
+        return self.store.target(self.at, layer, branch)
 
 
 class Ranges(NamedTuple):
@@ -150,16 +168,19 @@ class FusedBlock:
         self.fc2_multiplier = None if fc2_smoothing is None else 1 / fc2_smoothing
         self.smoothing = (attention.to_q.smoothing, feed_forward[0].proj.smoothing)
 
-    def __call__(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        """``x [B, tokens, D]``, changed in place, and ``modulation [B, 6 D]``."""
+    def __call__(
+        self, x: torch.Tensor, modulation: torch.Tensor, targets: tuple[Target, Target] | None = None
+    ) -> torch.Tensor:
+        """``x [B, tokens, D]``, changed in place, ``modulation [B, 6 D]``; targets take what attention and MLP add."""
+        of_attn, of_mlp = targets or (None, None)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
         xq = adaln_quantize_per_tensor(x, shift_attn, scale_attn, self.qkv.x_scale, self.qkv.x_zero_point, self.eps[0])
         qkv = self.qkv(xq, x.dtype)
         q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
         xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point)
-        self.out.gate_residual_(x, xq.flatten(2), gate_attn)
+        self.out.gate_residual_(x, xq.flatten(2), gate_attn, of_attn)
         xq = adaln_quantize_per_tensor(x, shift_mlp, scale_mlp, self.fc1.x_scale, self.fc1.x_zero_point, self.eps[1])
-        self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.fc2_multiplier), gate_mlp)
+        self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.fc2_multiplier), gate_mlp, of_mlp)
         return x
 
 
@@ -230,14 +251,18 @@ class FusedStep:
         assert layer.act_scale is not None
         return Ranges(layer.act_scale, layer.act_zero_point)
 
-    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, kept: Kept | None = None
+    ) -> torch.Tensor:
         """``[B, C, H, W]``, ``[B]``, ``[B]`` to the noise prediction ``[B, out_channels, H, W]``.
 
-        On a GPU the blocks run on a stream of higher priority, beside the conditioning of the blocks behind them.
+        ``kept`` takes the features of the step. On a GPU the blocks run on a stream of higher priority, beside the
+        conditioning of the blocks behind them.
         """
         if self.fast is None:
             portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
-            return self._run(latents, timestep, class_labels, (m for modulations, _ in portions for m in modulations))
+            modulations = (m for modulations, _ in portions for m in modulations)
+            return self._run(latents, timestep, class_labels, modulations, kept)
         here, fast = torch.cuda.current_stream(self.device), self.fast
         fast.wait_stream(here)
         portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
@@ -249,7 +274,7 @@ class FusedStep:
                 yield from modulations
 
         with torch.cuda.stream(fast):
-            output = self._run(latents, timestep, class_labels, as_they_come())
+            output = self._run(latents, timestep, class_labels, as_they_come(), kept)
         here.wait_stream(fast)
         output.record_stream(here)
         return output
@@ -261,9 +286,10 @@ class FusedStep:
         class_labels: torch.Tensor,
         modulations: torch.Tensor,
         final: torch.Tensor,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """The same, given modulations ``[L, B, 6 D]`` and ``[B, 2 D]`` of this step (:meth:`Conditioning.of_run`)."""
-        return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)))
+        return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)), kept)
 
     def _run(
         self,
@@ -271,24 +297,62 @@ class FusedStep:
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         modulations: Iterator[torch.Tensor],
+        kept: Kept | None,
     ) -> torch.Tensor:
         if self.table is not None:
             self.table.select_(timestep)
         x, ours = self._embed(latents)
-        for block in self.blocks:
+        embedded = x.clone() if kept is not None and not kept.branches else None
+        for i, block in enumerate(self.blocks):
             modulation = next(modulations)
             if isinstance(block, FusedBlock):
                 # somebody may hold what a module has returned, and fused blocks write in place
-                x, ours = block(x if ours else x.clone(memory_format=torch.contiguous_format), modulation), True
+                x = x if ours else x.clone(memory_format=torch.contiguous_format)
+                targets = None if kept is None or not kept.branches else (kept.target(i, 0), kept.target(i, 1))
+                x, ours = block(x, modulation, targets), True
             else:
                 x, ours = block(x, timestep=timestep, class_labels=class_labels), False
+        if kept is not None and embedded is not None:
+            kept.target(0, 0).store_(x - embedded)
         return self._unpatchify(self._project(x, next(modulations)))
+
+    def reuse(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        kept: Kept,
+        weights: torch.Tensor | None,
+        modulations: torch.Tensor | None,
+        final: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A step that computes no block: ``kept`` has what they would add.
+
+        ``weights [S]`` of a forecast; ``modulations [L, B, 6 D]`` and ``final [B, 2 D]`` of this step are computed here
+        if they are not given.
+        """
+        gates = None
+        if final is None:
+            gates, final = self.conditioning.of_reuse(timestep, class_labels, latents.dtype, kept.branches)
+        elif kept.branches:
+            assert modulations is not None
+            layers, batch, width = modulations.shape
+            gates = modulations.view(layers, batch, 6, width // 6)[:, :, 2::3].transpose(1, 2)
+        if self.table is not None:
+            self.table.select_(timestep)
+        x, _ = self._embed(latents)
+        return self._unpatchify(self._project(kept.store.add_to(x, gates, weights), final))
 
     def _embed(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """``[B, tokens, D]``, and whether nobody else can hold it."""
         if self.embedding is not None and self.embedding.sizes == latents.shape[2:]:
             return self.embedding(latents), True
         return self.transformer.pos_embed(latents), False
+
+    def tokens_of(self, latents: torch.Tensor) -> tuple[int, int, int]:
+        """Shape of the residual stream, ``[B, tokens, D]``."""
+        patch = self.transformer.patch_size
+        return len(latents), (latents.shape[2] // patch) * (latents.shape[3] // patch), self.transformer.inner_dim
 
     def _project(self, x: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
         """Normalize, modulate and project to patches ``[B, tokens, p · p · out_channels]``."""

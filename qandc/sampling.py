@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qandc.cache import get_cache
 from qandc.errors import ConfigError, DataError
 from qandc.fused_dit import is_fused, prepare_run
 
@@ -81,10 +82,14 @@ def sample_latents(
         callback: called as ``callback(step, timestep, latents)`` after every step.
 
     Raises:
-        ConfigError: a setting is outside the range above, or the lengths of labels and seeds differ.
+        ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, or the schedule of an
+            attached cache has another number of steps.
         DataError: the latents came out NaN or infinite.
     """
     check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    cache = get_cache(transformer)
+    if cache is not None and not cache.paused:
+        cache.config.of_steps(num_inference_steps)
     if len(seeds) != len(class_labels):
         raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
     from diffusers.utils.torch_utils import randn_tensor

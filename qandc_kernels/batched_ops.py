@@ -19,8 +19,10 @@ def _batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, s
     from qandc_kernels.batched_gemm import batched_gemm_triton
 
     x = x if x.stride(2) == 1 else x.contiguous()
+    weight = weight if weight.stride()[1:] == (weight.shape[2], 1) else weight.contiguous()
+    bias = bias if bias.stride(1) == 1 else bias.contiguous()
     with torch.cuda.device(x.device):
-        return batched_gemm_triton(x, weight.contiguous(), bias.contiguous(), share)
+        return batched_gemm_triton(x, weight, bias, share)
 
 
 def _batched_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, share: float) -> torch.Tensor:
@@ -44,7 +46,7 @@ def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sh
 
     Args:
         x: ``[L, M, K]`` float16, bfloat16 or float32; a stride of 0 along L is read as it is. K <= 65535.
-        weight: ``[L, N, K]`` of that dtype.
+        weight: ``[L, N, K]`` of that dtype, any stride along L.
         bias: ``[L, N]`` of that dtype.
         share: programs per multiprocessor, > 0.
 

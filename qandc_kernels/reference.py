@@ -251,12 +251,12 @@ def gated_sum(
     for s in range(features.shape[0]):
         if weights is not None and weights[s] == 0:
             continue  # what a weight of 0 stands at was never written
-        for index in itertools.product(range(features.shape[1]), range(features.shape[2])):
-            part = features[(s, *index)].to(torch.float32)
+        for layer, branch in itertools.product(range(features.shape[1]), range(features.shape[2])):
+            part = features[s, layer, branch].to(torch.float32)
             if scales is not None:
-                part = part * scales[(s, *index)][..., None]
+                part = part * scales[s, layer, branch][..., None]
             if gates is not None:
-                part = part * gates[index].to(torch.float32)[:, None]
+                part = part * gates[layer, branch].to(torch.float32)[:, None]
             y += part if weights is None else part * weights[s]
     return y.to(x.dtype)
 

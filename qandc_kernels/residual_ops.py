@@ -100,8 +100,9 @@ def linear_gate_residual_(
         TypeError, ValueError: a dtype, shape, stride or device is not one of the above.
     """
     op = "linear_gate_residual_"
-    others = {"residual": residual, "gate": gate, "branch": branch}
-    check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **others)
+    check_linear(
+        op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, residual=residual, gate=gate, branch=branch
+    )
     if xq.ndim != 3:
         raise ValueError(f"{op}: xq must be [samples, tokens, K]; got {tuple(xq.shape)}")
     samples, tokens, n = *xq.shape[:2], weight.shape[0]

@@ -19,7 +19,6 @@ from qandc import (
     ModelError,
     QuantLinear,
     StepRanges,
-    apply_cache_to_dit,
     calibrate,
     fuse_dit,
     make_scheduler,
@@ -29,9 +28,8 @@ from qandc import (
     sample_latents,
     unfuse_dit,
 )
-from qandc.cache import FUSED, remove_cache
+from qandc.cache import FUSED
 from qandc.conversion import quant_layers
-from qandc.errors import CacheError
 from qandc.fused_step import FusedBlock, FusedStep
 from qandc.graphs import GraphCache
 from qandc_kernels import Backend
@@ -709,17 +707,6 @@ def test_inference_mode(fused_anywhere):
         expected = fused(**make_inputs()).sample
     with torch.no_grad():
         assert torch.equal(fused(**make_inputs()).sample, expected)
-
-
-def test_cache_and_fusion_refuse_each_other():
-    model = make_quantized()
-    apply_cache_to_dit(model, 2)
-    with pytest.raises(ModelError, match="remove_cache"):
-        fuse_dit(model)
-    remove_cache(model)
-    fuse_dit(model)
-    with pytest.raises(CacheError, match="unfuse_dit"):
-        apply_cache_to_dit(model, 2)
 
 
 def test_refused_models():

@@ -58,9 +58,10 @@ def test_import_takes_less_than_a_second_beyond_torch():
     assert seconds < 1
 
 
-LAYERS = ["errors", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
+LAYERS = ["errors", "derived", "schedule", "timestep_watch", "features", "feature_cache"]
+LAYERS += ["quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
-LAYERS += ["sampling", "pipelines", "generate", "cli"]
+LAYERS += ["sampling", "schedule_calibration", "pipelines", "generate", "cli"]
 
 
 def test_layers_are_all_modules():

@@ -42,6 +42,18 @@ def test_against_float64(kernel_device, shape, seeded):
             check(kernel_device, shape, seeded, dtype, shared_input=shared_input)
 
 
+def test_every_third_layer_is_read_where_it_is(kernel_device, seeded):
+    for dtype in float_dtypes(kernel_device):
+        x = torch.randn(2, 3, 40, generator=seeded).to(dtype)
+        weight, bias = (
+            torch.randn(6, 70, 40, generator=seeded).to(dtype),
+            torch.randn(6, 70, generator=seeded).to(dtype),
+        )
+        y = batched_linear(x.to(kernel_device), weight.to(kernel_device)[2::3], bias.to(kernel_device)[2::3])
+        expected = x.double() @ weight[2::3].double().transpose(1, 2) + bias[2::3].double()[:, None]
+        assert_close(y, expected, size=20.0)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 70), st.integers(1, 150), st.integers(1, 150)),

@@ -153,7 +153,7 @@ def test_a_product_leaves_its_branch(kernel_device, shape, bits, seeded):
 
 
 def test_a_branch_must_fit(seeded):
-    p, y = make_layer((2, 3, 8, 16), seeded)
+    p, _ = make_layer((2, 3, 8, 16), seeded)
     arguments = {"residual": torch.zeros(2, 3, 8), "gate": torch.ones(2, 8), **p}
     with pytest.raises(ValueError, match=r"branch must have shape \(2, 3, 8\)"):
         linear_gate_residual_(**arguments, branch=torch.zeros(2, 3, 7))

@@ -1,0 +1,167 @@
+"""Finding the steps that a feature cache should compute, from the features of the model it will serve."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qandc.cache import paused_cache
+from qandc.errors import ConfigError, DataError, ModelError
+from qandc.feature_cache import BRANCHES
+from qandc.fused_dit import is_fused
+from qandc.sampling import sample_latents
+from qandc.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
+
+__all__ = ["calibrate_schedule"]
+
+logger = logging.getLogger(__name__)
+
+POSITIONS = 512  # places (token, channel) of a sample at which features are compared
+
+
+class _Recorder:
+    """Features and gates of every step at a few places, the same in all steps and blocks.
+
+    What a feature adds is its product with the gate, place by place, so these places are as good as all.
+    """
+
+    def __init__(self, blocks: Sequence[Any], mode: str, seed: int) -> None:
+        self.mode, self.seed = mode, seed
+        self.features: list[list[torch.Tensor]] = []  # [S][L · K] of [B, P]
+        self.gates: list[list[torch.Tensor]] = []
+        self._places: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._input: torch.Tensor | None = None
+        if mode == "block":
+            handles = [blocks[0].register_forward_pre_hook(self._enter), blocks[-1].register_forward_hook(self._leave)]
+        else:
+            handles = [blocks[0].register_forward_pre_hook(self._begin)]
+            for block in blocks:
+                handles.append(block.norm1.register_forward_hook(self._gate))
+                handles += [getattr(block, name).register_forward_hook(self._feature) for name in BRANCHES]
+        self.handles = handles
+
+    def _at(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, P]`` of ``[B, tokens, D]``."""
+        if self._places is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            tokens, channels = (torch.randint(n, (POSITIONS,), generator=generator) for n in x.shape[1:])
+            self._places = tokens.to(x.device), channels.to(x.device)
+        return x[:, self._places[0], self._places[1]].float()
+
+    def _begin(self, block: Any, args: Any) -> None:
+        self.features.append([])
+        self.gates.append([])
+        self._at(args[0])
+
+    def _enter(self, block: Any, args: Any) -> None:
+        self._input = args[0].clone()
+
+    def _leave(self, block: Any, args: Any, output: torch.Tensor) -> None:
+        assert self._input is not None
+        self.features.append([self._at(output - self._input)])
+        self.gates.append([torch.ones_like(self.features[-1][0])])
+
+    def _gate(self, norm: Any, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        assert self._places is not None
+        for gate in (output[1], output[4]):  # of attention and MLP
+            self.gates[-1].append(gate[:, self._places[1]].float())
+
+    def _feature(self, branch: Any, args: Any, output: torch.Tensor) -> None:
+        self.features[-1].append(self._at(output))
+
+    def gram(self) -> np.ndarray:
+        """``[S, S, S]`` as :func:`qandc.schedule.forecast_errors` takes it."""
+        features = torch.stack([torch.stack(of_step) for of_step in self.features])  # [S, L · K, B, P]
+        found = []
+        for gates in self.gates:
+            contributions = torch.einsum("slbp,lbp->sbp", features, torch.stack(gates)).flatten(1).double()
+            found.append((contributions @ contributions.t()).cpu().numpy())
+        return np.stack(found)
+
+
+def calibrate_schedule(
+    transformer: Any,
+    scheduler: Any,
+    class_labels: Sequence[int],
+    *,
+    mode: str = "branch",
+    order: int = 1,
+    computed_steps: int,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.5,
+    seeds: Sequence[int] | None = None,
+    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> CalibratedSchedule:
+    """Choose the ``computed_steps`` steps whose features serve the others best.
+
+    Samples once without cache and compares, for every pair of steps a <= j, what the features of a would add at j (with
+    the gates of j) with what is added there. The sum of the relative squared errors of all reuse steps is minimised by
+    dynamic programming, exactly for order 0 and 1.
+
+    Args:
+        transformer: a DiT, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache is
+            paused.
+        scheduler: of the runs to come.
+        class_labels: classes of the samples, a few dozen.
+        mode, order: of the cache, as in :class:`qandc.CacheConfig`.
+        computed_steps: e.g. ``sum(uniform_schedule(num_inference_steps, 3))``.
+        num_inference_steps, guidance_scale, callback: as :func:`qandc.sample_latents`.
+        seeds: one per sample; 0, 1, 2, ... by default.
+
+    Raises:
+        ConfigError: an unknown mode, or fewer computed steps than the order needs.
+        ModelError: the transformer is fused.
+        DataError: features are NaN or infinite, or nothing is added at all.
+    """
+    config = CacheConfig(mode, order=order)
+    order = config.history - 1
+    if not config.history <= computed_steps <= num_inference_steps:
+        raise ConfigError(
+            f"computed_steps is {computed_steps}; a cache of mode {mode!r} and {num_inference_steps} steps can compute "
+            f"{config.history} to {num_inference_steps}"
+        )
+    if is_fused(transformer):
+        raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse_dit")
+    seeds = range(len(class_labels)) if seeds is None else seeds
+    with paused_cache(transformer):
+        recorder = _Recorder(list(transformer.transformer_blocks), mode, seed=0)
+        try:
+            sample_latents(
+                transformer,
+                scheduler,
+                class_labels,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seeds=list(seeds),
+                callback=callback,
+            )
+        finally:
+            for handle in recorder.handles:
+                handle.remove()
+    gram = recorder.gram()
+    if not np.isfinite(gram).all() or not (np.einsum("jjj->j", gram) > 0).all():
+        raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
+    found = optimal_schedule(gram, computed_steps, order=order, warm_up_steps=order + 1)
+    even = _evenly(num_inference_steps, computed_steps, order + 1)
+    result = CalibratedSchedule(
+        found,
+        tuple(int(timestep) for timestep in scheduler.timesteps),
+        mode,
+        order,
+        schedule_error(gram, found, order),
+        schedule_error(gram, even, order),
+    )
+    logger.info("calibrated schedule: error %.4g, evenly spaced %.4g", result.error, result.uniform_error)
+    return result
+
+
+def _evenly(steps: int, computed: int, warm_up: int) -> tuple[bool, ...]:
+    """As many computed steps, spaced as evenly as can be."""
+    chosen = set(range(warm_up)) | {
+        warm_up - 1 + round(i * (steps - warm_up) / (computed - warm_up + 1)) for i in range(1, computed - warm_up + 1)
+    }
+    return tuple(step in chosen for step in range(steps))

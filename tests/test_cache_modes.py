@@ -1,0 +1,637 @@
+"""All cache modes against a slow model that works by definition: schedules, forecasts, storage, fusion, two at once."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import qandc.fused_dit
+from qandc import (
+    CacheConfig,
+    CacheError,
+    ConfigError,
+    ModelError,
+    apply_cache_to_dit,
+    calibrate_schedule,
+    fuse_dit,
+    get_cache,
+    make_scheduler,
+    quantize_model,
+    remove_cache,
+    reset_all_caches,
+    sample_latents,
+    unfuse_dit,
+    uniform_schedule,
+)
+from qandc.cache import FUSED
+from qandc.fused_step import FusedBlock
+from qandc.schedule import forecast_weights
+from qandc_kernels import Backend
+from tests.conftest import make_dit
+from tests.test_fused_dit import make_quantized, relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+UNEVEN = (True, True, True, False, True, False, False, True, False, False)
+CONFIGS = {
+    "block": CacheConfig("block", interval=3),
+    "branch": CacheConfig("branch", interval=3),
+    "branch uneven": CacheConfig("branch", schedule=UNEVEN),
+    "branch last": CacheConfig("branch", interval=4, num_inference_steps=10, last_step_computed=True),
+    "taylor": CacheConfig("taylor", interval=3),
+    "taylor uneven": CacheConfig("taylor", schedule=UNEVEN),
+    "taylor 2": CacheConfig("taylor", interval=4, order=2),
+    "taylor 2 uneven": CacheConfig("taylor", schedule=UNEVEN, order=2),
+}
+STEPS = 10
+all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def inputs(step, seed=0, rows=4, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    return {
+        "hidden_states": torch.randn(rows, 4, 8, 8, generator=generator).to(device, dtype),
+        "timestep": torch.tensor([900 - 20 * step], device=device).expand(rows),
+    }
+
+
+def make_labels(rows=4, device="cpu"):
+    return torch.tensor([1, 2, 1000, 1000, 7, 8])[:rows].to(device)
+
+
+def run(model, steps=STEPS, seed=0, rows=4, device="cpu", dtype=torch.float32, labels=None):
+    labels = make_labels(rows, device) if labels is None else labels
+    with torch.no_grad():
+        return [model(**inputs(s, seed, rows, device, dtype), class_labels=labels).sample for s in range(steps)]
+
+
+def by_definition(model, config, steps=STEPS, seed=0, rows=4):
+    """Every branch (or block) is replaced by its forecast on a reuse step; diffusers applies the current gate."""
+    model = copy.deepcopy(model)
+    kept = {}
+    now = {}
+
+    def hook(name):
+        def replace(module, args, output):
+            inside = args[0] if name.startswith("block") else 0
+            if now["computed"]:
+                kept.setdefault(name, {})[now["step"]] = output - inside
+                return output
+            features = kept[name]
+            computed = sorted(features, reverse=True)[: config.history]
+            weights = forecast_weights(computed, now["step"], config.order if config.mode == "taylor" else 0)
+            return inside + sum(w * features[s] for w, s in zip(weights, computed, strict=True))
+
+        return replace
+
+    for i, block in enumerate(model.transformer_blocks):
+        if config.mode == "block":
+            block.register_forward_hook(hook(f"block {i}"))
+        else:
+            block.attn1.register_forward_hook(hook(f"attention {i}"))
+            block.ff.register_forward_hook(hook(f"mlp {i}"))
+    outputs, labels = [], make_labels(rows)
+    for step in range(steps):
+        now.update(step=step, computed=config.computes(step))
+        with torch.no_grad():
+            outputs.append(model(**inputs(step, seed, rows), class_labels=labels).sample)
+    return outputs
+
+
+def assert_equal_runs(actual, expected, atol=2e-5):
+    assert len(actual) == len(expected)
+    for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(a, e, atol=atol, rtol=1e-4, msg=lambda text, step=step: f"step {step}: {text}")
+
+
+@all_configs
+@pytest.mark.parametrize("quantized", [False, True], ids=["fp", "w8a8"])
+def test_equals_the_definition(config, quantized):
+    model = make_dit()
+    if quantized:
+        quantize_model(model)
+    expected = by_definition(model, config)
+    cache = apply_cache_to_dit(model, config=config)
+    assert_equal_runs(run(model), expected)
+    computed = sum(config.of_steps(STEPS))
+    assert (cache.compute_steps, cache.reuse_steps) == (computed, STEPS - computed)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    mode=st.sampled_from(["block", "branch", "taylor"]),
+    order=st.integers(1, 2),
+    later=st.lists(st.booleans(), min_size=1, max_size=9),
+    rows=st.integers(1, 6),
+    layers=st.integers(1, 3),
+)
+def test_any_schedule_equals_the_definition(mode, order, later, rows, layers):
+    history = order + 1 if mode == "taylor" else 1
+    config = CacheConfig(mode, schedule=[True] * history + later, order=order)
+    model = make_dit(num_layers=layers)
+    expected = by_definition(model, config, steps=config.length, rows=rows)
+    apply_cache_to_dit(model, config=config)
+    assert_equal_runs(run(model, config.length, rows=rows), expected)
+
+
+def test_the_gate_is_that_of_the_current_step():
+    """Guards the tests above: what is reused without its gate would differ."""
+    model = make_dit()
+    config = CacheConfig("branch", interval=2)
+    with_gate = by_definition(model, config)
+    block = by_definition(model, CacheConfig("block", interval=2))
+    assert not torch.allclose(with_gate[1], block[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+def test_interval_one_equals_no_cache_bit_for_bit(mode):
+    model = make_dit()
+    expected = run(model, 4)
+    cache = apply_cache_to_dit(model, config=CacheConfig(mode, interval=1))
+    for actual, wanted in zip(run(model, 4), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert cache.nbytes == 0
+
+
+@all_configs
+def test_detached_it_is_what_it_was(config):
+    model = make_dit()
+    expected = run(model, 3)
+    classes, keys = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
+    apply_cache_to_dit(model, config=config)
+    assert [type(m).__name__ for m in model.modules()] == [c.__name__ for c in classes]
+    run(model)
+    remove_cache(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(m.__dict__) for m in model.modules()] == keys
+    for actual, wanted in zip(run(model, 3), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("mode", ["branch", "taylor"])
+def test_an_exception_leaves_a_clean_cache(mode):
+    config = CacheConfig(mode, interval=3)
+    model = make_dit()
+    expected = by_definition(model, config, seed=5)
+    apply_cache_to_dit(model, config=config)
+    labels = make_labels()
+    broken = next(step for step in range(3, STEPS) if config.computes(step))
+    run(model, broken, labels=labels)
+    handle = model.transformer_blocks[1].ff.net[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs(broken), class_labels=labels)
+    handle.remove()
+    assert_equal_runs(run(model, seed=5, labels=labels), expected)
+
+
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+def test_interleaved_runs_do_not_share_state(mode):
+    config = CacheConfig(mode, interval=3)
+    model = make_dit()
+    expected = [by_definition(model, config, seed=seed, rows=rows) for seed, rows in ((1, 4), (2, 4))]
+    cache = apply_cache_to_dit(model, config=config)
+    labels = [make_labels(), make_labels()]
+    found = [[], []]
+    with torch.no_grad():
+        for step in range(STEPS):
+            for which in (0, 1):
+                y = model(**inputs(step, which + 1), class_labels=labels[which]).sample
+                found[which].append(y)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_equal_runs(actual, wanted)
+    one = 4 * 16 * 32 * 4 * {"block": 1, "branch": 6, "taylor": 12}[mode]
+    assert cache.nbytes == 2 * one
+    del labels
+    run(model)  # both runs are over: their memory serves the new one
+    assert cache.nbytes == one
+
+
+def test_rows_never_mix():
+    config = CacheConfig("taylor", interval=3)
+    model = make_dit()
+    apply_cache_to_dit(model, config=config)
+    together = run(model)
+    for row in range(4):
+        alone = make_dit()
+        apply_cache_to_dit(alone, config=config)
+        labels = make_labels()[row : row + 1].clone()
+        for step in range(STEPS):
+            one = {name: value[row : row + 1] for name, value in inputs(step).items()}
+            with torch.no_grad():
+                y = alone(**one, class_labels=labels).sample
+            torch.testing.assert_close(together[step][row : row + 1], y, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@pytest.mark.parametrize(("storage_dtype", "bound"), [("float32", 1e-6), ("bfloat16", 8e-3), ("int8", 2e-2)])
+def test_storage(mode, storage_dtype, bound):
+    config = CacheConfig(mode, interval=3, storage_dtype=storage_dtype)
+    model = make_dit()
+    expected = by_definition(model, config)
+    cache = apply_cache_to_dit(model, config=config)
+    found = run(model)
+    # a forecast magnifies the rounding of what it is made from
+    assert max(relative_error(a, e) for a, e in zip(found, expected, strict=True)) <= bound * (
+        4 if mode == "taylor" else 1
+    )
+    per_token = {"float32": 128, "bfloat16": 64, "int8": 36}[storage_dtype]
+    assert cache.nbytes <= 4 * 16 * per_token * {"block": 1, "branch": 6, "taylor": 12}[mode]
+
+
+def test_memory_is_made_once():
+    model = make_dit()
+    cache = apply_cache_to_dit(model, config=CacheConfig("branch", interval=2))
+    labels = make_labels()
+    run(model, 2, labels=labels)
+    store = cache._runs[0].store
+    run(model, 6, labels=labels)
+    assert cache._runs[0].store is store
+    assert cache.nbytes == 6 * 4 * 16 * 32 * 4
+    reset_all_caches(model)
+    assert cache.nbytes == 0
+
+
+def test_a_step_too_many_is_refused():
+    model = make_dit()
+    apply_cache_to_dit(model, config=CacheConfig("branch", schedule=(True, False)))
+    with pytest.raises(CacheError, match="schedule has 2 steps, and this is one more"):
+        run(model, 3)
+    run(model, 2)
+
+
+def test_the_loop_refuses_a_schedule_of_another_length():
+    model = make_dit()
+    apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, False)))
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    with pytest.raises(ConfigError, match="schedule has 3 steps and the run 4"):
+        sample_latents(model, scheduler, [1], num_inference_steps=4, seeds=[0])
+    sample_latents(model, scheduler, [1], num_inference_steps=3, seeds=[0])
+
+
+def test_interval_and_config_together_are_refused():
+    with pytest.raises(ConfigError, match="not both"):
+        apply_cache_to_dit(make_dit(), 3, config=CacheConfig())
+    with pytest.raises(ConfigError, match="got int"):
+        apply_cache_to_dit(make_dit(), config=3)
+
+
+def test_blocks_of_another_kind_are_refused():
+    model = make_dit()
+    model.transformer_blocks[0].norm_type = "layer_norm"
+    with pytest.raises(CacheError, match="mode 'branch' needs DiT's blocks"):
+        apply_cache_to_dit(model, config=CacheConfig("branch"))
+    assert get_cache(model) is None
+
+
+@all_configs
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_blocks(config, compiler):
+    """Compiled in place before the cache is attached, or after; one graph for all blocks, without breaks."""
+    model = make_dit()
+    expected = by_definition(model, config)
+    for attach_first in (True, False):
+        compiled = make_dit()
+        if attach_first:
+            apply_cache_to_dit(compiled, config=config)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+        for block in compiled.transformer_blocks:
+            block.compile(backend=counter, fullgraph=True, dynamic=False)
+        if not attach_first:
+            apply_cache_to_dit(compiled, config=config)
+        assert_equal_runs(run(compiled), expected)
+        # with and without features kept, for strides of the first block and of the others: not one for each block
+        assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("mode", ["block", "taylor"])
+def test_a_compiled_transformer(mode):
+    """torch.compile around a model that has a cache: right, whatever of it is compiled."""
+    config = CacheConfig(mode, interval=3)
+    model = make_dit()
+    expected = by_definition(model, config)
+    apply_cache_to_dit(model, config=config)
+    torch._dynamo.reset()
+    assert_equal_runs(run(torch.compile(model, backend="eager")), expected)
+
+
+def test_what_is_compiled_elsewhere_is_refused():
+    model = make_dit()
+    model.transformer_blocks[1] = torch.compile(model.transformer_blocks[1], backend="eager")
+    with pytest.raises(CacheError, match=r"block\.compile\(\)"):
+        apply_cache_to_dit(model)
+    model = make_dit()
+    model.compile(backend="eager")
+    with pytest.raises(CacheError, match="compile its blocks instead"):
+        apply_cache_to_dit(model)
+
+
+@all_configs
+def test_copies_and_pickles_have_an_empty_cache_of_their_own(config):
+    model = make_dit()
+    apply_cache_to_dit(model, config=config)
+    expected = run(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert get_cache(other) is not get_cache(model)
+        assert get_cache(other).config == config
+        assert get_cache(other).nbytes == 0
+        assert_equal_runs(run(other), expected, atol=0)
+        remove_cache(other)
+        assert type(other) is type(make_dit())
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("mode", ["branch", "taylor"])
+def test_in_the_vanilla_pipeline(pipeline_dir, scheduler, guidance_scale, mode):
+    from diffusers import DiTPipeline
+
+    def draw(pipe, steps):
+        torch.manual_seed(5)
+        pipe.set_progress_bar_config(disable=True)
+        call = {"class_labels": [1, 7], "num_inference_steps": steps, "guidance_scale": guidance_scale}
+        return pipe(**call, output_type="np").images
+
+    def load():
+        pipe = DiTPipeline.from_pretrained(pipeline_dir)
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+        return pipe
+
+    pipe = load()
+    plain = draw(pipe, 7)
+    cache = apply_cache_to_dit(pipe.transformer, config=CacheConfig(mode, interval=3))
+    seven, six = draw(pipe, 7), draw(pipe, 6)
+    computed = sum(cache.config.of_steps(7)) + sum(cache.config.of_steps(6))
+    assert (cache.compute_steps, cache.reuse_steps) == (computed, 13 - computed)
+    assert not (seven == plain).all()
+    fresh = load()
+    apply_cache_to_dit(fresh.transformer, config=CacheConfig(mode, interval=3))
+    assert (draw(fresh, 6) == six).all()
+    assert (draw(pipe, 7) == seven).all()
+
+
+def test_offloaded_by_accelerate(pipeline_dir):
+    """What enable_model_cpu_offload does, with a hook on the transformer that goes on after the cache."""
+    accelerate_hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    config = CacheConfig("branch", interval=3)
+    model = make_dit()
+    expected = by_definition(model, config)
+    apply_cache_to_dit(model, config=config)
+    accelerate_hooks.add_hook_to_module(model, accelerate_hooks.CpuOffload(execution_device="cpu"))
+    assert_equal_runs(run(model), expected)
+    with pytest.raises(CacheError, match="undo that first"):
+        remove_cache(model)
+    accelerate_hooks.remove_hook_from_module(model)
+    remove_cache(model)
+    accelerate_hooks.add_hook_to_module(model, accelerate_hooks.CpuOffload(execution_device="cpu"))
+    with pytest.raises(CacheError, match="attach the cache before"):
+        apply_cache_to_dit(model)
+
+
+# ---- calibrated schedules
+
+
+@pytest.mark.parametrize(("mode", "order"), [("block", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
+def test_calibrated_schedule(mode, order):
+    model = quantize_model(make_dit(num_layers=2))
+    before = [set(m._forward_hooks) | set(m._forward_pre_hooks) for m in model.modules()]
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    arguments = {"mode": mode, "order": order, "computed_steps": 5, "num_inference_steps": 10}
+    found = calibrate_schedule(model, scheduler, [1, 2], **arguments)
+    assert sum(found.schedule) == 5
+    assert len(found.timesteps) == len(found.schedule) == 10
+    assert found.error <= found.uniform_error + 1e-9
+    assert (found.mode, found.order) == (mode, order if mode == "taylor" else 0)
+    assert found == calibrate_schedule(model, scheduler, [1, 2], **arguments)
+    assert before == [set(m._forward_hooks) | set(m._forward_pre_hooks) for m in model.modules()]
+    apply_cache_to_dit(model, config=found.config())
+    sample_latents(model, scheduler, [1, 2], num_inference_steps=10, seeds=[0, 1])
+    assert (get_cache(model).compute_steps, get_cache(model).reuse_steps) == (5, 5)
+    # with the cache attached every step is computed meanwhile
+    assert found == calibrate_schedule(model, scheduler, [1, 2], **arguments)
+
+
+@pytest.mark.parametrize("mode", ["block", "branch"])
+def test_errors_of_a_calibrated_schedule_are_those_of_the_model(mode):
+    """What reuse adds at the one reused step, compared with what is added there: the error that was minimised."""
+    model = make_dit(num_layers=2)
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    found = calibrate_schedule(model, scheduler, [3], mode=mode, computed_steps=3, num_inference_steps=4)
+    streams = {}
+
+    def sample(which):
+        recorded = streams.setdefault(which, [])
+        first = model.transformer_blocks[0]
+        handles = [model.pos_embed.register_forward_hook(lambda m, a, out: recorded.append([out.clone()]))]
+        handles.append(model.norm_out.register_forward_pre_hook(lambda m, a: recorded[-1].append(a[0].clone())))
+        assert first is not None
+        sample_latents(model, scheduler, [3], num_inference_steps=4, seeds=[0])
+        for handle in handles:
+            handle.remove()
+        return [end - start for start, end in recorded]
+
+    full = sample("full")
+    apply_cache_to_dit(model, config=found.config())
+    cached = sample("cached")
+    (reused,) = [s for s in range(4) if not found.schedule[s]]
+    error = ((cached[reused] - full[reused]).square().sum() / full[reused].square().sum()).item()
+    assert found.error == pytest.approx(error, rel=0.35)  # 512 of its places stand for all
+
+
+def test_schedules_that_cannot_be_calibrated():
+    model = make_dit()
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    with pytest.raises(ConfigError, match=r"computed_steps is 1; .* can compute 2 to 10"):
+        calibrate_schedule(model, scheduler, [1], mode="taylor", computed_steps=1, num_inference_steps=10)
+    with pytest.raises(ConfigError, match="mode 'x' is unknown"):
+        calibrate_schedule(model, scheduler, [1], mode="x", computed_steps=1, num_inference_steps=10)
+    with pytest.raises(ModelError, match="before fuse_dit"):
+        calibrate_schedule(fuse_dit(make_quantized()), scheduler, [1], computed_steps=5, num_inference_steps=10)
+
+
+# ---- on fused kernels
+
+
+@pytest.fixture
+def fused_anywhere(monkeypatch):
+    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+
+
+BOUND = 3e-2  # of a whole forward in float32: roundings that differ, magnified by forecasts
+
+
+@all_configs
+@pytest.mark.parametrize("smoothing", [False, True], ids=["plain", "smoothing"])
+def test_fused_equals_the_definition(fused_anywhere, monkeypatch, config, smoothing):
+    model = make_quantized(smoothing=smoothing)
+    expected = by_definition(model, config)
+    calls = []
+    original = FusedBlock.__call__
+    monkeypatch.setattr(FusedBlock, "__call__", lambda self, *a: calls.append(0) or original(self, *a))
+    fuse_dit(model)
+    apply_cache_to_dit(model, config=config)
+    for actual, wanted in zip(run(model), expected, strict=True):
+        assert relative_error(actual, wanted) <= BOUND
+    assert len(calls) == len(model.transformer_blocks) * sum(config.of_steps(STEPS))
+
+
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+def test_fused_with_conditioning_ahead(fused_anywhere, monkeypatch, mode):
+    """sample_latents prepares the run of a fused model; reuse steps look their gates up there."""
+    from qandc.conditioning import Conditioning
+
+    config = CacheConfig(mode, interval=3)
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    arguments = {"num_inference_steps": 8, "guidance_scale": 2.0, "seeds": [0, 1]}
+    model = make_quantized()
+    apply_cache_to_dit(model, config=config)
+    expected = sample_latents(model, scheduler, [1, 2], **arguments)
+    fuse_dit(model)
+    assert get_cache(model).config == config
+    for name in ("of_step", "of_reuse"):
+        monkeypatch.setattr(Conditioning, name, lambda *_: pytest.fail("conditioning was computed again"))
+    assert relative_error(sample_latents(model, scheduler, [1, 2], **arguments), expected) <= BOUND
+    assert get_cache(model).reuse_steps > 0
+
+
+@pytest.mark.parametrize("storage_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("mode", ["block", "branch"])
+def test_fused_storage(fused_anywhere, mode, storage_dtype):
+    config = CacheConfig(mode, interval=3, storage_dtype=storage_dtype)
+    model = make_quantized()
+    expected = by_definition(model, config)
+    apply_cache_to_dit(fuse_dit(model), config=config)
+    for actual, wanted in zip(run(model), expected, strict=True):
+        assert relative_error(actual, wanted) <= 2 * BOUND
+
+
+@pytest.mark.parametrize("first", ["cache", "fusion"])
+def test_cache_and_fusion_in_any_order(fused_anywhere, first):
+    config = CacheConfig("branch", interval=3)
+    model = make_quantized()
+    classes = [type(m) for m in model.modules()]
+    expected = run(model, 3)
+    if first == "cache":
+        apply_cache_to_dit(model, config=config)
+        fuse_dit(model)
+    else:
+        fuse_dit(model)
+        apply_cache_to_dit(model, config=config)
+    cached = run(model)
+    copied = copy.deepcopy(model)
+    assert_equal_runs(run(copied), cached, atol=0)
+    if first == "cache":
+        unfuse_dit(model)
+        assert get_cache(model).config == config
+        assert all(relative_error(a, e) <= BOUND for a, e in zip(run(model), cached, strict=True))
+        remove_cache(model)
+    else:
+        remove_cache(model)
+        assert FUSED in model.__dict__
+        unfuse_dit(model)
+    assert [type(m) for m in model.modules()] == classes
+    for actual, wanted in zip(run(model, 3), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_a_model_that_is_fused_in_part_runs_unfused_with_a_cache(fused_anywhere, caplog):
+    model = make_quantized()
+    model.transformer_blocks[1].ff.register_forward_hook(lambda *_: None)
+    config = CacheConfig("branch", interval=3)
+    expected = by_definition(model, config)
+    apply_cache_to_dit(fuse_dit(model), config=config)
+    assert_equal_runs(run(model), expected)
+    assert "with a feature cache all of it must be fusable" in caplog.text
+
+
+def test_on_a_cpu_the_fused_model_is_cached_as_well():
+    config = CacheConfig("taylor", interval=3)
+    model = make_quantized()
+    expected = by_definition(model, config)
+    apply_cache_to_dit(fuse_dit(model), config=config)
+    assert_equal_runs(run(model), expected)
+
+
+@pytest.mark.gpu
+@all_configs
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_graphs_of_compute_and_reuse_steps(config, w_bits):
+    """Two runs of two batch sizes in a row, replayed from graphs, equal the same steps launched one by one."""
+    model = make_quantized(torch.bfloat16, "cuda", w_bits, heads=6, head_dim=32)
+    plain = copy.deepcopy(model)
+    graphed, launched = fuse_dit(copy.deepcopy(model)), fuse_dit(model, cuda_graphs=False)
+    unfused = plain
+    for m in (graphed, launched, unfused):
+        apply_cache_to_dit(m, config=config)
+    for rows, seed in ((4, 1), (2, 2), (4, 3)):
+        where = {"rows": rows, "seed": seed, "device": "cuda", "dtype": torch.bfloat16}
+        expected, slow = run(launched, **where), run(unfused, **where)
+        for actual, wanted, other in zip(run(graphed, **where), expected, slow, strict=True):
+            assert relative_error(actual, wanted) <= 1e-2
+            assert relative_error(actual, other) <= 1e-1
+    graphs = graphed.__dict__[FUSED].graphs
+    assert graphs.replays == 30
+    assert len(graphs) <= 8
+    assert get_cache(graphed).compute_steps == 3 * sum(config.of_steps(STEPS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+def test_no_step_waits_for_the_gpu(mode, fused):
+    model = make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32)
+    if fused:
+        fuse_dit(model)
+    apply_cache_to_dit(model, config=CacheConfig(mode, interval=3))
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    run(model, **where)  # captures
+    labels = make_labels(device="cuda")
+    steps = [inputs(step, **where) for step in range(STEPS)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            for step in steps:
+                model(**step, class_labels=labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_timesteps_that_rise_on_a_gpu_are_an_error():
+    model = make_dit().cuda()
+    apply_cache_to_dit(model, 3)
+    labels = make_labels(device="cuda")
+    for _ in range(2):
+        run(model, 2, device="cuda", labels=labels)
+    torch.cuda.synchronize()
+    with pytest.raises(CacheError, match="timesteps rose within one run"):
+        run(model, 1, device="cuda", labels=labels)
+    run(model, 4, device="cuda")
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_on_a_gpu():
+    config = CacheConfig("branch", interval=3)
+    model = make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32)
+    plain = copy.deepcopy(model)
+    for m in (plain, model):
+        apply_cache_to_dit(m, config=config)
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    for actual, wanted in zip(run(model, **where), run(plain, **where), strict=True):
+        assert relative_error(actual, wanted) <= 1e-1
+
+
+def test_uniform_and_explicit_schedules_agree():
+    model = make_dit()
+    apply_cache_to_dit(model, config=CacheConfig("branch", interval=3))
+    expected = run(model)
+    remove_cache(model)
+    apply_cache_to_dit(model, config=CacheConfig("branch", schedule=uniform_schedule(STEPS, 3)))
+    assert_equal_runs(run(model), expected, atol=0)

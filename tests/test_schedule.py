@@ -1,0 +1,223 @@
+"""Schedules: uniform, checked, forecast by definition, and optimal by trying all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from qandc import CacheConfig, CalibratedSchedule, ConfigError, OutputError, format_schedule, uniform_schedule
+from qandc.schedule import forecast_errors, forecast_weights, optimal_schedule, schedule_error
+
+
+def stars(schedule) -> str:
+    return "".join("C" if computed else "." for computed in schedule)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"interval": 1}, "CCCCCCCC"),
+        ({"interval": 3}, "C..C..C."),
+        ({"interval": 3, "last_step_computed": True}, "C..C..CC"),
+        ({"interval": 3, "warm_up_steps": 2}, "CC..C..C"),
+        ({"interval": 5, "warm_up_steps": 3}, "CCC....C"),
+        ({"interval": 99}, "C......."),
+    ],
+)
+def test_uniform_schedule(arguments, expected):
+    assert stars(uniform_schedule(8, **arguments)) == expected
+    # what a run of unknown length does is what the schedule of its length says
+    if "last_step_computed" not in arguments:
+        config = CacheConfig("block", **arguments)
+        assert stars(config.computes(step) for step in range(8)) == expected
+        assert stars(config.of_steps(8)) == expected
+    config = CacheConfig("branch", num_inference_steps=8, **arguments)
+    assert stars(config.of_steps(8)) == expected
+    assert config.length == 8
+
+
+def test_defaults():
+    assert (CacheConfig().mode, CacheConfig().interval, CacheConfig().warm_up_steps) == ("block", 5, 1)
+    assert CacheConfig("taylor", order=2).warm_up_steps == 3
+    assert [CacheConfig(mode).history for mode in ("block", "branch", "taylor")] == [1, 1, 2]
+
+
+def test_configs_are_values():
+    config = CacheConfig("taylor", interval=3, order=2, storage_dtype="int8")
+    assert config == CacheConfig("taylor", interval=3, order=2, storage_dtype="int8")
+    assert len({config, CacheConfig("taylor", interval=3, order=2, storage_dtype="int8")}) == 1
+    assert dataclasses.replace(config, interval=4).interval == 4
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.interval = 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "blocks"}, "mode 'blocks' is unknown; choose one of block, branch, taylor"),
+        ({"interval": 0}, "cache_interval is 0; give an integer >= 1"),
+        ({"interval": True}, "cache_interval is True"),
+        ({"warm_up_steps": 0}, "warm_up_steps is 0"),
+        ({"order": 0}, "order is 0"),
+        ({"mode": "taylor", "order": 3}, "order is 3; give 1 or 2"),
+        ({"mode": "taylor", "warm_up_steps": 1}, "order 1 needs 2 computed steps before the first reuse; this.* has 1"),
+        ({"mode": "taylor", "order": 2, "schedule": (True, True, False)}, "needs 3 computed steps"),
+        ({"storage_dtype": "int4"}, "storage_dtype 'int4' is unknown; choose one of float32, bfloat16, int8"),
+        ({"last_step_computed": True}, "last_step_computed needs num_inference_steps"),
+        ({"schedule": ()}, "schedule must be a sequence of booleans"),
+        ({"schedule": "CC.."}, "schedule must be a sequence of booleans"),
+        ({"schedule": (1, 0)}, "schedule must hold booleans"),
+        ({"schedule": (False, True)}, "the first step of the schedule is not computed"),
+        ({"schedule": (True,), "interval": 3}, "give a schedule or interval, not both"),
+        ({"schedule": (True,), "last_step_computed": True}, "not both"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        CacheConfig(**arguments)
+
+
+def test_a_run_of_another_length_is_refused():
+    with pytest.raises(ConfigError, match="schedule has 3 steps and the run 4"):
+        CacheConfig(schedule=(True, False, True)).of_steps(4)
+
+
+def test_a_schedule_next_to_its_timesteps():
+    assert format_schedule((True, False, True), (981, 961, 941)) == "981* 961 941*"
+    assert format_schedule((True, False)) == "0* 1"
+    with pytest.raises(ConfigError, match="2 steps of a schedule"):
+        format_schedule((True, False), (1,))
+
+
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_what_is_stored_is_what_a_later_step_uses(history):
+    mode, order = ("taylor", history - 1) if history > 1 else ("branch", 1)
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        schedule = [True] * history + [bool(b) for b in generator.random(9) < 0.5]
+        config = CacheConfig(mode, schedule=schedule, order=order)
+        used = set()
+        for step, computed in enumerate(schedule):
+            if not computed:
+                used |= set([s for s in range(step) if schedule[s]][-history:])
+        assert {step for step in range(len(schedule)) if schedule[step] and config.stores(step)} == used
+    assert not any(CacheConfig(mode, interval=1, order=order).stores(step) for step in range(5))
+    assert CacheConfig(mode, interval=2, order=order).stores(history - 1)
+
+
+def taylor_seer(features: dict[int, float], computed: list[int], step: int, order: int) -> float:
+    """As its paper defines it: differences of differences, kept from one computed step to the next."""
+    factors: list[float] = []
+    previous = None
+    for at in sorted(computed):
+        new = [features[at]]
+        if previous is not None:
+            for i in range(min(order, len(factors))):
+                new.append((new[i] - factors[i]) / (at - previous))
+        factors, previous = new, at
+    return sum(f * (step - previous) ** i / math.factorial(i) for i, f in enumerate(factors))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_forecast_weights_are_those_of_taylor_seer(order):
+    generator = np.random.default_rng(1)
+    for _ in range(100):
+        computed = sorted(generator.choice(30, order + 1, replace=False).tolist(), reverse=True)
+        features = {step: float(generator.normal()) for step in computed}
+        step = computed[0] + int(generator.integers(1, 9))
+        weights = forecast_weights(computed, step, order)
+        assert sum(weights) == pytest.approx(1)
+        forecast = sum(w * features[s] for w, s in zip(weights, computed, strict=True))
+        assert forecast == pytest.approx(taylor_seer(features, computed, step, order))
+
+
+def test_with_fewer_steps_the_order_is_lower():
+    assert forecast_weights([4], 6, 2) == [1.0]
+    assert forecast_weights([4, 2], 6, 2) == forecast_weights([4, 2], 6, 1)
+
+
+def make_gram(steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random walks of features, and gates that change from step to step."""
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(steps, 7)).cumsum(0) * generator.random((steps, 1))
+    gates = generator.normal(size=(steps, 7))
+    contributions = gates[:, None] * features[None]  # of step a at step j: [j, a, :]
+    return np.einsum("jap,jbp->jab", contributions, contributions), contributions
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_forecast_errors_by_definition(order):
+    gram, contributions = make_gram(9, 3)
+    computed = [5, 3, 0][: order + 1]
+    errors = forecast_errors(gram, computed, order)
+    for j in range(6, 9):
+        weights = forecast_weights(computed, j, order)
+        forecast = sum(w * contributions[j, s] for w, s in zip(weights, computed, strict=True))
+        truth = contributions[j, j]
+        assert errors[j - 6] == pytest.approx(((forecast - truth) ** 2).sum() / (truth**2).sum())
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_optimum_is_that_of_trying_all(order, seed):
+    steps, computed = 9, 5
+    gram, _ = make_gram(steps, seed)
+    found = optimal_schedule(gram, computed, order=order, warm_up_steps=order + 1)
+    assert sum(found) == computed
+    assert all(found[: order + 1])
+    tried = []
+    for chosen in itertools.combinations(range(order + 1, steps), computed - order - 1):
+        tried.append(schedule_error(gram, tuple(s <= order or s in chosen for s in range(steps)), order))
+    assert schedule_error(gram, found, order) == pytest.approx(min(tried))
+
+
+def test_all_steps_or_too_few():
+    gram, _ = make_gram(6, 0)
+    assert optimal_schedule(gram, 6) == (True,) * 6
+    for computed, order in ((7, 0), (0, 0), (1, 1)):
+        with pytest.raises(ConfigError, match="of 6 steps"):
+            optimal_schedule(gram, computed, order=order, warm_up_steps=order + 1)
+
+
+FOUND = CalibratedSchedule((True, True, False), (981, 661, 321), "taylor", 1, 0.25, 0.5)
+
+
+def test_saved_and_loaded(tmp_path):
+    path = tmp_path / "schedule.json"
+    FOUND.save(path)
+    assert CalibratedSchedule.load(path) == FOUND
+    assert FOUND.config("int8") == CacheConfig("taylor", schedule=(True, True, False), storage_dtype="int8")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "has version 2, known is 1"),
+        ({"schedule": [False, True, True]}, "first step of the schedule is not computed"),
+        ({"timesteps": [1]}, "as many timesteps as steps"),
+        ({"mode": "none"}, "mode 'none' is unknown"),
+        ({"extra": 1}, "is no schedule"),
+    ],
+)
+def test_broken_files_are_refused(tmp_path, change, message):
+    path = tmp_path / "schedule.json"
+    FOUND.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ConfigError, match=message):
+        CalibratedSchedule.load(path)
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(ConfigError, match="is no schedule"):
+        CalibratedSchedule.load(tmp_path / "none.json")
+    (tmp_path / "text.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is no schedule"):
+        CalibratedSchedule.load(tmp_path / "text.json")
+    with pytest.raises(OutputError, match="cannot write"):
+        FOUND.save(tmp_path / "no" / "schedule.json")
