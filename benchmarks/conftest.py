@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.goals import goals, model_goals
+from benchmarks.goals import cache_goals, goals, model_goals
 from benchmarks.rivals import NotInstalled
 from qandc.results import result_header
 
@@ -22,8 +22,9 @@ NO_GPU = "needs an NVIDIA GPU"
 OPS = {
     "kernels": {"adaln", "copy", "epilogue", "linear"},
     "model": {"attention", "model"},
+    "cache": {"cache"},
 }  # file name: rows that it holds
-GOALS = {"kernels": goals, "model": model_goals}
+GOALS = {"kernels": goals, "model": model_goals, "cache": cache_goals}
 
 
 class Run:
@@ -163,7 +164,8 @@ def _where(config: pytest.Config, suite: str, exitstatus: int) -> Path | None:
     default = ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")) / f"{suite}.json"
     ops = {row["op"] for row in run.rows}
     if path:
-        return Path(path) if ops <= OPS[suite] or suite == "kernels" else Path(path).with_name(f"{suite}.json")
+        measured = [name for name, held in OPS.items() if ops & held]
+        return Path(path) if measured[:1] == [suite] else Path(path).with_name(f"{suite}.json")
     complete = ops >= OPS[suite] and not run.deselected and exitstatus == 0
     unasked = complete and "H200" in gpu and config.getoption("--rivals") == "all"
     return default if path is not None or unasked else None

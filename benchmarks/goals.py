@@ -9,6 +9,7 @@ __all__ = [
     "ADALN",
     "BF16",
     "COMPILED",
+    "COMPUTE",
     "CUDNN",
     "EAGER",
     "FP32",
@@ -18,7 +19,9 @@ __all__ = [
     "INT_MM_COMPILED",
     "OWN_ATTENTION",
     "PLAIN",
+    "RUN",
     "SQUARE_LAYER",
+    "cache_goals",
     "goals",
     "median",
     "model_goals",
@@ -30,10 +33,12 @@ PLAIN, GELU, GATE = "W8A8, bf16 out", "W8A8 + GELU + requantize", "W8A8 + gate +
 ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
 COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
 OWN_ATTENTION, CUDNN = "attention_quantize_per_tensor", "torch cuDNN attention + quantize"
+COMPUTE, RUN = "compute step", "no cache"
 DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"
 SQUARE_LAYER = "8192^3"
 LAYERS = ("qkv", "out", "fc1", "fc2")
 MODEL = "DiT-XL/2-256"
+CACHE_FORMS = ("block", "branch", "taylor 1")
 W8A8_RATIOS = {16384: (1.5, 1.8), 4096: (1.25, 1.5), 512: (1.0, 1.3)}  # M: must, goal
 EPILOGUES = (("fc1", GELU, "gelu_requantize"), ("out", GATE, "gate_residual"), ("fc2", GATE, "gate_residual"))
 
@@ -121,6 +126,26 @@ def model_goals(rows: list[Row]) -> list[Row]:
     for tokens, batch in ((256, 2), (256, 16), (256, 64), (1024, 2), (1024, 16)):
         times = (median(rows, "attention", f"{tokens} tokens", batch, which) for which in (CUDNN, OWN_ATTENTION))
         add(f"attention_over_cudnn_and_quantize_{tokens}_tokens_{batch}", ratio(*times), 1.0, None)
+    return found
+
+
+def cache_goals(rows: list[Row]) -> list[Row]:
+    """The same for reuse steps, as a share of the fused compute step, and for runs of 50 steps."""
+    found: list[Row] = []
+
+    def time(m: int, which: str, layer: str = MODEL) -> float | None:
+        return median(rows, "cache", layer, m, which)
+
+    for m, musts in ((64, {"block": 0.03, "branch": 0.08, "taylor 1": 0.08}), (2, dict.fromkeys(CACHE_FORMS, 0.15))):
+        for form, must in musts.items():
+            for ahead, suffix in (("", ""), (", prepared run", "_prepared")):
+                value = ratio(time(m, f"reuse {form}{ahead}"), time(m, COMPUTE + ahead))
+                name = f"reuse_over_compute_{form.replace(' ', '_')}_{m}{suffix}"
+                found.append({"name": name, "value": value, "unit": "1", "better": "lower", "must": must, "goal": None})
+    for form in CACHE_FORMS:
+        value = ratio(time(64, RUN, "50 steps"), time(64, form, "50 steps"))
+        name = f"run_of_50_steps_over_{form.replace(' ', '_')}_64"
+        found.append({"name": name, "value": value, "unit": "1", "better": "higher", "must": 2.6, "goal": None})
     return found
 
 

@@ -8,11 +8,14 @@ from typing import Any
 from benchmarks.goals import (
     BF16,
     COMPILED,
+    COMPUTE,
     CUDNN,
     EAGER,
     FP32,
     PLAIN,
+    RUN,
     SQUARE_LAYER,
+    cache_goals,
     goals,
     median,
     model_goals,
@@ -31,6 +34,7 @@ BASELINES = {
     "copy": (),
     "attention": ((CUDNN, "ratio_to_cudnn"),),
     "model": ((COMPILED, "ratio_to_compiled_bf16"),),
+    "cache": ((COMPUTE, "ratio_to_compute_step"), (RUN, "ratio_to_no_cache")),
 }
 RATIOS = tuple(key for baselines in BASELINES.values() for _, key in baselines)
 # a rival that quantizes its activations, and ours that does the same work
@@ -64,7 +68,7 @@ def complete(rows: list[Row]) -> None:
             time = median(rows, row["op"], row["layer"], row["m"], baseline)
             if time is not None:
                 row[key] = time / row["median_us"]
-        if row["op"] == "model":
+        if row["op"] in ("model", "cache"):
             continue
         rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
         row["share_of_ceiling"] = None if ceiling is None else rate / ceiling
@@ -99,7 +103,7 @@ def table(rows: list[Row]) -> Iterator[str]:
             columns = sorted({row["m"] for row in block}, key=lambda m: m or 0)
             shape = ", ".join(f"{key.upper()} {block[0][key]}" for key in ("n", "k") if block[0][key])
             heading = f"{op} {layer}" + (f" ({shape})" if shape else "")
-            rows_are = {"model": "rows", "attention": "batch"}.get(op, "M")
+            rows_are = {"model": "rows", "attention": "batch", "cache": "rows"}.get(op, "M")
             yield f"{heading:38}" + "".join("" if m is None else f"{f'{rows_are} {m}':>20}" for m in columns)
             cells = {(row["candidate"], row["m"]): _cell(row) for row in block}
             for name in dict.fromkeys(row["candidate"] for row in block):
@@ -116,7 +120,7 @@ def losses(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         what, ratio = f"{row['op']} {row['layer']}, M {row['m']}: {row['candidate']}", row_ratio(row)
         ours = not any(mark in row["candidate"] for mark in THEIRS)
-        if ours and ratio is not None and ratio < 1:
+        if ours and ratio is not None and ratio < 1 and row["op"] != "cache":
             yield f"{what} takes {1 / ratio:.2f} times the baseline's time"
         if row["candidate"] in COUNTERPARTS and "median_us" in row:
             counterpart = COUNTERPARTS[row["candidate"]]
@@ -136,8 +140,11 @@ def breakdowns(rows: list[Row]) -> Iterator[str]:
 def goal_lines(rows: list[Row]) -> Iterator[str]:
     """A line per goal that was measured, and a count of the others."""
     missing = 0
-    suites = {row["op"] in ("attention", "model") for row in rows}
-    for goal in [*(goals(rows) if False in suites else ()), *(model_goals(rows) if True in suites else ())]:
+    ops = {row["op"] for row in rows}
+    found = goals(rows) if ops - {"attention", "model", "cache"} else []
+    found += model_goals(rows) if ops & {"attention", "model"} else []
+    found += cache_goals(rows) if "cache" in ops else []
+    for goal in found:
         if goal["value"] is None:
             missing += 1
             continue

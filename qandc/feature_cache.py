@@ -25,7 +25,7 @@ LIVE_RUNS = 2  # a run and one that is interleaved with it
 BRANCHES = ("attn1", "ff")
 
 
-@dataclass
+@dataclass(eq=False)  # a run is itself alone
 class _Run:
     """The steps of one denoising run so far. It lasts as long as its labels tensor and the shape of its latents."""
 

@@ -16,7 +16,7 @@ from qandc.fused_dit import is_fused
 from qandc.sampling import sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
 
-__all__ = ["calibrate_schedule"]
+__all__ = ["calibrate_schedule", "feature_gram"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,46 @@ class _Recorder:
         return np.stack(found)
 
 
+def feature_gram(
+    transformer: Any,
+    scheduler: Any,
+    class_labels: Sequence[int],
+    *,
+    mode: str,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.5,
+    seeds: Sequence[int] | None = None,
+    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> np.ndarray:
+    """Sample without cache and compare, for all steps a, b and j, what the features of a and b add at step j.
+
+    Arguments, errors: as :func:`calibrate_schedule`. ``[S, S, S]`` as :func:`qandc.schedule.optimal_schedule` takes it;
+    modes "branch" and "taylor" have the same.
+    """
+    if is_fused(transformer):
+        raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse_dit")
+    seeds = range(len(class_labels)) if seeds is None else seeds
+    with paused_cache(transformer):
+        recorder = _Recorder(list(transformer.transformer_blocks), mode, seed=0)
+        try:
+            sample_latents(
+                transformer,
+                scheduler,
+                class_labels,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seeds=list(seeds),
+                callback=callback,
+            )
+        finally:
+            for handle in recorder.handles:
+                handle.remove()
+    gram = recorder.gram()
+    if not np.isfinite(gram).all() or not (np.einsum("jjj->j", gram) > 0).all():
+        raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
+    return gram
+
+
 def calibrate_schedule(
     transformer: Any,
     scheduler: Any,
@@ -124,27 +164,16 @@ def calibrate_schedule(
             f"computed_steps is {computed_steps}; a cache of mode {mode!r} and {num_inference_steps} steps can compute "
             f"{config.history} to {num_inference_steps}"
         )
-    if is_fused(transformer):
-        raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse_dit")
-    seeds = range(len(class_labels)) if seeds is None else seeds
-    with paused_cache(transformer):
-        recorder = _Recorder(list(transformer.transformer_blocks), mode, seed=0)
-        try:
-            sample_latents(
-                transformer,
-                scheduler,
-                class_labels,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seeds=list(seeds),
-                callback=callback,
-            )
-        finally:
-            for handle in recorder.handles:
-                handle.remove()
-    gram = recorder.gram()
-    if not np.isfinite(gram).all() or not (np.einsum("jjj->j", gram) > 0).all():
-        raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
+    gram = feature_gram(
+        transformer,
+        scheduler,
+        class_labels,
+        mode=mode,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seeds=seeds,
+        callback=callback,
+    )
     found = optimal_schedule(gram, computed_steps, order=order, warm_up_steps=order + 1)
     even = _evenly(num_inference_steps, computed_steps, order + 1)
     result = CalibratedSchedule(

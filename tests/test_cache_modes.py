@@ -206,6 +206,9 @@ def test_interleaved_runs_do_not_share_state(mode):
         assert_equal_runs(actual, wanted)
     one = 4 * 16 * 32 * 4 * {"block": 1, "branch": 6, "taylor": 12}[mode]
     assert cache.nbytes == 2 * one
+    model(**inputs(STEPS, 2), class_labels=labels[1])
+    model(**inputs(STEPS + 1, 2), class_labels=labels[1])  # the run used last goes on
+    assert cache.reuse_steps + cache.compute_steps == 2 * STEPS + 2
     del labels
     run(model)  # both runs are over: their memory serves the new one
     assert cache.nbytes == one

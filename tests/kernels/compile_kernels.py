@@ -110,15 +110,18 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
 
 
 def records(arch: int, every_candidate: bool) -> Iterator[dict]:
-    shipped = "nvidia-h200" if arch == 90 else f"sm_{arch}"
-    gpu = tiles.Gpu(shipped, divmod(arch, 10), 132)
+    shipped = ["nvidia-h200", "nvidia-h100-80gb-hbm3"] if arch == 90 else [f"sm_{arch}"]
+    gpus = [tiles.Gpu(name, divmod(arch, 10), 132) for name in shipped]
+    gpu = gpus[0]
     tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched_gemm.gpu_of = reuse.gpu_of = (
         lambda device: gpu
     )
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
-            chosen = set(tune.candidates(kernel, m)) if every_candidate else {tiles._choose(kernel, m, n, k, gpu)}
+            chosen = {tiles._choose(kernel, m, n, k, gpu) for gpu in gpus}
+            if every_candidate:
+                chosen = set(tune.candidates(kernel, m))
             for tile in chosen:
                 if (kernel, tile) in seen:
                     continue

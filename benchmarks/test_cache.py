@@ -1,0 +1,139 @@
+"""What a feature cache costs and saves on the fused DiT-XL/2: steps of each kind, and whole runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.goals import COMPUTE, RUN
+from benchmarks.models import CANDIDATES, dit_xl_2, inputs
+from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
+from qandc import CacheConfig, apply_cache_to_dit, make_scheduler, prepare_run, remove_cache, sample_latents
+from qandc.cache import FUSED
+from qandc.features import FeatureStore
+from qandc.fused_step import FusedStep, Kept
+
+pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
+
+LAYER, LATENT = "DiT-XL/2-256", 32
+FORMS = {  # name: mode, sets of features, storage
+    "block": ("block", 1, None),
+    "branch": ("branch", 1, None),
+    "taylor 1": ("taylor", 2, None),
+    "branch int8": ("branch", 1, "int8"),
+    "taylor 1 int8": ("taylor", 2, "int8"),
+}
+AHEAD = ", prepared run"
+KINDS = [f"{kind}{form}" for kind in ("keeping ", "reuse ") for form in FORMS]
+STEPS = [f"{kind}{ahead}" for ahead in ("", AHEAD) for kind in (COMPUTE, *KINDS)]
+RUNS = {
+    RUN: None,
+    "block": CacheConfig("block", interval=3),
+    "branch": CacheConfig("branch", interval=3),
+    "taylor 1": CacheConfig("taylor", interval=3),
+    "branch int8": CacheConfig("branch", interval=3, storage_dtype="int8"),
+}
+RUN_STEPS = 50
+
+
+@cache
+def model() -> Any:
+    """W8A8, kernels launched one by one: the benchmark captures them itself."""
+    return CANDIDATES["fused W8A8"][0](dit_xl_2(LATENT))
+
+
+@cache
+def graphed_model() -> Any:
+    return CANDIDATES["fused W8A8, called"][0](dit_xl_2(LATENT))
+
+
+def candidate(m: int, name: str) -> tuple[Candidate, int]:
+    """A step of its own kind, and the memory of its features."""
+    kind, _, ahead = name.partition(",")
+    arguments = inputs(dit_xl_2(LATENT), m)
+    latents, timestep, labels = (arguments[key] for key in ("hidden_states", "timestep", "class_labels"))
+    step: FusedStep = model().__dict__[FUSED].step(model())
+    conditioning: dict[str, torch.Tensor] = {}
+    if ahead:
+        prepare_run(model(), timestep[:1], labels)
+        run = model().__dict__[FUSED].run
+        conditioning = {"modulations": run.modulations[0], "final": run.final[0]}
+    compute = step.prepared if ahead else step
+    timestep = timestep.float()
+    with torch.no_grad():
+        expected = compute(latents, timestep, labels, **conditioning)
+    nbytes, launch = 0, lambda i: compute(latents, timestep, labels, **conditioning)
+    if kind != COMPUTE:
+        what, _, form = kind.partition(" ")
+        mode, sets, storage_dtype = FORMS[form]
+        layers, branches = (1, 1) if mode == "block" else (len(step.blocks), 2)
+        shape = step.tokens_of(latents)
+        store = FeatureStore(sets, layers, branches, shape, latents.dtype, latents.device, storage_dtype)
+        nbytes = store.nbytes
+        places = [Kept(store, mode != "block", at) for at in range(sets)]
+        with torch.no_grad():
+            for kept in places:
+                compute(latents, timestep, labels, **conditioning, kept=kept)
+        if what == "keeping":
+            launch = lambda i: compute(latents, timestep, labels, **conditioning, kept=places[i % sets])  # noqa: E731
+        else:  # features of this very step in all sets, weights that add up to one: it must equal the compute step
+            weights = torch.tensor([4 / 3, -1 / 3], device=DEVICE) if sets > 1 else None
+            given = {"modulations": None, "final": None, **conditioning}
+            launch = lambda i: step.reuse(latents, timestep, labels, places[0], weights, **given)  # noqa: E731
+
+    def error(y: torch.Tensor, i: int) -> float:
+        return relative_error(y, expected)
+
+    return Candidate(launch, error, 0.03, launches_for(1, 1e-4)), nbytes
+
+
+def whole_run(m: int, name: str) -> Candidate:
+    """``sample_latents`` of m / 2 images, from Python, with its scheduler."""
+    transformer, config = graphed_model(), RUNS[name]
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000, "clip_sample": False})
+    images = m // 2
+    call = {"num_inference_steps": RUN_STEPS, "guidance_scale": 4.0, "seeds": range(images)}
+
+    def launch(i: int) -> torch.Tensor:
+        return sample_latents(transformer, scheduler, [207] * images, **call)
+
+    expected = launch(0)
+    if config is not None:
+        apply_cache_to_dit(transformer, config=config)
+        launch(0)
+
+    def error(y: torch.Tensor, i: int) -> float:
+        # random weights, so no images; far off all the same if features of other steps, rows or runs were reused
+        return relative_error(y, expected)
+
+    return Candidate(launch, error, 0.7, 1, wall_clock=True)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("m", [2, 16, 64])
+def test_step(measure: Measure, m: int, name: str) -> None:
+    row: dict[str, Any] = {"op": "cache", "layer": LAYER, "m": m, "n": None, "k": None, "candidate": name}
+
+    def build() -> Candidate:
+        built, row["cache_bytes"] = candidate(m, name)
+        return built
+
+    measure(row, build, NO_GPU if DEVICE == "cpu" else None)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("m", [2, 64])
+def test_run(measure: Measure, m: int, name: str) -> None:
+    row: dict[str, Any] = {"op": "cache", "layer": f"{RUN_STEPS} steps", "m": m, "n": None, "k": None}
+    row["candidate"] = name
+    config = RUNS[name]
+    row["compute_steps"] = RUN_STEPS if config is None else sum(config.of_steps(RUN_STEPS))
+    try:
+        measure(row, lambda: whole_run(m, name), NO_GPU if DEVICE == "cpu" else None)
+    finally:
+        if DEVICE != "cpu" and config is not None:
+            remove_cache(graphed_model())
