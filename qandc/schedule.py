@@ -232,7 +232,7 @@ def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[flo
 
 
 def forecast_errors(gram: np.ndarray, computed: Sequence[int], order: int) -> np.ndarray:
-    """Relative squared error of the forecasts of all steps after the newest computed one: ``[S - 1 - newest]``.
+    """``‖forecast - c_j‖ / ‖c_j‖`` of all steps j after the newest computed one: ``[S - 1 - newest]``.
 
     ``gram [S, S, S]`` holds at ``[j, a, b]`` the product of what features of steps a and b contribute at step j:
     ``‖Σ_k w_k c_k - c_j‖² = wᵀ G w - 2 wᵀ G_j + G_jj``.
@@ -243,7 +243,7 @@ def forecast_errors(gram: np.ndarray, computed: Sequence[int], order: int) -> np
     with_truth = gram[at[:, None], np.array(kept), at[:, None]]
     truth = gram[at, at, at]
     squares = np.einsum("ja,jab,jb->j", weights, between, weights) - 2 * (weights * with_truth).sum(1) + truth
-    return squares.clip(min=0) / truth
+    return np.sqrt(squares.clip(min=0) / truth)
 
 
 def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, warm_up_steps: int = 1) -> Schedule:

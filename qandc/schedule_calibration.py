@@ -139,8 +139,8 @@ def calibrate_schedule(
     """Choose the ``computed_steps`` steps whose features serve the others best.
 
     Samples once without cache and compares, for every pair of steps a <= j, what the features of a would add at j (with
-    the gates of j) with what is added there. The sum of the relative squared errors of all reuse steps is minimised by
-    dynamic programming, exactly for order 0 and 1.
+    the gates of j) with what is added there. The sum of the relative errors of all reuse steps, which bounds what they
+    accumulate to, is minimised by dynamic programming, exactly for order 0 and 1.
 
     Args:
         transformer: a DiT, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache is
