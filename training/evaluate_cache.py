@@ -4,7 +4,7 @@ python training/evaluate_cache.py                                          # all
 python training/evaluate_cache.py --images 40 --steps 10 --device cpu      # a try
 
 Every configuration denoises the same noise, of the start and of every DDPM step, from one generator per batch.
-Quality is measured on features of the shipped classifier; PSNR is to the images of the full-precision model without a
+A file that is there already is continued. Quality is measured on features of the shipped classifier; PSNR is to the images of the full-precision model without a
 cache. Speed is images per second, decoding left out, of all batches but the first, in which graphs are captured.
 """
 
@@ -51,6 +51,7 @@ from qandc.schedule_calibration import feature_gram
 INTERVALS = (2, 3, 4, 5, 8)
 FORMS = (("block", 0), ("branch", 0), ("taylor", 1), ("taylor", 2))
 PRECISIONS = {"FP": None, "W8A8": 8, "W4A8": 4}
+KEYS = ("precision", "mode", "order", "interval", "schedule")
 CALIBRATION_LABELS = tuple(range(10)) * 3
 CALIBRATION_SEED = 10_000_000
 
@@ -165,17 +166,26 @@ def main(
         )
         write()
 
+    settings = {
+        "images": images,
+        "batch": batch,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler_name,
+        "features": "fashion-classifier",
+        "dtype": str(dtype).removeprefix("torch."),
+        "ranges": "static per tensor, min-max, from one run without cache",
+    }
+    if out.exists():
+        before = json.loads(out.read_text())
+        if before["settings"] != settings:
+            raise typer.BadParameter(
+                f"{out} was made with {before['settings']}; give another file or the same settings"
+            )
+        rows = before["rows"]
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+
     def write() -> None:
-        settings = {
-            "images": images,
-            "batch": batch,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "scheduler": scheduler_name,
-            "features": "fashion-classifier",
-            "dtype": str(dtype).removeprefix("torch."),
-            "ranges": "static per tensor, min-max, from one run without cache",
-        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**result_header(settings), "rows": rows, "goals": []}, indent=1) + "\n")
 
@@ -192,6 +202,8 @@ def main(
         if w_bits is not None:
             fuse_dit(model)
         for row, config in configurations(grams, steps):
+            if tuple({"precision": precision, **row}[key] for key in KEYS) in done:
+                continue
             if time.perf_counter() - started > seconds:
                 typer.echo("out of time")
                 return
