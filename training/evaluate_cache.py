@@ -4,8 +4,9 @@ python training/evaluate_cache.py                                          # all
 python training/evaluate_cache.py --images 40 --steps 10 --device cpu      # a try
 
 Every configuration denoises the same noise, of the start and of every DDPM step, from one generator per batch.
-A file that is there already is continued. Quality is measured on features of the shipped classifier; PSNR is to the images of the full-precision model without a
-cache. Speed is images per second, decoding left out, of all batches but the first, in which graphs are captured.
+Quality is measured on features of the shipped classifier; PSNR is to the images of the full-precision model without a
+cache. Speed is images per second, decoding left out, of all batches but the first, in which graphs are captured. A file
+that is there already is continued.
 """
 
 from __future__ import annotations
