@@ -1,4 +1,4 @@
-"""Draws results/h200/model.png from the measured file beside it (needs matplotlib).
+"""Draws the plots beside the measured files under results/h100/ (needs matplotlib).
 
 python docs/plot_results.py
 """
@@ -6,13 +6,15 @@ python docs/plot_results.py
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import matplotlib
-from update_tables import MODEL_SIZES, ROOT, model_rows
+from update_tables import MODEL_SIZES, QUALITY_FORMS, ROOT, model_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+RESULTS = ROOT / "results" / "h100"
 SHOWN = {
     "bf16 compiled": "#9aa0a6",
     "torchao int8dq, compiled": "#d7a86e",
@@ -23,11 +25,15 @@ SHOWN = {
     "fused W4A8": "#1b3f6e",
     "fused W8A8, prepared run": "#3c9a5f",
 }
+COLOURS = {("block", 0): "#9aa0a6", ("branch", 0): "#2f6db5", ("taylor", 1): "#3c9a5f", ("taylor", 2): "#d7a86e"}
 
 
-def main() -> None:
-    path = ROOT / "results" / "h200" / "model.json"
-    rows = model_rows(json.loads(path.read_text()))
+def bare(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_model() -> None:
+    rows = model_rows(json.loads((RESULTS / "model.json").read_text()))
     measured = {name for _, _, name in rows}
     shown = {name: colour for name, colour in SHOWN.items() if name in measured}
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
@@ -43,12 +49,50 @@ def main() -> None:
         range(len(MODEL_SIZES)), [f"{layer.rpartition('-')[2]}², batch rows {m}" for layer, m in MODEL_SIZES]
     )
     axes.set_ylabel("speed of a step over compiled bf16")
-    axes.set_title("DiT-XL/2 on one H200, a denoising step in a CUDA graph", fontsize=10)
+    axes.set_title("DiT-XL/2 on one H100, a denoising step in a CUDA graph", fontsize=10)
     axes.legend(fontsize=6.5, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    bare(axes)
+    figure.savefig(RESULTS / "model.png", dpi=130)
+
+
+def draw_cache() -> None:
+    """Distance and PSNR against speed, a line per mode through its intervals."""
+    rows = json.loads((RESULTS / "cache.json").read_text())["rows"]
+    precisions = [p for p in ("FP", "W8A8", "W4A8") if any(row["precision"] == p for row in rows)]
+    figure, grid = plt.subplots(
+        2, len(precisions), figsize=(3.4 * len(precisions), 5.4), layout="constrained", sharey="row"
+    )
+    for column, precision in enumerate(precisions):
+        mine = [row for row in rows if row["precision"] == precision]
+        plain = next(row for row in mine if row["mode"] == "none")
+        for line, (key, label) in enumerate(
+            (("frechet_distance", "Fréchet distance"), ("psnr_to_fp", "PSNR to FP without cache, dB"))
+        ):
+            axes = grid[line][column]
+            for (mode, order), colour in COLOURS.items():
+                for schedule, style in (("uniform", ":"), ("calibrated", "-")):
+                    chosen = [r for r in mine if (r["mode"], r["order"], r["schedule"]) == (mode, order, schedule)]
+                    speed = [r["images_per_second"] / plain["images_per_second"] for r in chosen]
+                    name = f"{mode} {order}" if order else mode
+                    axes.plot(
+                        speed, [r[key] for r in chosen], style, marker=".", color=colour, label=f"{name}, {schedule}"
+                    )
+            if key == "frechet_distance":
+                axes.axhline(plain[key], color="#555", linewidth=0.8)
+                axes.set_yscale("log")
+                axes.set_title(f"{precision}: line at {plain[key]:.2f}, no cache", fontsize=9)
+            else:
+                axes.set_xlabel("speed over the same model without a cache", fontsize=8)
+            if column == 0:
+                axes.set_ylabel(label, fontsize=8)
+            axes.tick_params(labelsize=7)
+            bare(axes)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncols=len(QUALITY_FORMS), loc="outside lower center", frameon=False)
+    figure.savefig(RESULTS / "cache.png", dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    draw_model()
+    draw_cache()

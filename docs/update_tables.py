@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/kernel-notes.md", "qandc/assets/fashion-dit/README.md")
+DOCUMENTS = ("README.md", "docs/caching.md", "docs/kernel-notes.md", "qandc/assets/fashion-dit/README.md")
 BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -91,10 +91,11 @@ MODEL_SIZES = (
 
 
 def model_rows(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """By model, rows of the batch and candidate; those of other libraries from the file of their own run beside it."""
-    others = json.loads((ROOT / "results/h200/model-torchao.json").read_text())
+    """By model, rows of the batch and candidate; those of torchao from the files of its own runs beside it."""
+    gpu = "h100" if "H100" in result["machine"]["gpu"] else "h200"
+    others = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / gpu).glob("model-torchao*.json"))]
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
-    for row in [*result["rows"], *others["rows"]]:
+    for row in [*result["rows"], *(row for other in others for row in other["rows"])]:
         if row["op"] == "model" and "median_us" in row:
             found.setdefault((row["layer"], row["m"], row["candidate"]), row)
     return found
@@ -144,6 +145,89 @@ def goals_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+CACHE_FORMS = ("block", "branch", "taylor 1", "branch int8", "taylor 1 int8")
+QUALITY_FORMS = (("block", 0), ("branch", 0), ("taylor", 1), ("taylor", 2))
+
+
+def cache_cost_table(result: dict[str, Any]) -> list[str]:
+    """Per form: share of a compute step that a reuse step takes, what keeping adds, a run of 50 steps, memory."""
+    rows = {(row["layer"], row["m"], row["candidate"]): row for row in result["rows"] if "median_us" in row}
+    steps, sizes = "DiT-XL/2-256", (2, 16, 64)
+    lines = [
+        "| mode | reuse step, rows 2 / 16 / 64 | with the conditioning ahead | keeping | 50 steps, rows 64 | rows 2 | "
+        "features, rows 64 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def share(name: str, m: int, ahead: str = "") -> float:
+        return rows[steps, m, name + ahead]["median_us"] / rows[steps, m, "compute step" + ahead]["median_us"]
+
+    for form in CACHE_FORMS:
+        cells = [
+            " / ".join(f"{share(f'reuse {form}', m, ahead):.1%}" for m in sizes) for ahead in ("", ", prepared run")
+        ]
+        cells.append(" / ".join(f"{share(f'keeping {form}', m) - 1:+.1%}" for m in sizes))
+        for m in (64, 2):
+            run = rows.get(("50 steps", m, form))
+            cells.append("" if run is None else f"{run['ratio_to_no_cache']:.2f}x ({run['compute_steps']} computed)")
+        cells.append(f"{rows[steps, 64, f'reuse {form}']['cache_bytes'] / 1e6:.0f} MB")
+        lines.append(f"| {form} | {' | '.join(cells)} |")
+    plain = [f"{rows[steps, m, 'compute step']['median_us'] / 1e3:.2f}" for m in sizes]
+    lines += ["", f"A compute step, W8A8, takes {' / '.join(plain)} ms."]
+    return lines
+
+
+def _quality(result: dict[str, Any]) -> dict[tuple[str, str, int, int, str], dict[str, Any]]:
+    return {
+        (row["precision"], row["mode"], row["order"], row["interval"], row["schedule"]): row for row in result["rows"]
+    }
+
+
+def _form(mode: str, order: int) -> str:
+    return f"{mode} {order}" if order else mode
+
+
+def cache_quality_table(result: dict[str, Any]) -> list[str]:
+    """W8A8 and W4A8: distance and PSNR by form and interval, for the better known of the two schedules."""
+    rows, intervals = _quality(result), (2, 3, 4, 5, 8)
+    lines = [
+        "| | mode | schedule | " + " | ".join(f"N = {n}" for n in intervals) + " |",
+        "|---" * (len(intervals) + 3) + "|",
+    ]
+    for precision in ("FP", "W8A8", "W4A8"):
+        plain = rows.get((precision, "none", 0, 1, "all"))
+        if plain is None:
+            continue
+        lines.append(
+            f"| {precision} | no cache | | {plain['frechet_distance']:.2f} / {plain['psnr_to_fp']:.1f} dB"
+            + " | " * len(intervals)
+            + "|"
+        )
+        for mode, order in QUALITY_FORMS:
+            for schedule in ("uniform", "calibrated"):
+                found = [rows.get((precision, mode, order, n, schedule)) for n in intervals]
+                cells = ["" if r is None else f"{r['frechet_distance']:.2f} / {r['psnr_to_fp']:.1f}" for r in found]
+                lines.append(f"| {precision} | {_form(mode, order)} | {schedule} | {' | '.join(cells)} |")
+    return lines
+
+
+def cache_rows_table(result: dict[str, Any]) -> list[str]:
+    """Every row."""
+    lines = [
+        "| | mode | N | schedule | computed | distance | IS | class accuracy | PSNR to FP | images/s |",
+        "|---" * 10 + "|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['precision']} | {_form(row['mode'], row['order'])} | {row['interval']} | {row['schedule']} | "
+            f"{row.get('compute_steps', result['settings']['steps'])} | {row['frechet_distance']:.3f} | "
+            f"{row['inception_score']:.2f} | {row['class_accuracy']:.1%} | "
+            + ("" if row["psnr_to_fp"] >= 100 else f"{row['psnr_to_fp']:.1f} dB")
+            + f" | {row['images_per_second']:.0f} |"
+        )
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/h200/fashion-dit.json": fashion_table,
@@ -153,6 +237,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model.json goals": goals_table,
     "results/h200/model.json breakdown": breakdown_table,
     "results/h200/model-torchao.json goals": goals_table,
+    "results/h100/model.json": model_table,
+    "results/h100/model.json goals": goals_table,
+    "results/h100/model.json breakdown": breakdown_table,
+    "results/h100/cache-cost.json": cache_cost_table,
+    "results/h100/cache-cost.json goals": goals_table,
+    "results/h100/cache.json": cache_quality_table,
+    "results/h100/cache.json rows": cache_rows_table,
 }
 
 

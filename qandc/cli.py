@@ -102,7 +102,13 @@ def generate(
     scheduler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
     w_bits: Annotated[int, typer.Option(help="Bits of the weights: 4 or 8.")] = 8,
     a_bits: Annotated[int, typer.Option(help="Bits of the activations: 4 to 8.")] = 8,
+    cache_mode: Annotated[
+        str, typer.Option(help="What is kept: block (the sum of all), branch, or taylor (branches, forecast).")
+    ] = "branch",
     cache_interval: Annotated[int, typer.Option(help="Compute every Nth step; 1 turns the cache off.")] = 3,
+    schedule: Annotated[
+        Path | None, typer.Option(help="File of a calibrated schedule, in place of mode and interval.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i is drawn with seed + i.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -115,10 +121,16 @@ def generate(
     from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
     from qandc.quantizer import QuantConfig
     from qandc.sampling import check_sampling, make_scheduler
+    from qandc.schedule import CacheConfig, CalibratedSchedule
 
     config = QuantConfig(w_bits, a_bits)
     if cache_interval < 1:
         raise ConfigError(f"--cache-interval is {cache_interval}; give an integer >= 1 (1 computes every step)")
+    if schedule is not None:
+        cache = CalibratedSchedule.load(schedule).config()
+        cache.of_steps(steps)
+    else:
+        cache = CacheConfig(cache_mode, interval=cache_interval)
     if steps < 1:
         raise ConfigError(f"--steps is {steps}; give an integer >= 1")
     if not 0 <= seed < 2**62:
@@ -132,14 +144,12 @@ def generate(
     with err.status("loading the pipeline"):
         pipe = load_pipeline(model, where, torch_dtype)
     names = class_names(pipe)
-    settings = GenerateSettings(
-        _parse_classes(classes, names), steps, guidance_scale, scheduler, config, cache_interval, seed
-    )
+    settings = GenerateSettings(_parse_classes(classes, names), steps, guidance_scale, scheduler, config, cache, seed)
 
     noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)
     check_sampling(pipe.transformer, noise_schedule, settings.class_labels, steps, guidance_scale)
 
-    columns = (TextColumn("{task.description:18}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     result = Comparison()
 
     def save_rows() -> str:

@@ -41,6 +41,9 @@ class _Run:
     def is_over(self) -> bool:
         return self.labels is not None and self.labels() is None
 
+    def is_of(self, class_labels: torch.Tensor | None) -> bool:
+        return class_labels is None if self.labels is None else self.labels() is class_labels is not None
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -158,7 +161,7 @@ class FeatureCache:
         if class_labels is not None and not class_labels.is_inference():
             version = class_labels._version  # writing to the tensor changes it
         for run in self._runs:
-            if (run.labels() if run.labels is not None else None) is class_labels:
+            if run.is_of(class_labels):
                 self._runs.remove(run)
                 self._runs.append(run)
                 if (run.version, run.signature) != (version, signature):
@@ -168,6 +171,7 @@ class FeatureCache:
         free = [run for run in self._runs if run.is_over()]
         if not free and len(self._runs) >= LIVE_RUNS:
             free = self._runs[:1]
+            logger.info("a run at step %d is given up: features of %d are kept", free[0].step, LIVE_RUNS)
         if free and free[-1].step == 0 and self.config.stores(0):
             self._warn_labels()
         reusable = next((run.store for run in free if run.signature == signature), None)

@@ -11,12 +11,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from qandc.cache import apply_cache_to_dit, remove_cache
+from qandc.cache import apply_cache_to_dit, paused_cache, remove_cache
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.metrics import psnr
 from qandc.quantizer import QuantConfig
 from qandc.results import result_header
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
+from qandc.schedule import CacheConfig
 
 __all__ = ["Comparison", "GenerateSettings", "Row", "comparison_record", "draw_grid", "generate", "quantized_name"]
 
@@ -32,7 +33,7 @@ class GenerateSettings:
     guidance_scale: float = 1.5
     scheduler: str = "ddpm"
     config: QuantConfig = field(default_factory=QuantConfig)
-    cache_interval: int = 3
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig("branch", interval=3))
     seed: int = 0
 
 
@@ -96,7 +97,9 @@ def _sample(pipe: Any, settings: GenerateSettings, row: Row, progress: Callable[
         )
         return decode_latents(pipe.vae, latents)
 
-    batch(0, 1, lambda done: None)  # outside the clock: compilation and the loading of kernels belong to no image
+    # outside the clock: compilation and the loading of kernels belong to no image
+    with paused_cache(pipe.transformer):  # whose schedule may have another length
+        batch(0, 1, lambda done: None)
     for first in range(0, len(settings.class_labels), BATCH_SIZE):
         started = time.perf_counter()
         row.batches.append(batch(first, settings.num_inference_steps, progress))
@@ -124,7 +127,7 @@ def generate(
     quantized = Row(quantized_name(settings), module_bytes(pipe.transformer))
     result.rows.append(quantized)
     result.report = quantization_report(pipe.transformer)
-    apply_cache_to_dit(pipe.transformer, settings.cache_interval)
+    apply_cache_to_dit(pipe.transformer, config=settings.cache)
     try:
         _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done))
     finally:
@@ -132,9 +135,11 @@ def generate(
 
 
 def quantized_name(settings: GenerateSettings) -> str:
-    """E.g. "W8A8 + cache 3", or "W8A8" where every step is computed."""
-    cached = f" + cache {settings.cache_interval}" if settings.cache_interval > 1 else ""
-    return settings.config.scheme + cached
+    """E.g. "W8A8 + branch cache 3", or "W8A8" where every step is computed."""
+    cache = settings.cache
+    if cache.schedule is not None:
+        return f"{settings.config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
+    return settings.config.scheme + ("" if cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
 
 
 def comparison_record(result: Comparison, settings: GenerateSettings, device: str, dtype: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from qandc import CalibratedSchedule
 from qandc.cli import main
 
 
@@ -37,13 +38,25 @@ def test_generate_draws_both_rows(capsys, tmp_path, pipeline_dir, w_bits):
     width, height = picture_size(target)
     assert width >= 3 * 112
     assert height >= 2 * 112
-    assert f"W{w_bits}A8 + cache 3" in out
+    assert f"W{w_bits}A8 + branch cache 3" in out
     assert re.search(r"FP \(float32\) +\d+\.\d{3} +1\.00x +[\d.]+ MB", out)
     assert "20 layers quantized" in out
     assert re.search(r"\d+\.\d dB \(worst \d+\.\d\)", out)
     assert "reference" in out
     assert str(target) in out.replace("\n", "")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_calibrated_schedule(capsys, tmp_path, pipeline_dir):
+    path, target = tmp_path / "schedule.json", tmp_path / "images.png"
+    CalibratedSchedule((True, True, False, False), (751, 501, 251, 1), "taylor", 1, 0.1, 0.2).save(path)
+    arguments = ["generate", "--model", pipeline_dir, "--classes", "1", "--schedule", path, "--device", "cpu"]
+    status, out, _ = run(capsys, *arguments, "--steps", 4, "-o", target)
+    assert status == 0
+    assert "W8A8 + taylor, 2 steps" in out
+    status, _, err = run(capsys, *arguments, "--steps", 5, "-o", target)
+    assert status == 2
+    assert "schedule has 4 steps and the run 5" in err
 
 
 def test_classes_by_name():
@@ -84,7 +97,8 @@ def test_help(capsys):
     status, out, _ = run(capsys, "generate", "--help")
     assert status == 0
     for option in ("--model", "--classes", "--steps", "--guidance-scale", "--scheduler", "--w-bits", "--a-bits",
-                   "--cache-interval", "--seed", "--device", "--dtype", "--out"):  # fmt: skip
+                   "--cache-mode", "--cache-interval", "--schedule", "--seed", "--device", "--dtype",
+                   "--out"):  # fmt: skip
         assert option in out
 
 
@@ -97,6 +111,8 @@ REFUSALS = {
     "too many steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),
     "steps not a number": (["--steps", "many"], "Invalid value for '--steps'"),
     "interval": (["--cache-interval", "0"], "--cache-interval is 0; give an integer >= 1"),
+    "cache mode": (["--cache-mode", "all"], "cache mode 'all' is unknown; choose one of block, branch, taylor"),
+    "schedule": (["--schedule", "none.json"], "'none.json' is no schedule"),
     "weight bits": (["--w-bits", "3"], "w_bits is 3; allowed are 4 and 8"),
     "activation bits": (["--a-bits", "16"], "a_bits is 16; allowed are"),
     "guidance": (["--guidance-scale", "-1"], "guidance_scale is -1.0; give a finite number >= 0"),
@@ -218,7 +234,7 @@ def test_brackets_in_file_names_are_printed(capsys, tmp_path, pipeline_dir):
 def test_unexpected_errors_are_one_line_and_keep_what_is_finished(capsys, tmp_path, pipeline_dir, monkeypatch):
     import qandc.generate
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory\nat all")
 
     monkeypatch.setattr(qandc.generate, "apply_cache_to_dit", fail)
@@ -258,7 +274,7 @@ def test_json_output(capsys, tmp_path, pipeline_dir):
     result = json.loads(target.read_text())
     assert {"command", "commit", "date", "machine", "versions", "settings", "rows", "goals"} == set(result)
     full, quantized = result["rows"]
-    assert (full["name"], quantized["name"]) == ("FP", "W8A8 + cache 3")
+    assert (full["name"], quantized["name"]) == ("FP", "W8A8 + branch cache 3")
     assert quantized["speed_ratio"] == full["seconds_per_image"] / quantized["seconds_per_image"]
     assert quantized["psnr_min"] <= quantized["psnr_mean"]
     assert quantized["layers_quantized"] == 20
@@ -273,7 +289,7 @@ def test_the_table_says_what_was_measured(capsys):
     grey = black + torch.tensor([0.2, 0.02])[:, None, None, None]  # 20 and 40 dB
     layers = (LayerReport("a", True, "W8A8 dynamic per-token", 4_000_000, 1_000_000, "triton int8_gemm", "sm_90"),) * 2
     result = Comparison(
-        [Row("FP", 8_000_000, [black], 6.0), Row("W8A8 + cache 3", 2_000_000, [grey[:1], grey[1:]], 3.0)],
+        [Row("FP", 8_000_000, [black], 6.0), Row("W8A8 + branch cache 3", 2_000_000, [grey[:1], grey[1:]], 3.0)],
         QuantizationReport(layers),
     )
     _print_comparison(result, "bfloat16")
@@ -281,7 +297,7 @@ def test_the_table_says_what_was_measured(capsys):
     assert lines == [
         "s / image speed transformer PSNR to FP",
         "FP (bfloat16) 3.000 1.00x 8.0 MB",
-        "W8A8 + cache 3 1.500 2.00x 2.0 MB 30.0 dB (worst 20.0)",
+        "W8A8 + branch cache 3 1.500 2.00x 2.0 MB 30.0 dB (worst 20.0)",
         "2 layers quantized (W8A8 dynamic per-token), their weights 8.0 -> 2.0 MB",
         "kernel: triton int8_gemm (sm_90)",
     ]

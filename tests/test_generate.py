@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qandc.generate
-from qandc import QuantConfig, get_cache, load_pipeline
+from qandc import CacheConfig, QuantConfig, get_cache, load_pipeline
 from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes, quantized_name
 
 
@@ -38,7 +38,9 @@ def test_settings_change_both_rows(pipeline_dir, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"cache_interval": 1}, {"config": QuantConfig(w_bits=4)}, {"config": QuantConfig(a_bits=4)}], ids=str
+    "changes",
+    [{"cache": CacheConfig(interval=1)}, {"config": QuantConfig(w_bits=4)}, {"config": QuantConfig(a_bits=4)}],
+    ids=str,
 )
 def test_quantizer_and_cache_change_the_second_row_alone(pipeline_dir, changes):
     base, changed = images(pipeline_dir), images(pipeline_dir, **changes)
@@ -48,7 +50,7 @@ def test_quantizer_and_cache_change_the_second_row_alone(pipeline_dir, changes):
 
 def test_both_models_see_the_same_noise(pipeline_dir):
     """With 8 bits and no reuse the images nearly agree; with other noise they would not."""
-    result = compare(pipeline_dir, cache_interval=1)
+    result = compare(pipeline_dir, cache=CacheConfig(interval=1))
     assert result.psnr.min() > 30
 
 
@@ -83,12 +85,14 @@ def test_progress_counts_every_image_and_step(pipeline_dir):
         done[name] = done.get(name, 0) + images
 
     generate(load_pipeline(pipeline_dir), settings, Comparison(), count)
-    assert done == {"FP": 12, "W8A8 + cache 3": 12}
+    assert done == {"FP": 12, "W8A8 + branch cache 3": 12}
 
 
 def test_names_of_the_rows():
-    assert quantized_name(GenerateSettings((1,), config=QuantConfig(w_bits=4))) == "W4A8 + cache 3"
-    assert quantized_name(GenerateSettings((1,), cache_interval=1)) == "W8A8"
+    assert quantized_name(GenerateSettings((1,), config=QuantConfig(w_bits=4))) == "W4A8 + branch cache 3"
+    assert quantized_name(GenerateSettings((1,), cache=CacheConfig(interval=1))) == "W8A8"
+    schedule = CacheConfig("taylor", schedule=(True, True, False))
+    assert quantized_name(GenerateSettings((1,), cache=schedule)) == "W8A8 + taylor, 2 steps"
 
 
 def test_bytes_are_those_of_the_models(pipeline_dir):

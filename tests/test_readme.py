@@ -60,6 +60,25 @@ def test_fuse_snippet_follows_the_first():
     assert FUSED in names["pipe"].transformer.__dict__
 
 
+def test_cache_snippet_follows_the_first(tmp_path, monkeypatch, capsys):
+    from qandc import CalibratedSchedule, fashion_dit_path, get_cache
+
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
+        "[207, 360, 387]": "[2, 3, 4]",
+        "class_labels=[207]": "class_labels=[7]",
+        "num_inference_steps=50": "num_inference_steps=8",
+        "computed_steps=17": "computed_steps=3",
+    }
+    names = run(snippet().partition("images = ")[0] + snippet(": cache"), changes)
+    assert names["images"][0].size == (32, 32)
+    cache = get_cache(names["pipe"].transformer)
+    assert (cache.compute_steps, cache.reuse_steps) == (3, 5)
+    assert CalibratedSchedule.load("schedule.json").config() == cache.config
+    assert capsys.readouterr().out.count("*") == 3
+
+
 def test_tables_are_up_to_date():
     done = subprocess.run(
         [sys.executable, ROOT / "docs" / "update_tables.py", "--check"], capture_output=True, text=True, check=False
@@ -67,7 +86,7 @@ def test_tables_are_up_to_date():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/caching.md"])
 def test_linked_and_named_files_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):

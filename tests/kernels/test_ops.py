@@ -244,7 +244,11 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "linear_gelu_quantize": (xq, wq, x_scale, w_scale, one, None, zero_point, None, None, None),
         "linear_gate_residual_": (
             torch.randn(2, 3, 8, device=device), xq.view(2, 3, 32), packed, x_scale.view(2, 3), w_scale,
-            torch.randn(2, 8, device=device), None, zero_point, w_sum,
+            torch.randn(2, 8, device=device), None, zero_point, w_sum, torch.zeros(2, 3, 8, device=device),
+        ),
+        "gated_sum": (
+            adaln[0], torch.randn(2, 3, 2, 2, 3, 32, device=device), torch.randn(3, 2, 2, 32, device=device),
+            torch.ones(2, device=device), None,
         ),
         "weight_only_linear": (x.half(), wq, w_scale, None),
         "adaln_quantize_per_tensor": (*adaln, torch.tensor(0.1, device=device), zero_point, 1e-6),
