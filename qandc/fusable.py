@@ -11,12 +11,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qandc.derived import original_class
+from qandc.errors import ConfigError
 from qandc.fused_step import StepRanges
 from qandc.linear import QuantLinear
 
 __all__ = [
     "BLOCK_LAYERS",
     "Watch",
+    "check_ranges",
     "is_batchable",
     "is_graphable",
     "is_plain_embedding",
@@ -186,6 +188,29 @@ def is_batchable(blocks: list[Any]) -> bool:
     return (
         len(alike) == 1 and len({tuple(p.shape for p in norm.parameters()) for norm in norms if norm is not None}) == 1
     )
+
+
+def check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:
+    """Refuse ranges of layers that are not there, or not one per timestep."""
+    steps = ranges.timesteps.shape
+    if len(steps) != 1 or steps[0] == 0 or not torch.isfinite(ranges.timesteps).all():
+        raise ConfigError(f"step_ranges.timesteps must be [S] finite numbers with S > 0; got shape {tuple(steps)}")
+    if not ranges.scales:
+        raise ConfigError("step_ranges has no scales; give those of at least one layer")
+    unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
+    if unknown:
+        raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
+    for name, values in (*ranges.scales.items(), *ranges.zero_points.items()):
+        if values.shape != steps or not torch.isfinite(values).all():
+            raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
+    if (
+        not all((scale > 0).all() for scale in ranges.scales.values())
+        or not ranges.zero_points.keys() <= ranges.scales.keys()
+    ):
+        raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
+    for name, values in ranges.zero_points.items():
+        if values.is_floating_point() or not (values.abs() <= 128).all() or (values == 128).any():
+            raise ConfigError(f"zero points of {name} in step_ranges must be integers from -128 to 127")
 
 
 class Watch:

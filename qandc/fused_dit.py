@@ -24,6 +24,7 @@ from qandc.feature_cache import FeatureCache
 from qandc.fusable import (
     BLOCK_LAYERS,
     Watch,
+    check_ranges,
     is_batchable,
     is_graphable,
     is_plain_embedding,
@@ -32,14 +33,13 @@ from qandc.fusable import (
 )
 from qandc.fused_step import FusedStep, Kept, StepRanges
 from qandc.graphs import GraphCache
-from qandc.linear import QuantLinear
 from qandc_kernels import select_backend
 
 __all__ = ["StepRanges", "fuse_dit", "is_fused", "prepare_run", "unfuse_dit"]
 
 logger = logging.getLogger(__name__)
 
-LARGEST_RUN = 1 << 30  # bytes of conditioning computed ahead
+LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
 
 
 class _Fused:
@@ -81,8 +81,13 @@ class _Fused:
         self.reasons = [why_not_block(block, p, self.ranges) for block, p in zip(blocks, prefixes, strict=True)]
         self.output_reason = why_not_output(transformer, self.ranges)
 
-    def step(self, transformer: Any) -> FusedStep | None:
-        """Built anew whenever layers have changed since; None where no block can run fused."""
+    def step(self, transformer: Any, reusing: bool = False) -> FusedStep | None:
+        """Built anew whenever layers have changed since; None where no block can run fused.
+
+        The reuse steps of a cache take the layers as their compute step found them.
+        """
+        if reusing and self._step is not None:
+            return self._step
         if self._step is None or self._watch is None or not self._watch.unchanged():
             self.drop()
             self.inspect(transformer)
@@ -141,6 +146,7 @@ class _FusedTransformer(nn.Module):
         return_dict: bool = True,
     ) -> Any:
         fused: _Fused = getattr(self, FUSED)
+        cache = get_cache(self)
         reason = _why_not_now(self, hidden_states, timestep, class_labels, cross_attention_kwargs)
         if reason is not None:
             fused.say(f"the model runs unfused: {reason}")
@@ -148,8 +154,8 @@ class _FusedTransformer(nn.Module):
         else:
             # weights prepared in inference mode could not be used outside of it
             with torch.inference_mode(False), torch.no_grad():
-                step = fused.step(self)
-            if step is not None and get_cache(self) is not None and not fused.graphable:
+                step = fused.step(self, cache is not None and cache.plan.kind == "reuse")
+            if step is not None and cache is not None and not fused.graphable:
                 fused.say("the model runs unfused: with a feature cache all of it must be fusable")
                 step = None
         if step is None:
@@ -157,7 +163,7 @@ class _FusedTransformer(nn.Module):
         assert timestep is not None
         assert class_labels is not None
         with torch.inference_mode(False), torch.no_grad():
-            output = _run(fused, step, hidden_states, timestep, class_labels, get_cache(self))
+            output = _run(fused, step, hidden_states, timestep, class_labels, cache)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -296,7 +302,7 @@ def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRan
     if not layers:
         raise ModelError("this transformer is not quantized; call quantize_model and calibrate first")
     if step_ranges is not None:
-        _check_ranges(step_ranges, layers)
+        check_ranges(step_ranges, layers)
     fused = _Fused(cuda_graphs, step_ranges)
     fused.inspect(transformer)
     if all(reason is not None for reason in fused.reasons):
@@ -330,7 +336,7 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
 
     Returns:
         S tensors ``[B]``. A step looks its conditioning up if its ``timestep`` is one of them and its ``class_labels``
-        the tensor given here, both by identity; they must not be written to. Kept until the next run; at most 1 GiB
+        the tensor given here, both by identity; they must not be written to. Kept until the next run; at most 2 GiB
         (S · B · 0.4 MB for DiT-XL/2 in bf16), beyond which nothing is prepared.
 
     Raises:
@@ -355,28 +361,6 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
             return steps
         fused.run = _Run(steps, class_labels, *step.conditioning.of_run(on_device, class_labels, dtype))
     return steps
-
-
-def _check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:
-    steps = ranges.timesteps.shape
-    if len(steps) != 1 or steps[0] == 0 or not torch.isfinite(ranges.timesteps).all():
-        raise ConfigError(f"step_ranges.timesteps must be [S] finite numbers with S > 0; got shape {tuple(steps)}")
-    if not ranges.scales:
-        raise ConfigError("step_ranges has no scales; give those of at least one layer")
-    unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
-    if unknown:
-        raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
-    for name, values in (*ranges.scales.items(), *ranges.zero_points.items()):
-        if values.shape != steps or not torch.isfinite(values).all():
-            raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
-    if (
-        not all((scale > 0).all() for scale in ranges.scales.values())
-        or not ranges.zero_points.keys() <= ranges.scales.keys()
-    ):
-        raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
-    for name, values in ranges.zero_points.items():
-        if values.is_floating_point() or not (values.abs() <= 128).all() or (values == 128).any():
-            raise ConfigError(f"zero points of {name} in step_ranges must be integers from -128 to 127")
 
 
 def unfuse_dit(transformer: Any) -> Any:

@@ -183,12 +183,12 @@ class QuantLinear(nn.Module):
         autocast = torch.is_autocast_enabled(device_type)
         x = input if self.smoothing is None else input.float() / self.smoothing
         # compiled, plain torch joins the kernel that computes x; one of ours would be another pass over it
-        ops: Any = reference if torch.compiler.is_compiling() else qandc_kernels
+        compiling = torch.compiler.is_compiling()
         if self.act_scale is None:
-            xq, x_scale = ops.quantize_per_token(x, self.a_bits)
+            xq, x_scale = (reference if compiling else qandc_kernels).quantize_per_token(x, self.a_bits)
         else:
-            xq = ops.quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
-            x_scale = self.act_scale
+            quantize = _quantize_per_tensor if compiling else qandc_kernels.quantize_per_tensor
+            xq, x_scale = quantize(x, self.act_scale, self.act_zero_point, self.a_bits), self.act_scale
         linear = int4_linear if self.w_bits == 4 else int8_linear
         return linear(
             xq,
@@ -236,6 +236,17 @@ class QuantLinear(nn.Module):
                     shape = (self.in_features,) if name == "smoothing" else ()
                     setattr(self, name, torch.zeros(shape, dtype=dtype, device=self.qweight.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _quantize_per_tensor(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """The integers of :func:`qandc_kernels.quantize_per_tensor` in as few operations as a compiler needs; NaN is left
+    to the conversion."""
+    y = (x.to(torch.float32) * (1.0 / scale)).round()
+    if zero_point is not None:
+        y = y + zero_point
+    return y.clamp(-(1 << bits - 1), (1 << bits - 1) - 1).to(torch.int8)
 
 
 def check_layer(name: str, in_features: int, dtype: torch.dtype, w_bits: int) -> None:

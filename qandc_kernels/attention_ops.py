@@ -31,7 +31,8 @@ def _attention(
 ) -> torch.Tensor:
     if not use_triton(q):
         return reference.attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point)
-    if q.dtype not in HALF_DTYPES or q.shape[3] not in HEAD_DIMS:
+    # of one token the kernel has no loop, which ptxas 12.8 turns into reads outside of shared memory
+    if q.dtype not in HALF_DTYPES or q.shape[3] not in HEAD_DIMS or q.shape[1] == 1:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return quantize_per_tensor(y, out_scale, out_zero_point)
@@ -64,8 +65,8 @@ def attention_quantize_per_tensor(
     """Attention without a mask, stored as int8: ``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)`` per head.
 
     On Triton kernels the sums are float32, the softmax is rounded to the inputs' dtype before it meets v, as in
-    FlashAttention-2 (arXiv 2307.08691), and nothing but the integers is written. That needs 16-bit inputs and a D that
-    is a multiple of 8 from 16 to 128; others take torch's ``scaled_dot_product_attention``, then
+    FlashAttention-2 (arXiv 2307.08691), and nothing but the integers is written. That needs 16-bit inputs, a D that is
+    a multiple of 8 from 16 to 128, and more than one token; others take torch's ``scaled_dot_product_attention``, then
     :func:`quantize_per_tensor`, and NaN becomes the zero point there, else -128.
 
     Args:

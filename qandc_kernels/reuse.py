@@ -28,7 +28,7 @@ def _gated_sum_kernel(
     inside = None if EVEN else (token < tokens)[:, None] & (columns < D)[None, :]
     in_row = None if EVEN else token < tokens
     in_column = None if EVEN else columns < D
-    of_branch = samples.to(tl.int64) * tokens  # rows of a feature
+    of_branch = tl.full((), 1, tl.int64) * samples * tokens  # rows of a feature; samples can be a plain 1
     acc = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
     for s in tl.static_range(SETS):
         weight = 1.0

@@ -57,6 +57,7 @@ CALIBRATION_LABELS = tuple(range(10)) * 3
 CALIBRATION_SEED = 10_000_000
 
 
+@torch.no_grad()
 def denoise(
     transformer: Any, scheduler: Any, labels: torch.Tensor, steps: int, guidance_scale: float, seed: int
 ) -> torch.Tensor:

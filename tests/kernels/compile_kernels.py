@@ -163,7 +163,12 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched_gemm.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
         yield record(arch, "batched_linear", [rows, inner, columns])
-    for samples, sets, dtype in ((2, 1, torch.bfloat16), (64, 2, torch.bfloat16), (64, 1, torch.int8)):
+    for samples, sets, dtype in (
+        (1, 1, torch.bfloat16),
+        (2, 1, torch.bfloat16),
+        (64, 2, torch.bfloat16),
+        (64, 1, torch.int8),
+    ):
         x, features = torch.zeros(samples, 256, 1152).bfloat16(), torch.zeros(1, dtype=dtype)
         features = features.expand(sets, 28, 2, samples, 256, 1152)
         gates, scales = x[:, :2].transpose(0, 1).expand(28, -1, -1, -1), None

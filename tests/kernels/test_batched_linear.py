@@ -30,7 +30,9 @@ def check(device, shape, generator, dtype, share=1.0, shared_input=False):
     y = batched_linear(x.to(device), weight.to(device), bias.to(device), share)
     assert y.dtype == dtype
     assert y.is_contiguous()
-    assert_close(y, x.double() @ weight.double().transpose(1, 2) + bias.double()[:, None], size=3.0)
+    # in float32 the op is torch's own, which sums a thousand products with an error of its own
+    size = 30.0 if dtype == torch.float32 and k > 1000 else 3.0
+    assert_close(y, x.double() @ weight.double().transpose(1, 2) + bias.double()[:, None], size=size)
 
 
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
