@@ -13,6 +13,7 @@ from update_tables import MODEL_SIZES, QUALITY_FORMS, ROOT, model_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 RESULTS = ROOT / "results" / "h100"
 SHOWN = {
@@ -59,9 +60,10 @@ def draw_model() -> None:
 def draw_cache() -> None:
     """Distance and PSNR against speed, a line per mode through its intervals."""
     rows = json.loads((RESULTS / "cache.json").read_text())["rows"]
-    precisions = [p for p in ("FP", "W8A8", "W4A8") if any(row["precision"] == p for row in rows)]
+    intervals = {p: {row["interval"] for row in rows if row["precision"] == p} for p in ("FP", "W8A8", "W4A8")}
+    precisions = [p for p, found in intervals.items() if len(found) > 2]
     figure, grid = plt.subplots(
-        2, len(precisions), figsize=(3.4 * len(precisions), 5.4), layout="constrained", sharey="row"
+        2, len(precisions), figsize=(4.2 * len(precisions), 5.4), layout="constrained", sharey="row"
     )
     for column, precision in enumerate(precisions):
         mine = [row for row in rows if row["precision"] == precision]
@@ -80,7 +82,8 @@ def draw_cache() -> None:
                     )
             if key == "frechet_distance":
                 axes.axhline(plain[key], color="#555", linewidth=0.8)
-                axes.set_yscale("log")
+                axes.set_yscale("log", base=2)
+                axes.yaxis.set_major_formatter(ScalarFormatter())
                 axes.set_title(f"{precision}: line at {plain[key]:.2f}, no cache", fontsize=9)
             else:
                 axes.set_xlabel("speed over the same model without a cache", fontsize=8)

@@ -114,8 +114,9 @@ def model_table(result: dict[str, Any]) -> list[str]:
             row = rows.get((layer, m, name))
             ratio = "" if row is None else f" ({row['ratio_to_compiled_bf16']:.2f}x)"
             cells.append("" if row is None else f"{row['median_us'] / 1e3:.2f} ms{ratio}")
-        large = rows[MODEL_SIZES[2][0], MODEL_SIZES[2][1], name]
-        cells += [f"{large['images_per_s']:.1f}", f"{large['model_bytes'] / 1e6:.0f} MB"]
+        large = rows.get((*MODEL_SIZES[2], name))
+        some = next(row for key, row in rows.items() if key[2] == name)
+        cells += ["" if large is None else f"{large['images_per_s']:.1f}", f"{some['model_bytes'] / 1e6:.0f} MB"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -188,7 +189,7 @@ def _form(mode: str, order: int) -> str:
 
 
 def cache_quality_table(result: dict[str, Any]) -> list[str]:
-    """W8A8 and W4A8: distance and PSNR by form and interval, for the better known of the two schedules."""
+    """Distance and PSNR by precision, form, schedule and interval; forms of which nothing was measured are left out."""
     rows, intervals = _quality(result), (2, 3, 4, 5, 8)
     lines = [
         "| | mode | schedule | " + " | ".join(f"N = {n}" for n in intervals) + " |",
@@ -199,13 +200,16 @@ def cache_quality_table(result: dict[str, Any]) -> list[str]:
         if plain is None:
             continue
         lines.append(
-            f"| {precision} | no cache | | {plain['frechet_distance']:.2f} / {plain['psnr_to_fp']:.1f} dB"
+            f"| {precision} | no cache | | {plain['frechet_distance']:.2f}"
+            + ("" if precision == "FP" else f" / {plain['psnr_to_fp']:.1f} dB")
             + " | " * len(intervals)
             + "|"
         )
         for mode, order in QUALITY_FORMS:
             for schedule in ("uniform", "calibrated"):
                 found = [rows.get((precision, mode, order, n, schedule)) for n in intervals]
+                if not any(found):
+                    continue
                 cells = ["" if r is None else f"{r['frechet_distance']:.2f} / {r['psnr_to_fp']:.1f}" for r in found]
                 lines.append(f"| {precision} | {_form(mode, order)} | {schedule} | {' | '.join(cells)} |")
     return lines
