@@ -15,6 +15,7 @@ from qandc.quantizer import QuantConfig
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
 from qandc.schedule_calibration import calibrate_schedule
+from qandc.tap import TapConfig, cluster_pool, select_samples
 
 __all__ = [
     "CacheConfig",
@@ -31,9 +32,11 @@ __all__ = [
     "QuantLinear",
     "QuantizationReport",
     "StepRanges",
+    "TapConfig",
     "apply_cache_to_dit",
     "calibrate",
     "calibrate_schedule",
+    "cluster_pool",
     "decode_latents",
     "fashion_dit_path",
     "format_schedule",
@@ -47,6 +50,7 @@ __all__ = [
     "remove_cache",
     "reset_all_caches",
     "sample_latents",
+    "select_samples",
     "unfuse_dit",
     "uniform_schedule",
 ]

@@ -58,7 +58,7 @@ def test_import_takes_less_than_a_second_beyond_torch():
     assert seconds < 1
 
 
-LAYERS = ["errors", "derived", "schedule", "timestep_watch", "features", "feature_cache"]
+LAYERS = ["errors", "tap", "derived", "schedule", "timestep_watch", "features", "feature_cache"]
 LAYERS += ["quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
 LAYERS += ["sampling", "schedule_calibration", "pipelines", "generate", "cli"]
