@@ -16,11 +16,14 @@ from qandc.sampling import decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
 from qandc.schedule_calibration import calibrate_schedule
 from qandc.tap import TapConfig, cluster_pool, select_samples
+from qandc.trajectories import Trajectory, compensated_scheduler, fit_compensation, record_trajectory
+from qandc.variance_compensation import Compensation
 
 __all__ = [
     "CacheConfig",
     "CacheError",
     "CalibratedSchedule",
+    "Compensation",
     "ConfigError",
     "DataError",
     "DeviceError",
@@ -33,12 +36,15 @@ __all__ = [
     "QuantizationReport",
     "StepRanges",
     "TapConfig",
+    "Trajectory",
     "apply_cache_to_dit",
     "calibrate",
     "calibrate_schedule",
     "cluster_pool",
+    "compensated_scheduler",
     "decode_latents",
     "fashion_dit_path",
+    "fit_compensation",
     "format_schedule",
     "fuse_dit",
     "get_cache",
@@ -47,6 +53,7 @@ __all__ = [
     "prepare_run",
     "quantization_report",
     "quantize_model",
+    "record_trajectory",
     "remove_cache",
     "reset_all_caches",
     "sample_latents",

@@ -10,15 +10,17 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from qandc.cache import get_cache
+from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError
 from qandc.fused_dit import is_fused, prepare_run
+from qandc.variance_compensation import Compensation
 
-__all__ = ["SCHEDULERS", "decode_latents", "make_scheduler", "sample_latents"]
+__all__ = ["SCHEDULERS", "Corrector", "decode_latents", "describe_run", "make_scheduler", "sample_latents"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,29 @@ def make_scheduler(name: str, config: Any) -> Any:
         changes["variance_type"] = "fixed_small"
         logger.info("variance_type %s is replaced by fixed_small", config["variance_type"])
     return getattr(diffusers, SCHEDULERS[name]).from_config(config, **changes)
+
+
+class Corrector(Protocol):
+    """What may change a run at two points of every step."""
+
+    def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor: ...
+
+    def sample(self, step: int, latents: torch.Tensor) -> torch.Tensor: ...
+
+
+def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dict[str, Any]:
+    """What a compensation must be fitted for, by the names of ``FittedFor``; after ``scheduler.set_timesteps``."""
+    config, cache = transformer.config, get_cache(transformer)
+    schemes = sorted({layer.scheme for layer in quant_layers(transformer).values()})
+    parts = [f"{config.num_layers} blocks of {config.num_attention_heads * config.attention_head_dim}"]
+    parts += schemes or ["not quantized"]
+    parts.append("no cache" if cache is None else str(cache.config))
+    return {
+        "scheduler": type(scheduler).__name__,
+        "timesteps": tuple(int(timestep) for timestep in scheduler.timesteps),
+        "guidance_scale": float(guidance_scale),
+        "model": ", ".join(parts),
+    }
 
 
 def check_sampling(
@@ -66,6 +91,9 @@ def sample_latents(
     guidance_scale: float = 1.5,
     seeds: Sequence[int],
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    compensation: Compensation | None = None,
+    force_compensation: bool = False,
+    corrector: Corrector | None = None,
 ) -> torch.Tensor:
     """Denoise one latent image per class label: ``[B, C, H, W]`` in the transformer's dtype and device.
 
@@ -80,10 +108,14 @@ def sample_latents(
         guidance_scale: a finite number >= 0.
         seeds: one per image; initial and step noise of image ``i`` come from ``seeds[i]`` alone.
         callback: called as ``callback(step, timestep, latents)`` after every step.
+        compensation: variance compensation (:func:`qandc.fit_compensation`): applied to the guided noise prediction, or
+            to the latents that ``scheduler.step`` returns, before the next step sees them.
+        force_compensation: apply it also to a run it was not fitted for.
+        corrector: anything else that changes predictions and latents at these two points.
 
     Raises:
-        ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, or the schedule of an
-            attached cache has another number of steps.
+        ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an
+            attached cache has another number of steps, or the compensation was fitted for another run.
         DataError: the latents came out NaN or infinite.
     """
     check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
@@ -106,6 +138,12 @@ def sample_latents(
         labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
 
     scheduler.set_timesteps(num_inference_steps)
+    if compensation is not None:
+        if corrector is not None:
+            raise ConfigError("give compensation or corrector, not both: they change the same values")
+        if not force_compensation:
+            compensation.check(describe_run(transformer, scheduler, guidance_scale))
+        corrector = compensation
     latents = latents * scheduler.init_noise_sigma
     if is_fused(transformer):
         of_steps = prepare_run(transformer, scheduler.timesteps, labels)
@@ -120,7 +158,11 @@ def sample_latents(
         if guided:
             cond, uncond = noise_pred.chunk(2)
             noise_pred = uncond + guidance_scale * (cond - uncond)
+        if corrector is not None:
+            noise_pred = corrector.noise(step, noise_pred)
         latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **step_kwargs)[0]
+        if corrector is not None:
+            latents = corrector.sample(step, latents)
         if callback is not None:
             callback(step, int(timestep), latents)
     if not torch.isfinite(latents).all():

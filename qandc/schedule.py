@@ -209,7 +209,7 @@ class CacheConfig:
 def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[float]:
     """The forecast at ``step`` as a weighted sum of the features at ``computed`` steps, newest first.
 
-    TaylorSeer (arXiv 2503.06923, Eq. 5 and 6): ``F(s) = Σ_i Δ^i F · x^i / i!`` with x the steps since the newest, and
+    TaylorSeer (arXiv 2503.06923): ``F(s) = Σ_i Δ^i F · x^i / i!`` with x the steps since the newest, and
     ``Δ^i = (Δ^(i-1) now - Δ^(i-1) at the computed step before) / d``, d the steps between these two.
 
     >>> forecast_weights([6, 3], 8, 1)  # 2 of 3 steps further along the line

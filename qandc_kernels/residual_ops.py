@@ -127,7 +127,7 @@ def gated_sum(
     """A reuse step of a feature cache: ``y = x + Σ_s w_s Σ_(l, k) gate_(l, k) · f_(s, l, k)``, in one pass.
 
     f are the branch outputs of L blocks at S computed steps, K branches a block; the gates are those of the current
-    step, the weights those of a forecast (FORA, arXiv 2407.01425: S = 1; TaylorSeer, arXiv 2503.06923, Eq. 5). Summed
+    step, the weights those of a forecast (FORA, arXiv 2407.01425: S = 1; TaylorSeer, arXiv 2503.06923). Summed
     in float32, cast last. Features whose weight is 0 are not read.
 
     Args:

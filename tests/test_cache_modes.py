@@ -52,6 +52,13 @@ STEPS = 10
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_stays():
+    """Dynamo remembers frames that it gave up, for later tests too."""
+    yield
+    torch._dynamo.reset()
+
+
 def inputs(step, seed=0, rows=4, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(100 * seed + step)
     return {

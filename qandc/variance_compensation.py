@@ -1,0 +1,214 @@
+"""Variance compensation (VC): samples of a quantized, cached model get the variance they should have (Q&C, Sec. 3.2).
+
+Quantization and caching change the variance of the samples ``x̂_t`` of a trajectory more than their mean (arXiv
+2503.02508, Fig. 3 and 4). Each is corrected by a gain per step and channel, ``x̃_t = μ_t + K_t (x̂_t - μ_t)``. Here are
+the gains as plain functions over tensors, and the dataclass that holds, applies, saves and checks them; how they are
+fitted over whole trajectories is in :mod:`qandc.trajectories`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qandc.errors import ConfigError, DataError, OutputError
+
+__all__ = ["Compensation", "FittedFor", "epsilon_scaling", "least_squares", "paper_gain", "variance_ratio"]
+
+FORMAT_VERSION = 1
+
+
+def _sums(x: torch.Tensor) -> torch.Tensor:
+    """Over all but the channels: ``[B, C, ...]`` to ``[C]``."""
+    return x.double().transpose(0, 1).flatten(1).sum(1)
+
+
+def _centred(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return x.double() - mean.double().view(1, -1, *[1] * (x.ndim - 2))
+
+
+def variance_ratio(reference: torch.Tensor, sample: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """``K = σ' / σ̂`` (Eq. 9): the gain ``[C]`` that gives samples the reference's standard deviation about its mean.
+
+    Needs no pairs: ``reference`` and ``sample`` ``[B, C, ...]`` may be of different noise. What the quantized model
+    adds as noise of its own counts as signal, so the gain is a little too small for it to reach the reference.
+    """
+    of_reference = _centred(reference, reference.double().transpose(0, 1).flatten(1).mean(1))
+    return (_sums(of_reference**2) / reference[:, 0].numel()).sqrt() / (
+        _sums(_centred(sample, mean) ** 2) / sample[:, 0].numel()
+    ).sqrt()
+
+
+def least_squares(reference: torch.Tensor, sample: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """``K = Σ (x' - μ)(x̂ - μ) / Σ (x̂ - μ)²``: the gain ``[C]`` with the least squared distance to the reference.
+
+    Needs pairs: both ``[B, C, ...]`` from the same initial noise, step noise and labels, else it tends to 0.
+    """
+    off = _centred(sample, mean)
+    return _sums(_centred(reference, mean) * off) / _sums(off**2)
+
+
+def paper_gain(
+    reference: torch.Tensor, sample: torch.Tensor, mean: torch.Tensor, smallest: float = 0.05
+) -> torch.Tensor:
+    """Eq. 12 as printed: ``[Σ (x'-μ)(x̂-μ) + Σ (x̂-μ)/x'] / [Σ (x̂-μ)² + Σ (x̂-μ)²/x'²]``, ``[C]``.
+
+    It is not the minimiser of the objective it is derived from, and the few ``x'`` near 0 decide it: on data with a
+    known gain it gives about 0. Elements with ``|x'| <= smallest`` are left out of the sums, which makes it finite, not
+    right. Kept to compare with; pairs are needed.
+    """
+    keep = (reference.abs() > smallest).double()
+    target, off = _centred(reference, mean) * keep, _centred(sample, mean) * keep
+    relative = off / torch.where(keep > 0, reference.double(), 1.0)
+    return (_sums(target * off) + _sums(relative)) / (_sums(off**2) + _sums(relative**2))
+
+
+FORMS = {"variance_ratio": variance_ratio, "least_squares": least_squares, "paper": paper_gain}
+
+
+@dataclass(frozen=True)
+class FittedFor:
+    """The runs that a compensation was fitted for: it is right for no others."""
+
+    scheduler: str
+    timesteps: tuple[int, ...]
+    guidance_scale: float
+    model: str
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Gains of a run.
+
+    Attributes:
+        gain: K, ``[steps, channels] float32``; 1 where nothing is changed.
+        mean: μ, ``[steps, channels] float32``; what a gain leaves where it is.
+        target: ``sample``, the latents after each step; or ``noise``, the guided noise prediction before it.
+        form: how it was fitted.
+        fitted_for: the runs it is for.
+    """
+
+    gain: torch.Tensor
+    mean: torch.Tensor
+    target: str
+    form: str
+    fitted_for: FittedFor
+
+    def __post_init__(self) -> None:
+        if self.target not in ("sample", "noise"):
+            raise ConfigError(f"target {self.target!r} is unknown; choose sample or noise")
+        steps = len(self.fitted_for.timesteps)
+        for name in ("gain", "mean"):
+            values = getattr(self, name)
+            if values.ndim != 2 or len(values) != steps or values.dtype != torch.float32:
+                raise DataError(f"{name} must be [{steps} steps, channels] float32; got {tuple(values.shape)}")
+            if not torch.isfinite(values).all():
+                raise DataError(f"{name} holds NaN or infinite values; fit it anew with more samples")
+        if self.gain.shape != self.mean.shape:
+            raise DataError(f"gain {tuple(self.gain.shape)} and mean {tuple(self.mean.shape)} must have one shape")
+
+    def _apply(self, step: int, x: torch.Tensor) -> torch.Tensor:
+        """``μ + K (x - μ)``, in float32, cast back."""
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        gain, mean = (values[step].to(x.device).view(shape) for values in (self.gain, self.mean))
+        return (mean + gain * (x.float() - mean)).to(x.dtype)
+
+    def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
+        """What becomes of the guided noise prediction ``[B, C, H, W]`` of a step."""
+        return self._apply(step, noise_pred) if self.target == "noise" else noise_pred
+
+    def sample(self, step: int, latents: torch.Tensor) -> torch.Tensor:
+        """What becomes of the latents ``[B, C, H, W]`` that a step ends with."""
+        return self._apply(step, latents) if self.target == "sample" else latents
+
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Refuse a run it was not fitted for; ``run`` holds what is known of it, by the names of :class:`FittedFor`.
+
+        Raises:
+            ConfigError: a value differs, with both.
+        """
+        for name, value in run.items():
+            ours = getattr(self.fitted_for, name)
+            if ours != value:
+                theirs = f"{len(value)} steps, {_short(value)}" if name == "timesteps" else repr(value)
+                fitted = f"{len(ours)} steps, {_short(ours)}" if name == "timesteps" else repr(ours)
+                raise ConfigError(
+                    f"the variance compensation was fitted for {name} {fitted}; this run has {theirs} (fit it for this "
+                    "run, or force it)"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` (safetensors: gain and mean) and a readable JSON of the same name beside it.
+
+        Raises:
+            ConfigError: the path does not end in .safetensors.
+            OutputError: a file cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = _tensor_path(path)
+        text = json.dumps(
+            {"version": FORMAT_VERSION, "target": self.target, "form": self.form, **asdict(self.fitted_for)}, indent=1
+        )
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file({"gain": self.gain.contiguous(), "mean": self.mean.contiguous()}, partial)
+            os.replace(partial, path)
+            partial.write_text(text + "\n")
+            os.replace(partial, path.with_suffix(".json"))
+        except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"cannot write {str(path)!r}: {reason}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Compensation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or no compensation of this version.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = _tensor_path(path)
+        try:
+            tensors, values = load_file(path), json.loads(path.with_suffix(".json").read_text())
+            if values["version"] != FORMAT_VERSION:
+                raise ConfigError(
+                    f"{str(path)!r} has version {values['version']}, known is {FORMAT_VERSION}; update qandc"
+                )
+            known = {field.name: values[field.name] for field in fields(FittedFor)}
+            known["timesteps"] = tuple(known["timesteps"])
+            return cls(tensors["gain"], tensors["mean"], values["target"], values["form"], FittedFor(**known))
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ConfigError(f"{str(path)!r} is no compensation: {error}; make one with fit_compensation") from error
+
+
+def _short(timesteps: tuple[int, ...]) -> str:
+    return f"{timesteps[0]} .. {timesteps[-1]}" if timesteps else "none"
+
+
+def _tensor_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{str(path)!r} must end in .safetensors (a .json of the same name stands beside it)")
+    return path
+
+
+def epsilon_scaling(scale: float, channels: int, fitted_for: FittedFor) -> Compensation:
+    """Every noise prediction divided by one number, e.g. 1.004 to 1.017 (Ning et al. 2024, arXiv 2308.15321)."""
+    if not 0 < scale < float("inf"):
+        raise ConfigError(f"scale is {scale!r}; give a finite number > 0, usually a little more than 1")
+    gain = torch.full((len(fitted_for.timesteps), channels), 1 / scale)
+    return Compensation(gain, torch.zeros_like(gain), "noise", "epsilon_scaling", fitted_for)

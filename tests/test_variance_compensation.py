@@ -1,0 +1,312 @@
+"""Variance compensation: known gains found again, fitted along runs, saved, refused where it does not belong."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from qandc import (
+    CacheConfig,
+    Compensation,
+    ConfigError,
+    DataError,
+    OutputError,
+    apply_cache_to_dit,
+    compensated_scheduler,
+    decode_latents,
+    fit_compensation,
+    make_scheduler,
+    quantize_model,
+    record_trajectory,
+    sample_latents,
+)
+from qandc.variance_compensation import FittedFor, epsilon_scaling, least_squares, paper_gain, variance_ratio
+from tests.conftest import make_dit
+
+GAIN = torch.tensor([0.87, 1.0, 1.1, 0.95])
+RUN = {"num_inference_steps": 6, "guidance_scale": 1.5}
+LABELS = (1, 2, 3, 4)
+
+
+def pairs(mean=0.0, own_noise=0.0, count=400, seed=0):
+    """Samples, and references that are ``μ + gain · (samples - μ)``, both with noise of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(count, 4, 8, 8, generator=generator) + mean
+    reference = mean + GAIN[:, None, None] * (sample - mean)
+    reference = reference + own_noise * torch.randn(sample.shape, generator=generator)
+    return reference, sample, torch.full((4,), mean)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3, -2.0])
+def test_a_known_gain_is_found(mean):
+    reference, sample, means = pairs(mean)
+    assert least_squares(reference, sample, means).float() == pytest.approx(GAIN, abs=1e-5)
+    assert variance_ratio(reference, sample, means).float() == pytest.approx(GAIN, abs=1e-3)
+
+
+def test_a_known_gain_is_found_under_noise():
+    reference, sample, means = pairs(0.1, own_noise=0.1)
+    assert least_squares(reference, sample, means).float() == pytest.approx(GAIN, abs=0.01)
+    assert variance_ratio(reference, sample, means).float() == pytest.approx(GAIN, abs=0.01)
+
+
+def test_least_squares_needs_pairs_and_the_ratio_does_not():
+    reference, _, means = pairs()
+    _, others, _ = pairs(seed=1)
+    assert least_squares(reference, others, means).abs().max() < 0.05
+    assert variance_ratio(reference, others, means).float() == pytest.approx(GAIN, abs=0.02)
+
+
+def test_the_printed_equation_misses_the_known_gain():
+    """Why it is no default: elements near 0 decide it, and the mask decides which."""
+    reference, sample, means = pairs(0.1)
+    masked, wide = paper_gain(reference, sample, means), paper_gain(reference, sample, means, smallest=1e-6)
+    assert torch.isfinite(masked).all()
+    assert (masked - GAIN).abs().max() > 0.05
+    assert (wide - GAIN).abs().max() > 0.5
+    reference[:, :, 0] = 0  # exact zeros divide nothing
+    assert torch.isfinite(paper_gain(reference, sample, means)).all()
+
+
+def test_the_printed_equation_by_hand():
+    reference, sample = torch.tensor([[[2.0, 0.01, -1.0]]]), torch.tensor([[[1.0, 5.0, -2.0]]])
+    mean = torch.tensor([0.5])
+    target, off = [1.5, -1.5], [0.5, -2.5]
+    above = 1.5 * 0.5 + -1.5 * -2.5 + 0.5 / 2 + -2.5 / -1
+    below = 0.25 + 6.25 + 0.25 / 4 + 6.25 / 1
+    assert len(target) == len(off)
+    assert paper_gain(reference, sample, mean).item() == pytest.approx(above / below)
+
+
+def scheduler(name="ddpm"):
+    return make_scheduler(name, {"num_train_timesteps": 1000, "clip_sample": False})
+
+
+def reference_and_cached(name="ddpm", labels=LABELS, **run):
+    """The trajectory of a random model, and that model quantized to 4 bits with a cache."""
+    model = make_dit(num_layers=2)
+    reference = record_trajectory(model, scheduler(name), labels, **{**RUN, **run})
+    quantize_model(model, w_bits=4)
+    apply_cache_to_dit(model, config=CacheConfig("block", interval=3))
+    return reference, model
+
+
+def test_a_recorded_trajectory_is_that_of_the_loop():
+    model = make_dit()
+    reference = record_trajectory(model, scheduler(), LABELS, **RUN)
+    assert reference.samples.shape == reference.noises.shape == (6, 4, 4, 8, 8)
+    again = sample_latents(model, scheduler(), LABELS, seeds=range(4), **RUN)
+    assert torch.equal(reference.samples[-1], again)
+
+
+@pytest.mark.parametrize("target", ["sample", "noise"])
+@pytest.mark.parametrize("form", ["least_squares", "variance_ratio"])
+def test_of_the_same_model_the_gains_are_one(form, target):
+    model = make_dit()
+    reference = record_trajectory(model, scheduler(), LABELS, **RUN)
+    found = fit_compensation(reference, model, scheduler(), form=form, target=target)
+    assert found.gain == pytest.approx(torch.ones(6, 4), abs=1e-4)
+    run = sample_latents(model, scheduler(), LABELS, seeds=range(4), compensation=found, **RUN)
+    torch.testing.assert_close(run, reference.samples[-1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_fitted_run_is_closer_at_every_step(name):
+    """On the samples of the fit least squares can only gain, step by step; applied again it does the same."""
+    reference, model = reference_and_cached(name)
+    found = fit_compensation(reference, model, scheduler(name))
+    assert found.gain.shape == found.mean.shape == (6, 4)
+    assert (found.gain[:-1] != 1).any(1).all()
+    seen = {"plain": [], "compensated": []}
+    for key, compensation in (("plain", None), ("compensated", found)):
+        sample_latents(
+            model, scheduler(name), LABELS, seeds=range(4), compensation=compensation, **RUN,
+            callback=lambda step, t, x, key=key: seen[key].append((x - reference.samples[step]).square().mean().item()),
+        )  # fmt: skip
+    assert seen["compensated"][0] <= seen["plain"][0]
+    assert seen["compensated"][-1] < seen["plain"][-1]
+    assert sum(seen["compensated"]) < sum(seen["plain"])
+
+
+def test_gains_are_fitted_on_what_the_earlier_ones_made():
+    """A model that is off by one factor at every step needs its inverse at every step, not powers of it."""
+    model = make_dit()
+    reference = record_trajectory(model, scheduler("ddim"), LABELS, **RUN)
+
+    class Off:
+        def noise(self, step, noise_pred):
+            return noise_pred
+
+        def sample(self, step, latents):
+            return latents * 0.9
+
+    from qandc.trajectories import _Fitter
+
+    fitter = _Fitter(reference, "sample", least_squares, 0, 0.0)
+
+    class Both:
+        def noise(self, step, noise_pred):
+            return noise_pred
+
+        def sample(self, step, latents):
+            return fitter.sample(step, Off().sample(step, latents))
+
+    sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), corrector=Both(), **RUN)
+    assert torch.stack(fitter.gains) == pytest.approx(torch.full((6, 4), 1 / 0.9), abs=0.02)
+
+
+def test_start_step_and_shrinkage():
+    reference, model = reference_and_cached()
+    full = fit_compensation(reference, model, scheduler())
+    late = fit_compensation(reference, model, scheduler(), start_step=4)
+    assert (late.gain[:4] == 1).all()
+    assert (late.gain[4] != 1).any()
+    half = fit_compensation(reference, model, scheduler(), shrinkage=0.5)
+    assert half.gain[0] == pytest.approx(1 + 0.5 * (full.gain[0] - 1), abs=1e-5)
+    none = fit_compensation(reference, model, scheduler(), shrinkage=1.0)
+    assert (none.gain == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"form": "best"}, "form 'best' is unknown; choose one of variance_ratio, least_squares, paper"),
+        ({"target": "image"}, "target 'image' is unknown"),
+        ({"start_step": 6}, "start_step is 6; the run has steps 0 to 5"),
+        ({"shrinkage": -0.1}, "shrinkage is -0.1"),
+    ],
+)
+def test_settings_are_checked(change, message):
+    model = make_dit()
+    reference = record_trajectory(model, scheduler(), [1], **RUN)
+    with pytest.raises(ConfigError, match=message):
+        fit_compensation(reference, model, scheduler(), **change)
+
+
+def test_noise_and_scaling_are_applied_before_the_step():
+    model = make_dit()
+    fitted_for = fit_compensation(
+        record_trajectory(model, scheduler("ddim"), LABELS, **RUN), model, scheduler("ddim")
+    ).fitted_for
+    scaled = epsilon_scaling(1.01, 4, fitted_for)
+
+    class Divide:
+        def noise(self, step, noise_pred):
+            return noise_pred / 1.01
+
+        def sample(self, step, latents):
+            return latents
+
+    by_hand = sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), corrector=Divide(), **RUN)
+    found = sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), compensation=scaled, **RUN)
+    torch.testing.assert_close(found, by_hand, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="scale is 0"):
+        epsilon_scaling(0, 4, fitted_for)
+
+
+def test_in_the_vanilla_pipeline(pipeline_dir):
+    """A scheduler that compensates gives DiTPipeline what our loop gives: DDIM, which draws no noise."""
+    from diffusers import DiTPipeline
+
+    pipe = DiTPipeline.from_pretrained(pipeline_dir)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler("ddim", pipe.scheduler.config)
+    reference = record_trajectory(pipe.transformer, pipe.scheduler, [7], guidance_scale=3.0, num_inference_steps=6)
+    quantize_model(pipe.transformer, w_bits=4)
+    apply_cache_to_dit(pipe.transformer, 3)
+    for target in ("sample", "noise"):
+        found = fit_compensation(reference, pipe.transformer, pipe.scheduler, target=target)
+        run = {"num_inference_steps": 6, "guidance_scale": 3.0}
+        latents = sample_latents(pipe.transformer, pipe.scheduler, [7], seeds=[0], compensation=found, **run)
+        expected = decode_latents(pipe.vae, latents)
+        plain = pipe.scheduler
+        pipe.scheduler = compensated_scheduler(plain, found)
+        assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+        drawn = pipe(class_labels=[7], generator=torch.Generator().manual_seed(0), output_type="np", **run).images
+        torch.testing.assert_close(torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1, expected, atol=1e-3, rtol=1e-3)
+        with pytest.raises(ConfigError, match=r"fitted for timesteps 6 steps.*this run has 4 steps"):
+            pipe(class_labels=[7], num_inference_steps=4)
+        pipe.scheduler = compensated_scheduler(copy.deepcopy(plain), found, force=True)
+        pipe(class_labels=[7], num_inference_steps=4, output_type="np")
+        pipe.scheduler = plain
+
+
+def test_other_runs_are_refused_unless_forced():
+    reference, model = reference_and_cached()
+    found = fit_compensation(reference, model, scheduler())
+    call = {"seeds": range(4), "compensation": found}
+    for changes, message in (
+        ({"guidance_scale": 2.0}, "fitted for guidance_scale 1.5; this run has 2.0"),
+        ({"num_inference_steps": 5}, "fitted for timesteps 6 steps"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sample_latents(model, scheduler(), LABELS, **{**RUN, **changes}, **call)
+    with pytest.raises(ConfigError, match="fitted for scheduler 'DDPMScheduler'; this run has 'DDIMScheduler'"):
+        sample_latents(model, scheduler("ddim"), LABELS, **RUN, **call)
+    with pytest.raises(ConfigError, match="fitted for scheduler"):
+        compensated_scheduler(scheduler("ddim"), found)
+    with pytest.raises(ConfigError, match=r"fitted for model .2 blocks of 32, W4A8 dynamic.*not quantized, no cache"):
+        sample_latents(make_dit(num_layers=2), scheduler(), LABELS, **RUN, **call)
+    sample_latents(model, scheduler(), LABELS, **{**RUN, "guidance_scale": 2.0}, **call, force_compensation=True)
+
+
+FITTED = FittedFor("DDPMScheduler", (667, 334, 1), 1.5, "a model")
+STORED = Compensation(torch.rand(3, 4), torch.rand(3, 4), "sample", "least_squares", FITTED)
+
+
+def test_saved_and_loaded(tmp_path):
+    path = tmp_path / "vc.safetensors"
+    STORED.save(path)
+    loaded = Compensation.load(path)
+    assert torch.equal(loaded.gain, STORED.gain)
+    assert torch.equal(loaded.mean, STORED.mean)
+    assert (loaded.target, loaded.form, loaded.fitted_for) == ("sample", "least_squares", FITTED)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["vc.json", "vc.safetensors"]
+    assert json.loads((tmp_path / "vc.json").read_text())["guidance_scale"] == 1.5
+
+
+def test_broken_files_are_refused(tmp_path):
+    path = tmp_path / "vc.safetensors"
+    with pytest.raises(ConfigError, match="is no compensation"):
+        Compensation.load(path)
+    with pytest.raises(ConfigError, match=r"must end in \.safetensors"):
+        STORED.save(tmp_path / "vc.bin")
+    with pytest.raises(OutputError, match="cannot write"):
+        STORED.save(tmp_path / "no" / "vc.safetensors")
+    STORED.save(path)
+    text = (tmp_path / "vc.json").read_text()
+    for broken, message in (
+        (text.replace('"version": 1', '"version": 2'), "has version 2, known is 1"),
+        (text.replace("sample", "image"), "target 'image' is unknown"),
+        ("{}", "is no compensation"),
+    ):
+        (tmp_path / "vc.json").write_text(broken)
+        with pytest.raises(ConfigError, match=message):
+            Compensation.load(path)
+    (tmp_path / "vc.json").write_text(text)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ConfigError, match="is no compensation"):
+        Compensation.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gain": torch.rand(2, 4)}, r"gain must be \[3 steps, channels\]"),
+        ({"mean": torch.rand(3, 3)}, "must have one shape"),
+        ({"gain": torch.full((3, 4), float("nan"))}, "gain holds NaN"),
+        ({"gain": torch.rand(3, 4).double()}, "float32"),
+    ],
+)
+def test_tensors_are_checked(change, message):
+    values = {"gain": STORED.gain, "mean": STORED.mean, **change}
+    with pytest.raises(DataError, match=message):
+        Compensation(**values, target="sample", form="paper", fitted_for=FITTED)
+
+
+def test_compensation_and_corrector_together_are_refused():
+    with pytest.raises(ConfigError, match="not both"):
+        sample_latents(make_dit(), scheduler(), [1], seeds=[0], compensation=STORED, corrector=STORED, **RUN)
