@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -77,6 +78,31 @@ def test_cache_snippet_follows_the_first(tmp_path, monkeypatch, capsys):
     assert (cache.compute_steps, cache.reuse_steps) == (3, 5)
     assert CalibratedSchedule.load("schedule.json").config() == cache.config
     assert capsys.readouterr().out.count("*") == 3
+
+
+def test_tap_snippet_follows_the_first():
+    from qandc import fashion_dit_path
+    from qandc.conversion import quant_layers
+
+    changes = {
+        '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
+        "[207, 360, 387, 974]": "[2, 3, 4, 5]",
+        "num_inference_steps=50": "num_inference_steps=8",
+    }
+    names = run(snippet().partition("images = ")[0] + snippet(": tap"), changes)
+    assert len(names["rows"]) == 8 * 8
+    layers = quant_layers(names["pipe"].transformer)
+    assert all(layer.act_scale is not None for layer in layers.values())
+
+
+def test_vc_snippet(tmp_path, monkeypatch):
+    from qandc import Compensation
+
+    monkeypatch.chdir(tmp_path)
+    names = run(snippet(": vc"), {'"num_inference_steps": 50': '"num_inference_steps": 6', "range(50)": "range(4)"})
+    assert names["images"][0].size == (32, 32)
+    assert torch.equal(Compensation.load("vc.safetensors").gain, names["compensation"].gain)
+    assert names["latents"].shape == (1, 4, 16, 16)
 
 
 def test_tables_are_up_to_date():
