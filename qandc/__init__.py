@@ -4,14 +4,15 @@ Importing this package loads torch and nothing heavier; diffusers is imported by
 """
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
-from qandc.calibration import calibrate
+from qandc.calibration import calibrate, calibrate_steps, smoothing_factors
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
 from qandc.feature_cache import FeatureCache
-from qandc.fused_dit import StepRanges, fuse_dit, prepare_run, unfuse_dit
+from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.quantizer import QuantConfig
+from qandc.ranges import RangeConfig, StepRanges
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
 from qandc.schedule_calibration import calibrate_schedule
@@ -34,12 +35,14 @@ __all__ = [
     "QuantConfig",
     "QuantLinear",
     "QuantizationReport",
+    "RangeConfig",
     "StepRanges",
     "TapConfig",
     "Trajectory",
     "apply_cache_to_dit",
     "calibrate",
     "calibrate_schedule",
+    "calibrate_steps",
     "cluster_pool",
     "compensated_scheduler",
     "decode_latents",
@@ -58,6 +61,7 @@ __all__ = [
     "reset_all_caches",
     "sample_latents",
     "select_samples",
+    "smoothing_factors",
     "unfuse_dit",
     "uniform_schedule",
 ]

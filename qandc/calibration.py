@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,27 +11,28 @@ from torch import nn
 
 from qandc.cache import paused_cache
 from qandc.conversion import quant_layers
-from qandc.errors import DataError, ModelError
+from qandc.errors import ConfigError, DataError, ModelError
 from qandc.linear import QuantLinear
 from qandc.quantizer import activation_parameters
+from qandc.ranges import Histogram, RangeConfig, StepRanges, estimate_range
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "calibrate_steps", "smoothing_factors"]
 
 logger = logging.getLogger(__name__)
 
 
 class _RangeObserver:
-    """Running minimum and maximum of a layer's input, kept on its device."""
+    """What a layer's inputs look like: extremes, on its device; a histogram where the estimator needs one."""
 
-    def __init__(self) -> None:
-        self.minimum: torch.Tensor | None = None
-        self.maximum: torch.Tensor | None = None
+    def __init__(self, config: RangeConfig) -> None:
+        self.counts_values = config.estimator != "minmax"
+        self.seen = Histogram()
 
     def saw_values(self) -> bool:
         """Whether there was any input other than zeros."""
-        if self.minimum is None or self.maximum is None:
+        if self.seen.minimum is None or self.seen.maximum is None:
             return False
-        return not (self.minimum == 0 and self.maximum == 0)
+        return not (self.seen.minimum == 0 and self.seen.maximum == 0)
 
     def __call__(self, module: QuantLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
@@ -39,9 +40,7 @@ class _RangeObserver:
             return
         if module.smoothing is not None:
             x = x.float() / module.smoothing
-        low, high = (bound.to(torch.float32) for bound in torch.aminmax(x.detach()))
-        self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
-        self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
+        self.seen.add(x, count=self.counts_values)
 
 
 def _call(model: nn.Module, batch: Any) -> None:
@@ -54,8 +53,45 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any], *, symmetric: bool = False) -> nn.Module:
-    """Give every QuantLinear that the batches reach a static min-max range (Q&C Eq. 2 and 3).
+def _observe(
+    model: nn.Module, batches: Iterable[Any], config: RangeConfig, when: Callable[[Any], Any]
+) -> dict[Any, dict[str, _RangeObserver]]:
+    """Run the batches with dynamic ranges and no cache; what each layer saw, for each value of ``when(batch)``."""
+    if isinstance(batches, torch.Tensor | Mapping):
+        raise DataError(f"batches must be an iterable of batches; got one {type(batches).__name__} (put it in a list)")
+    layers = quant_layers(model)
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no quantized layer; call quantize_model first")
+    before = {name: (layer.act_scale, layer.act_zero_point) for name, layer in layers.items()}
+    observers: dict[Any, dict[str, _RangeObserver]] = {}
+    current: dict[str, _RangeObserver] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: current[name](module, args, kwargs)
+
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        for layer in layers.values():
+            layer.set_static_range(None)
+        with paused_cache(model):
+            for batch in batches:
+                key = when(batch)
+                current = observers.setdefault(key, {name: _RangeObserver(config) for name in layers})
+                _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            layer.set_static_range(*before[name])
+    if not observers:
+        raise DataError("the calibration set is empty; give at least one batch of model inputs")
+    return observers
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], *, symmetric: bool = False, ranges: RangeConfig | None = None
+) -> nn.Module:
+    """Give every QuantLinear that the batches reach one static range (Q&C Eq. 2 and 3).
 
     The layers run with dynamic ranges meanwhile, also those that had static ones, and every step is computed, also if a
     feature cache is attached.
@@ -64,7 +100,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, symmetric: bool = Fal
         model: a model converted by :func:`qandc.quantize_model`.
         batches: inputs of ``model``: a mapping is passed as keywords, a tuple or list as positions, else one argument.
             Seen once and not kept.
-        symmetric: ranges around zero without a zero point, instead of ``[min, max]``.
+        symmetric: short for ``ranges=RangeConfig(symmetric=True)``.
+        ranges: how a range is found; by default min-max.
 
     Returns:
         ``model``. A layer that no batch reached, or that saw zeros only, stays as it was and is logged.
@@ -73,50 +110,163 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, symmetric: bool = Fal
         ModelError: the model has no QuantLinear.
         DataError: there is no batch, no batch reaches a layer, or a layer saw NaN or inf. Ranges are unchanged then.
     """
-    if isinstance(batches, torch.Tensor | Mapping):
-        raise DataError(f"batches must be an iterable of batches; got one {type(batches).__name__} (put it in a list)")
+    config = RangeConfig(symmetric=symmetric) if ranges is None else ranges
+    (observers,) = _observe(model, batches, config, lambda batch: None).values()
     layers = quant_layers(model)
-    if not layers:
-        raise ModelError(f"{type(model).__name__} has no quantized layer; call quantize_model first")
-    before = {name: (layer.act_scale, layer.act_zero_point) for name, layer in layers.items()}
-    observers: dict[str, _RangeObserver] = {name: _RangeObserver() for name in layers}
-    handles = [layer.register_forward_pre_hook(observers[name], with_kwargs=True) for name, layer in layers.items()]
-    count = 0
-    try:
-        for layer in layers.values():
-            layer.set_static_range(None)
-        with paused_cache(model):
-            for batch in batches:
-                _call(model, batch)
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, layer in layers.items():
-            layer.set_static_range(*before[name])
-    if count == 0:
-        raise DataError("the calibration set is empty; give at least one batch of model inputs")
-    ranges = {
-        name: _parameters(name, layers[name], observer, symmetric)
+    found = {
+        name: _parameters(name, layers[name], observer.seen, config)
         for name, observer in observers.items()
         if observer.saw_values()
     }
-    missing = [name for name in layers if name not in ranges]
-    if missing:
-        logger.warning("no range for %d layers, which saw no input or only zeros: %s", len(missing), ", ".join(missing))
-    if not ranges:
-        raise DataError("no calibration batch reached a quantized layer; check that they are inputs of this model")
-    for name, (scale, zero_point) in ranges.items():
+    _report_missing(layers, found)
+    for name, (scale, zero_point) in found.items():
         layers[name].set_static_range(scale, zero_point)
     return model
 
 
-def _parameters(
-    name: str, layer: QuantLinear, observer: _RangeObserver, symmetric: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    assert observer.minimum is not None
-    assert observer.maximum is not None
+def calibrate_steps(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    groups: int | None = None,
+    ranges: RangeConfig | None = None,
+    skip_patterns: Sequence[str] = ("proj_out_1",),
+) -> StepRanges:
+    """Ranges that change along a run, for :func:`qandc.fuse_dit`: they cost nothing there. Layers stay as they are.
+
+    Args:
+        model: a quantized DiT.
+        batches: inputs of it as keywords, all rows of one at one ``timestep``.
+        groups: so many spans of successive timesteps share a range each; by default each timestep has its own.
+        ranges: how a range is found; by default min-max.
+        skip_patterns: layers whose name contains one of these are left out; by default the one that no fused kernel
+            runs.
+
+    Returns:
+        A row for each timestep seen, highest first, of every layer that saw values at all of them.
+
+    Raises:
+        ModelError, DataError: as :func:`calibrate`; or a batch has no timestep, or rows at several.
+        ConfigError: ``groups`` is not an integer from 1 to the number of timesteps.
+    """
+    config = RangeConfig() if ranges is None else ranges
+    observers = _observe(model, batches, config, _timestep_of)
+    timesteps = sorted(observers, reverse=True)
+    count = len(timesteps) if groups is None else groups
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= len(timesteps):
+        raise ConfigError(f"groups is {groups!r}; {len(timesteps)} timesteps can form 1 to {len(timesteps)}")
+    group_of = [i * count // len(timesteps) for i in range(len(timesteps))]
+    layers = {
+        name: layer for name, layer in quant_layers(model).items() if not any(part in name for part in skip_patterns)
+    }
+    scales: dict[str, torch.Tensor] = {}
+    zero_points: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        merged = [Histogram() for _ in range(count)]
+        for timestep, group in zip(timesteps, group_of, strict=True):
+            merged[group].merge(observers[timestep][name].seen)
+        if any(seen.minimum is None or (seen.minimum == 0 and seen.maximum == 0) for seen in merged):
+            continue
+        found = [_parameters(name, layer, seen, config) for seen in merged]
+        scales[name] = torch.stack([found[group][0] for group in group_of])
+        if not config.symmetric:
+            zero_points[name] = torch.stack([z for group in group_of if (z := found[group][1]) is not None])
+    _report_missing(layers, scales)
+    return StepRanges(torch.tensor(timesteps, dtype=torch.float32), scales, zero_points)
+
+
+@torch.no_grad()
+def smoothing_factors(
+    model: nn.Module, batches: Iterable[Any], names: Iterable[str], *, alpha: float = 0.5
+) -> dict[str, torch.Tensor]:
+    """``s_k = max|x_k|^α / max_n |w_nk|^(1-α)``: factors that move outliers from activations to weights.
+
+    ``(x / s)(s w) = x w`` exactly; what changes is how both round. SmoothQuant (arXiv 2211.10438, Eq. 4); with α = 0.5
+    both sides get the geometric mean of the two, the salience balancing of PTQ4DiT (arXiv 2405.16005) without its
+    weights of steps. q, k and v, which share their input, share their factors.
+
+    Args:
+        model: not quantized yet.
+        batches: as :func:`calibrate`.
+        names: linear layers to smooth.
+        alpha: 0 (all to the activations) to 1 (all to the weights).
+
+    Returns:
+        Layer name to ``[in_features] float32``, for :func:`qandc.quantize_model`; 1 where a channel or weight is 0.
+
+    Raises:
+        ConfigError: alpha is out of range, or a name is no ``nn.Linear`` of the model.
+        DataError: a layer saw no input, or NaN or inf.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha is {alpha!r}; give a number from 0 to 1")
+    layers: dict[str, nn.Linear] = {}
+    for name in names:
+        layer = dict(model.named_modules()).get(name)
+        if type(layer) is not nn.Linear:
+            raise ConfigError(f"{name!r} is no nn.Linear of this {type(model).__name__}; smooth before quantizing")
+        layers[name] = layer
+    largest: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen = args[0].detach().float().abs().flatten(0, -2).amax(0)
+            largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
+
+        return note
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        return activation_parameters(observer.minimum, observer.maximum, layer.a_bits, symmetric=symmetric)
+        with paused_cache(model):
+            for batch in batches:
+                _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    weights: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        if name not in largest or not torch.isfinite(largest[name]).all():
+            raise DataError(f"{name} saw no input, or NaN or inf; check the batches")
+        key = _input_of(name)
+        column = layer.weight.detach().float().abs().amax(0)
+        weights[key] = torch.maximum(weights[key], column) if key in weights else column
+    factors = {}
+    for name in layers:
+        x, w = largest[name], weights[_input_of(name)]
+        factor = x**alpha / w.clamp(min=1e-30) ** (1 - alpha)
+        factors[name] = torch.where((x > 0) & (w > 0), factor, torch.ones_like(factor))
+    return factors
+
+
+def _input_of(name: str) -> str:
+    """What layers of one input have in common in their names."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.qkv" if last in ("to_q", "to_k", "to_v") else name
+
+
+def _timestep_of(batch: Any) -> float:
+    timestep = batch.get("timestep") if isinstance(batch, Mapping) else None
+    if timestep is None:
+        raise DataError("ranges per step need batches that are mappings with a timestep")
+    values = torch.as_tensor(timestep).reshape(-1)
+    if len(values) == 0 or (values != values[0]).any():
+        raise DataError("all rows of a batch must be at one timestep; split the batch")
+    return float(values[0])
+
+
+def _report_missing(layers: Mapping[str, QuantLinear], found: Mapping[str, Any]) -> None:
+    missing = [name for name in layers if name not in found]
+    if missing:
+        logger.warning("no range for %d layers, which saw no input or only zeros: %s", len(missing), ", ".join(missing))
+    if not found:
+        raise DataError("no calibration batch reached a quantized layer; check that they are inputs of this model")
+
+
+def _parameters(
+    name: str, layer: QuantLinear, seen: Histogram, config: RangeConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    try:
+        low, high = estimate_range(seen, config, layer.a_bits)
+        return activation_parameters(low, high, layer.a_bits, symmetric=config.symmetric)
     except DataError as error:
         raise DataError(f"layer {name}: {error}") from None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from qandc.cache import FUSED, reset_all_caches
-from qandc.errors import ModelError
+from qandc.errors import ConfigError, ModelError
 from qandc.linear import QuantLinear, check_finite, check_layer
 from qandc.quantizer import QuantConfig
 from qandc_kernels import select_backend
@@ -36,6 +37,9 @@ def quantize_model(
     w_bits: int = 8,
     a_bits: int = 8,
     skip_patterns: Sequence[str] = QuantConfig.skip_patterns,
+    *,
+    weight_clip: str = "max",
+    smoothing: Mapping[str, torch.Tensor] | None = None,
 ) -> ModelT:
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`QuantLinear`, in place, layer by layer.
 
@@ -48,18 +52,22 @@ def quantize_model(
         w_bits: 4 or 8.
         a_bits: 4 to 8.
         skip_patterns: layers whose qualified name contains one of these substrings stay as they are.
+        weight_clip: ``max``, or ``mse``, the scale of least squared error, which pays with 4 bits.
+        smoothing: layer name to ``[in_features]`` factors (:func:`qandc.smoothing_factors`).
 
     Returns:
         ``model``.
 
     Raises:
-        ConfigError: unknown bits or patterns, or a layer that no kernel can run (:meth:`QuantLinear.from_linear`).
+        ConfigError: unknown bits, patterns or clip, factors for a layer that is not quantized here, or a layer that no
+            kernel can run (:meth:`QuantLinear.from_linear`).
         ModelError: nothing is left to quantize, or a layer has hooks or a replaced ``forward``, which would be lost.
         DataError: a weight or bias holds NaN or inf.
 
     After any of them the model is unchanged. Subclasses of ``nn.Linear`` stay as they are.
     """
-    config = QuantConfig(w_bits, a_bits, skip_patterns)
+    config = QuantConfig(w_bits, a_bits, skip_patterns, weight_clip)
+    smoothing = smoothing or {}
     if isinstance(model, nn.Linear):
         raise ModelError("the model is a single nn.Linear; use QuantLinear.from_linear(linear)")
     linears = dict(_linear_layers(model))
@@ -73,6 +81,9 @@ def quantize_model(
         else:
             why = "it has no nn.Linear layer"
         raise ModelError(f"nothing to quantize in {type(model).__name__}: {why}")
+    strangers = [name for name in smoothing if name not in chosen]
+    if strangers:
+        raise ConfigError(f"smoothing names {strangers[0]!r}, which is no layer that is quantized here")
     for name in chosen:  # before the first change: a refused model stays whole
         linear = linears[name]
         check_layer(name, linear.in_features, linear.weight.dtype, config.w_bits)
@@ -84,7 +95,8 @@ def quantize_model(
     for name in chosen:
         linear = linears.pop(name)
         if id(linear) not in converted:
-            converted[id(linear)] = QuantLinear.from_linear(linear, w_bits, a_bits)
+            factors = smoothing.get(name)
+            converted[id(linear)] = QuantLinear.from_linear(linear, w_bits, a_bits, factors, weight_clip)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted[id(linear)])
     reset_all_caches(model)  # what it holds are features of the full-precision model

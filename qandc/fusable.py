@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from qandc.derived import original_class
 from qandc.errors import ConfigError
-from qandc.fused_step import StepRanges
 from qandc.linear import QuantLinear
+from qandc.ranges import StepRanges
 
 __all__ = [
     "BLOCK_LAYERS",

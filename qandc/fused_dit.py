@@ -31,11 +31,12 @@ from qandc.fusable import (
     why_not_block,
     why_not_output,
 )
-from qandc.fused_step import FusedStep, Kept, StepRanges
+from qandc.fused_step import FusedStep, Kept
 from qandc.graphs import GraphCache
+from qandc.ranges import StepRanges
 from qandc_kernels import select_backend
 
-__all__ = ["StepRanges", "fuse_dit", "is_fused", "prepare_run", "unfuse_dit"]
+__all__ = ["fuse_dit", "is_fused", "prepare_run", "unfuse_dit"]
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ Nothing here waits for the GPU once a step is built, so a CUDA graph can hold it
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from qandc.conditioning import Conditioning
 from qandc.features import FeatureStore, Target
 from qandc.linear import QuantLinear
+from qandc.ranges import StepRanges
 from qandc_kernels import (
     adaln_quantize_per_tensor,
     attention_quantize_per_tensor,
@@ -29,24 +29,7 @@ from qandc_kernels import (
     linear_gelu_quantize,
 )
 
-__all__ = ["FusedStep", "StepRanges"]
-
-
-@dataclass(frozen=True)
-class StepRanges:
-    """Static activation ranges that change from step to step, a row per step.
-
-    A forward takes the row whose timestep is nearest to that of its first sample; the choice is made on the device.
-
-    Attributes:
-        timesteps: ``[S]``.
-        scales: layer name to ``[S] float32``.
-        zero_points: layer name to ``[S] int32``; a layer that is missing here is symmetric.
-    """
-
-    timesteps: torch.Tensor
-    scales: dict[str, torch.Tensor]
-    zero_points: dict[str, torch.Tensor]
+__all__ = ["FusedStep"]
 
 
 class Product(NamedTuple):

@@ -87,7 +87,12 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, w_bits: int = 8, a_bits: int = 8, smoothing: torch.Tensor | None = None
+        cls,
+        linear: nn.Linear,
+        w_bits: int = 8,
+        a_bits: int = 8,
+        smoothing: torch.Tensor | None = None,
+        weight_clip: str = "max",
     ) -> QuantLinear:
         """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
 
@@ -95,6 +100,7 @@ class QuantLinear(nn.Module):
             linear: the layer to replace.
             w_bits, a_bits: as :func:`qandc.quantize_model`.
             smoothing: ``[K]`` factors > 0 that inputs are divided by and the weight is multiplied with.
+            weight_clip: ``max`` or ``mse`` (:func:`qandc.quantizer.quantize_weight`).
 
         Raises:
             ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
@@ -122,7 +128,7 @@ class QuantLinear(nn.Module):
             module.smoothing = smoothing
             weight = weight.float() * smoothing
             check_finite(weight, "weight times smoothing")
-        q, scale = quantize_weight(weight, w_bits)
+        q, scale = quantize_weight(weight, w_bits, weight_clip)
         module.qweight = pack_int4(q) if w_bits == 4 else q
         module.weight_scale = scale
         module.weight_sum = q.sum(1, dtype=torch.int32)

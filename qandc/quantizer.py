@@ -19,6 +19,7 @@ __all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize
 
 W_BITS = (4, 8)
 A_BITS = (4, 5, 6, 7, 8)
+WEIGHT_CLIPS = ("max", "mse")
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,18 @@ class QuantConfig:
         w_bits: 4 or 8, symmetric, per output channel.
         a_bits: 4 to 8; fewer than 8 bits still run on the int8 kernels.
         skip_patterns: layers whose qualified name contains one of these substrings stay as they are.
+        weight_clip: how the scale of a weight channel is found: ``max`` or ``mse`` (:func:`quantize_weight`).
     """
 
     w_bits: int = 8
     a_bits: int = 8
     skip_patterns: Sequence[str] = ("pos_embed", "norm")
+    weight_clip: str = "max"
 
     def __post_init__(self) -> None:
         check_bits(self.w_bits, self.a_bits)
+        if self.weight_clip not in WEIGHT_CLIPS:
+            raise ConfigError(f"weight_clip {self.weight_clip!r} is unknown; choose one of {', '.join(WEIGHT_CLIPS)}")
         patterns = self.skip_patterns
         if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) and p for p in patterns):
             raise ConfigError(
@@ -62,12 +67,14 @@ def check_bits(w_bits: int, a_bits: int) -> None:
         raise ConfigError(f"a_bits is {a_bits!r}; allowed are {', '.join(map(str, A_BITS))}")
 
 
-def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, bits: int, clip: str = "max") -> tuple[torch.Tensor, torch.Tensor]:
     """``s_n = max_k |w_nk| / qmax``, ``q = round(w / s)``, qmax = 2^(b-1) - 1 (Eq. 1, symmetric, per output channel).
 
     Args:
         weight: ``[N, K]``, any float dtype.
         bits: 2 to 8.
+        clip: ``max`` as above; ``mse``: of each channel the scale, from half of that one to all of it, with the least
+            squared error, so that large weights are clipped where few levels are left for the others.
 
     Returns:
         ``q [N, K] int8`` in -qmax..qmax and ``scale [N] float32``.
@@ -76,7 +83,21 @@ def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     w = weight.detach().to(torch.float32)
     amax = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
     scale = amax.clamp(min=SMALLEST_AMAX) / qmax
+    if clip not in WEIGHT_CLIPS:
+        raise ConfigError(f"weight_clip {clip!r} is unknown; choose one of {', '.join(WEIGHT_CLIPS)}")
+    if clip == "mse":
+        scale = _least_error_scale(w, scale, qmax)
     return (w / scale[:, None]).round().clamp(-qmax, qmax).to(torch.int8), scale
+
+
+def _least_error_scale(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:
+    best, least = scale, torch.full_like(scale, float("inf"))
+    for factor in torch.linspace(1, 0.5, 26).tolist():  # from all: of equal errors the widest stays
+        tried = (scale * factor)[:, None]
+        error = ((w / tried).round().clamp(-qmax, qmax) * tried - w).square().sum(1)
+        better = error < least
+        best, least = torch.where(better, tried[:, 0], best), torch.where(better, error, least)
+    return best
 
 
 def activation_parameters(

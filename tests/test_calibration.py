@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from qandc import DataError, ModelError, QuantLinear, calibrate, quantize_model
+from qandc import (
+    ConfigError,
+    DataError,
+    ModelError,
+    QuantLinear,
+    RangeConfig,
+    calibrate,
+    calibrate_steps,
+    fuse_dit,
+    quantize_model,
+    smoothing_factors,
+)
+from qandc.conversion import quant_layers
+from qandc.quantizer import activation_parameters, quantize_weight
+from qandc.ranges import Histogram, estimate_range
+from tests.conftest import make_dit
 
 
 def model_and_batches():
@@ -148,3 +165,293 @@ def test_batches_without_rows_are_refused():
 def test_model_that_is_not_quantized_is_refused():
     with pytest.raises(ModelError, match="call quantize_model first"):
         calibrate(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)])
+
+
+# ---- estimators
+
+
+def seen_by(*tensors):
+    histogram = Histogram()
+    for tensor in tensors:
+        histogram.add(tensor)
+    return histogram
+
+
+def test_a_histogram_counts_every_value_where_it_is():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1000, generator=generator) * size for size in (0.1, 1.0, 30.0, 0.001)]
+    histogram = seen_by(*parts)
+    whole = torch.cat(parts)
+    assert histogram.counts.sum() == 4000
+    assert (histogram.minimum, histogram.maximum) == (whole.min(), whole.max())
+    width = 2 * histogram.reach / len(histogram.counts)
+    for bound in (-5.0, -0.01, 0.0, 0.5, 20.0):
+        below = histogram.counts[histogram.values() < bound].sum().item()
+        # exact but for values within a bin of the bound
+        near = ((whole - bound).abs() <= width).sum().item()
+        assert abs(below - (whole < bound).sum().item()) <= near
+
+
+def test_merged_histograms_are_those_of_all_values():
+    generator = torch.Generator().manual_seed(0)
+    small, large = torch.randn(500, generator=generator), torch.randn(500, generator=generator) * 100
+    for first, second in ((small, large), (large, small), (small, small)):
+        merged = seen_by(first)
+        merged.merge(seen_by(second))
+        together = seen_by(first, second)
+        assert merged.reach == together.reach
+        assert torch.equal(merged.counts, together.counts)
+        assert (merged.minimum, merged.maximum) == (together.minimum, together.maximum)
+    empty = Histogram()
+    empty.merge(seen_by(small))
+    empty.merge(Histogram())
+    assert torch.equal(empty.counts, seen_by(small).counts)
+
+
+def quantization_error(x, low, high, bits=8, symmetric=False):
+    scale, zero_point = activation_parameters(low, high, bits, symmetric=symmetric)
+    shift = 0 if zero_point is None else zero_point
+    q = (x / scale).round() + shift
+    return ((q.clamp(-(1 << bits - 1), (1 << bits - 1) - 1) - shift) * scale - x).square().mean().item()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mse_is_at_least_as_good_as_the_others(bits, symmetric):
+    """Normal values with a few far outliers: cutting these off costs less than making room for them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.gelu(torch.randn(20_000, generator=generator))
+    x[:3] = 40.0
+    histogram = seen_by(x)
+    errors = {}
+    for estimator in ("minmax", "percentile", "mse"):
+        config = RangeConfig(estimator, percentile=99.9, symmetric=symmetric)
+        low, high = estimate_range(histogram, config, bits)
+        assert histogram.minimum <= low <= high <= histogram.maximum
+        errors[estimator] = quantization_error(x, low, high, bits, symmetric)
+    assert errors["mse"] <= 1.02 * min(errors.values())
+    assert errors["mse"] < (0.9 if bits == 4 else 1.001) * errors["minmax"]
+
+
+def test_percentile_leaves_the_same_share_at_either_end():
+    x = torch.arange(-1000.0, 1001.0)
+    low, high = estimate_range(seen_by(x), RangeConfig("percentile", percentile=90), 8)
+    assert low.item() == pytest.approx(-900, abs=2)
+    assert high.item() == pytest.approx(900, abs=2)
+    low, high = estimate_range(seen_by(x), RangeConfig("percentile", percentile=100), 8)
+    assert (low.item(), high.item()) == (-1000, 1000)
+
+
+@pytest.mark.parametrize("estimator", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("values", [[3.0], [-2.0, -2.0], [0.0, 0.0], [1e-38, 1e-30], [3e38, -3e38]], ids=str)
+def test_estimators_take_any_finite_values(estimator, values):
+    x = torch.tensor(values)
+    low, high = estimate_range(seen_by(x), RangeConfig(estimator), 8)
+    assert x.min() <= low <= high <= x.max()
+
+
+@pytest.mark.parametrize("estimator", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_are_refused_by_every_estimator(estimator, bad):
+    model, batches = model_and_batches()
+    batches[1][0, 0] = bad
+    with pytest.raises(DataError, match="layer 0: activation range"):
+        calibrate(model, batches, ranges=RangeConfig(estimator))
+    assert model[0].act_scale is None
+
+
+def test_estimators_reach_the_layers():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1000, 8, generator=generator)]
+    batches[0][0, 0] = 100.0
+    scales = {}
+    for estimator in ("minmax", "percentile", "mse"):
+        model, _ = model_and_batches()
+        calibrate(model, batches, ranges=RangeConfig(estimator, percentile=99.9))
+        scales[estimator] = model[0].act_scale.item()
+    assert scales["percentile"] < 0.2 * scales["minmax"]
+    assert scales["mse"] < scales["minmax"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"estimator": "max"}, "estimator 'max' is unknown; choose one of minmax, percentile, mse"),
+        ({"percentile": 50}, "percentile is 50"),
+        ({"percentile": 101}, "percentile is 101"),
+    ],
+)
+def test_range_settings_are_checked(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        RangeConfig(**setting)
+
+
+# ---- ranges of each step
+
+
+def dit_batches(timesteps, rows=4):
+    generator = torch.Generator().manual_seed(0)
+    for timestep in timesteps:
+        yield {
+            "hidden_states": torch.randn(rows, 4, 8, 8, generator=generator) * (1 + timestep / 100),
+            "timestep": torch.tensor([timestep]).expand(rows),
+            "class_labels": torch.tensor([1, 2, 1000, 1000])[:rows],
+        }
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ranges_of_each_step_are_those_of_its_batches(symmetric):
+    model = quantize_model(make_dit(num_layers=2))
+    config = RangeConfig(symmetric=symmetric)
+    found = calibrate_steps(model, dit_batches([900, 500, 100, 500]), ranges=config)
+    assert found.timesteps.tolist() == [900, 500, 100]
+    assert bool(found.zero_points) is not symmetric
+    batches = list(dit_batches([900, 500, 100, 500]))
+    for row, chosen in enumerate(([0], [1, 3], [2])):
+        alone = calibrate(quantize_model(make_dit(num_layers=2)), [batches[i] for i in chosen], ranges=config)
+        for name, layer in quant_layers(alone).items():
+            if name == "proj_out_1":
+                assert name not in found.scales
+                continue
+            assert found.scales[name][row] == layer.act_scale
+            if not symmetric:
+                assert found.zero_points[name][row] == layer.act_zero_point
+    assert all(layer.act_scale is None for layer in quant_layers(model).values())
+
+
+def test_groups_of_steps_share_a_range():
+    model = quantize_model(make_dit(num_layers=1))
+    found = calibrate_steps(model, dit_batches([900, 700, 500, 300]), groups=2)
+    whole = calibrate(quantize_model(make_dit(num_layers=1)), dit_batches([900, 700, 500, 300]))
+    one = calibrate_steps(model, dit_batches([900, 700, 500, 300]), groups=1)
+    for name, layer in quant_layers(whole).items():
+        if name == "proj_out_1":
+            continue
+        first, second, third, fourth = found.scales[name]
+        assert first == second
+        assert third == fourth
+        assert (one.scales[name] == layer.act_scale).all()
+    assert any(scales[0] != scales[3] for scales in found.scales.values())
+
+
+def test_fused_models_take_them(monkeypatch):
+    import qandc.fused_dit
+    from qandc_kernels import Backend
+
+    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    model = quantize_model(make_dit(num_layers=2))
+    found = calibrate_steps(model, dit_batches([900, 100]), ranges=RangeConfig("mse"))
+    fused = fuse_dit(calibrate(model, dit_batches([900, 100])), step_ranges=found)
+    (batch,) = dit_batches([900])
+    expected = make_dit(num_layers=2)(**batch).sample
+    assert ((fused(**batch).sample - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("batches", "groups", "error", "message"),
+    [
+        ([torch.zeros(1)], None, DataError, "mappings with a timestep"),
+        ([{"timestep": torch.tensor([1, 2])}], None, DataError, "at one timestep"),
+        ([], None, DataError, "calibration set is empty"),
+        (None, 3, ConfigError, "groups is 3; 2 timesteps can form 1 to 2"),
+        (None, 0, ConfigError, "groups is 0"),
+    ],
+)
+def test_steps_that_cannot_be_calibrated(batches, groups, error, message):
+    model = quantize_model(make_dit(num_layers=1))
+    batches = list(dit_batches([900, 100])) if batches is None else batches
+    with pytest.raises(error, match=message):
+        calibrate_steps(model, batches, groups=groups)
+
+
+# ---- smoothing and clipped weights
+
+
+def with_outliers():
+    """Inputs of which two channels are a hundred times as large as the others."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(16, 8), torch.randn(200, 16)
+    x[:, [3, 11]] *= 100
+    with torch.no_grad():
+        linear.weight[:, [3, 11]] /= 100  # that matters as much as they
+    return linear, x
+
+
+def test_smoothing_changes_nothing_in_exact_arithmetic():
+    linear, x = with_outliers()
+    (factors,) = smoothing_factors(nn.Sequential(linear), [x], ["0"]).values()
+    y = torch.nn.functional.linear(x.double() / factors, linear.weight.double() * factors, linear.bias.double())
+    torch.testing.assert_close(y, torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double()))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
+def test_smoothing_factors_by_definition(alpha):
+    linear, x = with_outliers()
+    (factors,) = smoothing_factors(nn.Sequential(linear), [x[:100], x[100:]], ["0"], alpha=alpha).values()
+    expected = x.abs().amax(0) ** alpha / linear.weight.abs().amax(0) ** (1 - alpha)
+    torch.testing.assert_close(factors, expected.detach())
+
+
+def test_smoothing_helps_where_there_are_outliers():
+    linear, x = with_outliers()
+    expected = linear(x)
+    errors = {}
+    for alpha in (None, 0.5):
+        model = nn.Sequential(copy.deepcopy(linear))
+        smoothing = None if alpha is None else smoothing_factors(model, [x], ["0"], alpha=alpha)
+        quantize_model(model, smoothing=smoothing)
+        calibrate(model, [x])
+        errors[alpha] = (model(x) - expected).norm().item()
+    assert errors[0.5] < 0.2 * errors[None]
+
+
+def test_q_k_and_v_share_factors_and_zeros_get_one():
+    model = make_dit(num_layers=1)
+    with torch.no_grad():
+        model.transformer_blocks[0].attn1.to_q.weight[:, 5] = 0
+        for name in ("to_q", "to_k", "to_v"):
+            getattr(model.transformer_blocks[0].attn1, name).weight[:, 6] = 0
+    names = [f"transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k", "to_v")]
+    factors = smoothing_factors(model, dit_batches([500]), [*names, "transformer_blocks.0.ff.net.2"])
+    assert torch.equal(factors[names[0]], factors[names[1]])
+    assert torch.equal(factors[names[0]], factors[names[2]])
+    assert factors[names[0]][6] == 1
+    assert factors[names[0]][5] != 1
+    quantize_model(model, smoothing=factors)
+    assert torch.equal(model.transformer_blocks[0].attn1.to_k.smoothing, factors[names[1]])
+    assert model.proj_out_2.smoothing is None
+
+
+def test_smoothing_is_checked():
+    linear, x = with_outliers()
+    model = nn.Sequential(linear)
+    with pytest.raises(ConfigError, match="alpha is 2"):
+        smoothing_factors(model, [x], ["0"], alpha=2)
+    with pytest.raises(ConfigError, match=r"'1' is no nn\.Linear"):
+        smoothing_factors(model, [x], ["1"])
+    with pytest.raises(DataError, match="0 saw no input"):
+        smoothing_factors(model, [], ["0"])
+    with pytest.raises(DataError, match="0 saw no input, or NaN"):
+        smoothing_factors(model, [x * float("nan")], ["0"])
+    with pytest.raises(ConfigError, match="smoothing names 'x'"):
+        quantize_model(model, smoothing={"x": torch.ones(16)})
+    assert type(model[0]) is nn.Linear
+
+
+def test_clipped_weights_have_less_error():
+    torch.manual_seed(0)
+    weight = torch.randn(32, 256)
+    weight[:, 0] *= 4
+    errors = {}
+    for bits in (4, 8):
+        for clip in ("max", "mse"):
+            q, scale = quantize_weight(weight, bits, clip)
+            assert q.abs().max() <= (1 << bits - 1) - 1
+            errors[bits, clip] = (q * scale[:, None] - weight).square().sum(1)
+        assert (errors[bits, "mse"] <= errors[bits, "max"]).all()
+    assert errors[4, "mse"].sum() < 0.8 * errors[4, "max"].sum()
+    model = quantize_model(nn.Sequential(nn.Linear(256, 32)), w_bits=4, weight_clip="mse")
+    assert isinstance(model[0], QuantLinear)
+    for call in (lambda: quantize_weight(weight, 4, "no"), lambda: quantize_model(make_dit(), weight_clip="no")):
+        with pytest.raises(ConfigError, match="weight_clip 'no' is unknown; choose one of max, mse"):
+            call()
