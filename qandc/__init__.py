@@ -11,6 +11,7 @@ from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
 from qandc.pipelines import fashion_dit_path, load_pipeline
+from qandc.presets import Preset, fashion_dit_preset
 from qandc.quantizer import QuantConfig
 from qandc.ranges import RangeConfig, StepRanges
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
@@ -31,6 +32,7 @@ __all__ = [
     "FeatureCache",
     "ModelError",
     "OutputError",
+    "Preset",
     "QandCError",
     "QuantConfig",
     "QuantLinear",
@@ -47,6 +49,7 @@ __all__ = [
     "compensated_scheduler",
     "decode_latents",
     "fashion_dit_path",
+    "fashion_dit_preset",
     "fit_compensation",
     "format_schedule",
     "fuse_dit",

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,12 +104,24 @@ def generate(
     w_bits: Annotated[int, typer.Option(help="Bits of the weights: 4 or 8.")] = 8,
     a_bits: Annotated[int, typer.Option(help="Bits of the activations: 4 to 8.")] = 8,
     cache_mode: Annotated[
-        str, typer.Option(help="What is kept: block (the sum of all), branch, or taylor (branches, forecast).")
-    ] = "branch",
-    cache_interval: Annotated[int, typer.Option(help="Compute every Nth step; 1 turns the cache off.")] = 3,
+        str | None,
+        typer.Option(
+            help="What is kept: block (the sum of all), branch, or taylor (branches, forecast). Default: branch."
+        ),
+    ] = None,
+    cache_interval: Annotated[
+        int | None, typer.Option(help="Compute every Nth step; 1 turns the cache off. Default: 3.")
+    ] = None,
     schedule: Annotated[
         Path | None, typer.Option(help="File of a calibrated schedule, in place of mode and interval.")
     ] = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            help="Use the settings that come with fashion-dit (static ranges, schedule, variance compensation), if no "
+            "option above asks for anything else."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Image i is drawn with seed + i.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -119,18 +132,19 @@ def generate(
     from qandc.generate import Comparison, GenerateSettings, comparison_record, draw_grid, quantized_name
     from qandc.generate import generate as run
     from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
+    from qandc.presets import fashion_dit_preset
     from qandc.quantizer import QuantConfig
     from qandc.sampling import check_sampling, make_scheduler
     from qandc.schedule import CacheConfig, CalibratedSchedule
 
     config = QuantConfig(w_bits, a_bits)
-    if cache_interval < 1:
+    if cache_interval is not None and cache_interval < 1:
         raise ConfigError(f"--cache-interval is {cache_interval}; give an integer >= 1 (1 computes every step)")
     if schedule is not None:
         cache = CalibratedSchedule.load(schedule).config()
         cache.of_steps(steps)
     else:
-        cache = CacheConfig(cache_mode, interval=cache_interval)
+        cache = CacheConfig(cache_mode or "branch", interval=3 if cache_interval is None else cache_interval)
     if steps < 1:
         raise ConfigError(f"--steps is {steps}; give an integer >= 1")
     if not 0 <= seed < 2**62:
@@ -145,11 +159,18 @@ def generate(
         pipe = load_pipeline(model, where, torch_dtype)
     names = class_names(pipe)
     settings = GenerateSettings(_parse_classes(classes, names), steps, guidance_scale, scheduler, config, cache, seed)
+    as_shipped = (model, steps, guidance_scale, scheduler, a_bits) == (None, 50, 1.5, "ddpm", 8)
+    if calibrated and as_shipped and (cache_mode, cache_interval, schedule) == (None, None, None):
+        settings = replace(settings, preset=fashion_dit_preset(w_bits))
+    elif calibrated:
+        logger.info(
+            "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
+        )
 
     noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)
     check_sampling(pipe.transformer, noise_schedule, settings.class_labels, steps, guidance_scale)
 
-    columns = (TextColumn("{task.description:22}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     result = Comparison()
 
     def save_rows() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import nn
 from qandc.cache import apply_cache_to_dit, paused_cache, remove_cache
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.metrics import psnr
+from qandc.presets import Preset
 from qandc.quantizer import QuantConfig
 from qandc.results import result_header
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig
+from qandc.variance_compensation import Compensation
 
 __all__ = ["Comparison", "GenerateSettings", "Row", "comparison_record", "draw_grid", "generate", "quantized_name"]
 
@@ -35,6 +37,8 @@ class GenerateSettings:
     config: QuantConfig = field(default_factory=QuantConfig)
     cache: CacheConfig = field(default_factory=lambda: CacheConfig("branch", interval=3))
     seed: int = 0
+    preset: Preset | None = None
+    """Calibrated settings, which then replace ``config`` and ``cache`` and compensate."""
 
 
 @dataclass
@@ -81,7 +85,13 @@ def module_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def _sample(pipe: Any, settings: GenerateSettings, row: Row, progress: Callable[[int], None]) -> None:
+def _sample(
+    pipe: Any,
+    settings: GenerateSettings,
+    row: Row,
+    progress: Callable[[int], None],
+    compensation: Compensation | None = None,
+) -> None:
     """Add all images of one model to ``row``, decoding included in the clock."""
 
     def batch(first: int, steps: int, progress: Callable[[int], None]) -> torch.Tensor:
@@ -94,6 +104,7 @@ def _sample(pipe: Any, settings: GenerateSettings, row: Row, progress: Callable[
             guidance_scale=settings.guidance_scale,
             seeds=[settings.seed + first + index for index in range(len(labels))],
             callback=lambda step, timestep, latents: progress(len(labels)),
+            compensation=compensation if steps == settings.num_inference_steps else None,
         )
         return decode_latents(pipe.vae, latents)
 
@@ -122,21 +133,30 @@ def generate(
     result.rows.append(full)
     _sample(pipe, settings, full, lambda done: progress(full.name, done))
 
-    config = settings.config
-    quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns)
+    preset, config, cache = settings.preset, settings.config, settings.cache
+    if preset is None:
+        quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns)
+    else:
+        preset.quantize(pipe.transformer)
+        cache = preset.schedule.config()
     quantized = Row(quantized_name(settings), module_bytes(pipe.transformer))
     result.rows.append(quantized)
     result.report = quantization_report(pipe.transformer)
-    apply_cache_to_dit(pipe.transformer, config=settings.cache)
+    apply_cache_to_dit(pipe.transformer, config=cache)
+    compensation = None if preset is None else preset.compensation
     try:
-        _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done))
+        _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done), compensation)
     finally:
         remove_cache(pipe.transformer)
 
 
 def quantized_name(settings: GenerateSettings) -> str:
-    """E.g. "W8A8 + branch cache 3", or "W8A8" where every step is computed."""
+    """E.g. "W8A8 + branch cache 3", "W8A8" where every step is computed, "W8A8 + taylor 17/50 + VC" calibrated."""
     cache = settings.cache
+    if settings.preset is not None:
+        schedule = settings.preset.schedule
+        computed = f"{sum(schedule.schedule)}/{len(schedule.schedule)}"
+        return f"{settings.preset.config.scheme} + {schedule.mode} {computed} + VC"
     if cache.schedule is not None:
         return f"{settings.config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
     return settings.config.scheme + ("" if cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
@@ -165,7 +185,12 @@ def comparison_record(result: Comparison, settings: GenerateSettings, device: st
         "quantized_bytes_after": after,
         "kernel": layers[0].kernel,
     }
-    header = result_header({**asdict(settings), "device": device, "dtype": dtype})
+    described = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "preset"}
+    described |= {"config": asdict(settings.config), "cache": str(settings.cache)}
+    if settings.preset is not None:
+        described |= {"config": asdict(settings.preset.config), "cache": str(settings.preset.schedule.config())}
+        described["compensation"] = settings.preset.compensation.form
+    header = result_header({**described, "device": device, "dtype": dtype})
     return {**header, "rows": [full, quantized], "goals": []}
 
 
