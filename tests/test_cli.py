@@ -59,6 +59,19 @@ def test_a_calibrated_schedule(capsys, tmp_path, pipeline_dir):
     assert "schedule has 4 steps and the run 5" in err
 
 
+def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
+    target = tmp_path / "images.png"
+    status, out, _ = run(capsys, "generate", "--classes", "bag", "--w-bits", 4, "--device", "cpu", "-o", target)
+    assert status == 0
+    assert "W4A8 + taylor 17/50 + VC" in out
+    assert "(W4A8 static per-tensor)" in out
+    for changes in (["--no-calibrated"], ["--steps", 3], ["--scheduler", "ddim"], ["--cache-interval", 3]):
+        status, out, _ = run(capsys, "generate", "--classes", "bag", "--device", "cpu", "-o", target, *changes)
+        assert status == 0
+        assert "W8A8 + branch cache 3" in out
+        assert "(W8A8 dynamic per-token)" in out
+
+
 def test_classes_by_name():
     from qandc.cli import _parse_classes
 

@@ -30,8 +30,9 @@ from qandc.metrics import psnr
 from qandc.presets import Preset
 
 FIRST_SEED = 20_000_000  # far from what anybody draws
-# bits, how weights are clipped, how ranges are found
-SCHEMES = ((8, "max", RangeConfig()), (4, "mse", RangeConfig()))
+# bits, how weights are clipped, how ranges are found; with 4 bits clipping to the least error and smoothing
+# were tried, and took 0.8 to 2.2 dB from the likeness to full precision
+SCHEMES = ((8, "max", RangeConfig()), (4, "max", RangeConfig()))
 
 
 def main(
