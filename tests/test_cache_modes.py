@@ -261,6 +261,9 @@ def test_memory_is_made_once():
     store = cache._runs[0].store
     run(model, 6, labels=labels)
     assert cache._runs[0].store is store
+    del labels
+    run(model, 3)  # the next run takes over its memory, and with it what was captured for it
+    assert cache._runs[0].store is store
     assert cache.nbytes == 6 * 4 * 16 * 32 * 4
     reset_all_caches(model)
     assert cache.nbytes == 0
