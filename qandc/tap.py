@@ -137,6 +137,7 @@ def _tap(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) 
     ``(Z_i - Z_j) (ZᵀZ)^½ / m``, that needs no N x N matrix.
     """
     from joblib import Parallel, delayed
+    from threadpoolctl import threadpool_limits
 
     n, clusters = len(features), config.clusters
     size = min(n, max(math.ceil(config.rate * n), MEMBERS_PER_CLUSTER * clusters))
@@ -154,7 +155,9 @@ def _tap(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) 
         return found
 
     work = [delayed(label_pool)(chosen, seed + i) for i, chosen in enumerate(drawn)]
-    labels = Parallel(n_jobs=config.subsamples, prefer="threads")(work)
+    # BLAS that starts threads of its own within those of k-means may hang; sub-samples are parallel enough
+    with threadpool_limits(limits=1, user_api="blas"):
+        labels = Parallel(n_jobs=config.subsamples, prefer="threads")(work)
     z = np.zeros((n, config.subsamples * clusters))
     for i, found in enumerate(labels):
         z[np.arange(n), i * clusters + found] = 1
