@@ -136,7 +136,7 @@ def _tap(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) 
     with Z ``[N, m k]`` of zeros and ones. Its rows are clustered by k-means; as ``‖C_i - C_j‖`` is the length of
     ``(Z_i - Z_j) (ZᵀZ)^½ / m``, that needs no N x N matrix.
     """
-    import sklearn.cluster  # noqa: F401: loads every BLAS there is; only what is loaded can be limited
+    import sklearn.cluster  # noqa: F401  (loads every BLAS there is: only what is loaded can be limited)
     from joblib import Parallel, delayed
     from threadpoolctl import threadpool_limits
 
