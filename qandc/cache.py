@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.derived import derived_class, has_other_forward, original_class
+from qandc.derived import class_before, derived_class, has_other_forward, original_class
 from qandc.errors import CacheError, ConfigError
 from qandc.feature_cache import BRANCHES, TARGET, FeatureCache
 from qandc.schedule import CacheConfig
@@ -214,13 +214,12 @@ def remove_cache(transformer: nn.Module) -> None:
             if TARGET in branch.__dict__:
                 modules.append((branch, _CachedBranch))
     for module, mixin in modules:
-        lineage = vars(type(module)).get("_qandc_lineage")
-        if has_other_forward(module) or lineage is None or lineage[0] is not mixin:
+        if has_other_forward(module) or class_before(module, mixin) is None:
             raise CacheError(
                 f"{type(module).__name__} was wrapped after the cache was attached (by accelerate's offload hooks, for "
                 "example); undo that first"
             )
-    for module, _ in modules:
-        module.__class__ = vars(type(module))["_qandc_lineage"][1]
+    for module, mixin in modules:
+        module.__class__ = class_before(module, mixin)
         for name in (CACHE, POSITION, TARGET):
             module.__dict__.pop(name, None)

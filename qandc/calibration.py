@@ -28,12 +28,6 @@ class _RangeObserver:
         self.counts_values = config.estimator != "minmax"
         self.seen = Histogram()
 
-    def saw_values(self) -> bool:
-        """Whether there was any input other than zeros."""
-        if self.seen.minimum is None or self.seen.maximum is None:
-            return False
-        return not (self.seen.minimum == 0 and self.seen.maximum == 0)
-
     def __call__(self, module: QuantLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         if x.numel() == 0:
@@ -76,7 +70,9 @@ def _observe(
         with paused_cache(model):
             for batch in batches:
                 key = when(batch)
-                current = observers.setdefault(key, {name: _RangeObserver(config) for name in layers})
+                if key not in observers:
+                    observers[key] = {name: _RangeObserver(config) for name in layers}
+                current = observers[key]
                 _call(model, batch)
     finally:
         for handle in handles:
@@ -116,7 +112,7 @@ def calibrate(
     found = {
         name: _parameters(name, layers[name], observer.seen, config)
         for name, observer in observers.items()
-        if observer.saw_values()
+        if observer.seen.saw_values()
     }
     _report_missing(layers, found)
     for name, (scale, zero_point) in found.items():
@@ -165,7 +161,7 @@ def calibrate_steps(
         merged = [Histogram() for _ in range(count)]
         for timestep, group in zip(timesteps, group_of, strict=True):
             merged[group].merge(observers[timestep][name].seen)
-        if any(seen.minimum is None or (seen.minimum == 0 and seen.maximum == 0) for seen in merged):
+        if not all(seen.saw_values() for seen in merged):
             continue
         found = [_parameters(name, layer, seen, config) for seen in merged]
         scales[name] = torch.stack([found[group][0] for group in group_of])
@@ -201,8 +197,9 @@ def smoothing_factors(
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha is {alpha!r}; give a number from 0 to 1")
     layers: dict[str, nn.Linear] = {}
+    modules = dict(model.named_modules())
     for name in names:
-        layer = dict(model.named_modules()).get(name)
+        layer = modules.get(name)
         if type(layer) is not nn.Linear:
             raise ConfigError(f"{name!r} is no nn.Linear of this {type(model).__name__}; smooth before quantizing")
         layers[name] = layer

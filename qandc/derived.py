@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-__all__ = ["derived_class", "has_other_forward", "original_class"]
+__all__ = ["class_before", "derived_class", "has_other_forward", "original_class"]
 
 
 @functools.cache
@@ -24,6 +24,12 @@ def derived_class(mixin: Any, base: Any) -> Any:
         "_qandc_lineage": (mixin, base),
     }
     return type(base.__name__, (mixin, base), names)
+
+
+def class_before(module: Any, mixin: Any) -> Any:
+    """The class of ``module`` before ``mixin`` was attached; None where that was not the last to be attached."""
+    attached, base = vars(type(module)).get("_qandc_lineage", (None, None))
+    return base if attached is mixin else None
 
 
 def original_class(module: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import nn
 
 from qandc.cache import FUSED, detached_cache, get_cache
 from qandc.conversion import quant_layers
-from qandc.derived import derived_class, original_class
+from qandc.derived import class_before, derived_class, original_class
 from qandc.errors import ConfigError, ModelError
 from qandc.feature_cache import FeatureCache
 from qandc.fusable import (
@@ -373,12 +373,12 @@ def unfuse_dit(transformer: Any) -> Any:
     if FUSED not in transformer.__dict__:
         raise ModelError(f"this {type(transformer).__name__} is not fused")
     with detached_cache(transformer):
-        lineage = vars(type(transformer)).get("_qandc_lineage")
-        if "forward" in transformer.__dict__ or lineage is None or lineage[0] is not _FusedTransformer:
+        before = class_before(transformer, _FusedTransformer)
+        if "forward" in transformer.__dict__ or before is None:
             raise ModelError(
                 "this transformer was wrapped after fuse_dit (by accelerate's offload hooks, for example); undo that "
                 "first"
             )
-        transformer.__class__ = lineage[1]
+        transformer.__class__ = before
         del transformer.__dict__[FUSED]
     return transformer

@@ -90,6 +90,12 @@ class Histogram:
         self._reach(largest)
         self.counts += torch.histc(x, BINS, -self.reach, self.reach).double()
 
+    def saw_values(self) -> bool:
+        """Whether there was any value other than zero."""
+        if self.minimum is None or self.maximum is None:
+            return False
+        return not (self.minimum == 0 and self.maximum == 0)
+
     def merge(self, other: Histogram) -> None:
         """Add what another one has counted."""
         if other.minimum is None or other.maximum is None:
