@@ -20,6 +20,7 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
+from qandc.derived import class_before, derived_class
 from tests.conftest import make_dit
 
 LABELS = torch.tensor([1, 2, 1000, 1000])
@@ -475,3 +476,18 @@ def test_a_step_without_timestep_is_refused():
     model = apply(make_dit(), 2)
     with pytest.raises(CacheError, match="needs timestep"):
         model(torch.zeros(1, 4, 8, 8), class_labels=LABELS[:1])
+
+
+def test_class_before_answers_for_the_mixin_that_was_attached_last():
+    class First(nn.Module): ...
+
+    class Second(nn.Module): ...
+
+    module = nn.Linear(2, 2)
+    assert class_before(module, First) is None
+    module.__class__ = derived_class(First, nn.Linear)
+    assert class_before(module, First) is nn.Linear
+    once = type(module)
+    module.__class__ = derived_class(Second, once)
+    assert class_before(module, Second) is once
+    assert class_before(module, First) is None
