@@ -4,13 +4,14 @@ Importing this package loads torch and nothing heavier; diffusers is imported by
 """
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
-from qandc.calibration import calibrate, calibrate_steps, smoothing_factors
+from qandc.calibration import calibrate, calibrate_steps, input_hessians, smoothing_factors
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
 from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
 from qandc.pipelines import fashion_dit_path, load_pipeline
+from qandc.pool import CandidatePool, record_pool
 from qandc.presets import Preset, fashion_dit_preset
 from qandc.quantizer import QuantConfig
 from qandc.ranges import RangeConfig, StepRanges
@@ -25,6 +26,7 @@ __all__ = [
     "CacheConfig",
     "CacheError",
     "CalibratedSchedule",
+    "CandidatePool",
     "Compensation",
     "ConfigError",
     "DataError",
@@ -54,11 +56,13 @@ __all__ = [
     "format_schedule",
     "fuse_dit",
     "get_cache",
+    "input_hessians",
     "load_pipeline",
     "make_scheduler",
     "prepare_run",
     "quantization_report",
     "quantize_model",
+    "record_pool",
     "record_trajectory",
     "remove_cache",
     "reset_all_caches",

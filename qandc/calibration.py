@@ -13,10 +13,10 @@ from qandc.cache import paused_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.linear import QuantLinear
-from qandc.quantizer import activation_parameters
+from qandc.quantizer import QuantConfig, activation_parameters
 from qandc.ranges import Histogram, RangeConfig, StepRanges, estimate_range
 
-__all__ = ["calibrate", "calibrate_steps", "smoothing_factors"]
+__all__ = ["calibrate", "calibrate_steps", "input_hessians", "smoothing_factors"]
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +233,58 @@ def smoothing_factors(
         factor = x**alpha / w.clamp(min=1e-30) ** (1 - alpha)
         factors[name] = torch.where((x > 0) & (w > 0), factor, torch.ones_like(factor))
     return factors
+
+
+@torch.no_grad()
+def input_hessians(
+    model: nn.Module, batches: Iterable[Any], skip_patterns: Iterable[str] = QuantConfig.skip_patterns
+) -> dict[str, torch.Tensor]:
+    """``H = Σ x xᵀ`` over the inputs x of every linear layer that ``quantize_model`` would replace.
+
+    Args:
+        model: not quantized yet.
+        batches: inputs of it, as for :func:`qandc.calibrate`; seen once and not kept.
+        skip_patterns: as for :func:`qandc.quantize_model`.
+
+    Returns:
+        Layer name to ``[K, K] float32``; q, k and v, which share their input, share one tensor.
+
+    Raises:
+        ModelError: there is no linear layer to quantize.
+        DataError: a layer saw no input, or NaN or inf.
+    """
+    patterns = tuple(skip_patterns)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not any(pattern in name for pattern in patterns)
+    }
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no nn.Linear left to quantize; gather Hessians before quantizing")
+    found: dict[str, torch.Tensor] = {}
+    first = {_input_of(name): name for name in reversed(layers)}
+
+    def hook(key: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+            if key not in found:
+                found[key] = x.new_zeros(x.shape[1], x.shape[1])
+            found[key].addmm_(x.T, x)
+
+        return add
+
+    handles = [layers[name].register_forward_pre_hook(hook(key)) for key, name in first.items()]
+    try:
+        with paused_cache(model):
+            for batch in batches:
+                _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for key, name in first.items():
+        if key not in found or not torch.isfinite(found[key]).all():
+            raise DataError(f"{name} saw no input, or NaN or inf; check the batches")
+    return {name: found[_input_of(name)] for name in layers}
 
 
 def _input_of(name: str) -> str:

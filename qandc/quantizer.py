@@ -15,11 +15,12 @@ import torch
 from qandc.errors import ConfigError, DataError
 from qandc_kernels.reference import SMALLEST_AMAX
 
-__all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight"]
+__all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight", "round_with_feedback"]
 
 W_BITS = (4, 8)
 A_BITS = (4, 5, 6, 7, 8)
 WEIGHT_CLIPS = ("max", "mse")
+FEEDBACK_BLOCK = 128  # columns whose errors are gathered before the rest of the matrix sees them
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,58 @@ def _least_error_scale(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch
         better = error < least
         best, least = torch.where(better, tried[:, 0], best), torch.where(better, error, least)
     return best
+
+
+def round_with_feedback(
+    weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, qmax: int, damping: float = 0.01
+) -> torch.Tensor:
+    """Integers ``q [N, K]`` in -qmax..qmax with a small output error ``Σ_x ‖(W - s q) x‖² = tr((W - s q) H (W - s q)ᵀ)``.
+
+    Rounding with error feedback: GPTQ (Frantar et al. 2023, arXiv 2210.17323, Algorithm 1). Columns are rounded one by one, those with the largest inputs first; the error of each, weighted by the Cholesky
+    factor of ``H⁻¹``, is taken from the columns after it.
+
+    Args:
+        weight: ``[N, K]``.
+        scale: ``[N]``, one per row.
+        hessian: ``[K, K]``, ``Σ x xᵀ``.
+        qmax: 7 for 4 bits, 127 for 8.
+        damping: added to the diagonal, as a share of its mean.
+
+    Raises:
+        ConfigError: damping is not > 0.
+        DataError: the Hessian is not ``[K, K]``, not finite, or not positive once damped.
+    """
+    n, k = weight.shape
+    if not damping > 0:
+        raise ConfigError(f"damping is {damping!r}; give a share > 0, usually 0.01")
+    if hessian.shape != (k, k):
+        raise DataError(f"the Hessian of a weight of {k} input channels is [{k}, {k}]; got {list(hessian.shape)}")
+    h = hessian.to(weight.device, torch.float64, copy=True)
+    diagonal = h.diagonal()
+    never = diagonal == 0  # inputs that were always zero: any weight will do, so it is rounded to nearest
+    diagonal[never] = 1
+    order = torch.argsort(diagonal, descending=True)
+    h = h[order][:, order]
+    h.diagonal().add_(damping * h.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed or not torch.isfinite(lower).all():
+        raise DataError("the Hessian of a layer is not positive definite or not finite; check the calibration batches")
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(torch.float32)
+    w = weight.detach().to(torch.float32)[:, order]
+    s = scale.to(torch.float32)
+    q = torch.empty_like(w)
+    for first in range(0, k, FEEDBACK_BLOCK):
+        last = min(first + FEEDBACK_BLOCK, k)
+        block, own = w[:, first:last].clone(), factor[first:last, first:last]
+        errors = torch.empty_like(block)
+        for i in range(last - first):
+            q[:, first + i] = (block[:, i] / s).round().clamp(-qmax, qmax)
+            errors[:, i] = (block[:, i] - q[:, first + i] * s) / own[i, i]
+            block[:, i + 1 :] -= errors[:, i, None] * own[i, i + 1 :]
+        w[:, last:] -= errors @ factor[first:last, last:]
+    result = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    result[:, order] = q.to(torch.int8)
+    return result
 
 
 def activation_parameters(

@@ -1,0 +1,211 @@
+"""The candidate pool: what a transformer is given along its trajectories, stored once, to choose calibration samples from.
+
+Q&C (arXiv 2503.02508, Sec. 3.1) takes it from runs with the feature cache on, whose neighbouring steps are alike; from
+runs without a cache it is the control.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qandc.errors import ConfigError, DataError, OutputError
+from qandc.sampling import describe_run, sample_latents
+from qandc.tap import TapConfig, select_samples
+
+__all__ = ["CandidatePool", "record_pool"]
+
+FORMAT_VERSION = 1
+SETTINGS = "pool.json"
+
+
+@dataclass(frozen=True)
+class CandidatePool:
+    """Samples ``(x_t, t, label)``, on the CPU.
+
+    Attributes:
+        hidden_states: x_t, ``[N, C, H, W] float32``.
+        timesteps, steps, class_labels: ``[N] int64``; steps count from 0.
+        null_label: of the unconditional rows, or None if the runs had none (guidance <= 1).
+    """
+
+    hidden_states: torch.Tensor
+    timesteps: torch.Tensor
+    steps: torch.Tensor
+    class_labels: torch.Tensor
+    null_label: int | None
+
+    def __len__(self) -> int:
+        return len(self.hidden_states)
+
+    def select(
+        self, count: int = 800, config: TapConfig | None = None, *, method: str = "tap", seed: int = 0
+    ) -> np.ndarray:
+        """Indices of the samples to calibrate with: :func:`qandc.select_samples` on x_t and steps."""
+        features = self.hidden_states.flatten(1).numpy()
+        return select_samples(features, self.steps.numpy(), count, config, method=method, seed=seed)
+
+    def batches(
+        self,
+        indices: Sequence[int] | np.ndarray | None = None,
+        *,
+        batch_size: int = 100,
+        by_timestep: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[dict[str, Any]]:
+        """Inputs of the transformer for these samples (by default all), as :func:`qandc.calibrate` takes them.
+
+        Each sample gives a conditional row and, if its run was guided, an unconditional one.
+
+        Args:
+            batch_size: samples in a batch, at most.
+            by_timestep: a batch holds samples of one timestep only, as :func:`qandc.calibrate_steps` needs it.
+        """
+        chosen = torch.arange(len(self)) if indices is None else torch.as_tensor(np.asarray(indices))
+        parts = [chosen]
+        if by_timestep:
+            parts = [chosen[self.timesteps[chosen] == t] for t in torch.unique(self.timesteps[chosen])]
+        for part in (part for of_time in parts for part in of_time.split(batch_size)):
+            x, t, labels = (
+                values[part].to(device) for values in (self.hidden_states, self.timesteps, self.class_labels)
+            )
+            if self.null_label is not None:
+                x, t = torch.cat([x, x]), torch.cat([t, t])
+                labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
+            yield {"hidden_states": x.to(dtype), "timestep": t, "class_labels": labels}
+
+
+def record_pool(
+    transformer: Any,
+    scheduler: Any,
+    class_labels: Sequence[int],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.5,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 50,
+    directory: str | Path | None = None,
+    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> CandidatePool:
+    """Sample, and keep every input of the transformer: ``images · steps`` candidates.
+
+    Args:
+        transformer: as it is to be calibrated: with its cache attached (the paper), or without one (the control).
+        scheduler, class_labels, num_inference_steps, guidance_scale, callback: as :func:`qandc.sample_latents`.
+        seeds: one per label, 0, 1, 2, ... by default.
+        batch_size: images sampled at once.
+        directory: where each batch is stored as soon as it is finished. What is there already is read, not sampled
+            again, so that an interrupted recording goes on; one of other settings is refused.
+
+    Raises:
+        ConfigError, DataError: as :func:`qandc.sample_latents`; or the directory holds a pool of other settings.
+        OutputError: the directory cannot be written.
+    """
+    labels = [int(label) for label in class_labels]
+    seeds = list(range(len(labels)) if seeds is None else seeds)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size!r}; give an integer >= 1")
+    if directory is not None:
+        scheduler.set_timesteps(num_inference_steps)
+        run = describe_run(transformer, scheduler, guidance_scale)
+        _open(Path(directory), {**run, "class_labels": labels, "seeds": seeds, "batch_size": batch_size})
+    shards = []
+    for first in range(0, len(labels), batch_size):
+        path = None if directory is None else Path(directory) / f"pool-{first:06d}.safetensors"
+        shard = None if path is None else _read(path)
+        if shard is None:
+            shard = _record(
+                transformer,
+                scheduler,
+                labels[first : first + batch_size],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seeds=seeds[first : first + batch_size],
+                callback=callback,
+            )
+            if path is not None:
+                _write(path, shard)
+        shards.append(shard)
+    null_label = transformer.config.num_embeds_ada_norm if guidance_scale > 1 else None
+    tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    return CandidatePool(**tensors, null_label=null_label)
+
+
+def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> dict[str, torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    handle = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0][: len(labels)].detach().float().cpu()), with_kwargs=True
+    )
+    try:
+        sample_latents(transformer, scheduler, labels, **run)
+    finally:
+        handle.remove()
+    timesteps = torch.as_tensor(scheduler.timesteps).cpu().long()
+    return {
+        "hidden_states": torch.cat(seen),
+        "timesteps": timesteps.repeat_interleave(len(labels)),
+        "steps": torch.arange(len(timesteps)).repeat_interleave(len(labels)),
+        "class_labels": torch.tensor(labels).repeat(len(timesteps)),
+    }
+
+
+def _open(directory: Path, settings: dict[str, Any]) -> None:
+    """Note the settings of a new pool; compare them with those of an old one."""
+    settings = json.loads(json.dumps({"version": FORMAT_VERSION, **settings}))
+    path = directory / SETTINGS
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{str(path)!r} cannot be read ({error}); give another directory") from error
+        for name in settings:
+            if before.get(name) != settings[name]:
+                raise ConfigError(
+                    f"{str(directory)!r} holds a pool of {name} {_short(before.get(name))}; this one would have "
+                    f"{_short(settings[name])} (give another directory, or the same settings)"
+                )
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings) + "\n")
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read(path: Path) -> dict[str, torch.Tensor] | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{str(path)!r} is damaged ({error}); delete it to have it sampled again") from error
+
+
+def _write(path: Path, shard: dict[str, torch.Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(shard, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
