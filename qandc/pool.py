@@ -1,4 +1,4 @@
-"""The candidate pool: what a transformer is given along its trajectories, stored once, to choose calibration samples from.
+"""The candidate pool: what a transformer is given along trajectories, stored once, to choose calibration samples from.
 
 Q&C (arXiv 2503.02508, Sec. 3.1) takes it from runs with the feature cache on, whose neighbouring steps are alike; from
 runs without a cache it is the control.

@@ -104,10 +104,11 @@ def _least_error_scale(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch
 def round_with_feedback(
     weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, qmax: int, damping: float = 0.01
 ) -> torch.Tensor:
-    """Integers ``q [N, K]`` in -qmax..qmax with a small output error ``Σ_x ‖(W - s q) x‖² = tr((W - s q) H (W - s q)ᵀ)``.
+    """Integers ``q [N, K]`` in -qmax..qmax with a small ``Σ_x ‖(W - s q) x‖² = tr((W - s q) H (W - s q)ᵀ)``.
 
-    Rounding with error feedback: GPTQ (Frantar et al. 2023, arXiv 2210.17323, Algorithm 1). Columns are rounded one by one, those with the largest inputs first; the error of each, weighted by the Cholesky
-    factor of ``H⁻¹``, is taken from the columns after it.
+    Rounding with error feedback: GPTQ (Frantar et al. 2023, arXiv 2210.17323, Algorithm 1). Columns are rounded one by
+    one, those with the largest inputs first; the error of each, weighted by the Cholesky factor of ``H⁻¹``, is taken
+    from the columns after it.
 
     Args:
         weight: ``[N, K]``.
