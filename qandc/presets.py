@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,17 @@ import torch
 from qandc.conversion import quant_layers, quantize_model
 from qandc.errors import ConfigError, ModelError, OutputError
 from qandc.quantizer import QuantConfig
+from qandc.sampling import SCHEDULERS
 from qandc.schedule import CalibratedSchedule
 from qandc.variance_compensation import Compensation
 
-__all__ = ["Preset", "fashion_dit_preset"]
+__all__ = ["Preset", "fashion_dit_preset", "is_finished"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SETTINGS, RANGES, WEIGHTS = "preset.json", "ranges.safetensors", "weights.safetensors"
+SCHEDULE, COMPENSATION = "schedule.json", "compensation.safetensors"
+STRUCTURE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size")
+WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum", "smoothing")
 
 
 def fashion_dit_preset(w_bits: int = 8) -> Preset:
@@ -25,59 +32,168 @@ def fashion_dit_preset(w_bits: int = 8) -> Preset:
     return Preset.load(Path(__file__).parent / "assets" / "fashion-dit-presets" / f"w{w_bits}a8")
 
 
+def is_finished(directory: str | Path) -> bool:
+    """Whether a directory holds a preset; ``preset.json`` is written last."""
+    return (Path(directory) / SETTINGS).exists()
+
+
 @dataclass(frozen=True)
 class Preset:
-    """What a quantized, cached model needs beside its weights.
+    """What a quantized, cached model needs beside its full-precision weights.
 
     Attributes:
         config: bits, layers left out, how weights are clipped.
         scales: layer name to 0-d float32.
         zero_points: layer name to 0-d int32; a layer that is missing here is symmetric.
         schedule: of the feature cache.
-        compensation: fitted for the model with these ranges and this cache.
+        compensation: fitted for the model with these ranges and this cache, or None.
+        scheduler, guidance_scale: of the runs they are for; the steps are those of the schedule.
+        structure: numbers of the model's config that say what its layers are.
+        weights: ``<layer>.<buffer>`` of every quantized layer; empty if rounding to nearest makes them again.
+        model: where the pipeline came from: a directory or hub id, None for fashion-dit.
     """
 
     config: QuantConfig
     scales: dict[str, torch.Tensor]
     zero_points: dict[str, torch.Tensor]
     schedule: CalibratedSchedule
-    compensation: Compensation
+    compensation: Compensation | None
+    scheduler: str
+    guidance_scale: float
+    structure: dict[str, int | None]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    model: str | None = None
 
     @classmethod
-    def of(cls, model: Any, config: QuantConfig, schedule: CalibratedSchedule, compensation: Compensation) -> Preset:
-        """The ranges of a calibrated model, and the rest as given."""
-        layers = {name: layer for name, layer in quant_layers(model).items() if layer.act_scale is not None}
+    def of(
+        cls,
+        model: Any,
+        config: QuantConfig,
+        schedule: CalibratedSchedule,
+        compensation: Compensation | None,
+        *,
+        scheduler: str | None = None,
+        guidance_scale: float | None = None,
+        keep_weights: bool = False,
+        source: str | None = None,
+    ) -> Preset:
+        """The ranges of a calibrated model, and the rest as given.
+
+        Args:
+            scheduler, guidance_scale: of the runs, the scheduler by its class name; by default those that the
+                compensation was fitted for.
+            keep_weights: keep the quantized weights too. Those rounded with Hessians need it: they cannot be made again
+                without the samples. Smoothed ones are always kept.
+            source: directory or hub id of the pipeline, None for fashion-dit.
+
+        Raises:
+            ConfigError: neither a compensation nor scheduler and guidance are given.
+        """
+        if compensation is not None:
+            scheduler = compensation.fitted_for.scheduler if scheduler is None else scheduler
+            guidance_scale = compensation.fitted_for.guidance_scale if guidance_scale is None else guidance_scale
+        if scheduler is None or guidance_scale is None:
+            raise ConfigError("settings without compensation need the scheduler and guidance_scale they are for")
+        layers = quant_layers(model)
+        keep_weights |= any(layer.smoothing is not None for layer in layers.values())
+        weights = {
+            f"{name}.{buffer}": tensor
+            for name, layer in layers.items()
+            for buffer in WEIGHT_BUFFERS
+            if keep_weights and (tensor := getattr(layer, buffer)) is not None
+        }
         return cls(
             config,
             {name: layer.act_scale for name, layer in layers.items() if layer.act_scale is not None},
             {name: layer.act_zero_point for name, layer in layers.items() if layer.act_zero_point is not None},
             schedule,
             compensation,
+            scheduler,
+            float(guidance_scale),
+            _structure(model),
+            weights,
+            source,
         )
 
-    def quantize(self, model: Any) -> Any:
-        """``quantize_model`` with these settings, and static ranges.
+    @property
+    def num_inference_steps(self) -> int:
+        """Of the runs they are for."""
+        return len(self.schedule.schedule)
+
+    @property
+    def scheduler_name(self) -> str:
+        """As :func:`qandc.make_scheduler` takes it; the class name if it knows none."""
+        return {known: name for name, known in SCHEDULERS.items()}.get(self.scheduler, self.scheduler)
+
+    def check(self, transformer: Any, scheduler: Any, num_inference_steps: int, guidance_scale: float) -> None:
+        """Refuse, before any work, a model or a run that these settings are not for.
 
         Raises:
-            ModelError: the model has not the layers that the ranges are of.
+            ModelError: the model has another structure.
+            ConfigError: another scheduler, other timesteps or guidance.
         """
-        quantize_model(
-            model,
-            self.config.w_bits,
-            self.config.a_bits,
-            self.config.skip_patterns,
-            weight_clip=self.config.weight_clip,
-        )
+        self._check_structure(transformer)
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
+        for name, ours, theirs in (
+            ("scheduler", self.scheduler, type(scheduler).__name__),
+            ("num_inference_steps", self.num_inference_steps, num_inference_steps),
+            ("guidance_scale", self.guidance_scale, float(guidance_scale)),
+            ("timesteps", self.schedule.timesteps, timesteps),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"these settings were made for {name} {_short(ours)}; this run has {_short(theirs)} (calibrate for "
+                    "this run)"
+                )
+
+    def _check_structure(self, model: Any) -> None:
+        for name, number in _structure(model).items():
+            if number != self.structure[name]:
+                raise ModelError(
+                    f"these settings are of another model: they were made for {name} {self.structure[name]}, this one "
+                    f"has {number} (give the model they were made for, or calibrate this one)"
+                )
+
+    def quantize(self, model: Any) -> Any:
+        """``quantize_model`` with these settings, and static ranges; kept weights are installed bit for bit.
+
+        Raises:
+            ModelError: the model has another structure than the one these settings were made for.
+        """
+        self._check_structure(model)
+        config = self.config
+        clip = "max" if self.weights else config.weight_clip  # kept weights take the place of what is rounded here
+        quantize_model(model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip)
         layers = quant_layers(model)
         strangers = self.scales.keys() - layers.keys()
         if strangers:
             raise ModelError(f"these settings are of another model: it has no quantized layer {min(strangers)!r}")
+        if self.weights:
+            for name, layer in layers.items():
+                self._install(name, layer)
         for name, scale in self.scales.items():
             layers[name].set_static_range(scale, self.zero_points.get(name))
         return model
 
+    def _install(self, name: str, layer: Any) -> None:
+        state = {buffer: self.weights[key] for buffer in WEIGHT_BUFFERS if (key := f"{name}.{buffer}") in self.weights}
+        for buffer in ("qweight", "weight_scale", "weight_sum"):
+            kept, own = state.get(buffer), getattr(layer, buffer)
+            if kept is None or (kept.shape, kept.dtype) != (own.shape, own.dtype):
+                found = "nothing" if kept is None else f"{list(kept.shape)} {kept.dtype}"
+                raise ModelError(
+                    f"these settings are of another model: {name}.{buffer} must be {list(own.shape)} {own.dtype}; "
+                    f"{WEIGHTS} holds {found}"
+                )
+        layer.load_state_dict(state, strict=False)
+
     def save(self, directory: str | Path) -> None:
-        """Write ``preset.json``, ``ranges.safetensors``, ``schedule.json``, ``compensation.safetensors`` and ``.json``.
+        """Write ``preset.json``, ``ranges.safetensors``, ``schedule.json``, and where there are any
+        ``weights.safetensors``, ``compensation.safetensors`` and ``compensation.json``.
+
+        Each file is whole or not there. ``preset.json`` goes first and comes back last: with it the others belong
+        together.
 
         Raises:
             OutputError: a file cannot be written.
@@ -91,49 +207,98 @@ class Preset:
             "a_bits": self.config.a_bits,
             "skip_patterns": list(self.config.skip_patterns),
             "weight_clip": self.config.weight_clip,
+            "weights": bool(self.weights),
+            "compensation": self.compensation is not None,
+            "scheduler": self.scheduler,
+            "guidance_scale": self.guidance_scale,
+            "model": self.model,
+            "structure": self.structure,
         }
         tensors = {f"{name}.scale": scale.cpu() for name, scale in self.scales.items()}
         tensors |= {f"{name}.zero_point": zero_point.cpu() for name, zero_point in self.zero_points.items()}
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, directory / "ranges.safetensors")
-            (directory / "preset.json").write_text(json.dumps(settings, indent=1) + "\n")
+            for name in (SETTINGS, WEIGHTS, COMPENSATION, "compensation.json"):
+                (directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
-        self.schedule.save(directory / "schedule.json")
-        self.compensation.save(directory / "compensation.safetensors")
+        _write(directory / RANGES, lambda path: save_file(tensors, path))
+        if weights:
+            _write(directory / WEIGHTS, lambda path: save_file(weights, path))
+        self.schedule.save(directory / SCHEDULE)
+        if self.compensation is not None:
+            self.compensation.save(directory / COMPENSATION)
+        _write(directory / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
 
     @classmethod
     def load(cls, directory: str | Path) -> Preset:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ConfigError: a file is missing or not of this version.
+            ConfigError: a file is missing, damaged or not of this version.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         directory = Path(directory)
         try:
-            settings = json.loads((directory / "preset.json").read_text())
-            version = settings.pop("version")
+            settings = json.loads((directory / SETTINGS).read_text())
+            version = settings["version"]
             if version != FORMAT_VERSION:
-                raise ConfigError(f"{str(directory)!r} has version {version}, known is {FORMAT_VERSION}; update qandc")
-            config = QuantConfig(**settings)
-            tensors = load_file(directory / "ranges.safetensors")
+                what = "update qandc" if version > FORMAT_VERSION else "make them anew with qandc calibrate"
+                raise ConfigError(f"{str(directory)!r} has version {version}, known is {FORMAT_VERSION}; {what}")
+            names = ("w_bits", "a_bits", "skip_patterns", "weight_clip")
+            config = QuantConfig(**{name: settings[name] for name in names})
+            scheduler, guidance_scale = str(settings["scheduler"]), float(settings["guidance_scale"])
+            structure = {name: settings["structure"][name] for name in STRUCTURE}
+            tensors = load_file(directory / RANGES)
+            weights = load_file(directory / WEIGHTS) if settings["weights"] else {}
+            model, compensated = settings["model"], settings["compensation"]
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ConfigError(f"{str(directory)!r} holds no calibrated settings: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise ConfigError(
+                f"{str(directory)!r} holds no calibrated settings, or they are damaged: {type(error).__name__}: {error}"
+            ) from error
         ends = {end: len(end) for end in (".scale", ".zero_point")}
         scales, zero_points = (
             {name[:-length]: tensor for name, tensor in tensors.items() if name.endswith(end)}
             for end, length in ends.items()
         )
+        schedule = CalibratedSchedule.load(directory / SCHEDULE)
+        compensation = Compensation.load(directory / COMPENSATION) if compensated else None
         return cls(
             config,
             scales,
             zero_points,
-            CalibratedSchedule.load(directory / "schedule.json"),
-            Compensation.load(directory / "compensation.safetensors"),
+            schedule,
+            compensation,
+            scheduler,
+            guidance_scale,
+            structure,
+            weights,
+            model,
         )
+
+
+def _structure(model: Any) -> dict[str, int | None]:
+    return {name: getattr(model.config, name) for name in STRUCTURE}
+
+
+def _short(value: Any) -> Any:
+    return f"{value[0]}, {value[1]} .. {value[-1]}" if isinstance(value, tuple) and len(value) > 3 else value
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the target and rename, so that a file under this name is always whole."""
+    from safetensors import SafetensorError
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
+        raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -309,22 +309,22 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibratedSchedule:
-    """A schedule found by :func:`qandc.calibrate_schedule`, with what it was found for.
+    """A schedule found by :func:`qandc.calibrate_schedule`, with what it was found for; or a uniform one.
 
     Attributes:
         schedule: whether each step is computed.
         timesteps: of the run, in its order.
         mode, order: as in :class:`CacheConfig`; order 0 but for ``taylor``.
         error, uniform_error: summed relative feature error of its reuse steps, and of the uniform schedule with as many
-            compute steps.
+            compute steps; None of a uniform one, for which no features were compared.
     """
 
     schedule: Schedule
     timesteps: tuple[int, ...]
     mode: str
     order: int
-    error: float
-    uniform_error: float
+    error: float | None = None
+    uniform_error: float | None = None
 
     def config(self, storage_dtype: str | None = None) -> CacheConfig:
         """The cache that follows it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -19,13 +21,16 @@ from qandc import (
     calibrate,
     fashion_dit_preset,
     fit_compensation,
+    input_hessians,
     load_pipeline,
     make_scheduler,
     quantize_model,
     record_trajectory,
     sample_latents,
+    smoothing_factors,
 )
 from qandc.conversion import quant_layers
+from qandc.presets import is_finished
 from tests.conftest import make_dit
 from tests.test_calibration import dit_batches
 
@@ -37,16 +42,21 @@ def scheduler():
     return make_scheduler("ddim", {"num_train_timesteps": 1000, "clip_sample": False})
 
 
-def make_preset(symmetric=False):
+def make_preset(symmetric=False, rounding="nearest"):
     model = make_dit(num_layers=2)
     reference = record_trajectory(model, scheduler(), LABELS, **RUN)
     config = QuantConfig(4, 8, weight_clip="mse")
-    quantize_model(model, 4, 8, weight_clip="mse")
-    calibrate(model, dit_batches([900, 400]), symmetric=symmetric)
+    batches = list(dit_batches([900, 400]))
+    hessians = input_hessians(model, batches)
+    factors = smoothing_factors(model, batches, [name for name in hessians if "blocks" in name])
+    changes = {"nearest": {}, "error feedback": {"hessians": hessians}, "smoothing": {"smoothing": factors}}[rounding]
+    quantize_model(model, 4, 8, weight_clip="mse", **changes)
+    calibrate(model, batches, symmetric=symmetric)
     timesteps = tuple(int(t) for t in scheduler_timesteps())
     schedule = CalibratedSchedule((True, True, False, True, False, False), timesteps, "taylor", 1, 0.1, 0.2)
     apply_cache_to_dit(model, config=schedule.config())
-    return Preset.of(model, config, schedule, fit_compensation(reference, model, scheduler())), model
+    compensation = fit_compensation(reference, model, scheduler())
+    return Preset.of(model, config, schedule, compensation, keep_weights=rounding == "error feedback"), model
 
 
 def scheduler_timesteps():
@@ -55,12 +65,17 @@ def scheduler_timesteps():
     return made.timesteps
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_a_loaded_preset_makes_the_same_model(tmp_path, symmetric):
-    preset, model = make_preset(symmetric)
+@pytest.mark.parametrize(
+    ("symmetric", "rounding"),
+    [(False, "nearest"), (True, "nearest"), (False, "error feedback"), (True, "smoothing")],
+)
+def test_a_loaded_preset_makes_the_same_model(tmp_path, symmetric, rounding):
+    """Bit for bit; weights are kept only where rounding to nearest would not make them again."""
+    preset, model = make_preset(symmetric, rounding)
     preset.save(tmp_path / "preset")
     loaded = Preset.load(tmp_path / "preset")
     assert (loaded.config, loaded.schedule) == (preset.config, preset.schedule)
+    assert bool(loaded.weights) is (tmp_path / "preset" / "weights.safetensors").exists() is (rounding != "nearest")
     assert bool(loaded.zero_points) is not symmetric
     other = loaded.quantize(make_dit(num_layers=2))
     apply_cache_to_dit(other, config=loaded.schedule.config())
@@ -69,18 +84,97 @@ def test_a_loaded_preset_makes_the_same_model(tmp_path, symmetric):
         for m, p in ((model, preset), (other, loaded))
     ]
     assert torch.equal(*samples)
+    layers = quant_layers(other)
+    for name, layer in quant_layers(model).items():
+        for buffer, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, layers[name].state_dict()[buffer]), f"{name}.{buffer}"
 
 
-def test_of_another_model_it_is_refused():
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 1}, "made for num_layers 2, this one has 1"),
+        ({"num_layers": 2, "heads": 4}, "made for num_attention_heads 2, this one has 4"),
+        ({"num_layers": 2, "head_dim": 32}, "made for attention_head_dim 16, this one has 32"),
+        ({"num_layers": 2, "patch_size": 4}, "made for patch_size 2, this one has 4"),
+    ],
+)
+def test_of_another_model_it_is_refused(changes, message):
     preset, _ = make_preset()
-    with pytest.raises(ModelError, match=r"of another model: it has no quantized layer 'transformer_blocks.1"):
-        preset.quantize(make_dit(num_layers=1))
+    model = make_dit(**changes)
+    for use in (preset.quantize, lambda model: preset.check(model, scheduler(), 6, 1.5)):
+        with pytest.raises(ModelError, match=f"these settings are of another model: they were {message}"):
+            use(model)
+    assert not quant_layers(model)
 
 
-@pytest.mark.parametrize("broken", ["preset.json", "ranges.safetensors", "schedule.json", "compensation.safetensors"])
+def test_ranges_of_a_layer_that_is_not_there_are_refused():
+    preset, _ = make_preset()
+    other = dataclasses.replace(preset, scales={**preset.scales, "attention": torch.tensor(1.0)})
+    with pytest.raises(ModelError, match="it has no quantized layer 'attention'"):
+        other.quantize(make_dit(num_layers=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: None, r"qweight must be \[32, 16\] torch.uint8; weights.safetensors holds nothing"),
+        (lambda q: q[:16], r"qweight must be \[32, 16\] torch.uint8; weights.safetensors holds \[16, 16\]"),
+        (lambda q: q.to(torch.int8), r"weights.safetensors holds \[32, 16\] torch.int8"),
+    ],
+    ids=["missing", "shape", "dtype"],
+)
+def test_weights_that_do_not_fit_are_refused(change, message):
+    preset, _ = make_preset(rounding="error feedback")
+    name = "transformer_blocks.1.attn1.to_q.qweight"
+    kept = {**preset.weights, name: change(preset.weights[name])}
+    other = dataclasses.replace(preset, weights={key: value for key, value in kept.items() if value is not None})
+    with pytest.raises(ModelError, match=message):
+        other.quantize(make_dit(num_layers=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 7}, "made for num_inference_steps 6; this run has 7"),
+        ({"guidance": 4}, r"made for guidance_scale 1\.5; this run has 4\.0"),
+        ({"made": make_scheduler("ddpm", {})}, "made for scheduler DDIMScheduler; this run has DDPMScheduler"),
+        (
+            {"made": make_scheduler("ddim", {"num_train_timesteps": 100})},
+            r"made for timesteps 830, 664 \.\. 0; this run has 80, 64 \.\. 0",
+        ),
+    ],
+    ids=["steps", "guidance", "scheduler", "timesteps"],
+)
+def test_another_run_is_refused(changes, message):
+    preset, _ = make_preset()
+    model, run = make_dit(num_layers=2), {"made": scheduler(), "steps": 6, "guidance": 1.5}
+    preset.check(model, *run.values())
+    with pytest.raises(ConfigError, match=message):
+        preset.check(model, *{**run, **changes}.values())
+
+
+def test_without_compensation(tmp_path):
+    """The run is then to be told, and no file of a compensation is left from settings that were there before."""
+    preset, model = make_preset()
+    preset.save(tmp_path)
+    with pytest.raises(ConfigError, match="need the scheduler and guidance_scale they are for"):
+        Preset.of(model, preset.config, preset.schedule, None)
+    plain = Preset.of(model, preset.config, preset.schedule, None, scheduler="DDIMScheduler", guidance_scale=1.5)
+    plain.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"preset.json", "ranges.safetensors", "schedule.json"}
+    loaded = Preset.load(tmp_path)
+    assert loaded.compensation is None
+    assert (loaded.scheduler_name, loaded.num_inference_steps, loaded.guidance_scale) == ("ddim", 6, 1.5)
+
+
+FILES = ["preset.json", "ranges.safetensors", "weights.safetensors", "schedule.json", "compensation.safetensors"]
+
+
+@pytest.mark.parametrize("broken", FILES)
 @pytest.mark.parametrize("how", ["missing", "truncated"])
 def test_broken_directories_are_refused(tmp_path, broken, how):
-    make_preset()[0].save(tmp_path)
+    make_preset(rounding="error feedback")[0].save(tmp_path)
     path = tmp_path / broken
     path.unlink() if how == "missing" else path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ConfigError):
@@ -91,12 +185,36 @@ def test_versions_and_folders_are_checked(tmp_path):
     preset, _ = make_preset()
     preset.save(tmp_path)
     values = json.loads((tmp_path / "preset.json").read_text())
-    (tmp_path / "preset.json").write_text(json.dumps({**values, "version": 2}))
-    with pytest.raises(ConfigError, match="has version 2, known is 1"):
+    for version, what in ((3, "update qandc"), (1, "make them anew with qandc calibrate")):
+        (tmp_path / "preset.json").write_text(json.dumps({**values, "version": version}))
+        with pytest.raises(ConfigError, match=f"has version {version}, known is 2; {what}"):
+            Preset.load(tmp_path)
+    (tmp_path / "preset.json").write_text("[]")
+    with pytest.raises(ConfigError, match="no calibrated settings, or they are damaged"):
         Preset.load(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write to"):
         preset.save(tmp_path / "file" / "preset")
+
+
+def test_a_failed_write_leaves_no_fragment_and_nothing_finished(tmp_path, monkeypatch):
+    preset, _ = make_preset()
+    preset.save(tmp_path)
+    replace = os.replace
+
+    def full(source, target):
+        if target.name == "schedule.json":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        preset.save(tmp_path)
+    assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*"))
+    assert not is_finished(tmp_path)
+    monkeypatch.undo()
+    preset.save(tmp_path)
+    assert is_finished(tmp_path)
 
 
 @pytest.mark.parametrize("w_bits", [8, 4])
@@ -113,9 +231,8 @@ def test_the_shipped_settings_fit_the_shipped_model(w_bits):
     made = make_scheduler("ddpm", pipe.scheduler.config)
     from qandc.sampling import describe_run
 
-    made.set_timesteps(50)
+    preset.check(load_pipeline().transformer, made, 50, 1.5)
     preset.compensation.check(describe_run(model, made, 1.5))
-    assert tuple(int(t) for t in made.timesteps) == preset.schedule.timesteps
     with pytest.raises(ConfigError, match=r"fitted for guidance_scale 1\.5"):
         preset.compensation.check(describe_run(model, made, 4.0))
 
