@@ -10,6 +10,7 @@ from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelE
 from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
+from qandc.pipeline_calibration import CalibrationReport, CalibrationSettings, calibrate_pipeline
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.pool import CandidatePool, record_pool
 from qandc.presets import Preset, fashion_dit_preset
@@ -26,6 +27,8 @@ __all__ = [
     "CacheConfig",
     "CacheError",
     "CalibratedSchedule",
+    "CalibrationReport",
+    "CalibrationSettings",
     "CandidatePool",
     "Compensation",
     "ConfigError",
@@ -45,6 +48,7 @@ __all__ = [
     "Trajectory",
     "apply_cache_to_dit",
     "calibrate",
+    "calibrate_pipeline",
     "calibrate_schedule",
     "calibrate_steps",
     "cluster_pool",

@@ -5,66 +5,32 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.exceptions import TyperException
 
-from qandc.errors import ConfigError, OutputError, QandCError
+from qandc.errors import ConfigError, QandCError
+from qandc.terminal import (
+    check_output,
+    err,
+    out,
+    print_calibration,
+    print_comparison,
+    progress_bars,
+    quiet_diffusers,
+    save,
+)
 
 logger = logging.getLogger(__name__)
+MODEL = "Pipeline directory or hub id, e.g. facebook/DiT-XL-2-256. Default: fashion-dit."
+STEPS, GUIDANCE = "Denoising steps.", "Classifier-free guidance; 1 turns it off."
+W_BITS, A_BITS = "Bits of the weights: 4 or 8.", "Bits of the activations: 4 to 8."
+DEVICE, DTYPE = "auto, cpu, cuda or cuda:N.", "auto, float32, bfloat16 or float16."
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantized and cached diffusion transformers.")
-out = Console(highlight=False, markup=False)
-err = Console(stderr=True, highlight=False, markup=False)
-
-
-def _check_output(path: Path, suffix: str) -> None:
-    """Refuse, before the work begins, a file that could not be written after it."""
-    try:
-        if path.is_dir():
-            name = path / f"images{suffix}"
-            raise OutputError(f"output {str(path)!r} is a directory; give a file name such as {name}")
-        if path.suffix.lower() != suffix:
-            raise ConfigError(f"output {str(path)!r} must end in {suffix}")
-        if not path.parent.is_dir():
-            raise OutputError(f"output folder {str(path.parent)!r} does not exist; create it or give another one")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except QandCError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OutputError(f"output {str(path)!r} cannot be written ({reason}); give another file") from None
-
-
-def _quiet_diffusers() -> None:
-    """Keep diffusers' loading bars and hints out of our output."""
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
-    if not logger.isEnabledFor(logging.DEBUG):
-        diffusers_logging.set_verbosity_error()
-
-
-def _save(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target and rename, so that a file under this name is always whole."""
-    partial = path.with_name(f".{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
@@ -92,28 +58,51 @@ def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
     return tuple(labels)
 
 
+def _refuse_others(preset: Any, directory: Path, given: tuple[Any, ...]) -> None:
+    """Refuse options that contradict the settings that were asked for; None was not given."""
+    found = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
+    held = {
+        "--steps": preset.num_inference_steps,
+        "--guidance-scale": preset.guidance_scale,
+        "--scheduler": preset.scheduler_name,
+        "--w-bits": preset.config.w_bits,
+        "--a-bits": preset.config.a_bits,
+        "--cache-mode": preset.schedule.mode,
+        "--cache-interval": found,
+        "--schedule": found,
+    }
+    for (option, ours), theirs in zip(held.items(), given, strict=True):
+        if theirs not in (None, ours):
+            raise ConfigError(
+                f"{option} is {theirs}, but the settings in {str(directory)!r} are for {ours}; leave it out, or give "
+                "other settings"
+            )
+
+
 @app.command()
 def generate(
-    model: Annotated[
-        str | None, typer.Option(help="Pipeline directory or hub id, e.g. facebook/DiT-XL-2-256. Default: fashion-dit.")
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="Directory that qandc calibrate wrote; options marked * come from there."),
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Class ids or names, comma-separated. Default: ten.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 1.5,
-    scheduler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
-    w_bits: Annotated[int, typer.Option(help="Bits of the weights: 4 or 8.")] = 8,
-    a_bits: Annotated[int, typer.Option(help="Bits of the activations: 4 to 8.")] = 8,
+    steps: Annotated[int | None, typer.Option(help=f"* {STEPS} Default: 50.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help=f"* {GUIDANCE} Default: 1.5.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="* ddpm or ddim. Default: ddpm.")] = None,
+    w_bits: Annotated[int | None, typer.Option(help=f"* {W_BITS} Default: 8.")] = None,
+    a_bits: Annotated[int | None, typer.Option(help=f"* {A_BITS} Default: 8.")] = None,
     cache_mode: Annotated[
         str | None,
         typer.Option(
-            help="What is kept: block (the sum of all), branch, or taylor (branches, forecast). Default: branch."
+            help="* What is kept: block (the sum of all), branch, or taylor (branches, forecast). Default: branch."
         ),
     ] = None,
     cache_interval: Annotated[
-        int | None, typer.Option(help="Compute every Nth step; 1 turns the cache off. Default: 3.")
+        int | None, typer.Option(help="* Compute every Nth step; 1 turns the cache off. Default: 3.")
     ] = None,
     schedule: Annotated[
-        Path | None, typer.Option(help="File of a calibrated schedule, in place of mode and interval.")
+        Path | None, typer.Option(help="* File of a calibrated schedule, in place of mode and interval.")
     ] = None,
     calibrated: Annotated[
         bool,
@@ -123,8 +112,8 @@ def generate(
         ),
     ] = True,
     seed: Annotated[int, typer.Option(help="Image i is drawn with seed + i.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
     output: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write.")] = Path("qandc.png"),
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:
@@ -132,45 +121,59 @@ def generate(
     from qandc.generate import Comparison, GenerateSettings, comparison_record, draw_grid, quantized_name
     from qandc.generate import generate as run
     from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
-    from qandc.presets import fashion_dit_preset
+    from qandc.presets import Preset, fashion_dit_preset
     from qandc.quantizer import QuantConfig
     from qandc.sampling import check_sampling, make_scheduler
     from qandc.schedule import CacheConfig, CalibratedSchedule
 
-    config = QuantConfig(w_bits, a_bits)
+    if not calibrated and settings is not None:
+        raise ConfigError("--settings and --no-calibrated contradict each other; give one of them")
     if cache_interval is not None and cache_interval < 1:
         raise ConfigError(f"--cache-interval is {cache_interval}; give an integer >= 1 (1 computes every step)")
-    if schedule is not None:
+    if not 0 <= seed < 2**62:
+        raise ConfigError(f"--seed is {seed}; give an integer from 0 to 2^62 - 1")
+    config = QuantConfig(8 if w_bits is None else w_bits, 8 if a_bits is None else a_bits)
+    preset = None
+    if settings is not None:
+        preset = Preset.load(settings)
+        given = (steps, guidance_scale, scheduler, w_bits, a_bits, cache_mode, cache_interval, schedule)
+        _refuse_others(preset, settings, given)
+        model = preset.model if model is None else model
+    steps, guidance_scale = 50 if steps is None else steps, 1.5 if guidance_scale is None else guidance_scale
+    scheduler = "ddpm" if scheduler is None else scheduler
+    as_shipped = (model, steps, guidance_scale, scheduler, config.a_bits) == (None, 50, 1.5, "ddpm", 8)
+    if preset is None and calibrated and as_shipped and (cache_mode, cache_interval, schedule) == (None, None, None):
+        preset = fashion_dit_preset(config.w_bits)
+    elif preset is None and calibrated:
+        logger.info(
+            "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
+        )
+    if preset is not None:
+        steps, guidance_scale, scheduler = preset.num_inference_steps, preset.guidance_scale, preset.scheduler_name
+        config, cache = preset.config, preset.schedule.config()
+    elif schedule is not None:
         cache = CalibratedSchedule.load(schedule).config()
         cache.of_steps(steps)
     else:
         cache = CacheConfig(cache_mode or "branch", interval=3 if cache_interval is None else cache_interval)
     if steps < 1:
         raise ConfigError(f"--steps is {steps}; give an integer >= 1")
-    if not 0 <= seed < 2**62:
-        raise ConfigError(f"--seed is {seed}; give an integer from 0 to 2^62 - 1")
-    _check_output(output, ".png")
+    check_output(output, ".png")
     if json_output is not None:
-        _check_output(json_output, ".json")
-    _quiet_diffusers()
+        check_output(json_output, ".json")
+    quiet_diffusers()
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
     with err.status("loading the pipeline"):
         pipe = load_pipeline(model, where, torch_dtype)
     names = class_names(pipe)
-    settings = GenerateSettings(_parse_classes(classes, names), steps, guidance_scale, scheduler, config, cache, seed)
-    as_shipped = (model, steps, guidance_scale, scheduler, a_bits) == (None, 50, 1.5, "ddpm", 8)
-    if calibrated and as_shipped and (cache_mode, cache_interval, schedule) == (None, None, None):
-        settings = replace(settings, preset=fashion_dit_preset(w_bits))
-    elif calibrated:
-        logger.info(
-            "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
-        )
-
+    labels = _parse_classes(classes, names)
     noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)
-    check_sampling(pipe.transformer, noise_schedule, settings.class_labels, steps, guidance_scale)
+    check_sampling(pipe.transformer, noise_schedule, labels, steps, guidance_scale)
+    if preset is not None:
+        preset.check(pipe.transformer, noise_schedule, steps, guidance_scale)
+    drawn = GenerateSettings(labels, steps, guidance_scale, scheduler, config, cache, seed, preset)
 
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     result = Comparison()
 
     def save_rows() -> str:
@@ -178,47 +181,124 @@ def generate(
         if not rows:
             return "nothing was finished"
         caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"
-        picture = draw_grid(rows, [names[label] for label in settings.class_labels], caption)
-        _save(output, lambda path: picture.save(path, format="PNG"))
+        picture = draw_grid(rows, [names[label] for label in labels], caption)
+        save(output, lambda path: picture.save(path, format="PNG"))
         return f"wrote {output}"
 
     try:
-        with Progress(*columns, console=err) as progress:
-            total = steps * len(settings.class_labels)
-            tasks = {name: progress.add_task(name, total=total) for name in ("FP", quantized_name(settings))}
-            run(pipe, settings, result, lambda name, done: progress.advance(tasks[name], done))
+        with progress_bars() as progress:
+            total = steps * len(labels)
+            tasks = {name: progress.add_task(name, total=total) for name in ("FP", quantized_name(drawn))}
+            run(pipe, drawn, result, lambda name, done: progress.advance(tasks[name], done))
     except BaseException:  # Ctrl-C, out of memory, a broken model: what is finished is kept
         err.print(f"stopped early; {save_rows()}", soft_wrap=True)
         raise
     saved = save_rows()
-    _print_comparison(result, str(torch_dtype).removeprefix("torch."))
+    print_comparison(result, str(torch_dtype).removeprefix("torch."))
     if json_output is not None:
-        text = json.dumps(comparison_record(result, settings, str(where), str(torch_dtype)), indent=1) + "\n"
-        _save(json_output, lambda path: path.write_text(text))
+        text = json.dumps(comparison_record(result, drawn, str(where), str(torch_dtype)), indent=1) + "\n"
+        save(json_output, lambda path: path.write_text(text))
     out.print(saved, soft_wrap=True)
 
 
-def _print_comparison(result: Any, dtype: str) -> None:
-    full, quantized = result.rows
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("", "s / image", "speed", "transformer", "PSNR to FP"):
-        table.add_column(header, justify="left" if not header else "right")
-    quality = f"{result.psnr.mean():.1f} dB (worst {result.psnr.min():.1f})"
-    for row, name, speed, decibel in (
-        (full, f"{full.name} ({dtype})", 1.0, ""),
-        (quantized, quantized.name, result.speed_ratio, quality),
-    ):
-        memory = f"{row.transformer_bytes / 1e6:.1f} MB"
-        table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
-    out.print(table)
-    layers = result.report.quantized
-    before, after = result.report.quantized_bytes
-    out.print(
-        f"{len(layers)} layers quantized ({layers[0].scheme}), their weights {before / 1e6:.1f} -> "
-        f"{after / 1e6:.1f} MB\n"
-        f"kernel: {layers[0].kernel} ({layers[0].reason})",
-        soft_wrap=True,
+@app.command()
+def calibrate(
+    directory: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the settings to.")],
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    steps: Annotated[int, typer.Option(help=STEPS)] = 50,
+    guidance_scale: Annotated[float, typer.Option(help=GUIDANCE)] = 1.5,
+    scheduler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
+    w_bits: Annotated[int, typer.Option(help=W_BITS)] = 8,
+    a_bits: Annotated[int, typer.Option(help=A_BITS)] = 8,
+    rounding: Annotated[
+        str | None, typer.Option(help="Of weights: nearest, or gptq. Default: gptq with 4 bits, nearest with 8.")
+    ] = None,
+    ranges: Annotated[str, typer.Option(help="How static ranges are found: minmax, percentile or mse.")] = "minmax",
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Ranges around zero, without zero points.")] = False,
+    cache_mode: Annotated[str, typer.Option(help="What is kept: block, branch or taylor.")] = "taylor",
+    cache_interval: Annotated[
+        int, typer.Option("--interval", "--cache-interval", help="As many steps are computed as with every Nth.")
+    ] = 3,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Compute every Nth step, not those that serve the others best.")
+    ] = False,
+    pool_images: Annotated[int, typer.Option(help="Images whose steps are the candidates.")] = 40,
+    pool_without_cache: Annotated[
+        bool, typer.Option("--pool-without-cache", help="Record the candidates on runs without the cache.")
+    ] = False,
+    select: Annotated[
+        str, typer.Option(help="Choice of samples: tap, random, uniform, kmeans, agglomerative or dbscan.")
+    ] = "tap",
+    samples: Annotated[int, typer.Option(help="Candidates to calibrate with.")] = 400,
+    clusters: Annotated[int, typer.Option(help="Of the candidates.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    vc: Annotated[
+        str, typer.Option(help="Variance compensation: least_squares, variance_ratio, paper or none.")
+    ] = "least_squares",
+    vc_target: Annotated[str, typer.Option(help="What is compensated: sample or noise.")] = "sample",
+    vc_start: Annotated[int, typer.Option(help="First step that is compensated.")] = 0,
+    vc_samples: Annotated[int, typer.Option(help="Images the compensation is fitted on.")] = 100,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace finished settings; their candidate pool is used again.")
+    ] = False,
+) -> None:
+    """Calibrate a pipeline: quantized weights, static ranges, cache schedule, variance compensation.
+
+    The same command after an interruption goes on with the candidates that were recorded.
+    """
+    from qandc.pipeline_calibration import POOL, CalibrationSettings, calibrate_pipeline, check_directory
+    from qandc.pipelines import load_pipeline, resolve_device, resolve_dtype
+    from qandc.ranges import RangeConfig
+
+    settings = CalibrationSettings(
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        w_bits=w_bits,
+        a_bits=a_bits,
+        rounding=rounding,
+        ranges=RangeConfig(ranges, symmetric=symmetric),
+        cache_mode=cache_mode,
+        cache_interval=cache_interval,
+        uniform=uniform,
+        pool_images=pool_images,
+        pool_with_cache=not pool_without_cache,
+        select=select,
+        samples=samples,
+        clusters=clusters,
+        seed=seed,
+        vc=vc,
+        vc_target=vc_target,
+        vc_start=vc_start,
+        vc_samples=vc_samples,
     )
+    check_directory(directory, overwrite)
+    quiet_diffusers()
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    with err.status("loading the pipeline"):
+        pipe = load_pipeline(model, where, torch_dtype)
+    source = str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
+    tasks: dict[str, Any] = {}
+    try:
+        with progress_bars() as bars:
+
+            def show(stage: str, completed: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=completed)
+
+            report = calibrate_pipeline(pipe, settings, directory, overwrite=overwrite, source=source, progress=show)
+    except QandCError:
+        raise
+    except BaseException:  # Ctrl-C, out of memory: what is recorded is kept
+        if (directory / POOL).is_dir():
+            kept = "stopped early; the candidates that were recorded are kept, the same command goes on with them"
+            err.print(kept, soft_wrap=True)
+        raise
+    print_calibration(report, directory)
 
 
 @app.command()

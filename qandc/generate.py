@@ -38,7 +38,7 @@ class GenerateSettings:
     cache: CacheConfig = field(default_factory=lambda: CacheConfig("branch", interval=3))
     seed: int = 0
     preset: Preset | None = None
-    """Calibrated settings, which then replace ``config`` and ``cache`` and compensate."""
+    """Calibrated settings that ``config`` and ``cache`` are of; it adds ranges, weights and compensation."""
 
 
 @dataclass
@@ -133,16 +133,15 @@ def generate(
     result.rows.append(full)
     _sample(pipe, settings, full, lambda done: progress(full.name, done))
 
-    preset, config, cache = settings.preset, settings.config, settings.cache
+    preset, config = settings.preset, settings.config
     if preset is None:
         quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns)
     else:
         preset.quantize(pipe.transformer)
-        cache = preset.schedule.config()
     quantized = Row(quantized_name(settings), module_bytes(pipe.transformer))
     result.rows.append(quantized)
     result.report = quantization_report(pipe.transformer)
-    apply_cache_to_dit(pipe.transformer, config=cache)
+    apply_cache_to_dit(pipe.transformer, config=settings.cache)
     compensation = None if preset is None else preset.compensation
     try:
         _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done), compensation)
@@ -153,10 +152,9 @@ def generate(
 def quantized_name(settings: GenerateSettings) -> str:
     """E.g. "W8A8 + branch cache 3", "W8A8" where every step is computed, "W8A8 + taylor 17/50 + VC" calibrated."""
     cache = settings.cache
-    if settings.preset is not None:
-        schedule = settings.preset.schedule
-        computed = f"{sum(schedule.schedule)}/{len(schedule.schedule)}"
-        return f"{settings.preset.config.scheme} + {schedule.mode} {computed} + VC"
+    if settings.preset is not None and cache.schedule is not None:
+        compensated = "" if settings.preset.compensation is None else " + VC"
+        return f"{settings.config.scheme} + {cache.mode} {sum(cache.schedule)}/{len(cache.schedule)}{compensated}"
     if cache.schedule is not None:
         return f"{settings.config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
     return settings.config.scheme + ("" if cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
@@ -188,8 +186,8 @@ def comparison_record(result: Comparison, settings: GenerateSettings, device: st
     described = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "preset"}
     described |= {"config": asdict(settings.config), "cache": str(settings.cache)}
     if settings.preset is not None:
-        described |= {"config": asdict(settings.preset.config), "cache": str(settings.preset.schedule.config())}
-        described["compensation"] = settings.preset.compensation.form
+        compensation = settings.preset.compensation
+        described["compensation"] = None if compensation is None else compensation.form
     header = result_header({**described, "device": device, "dtype": dtype})
     return {**header, "rows": [full, quantized], "goals": []}
 

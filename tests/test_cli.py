@@ -72,6 +72,201 @@ def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
         assert "(W8A8 dynamic per-token)" in out
 
 
+TINY = ("--steps", 4, "--pool-images", 12, "--samples", 20, "--clusters", 3, "--vc-samples", 4, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def settings_dir(tmp_path_factory, pipeline_dir):
+    """What ``qandc calibrate`` wrote for the tiny pipeline: W4A8, 4 DDIM steps, guidance 2."""
+    path = tmp_path_factory.mktemp("calibrated") / "my settings"
+    options = ("--w-bits", 4, "--scheduler", "ddim", "--guidance-scale", 2, "--cache-mode", "branch")
+    assert main([str(a) for a in ("calibrate", "--model", pipeline_dir, *TINY, *options, "--out", path)]) == 0
+    return path
+
+
+def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
+    """The likeness of the ten images that calibrate prints is the one that generate, told nothing else, measures."""
+    directory, target = tmp_path / "my settings", tmp_path / "images.png"
+    status, out, _ = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--w-bits", 4, "--out", directory)
+    assert status == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == "layers 20 (W4A8 static per-tensor)"
+    assert re.fullmatch(r"their weights 0\.\d -> 0\.\d MB", lines[1])
+    assert lines[2] == "computed steps 2 of 4 (taylor)"
+    assert re.fullmatch(r"PSNR to FP \d+\.\d dB \(worst \d+\.\d\)", lines[3])
+    likeness = re.fullmatch(r"PSNR to FP, with VC (\d+\.\d dB \(worst \d+\.\d\))", lines[4])[1]
+    assert lines[5].split() == ["750*", "500*", "250", "0"]
+    assert lines[6:] == [f"wrote {directory}", f"next: qandc generate --settings '{directory}'"]
+    status, out, _ = run(capsys, "generate", "--settings", directory, "--device", "cpu", "-o", target)
+    assert status == 0
+    assert "W4A8 + taylor 2/4 + VC" in out
+    assert "20 layers quantized (W4A8 static per-tensor)" in out
+    assert likeness in out
+
+
+def test_calibrate_without_compensation(capsys, tmp_path, pipeline_dir):
+    directory, target = tmp_path / "settings", tmp_path / "images.png"
+    status, out, _ = run(
+        capsys, "calibrate", "--model", pipeline_dir, *TINY, "--vc", "none", "--uniform", "--interval", 2, "-o",
+        directory,
+    )  # fmt: skip
+    assert status == 0
+    assert "with VC" not in out
+    assert "computed steps 3 of 4 (taylor)" in " ".join(out.split())
+    status, out, _ = run(
+        capsys, "generate", "--settings", directory, "--device", "cpu", "-o", target, "--json", tmp_path / "x.json"
+    )
+    assert status == 0
+    assert "W8A8 + taylor 3/4 " in out
+    assert "VC" not in out
+    assert json.loads((tmp_path / "x.json").read_text())["settings"]["compensation"] is None
+
+
+def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir, monkeypatch):
+    import qandc.pipeline_calibration
+    from qandc import CalibrationSettings, RangeConfig
+
+    seen = []
+
+    def note(pipe, settings, directory, *, overwrite, source, progress):
+        seen.append((pipe.transformer.dtype, settings, directory, overwrite, source))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qandc.pipeline_calibration, "calibrate_pipeline", note)
+    arguments = (
+        "--model", pipeline_dir, "--out", tmp_path / "x", "--steps", 5, "--guidance-scale", 3, "--scheduler", "ddim",
+        "--w-bits", 4, "--a-bits", 7, "--rounding", "nearest", "--ranges", "mse", "--symmetric", "--cache-mode",
+        "block", "--interval", 2, "--uniform", "--pool-images", 6, "--pool-without-cache", "--select", "kmeans",
+        "--samples", 7, "--clusters", 3, "--seed", 9, "--vc", "paper", "--vc-target", "noise", "--vc-start", 1,
+        "--vc-samples", 8, "--device", "cpu", "--dtype", "bfloat16", "--overwrite",
+    )  # fmt: skip
+    assert run(capsys, "calibrate", *arguments)[0] == 130
+    ranges = RangeConfig("mse", symmetric=True)
+    settings = CalibrationSettings(
+        num_inference_steps=5, guidance_scale=3, scheduler="ddim", w_bits=4, a_bits=7, rounding="nearest",
+        ranges=ranges, cache_mode="block", cache_interval=2, uniform=True, pool_images=6, pool_with_cache=False,
+        select="kmeans", samples=7, clusters=3, seed=9, vc="paper", vc_target="noise", vc_start=1, vc_samples=8,
+    )  # fmt: skip
+    assert seen == [(torch.bfloat16, settings, tmp_path / "x", True, str(pipeline_dir))]
+
+
+def test_calibrate_resumes_after_ctrl_c(capsys, tmp_path, pipeline_dir, monkeypatch):
+    import qandc.pipeline_calibration
+    import qandc.pool
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    arguments = ("calibrate", "--model", pipeline_dir, *TINY, "--vc", "none", "--out", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(qandc.pipeline_calibration, "quantize_model", interrupt)
+        status, _, err = run(capsys, *arguments)
+    assert status == 130
+    assert "stopped early; the candidates that were recorded are kept, the same command goes on with them" in err
+    assert err.splitlines()[-1] == "interrupted"
+    monkeypatch.setattr(qandc.pool, "sample_latents", interrupt)  # nothing is left to record
+    assert run(capsys, *arguments)[0] == 0
+
+
+CALIBRATE_REFUSALS = {
+    "no directory": (["--out"], "Missing option '--out'"),
+    "clusters": (["--clusters", "49"], "clusters is 49; a pool of 12 images of 4 steps has 48 candidates"),
+    "samples": (["--samples", "49"], "samples is 49; a pool of 12 images of 4 steps has 48 candidates"),
+    "select": (["--select", "best"], "select 'best' is unknown; choose one of tap, random"),
+    "ranges": (["--ranges", "best"], "estimator 'best' is unknown; choose one of minmax, percentile, mse"),
+    "rounding": (["--rounding", "up"], "rounding 'up' is unknown; choose one of nearest, gptq"),
+    "vc": (["--vc", "some"], "vc 'some' is unknown; choose one of variance_ratio, least_squares, paper, none"),
+    "interval": (["--interval", "0"], "cache_interval is 0; give an integer >= 1"),
+    "steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),
+    "guidance": (["--guidance-scale", "nan"], "guidance_scale is nan; give a finite number >= 0"),
+    "file": (["--out", __file__], "test_cli.py' is a file; give a directory"),
+    "model": (["--model", "./no/such/model"], "model directory './no/such/model' does not exist"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), CALIBRATE_REFUSALS.values(), ids=CALIBRATE_REFUSALS)
+def test_refusals_of_calibrate(capsys, tmp_path, pipeline_dir, options, message):
+    defaults = {"--model": pipeline_dir, "--out": tmp_path / "x", **dict(zip(TINY[::2], TINY[1::2], strict=True))}
+    defaults.pop(options[0], None)
+    given = options if len(options) == 2 else []
+    status, out, err = run(capsys, "calibrate", *[x for pair in defaults.items() for x in pair], *given)
+    assert status == 2
+    assert out == ""
+    assert err.strip().startswith("qandc: error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert message in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_calibrate_keeps_finished_settings(capsys, settings_dir, pipeline_dir):
+    before = {path.name: path.read_bytes() for path in settings_dir.iterdir() if path.is_file()}
+    status, _, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--out", settings_dir)
+    assert status == 2
+    assert "holds finished settings; give another directory, or --overwrite" in err
+    status, _, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--out", settings_dir, "--overwrite")
+    assert status == 2
+    assert "holds a pool of scheduler DDIMScheduler; this one would have DDPMScheduler" in err
+    assert before == {path.name: path.read_bytes() for path in settings_dir.iterdir() if path.is_file()}
+
+
+CONTRADICTIONS = {
+    "steps": (["--steps", "5"], "--steps is 5, but the settings in {} are for 4; leave it out"),
+    "guidance": (["--guidance-scale", "1.5"], "--guidance-scale is 1.5, but the settings in {} are for 2.0"),
+    "scheduler": (["--scheduler", "ddpm"], "--scheduler is ddpm, but the settings in {} are for ddim"),
+    "weights": (["--w-bits", "8"], "--w-bits is 8, but the settings in {} are for 4"),
+    "activations": (["--a-bits", "4"], "--a-bits is 4, but the settings in {} are for 8"),
+    "mode": (["--cache-mode", "block"], "--cache-mode is block, but the settings in {} are for branch"),
+    "interval": (["--cache-interval", "2"], "--cache-interval is 2, but the settings in {} are for a schedule of 2"),
+    "schedule": (["--schedule", "x.json"], "--schedule is x.json, but the settings in {} are for a schedule of 2"),
+    "not calibrated": (["--no-calibrated"], "--settings and --no-calibrated contradict each other"),
+    "other settings": (["--settings", "/no/such"], "'/no/such' holds no calibrated settings"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_options_that_contradict_the_settings(capsys, tmp_path, settings_dir, options, message):
+    target = tmp_path / "x.png"
+    status, out, err = run(capsys, "generate", "--settings", settings_dir, *options, "--device", "cpu", "-o", target)
+    assert status == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert message.format(repr(str(settings_dir))) in err
+    assert not target.exists()
+
+
+def test_options_that_repeat_the_settings(capsys, tmp_path, settings_dir):
+    status, out, _ = run(
+        capsys, "generate", "--settings", settings_dir, "--steps", 4, "--guidance-scale", 2, "--scheduler", "ddim",
+        "--w-bits", 4, "--a-bits", 8, "--cache-mode", "branch", "--classes", "3", "--device", "cpu", "-o",
+        tmp_path / "x.png",
+    )  # fmt: skip
+    assert status == 0
+    assert "W4A8 + branch 2/4 + VC" in out
+
+
+def test_settings_of_another_model(capsys, tmp_path, settings_dir):
+    """Refused before an image is drawn."""
+    from qandc import fashion_dit_path
+
+    status, _, err = run(
+        capsys, "generate", "--settings", settings_dir, "--model", fashion_dit_path(), "--device", "cpu", "-o",
+        tmp_path / "x.png",
+    )  # fmt: skip
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert "these settings are of another model: they were made for num_layers 3, this one has 12" in err
+
+
+def test_damaged_settings(capsys, tmp_path, settings_dir):
+    broken = tmp_path / "broken"
+    shutil.copytree(settings_dir, broken)
+    (broken / "weights.safetensors").write_bytes(b"nothing")
+    status, _, err = run(capsys, "generate", "--settings", broken, "--device", "cpu", "-o", tmp_path / "x.png")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert "holds no calibrated settings, or they are damaged" in err
+
+
 def test_classes_by_name():
     from qandc.cli import _parse_classes
 
@@ -110,8 +305,13 @@ def test_help(capsys):
     status, out, _ = run(capsys, "generate", "--help")
     assert status == 0
     for option in ("--model", "--classes", "--steps", "--guidance-scale", "--scheduler", "--w-bits", "--a-bits",
-                   "--cache-mode", "--cache-interval", "--schedule", "--seed", "--device", "--dtype",
+                   "--cache-mode", "--cache-interval", "--schedule", "--settings", "--seed", "--device", "--dtype",
                    "--out"):  # fmt: skip
+        assert option in out
+    status, out, _ = run(capsys, "calibrate", "--help")
+    assert status == 0
+    for option in ("--out", "--model", "--rounding", "--ranges", "--interval", "--pool-images", "--pool-without-cache",
+                   "--select", "--samples", "--clusters", "--vc", "--overwrite"):  # fmt: skip
         assert option in out
 
 
@@ -294,9 +494,9 @@ def test_json_output(capsys, tmp_path, pipeline_dir):
 
 
 def test_the_table_says_what_was_measured(capsys):
-    from qandc.cli import _print_comparison
     from qandc.conversion import LayerReport, QuantizationReport
     from qandc.generate import Comparison, Row
+    from qandc.terminal import print_comparison
 
     black = torch.full((2, 1, 4, 4), -1.0)
     grey = black + torch.tensor([0.2, 0.02])[:, None, None, None]  # 20 and 40 dB
@@ -305,7 +505,7 @@ def test_the_table_says_what_was_measured(capsys):
         [Row("FP", 8_000_000, [black], 6.0), Row("W8A8 + branch cache 3", 2_000_000, [grey[:1], grey[1:]], 3.0)],
         QuantizationReport(layers),
     )
-    _print_comparison(result, "bfloat16")
+    print_comparison(result, "bfloat16")
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "s / image speed transformer PSNR to FP",

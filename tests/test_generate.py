@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import qandc.generate
-from qandc import CacheConfig, QuantConfig, get_cache, load_pipeline
+from qandc import CacheConfig, QuantConfig, fashion_dit_preset, get_cache, load_pipeline
 from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes, quantized_name
 
 
@@ -93,6 +95,11 @@ def test_names_of_the_rows():
     assert quantized_name(GenerateSettings((1,), cache=CacheConfig(interval=1))) == "W8A8"
     schedule = CacheConfig("taylor", schedule=(True, True, False))
     assert quantized_name(GenerateSettings((1,), cache=schedule)) == "W8A8 + taylor, 2 steps"
+    preset = fashion_dit_preset(4)
+    calibrated = GenerateSettings((1,), config=preset.config, cache=preset.schedule.config(), preset=preset)
+    assert quantized_name(calibrated) == "W4A8 + taylor 17/50 + VC"
+    uncompensated = dataclasses.replace(calibrated, preset=dataclasses.replace(preset, compensation=None))
+    assert quantized_name(uncompensated) == "W4A8 + taylor 17/50"
 
 
 def test_bytes_are_those_of_the_models(pipeline_dir):

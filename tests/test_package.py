@@ -61,7 +61,8 @@ def test_import_takes_less_than_a_second_beyond_torch():
 LAYERS = ["errors", "tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
 LAYERS += ["feature_cache", "ranges", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
-LAYERS += ["sampling", "trajectories", "schedule_calibration", "presets", "pipelines", "generate", "cli"]
+LAYERS += ["sampling", "pool", "trajectories", "schedule_calibration", "presets", "pipelines", "pipeline_calibration"]
+LAYERS += ["generate", "terminal", "cli"]
 
 
 def test_layers_are_all_modules():

@@ -1,0 +1,324 @@
+"""The whole method on a tiny pipeline: what it writes is what it measured; it resumes; it refuses early."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from itertools import pairwise
+
+import pytest
+import torch
+
+import qandc.pipeline_calibration
+import qandc.pool
+from qandc import (
+    CacheConfig,
+    CalibrationSettings,
+    CandidatePool,
+    ConfigError,
+    DataError,
+    ModelError,
+    OutputError,
+    Preset,
+    RangeConfig,
+    apply_cache_to_dit,
+    calibrate_pipeline,
+    decode_latents,
+    load_pipeline,
+    make_scheduler,
+    quantize_model,
+    sample_latents,
+)
+from qandc.conversion import quant_layers
+from qandc.metrics import psnr
+from qandc.pipeline_calibration import check_directory
+
+STEPS = 4
+TINY = {"num_inference_steps": STEPS, "pool_images": 12, "samples": 20, "clusters": 3, "vc_samples": 4}
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    monkeypatch.setattr(qandc.pipeline_calibration, "SCHEDULE_IMAGES", 4)
+    monkeypatch.setattr(qandc.pipeline_calibration, "SHOWN_IMAGES", 2)
+
+
+@pytest.fixture
+def pool_runs(monkeypatch) -> list[int]:
+    """Images of each run that was sampled for the pool."""
+    runs = []
+
+    def counted(transformer, scheduler, class_labels, **run):
+        runs.append(len(class_labels))
+        return sample_latents(transformer, scheduler, class_labels, **run)
+
+    monkeypatch.setattr(qandc.pool, "sample_latents", counted)
+    return runs
+
+
+def run(pipeline_dir, directory, *, overwrite=False, progress=lambda *done: None, **changes):
+    settings = CalibrationSettings(**{**TINY, **changes})
+    return calibrate_pipeline(
+        load_pipeline(pipeline_dir), settings, directory, overwrite=overwrite, source="a/b", progress=progress
+    )
+
+
+def same(first: Preset, second: Preset) -> bool:
+    tensors = [
+        {**p.scales, **{f"{k} zero": v for k, v in p.zero_points.items()}, **p.weights, "gain": p.compensation.gain}
+        for p in (first, second)
+    ]
+    values = [(p.config, p.schedule, p.scheduler, p.guidance_scale, p.structure, p.model) for p in (first, second)]
+    return values[0] == values[1] and all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
+
+
+VARIANTS = {
+    "W8A8": {},
+    "W4A8 with error feedback": {"w_bits": 4},
+    "W8A6, no compensation": {"a_bits": 6, "vc": "none"},
+    "uniform block cache, ddim, of the noise": {
+        "cache_mode": "block",
+        "uniform": True,
+        "scheduler": "ddim",
+        "vc_target": "noise",
+        "vc_start": 2,
+        "vc": "variance_ratio",
+    },
+    "no guidance, mse": {"guidance_scale": 1.0, "ranges": RangeConfig("mse", symmetric=True), "rounding": "gptq"},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_the_preset_draws_what_was_measured(tmp_path, pipeline_dir, changes):
+    report = run(pipeline_dir, tmp_path, **changes)
+    preset = Preset.load(tmp_path)
+    pipe = load_pipeline(pipeline_dir)
+    scheduler = make_scheduler(changes.get("scheduler", "ddpm"), pipe.scheduler.config)
+    guidance_scale = changes.get("guidance_scale", 1.5)
+    preset.check(pipe.transformer, scheduler, STEPS, guidance_scale)
+
+    def draw(compensation=None):
+        latents = sample_latents(
+            pipe.transformer, scheduler, [0, 1], seeds=[0, 1], num_inference_steps=STEPS,
+            guidance_scale=guidance_scale, compensation=compensation,
+        )  # fmt: skip
+        return decode_latents(pipe.vae, latents)
+
+    full = draw()
+    preset.quantize(pipe.transformer)
+    apply_cache_to_dit(pipe.transformer, config=preset.schedule.config())
+    assert torch.equal(psnr(draw(), full), report.psnr_uncompensated)
+    if changes.get("vc") == "none":
+        assert preset.compensation is None
+        assert report.psnr_compensated is None
+    else:
+        assert torch.equal(psnr(draw(preset.compensation), full), report.psnr_compensated)
+    assert len(report.quantization.quantized) == len(preset.scales) == 20
+
+
+def test_settings_reach_what_they_are_of(tmp_path, pipeline_dir):
+    changes = VARIANTS["uniform block cache, ddim, of the noise"]
+    preset = run(pipeline_dir, tmp_path, **changes).preset
+    assert preset.schedule.schedule == CacheConfig("block", interval=3).of_steps(STEPS) == (True, False, False, True)
+    assert (preset.schedule.mode, preset.schedule.order, preset.schedule.error) == ("block", 0, None)
+    assert (preset.scheduler, preset.guidance_scale, preset.model) == ("DDIMScheduler", 1.5, "a/b")
+    assert (preset.compensation.form, preset.compensation.target) == ("variance_ratio", "noise")
+    assert (preset.compensation.gain[:2] == 1).all()
+    assert (preset.compensation.gain[2:] != 1).all()
+    assert preset.zero_points
+
+
+def test_weights_are_kept_only_if_rounded_with_error_feedback(tmp_path, pipeline_dir):
+    four = run(pipeline_dir, tmp_path / "4", w_bits=4, ranges=RangeConfig(symmetric=True)).preset
+    assert not four.zero_points
+    assert four.config.weight_clip == "mse"
+    assert (tmp_path / "4" / "weights.safetensors").exists()
+    nearest = quantize_model(load_pipeline(pipeline_dir).transformer, 4, weight_clip="mse")
+    name, layer = next(iter(quant_layers(nearest).items()))
+    assert torch.equal(four.weights[f"{name}.weight_scale"], layer.weight_scale)
+    assert not torch.equal(four.weights[f"{name}.qweight"], layer.qweight)
+    eight = run(pipeline_dir, tmp_path / "8").preset
+    assert eight.config.weight_clip == "max"
+    assert not eight.weights
+    assert not (tmp_path / "8" / "weights.safetensors").exists()
+
+
+def test_the_schedule_has_as_many_computed_steps_as_the_uniform_one(tmp_path, pipeline_dir):
+    found = run(pipeline_dir, tmp_path, num_inference_steps=8, vc="none").preset.schedule
+    assert sum(found.schedule) == sum(CacheConfig("taylor", interval=3).of_steps(8)) == 4
+    assert found.error < found.uniform_error
+
+
+def test_without_reuse_nothing_is_searched(tmp_path, pipeline_dir):
+    stages = {}
+    report = run(pipeline_dir, tmp_path, cache_interval=1, progress=lambda stage, *done: stages.update({stage: done}))
+    assert report.preset.schedule.schedule == (True,) * STEPS
+    assert "schedule" not in stages
+    assert report.psnr_uncompensated.min() > 30
+
+
+def test_an_interrupted_pool_goes_on(tmp_path, pipeline_dir, pool_runs):
+    """Stopped in the second shard: the first is not sampled again, and the result is that of a run without a stop."""
+
+    def stop_late(stage, completed, total):
+        if completed > 10 * STEPS:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline_dir, tmp_path / "a", progress=stop_late)
+    assert pool_runs == [10, 2]
+    check_directory(tmp_path / "a")
+    pool_runs.clear()
+    resumed = run(pipeline_dir, tmp_path / "a").preset
+    assert pool_runs == [2]
+    assert same(resumed, run(pipeline_dir, tmp_path / "b").preset)
+
+
+def test_a_finished_pool_serves_other_settings(tmp_path, pipeline_dir, pool_runs):
+    def stop_after_the_pool(stage, completed, total):
+        if stage == "choosing samples":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline_dir, tmp_path, progress=stop_after_the_pool)
+    pool_runs.clear()
+    run(pipeline_dir, tmp_path)
+    run(pipeline_dir, tmp_path, w_bits=4, select="random", vc="none", overwrite=True)
+    assert pool_runs == []
+
+
+def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
+    for part in ("new", "pool is there"):
+        seen = {}
+
+        def note(stage, *done, seen=seen):
+            seen.setdefault(stage, []).append(done)
+
+        run(pipeline_dir, tmp_path, w_bits=4, overwrite=part != "new", progress=note)
+        assert list(seen) == [
+            "candidate pool", "reference", "full precision", "choosing samples", "inputs of layers", "rounding weights",
+            "ranges", "schedule", "compensation", "without compensation", "with compensation",
+        ]  # fmt: skip
+        for stage, steps in seen.items():
+            total = steps[0][1]
+            assert (steps[0], steps[-1]) == ((0, total), (total, total)), stage
+            assert all(before < after for (before, _), (after, _) in pairwise(steps)), stage
+        assert seen["candidate pool"][0][1] == 12 * STEPS
+
+
+def test_the_pool_is_of_the_cached_model_and_of_noise_nobody_draws(tmp_path, pipeline_dir):
+    run(pipeline_dir, tmp_path, vc="none")
+    recorded = json.loads((tmp_path / "pool" / "pool.json").read_text())
+    assert recorded["model"] == f"3 blocks of 32, not quantized, {CacheConfig('taylor', interval=3)}"
+    assert recorded["class_labels"] == [*range(10), 0, 1]
+    assert recorded["seeds"] == list(range(21_000_000, 21_000_012))
+    with pytest.raises(ConfigError, match=r"holds a pool of model .* this one would have"):
+        run(pipeline_dir, tmp_path, vc="none", overwrite=True, pool_with_cache=False)
+    run(pipeline_dir, tmp_path / "other", vc="none", pool_with_cache=False)
+    assert "no cache" in json.loads((tmp_path / "other" / "pool" / "pool.json").read_text())["model"]
+
+
+def test_samples_are_chosen_as_asked(tmp_path, pipeline_dir, monkeypatch):
+    seen = []
+
+    def select(self, count, config, *, method, seed):
+        seen.append((len(self), count, config.clusters, method, seed))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CandidatePool, "select", select)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline_dir, tmp_path, vc="none", select="kmeans", seed=7)
+    assert seen == [(12 * STEPS, 20, 3, "kmeans", 7)]
+
+
+def test_a_finished_preset_is_replaced_only_if_asked(tmp_path, pipeline_dir):
+    run(pipeline_dir, tmp_path, w_bits=4)
+    with pytest.raises(OutputError, match="holds finished settings; give another directory, or --overwrite"):
+        run(pipeline_dir, tmp_path)
+    run(pipeline_dir, tmp_path, vc="none", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"pool", "preset.json", "ranges.safetensors", "schedule.json"}
+    assert Preset.load(tmp_path).config.w_bits == 8
+
+
+def test_directories_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file' is a file; give a directory"):
+        check_directory(tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_directory(tmp_path / ("x" * 300))
+    check_directory(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OutputError, match=r"cannot be written \(Permission denied\)"):
+        check_directory(tmp_path / "new")
+
+
+def test_a_damaged_shard_is_named(tmp_path, pipeline_dir):
+    run(pipeline_dir, tmp_path, vc="none")
+    shard = tmp_path / "pool" / "pool-000010.safetensors"
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(DataError, match=r"pool-000010.safetensors' is damaged"):
+        run(pipeline_dir, tmp_path, vc="none", overwrite=True)
+
+
+@pytest.mark.parametrize("change", [quantize_model, apply_cache_to_dit], ids=["quantized", "cached"])
+def test_only_a_plain_model_is_calibrated(tmp_path, pipeline_dir, change):
+    pipe = load_pipeline(pipeline_dir)
+    change(pipe.transformer)
+    with pytest.raises(ModelError, match="quantized or has a cache already"):
+        calibrate_pipeline(pipe, CalibrationSettings(**TINY), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_the_model_cannot_run_is_refused_before_any_work(tmp_path, pipeline_dir):
+    for changes, message in (
+        ({"num_inference_steps": 1001}, "num_inference_steps is 1001"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(pipeline_dir, tmp_path / "x", **changes)
+    assert not (tmp_path / "x").exists()
+
+
+REFUSALS = {
+    "steps": ({"num_inference_steps": 0}, "num_inference_steps is 0; give an integer >= 1"),
+    "pool": ({"pool_images": 0}, "pool_images is 0; give an integer >= 1"),
+    "boolean": ({"vc_samples": True}, "vc_samples is True; give an integer >= 1"),
+    "samples": ({"samples": 49}, "samples is 49; a pool of 12 images of 4 steps has 48 candidates"),
+    "clusters": ({"clusters": 49}, "clusters is 49; a pool of 12 images of 4 steps has 48 candidates"),
+    "select": ({"select": "best"}, "select 'best' is unknown; choose one of tap, random, uniform, kmeans"),
+    "rounding": ({"rounding": "up"}, "rounding 'up' is unknown; choose one of nearest, gptq"),
+    "scheduler": ({"scheduler": "euler"}, "scheduler 'euler' is unknown; choose one of ddpm, ddim"),
+    "vc": ({"vc": "some"}, "vc 'some' is unknown; choose one of variance_ratio, least_squares, paper, none"),
+    "vc target": ({"vc_target": "mean"}, "vc_target 'mean' is unknown; choose one of sample, noise"),
+    "vc start": ({"vc_start": 4}, "vc_start is 4; the run has steps 0 to 3"),
+    "seed": ({"seed": -1}, "seed is -1; give an integer from 0"),
+    "cache mode": ({"cache_mode": "all"}, "cache mode 'all' is unknown"),
+    "interval": ({"cache_interval": 0}, "cache_interval is 0; give an integer >= 1"),
+    "weights": ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
+    "activations": ({"a_bits": 9}, "a_bits is 9; allowed are"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        CalibrationSettings(**{**TINY, **changes})
+
+
+def test_clusters_matter_only_where_there_are_any():
+    assert CalibrationSettings(**{**TINY, "clusters": 49, "select": "random"}).select == "random"
+
+
+@pytest.mark.parametrize(
+    ("w_bits", "rounding", "feedback"),
+    [(4, None, True), (8, None, False), (4, "nearest", False), (8, "gptq", True)],
+)
+def test_rounding_follows_the_bits_unless_it_is_given(w_bits, rounding, feedback):
+    settings = CalibrationSettings(w_bits=w_bits, rounding=rounding)
+    assert settings.error_feedback is feedback
+    assert settings.quant_config.weight_clip == ("mse" if feedback else "max")
