@@ -31,8 +31,9 @@ class _Recorder:
 
     def __init__(self, blocks: Sequence[Any], mode: str, seed: int) -> None:
         self.mode, self.seed = mode, seed
-        self.features: list[list[torch.Tensor]] = []  # [S][L · K] of [B, P]
-        self.gates: list[list[torch.Tensor]] = []
+        self.features: list[torch.Tensor] = []  # [S] of [L · K, B, P]
+        self.gates: list[torch.Tensor] = []
+        self._of_step: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
         self._input: torch.Tensor | None = None
         if mode == "block":
@@ -53,32 +54,40 @@ class _Recorder:
         return x[:, self._places[0], self._places[1]].float()
 
     def _begin(self, block: Any, args: Any) -> None:
-        self.features.append([])
-        self.gates.append([])
+        self._end()
         self._at(args[0])
+
+    def _end(self) -> None:
+        """One tensor for a step: many small ones, kept among its large temporary ones, would fragment the memory."""
+        features, gates = self._of_step
+        if features:
+            self.features.append(torch.stack(features))
+            self.gates.append(torch.stack(gates))
+        self._of_step = [], []
 
     def _enter(self, block: Any, args: Any) -> None:
         self._input = args[0].clone()
 
     def _leave(self, block: Any, args: Any, output: torch.Tensor) -> None:
         assert self._input is not None
-        self.features.append([self._at(output - self._input)])
-        self.gates.append([torch.ones_like(self.features[-1][0])])
+        self.features.append(self._at(output - self._input)[None])
+        self.gates.append(torch.ones_like(self.features[-1]))
 
     def _gate(self, norm: Any, args: Any, output: tuple[torch.Tensor, ...]) -> None:
         assert self._places is not None
         for gate in (output[1], output[4]):  # of attention and MLP
-            self.gates[-1].append(gate[:, self._places[1]].float())
+            self._of_step[1].append(gate[:, self._places[1]].float())
 
     def _feature(self, branch: Any, args: Any, output: torch.Tensor) -> None:
-        self.features[-1].append(self._at(output))
+        self._of_step[0].append(self._at(output))
 
     def gram(self) -> np.ndarray:
         """``[S, S, S]`` as :func:`qandc.schedule.forecast_errors` takes it."""
-        features = torch.stack([torch.stack(of_step) for of_step in self.features])  # [S, L · K, B, P]
+        self._end()
+        features = torch.stack(self.features)  # [S, L · K, B, P]
         found = []
         for gates in self.gates:
-            contributions = torch.einsum("slbp,lbp->sbp", features, torch.stack(gates)).flatten(1).double()
+            contributions = torch.einsum("slbp,lbp->sbp", features, gates).flatten(1).double()
             found.append((contributions @ contributions.t()).cpu().numpy())
         return np.stack(found)
 
