@@ -197,13 +197,14 @@ def test_versions_and_folders_are_checked(tmp_path):
         preset.save(tmp_path / "file" / "preset")
 
 
-def test_a_failed_write_leaves_no_fragment_and_nothing_finished(tmp_path, monkeypatch):
-    preset, _ = make_preset()
+@pytest.mark.parametrize("name", FILES)
+def test_a_failed_write_leaves_no_fragment_and_nothing_finished(tmp_path, monkeypatch, name):
+    preset, _ = make_preset(rounding="error feedback")
     preset.save(tmp_path)
     replace = os.replace
 
     def full(source, target):
-        if target.name == "schedule.json":
+        if target.name == name:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
