@@ -153,11 +153,14 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """``|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)``, the squared Fréchet distance of two Gaussians.
 
     Source: Dowson and Landau 1982; used as FID by Heusel et al. 2017 (there on InceptionV3 features).
-    The trace of the matrix root is the sum of the roots of the eigenvalues of ``Σ_a Σ_b``, which are real and >= 0.
+    The trace of the matrix root is the sum of the roots of the eigenvalues of ``Σ_a^½ Σ_b Σ_a^½``, which is symmetric
+    and has those of ``Σ_a Σ_b``.
     """
     if a.mean.shape != b.mean.shape:
         raise ConfigError(f"statistics of {a.mean.shape[0]} and {b.mean.shape[0]} features cannot be compared")
-    eigenvalues = np.linalg.eigvals(a.covariance @ b.covariance).real.clip(min=0)
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    eigenvalues = np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)
     difference = a.mean - b.mean
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(eigenvalues).sum()
     return float(difference @ difference + trace)

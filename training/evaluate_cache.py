@@ -34,20 +34,10 @@ from qandc import (
     sample_latents,
     uniform_schedule,
 )
-from qandc.metrics import (
-    FeatureStatistics,
-    class_accuracy,
-    extract_features,
-    frechet_distance,
-    inception_score,
-    load_fashion_classifier,
-    load_statistics,
-    psnr,
-)
 from qandc.results import result_header
-from qandc.sampling import decode_latents
 from qandc.schedule import optimal_schedule, schedule_error
 from qandc.schedule_calibration import feature_gram
+from quality import Judge, Sampler
 
 INTERVALS = (2, 3, 4, 5, 8)
 FORMS = (("block", 0), ("branch", 0), ("taylor", 1), ("taylor", 2))
@@ -55,27 +45,6 @@ PRECISIONS = {"FP": None, "W8A8": 8, "W4A8": 4}
 KEYS = ("precision", "mode", "order", "interval", "schedule")
 CALIBRATION_LABELS = tuple(range(10)) * 3
 CALIBRATION_SEED = 10_000_000
-
-
-@torch.no_grad()
-def denoise(
-    transformer: Any, scheduler: Any, labels: torch.Tensor, steps: int, guidance_scale: float, seed: int
-) -> torch.Tensor:
-    """As ``qandc.sample_latents``, with one generator for the batch instead of one per image, which is faster."""
-    device, config = transformer.device, transformer.config
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-    latents = torch.randn(shape, generator=generator, device=device)
-    both = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)]).to(device)
-    scheduler.set_timesteps(steps)
-    for timestep in scheduler.timesteps:
-        x = latents.to(transformer.dtype)
-        rows = timestep.to(device).expand(len(both))
-        noise = transformer(torch.cat([x, x]), timestep=rows, class_labels=both, return_dict=False)[0].float()
-        cond, uncond = noise.chunk(2)
-        noise = uncond + guidance_scale * (cond - uncond)
-        latents = scheduler.step(noise, timestep, latents, generator=generator, return_dict=False)[0]
-    return latents
 
 
 def quantized(base: Any, w_bits: int, scheduler: Any, steps: int, guidance_scale: float) -> Any:
@@ -126,37 +95,18 @@ def main(
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     pipe = DiTPipeline.from_pretrained(fashion_dit_path()).to(device)
     base, vae = pipe.transformer.to(dtype).eval(), pipe.vae
-    classifier, train = load_fashion_classifier(device), load_statistics()
     scheduler = make_scheduler(scheduler_name, pipe.scheduler.config)
-    labels = torch.arange(images) % 10
+    sample, judge = Sampler(vae, scheduler, images, batch, steps, guidance_scale, device), Judge(device)
     rows: list[dict[str, Any]] = []
     reference: torch.Tensor | None = None
 
-    def sample(transformer: Any) -> tuple[torch.Tensor, float]:
-        pixels, times = [], []
-        for i, part in enumerate(labels.split(batch)):
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            begun = time.perf_counter()
-            latents = denoise(transformer, scheduler, part, steps, guidance_scale, i)
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - begun) / len(part))
-            pixels.append(decode_latents(vae, latents))
-        return torch.cat(pixels), sum(times[1:]) / len(times[1:]) if len(times) > 1 else times[0]
-
     def add(precision: str, row: dict[str, Any], pixels: torch.Tensor, seconds_per_image: float, nbytes: int) -> None:
         assert reference is not None
-        features, logits = extract_features(classifier, pixels)
-        db = psnr(pixels, reference).clamp(max=100)
         rows.append(
             {
                 "precision": precision,
                 **row,
-                "frechet_distance": frechet_distance(FeatureStatistics.of(features), train),
-                "inception_score": inception_score(logits),
-                "class_accuracy": class_accuracy(logits, labels),
-                "psnr_to_fp": float(db.mean()),
+                **judge(pixels, sample.labels, reference),
                 "images_per_second": 1 / seconds_per_image,
                 "cache_bytes": nbytes,
             }
