@@ -203,6 +203,8 @@ def test_calibrate_keeps_finished_settings(capsys, settings_dir, pipeline_dir):
     status, _, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--out", settings_dir)
     assert status == 2
     assert "holds finished settings; give another directory, or --overwrite" in err
+    status, _, err = run(capsys, "calibrate", "--model", "./no/such/model", *TINY, "--out", settings_dir)
+    assert "holds finished settings" in err  # before a pipeline is loaded
     status, _, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--out", settings_dir, "--overwrite")
     assert status == 2
     assert "holds a pool of scheduler DDIMScheduler; this one would have DDPMScheduler" in err

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import qandc.generate
-from qandc import CacheConfig, QuantConfig, fashion_dit_preset, get_cache, load_pipeline
+from qandc import (
+    CacheConfig,
+    CalibrationSettings,
+    QuantConfig,
+    calibrate_pipeline,
+    fashion_dit_preset,
+    get_cache,
+    load_pipeline,
+)
 from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes, quantized_name
 
 
@@ -54,6 +62,16 @@ def test_both_models_see_the_same_noise(pipeline_dir):
     """With 8 bits and no reuse the images nearly agree; with other noise they would not."""
     result = compare(pipeline_dir, cache=CacheConfig(interval=1))
     assert result.psnr.min() > 30
+
+
+def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir):
+    settings = CalibrationSettings(num_inference_steps=3, pool_images=2, samples=4, vc_samples=4, select="random")
+    preset = calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path).preset
+    changes = {"config": preset.config, "cache": preset.schedule.config()}
+    with_it = images(pipeline_dir, preset=preset, **changes)
+    without = images(pipeline_dir, preset=dataclasses.replace(preset, compensation=None), **changes)
+    assert torch.equal(with_it[0], without[0])
+    assert not torch.equal(with_it[1], without[1])
 
 
 def test_batches_continue_the_seeds(pipeline_dir, monkeypatch):
