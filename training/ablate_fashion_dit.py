@@ -1,12 +1,12 @@
 """Measures what calibration, TAP and variance compensation are worth on fashion-dit, quantized and cached.
 
 python training/ablate_fashion_dit.py                                                    # on a GPU: some 20 minutes
-python training/ablate_fashion_dit.py --images 40 --steps 10 --pool-images 20 --samples 40 --repeats 1 --device cpu
+python training/ablate_fashion_dit.py --images 40 --steps 10 --pool-images 20 --samples 40 --repeats 0 --device cpu
 
 A row is one configuration and one repeat. Repeats differ in the noise of the images, which is the same for all rows of
 a repeat, and in the samples that are drawn to calibrate with. PSNR is to the images of the full-precision model without
 a cache. A file that is there already is continued; with several GPUs, several processes may each take some ``--parts``
-and write a file of their own (``--merge`` joins them).
+and write a file of their own (``--merge`` joins them). EfficientNet's features are computed for repeat 0 alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import typer
 from diffusers import DiTPipeline
+from threadpoolctl import threadpool_limits
 
 from qandc import (
     CacheConfig,
@@ -59,10 +61,11 @@ MODES, INTERVALS = ("block", "branch"), (3, 5)
 SELECTIONS = ("uniform", "kmeans", "agglomerative", "dbscan")
 FORMS: dict[str, dict[str, Any]] = {
     "least squares": {},
-    "least squares, later half": {"start_step": 25},
+    "least squares, later half": {},
     "variance ratio (Eq. 9)": {"form": "variance_ratio"},
     "Eq. 12 as printed": {"form": "paper"},
-    "on the noise": {"target": "noise"},
+    "least squares on the noise": {"target": "noise"},
+    "variance ratio on the noise": {"target": "noise", "form": "variance_ratio"},
     "epsilon scaling": {"target": "noise"},  # by the mean of those gains
 }
 FIRST_SEED = 20_000_000  # of pools and fits; far from those of the images
@@ -111,7 +114,7 @@ def configurations(part: str, samples: int) -> Iterator[Row]:
                         yield replace(cached, selection=selection)
                     for selection in ("random", "tap"):  # where a choice should matter most
                         yield replace(cached, selection=selection, samples=max(20, samples // 20))
-                if part == f"compensation {mode}" and interval == 5:
+                if part == f"compensation {mode}" and w_bits == 8:
                     for form in FORMS:
                         if form != "least squares":
                             yield replace(cached, selection="tap", compensation=form)
@@ -131,6 +134,19 @@ def configurations(part: str, samples: int) -> Iterator[Row]:
 PARTS = ("ranges", *MODES, *(f"{what} {mode}" for what in ("compensation", "selection") for mode in MODES))
 
 
+def importance(part: str, repeat: int, row: Row) -> int:
+    """What comes first, should time run out: the smaller."""
+    if part in MODES:
+        return 0 if row.w_bits == 8 else 1 if repeat == 0 else 2
+    return 3 + repeat if part.startswith("selection") or repeat else 1
+
+
+def select(*args: Any, **kwargs: Any) -> np.ndarray:
+    """In a process of its own, on few threads: there are as many processes as cores allow."""
+    with threadpool_limits(limits=2):
+        return select_samples(*args, **kwargs)
+
+
 class Bench:
     """The full-precision model and all that is made from it once."""
 
@@ -139,7 +155,7 @@ class Bench:
         pipe = DiTPipeline.from_pretrained(fashion_dit_path()).to(device)
         self.base, self.vae = pipe.transformer.to(self.dtype).eval(), pipe.vae
         self.scheduler = make_scheduler("ddpm", pipe.scheduler.config)
-        self.run = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        self.run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         self.pool_images, self.fit_images = pool_images, fit_images
         self.grams: dict[tuple[int, str], np.ndarray] = {}  # of the first model of these bits, to find schedules
         self.executor = ProcessPoolExecutor(6, multiprocessing.get_context("spawn"))
@@ -166,7 +182,7 @@ class Bench:
         pool = self.pool(mode, interval)
         config = TapConfig(clusters=min(100, max(2, samples // 8)))
         features, times = pool.hidden_states.flatten(1).numpy(), pool.steps.numpy()
-        return self.executor.submit(select_samples, features, times, samples, config, method=selection, seed=seed)
+        return self.executor.submit(select, features, times, samples, config, method=selection, seed=seed)
 
     def choose(self, row: Row, repeat: int) -> tuple[CandidatePool, Future[np.ndarray]]:
         of = ("none", 1) if row.pool == "uncached" else (row.mode, row.interval)
@@ -220,7 +236,8 @@ class Bench:
         return fuse_dit(model, step_ranges=of_steps)
 
     def compensation(self, model: Any, form: str) -> Compensation:
-        fitted = fit_compensation(self.reference(), model, self.scheduler, **FORMS[form])
+        start = self.run["num_inference_steps"] // 2 if form.endswith("later half") else 0
+        fitted = fit_compensation(self.reference(), model, self.scheduler, start_step=start, **FORMS[form])
         if form == "epsilon scaling":
             scale = 1 / float(fitted.gain.mean())
             fitted = epsilon_scaling(scale, fitted.gain.shape[1], fitted.fitted_for)
@@ -230,7 +247,7 @@ class Bench:
 def main(
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/h100/ablation.json"),
     images: Annotated[int, typer.Option(min=20, help="Samples of a row, class-balanced.")] = 10_000,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    repeats: Annotated[str, typer.Option(help="Numbers of the repeats, in the order they are measured.")] = "0,1,2",
     batch: int = 2500,
     steps: int = 50,
     guidance_scale: float = 1.5,
@@ -239,6 +256,7 @@ def main(
     fit_images: Annotated[int, typer.Option(help="Samples a compensation is fitted with.")] = 256,
     parts: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PARTS)}.")] = ",".join(PARTS),
     efficientnet: Annotated[Path | None, typer.Option(help="Its statistics of the training images.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Directory that keeps the full-precision images.")] = None,
     seconds: Annotated[float, typer.Option(help="Begin no row after so long.")] = 1e9,
     merge: Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")] = None,
     device: str = "cuda",
@@ -253,7 +271,7 @@ def main(
     torch.set_float32_matmul_precision("high")
     bench = Bench(device, steps, guidance_scale, pool_images, fit_images)
     sample = Sampler(bench.vae, bench.scheduler, images, batch, steps, guidance_scale, device)
-    judge = Judge(device, efficientnet)
+    judges = {True: Judge(device, efficientnet), False: Judge(device)}
     settings = {
         "images": images,
         "batch": batch,
@@ -271,31 +289,41 @@ def main(
         if before["settings"] != settings:
             raise typer.BadParameter(f"{out} was made with {before['settings']}; give another file or the same")
         rows = before["rows"]
+    header = result_header(settings)
     done = {json.dumps({k: row[k] for k in ("part", "repeat", "row")}, sort_keys=True) for row in rows}
 
     def add(part: str, repeat: int, row: dict[str, Any], pixels: torch.Tensor, reference: torch.Tensor) -> None:
-        rows.append({"part": part, "repeat": repeat, "row": row, **judge(pixels, sample.labels, reference)})
+        rows.append(
+            {"part": part, "repeat": repeat, "row": row, **judges[repeat == 0](pixels, sample.labels, reference)}
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**result_header(settings), "rows": rows, "goals": []}, indent=1) + "\n")
+        out.write_text(json.dumps({**header, "rows": rows, "goals": []}, indent=1) + "\n")
         said = " ".join(str(value) for value in row.values())
         numbers = " ".join(f"{value:.3f}" for value in list(rows[-1].values())[3:])
         typer.echo(f"{time.perf_counter() - started:5.0f} s  {part} {repeat}: {said}: {numbers}")
 
-    # all repeats of the main parts first; then the others, repeat by repeat
-    turns = [(part, repeat) for part in parts.split(",") for repeat in range(repeats)]
-    turns.sort(key=lambda turn: 0 if turn[0] in MODES else 1 + turn[1])
     work = [
         (part, repeat, row)
-        for part, repeat in turns
+        for part in parts.split(",")
+        for repeat in map(int, repeats.split(","))
         for row in configurations(part, samples)
         if json.dumps({"part": part, "repeat": repeat, "row": asdict(row)}, sort_keys=True) not in done
     ]
+    work.sort(key=lambda what: importance(*what))
     for _, repeat, row in work:
         bench.choose(row, repeat)  # clustering begins beside the GPU's work
 
     @cache
     def reference(repeat: int) -> torch.Tensor:
-        pixels, _ = sample(bench.base, 1000 * repeat)
+        path = None if references is None else references / f"{repeat}.pt"
+        if path is not None and path.exists():
+            pixels = torch.load(path, weights_only=True)
+        else:
+            pixels, _ = sample(bench.base, 1000 * repeat)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(pixels, path.with_suffix(f".{os.getpid()}"))
+                os.replace(path.with_suffix(f".{os.getpid()}"), path)
         name = {"w_bits": 16}
         if json.dumps({"part": "FP", "repeat": repeat, "row": name}, sort_keys=True) not in done:
             add("FP", repeat, name, pixels, pixels)
@@ -325,7 +353,7 @@ def main(
             if config is not None:
                 remove_cache(model)
         add(part, repeat, asdict(row), pixels, expected)
-    bench.executor.shutdown(cancel_futures=True)
+    bench.executor.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":
