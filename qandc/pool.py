@@ -168,9 +168,10 @@ def _open(directory: Path, settings: dict[str, Any]) -> None:
             raise ConfigError(f"{str(path)!r} cannot be read ({error}); give another directory") from error
         for name in settings:
             if before.get(name) != settings[name]:
+                theirs, ours = _where_they_differ(str(before.get(name)), str(settings[name]))
                 raise ConfigError(
-                    f"{str(directory)!r} holds a pool of {name} {_short(before.get(name))}; this one would have "
-                    f"{_short(settings[name])} (give another directory, or the same settings)"
+                    f"{str(directory)!r} holds a pool of {name} {theirs}; this one would have {ours} (give another "
+                    "directory, or the same settings)"
                 )
         return
     try:
@@ -180,9 +181,15 @@ def _open(directory: Path, settings: dict[str, Any]) -> None:
         raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _where_they_differ(*texts: str) -> tuple[str, ...]:
+    """Long texts are cut to what stands around the first difference."""
+    different = (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
+    first = max(0, next(different, 0) - 20)
+    parts = [text[first : first + 60] if len(text) > 60 else text for text in texts]
+    return tuple(
+        f"{'...' if first and part is not text else ''}{part}{'...' if first + 60 < len(text) else ''}"
+        for part, text in zip(parts, texts, strict=True)
+    )
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:

@@ -127,12 +127,9 @@ def round_with_feedback(
     if hessian.shape != (k, k):
         raise DataError(f"the Hessian of a weight of {k} input channels is [{k}, {k}]; got {list(hessian.shape)}")
     h = hessian.to(weight.device, torch.float64, copy=True)
-    diagonal = h.diagonal()
-    never = diagonal == 0  # inputs that were always zero: any weight will do, so it is rounded to nearest
-    diagonal[never] = 1
-    order = torch.argsort(diagonal, descending=True)
+    order = torch.argsort(h.diagonal(), descending=True)
     h = h[order][:, order]
-    h.diagonal().add_(damping * h.diagonal().mean())
+    h.diagonal().add_((damping * h.diagonal().mean()).clamp(min=1e-20))  # of zeros only: rounded to nearest
     lower, failed = torch.linalg.cholesky_ex(h)
     if failed or not torch.isfinite(lower).all():
         raise DataError("the Hessian of a layer is not positive definite or not finite; check the calibration batches")
