@@ -6,10 +6,11 @@ python docs/plot_results.py
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 import matplotlib
-from update_tables import MODEL_SIZES, QUALITY_FORMS, ROOT, model_rows
+from update_tables import ABLATION, MODEL_SIZES, QUALITY_FORMS, ROOT, ablation_cells, model_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,6 +97,33 @@ def draw_cache() -> None:
     figure.savefig(RESULTS / "cache.png", dpi=130)
 
 
+def draw_ablation() -> None:
+    """Mean and standard deviation of distance, IS and PSNR for each configuration, W8A8."""
+    result = json.loads((RESULTS / "ablation.json").read_text())
+    cells = ablation_cells(result)
+    full = [row for row in result["rows"] if row["part"] == "FP"]
+    metrics = {"frechet_distance": "Fréchet distance", "inception_score": "IS", "psnr_to_fp": "PSNR to FP, dB"}
+    columns = [("block", 3), ("block", 5), ("branch", 3), ("branch", 5)]
+    colours = ("#9aa0a6", "#d7a86e", "#8fb3d9", "#2f6db5", "#c9c9c9", "#a8d5b5", "#3c9a5f")
+    figure, grid = plt.subplots(1, len(metrics), figsize=(11, 3.4), layout="constrained")
+    for axes, (metric, label) in zip(grid, metrics.items(), strict=True):
+        for i, name in enumerate(ABLATION):
+            values = [[row[metric] for row in cells[8, mode, n, name]] for mode, n in columns]
+            at = [x + (i - (len(ABLATION) - 1) / 2) * 0.12 for x in range(len(columns))]
+            means, errors = [statistics.mean(v) for v in values], [statistics.stdev(v) for v in values]
+            axes.errorbar(at, means, errors, fmt="o", markersize=4, capsize=2, color=colours[i], label=name)
+        if metric != "psnr_to_fp":
+            axes.axhline(statistics.mean(row[metric] for row in full), color="#555", linewidth=0.8)
+        axes.set_xticks(range(len(columns)), [f"{mode}, N = {n}" for mode, n in columns], fontsize=8)
+        axes.set_title(label, fontsize=9)
+        axes.tick_params(axis="y", labelsize=7)
+        bare(axes)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    figure.savefig(RESULTS / "ablation.png", dpi=130)
+
+
 if __name__ == "__main__":
+    draw_ablation()
     draw_model()
     draw_cache()

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/caching.md", "docs/kernel-notes.md", "qandc/assets/fashion-dit/README.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/caching.md",
+    "docs/calibration.md",
+    "docs/kernel-notes.md",
+    "qandc/assets/fashion-dit/README.md",
+)
 BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -232,6 +239,82 @@ def cache_rows_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+ABLATION = {
+    "naive": {},
+    "TAP": {"selection": "tap"},
+    "VC": {"compensation": "least squares"},
+    "TAP + VC": {"selection": "tap", "compensation": "least squares"},
+    "calibrated without the cache": {"pool": "uncached"},
+    "TAP, calibrated schedule": {"selection": "tap", "schedule": "calibrated"},
+    "TAP + VC, calibrated schedule": {
+        "selection": "tap",
+        "schedule": "calibrated",
+        "compensation": "least squares",
+    },
+}
+NAIVE = {"pool": "cached", "selection": "random", "schedule": "uniform", "compensation": "none"}
+
+
+def ablation_cells(result: dict[str, Any]) -> dict[tuple[int, str, int, str], list[dict[str, Any]]]:
+    """The repeats of each configuration, by weight bits, mode, interval and name."""
+    cells: dict[tuple[int, str, int, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        settings = row["row"]
+        for name, changes in ABLATION.items():
+            if row["part"] == settings.get("mode") and {**NAIVE, **changes}.items() <= settings.items():
+                key = (settings["w_bits"], settings["mode"], settings["interval"], name)
+                cells.setdefault(key, []).append(row)
+    return cells
+
+
+def spread(rows: list[dict[str, Any]], metric: str, digits: int) -> str:
+    """Mean and standard deviation over the repeats that have this metric."""
+    values = [row[metric] for row in rows if metric in row]
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def ablation_table(result: dict[str, Any]) -> list[str]:
+    cells = ablation_cells(result)
+    columns = [(8, "block", 3), (8, "block", 5), (8, "branch", 3), (8, "branch", 5), (4, "block", 3), (4, "branch", 3)]
+    full = spread([row for row in result["rows"] if row["part"] == "FP"], "frechet_distance", 3)
+    lines = [
+        "| | " + " | ".join(f"W{bits}A8, {mode}, N = {n}" for bits, mode, n in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name in ABLATION:
+        found = [cells.get((*column, name), []) for column in columns]
+        texts = [
+            f"{spread(rows, 'frechet_distance', 3)} / {spread(rows, 'psnr_to_fp', 1)}" if rows else "" for rows in found
+        ]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return [*lines, "", f"Full precision without a cache: {full}."]
+
+
+def ablation_rows_table(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| | mode | N | | repeats | distance | on EfficientNet features | IS | class accuracy | PSNR to FP |",
+        "|---" * 10 + "|",
+    ]
+
+    def line(bits: str, mode: str, n: str, name: str, rows: list[dict[str, Any]], psnr: bool = True) -> str:
+        metrics = [
+            spread(rows, "frechet_distance", 3),
+            spread(rows, "frechet_distance_efficientnet", 1),
+            spread(rows, "inception_score", 2),
+            spread([{"a": 100 * row["class_accuracy"]} for row in rows], "a", 1) + " %",
+            f"{spread(rows, 'psnr_to_fp', 1)} dB" if psnr else "",
+        ]
+        return f"| {bits} | {mode} | {n} | {name} | {len(rows)} | {' | '.join(metrics)} |"
+
+    lines.append(line("FP", "", "", "", [row for row in result["rows"] if row["part"] == "FP"], psnr=False))
+    for (bits, mode, n, name), rows in ablation_cells(result).items():
+        lines.append(line(f"W{bits}A8", mode, str(n), name, rows))
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/h200/fashion-dit.json": fashion_table,
@@ -248,6 +331,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/cache-cost.json goals": goals_table,
     "results/h100/cache.json": cache_quality_table,
     "results/h100/cache.json rows": cache_rows_table,
+    "results/h100/ablation.json": ablation_table,
+    "results/h100/ablation.json rows": ablation_rows_table,
+    "results/h100/ablation.json goals": goals_table,
 }
 
 

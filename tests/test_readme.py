@@ -87,10 +87,13 @@ def test_tap_snippet_follows_the_first():
     changes = {
         '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
         "[207, 360, 387, 974]": "[2, 3, 4, 5]",
-        "num_inference_steps=50": "num_inference_steps=8",
+        '"num_inference_steps": 50': '"num_inference_steps": 8',
+        "select(40": "select(9",
+        "clusters=10": "clusters=3",
     }
     names = run(snippet().partition("images = ")[0] + snippet(": tap"), changes)
-    assert len(names["rows"]) == 8 * 8
+    assert len(names["pool"]) == 4 * 8
+    assert len(names["chosen"]) == 9
     layers = quant_layers(names["pipe"].transformer)
     assert all(layer.act_scale is not None for layer in layers.values())
 
@@ -112,7 +115,9 @@ def test_tables_are_up_to_date():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/caching.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/caching.md", "docs/calibration.md"]
+)
 def test_linked_and_named_files_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):

@@ -134,6 +134,11 @@ def configurations(part: str, samples: int) -> Iterator[Row]:
 PARTS = ("ranges", *MODES, *(f"{what} {mode}" for what in ("compensation", "selection") for mode in MODES))
 
 
+def row_key(row: dict[str, Any]) -> str:
+    """What a measured row is known by."""
+    return json.dumps({name: row[name] for name in ("part", "repeat", "row")}, sort_keys=True)
+
+
 def importance(part: str, repeat: int, row: Row) -> int:
     """What comes first, should time run out: the smaller."""
     if part in MODES:
@@ -145,6 +150,44 @@ def select(*args: Any, **kwargs: Any) -> np.ndarray:
     """In a process of its own, on few threads: there are as many processes as cores allow."""
     with threadpool_limits(limits=2):
         return select_samples(*args, **kwargs)
+
+
+def ablation_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was asked for, None where a row is missing: distances relative to FP, and the share of a gap that closes.
+
+    The gap is what naive quantization and a cache add to the distance of FP; means over the repeats.
+    """
+
+    def mean(metric: str, w_bits: int, **wanted: Any) -> float | None:
+        wanted = {"w_bits": w_bits, **wanted}
+        found = [row[metric] for row in rows if all(row["row"].get(k) == v for k, v in wanted.items())]
+        return sum(found) / len(found) if found else None
+
+    plain = {"pool": "cached", "selection": "random", "schedule": "uniform", "compensation": "none"}
+    full = {**plain, "selection": "tap", "compensation": "least squares"}
+    fp = mean("frechet_distance", 16)
+    goals = []
+    for w_bits, must in ((8, 1.02), (4, 1.10)):
+        alone = {"mode": "none", "ranges": "static, min-max", "smoothing": False}
+        alone["rounding"] = "gptq" if w_bits == 4 else "nearest"
+        value = mean("frechet_distance", w_bits, **alone)
+        share = None if value is None or fp is None else value / fp
+        goals.append({"name": f"w{w_bits}a8_distance_over_fp", "value": share, "better": "lower", "must": must})
+    likeness = mean("psnr_to_fp", 8, **{**alone, "rounding": "nearest"})
+    goals.append({"name": "w8a8_psnr_to_fp", "value": likeness, "unit": "dB", "better": "higher", "must": 35.0})
+    for name, settings in (("", full), ("_calibrated_schedule", {**full, "schedule": "calibrated"})):
+        for mode in MODES:
+            for interval in INTERVALS:
+                cell = {"w_bits": 8, "mode": mode, "interval": interval, "samples": 800}
+                naive = mean("frechet_distance", **cell, **plain)
+                ours = mean("frechet_distance", **cell, **settings)
+                missing = naive is None or ours is None or fp is None
+                value = None if missing else (naive - ours) / (naive - fp)  # type: ignore[operator]
+                if value is not None and naive <= fp:  # type: ignore[operator]
+                    value = None  # there is no gap
+                name_of = f"recovered_share_of_gap_{mode}_{interval}{name}"
+                goals.append({"name": name_of, "value": value, "better": "higher", "must": 0.5})
+    return [{"unit": "1", "goal": None, **goal} for goal in goals]
 
 
 class Bench:
@@ -264,8 +307,8 @@ def main(
     """Sample with every configuration and score."""
     if merge:
         files = [json.loads(path.read_text()) for path in merge]
-        rows = [row for file in files for row in file["rows"]]
-        out.write_text(json.dumps({**files[0], "rows": rows}, indent=1) + "\n")
+        rows = list({row_key(row): row for file in files for row in file["rows"]}.values())
+        out.write_text(json.dumps({**files[0], "rows": rows, "goals": ablation_goals(rows)}, indent=1) + "\n")
         return
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high")
@@ -290,14 +333,14 @@ def main(
             raise typer.BadParameter(f"{out} was made with {before['settings']}; give another file or the same")
         rows = before["rows"]
     header = result_header(settings)
-    done = {json.dumps({k: row[k] for k in ("part", "repeat", "row")}, sort_keys=True) for row in rows}
+    done = {row_key(row) for row in rows}
 
     def add(part: str, repeat: int, row: dict[str, Any], pixels: torch.Tensor, reference: torch.Tensor) -> None:
         rows.append(
             {"part": part, "repeat": repeat, "row": row, **judges[repeat == 0](pixels, sample.labels, reference)}
         )
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**header, "rows": rows, "goals": []}, indent=1) + "\n")
+        out.write_text(json.dumps({**header, "rows": rows, "goals": ablation_goals(rows)}, indent=1) + "\n")
         said = " ".join(str(value) for value in row.values())
         numbers = " ".join(f"{value:.3f}" for value in list(rows[-1].values())[3:])
         typer.echo(f"{time.perf_counter() - started:5.0f} s  {part} {repeat}: {said}: {numbers}")
@@ -307,7 +350,7 @@ def main(
         for part in parts.split(",")
         for repeat in map(int, repeats.split(","))
         for row in configurations(part, samples)
-        if json.dumps({"part": part, "repeat": repeat, "row": asdict(row)}, sort_keys=True) not in done
+        if row_key({"part": part, "repeat": repeat, "row": asdict(row)}) not in done
     ]
     work.sort(key=lambda what: importance(*what))
     for _, repeat, row in work:
@@ -325,7 +368,7 @@ def main(
                 torch.save(pixels, path.with_suffix(f".{os.getpid()}"))
                 os.replace(path.with_suffix(f".{os.getpid()}"), path)
         name = {"w_bits": 16}
-        if json.dumps({"part": "FP", "repeat": repeat, "row": name}, sort_keys=True) not in done:
+        if row_key({"part": "FP", "repeat": repeat, "row": name}) not in done:
             add("FP", repeat, name, pixels, pixels)
         return pixels
 
