@@ -115,9 +115,9 @@ def test_names_of_the_rows():
     assert quantized_name(GenerateSettings((1,), cache=schedule)) == "W8A8 + taylor, 2 steps"
     preset = fashion_dit_preset(4)
     calibrated = GenerateSettings((1,), config=preset.config, cache=preset.schedule.config(), preset=preset)
-    assert quantized_name(calibrated) == "W4A8 + taylor 17/50 + VC"
+    assert quantized_name(calibrated) == "W4A8 + branch 17/50 + VC"
     uncompensated = dataclasses.replace(calibrated, preset=dataclasses.replace(preset, compensation=None))
-    assert quantized_name(uncompensated) == "W4A8 + taylor 17/50"
+    assert quantized_name(uncompensated) == "W4A8 + branch 17/50"
 
 
 def test_bytes_are_those_of_the_models(pipeline_dir):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from qandc import ConfigError, DataError
 from qandc.metrics import (
+    EfficientNetFeatures,
     FeatureStatistics,
     class_accuracy,
     extract_features,
@@ -90,3 +93,29 @@ def test_shipped_classifier_and_statistics():
     assert logits.shape == (3, 10)
     as_float, _ = extract_features(model, images.float() / 127.5 - 1)
     torch.testing.assert_close(as_float, features)
+
+
+def test_frechet_distance_of_fewer_images_than_features(seeded):
+    """Covariances without full rank: no NaN, nothing negative, zero for equal ones."""
+    a, b = (FeatureStatistics.of(torch.randn(10, 40, generator=seeded)) for _ in "ab")
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-5)
+    assert frechet_distance(a, b) > 1
+
+
+def test_efficientnet_features(seeded):
+    model = EfficientNetFeatures()
+    images = torch.rand(3, 1, 32, 32, generator=seeded) * 2 - 1
+    features, logits = model(images)
+    assert (features.shape, logits.shape) == ((3, 1280), (3, 1000))
+    large = torch.nn.functional.interpolate(images.expand(-1, 3, -1, -1), (112, 112), mode="bilinear")
+    torch.testing.assert_close(logits, model.body(large))  # the library's own forward
+    torch.testing.assert_close(model(images.expand(-1, 3, -1, -1))[0], features)
+    assert extract_features(model, images)[0].shape == (3, 1280)
+    assert (features[0] - features[1]).abs().max() > 0.01
+
+
+def test_efficientnet_needs_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ConfigError, match=r"qandc-kernels\[features\]"):
+        EfficientNetFeatures()

@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -94,12 +94,12 @@ class Row:
         return replace(ours, mode="none", interval=1) if self.pool == "uncached" else ours
 
 
-def configurations(part: str, samples: int) -> Iterator[Row]:
+def configurations(part: str, samples: int, intervals: Sequence[int] = INTERVALS) -> Iterator[Row]:
     """The rows of one part, those of one model behind each other."""
     for w_bits in (8, 4):
         plain = Row(w_bits, samples=samples, rounding="gptq" if w_bits == 4 else "nearest")
         for mode in MODES:
-            for interval in INTERVALS:
+            for interval in intervals:
                 cached = replace(plain, mode=mode, interval=interval)
                 if part == mode:
                     for selection in ("random", "tap"):
@@ -115,9 +115,8 @@ def configurations(part: str, samples: int) -> Iterator[Row]:
                     for selection in ("random", "tap"):  # where a choice should matter most
                         yield replace(cached, selection=selection, samples=max(20, samples // 20))
                 if part == f"compensation {mode}" and w_bits == 8:
-                    for form in FORMS:
-                        if form != "least squares":
-                            yield replace(cached, selection="tap", compensation=form)
+                    for form in ("none", *FORMS):
+                        yield replace(cached, selection="tap", compensation=form)
         if part == "ranges":
             alone = replace(plain, pool="uncached")
             yield alone
@@ -298,6 +297,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Chosen of a pool.")] = 800,
     fit_images: Annotated[int, typer.Option(help="Samples a compensation is fitted with.")] = 256,
     parts: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PARTS)}.")] = ",".join(PARTS),
+    intervals: str = ",".join(map(str, INTERVALS)),
     efficientnet: Annotated[Path | None, typer.Option(help="Its statistics of the training images.")] = None,
     references: Annotated[Path | None, typer.Option(help="Directory that keeps the full-precision images.")] = None,
     seconds: Annotated[float, typer.Option(help="Begin no row after so long.")] = 1e9,
@@ -349,7 +349,7 @@ def main(
         (part, repeat, row)
         for part in parts.split(",")
         for repeat in map(int, repeats.split(","))
-        for row in configurations(part, samples)
+        for row in configurations(part, samples, [int(n) for n in intervals.split(",")])
         if row_key({"part": part, "repeat": repeat, "row": asdict(row)}) not in done
     ]
     work.sort(key=lambda what: importance(*what))
