@@ -5,6 +5,7 @@ Importing this package loads torch and nothing heavier; diffusers is imported by
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
 from qandc.calibration import calibrate, calibrate_steps, input_hessians, smoothing_factors
+from qandc.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
 from qandc.feature_cache import FeatureCache
@@ -42,6 +43,7 @@ __all__ = [
     "QuantConfig",
     "QuantLinear",
     "QuantizationReport",
+    "QuantizedCheckpoint",
     "RangeConfig",
     "StepRanges",
     "TapConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "get_cache",
     "input_hessians",
     "load_pipeline",
+    "load_quantized",
     "make_scheduler",
     "prepare_run",
     "quantization_report",
@@ -71,6 +74,7 @@ __all__ = [
     "remove_cache",
     "reset_all_caches",
     "sample_latents",
+    "save_quantized",
     "select_samples",
     "smoothing_factors",
     "unfuse_dit",

@@ -62,7 +62,7 @@ LAYERS = ["errors", "tap", "variance_compensation", "derived", "schedule", "time
 LAYERS += ["feature_cache", "ranges", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
 LAYERS += ["sampling", "pool", "trajectories", "schedule_calibration", "presets", "pipelines", "pipeline_calibration"]
-LAYERS += ["generate", "terminal", "cli"]
+LAYERS += ["checkpoint", "generate", "terminal", "cli"]
 
 
 def test_layers_are_all_modules():
