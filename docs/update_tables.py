@@ -329,6 +329,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/model.json breakdown": breakdown_table,
     "results/h100/cache-cost.json": cache_cost_table,
     "results/h100/cache-cost.json goals": goals_table,
+    "results/h100/cache-cost-runs.json goals": goals_table,
     "results/h100/cache.json": cache_quality_table,
     "results/h100/cache.json rows": cache_rows_table,
     "results/h100/ablation.json": ablation_table,
