@@ -77,9 +77,9 @@ def save_quantized(
 ) -> None:
     """Write a quantized DiT, and what it is to be run with, into one directory.
 
-    The model is saved as ``quantize_model`` and ``calibrate`` left it: an attached cache and fusion stay in place and
-    are not saved; give the schedule and the step ranges to keep them. Nothing appears under the name of the directory
-    before all of it is written.
+    The model is saved as ``quantize_model`` and ``calibrate`` left it: hooks, an attached cache and fusion stay in
+    place and are not saved; give the schedule and the step ranges to keep them. Nothing appears under the name of the
+    directory before all of it is written.
 
     Args:
         model: a ``DiTTransformer2DModel`` that :func:`qandc.quantize_model` has converted.
@@ -89,7 +89,7 @@ def save_quantized(
 
     Raises:
         ModelError: no DiT, not quantized, without values, or not what its config builds (LoRA, parametrizations).
-        ConfigError: the step ranges are not of this model.
+        ConfigError: the step ranges are not of this model, or no cache can follow the schedule.
         OutputError: the directory is not empty, holds other files than those of a checkpoint, or cannot be written.
     """
     from safetensors import SafetensorError
@@ -97,6 +97,8 @@ def save_quantized(
     directory = Path(directory).resolve()
     _check_target(directory, overwrite)
     manifest, tensors = _describe(model)
+    if schedule is not None:
+        schedule.config()  # refuses what could not be loaded
     if step_ranges is not None:
         check_ranges(step_ranges, quant_layers(model))
     partial, replaced = (
@@ -162,7 +164,7 @@ def load_quantized(
         owner, _, buffer = name.rpartition(".")
         setattr(model.get_submodule(owner), buffer, tensors[name])
     if dtype is not None or target.type != "cpu":
-        model.to(device=target, dtype=dtype)
+        nn.Module.to(model, device=target, dtype=dtype)  # that of diffusers warns of layers it does not name
     extras = manifest["files"].keys()
     return QuantizedCheckpoint(
         model.eval(),
@@ -206,8 +208,8 @@ def _describe(model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     dit_class: Any = DiTTransformer2DModel
     if original_class(model) is not dit_class:
         raise ModelError(
-            f"a checkpoint holds diffusers' {DIT}; got {type(model).__name__} (of a pipeline, pass pipe.transformer; of "
-            "a compiled model, the model before torch.compile)"
+            f"a checkpoint holds diffusers' {DIT}; got {type(model).__name__} (of a pipeline, pass pipe.transformer; "
+            "of a compiled model, the model before torch.compile)"
         )
     layers = quant_layers(model)
     if not layers:
