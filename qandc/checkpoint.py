@@ -342,7 +342,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], outlines: Mapping[str, s
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    # cloned: fusion keeps some as parts of one tensor, and safetensors refuses shared storage
+    # cloned: layers may share a tensor, which safetensors refuses
     whole = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(whole, path)
 

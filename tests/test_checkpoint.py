@@ -74,7 +74,8 @@ def output(model, inputs):
 
 
 def all_tensors(model):
-    return dict([*model.named_parameters(), *model.named_buffers()])
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return dict(named)
 
 
 def assert_same_model(model, other):
@@ -249,9 +250,10 @@ def test_cache_and_fusion_stay_and_are_not_saved(tmp_path, static_model, dit_inp
     assert torch.equal(output(loaded, dit_inputs), expected)
 
 
-def test_weights_that_are_parts_of_one_are_saved(tmp_path):
-    """As a fused step has them."""
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    """Parts of one weight, as a fused step has them; a full-precision layer that two blocks have in common."""
     model = make_quantized()
+    model.transformer_blocks[1].norm1.emb = model.transformer_blocks[0].norm1.emb
     attention = model.transformer_blocks[0].attn1
     layers = [attention.to_q, attention.to_k, attention.to_v]
     whole = torch.cat([layer.qweight for layer in layers])
