@@ -146,6 +146,8 @@ def load_quantized(
         ModelError: the diffusers that is installed builds another model from its config.
         DeviceError: the device is not here.
     """
+    from safetensors.torch import load_file
+
     if dtype is not None and dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(known) for known in FLOAT_DTYPES)
         raise ConfigError(f"dtype is {dtype}; allowed are {allowed} (leave it out to keep the one that was saved)")
@@ -154,7 +156,7 @@ def load_quantized(
     manifest = _read_manifest(directory)
     for name, entry in manifest["files"].items():
         _check_file(directory / name, entry)
-    tensors = _load_tensors(directory / WEIGHTS)
+    tensors = load_file(directory / WEIGHTS)
     _check_tensors(tensors, manifest["tensors"])
     model = _skeleton(manifest["config"], manifest["layers"])
     _check_names(model, {name: tensor.shape for name, tensor in tensors.items()})
@@ -170,7 +172,7 @@ def load_quantized(
         model.eval(),
         CalibratedSchedule.load(directory / SCHEDULE) if SCHEDULE in extras else None,
         Compensation.load(directory / COMPENSATION) if COMPENSATION in extras else None,
-        _step_ranges(_load_tensors(directory / STEP_RANGES)) if STEP_RANGES in extras else None,
+        _step_ranges(load_file(directory / STEP_RANGES)) if STEP_RANGES in extras else None,
     )
 
 
@@ -345,16 +347,6 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     # cloned: layers may share a tensor, which safetensors refuses
     whole = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(whole, path)
-
-
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error}; save the model again") from error
 
 
 def _flat(ranges: StepRanges) -> dict[str, torch.Tensor]:

@@ -216,6 +216,8 @@ def test_what_belongs_to_the_model_comes_back_with_it(tmp_path, static_model, sy
     save_quantized(found.model, tmp_path / "saved", overwrite=True)
     assert load_quantized(tmp_path / "saved").schedule is None
     assert not (tmp_path / "saved" / "schedule.json").exists()
+    schedule.save(tmp_path / "saved" / "schedule.json")  # has no checksum in the manifest
+    assert load_quantized(tmp_path / "saved").schedule is None
 
 
 def test_step_ranges_of_another_model_are_refused(tmp_path):
