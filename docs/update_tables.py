@@ -315,8 +315,15 @@ def ablation_rows_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def compensation_table(result: dict[str, Any]) -> list[str]:
+    rows = [row for row in result["rows"] if row["part"].startswith("compensation")]
+    lines = ["| compensation | PSNR to FP |", "|---|---|"]
+    return lines + [f"| {row['row']['compensation']} | {row['psnr_to_fp']:.1f} dB |" for row in rows]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
+    "results/cpu/ablation.json": compensation_table,
     "results/h200/fashion-dit.json": fashion_table,
     "results/h200/kernels.json": kernels_table,
     "results/h200/kernels.json goals": goals_table,
