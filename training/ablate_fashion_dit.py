@@ -298,7 +298,9 @@ def main(
     fit_images: Annotated[int, typer.Option(help="Samples a compensation is fitted with.")] = 256,
     parts: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PARTS)}.")] = ",".join(PARTS),
     intervals: str = ",".join(map(str, INTERVALS)),
-    efficientnet: Annotated[Path | None, typer.Option(help="Its statistics of the training images.")] = None,
+    efficientnet: Annotated[
+        Path | None, typer.Option(help="Its statistics of the training images, .npz; made if missing.")
+    ] = None,
     references: Annotated[Path | None, typer.Option(help="Directory that keeps the full-precision images.")] = None,
     seconds: Annotated[float, typer.Option(help="Begin no row after so long.")] = 1e9,
     merge: Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")] = None,
