@@ -63,7 +63,7 @@ def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
     target = tmp_path / "images.png"
     status, out, _ = run(capsys, "generate", "--classes", "bag", "--w-bits", 4, "--device", "cpu", "-o", target)
     assert status == 0
-    assert "W4A8 + taylor 17/50 + VC" in out
+    assert "W4A8 + branch 17/50 + VC" in out
     assert "(W4A8 static per-tensor)" in out
     for changes in (["--no-calibrated"], ["--steps", 3], ["--scheduler", "ddim"], ["--cache-interval", 3]):
         status, out, _ = run(capsys, "generate", "--classes", "bag", "--device", "cpu", "-o", target, *changes)
