@@ -212,14 +212,7 @@ def smoothing_factors(
 
         return note
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with paused_cache(model):
-            for batch in batches:
-                _call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watch(model, batches, {layer: hook(name) for name, layer in layers.items()})
     weights: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         if name not in largest or not torch.isfinite(largest[name]).all():
@@ -273,7 +266,16 @@ def input_hessians(
 
         return add
 
-    handles = [layers[name].register_forward_pre_hook(hook(key)) for key, name in first.items()]
+    _watch(model, batches, {layers[name]: hook(key) for key, name in first.items()})
+    for key, name in first.items():
+        if key not in found or not torch.isfinite(found[key]).all():
+            raise DataError(f"{name} saw no input, or NaN or inf; check the batches")
+    return {name: found[_input_of(name)] for name in layers}
+
+
+def _watch(model: nn.Module, batches: Iterable[Any], hooks: Mapping[nn.Linear, Callable[..., None]]) -> None:
+    """Run the batches, every step computed, with these hooks before the forwards of their layers."""
+    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks.items()]
     try:
         with paused_cache(model):
             for batch in batches:
@@ -281,10 +283,6 @@ def input_hessians(
     finally:
         for handle in handles:
             handle.remove()
-    for key, name in first.items():
-        if key not in found or not torch.isfinite(found[key]).all():
-            raise DataError(f"{name} saw no input, or NaN or inf; check the batches")
-    return {name: found[_input_of(name)] for name in layers}
 
 
 def _input_of(name: str) -> str:

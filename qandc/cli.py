@@ -14,6 +14,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from qandc.errors import ConfigError, QandCError
+from qandc.files import write_whole
 from qandc.terminal import (
     check_output,
     err,
@@ -22,7 +23,6 @@ from qandc.terminal import (
     print_comparison,
     progress_bars,
     quiet_diffusers,
-    save,
 )
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def generate(
             return "nothing was finished"
         caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"
         picture = draw_grid(rows, [names[label] for label in labels], caption)
-        save(output, lambda path: picture.save(path, format="PNG"))
+        write_whole(output, lambda path: picture.save(path, format="PNG"))
         return f"wrote {output}"
 
     try:
@@ -197,7 +197,7 @@ def generate(
     print_comparison(result, str(torch_dtype).removeprefix("torch."))
     if json_output is not None:
         text = json.dumps(comparison_record(result, drawn, str(where), str(torch_dtype)), indent=1) + "\n"
-        save(json_output, lambda path: path.write_text(text))
+        write_whole(json_output, lambda path: path.write_text(text))
     out.print(saved, soft_wrap=True)
 
 

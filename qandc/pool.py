@@ -6,8 +6,8 @@ runs without a cache it is the control.
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from qandc.errors import ConfigError, DataError, OutputError
+from qandc.files import write_whole
 from qandc.sampling import describe_run, sample_latents
 from qandc.tap import TapConfig, select_samples
 
@@ -109,6 +110,8 @@ def record_pool(
         ConfigError, DataError: as :func:`qandc.sample_latents`; or the directory holds a pool of other settings.
         OutputError: the directory cannot be written.
     """
+    from safetensors.torch import save_file
+
     labels = [int(label) for label in class_labels]
     seeds = list(range(len(labels)) if seeds is None else seeds)
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -132,7 +135,7 @@ def record_pool(
                 callback=callback,
             )
             if path is not None:
-                _write(path, shard)
+                write_whole(path, functools.partial(save_file, shard))
         shards.append(shard)
     null_label = transformer.config.num_embeds_ada_norm if guidance_scale > 1 else None
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
@@ -202,17 +205,3 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{str(path)!r} is damaged ({error}); delete it to have it sampled again") from error
-
-
-def _write(path: Path, shard: dict[str, torch.Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(shard, partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 
 from qandc.conversion import quant_layers, quantize_model
 from qandc.errors import ConfigError, ModelError, OutputError
+from qandc.files import write_whole
 from qandc.quantizer import QuantConfig
 from qandc.sampling import SCHEDULERS
 from qandc.schedule import CalibratedSchedule
@@ -223,13 +222,13 @@ class Preset:
                 (directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
-        _write(directory / RANGES, lambda path: save_file(tensors, path))
+        write_whole(directory / RANGES, lambda path: save_file(tensors, path))
         if weights:
-            _write(directory / WEIGHTS, lambda path: save_file(weights, path))
+            write_whole(directory / WEIGHTS, lambda path: save_file(weights, path))
         self.schedule.save(directory / SCHEDULE)
         if self.compensation is not None:
             self.compensation.save(directory / COMPENSATION)
-        _write(directory / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+        write_whole(directory / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
 
     @classmethod
     def load(cls, directory: str | Path) -> Preset:
@@ -288,17 +287,3 @@ def _structure(model: Any) -> dict[str, int | None]:
 
 def _short(value: Any) -> Any:
     return f"{value[0]}, {value[1]} .. {value[-1]}" if isinstance(value, tuple) and len(value) > 3 else value
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target and rename, so that a file under this name is always whole."""
-    from safetensors import SafetensorError
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
-        raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

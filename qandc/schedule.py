@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qandc.errors import ConfigError, OutputError
+from qandc.errors import ConfigError
+from qandc.files import write_whole
 
 __all__ = [
     "CacheConfig",
@@ -332,15 +332,8 @@ class CalibratedSchedule:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; a file under this name is always whole."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps({"version": FORMAT_VERSION, **asdict(self)}) + "\n")
-            os.replace(partial, path)
-        except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        text = json.dumps({"version": FORMAT_VERSION, **asdict(self)}) + "\n"
+        write_whole(Path(path), lambda partial: partial.write_text(text))
 
     @classmethod
     def load(cls, path: str | Path) -> CalibratedSchedule:

@@ -1,14 +1,12 @@
-"""What commands write: two consoles, progress bars, tables, files that are checked before and whole after."""
+"""What commands write: two consoles, progress bars, tables, and a check of files before they are written."""
 
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,7 +27,6 @@ __all__ = [
     "print_comparison",
     "progress_bars",
     "quiet_diffusers",
-    "save",
 ]
 
 out = Console(highlight=False, markup=False)
@@ -68,18 +65,6 @@ def quiet_diffusers() -> None:
     diffusers_logging.disable_progress_bar()
     if not logging.getLogger("qandc").isEnabledFor(logging.DEBUG):
         diffusers_logging.set_verbosity_error()
-
-
-def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target and rename, so that a file under this name is always whole."""
-    partial = path.with_name(f".{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def print_comparison(result: Comparison, dtype: str) -> None:

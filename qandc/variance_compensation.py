@@ -9,7 +9,6 @@ fitted over whole trajectories is in :mod:`qandc.trajectories`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 
-from qandc.errors import ConfigError, DataError, OutputError
+from qandc.errors import ConfigError, DataError
+from qandc.files import write_whole
 
 __all__ = ["Compensation", "FittedFor", "epsilon_scaling", "least_squares", "paper_gain", "variance_ratio"]
 
@@ -150,24 +150,15 @@ class Compensation:
             ConfigError: the path does not end in .safetensors.
             OutputError: a file cannot be written.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = _tensor_path(path)
-        text = json.dumps(
-            {"version": FORMAT_VERSION, "target": self.target, "form": self.form, **asdict(self.fitted_for)}, indent=1
+        tensors = {"gain": self.gain.contiguous(), "mean": self.mean.contiguous()}
+        settings = {"version": FORMAT_VERSION, "target": self.target, "form": self.form, **asdict(self.fitted_for)}
+        write_whole(path, lambda partial: save_file(tensors, partial))
+        write_whole(
+            path.with_suffix(".json"), lambda partial: partial.write_text(json.dumps(settings, indent=1) + "\n")
         )
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file({"gain": self.gain.contiguous(), "mean": self.mean.contiguous()}, partial)
-            os.replace(partial, path)
-            partial.write_text(text + "\n")
-            os.replace(partial, path.with_suffix(".json"))
-        except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
-            reason = getattr(error, "strerror", None) or error
-            raise OutputError(f"cannot write {str(path)!r}: {reason}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Compensation:

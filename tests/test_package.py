@@ -58,7 +58,7 @@ def test_import_takes_less_than_a_second_beyond_torch():
     assert seconds < 1
 
 
-LAYERS = ["errors", "tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
+LAYERS = ["errors", "files", "tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
 LAYERS += ["feature_cache", "ranges", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
 LAYERS += ["sampling", "pool", "trajectories", "schedule_calibration", "presets", "pipelines", "pipeline_calibration"]

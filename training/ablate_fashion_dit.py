@@ -202,9 +202,6 @@ class Bench:
         self.grams: dict[tuple[int, str], np.ndarray] = {}  # of the first model of these bits, to find schedules
         self.executor = ProcessPoolExecutor(6, multiprocessing.get_context("spawn"))
 
-    def cached(self, row: Row) -> CacheConfig:
-        return CacheConfig(row.mode, interval=row.interval)
-
     @cache  # noqa: B019
     def pool(self, mode: str, interval: int) -> CandidatePool:
         """Of the full-precision model, with a cache or ("none") without."""
@@ -386,7 +383,7 @@ def main(
             model = bench.quantized(row, repeat)
         config = None
         if row.mode != "none":
-            config = bench.cached(row)
+            config = CacheConfig(row.mode, interval=row.interval)
             if row.schedule == "calibrated":
                 computed, gram = sum(uniform_schedule(steps, row.interval)), bench.grams[row.w_bits, row.mode]
                 config = CacheConfig(row.mode, schedule=optimal_schedule(gram, computed, order=0, warm_up_steps=1))
