@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,22 @@ def spread(rows: list[dict[str, Any]], metric: str, digits: int) -> str:
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
+def metrics(rows: list[dict[str, Any]]) -> str:
+    """Cells of both distances, IS, class accuracy and PSNR, the last empty for the reference itself."""
+    likeness = "" if rows[0]["psnr_to_fp"] >= 100 else f"{spread(rows, 'psnr_to_fp', 1)} dB"
+    cells = [
+        spread(rows, "frechet_distance", 3),
+        spread(rows, "frechet_distance_efficientnet", 1),
+        spread(rows, "inception_score", 2),
+        spread([{"percent": 100 * row["class_accuracy"]} for row in rows], "percent", 1) + " %",
+        likeness,
+    ]
+    return " | ".join(cells)
+
+
 def ablation_table(result: dict[str, Any]) -> list[str]:
     cells = ablation_cells(result)
-    columns = [(8, "block", 3), (8, "block", 5), (8, "branch", 3), (8, "branch", 5), (4, "block", 3), (4, "branch", 3)]
+    columns = [(bits, mode, n) for bits in (8, 4) for mode in ("block", "branch") for n in (3, 5)]
     full = spread([row for row in result["rows"] if row["part"] == "FP"], "frechet_distance", 3)
     lines = [
         "| | " + " | ".join(f"W{bits}A8, {mode}, N = {n}" for bits, mode, n in columns) + " |",
@@ -299,19 +313,38 @@ def ablation_rows_table(result: dict[str, Any]) -> list[str]:
         "|---" * 10 + "|",
     ]
 
-    def line(bits: str, mode: str, n: str, name: str, rows: list[dict[str, Any]], psnr: bool = True) -> str:
-        metrics = [
-            spread(rows, "frechet_distance", 3),
-            spread(rows, "frechet_distance_efficientnet", 1),
-            spread(rows, "inception_score", 2),
-            spread([{"a": 100 * row["class_accuracy"]} for row in rows], "a", 1) + " %",
-            f"{spread(rows, 'psnr_to_fp', 1)} dB" if psnr else "",
-        ]
-        return f"| {bits} | {mode} | {n} | {name} | {len(rows)} | {' | '.join(metrics)} |"
-
-    lines.append(line("FP", "", "", "", [row for row in result["rows"] if row["part"] == "FP"], psnr=False))
+    full = [row for row in result["rows"] if row["part"] == "FP"]
+    lines.append(f"| FP | | | | {len(full)} | {metrics(full)} |")
     for (bits, mode, n, name), rows in ablation_cells(result).items():
-        lines.append(line(f"W{bits}A8", mode, str(n), name, rows))
+        lines.append(f"| W{bits}A8 | {mode} | {n} | {name} | {len(rows)} | {metrics(rows)} |")
+    return lines
+
+
+OTHER_PARTS = ("ranges", "compensation", "selection")
+
+
+def ablation_parts_table(result: dict[str, Any], what: str) -> list[str]:
+    """One of the parts that change one thing, a line for each configuration."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        settings = row["row"]
+        if not row["part"].startswith(what):
+            continue
+        if what == "ranges":
+            name = settings["ranges"] + (", smoothing" if settings["smoothing"] else "")
+            name += f"; weights: {settings['rounding']}"
+        elif what == "compensation":
+            name = settings["compensation"]
+        else:
+            name = f"{settings['selection']}, {settings['samples']} samples"
+        cells.setdefault((settings["w_bits"], settings["mode"], settings["interval"], name), []).append(row)
+    lines = [
+        "| | | | repeats | distance | on EfficientNet features | IS | class accuracy | PSNR to FP |",
+        "|---" * 9 + "|",
+    ]
+    for (bits, mode, interval, name), rows in cells.items():
+        cache = "no cache" if mode == "none" else f"{mode}, N = {interval}"
+        lines.append(f"| W{bits}A8 | {cache} | {name} | {len(rows)} | {metrics(rows)} |")
     return lines
 
 
@@ -336,12 +369,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/model.json breakdown": breakdown_table,
     "results/h100/cache-cost.json": cache_cost_table,
     "results/h100/cache-cost.json goals": goals_table,
-    "results/h100/cache-cost-runs.json goals": goals_table,
     "results/h100/cache.json": cache_quality_table,
     "results/h100/cache.json rows": cache_rows_table,
     "results/h100/ablation.json": ablation_table,
     "results/h100/ablation.json rows": ablation_rows_table,
     "results/h100/ablation.json goals": goals_table,
+    **{f"results/h100/ablation.json {what}": partial(ablation_parts_table, what=what) for what in OTHER_PARTS},
 }
 
 
