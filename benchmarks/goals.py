@@ -13,11 +13,14 @@ __all__ = [
     "CUDNN",
     "EAGER",
     "FP32",
+    "FULL_METHOD",
     "GATE",
     "GELU",
     "INT_MM",
     "INT_MM_COMPILED",
     "OWN_ATTENTION",
+    "PIPELINE_COMPILED",
+    "PIPELINE_EAGER",
     "PLAIN",
     "RUN",
     "SQUARE_LAYER",
@@ -25,6 +28,7 @@ __all__ = [
     "goals",
     "median",
     "model_goals",
+    "pipeline_goals",
 ]
 
 BF16, FP32 = "bf16 F.linear", "fp32 F.linear"
@@ -34,6 +38,8 @@ ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
 COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
 OWN_ATTENTION, CUDNN = "attention_quantize_per_tensor", "torch cuDNN attention + quantize"
 COMPUTE, RUN = "compute step", "no cache"
+PIPELINE_EAGER, PIPELINE_COMPILED = "diffusers bf16, eager", "bf16 compiled, a graph per step"
+FULL_METHOD = "fused W8A8 + branch cache + VC"
 DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"
 SQUARE_LAYER = "8192^3"
 LAYERS = ("qkv", "out", "fc1", "fc2")
@@ -146,6 +152,23 @@ def cache_goals(rows: list[Row]) -> list[Row]:
         value = ratio(time(64, RUN, "50 steps"), time(64, form, "50 steps"))
         name = f"run_of_50_steps_over_{form.replace(' ', '_')}_64"
         found.append({"name": name, "value": value, "unit": "1", "better": "higher", "must": 2.6, "goal": None})
+    return found
+
+
+def pipeline_goals(rows: list[Row]) -> list[Row]:
+    """The same for whole pipelines of DiT-XL/2 at 256 x 256 pixels, 50 steps; "denoising": without the decoder."""
+    found: list[Row] = []
+    for images, rival, must in ((1, PIPELINE_COMPILED, 4.5), (1, PIPELINE_EAGER, 30.0), (32, PIPELINE_COMPILED, 4.0)):
+        theirs, ours, decoder = (
+            median(rows, "pipeline", "50 steps", images, which) for which in (rival, FULL_METHOD, "decoder alone")
+        )
+        who = "compiled_bf16" if rival == PIPELINE_COMPILED else "eager_diffusers"
+        alone = None
+        if theirs is not None and ours is not None and decoder is not None:
+            alone = (theirs - decoder) / (ours - decoder)
+        for suffix, value in (("", ratio(theirs, ours)), ("_denoising", alone)):
+            name = f"full_method_over_{who}_{images}{suffix}"
+            found.append({"name": name, "value": value, "unit": "1", "better": "higher", "must": must, "goal": None})
     return found
 
 

@@ -19,7 +19,16 @@ from qandc import calibrate, fuse_dit, quantize_model
 from qandc.linear import QuantLinear
 from qandc_kernels import int8_linear
 
-__all__ = ["CANDIDATES", "block_linear_bytes", "dit_xl_2", "floor_seconds", "inputs", "operations", "tensor_bytes"]
+__all__ = [
+    "CANDIDATES",
+    "block_linear_bytes",
+    "compile_blocks",
+    "dit_xl_2",
+    "floor_seconds",
+    "inputs",
+    "operations",
+    "tensor_bytes",
+]
 
 Model = Any
 SKIP_PATTERNS = ("pos_embed", "norm")
@@ -87,7 +96,7 @@ def _calibrated(model: Model, w_bits: int) -> Model:
     return calibrate(quantized, [inputs(model, 2, t) for t in (999, 500, 10)])
 
 
-def _compile_blocks(model: Model, options: dict[str, Any] | None = None) -> Model:
+def compile_blocks(model: Model, options: dict[str, Any] | None = None) -> Model:
     """Regional compilation: one graph for all blocks, for each shape; inductor's defaults but for ``options``."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in model.transformer_blocks:
@@ -124,8 +133,8 @@ def _torchao_quantization() -> Any:
     return importlib.import_module("torchao.quantization")
 
 
-def _torchao(model: Model, config: str, **arguments: Any) -> Model:
-    """torchao on the linear layers of the blocks, compiled with what it recommends, for this model alone."""
+def _torchao(model: Model, config: str, recommended: bool = True, **arguments: Any) -> Model:
+    """torchao on the linear layers of the blocks, compiled with what it recommends or with inductor's defaults."""
     quantization = _torchao_quantization()
     warnings.filterwarnings("ignore", message="Int8Tensor does not implement")
     model = copy.deepcopy(model)
@@ -141,12 +150,13 @@ def _torchao(model: Model, config: str, **arguments: Any) -> Model:
     quantization.quantize_(model, chosen, filter_fn=wanted)
     # all that torchao recommends but this, which takes minutes for each shape of a block
     options = {key: value for key, value in INDUCTOR_OPTIONS.items() if not key.endswith("check_all_directions")}
-    return _compile_blocks(model, options)
+    return compile_blocks(model, options if recommended else None)
 
 
 def _fp8(model: Model) -> Model:
     per_row = _torchao_quantization().PerRow()
-    return _torchao(model, "Float8DynamicActivationFloat8WeightConfig", granularity=per_row)
+    # what torchao recommends did not end in 7 minutes for 16 rows
+    return _torchao(model, "Float8DynamicActivationFloat8WeightConfig", recommended=False, granularity=per_row)
 
 
 def _fused(model: Model, w_bits: int, cuda_graphs: bool) -> Model:
@@ -157,10 +167,10 @@ CANDIDATES: dict[str, tuple[Callable[[Model], Model], float]] = {
     # how it is made from the bf16 model, and how far its output may be from that model's
     "bf16 eager, called": (copy.deepcopy, 0.02),
     "bf16 eager": (copy.deepcopy, 0.02),
-    "bf16 compiled": (lambda model: _compile_blocks(copy.deepcopy(model)), 0.02),
-    "simulated W8A8, compiled": (lambda model: _compile_blocks(_simulated(model)), 0.1),
+    "bf16 compiled": (lambda model: compile_blocks(copy.deepcopy(model)), 0.02),
+    "simulated W8A8, compiled": (lambda model: compile_blocks(_simulated(model)), 0.1),
     "QuantLinear W8A8": (lambda model: _calibrated(model, 8), 0.1),
-    "QuantLinear W8A8, compiled": (lambda model: _compile_blocks(_calibrated(model, 8)), 0.1),
+    "QuantLinear W8A8, compiled": (lambda model: compile_blocks(_calibrated(model, 8)), 0.1),
     "fused W8A8": (lambda model: _fused(model, 8, False), 0.1),
     "fused W4A8": (lambda model: _fused(model, 4, False), 0.5),
     "fused W8A8, prepared run": (lambda model: _fused(model, 8, False), 0.1),

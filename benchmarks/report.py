@@ -12,6 +12,8 @@ from benchmarks.goals import (
     CUDNN,
     EAGER,
     FP32,
+    PIPELINE_COMPILED,
+    PIPELINE_EAGER,
     PLAIN,
     RUN,
     SQUARE_LAYER,
@@ -19,6 +21,7 @@ from benchmarks.goals import (
     goals,
     median,
     model_goals,
+    pipeline_goals,
     reached,
 )
 
@@ -35,6 +38,7 @@ BASELINES = {
     "attention": ((CUDNN, "ratio_to_cudnn"),),
     "model": ((COMPILED, "ratio_to_compiled_bf16"),),
     "cache": ((COMPUTE, "ratio_to_compute_step"), (RUN, "ratio_to_no_cache")),
+    "pipeline": ((PIPELINE_COMPILED, "ratio_to_compiled_bf16"), (PIPELINE_EAGER, "ratio_to_eager")),
 }
 RATIOS = tuple(key for baselines in BASELINES.values() for _, key in baselines)
 # a rival that quantizes its activations, and ours that does the same work
@@ -43,7 +47,7 @@ COUNTERPARTS = {
     "gemlite A8W4": "dynamic quantize + W4A8",
     "torchao int8dq, compiled": "dynamic quantize + W8A8",
 }
-THEIRS = ("F.linear", "bf16 ", "simulated", "torch", "gemlite", ", then ")  # parts of names
+THEIRS = ("F.linear", "bf16 ", "diffusers", "decoder", "simulated", "torch", "gemlite", ", then ")  # parts of names
 
 
 def ceilings(rows: list[Row]) -> dict[str, float]:
@@ -68,7 +72,7 @@ def complete(rows: list[Row]) -> None:
             time = median(rows, row["op"], row["layer"], row["m"], baseline)
             if time is not None:
                 row[key] = time / row["median_us"]
-        if row["op"] in ("model", "cache"):
+        if row["op"] in ("model", "cache", "pipeline"):
             continue
         rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
         row["share_of_ceiling"] = None if ceiling is None else rate / ceiling
@@ -103,7 +107,7 @@ def table(rows: list[Row]) -> Iterator[str]:
             columns = sorted({row["m"] for row in block}, key=lambda m: m or 0)
             shape = ", ".join(f"{key.upper()} {block[0][key]}" for key in ("n", "k") if block[0][key])
             heading = f"{op} {layer}" + (f" ({shape})" if shape else "")
-            rows_are = {"model": "rows", "attention": "batch", "cache": "rows"}.get(op, "M")
+            rows_are = {"model": "rows", "attention": "batch", "cache": "rows", "pipeline": "images"}.get(op, "M")
             yield f"{heading:38}" + "".join("" if m is None else f"{f'{rows_are} {m}':>20}" for m in columns)
             cells = {(row["candidate"], row["m"]): _cell(row) for row in block}
             for name in dict.fromkeys(row["candidate"] for row in block):
@@ -141,9 +145,10 @@ def goal_lines(rows: list[Row]) -> Iterator[str]:
     """A line per goal that was measured, and a count of the others."""
     missing = 0
     ops = {row["op"] for row in rows}
-    found = goals(rows) if ops - {"attention", "model", "cache"} else []
+    found = goals(rows) if ops - {"attention", "model", "cache", "pipeline"} else []
     found += model_goals(rows) if ops & {"attention", "model"} else []
     found += cache_goals(rows) if "cache" in ops else []
+    found += pipeline_goals(rows) if "pipeline" in ops else []
     for goal in found:
         if goal["value"] is None:
             missing += 1

@@ -3,11 +3,22 @@
 Importing this package loads torch and nothing heavier; diffusers is imported by the functions that need it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
 from qandc.calibration import calibrate, calibrate_steps, input_hessians, smoothing_factors
 from qandc.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
-from qandc.errors import CacheError, ConfigError, DataError, DeviceError, ModelError, OutputError, QandCError
+from qandc.errors import (
+    CacheError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    ModelError,
+    OutputError,
+    ProcessError,
+    QandCError,
+)
 from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
@@ -17,12 +28,16 @@ from qandc.pool import CandidatePool, record_pool
 from qandc.presets import Preset, fashion_dit_preset
 from qandc.quantizer import QuantConfig
 from qandc.ranges import RangeConfig, StepRanges
+from qandc.registration import config_class, register_when_imported
 from qandc.sampling import decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
 from qandc.schedule_calibration import calibrate_schedule
 from qandc.tap import TapConfig, cluster_pool, select_samples
 from qandc.trajectories import Trajectory, compensated_scheduler, fit_compensation, record_trajectory
 from qandc.variance_compensation import Compensation
+
+if TYPE_CHECKING:
+    from qandc.diffusers_quantizer import QandCConfig
 
 __all__ = [
     "CacheConfig",
@@ -39,6 +54,8 @@ __all__ = [
     "ModelError",
     "OutputError",
     "Preset",
+    "ProcessError",
+    "QandCConfig",
     "QandCError",
     "QuantConfig",
     "QuantLinear",
@@ -80,3 +97,11 @@ __all__ = [
     "unfuse_dit",
     "uniform_schedule",
 ]
+
+register_when_imported()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QandCConfig":  # its base class is diffusers'
+        return config_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

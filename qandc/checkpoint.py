@@ -32,7 +32,7 @@ from qandc.conversion import quant_layers, quantization_report
 from qandc.derived import original_class
 from qandc.errors import ConfigError, ModelError, OutputError
 from qandc.fusable import check_ranges
-from qandc.linear import OPTIONAL_BUFFERS, QuantLinear
+from qandc.linear import OPTIONAL_BUFFERS, skeleton_layer
 from qandc.pipelines import resolve_device
 from qandc.ranges import StepRanges
 from qandc.schedule import CalibratedSchedule
@@ -269,12 +269,14 @@ def _skeleton(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]
     for name, entry in layers.items():
         if name not in linears:
             raise ModelError(f"{name} is no linear layer of the {DIT} that diffusers builds from this config")
-        dtype = getattr(torch, entry["dtype"])
-        shape = entry["in_features"], entry["out_features"], entry["bias"]
-        bits = {"w_bits": entry["w_bits"], "a_bits": entry["a_bits"]}
-        layer = QuantLinear(*shape, **bits, device="meta", dtype=dtype)
+        layer = skeleton_layer(
+            entry["in_features"],
+            entry["out_features"],
+            bias=entry["bias"],
+            bits=(entry["w_bits"], entry["a_bits"]),
+            dtype=getattr(torch, entry["dtype"]),
+        )
         layer.original_bytes = entry["bytes_before"]
-        setattr(layer, HOLDER, torch.zeros(0, dtype=dtype))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model

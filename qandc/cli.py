@@ -13,8 +13,11 @@ import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from qandc.cli_evaluate import evaluate
 from qandc.errors import ConfigError, QandCError
 from qandc.files import write_whole
+from qandc.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
+from qandc.scale_commands import ablate, sample
 from qandc.terminal import (
     check_output,
     err,
@@ -26,11 +29,9 @@ from qandc.terminal import (
 )
 
 logger = logging.getLogger(__name__)
-MODEL = "Pipeline directory or hub id, e.g. facebook/DiT-XL-2-256. Default: fashion-dit."
-STEPS, GUIDANCE = "Denoising steps.", "Classifier-free guidance; 1 turns it off."
-W_BITS, A_BITS = "Bits of the weights: 4 or 8.", "Bits of the activations: 4 to 8."
-DEVICE, DTYPE = "auto, cpu, cuda or cuda:N.", "auto, float32, bfloat16 or float16."
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantized and cached diffusion transformers.")
+for command in (sample, ablate):
+    app.command()(command)
 
 
 def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ def _refuse_others(preset: Any, directory: Path, given: tuple[Any, ...]) -> None
 
 @app.command()
 def generate(
-    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_OR_SETTINGS)] = None,
     settings: Annotated[
         Path | None,
         typer.Option(help="Directory that qandc calibrate wrote; options marked * come from there."),
@@ -121,11 +122,13 @@ def generate(
     from qandc.generate import Comparison, GenerateSettings, comparison_record, draw_grid, quantized_name
     from qandc.generate import generate as run
     from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
-    from qandc.presets import Preset, fashion_dit_preset
+    from qandc.presets import Preset, fashion_dit_preset, is_finished
     from qandc.quantizer import QuantConfig
     from qandc.sampling import check_sampling, make_scheduler
     from qandc.schedule import CacheConfig, CalibratedSchedule
 
+    if settings is None and model is not None and is_finished(model):
+        settings, model = Path(model), None  # what qandc calibrate wrote names its pipeline
     if not calibrated and settings is not None:
         raise ConfigError("--settings and --no-calibrated contradict each other; give one of them")
     if cache_interval is not None and cache_interval < 1:
@@ -299,6 +302,9 @@ def calibrate(
             err.print(kept, soft_wrap=True)
         raise
     print_calibration(report, directory)
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +15,14 @@ from qandc.linear import QuantLinear, check_finite, check_layer
 from qandc.quantizer import QuantConfig
 from qandc_kernels import select_backend
 
-__all__ = ["LayerReport", "QuantizationReport", "quant_layers", "quantization_report", "quantize_model"]
+__all__ = [
+    "LayerReport",
+    "QuantizationReport",
+    "layers_to_quantize",
+    "quant_layers",
+    "quantization_report",
+    "quantize_model",
+]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -30,6 +37,26 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         # a subclass may compute something else, or be read past its forward, as in nn.MultiheadAttention
         if type(module) is nn.Linear:
             yield name, module
+
+
+def layers_to_quantize(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:
+    """Qualified name to linear layer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    linears = dict(_linear_layers(model))
+    skipped = {id(linear) for name, linear in linears.items() if config.skips(name)}
+    chosen = [name for name, linear in linears.items() if id(linear) not in skipped]
+    if not chosen:
+        if linears:
+            why = f"skip_patterns {list(config.skip_patterns)} exclude all {len(linears)} of its linear layers"
+        elif quant_layers(model):
+            why = "its linear layers are quantized already"
+        else:
+            why = "it has no nn.Linear layer"
+        raise ModelError(f"nothing to quantize in {type(model).__name__}: {why}")
+    return {name: linears[name] for name in chosen}
 
 
 def quantize_model(
@@ -73,17 +100,8 @@ def quantize_model(
     smoothing, hessians = smoothing or {}, hessians or {}
     if isinstance(model, nn.Linear):
         raise ModelError("the model is a single nn.Linear; use QuantLinear.from_linear(linear)")
-    linears = dict(_linear_layers(model))
-    skipped = {id(linear) for name, linear in linears.items() if config.skips(name)}
-    chosen = [name for name, linear in linears.items() if id(linear) not in skipped]
-    if not chosen:
-        if linears:
-            why = f"skip_patterns {list(config.skip_patterns)} exclude all {len(linears)} of its linear layers"
-        elif quant_layers(model):
-            why = "its linear layers are quantized already"
-        else:
-            why = "it has no nn.Linear layer"
-        raise ModelError(f"nothing to quantize in {type(model).__name__}: {why}")
+    linears = layers_to_quantize(model, config)
+    chosen = list(linears)
     for what, given in (("smoothing", smoothing), ("hessians", hessians)):
         strangers = [name for name in given if name not in chosen]
         if strangers:
@@ -104,7 +122,20 @@ def quantize_model(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted[id(linear)])
     reset_all_caches(model)  # what it holds are features of the full-precision model
+    _note_for_diffusers(model, config)
     return model
+
+
+def _note_for_diffusers(model: Any, config: QuantConfig) -> None:
+    """Have ``save_pretrained`` of a diffusers model write what its ``from_pretrained`` has to know."""
+    register = getattr(model, "register_to_config", None)
+    if register is None:
+        return
+    schemes = {name: f"W{layer.w_bits}A{layer.a_bits}" for name, layer in quant_layers(model).items()}
+    linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, QuantLinear)]
+    implied = {name: config.scheme for name in linears if not config.skips(name)}
+    note = {"quant_method": "qandc", **asdict(config), "skip_patterns": list(config.skip_patterns)}
+    register(quantization_config=note if schemes == implied else {**note, "layers": schemes})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@
     │   └── CacheError     a feature cache cannot be attached, used, removed
     ├── DataError          calibration or weight data are empty or not finite (also a ValueError)
     ├── DeviceError        the device asked for is not here                   (also a RuntimeError)
-    └── OutputError        a result cannot be written                         (also an OSError)
+    ├── OutputError        a result cannot be written                         (also an OSError)
+    └── ProcessError       a process of a run has ended or was told to        (also a RuntimeError)
 
 Every message says what was given, what is allowed and what to do. The command line prints it in one line and exits
 with status 2; library callers catch ``QandCError``, or the builtin they would expect.
@@ -16,7 +17,16 @@ with status 2; library callers catch ``QandCError``, or the builtin they would e
 
 from __future__ import annotations
 
-__all__ = ["CacheError", "ConfigError", "DataError", "DeviceError", "ModelError", "OutputError", "QandCError"]
+__all__ = [
+    "CacheError",
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "ModelError",
+    "OutputError",
+    "ProcessError",
+    "QandCError",
+]
 
 
 class QandCError(Exception):
@@ -45,3 +55,7 @@ class DeviceError(QandCError, RuntimeError):
 
 class OutputError(QandCError, OSError):
     """A result cannot be written."""
+
+
+class ProcessError(QandCError, RuntimeError):
+    """A process of a run has ended, or was told to."""

@@ -1,15 +1,18 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and directories that belong to one run."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qandc.errors import OutputError
+from qandc.errors import ConfigError, OutputError
 
-__all__ = ["write_whole"]
+__all__ = ["keep_settings", "locked", "make_directory", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -28,3 +31,73 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_directory(path: Path) -> None:
+    """With its parents, if it is not there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(path)!r}: {error.strerror or error}") from error
+
+
+def keep_settings(path: Path, settings: dict[str, Any], what: str) -> None:
+    """Note the settings of new work in a JSON file, directory and all; compare them with those of work begun before.
+
+    Raises:
+        ConfigError: it was begun with others; the message shows the first difference.
+        OutputError: the file cannot be written.
+    """
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{str(path)!r} cannot be read ({error}); give another directory") from error
+        for name in settings:
+            if before.get(name) != settings[name]:
+                theirs, ours = _where_they_differ(str(before.get(name)), str(settings[name]))
+                raise ConfigError(
+                    f"{str(path.parent)!r} holds {what} of {name} {theirs}; this one would have {ours} (give another "
+                    "directory, or the same settings)"
+                )
+        return
+    make_directory(path.parent)
+    write_whole(path, lambda partial: partial.write_text(json.dumps(settings, indent=1) + "\n"))
+
+
+def _where_they_differ(*texts: str) -> tuple[str, ...]:
+    """Long texts are cut to what stands around the first difference."""
+    different = (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
+    first = max(0, next(different, 0) - 20)
+    parts = [text[first : first + 60] if len(text) > 60 else text for text in texts]
+    return tuple(
+        f"{'...' if first and part is not text else ''}{part}{'...' if first + 60 < len(text) else ''}"
+        for part, text in zip(parts, texts, strict=True)
+    )
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory; the operating system lets go of it however this one ends.
+
+    Raises:
+        OutputError: another run is in it, or the directory cannot be written.
+    """
+    make_directory(directory)
+    try:
+        file = (directory / ".lock").open("a")
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another run is writing to {str(directory)!r}; wait for its end, or give another directory"
+            ) from None
+        yield

@@ -190,6 +190,11 @@ class QuantLinear(nn.Module):
         self.act_scale = scale.detach().to(device, torch.float32, copy=True)
         self.act_zero_point = zero_point
 
+    def make_optional(self, name: str) -> None:
+        """Make room for one of ``OPTIONAL_BUFFERS``, to be filled from a state dict."""
+        shape = (self.in_features,) if name == "smoothing" else ()
+        setattr(self, name, torch.zeros(shape, dtype=OPTIONAL_BUFFERS[name], device=self.qweight.device))
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
         device_type = input.device.type
@@ -242,12 +247,11 @@ class QuantLinear(nn.Module):
             return
         if prefix + "qweight" in state_dict:
             # these may exist in one state and not in the other: take over which
-            for name, dtype in OPTIONAL_BUFFERS.items():
+            for name in OPTIONAL_BUFFERS:
                 if prefix + name not in state_dict:
                     setattr(self, name, None)
                 elif getattr(self, name) is None:
-                    shape = (self.in_features,) if name == "smoothing" else ()
-                    setattr(self, name, torch.zeros(shape, dtype=dtype, device=self.qweight.device))
+                    self.make_optional(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -260,6 +264,16 @@ def _quantize_per_tensor(
     if zero_point is not None:
         y = y + zero_point
     return y.clamp(-(1 << bits - 1), (1 << bits - 1) - 1).to(torch.int8)
+
+
+def skeleton_layer(
+    in_features: int, out_features: int, *, bias: bool, bits: tuple[int, int], dtype: torch.dtype
+) -> QuantLinear:
+    """A layer of (w_bits, a_bits) on the meta device, to be filled from a state dict; what that lacks is there."""
+    w_bits, a_bits = bits
+    layer = QuantLinear(in_features, out_features, bias, w_bits=w_bits, a_bits=a_bits, device="meta", dtype=dtype)
+    layer.weight_dtype_holder = torch.zeros(0, dtype=dtype)
+    return layer
 
 
 def check_layer(name: str, in_features: int, dtype: torch.dtype, w_bits: int) -> None:

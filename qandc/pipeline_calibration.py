@@ -1,14 +1,16 @@
 """The whole method for one pipeline: pool, chosen samples, quantized weights, ranges, schedule, variance compensation.
 
-After Q&C (arXiv 2503.02508). What comes of it is a :class:`qandc.Preset` in a directory.
+After Q&C (arXiv 2503.02508). What comes of it is a directory: a :class:`qandc.Preset`, the quantized model itself in
+``quantized/`` (:func:`qandc.load_quantized`), and ``report.json``.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ import torch
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.calibration import calibrate, input_hessians
+from qandc.checkpoint import save_quantized
 from qandc.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.errors import ConfigError, ModelError, OutputError
+from qandc.files import make_directory, write_whole
 from qandc.metrics import psnr
 from qandc.pipelines import class_names
 from qandc.pool import CandidatePool, record_pool
 from qandc.presets import Preset, is_finished
 from qandc.quantizer import QuantConfig
 from qandc.ranges import RangeConfig
+from qandc.results import result_header
 from qandc.sampling import SCHEDULERS, check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule
 from qandc.schedule_calibration import calibrate_schedule
@@ -39,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 ROUNDINGS = ("nearest", "gptq")
 TARGETS = ("sample", "noise")
 NO_COMPENSATION = "none"
-POOL = "pool"  # of a directory
+POOL, CHECKPOINT, REPORT = "pool", "quantized", "report.json"  # of a directory
 CLASSES = 10  # the first of the model, in turn
 FIRST_SEED = 20_000_000  # far from what anybody draws
 POOL_SEED, SCHEDULE_SEED = FIRST_SEED + 1_000_000, FIRST_SEED + 2_000_000
@@ -151,6 +156,20 @@ class CalibrationReport:
     psnr_uncompensated: torch.Tensor
     psnr_compensated: torch.Tensor | None
 
+    def record(self, settings: CalibrationSettings, source: str | None) -> dict[str, Any]:
+        """As a measured result (:mod:`qandc.results`): settings, bytes, likeness."""
+        before, after = self.quantization.quantized_bytes
+        described = {name: value for name, value in asdict(settings).items() if name not in ("cache", "quant_config")}
+        likeness = {"without compensation": self.psnr_uncompensated, "with compensation": self.psnr_compensated}
+        row = {
+            "layers": len(self.quantization.quantized),
+            "quantized_bytes_before": before,
+            "quantized_bytes_after": after,
+            "computed_steps": sum(self.preset.schedule.schedule),
+            "psnr_to_fp": {name: psnrs.tolist() for name, psnrs in likeness.items() if psnrs is not None},
+        }
+        return {**result_header({**described, "model": source}), "rows": [row], "goals": []}
+
 
 def check_directory(directory: str | Path, overwrite: bool = False) -> None:
     """Refuse, before the work begins, a directory that must not or cannot be written.
@@ -181,9 +200,11 @@ def calibrate_pipeline(
     *,
     overwrite: bool = False,
     source: str | None = None,
+    pool_directory: str | Path | None = None,
+    checkpoint: bool = True,
     progress: Progress = lambda stage, completed, total: None,
 ) -> CalibrationReport:
-    """Calibrate a pipeline and write a :class:`qandc.Preset`.
+    """Calibrate a pipeline; write a :class:`qandc.Preset`, the quantized model and a report.
 
     The candidate pool is kept in ``directory/pool`` as it is recorded. The same call after an interruption goes on with
     it, as does one with another choice of samples, other bits or another compensation.
@@ -194,6 +215,8 @@ def calibrate_pipeline(
         directory: to write to.
         overwrite: replace a finished preset in it.
         source: directory or hub id that the pipeline came from, noted in the preset; None for fashion-dit.
+        pool_directory: where the pool is kept instead, for several calibrations to share.
+        checkpoint: write the quantized model too.
         progress: called as ``progress(stage, completed, total)``, first with 0, last with the total.
 
     Raises:
@@ -208,7 +231,8 @@ def calibrate_pipeline(
     if quant_layers(model) or get_cache(model) is not None:
         raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew to calibrate it")
     work = _Calibration(pipe, settings, progress)
-    pool = work.record_pool(directory / POOL)  # first: it alone outlives an interruption
+    # first: it alone outlives an interruption
+    pool = work.record_pool(directory / POOL if pool_directory is None else Path(pool_directory))
     reference = work.record_reference()
     full = work.draw("full precision")
     chosen = work.choose(pool)
@@ -230,8 +254,14 @@ def calibrate_pipeline(
         keep_weights=settings.error_feedback,
         source=source,
     )
-    preset.save(directory)
-    return CalibrationReport(preset, quantization_report(model), plain, compensated)
+    report = CalibrationReport(preset, quantization_report(model), plain, compensated)
+    make_directory(directory)
+    if checkpoint:
+        save_quantized(model, directory / CHECKPOINT, overwrite=True, schedule=schedule, compensation=compensation)
+    text = json.dumps(report.record(settings, source), indent=1) + "\n"
+    write_whole(directory / REPORT, lambda path: path.write_text(text))
+    preset.save(directory)  # last: with it the directory is finished
+    return report
 
 
 @contextmanager

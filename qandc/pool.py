@@ -7,7 +7,6 @@ runs without a cache it is the control.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.errors import ConfigError, DataError, OutputError
-from qandc.files import write_whole
+from qandc.errors import ConfigError, DataError
+from qandc.files import keep_settings, write_whole
 from qandc.sampling import describe_run, sample_latents
 from qandc.tap import TapConfig, select_samples
 
@@ -119,7 +118,8 @@ def record_pool(
     if directory is not None:
         scheduler.set_timesteps(num_inference_steps)
         run = describe_run(transformer, scheduler, guidance_scale)
-        _open(Path(directory), {**run, "class_labels": labels, "seeds": seeds, "batch_size": batch_size})
+        settings = {"version": FORMAT_VERSION, **run, "class_labels": labels, "seeds": seeds, "batch_size": batch_size}
+        keep_settings(Path(directory) / SETTINGS, settings, "a pool")
     shards = []
     for first in range(0, len(labels), batch_size):
         path = None if directory is None else Path(directory) / f"pool-{first:06d}.safetensors"
@@ -158,41 +158,6 @@ def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> 
         "steps": torch.arange(len(timesteps)).repeat_interleave(len(labels)),
         "class_labels": torch.tensor(labels).repeat(len(timesteps)),
     }
-
-
-def _open(directory: Path, settings: dict[str, Any]) -> None:
-    """Note the settings of a new pool; compare them with those of an old one."""
-    settings = json.loads(json.dumps({"version": FORMAT_VERSION, **settings}))
-    path = directory / SETTINGS
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{str(path)!r} cannot be read ({error}); give another directory") from error
-        for name in settings:
-            if before.get(name) != settings[name]:
-                theirs, ours = _where_they_differ(str(before.get(name)), str(settings[name]))
-                raise ConfigError(
-                    f"{str(directory)!r} holds a pool of {name} {theirs}; this one would have {ours} (give another "
-                    "directory, or the same settings)"
-                )
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings) + "\n")
-    except OSError as error:
-        raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
-
-
-def _where_they_differ(*texts: str) -> tuple[str, ...]:
-    """Long texts are cut to what stands around the first difference."""
-    different = (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
-    first = max(0, next(different, 0) - 20)
-    parts = [text[first : first + 60] if len(text) > 60 else text for text in texts]
-    return tuple(
-        f"{'...' if first and part is not text else ''}{part}{'...' if first + 60 < len(text) else ''}"
-        for part, text in zip(parts, texts, strict=True)
-    )
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:

@@ -143,7 +143,7 @@ def sample_latents(
             raise ConfigError("give compensation or corrector, not both: they change the same values")
         if not force_compensation:
             compensation.check(describe_run(transformer, scheduler, guidance_scale))
-        corrector = compensation
+        corrector = compensation.to(device)
     latents = latents * scheduler.init_noise_sigma
     if is_fused(transformer):
         of_steps = prepare_run(transformer, scheduler.timesteps, labels)

@@ -16,6 +16,7 @@ from qandc.errors import ConfigError, OutputError, QandCError
 from qandc.schedule import format_schedule
 
 if TYPE_CHECKING:  # they load what no other command needs
+    from qandc.evaluation import Evaluation
     from qandc.generate import Comparison
     from qandc.pipeline_calibration import CalibrationReport
 
@@ -25,6 +26,7 @@ __all__ = [
     "out",
     "print_calibration",
     "print_comparison",
+    "print_evaluation",
     "progress_bars",
     "quiet_diffusers",
 ]
@@ -110,3 +112,31 @@ def print_calibration(report: CalibrationReport, directory: Path) -> None:
     out.print(table)
     out.print(format_schedule(schedule.schedule, schedule.timesteps), soft_wrap=True)
     out.print(f"wrote {directory}\nnext: qandc generate --settings {shlex.quote(str(directory))}", soft_wrap=True)
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The table of ``qandc evaluate``."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    score = "inception score" if result.split is None else f"inception score, parts of {result.split}"
+    rows = (
+        ("Fréchet distance", result.frechet_distance),
+        (f"Fréchet distance, spatial ({result.spatial})", result.spatial_frechet_distance),
+        (score, result.inception_score),
+        ("precision", result.precision),
+        ("recall", result.recall),
+        ("kernel distance", result.kernel_distance),
+    )
+    for name, value in rows:
+        spread = (
+            f" ± {result.kernel_distance_std:.2g}" if name == "kernel distance" and result.kernel_distance_std else ""
+        )
+        table.add_row(name, "-" if value is None else f"{value:.5g}{spread}")
+    out.print(table)
+    counted = f"{result.reference_count} of" if result.reference_count else "an unknown number of"
+    out.print(
+        f"features: {result.extractor} ({result.description})\n"
+        f"{result.count} of {result.images} against {counted} {result.reference}",
+        soft_wrap=True,
+    )
+    for note in result.notes:
+        out.print(f"note: {note}", soft_wrap=True)

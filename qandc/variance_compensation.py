@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,10 @@ class Compensation:
                 raise DataError(f"{name} holds NaN or infinite values; fit it anew with more samples")
         if self.gain.shape != self.mean.shape:
             raise DataError(f"gain {tuple(self.gain.shape)} and mean {tuple(self.mean.shape)} must have one shape")
+
+    def to(self, device: torch.device) -> Compensation:
+        """The same with its gains on a device."""
+        return replace(self, gain=self.gain.to(device), mean=self.mean.to(device))
 
     def _apply(self, step: int, x: torch.Tensor) -> torch.Tensor:
         """``μ + K (x - μ)``, in float32, cast back."""

@@ -102,6 +102,9 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     assert "W4A8 + taylor 2/4 + VC" in out
     assert "20 layers quantized (W4A8 static per-tensor)" in out
     assert likeness in out
+    status, out, _ = run(capsys, "generate", "--model", directory, "--device", "cpu", "-o", target)  # says it too
+    assert status == 0
+    assert likeness in out
 
 
 def test_calibrate_without_compensation(capsys, tmp_path, pipeline_dir):

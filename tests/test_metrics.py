@@ -12,12 +12,15 @@ from qandc import ConfigError, DataError
 from qandc.metrics import (
     EfficientNetFeatures,
     FeatureStatistics,
+    RunningStatistics,
     class_accuracy,
     extract_features,
     frechet_distance,
     inception_score,
+    kernel_distance,
     load_fashion_classifier,
     load_statistics,
+    precision_recall,
     psnr,
 )
 
@@ -119,3 +122,91 @@ def test_efficientnet_needs_its_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ConfigError, match=r"qandc-kernels\[features\]"):
         EfficientNetFeatures()
+
+
+def test_running_statistics_are_those_of_all_rows(seeded):
+    features = torch.randn(100, 5, generator=seeded) + 1000  # far from zero: sums of squares would lose digits
+    running = RunningStatistics()
+    for batch in features.split([1, 40, 59]):
+        running.add(batch)
+    found, expected = running.result(), FeatureStatistics.of(features)
+    assert found.count == 100
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-9, atol=1e-12)
+    with pytest.raises(DataError, match="NaN"):
+        running.add(torch.tensor([[float("nan")] * 5]))
+    with pytest.raises(DataError, match="two images or more; got 0"):
+        RunningStatistics().result()
+
+
+def test_inception_score_in_parts():
+    logits = torch.cat([torch.eye(2).repeat(3, 1), torch.zeros(6, 2)]) * 1000
+    assert inception_score(logits, split=6) == pytest.approx((2 + 1) / 2)
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    reference = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    # k = 1: every ball of the reference has radius 1; those of the others radii 0.5, 0.5 and 97
+    generated = torch.tensor([[3.5], [4.0], [101.0]])
+    assert precision_recall(generated, reference, neighbours=1) == (2 / 3, 1 / 4)
+    generated = torch.tensor([[3.5], [3.0], [-1.5]])
+    # radii 0.5, 0.5, 4.5: the last reaches all of the reference
+    assert precision_recall(generated, reference, neighbours=1) == (2 / 3, 1)
+    assert precision_recall(reference + 0.5, reference + 1000, neighbours=1) == (0, 0)
+    # one point of the reference is beside the others'
+    assert precision_recall(torch.tensor([[0.0], [0.1], [0.2]]), reference, neighbours=1) == (1, 1 / 4)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_precision_and_recall_of_identical_sets(seeded, block):
+    features = torch.randn(40, 6, generator=seeded) + 100
+    features[:10] = features[0]  # more than k equal images: radius 0
+    assert precision_recall(features, features.clone(), block=block) == (1, 1)
+    half = features[:20]
+    assert precision_recall(half, features, block=block)[0] == 1
+
+
+def test_rounding_leaves_equal_images_in_balls_of_radius_0(seeded):
+    """How a product rounds a row depends on how many there are: without a tolerance some would be outside."""
+    features = torch.randn(100, 2048, generator=seeded) * 3 + 100
+    features[:10] = features[0]
+    for count in (5, 37):
+        assert precision_recall(features[:1].repeat(count, 1), features)[0] == 1
+
+
+def test_kernel_distance_of_two_and_two():
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
+    # k(x, x') = 1, k(y, y') = 7³, k(x, y) = 1, 1, 3³, 4³
+    assert kernel_distance(x, y) == (1 + 343 - 2 * (1 + 1 + 27 + 64) / 4, 0)
+
+
+def test_kernel_distance_is_unbiased_and_seeded(seeded):
+    """The mean over small subsets estimates the same as all images together; for one distribution that is about 0."""
+    a, b, c = (torch.randn(2000, 4, generator=seeded) + shift for shift in (0, 0, 0.5))
+    whole, none = kernel_distance(a, c, subset_size=2000)
+    mean, deviation = kernel_distance(a, c, subsets=200, subset_size=100)
+    assert none == 0
+    assert deviation > 0
+    assert mean == pytest.approx(whole, abs=4 * deviation / 200**0.5)
+    same, deviation = kernel_distance(a, b, subsets=200, subset_size=100)
+    assert abs(same) < 4 * deviation / 200**0.5
+    assert whole > 10 * abs(same)
+    assert kernel_distance(a, b, subsets=2, seed=1) == kernel_distance(a, b, subsets=2, seed=1)
+    assert kernel_distance(a, b, subsets=2, seed=1) != kernel_distance(a, b, subsets=2, seed=2)
+
+
+def test_distances_of_sets_refuse_what_is_none():
+    four = torch.zeros(4, 2)
+    for metric in (precision_recall, kernel_distance):
+        with pytest.raises(ConfigError, match=r"got \[4, 2\] and \[4, 3\]"):
+            metric(four, torch.zeros(4, 3))
+        with pytest.raises(DataError, match="NaN"):
+            metric(four, four + float("nan"))
+        with pytest.raises(DataError, match="or more of each; got 4 and 1"):
+            metric(four, four[:1])
+    with pytest.raises(DataError, match="need 4 images"):
+        precision_recall(four, four[:3])
+    with pytest.raises(ConfigError, match="neighbours and block are 0 and 1000"):
+        precision_recall(four, four, neighbours=0)
+    with pytest.raises(ConfigError, match="subsets and subset_size are 100 and 1"):
+        kernel_distance(four, four, subset_size=1)

@@ -62,7 +62,8 @@ LAYERS = ["errors", "files", "tap", "variance_compensation", "derived", "schedul
 LAYERS += ["feature_cache", "ranges", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
 LAYERS += ["sampling", "pool", "trajectories", "schedule_calibration", "presets", "pipelines", "pipeline_calibration"]
-LAYERS += ["checkpoint", "generate", "terminal", "cli"]
+LAYERS += ["checkpoint", "diffusers_quantizer", "registration", "lora", "generate"]
+LAYERS += ["images", "inception", "extractors", "evaluation", "terminal", "cli_evaluate", "cli"]
 
 
 def test_layers_are_all_modules():

@@ -25,6 +25,7 @@ from qandc import (
     calibrate_pipeline,
     decode_latents,
     load_pipeline,
+    load_quantized,
     make_scheduler,
     quantize_model,
     sample_latents,
@@ -236,8 +237,26 @@ def test_a_finished_preset_is_replaced_only_if_asked(tmp_path, pipeline_dir):
     with pytest.raises(OutputError, match="holds finished settings; give another directory, or --overwrite"):
         run(pipeline_dir, tmp_path)
     run(pipeline_dir, tmp_path, vc="none", overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"pool", "preset.json", "ranges.safetensors", "schedule.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "pool", "preset.json", "quantized", "ranges.safetensors", "report.json", "schedule.json"
+    }  # fmt: skip
     assert Preset.load(tmp_path).config.w_bits == 8
+
+
+def test_the_quantized_model_is_written_too(tmp_path, pipeline_dir):
+    pipe = load_pipeline(pipeline_dir)
+    settings = CalibrationSettings(**{**TINY, "w_bits": 4})
+    report = calibrate_pipeline(pipe, settings, tmp_path)
+    found = load_quantized(tmp_path / "quantized")
+    ours, theirs = pipe.transformer.state_dict(), found.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert found.schedule == report.preset.schedule
+    assert torch.equal(found.compensation.gain, report.preset.compensation.gain)
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert record["settings"]["w_bits"] == 4
+    assert record["rows"][0]["psnr_to_fp"]["with compensation"] == report.psnr_compensated.tolist()
+    calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path, overwrite=True, checkpoint=False)
 
 
 def test_directories_that_cannot_be_written(tmp_path, monkeypatch):

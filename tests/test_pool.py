@@ -177,9 +177,12 @@ def test_damaged_and_unwritable(dit, scheduler, tmp_path):
 
 
 def test_a_full_disk_leaves_no_fragment(dit, scheduler, tmp_path, monkeypatch):
-    def full(*paths):
-        raise OSError(28, "No space left on device")
+    def full(source, target):
+        if target.suffix == ".safetensors":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
 
+    replace = os.replace
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OutputError, match=r"cannot write .*pool-000000.*No space left"):
         record(dit, scheduler, directory=tmp_path)

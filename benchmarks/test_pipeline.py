@@ -1,0 +1,203 @@
+"""Images from a whole pipeline: DiT-XL/2 at 256 x 256 pixels, guidance, DDIM, the autoencoder's decoder included."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.goals import FULL_METHOD, PIPELINE_COMPILED, PIPELINE_EAGER
+from benchmarks.models import CANDIDATES, compile_blocks, dit_xl_2
+from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from qandc import (
+    CacheConfig,
+    Compensation,
+    apply_cache_to_dit,
+    decode_latents,
+    make_scheduler,
+    remove_cache,
+    sample_latents,
+)
+from qandc.graphs import GraphCache
+from qandc.sampling import describe_run
+from qandc.variance_compensation import FittedFor
+
+pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
+
+LATENT, GUIDANCE = 32, 4.0
+STEPS, IMAGES = (50, 250), (1, 8, 32)
+BRANCH, TAYLOR = CacheConfig("branch", interval=3), CacheConfig("taylor", interval=3)
+OURS = {  # cache, compensated
+    "fused W8A8": (None, False),
+    "fused W8A8 + branch cache": (BRANCH, False),
+    "fused W8A8 + taylor cache": (TAYLOR, False),
+    FULL_METHOD: (BRANCH, True),
+}
+DECODER = "decoder alone"
+NAMES = (PIPELINE_EAGER, "diffusers bf16, compiled", PIPELINE_COMPILED, *OURS, DECODER)
+CASES = [(steps, m, name) for m in IMAGES for steps in STEPS for name in NAMES if (name, steps) != (DECODER, STEPS[1])]
+SCHEDULER = {"num_train_timesteps": 1000, "clip_sample": False}
+
+
+@cache
+def autoencoder() -> Any:
+    """Of Stable Diffusion, which DiT-XL/2 uses, with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    widths = (128, 256, 512, 512)
+    with torch.device(DEVICE):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=widths,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=256,
+        )
+    return vae.to(torch.bfloat16).eval()
+
+
+@cache
+def transformer(name: str) -> Any:
+    if name == PIPELINE_EAGER:
+        return dit_xl_2(LATENT)
+    if name in OURS:
+        return CANDIDATES["fused W8A8, called"][0](dit_xl_2(LATENT))
+    model = compile_blocks(copy.deepcopy(dit_xl_2(LATENT)))
+    if name == PIPELINE_COMPILED:  # a step is one graph, as it is in the fused model
+        graphs, forward = GraphCache(), model.forward
+
+        def step(x: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return forward(x, timestep=timestep, class_labels=labels, return_dict=False)[0]
+
+        def graphed(x: torch.Tensor, timestep: Any, class_labels: Any, return_dict: bool) -> tuple[torch.Tensor]:
+            return (graphs(step, (x, timestep, class_labels)),)
+
+        model.forward = graphed
+    return model
+
+
+def compensation(model: Any, steps: int) -> Compensation:
+    """Gains of 1: the work is the same for any."""
+    scheduler = make_scheduler("ddim", SCHEDULER)
+    scheduler.set_timesteps(steps)
+    ones = torch.ones(steps, 4)
+    return Compensation(
+        ones, 0 * ones, "sample", "least_squares", FittedFor(**describe_run(model, scheduler, GUIDANCE))
+    )
+
+
+def images(name: str, m: int, steps: int) -> Callable[[int], torch.Tensor]:
+    """What a call draws, on the CPU."""
+    labels, seeds = [207] * m, range(m)
+    if name.startswith("diffusers"):
+        from diffusers import DiTPipeline
+
+        pipe = DiTPipeline(transformer(name), autoencoder(), make_scheduler("ddim", SCHEDULER))
+        pipe.set_progress_bar_config(disable=True)
+
+        def called(i: int) -> torch.Tensor:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            call = {"guidance_scale": GUIDANCE, "num_inference_steps": steps, "output_type": "np"}
+            return torch.from_numpy(pipe(labels, generator=generators, **call).images)
+
+        return called
+    model = transformer("fused W8A8" if name in OURS else name)
+    extra = {"compensation": compensation(model, steps)} if OURS.get(name, (None, False))[1] else {}
+
+    def drawn(i: int) -> torch.Tensor:
+        scheduler = make_scheduler("ddim", SCHEDULER)
+        call = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "seeds": seeds, **extra}
+        return decode_latents(autoencoder(), sample_latents(model, scheduler, labels, **call))
+
+    return drawn
+
+
+def decoder(m: int) -> Callable[[int], torch.Tensor]:
+    latents = torch.randn(m, 4, LATENT, LATENT, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return lambda i: decode_latents(autoencoder(), latents)
+
+
+def candidate(name: str, m: int, steps: int) -> Candidate:
+    launch = decoder(m) if name == DECODER else images(name, m, steps)
+    expected = launch(0)
+
+    def error(y: torch.Tensor, i: int) -> float:
+        # random weights draw no images; a second run must all the same be the first one over again
+        return relative_error(y, expected)
+
+    return Candidate(launch, error, 0.05, 1, wall_clock=True)
+
+
+@contextmanager
+def power() -> Iterator[list[float]]:
+    """Watts of this GPU, ten times a second; none without nvidia-smi."""
+    found: list[float] = []
+    which = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "-i", which, "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "100"]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except OSError:
+        yield found
+        return
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip().replace(".", "", 1).isdigit():
+                found.append(float(line))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield found
+    finally:
+        process.terminate()
+        thread.join()
+        process.wait()
+
+
+def energy(launch: Callable[[int], Any], m: int) -> float | None:
+    """Joules of the GPU for an image: mean power over a second or more, times the time of an image."""
+    launch(0)
+    with power() as watts:
+        started, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - started < 1:
+            launch(0)
+            torch.cuda.synchronize()
+            count += 1
+        seconds = (time.perf_counter() - started) / (count * m)
+    return statistics.mean(watts) * seconds if watts else None
+
+
+@pytest.mark.parametrize(("steps", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+def test_pipeline(measure: Measure, steps: int, m: int, name: str) -> None:
+    row: dict[str, Any] = {"op": "pipeline", "layer": f"{steps} steps", "m": m, "n": None, "k": None, "candidate": name}
+    if DEVICE == "cpu":
+        measure(row, lambda: candidate(name, m, steps), NO_GPU)
+        return
+    config = OURS.get(name, (None, False))[0]
+    row["compute_steps"] = steps if config is None else sum(config.of_steps(steps))
+    if config is not None:
+        apply_cache_to_dit(transformer("fused W8A8"), config=config)
+    built: list[Candidate] = []
+    try:
+        measure(row, lambda: built.append(candidate(name, m, steps)) or built[0])  # type: ignore[func-returns-value]
+        if "median_us" in row:
+            row["images_per_s"] = m / (row["median_us"] / 1e6)
+            row["joules_per_image"] = energy(built[0].launch, m) if steps == STEPS[0] else None
+    finally:
+        if config is not None:
+            remove_cache(transformer("fused W8A8"))

@@ -1,0 +1,77 @@
+"""LoRA adapters of PEFT on quantized layers, for inference: ``y = QuantLinear(x) + scaling · B A x``."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+
+from qandc.errors import ConfigError, ModelError
+from qandc.linear import QuantLinear
+
+__all__ = ["lora_for_quantized"]
+
+INITS = (True, False, "gaussian")
+
+
+def lora_for_quantized(config: Any) -> Any:
+    """Have a ``peft.LoraConfig`` take :class:`qandc.QuantLinear` layers too, e.g. for ``peft.inject_adapter_in_model``.
+
+    Adapters stay beside the layers: blocks that have any run as diffusers wrote them, not fused.
+
+    Args:
+        config: changed in place; ``target_modules`` names the layers, as always.
+
+    Returns:
+        ``config``.
+
+    Raises:
+        ModelError: peft is not installed.
+        ConfigError: an initialisation that would change the weights below the adapters.
+    """
+    try:
+        layer_class = _layer_class()
+    except ImportError as error:
+        raise ModelError(f"LoRA adapters come from peft, which does not import ({error}); pip install peft") from error
+    if config.init_lora_weights not in INITS:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} may change the weights below the adapters, and those are "
+            f"quantized; choose one of {', '.join(map(repr, INITS))}"
+        )
+    config._register_custom_module({QuantLinear: layer_class})
+    return config
+
+
+@functools.cache
+def _layer_class() -> Any:
+    from peft.tuners.lora.layer import Linear
+
+    base: Any = Linear
+
+    class LoraQuantLinear(base):
+        """PEFT's own layer, but for what would need the weight below it."""
+
+        lora_variants = {(): None}  # noqa: RUF012 (DoRA and others read or change the weight)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unsupported layer type")  # it is, from here on
+                super().__init__(*args, **kwargs)
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise ModelError(
+                    "a quantized layer passes no gradient on, so adapters below it would learn the wrong thing; run "
+                    "under torch.no_grad(), train the adapters on the full-precision model and load them here"
+                )
+            return super().forward(x, *args, **kwargs)
+
+        def merge(self, *args: Any, **kwargs: Any) -> None:
+            raise ModelError(
+                "quantized weights take no adapter in; keep it beside them, or merge it into the full-precision model "
+                "before quantize_model"
+            )
+
+    return LoraQuantLinear

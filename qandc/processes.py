@@ -1,0 +1,111 @@
+"""The processes that share one run: what ``torchrun`` and ``accelerate launch`` say of them, and where they meet."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qandc.errors import ConfigError, ProcessError
+
+__all__ = ["Processes", "finish_on_terminate"]
+
+LONGEST_WAIT = datetime.timedelta(days=2)  # the others wait while the first one calibrates
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among ``count``; alone by default.
+
+    Attributes:
+        rank: number of this process, from 0; the first one calibrates, merges and scores.
+        local_rank: the same on this machine: the number of its GPU.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, device: torch.device) -> torch.device:
+        """A GPU of its own where the device names none."""
+        if device.type != "cuda" or device.index is not None or self.count == 1:
+            return device
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {self.local_rank} of this machine has no GPU of its own, torch sees "
+                f"{torch.cuda.device_count()}; start as many processes as there are GPUs"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def meet(self, what: str) -> None:
+        """Wait until every process is here.
+
+        Raises:
+            ProcessError: one of them has ended.
+        """
+        if self.count == 1:
+            return
+        try:
+            dist.monitored_barrier(timeout=LONGEST_WAIT)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ProcessError(
+                f"a process ended before {what} was finished; what is written stays, run the same command again "
+                f"({reason})"
+            ) from error
+
+    @classmethod
+    @contextmanager
+    def joined(cls) -> Iterator[Processes]:
+        """Those that RANK, WORLD_SIZE and LOCAL_RANK tell of, connected through gloo; this one alone without them.
+
+        Raises:
+            ConfigError: the variables are no numbers.
+            ProcessError: the others cannot be reached.
+        """
+        try:
+            count = int(os.environ.get("WORLD_SIZE", 1))
+            rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        except ValueError as error:
+            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}; use torchrun") from None
+        if count == 1:
+            yield cls()
+            return
+        try:
+            dist.init_process_group("gloo", rank=rank, world_size=count)
+        except (RuntimeError, ValueError) as error:
+            raise ProcessError(f"process {rank} of {count} cannot reach the others ({error}); use torchrun") from error
+        try:
+            yield cls(rank, count, local_rank)
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def finish_on_terminate() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM ends nothing at once; what is given tells whether it came.
+
+    ``torchrun`` sends it to all processes when one has ended, half a minute before it kills them.
+    """
+    came = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)

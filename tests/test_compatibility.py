@@ -1,0 +1,290 @@
+"""Living with the rest: compilers, offloading and dispatch by accelerate, adapters of PEFT, copies, other processes."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from qandc import (
+    ConfigError,
+    ModelError,
+    QandCConfig,
+    QuantLinear,
+    apply_cache_to_dit,
+    fuse_dit,
+    load_pipeline,
+    lora,
+    quantization_report,
+    quantize_model,
+    remove_cache,
+    save_quantized,
+)
+from qandc.conversion import quant_layers
+from qandc.fusable import why_not_block
+from qandc.lora import lora_for_quantized
+from tests.conftest import make_dit
+from tests.test_checkpoint import all_tensors, make_quantized, output
+
+KINDS = pytest.mark.parametrize(
+    ("w_bits", "how"), [(8, []), (4, ["static", "smoothing"])], ids=["W8A8 dynamic", "W4A8 static smoothing"]
+)
+PARTS = ("pos_embed", "transformer_blocks.0", "transformer_blocks.1", "norm_out", "proj_out_1", "proj_out_2")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_stays():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["quantized", "loaded by diffusers"])
+def test_a_static_model_compiles_without_graph_break(tmp_path, dit_inputs, loaded):
+    """The drop-in path; that of dynamic ranges is in test_conversion."""
+    model = make_quantized(4, how=["static", "smoothing"])
+    if loaded:
+        model.save_pretrained(tmp_path / "saved")
+        model = type(model).from_pretrained(tmp_path / "saved")
+    expected = output(model, dit_inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(output(compiled, dit_inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_compiled_in_place_share_their_graphs(dit_inputs):
+    """As ``compile_repeated_blocks`` of diffusers does it."""
+    model = make_quantized(8, how=["static"], num_layers=4)
+    expected = output(model, dit_inputs)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, backend=counter)
+    torch.testing.assert_close(output(model, dit_inputs), expected, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 2  # for the strides of the first block and of the others, as unquantized
+
+
+def run_pipeline(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    return pipe([3, 7], num_inference_steps=3, guidance_scale=1.5, output_type="np").images
+
+
+@pytest.fixture(params=[[], ["static"]], ids=["dynamic", "static"])
+def gpu_pipeline(request):
+    """On the CPU; quantized, with or without static ranges."""
+    pipe = load_pipeline(dtype=torch.float32)
+    quantize_model(pipe.transformer)
+    for layer in quant_layers(pipe.transformer).values() if request.param else ():
+        layer.set_static_range(torch.tensor(0.05), torch.tensor(3))
+    return pipe
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_by_diffusers(gpu_pipeline, method):
+    expected = run_pipeline(copy.deepcopy(gpu_pipeline).to("cuda"))
+    getattr(gpu_pipeline, method)()
+    assert abs(run_pipeline(gpu_pipeline) - expected).max() < 1e-4
+    if method == "enable_model_cpu_offload":
+        gpu_pipeline.maybe_free_model_hooks()
+        assert {t.device.type for t in all_tensors(gpu_pipeline.transformer).values()} == {"cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", ["cuda", {"": 0}, {**dict.fromkeys(PARTS, 0), "transformer_blocks.1": "cpu"}])
+def test_device_maps_of_a_gpu(tmp_path, dit_inputs, device_map):
+    model = make_quantized(4, how=["static"])
+    model.save_pretrained(tmp_path / "saved")
+    found = type(model).from_pretrained(tmp_path / "saved", device_map=device_map)
+    inputs = {name: tensor.cuda() for name, tensor in dit_inputs.items()}
+    torch.testing.assert_close(output(found, inputs), output(model.cuda(), inputs), atol=1e-5, rtol=1e-5)
+    model = make_dit(num_layers=2)
+    model.save_pretrained(tmp_path / "full")
+    found = type(model).from_pretrained(tmp_path / "full", device_map=device_map, quantization_config=QandCConfig())
+    expected = output(quantize_model(model.cuda()), inputs)
+    torch.testing.assert_close(output(found, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_sequential_offload(dit_inputs, w_bits, how, offload_buffers):
+    """accelerate's cpu_offload, which diffusers calls: each layer comes when it is called, and goes."""
+    from accelerate import cpu_offload
+
+    model = make_quantized(w_bits, how=how)
+    expected = output(model, dit_inputs)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=offload_buffers)
+    assert model.transformer_blocks[0].attn1.to_q.bias.is_meta
+    assert model.transformer_blocks[0].attn1.to_q.qweight.is_meta is offload_buffers  # diffusers leaves buffers there
+    with torch.no_grad():
+        assert torch.equal(model(**dit_inputs).sample, expected)
+
+
+@KINDS
+def test_dispatch_with_layers_on_the_disk(tmp_path, dit_inputs, w_bits, how):
+    from accelerate import dispatch_model
+
+    model = make_quantized(w_bits, how=how)
+    expected = output(model, dit_inputs)
+    device_map = {**dict.fromkeys(PARTS, "cpu"), "transformer_blocks.1": "disk"}
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, offload_buffers=True)
+    assert model.transformer_blocks[1].ff.net[2].qweight.is_meta
+    assert any("transformer_blocks.1.ff.net.2.qweight" in path.name for path in tmp_path.iterdir())
+    with torch.no_grad():
+        assert torch.equal(model(**dit_inputs).sample, expected)
+
+
+def test_an_offloaded_model_is_reported_not_saved(tmp_path):
+    from accelerate import cpu_offload
+
+    model = make_quantized()
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    assert "on the meta device" in str(quantization_report(model))
+    with pytest.raises(ModelError, match=r"on the meta device and has no values; .*undo the offloading"):
+        save_quantized(model, tmp_path / "saved")
+
+
+def test_an_offloaded_model_is_not_quantized():
+    """Hooks would be lost with the layers that have them."""
+    from accelerate import cpu_offload
+
+    model = make_dit()
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ModelError, match="has hooks or a replaced forward, which would be lost; remove them first"):
+        quantize_model(model)
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="peft is not installed (it needs transformers)")
+
+
+def with_adapters(peft, model, targets=("to_q", "net.2"), **changes):
+    """Random adapters, which change something from the start."""
+    config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **changes)
+    return peft.inject_adapter_in_model(lora_for_quantized(config), model).eval()
+
+
+@KINDS
+def test_lora_beside_a_quantized_layer(peft, w_bits, how, seeded):
+    model = make_quantized(w_bits, how=how)
+    plain = copy.deepcopy(model)
+    with_adapters(peft, model)
+    x = torch.randn(3, 7, 32, generator=seeded)
+    for name in ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.attn1.to_q"):
+        adapted, layer = model.get_submodule(name), plain.get_submodule(name)
+        a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+        with torch.no_grad():
+            added = adapted.scaling["default"] * (x @ a.T @ b.T)
+            assert added.abs().max() > 0.01
+            torch.testing.assert_close(adapted(x), layer(x) + added)
+
+
+def test_lora_in_a_whole_model(peft, dit_inputs):
+    """With the cache, on and off; deleted, the model is as before."""
+    model = make_quantized(how=["static"])
+    expected = output(model, dit_inputs)
+    with_adapters(peft, model)
+    changed = output(model, dit_inputs)
+    assert not torch.allclose(changed, expected, atol=1e-2)
+    apply_cache_to_dit(model, 2)
+    assert torch.equal(output(model, dit_inputs), changed)
+    remove_cache(model)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.enable_adapters(False)
+    assert torch.equal(output(model, dit_inputs), expected)
+
+
+def test_blocks_with_lora_are_not_fused(peft, dit_inputs):
+    model = make_quantized(how=["static"])
+    with_adapters(peft, model, targets=["transformer_blocks.1.attn1.to_q"])
+    reasons = [
+        why_not_block(block, f"transformer_blocks.{i}.", None) for i, block in enumerate(model.transformer_blocks)
+    ]
+    assert reasons == [None, "attn1.to_q is LoraQuantLinear, not a QuantLinear"]
+    changed = output(model, dit_inputs)
+    assert torch.equal(output(fuse_dit(model), dit_inputs), changed)
+
+
+@pytest.mark.gpu
+def test_lora_and_fusion_on_a_gpu(peft, dit_inputs):
+    model = with_adapters(peft, make_quantized(how=["static"]).cuda(), targets=["transformer_blocks.1.attn1.to_q"])
+    inputs = {name: tensor.cuda() for name, tensor in dit_inputs.items()}
+    changed = output(model, inputs)
+    torch.testing.assert_close(output(fuse_dit(model), inputs), changed, atol=0.05, rtol=0.05)
+
+
+def test_what_lora_cannot_do_here(peft):
+    model = with_adapters(peft, make_quantized())
+    layer = model.transformer_blocks[0].attn1.to_q
+    with pytest.raises(ModelError, match="quantized weights take no adapter in; keep it beside them"):
+        layer.merge()
+    with pytest.raises(ModelError, match=r"passes no gradient on, .*under torch\.no_grad\(\)"):
+        layer(torch.randn(2, 32, requires_grad=True))
+    with pytest.raises(ConfigError, match="init_lora_weights='pissa' may change the weights below"):
+        lora_for_quantized(peft.LoraConfig(target_modules=["to_q"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match=r"(?i)dora"):
+        with_adapters(peft, make_quantized(), use_dora=True)
+
+
+def test_lora_without_peft(monkeypatch):
+    lora._layer_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft.tuners.lora.layer", None)
+    with pytest.raises(ModelError, match="LoRA adapters come from peft, which does not import"):
+        lora_for_quantized(object())
+
+
+@KINDS
+def test_a_copy_shares_nothing(dit_inputs, w_bits, how):
+    model = make_quantized(w_bits, how=how)
+    expected = output(model, dit_inputs)
+    copied = copy.deepcopy(model)
+    assert torch.equal(output(copied, dit_inputs), expected)
+    theirs = all_tensors(copied)
+    for name, tensor in all_tensors(model).items():
+        assert tensor.numel() == 0 or tensor.data_ptr() != theirs[name].data_ptr(), name
+    for layer in quant_layers(copied).values():
+        layer.weight_scale.mul_(2)
+        layer.set_static_range(None)
+    assert torch.equal(output(model, dit_inputs), expected)
+    assert not torch.allclose(output(copied, dit_inputs), expected)
+
+
+def test_a_copy_of_a_model_that_diffusers_loaded(tmp_path, dit_inputs):
+    make_quantized(4).save_pretrained(tmp_path / "saved")
+    model = type(make_dit()).from_pretrained(tmp_path / "saved")
+    copied = copy.deepcopy(model)
+    copied.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
+    assert torch.equal(output(again, dit_inputs), output(model, dit_inputs))
+
+
+def outputs_elsewhere(model, directory, inputs):
+    """Of a model that was sent, and of one that was saved; runs in another process, which has imported nothing yet."""
+    from diffusers import DiTTransformer2DModel
+
+    sent = [output(model, inputs) for model in (model, DiTTransformer2DModel.from_pretrained(directory))]
+    return [sample.numpy() for sample in sent]
+
+
+def test_a_spawned_process(tmp_path, dit_inputs):
+    """The model by pickle, fused and with a cache as it is; and by the path where it was saved."""
+    model = make_quantized(4, how=["static", "smoothing"])
+    expected = output(model, dit_inputs).numpy()
+    model.save_pretrained(tmp_path / "saved")
+    apply_cache_to_dit(fuse_dit(model), 2)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(outputs_elsewhere, model, tmp_path / "saved", dit_inputs).result(timeout=60)
+    assert all((sample == expected).all() for sample in found)
+
+
+def test_a_layer_alone_is_copied_and_pickled(seeded):
+    layer = QuantLinear.from_linear(nn.Linear(8, 6), 4)
+    x = torch.randn(3, 8, generator=seeded)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))

@@ -1,0 +1,343 @@
+"""The six rows: what is switched on in each, what an interruption costs, what is refused; many processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import qandc.experiment
+import qandc.sharded_sampling
+from qandc import CalibrationSettings, ConfigError, DataError, ModelError, OutputError, get_cache, load_pipeline
+from qandc.cli import main
+from qandc.conversion import quant_layers
+from qandc.experiment import ROWS, ExperimentSettings, run_experiment
+from qandc.files import locked
+from qandc.metrics import FashionClassifier
+from qandc.processes import Processes
+from qandc.scores import Scorer, scorer_for
+
+CALIBRATION = CalibrationSettings(
+    num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="block", cache_interval=2, uniform=True,
+    pool_images=3, samples=6, clusters=2, vc_samples=4,
+)  # fmt: skip
+SETTINGS = ExperimentSettings(images=6, calibration=CALIBRATION, batch_size=4)
+
+
+def experiment(pipeline_dir, directory, settings=SETTINGS, **changes) -> list[dict]:
+    return run_experiment(load_pipeline(pipeline_dir), settings, directory, scorer=Scorer(), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pipeline_dir):
+    directory = tmp_path_factory.mktemp("experiment")
+    return directory, experiment(pipeline_dir, directory)
+
+
+def images_of(directory, kind) -> np.ndarray:
+    with np.load(directory / f"{kind.slug}.npz") as data:
+        return data["arr_0"]
+
+
+def test_rows(finished):
+    directory, rows = finished
+    assert [row["row"] for row in rows] == [kind.name for kind in ROWS]
+    assert [row["computed_steps"] for row in rows] == [4, 4, 2, 2, 2, 2]
+    full, quantized = rows[0]["transformer_bytes"], rows[1]["transformer_bytes"]
+    assert [row["transformer_bytes"] for row in rows] == [full, quantized, full, quantized, quantized, quantized]
+    assert quantized < full
+    assert [row["cache_bytes"] > 0 for row in rows] == [kind.cached for kind in ROWS]
+    pictures = [images_of(directory, kind) for kind in ROWS]
+    assert {p.shape for p in pictures} == {(6, 16, 16, 3)}
+    for i, ours in enumerate(pictures):
+        for j, theirs in enumerate(pictures[:i]):
+            same = {ROWS[i].name, ROWS[j].name} == {"Q&C naive", "Q&C + TAP"}  # may choose the same samples
+            assert same or not np.array_equal(ours, theirs), (ROWS[i].name, ROWS[j].name)
+    likeness = [row["metrics"]["psnr_to_fp"]["value"] for row in rows]
+    assert likeness[0] == 100
+    assert all(10 < value < 100 for value in likeness[1:])
+    assert rows[0]["speed_ratio"] == 1
+    assert not (directory / "fp.shards").exists()
+
+
+def test_full_precision_is_what_sampling_draws(finished, pipeline_dir):
+    from qandc import decode_latents, make_scheduler, sample_latents
+
+    pipe = load_pipeline(pipeline_dir)
+    scheduler = make_scheduler("ddim", pipe.scheduler.config)
+    run = {"num_inference_steps": 4, "guidance_scale": 2.0}
+    drawn = decode_latents(pipe.vae, sample_latents(pipe.transformer, scheduler, [4, 5], seeds=[4, 5], **run))
+    expected = ((drawn / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.array_equal(images_of(finished[0], ROWS[0])[4:], expected.numpy())
+
+
+def test_the_pipeline_stays_as_it_is(finished, pipeline_dir, tmp_path):
+    pipe = load_pipeline(pipeline_dir)
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    run_experiment(pipe, SETTINGS, tmp_path, scorer=Scorer())
+    assert not quant_layers(pipe.transformer)
+    assert get_cache(pipe.transformer) is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def test_interrupted_anywhere_it_goes_on(finished, pipeline_dir, tmp_path, monkeypatch):
+    """Ctrl-C at every fifth call that draws: what is finished is not made again, and the end is the same."""
+    calls, drawn = 0, []
+    draw = qandc.sharded_sampling.ImageDrawer.__call__
+
+    def sometimes(self, labels, seeds):
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 0:
+            raise KeyboardInterrupt
+        drawn.append((id(self.model), tuple(seeds)))
+        return draw(self, labels, seeds)
+
+    monkeypatch.setattr(qandc.sharded_sampling.ImageDrawer, "__call__", sometimes)
+    for _ in range(10):
+        try:
+            experiment(pipeline_dir, tmp_path)
+        except KeyboardInterrupt:
+            continue
+        break
+    assert len(drawn) == 12  # two shards of six rows, none twice
+    for kind in ROWS:
+        assert np.array_equal(images_of(tmp_path, kind), images_of(finished[0], kind))
+
+
+def test_a_finished_experiment_is_only_read(finished, pipeline_dir, monkeypatch):
+    directory, rows = finished
+    monkeypatch.setattr(qandc.experiment, "calibrate_pipeline", None)
+    monkeypatch.setattr(qandc.experiment, "draw_shards", None)
+    assert experiment(pipeline_dir, directory) == rows
+
+
+def test_images_are_not_drawn_again_if_only_the_figures_are_lost(finished, pipeline_dir, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(28, "No space left on device")
+
+    delete = qandc.experiment.delete_shards
+    monkeypatch.setattr(qandc.experiment, "delete_shards", fails)
+    with pytest.raises(OSError, match="No space"):
+        experiment(pipeline_dir, tmp_path)
+    monkeypatch.setattr(qandc.experiment, "delete_shards", delete)
+    (tmp_path / "fp.json").unlink()  # as if the disk had been full a moment before
+    seen = []
+    draw = qandc.sharded_sampling.ImageDrawer.__call__
+    monkeypatch.setattr(
+        qandc.sharded_sampling.ImageDrawer, "__call__", lambda self, *given: seen.append(given) or draw(self, *given)
+    )
+    experiment(pipeline_dir, tmp_path)
+    assert len(seen) == 10  # five rows of two shards
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": 8}, r"an experiment of images 6; this one would have 8"),
+        ({"batch_size": 3}, r"batch_size 4; this one would have 3"),
+        ({"first_seed": 1}, r"first_seed 0; this one would have 1"),
+    ],
+)
+def test_other_settings_are_not_mixed_in(finished, pipeline_dir, changes, message):
+    settings = ExperimentSettings(**{"images": 6, "calibration": CALIBRATION, "batch_size": 4, **changes})
+    with pytest.raises(ConfigError, match=message):
+        experiment(pipeline_dir, finished[0], settings)
+
+
+def test_two_runs_at_once_are_refused(pipeline_dir, tmp_path):
+    with locked(tmp_path), pytest.raises(OutputError, match="another run is writing to"):
+        experiment(pipeline_dir, tmp_path)
+
+
+def test_a_quantized_pipeline_is_refused(pipeline_dir, tmp_path):
+    pipe = load_pipeline(pipeline_dir)
+    qandc.quantize_model(pipe.transformer)
+    with pytest.raises(ModelError, match="quantized or has a cache already; load the pipeline anew"):
+        run_experiment(pipe, SETTINGS, tmp_path, scorer=Scorer())
+
+
+def test_settings_that_make_no_experiment():
+    with pytest.raises(ConfigError, match="images is 1"):
+        ExperimentSettings(images=1)
+    with pytest.raises(ConfigError, match="vc is 'none'"):
+        ExperimentSettings(calibration=CalibrationSettings(vc="none"))
+
+
+def test_scores_and_their_intervals():
+    generator = np.random.default_rng(1)
+    full = generator.integers(0, 256, (200, 32, 32, 1), dtype=np.uint8)
+    off = np.where(full > 128, full - 4, full + 4).astype(np.uint8)
+    scorer = Scorer(FashionClassifier().eval(), "untrained", accuracy=True)
+    found = scorer(off, full, np.arange(200) % 10)
+    assert set(found) == {"psnr_to_fp", "inception_score", "class_accuracy"}
+    assert found["psnr_to_fp"]["value"] == pytest.approx(10 * np.log10(255**2 / 16))
+    assert found["psnr_to_fp"]["ci95"] == pytest.approx(0, abs=1e-9)
+    share = found["class_accuracy"]["value"]  # of a binomial distribution
+    assert found["class_accuracy"]["ci95"] == pytest.approx(1.96 * (share * (1 - share) / 200) ** 0.5, rel=0.35)
+    with pytest.raises(DataError, match=r"\[200, 32, 32, 1\] and those of full precision \[199, 32, 32, 1\]"):
+        scorer(off, full[1:], np.arange(200))
+
+
+def test_the_classifier_scores_only_the_classes_it_knows(pipeline_dir):
+    assert scorer_for(load_pipeline()).name == "fashion-classifier"
+    assert scorer_for(load_pipeline(), "none").extractor is None
+    assert scorer_for(load_pipeline(pipeline_dir)).extractor is None
+    with pytest.raises(ConfigError, match="choose auto or none"):
+        scorer_for(load_pipeline(), "inception")
+
+
+TINY = ("--steps", "4", "--images", "6", "--pool-images", "3", "--samples", "6", "--clusters", "2",
+        "--vc-samples", "4", "--batch-size", "4", "--interval", "2", "--device", "cpu")  # fmt: skip
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_ablate(capsys, pipeline_dir, tmp_path):
+    arguments = ("ablate", "--model", pipeline_dir, "--out", tmp_path, *TINY)
+    status, out, _ = run(capsys, *arguments, "--steps", "4,3")
+    assert status == 0
+    assert out.count("| Q&C + TAP + VC |") == 2
+    summary = json.loads((tmp_path / "experiment_summary.json").read_text())
+    assert {"command", "commit", "date", "machine", "versions", "settings"} <= summary.keys()
+    assert [(row["steps"], row["row"]) for row in summary["rows"]] == [(n, k.name) for n in (4, 3) for k in ROWS]
+    assert summary["settings"]["num_inference_steps"] == [4, 3]
+    assert (tmp_path / "experiment_summary.md").read_text().strip() == out.strip()
+    with Image.open(tmp_path / "experiment_summary.png") as figure:
+        assert min(figure.size) > 300
+    status, _, err = run(capsys, *arguments, "--w-bits", "4")
+    assert status == 2
+    assert "w_bits 8; this one would have 4" in err
+
+
+def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tmp_path):
+    small = ("--pool-images", "3", "--samples", "6", "--clusters", "2", "--vc-samples", "4", "--device", "cpu")
+    wanted = ("--steps", "3", "--scheduler", "ddim", "--guidance-scale", "2", "--w-bits", "4", "--cache-mode", "branch")
+    status, *_ = run(capsys, "calibrate", "--model", pipeline_dir, *small, *wanted, "--out", tmp_path / "settings")
+    assert status == 0
+    arguments = ("ablate", "--model", tmp_path / "settings", *small, "--images", "2", "--batch-size", "2")
+    status, _, err = run(capsys, *arguments, "--out", tmp_path / "ablation", "--w-bits", "8")
+    assert status == 0, err
+    found = json.loads((tmp_path / "ablation" / "steps-3" / "experiment.json").read_text())
+    expected = {"scheduler": "ddim", "guidance_scale": 2.0, "w_bits": 8, "cache_mode": "branch"}
+    assert expected.items() <= found.items()
+    assert found["model"] == str(pipeline_dir)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--preset", "large"), "--preset 'large' is unknown; choose one of small, paper"),
+        (("--steps", "4;5"), "--steps is '4;5'; give numbers, separated by commas"),
+        (("--images", "1"), "images is 1; give an integer >= 2"),
+        (("--features", "x"), "choose auto or none"),
+        (("--vc", "none"), "vc is 'none'"),
+        (("--samples", "900"), "samples is 900; a pool of 3 images of 4 steps has 12 candidates"),
+    ],
+)
+def test_ablate_refuses(capsys, pipeline_dir, tmp_path, options, message):
+    status, _, err = run(capsys, "ablate", "--model", pipeline_dir, "--out", tmp_path, *TINY, *options)
+    assert status == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample(capsys, pipeline_dir, tmp_path):
+    target = tmp_path / "images.npz"
+    arguments = ("sample", "-n", "5", "-o", target, "--batch-size", "2", "--steps", "3", "--device", "cpu")
+    status, out, _ = run(capsys, *arguments, "--model", pipeline_dir, "--full-precision", "--json", tmp_path / "a.json")
+    assert status == 0
+    assert "5 images" in out
+    with np.load(target, allow_pickle=False) as data:
+        assert data["arr_0"].shape == (5, 16, 16, 3)
+        assert data["arr_1"].tolist() == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "images.npz"]
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["images_per_second"] > 0
+    for options, message in (
+        (("--model", pipeline_dir), "needs --settings, which qandc calibrate writes for it, or --full-precision"),
+        (("--full-precision", "--settings", tmp_path), "contradict each other"),
+        ((), "these settings were made for num_inference_steps 50; this run has 3"),
+        (("--full-precision", "-o", tmp_path / "x.png"), "must end in .npz"),
+    ):
+        status, _, err = run(capsys, *arguments, *options)
+        assert status == 2
+        assert message in err
+
+
+def launch(*arguments, count: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "qandc", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(
+        command, cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def workers_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_processes_share_the_images_and_a_killed_one_loses_nothing(pipeline_dir, tmp_path):
+    """Two processes; one is killed; three finish: the images are those of one process alone."""
+    common = ["sample", "-n", 60, "--batch-size", 1, "--steps", 40, "--model", pipeline_dir, "--full-precision"]
+    common += ["--device", "cpu"]
+    target = tmp_path / "shared.npz"
+    shards = tmp_path / "shared.npz.shards"
+    process = launch(*common, "-o", target)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(shards.glob("images-*"))) < 4:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(workers_of(process.pid)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "run the same command again" in output
+    kept = {path.name: path.stat().st_mtime_ns for path in shards.glob("images-*")}
+    assert 4 <= len(kept) < 60
+    assert not target.exists()
+    again = launch(*common, "-o", target, count=3)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    alone, threads = tmp_path / "alone.npz", torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the others: products are summed in another order otherwise
+    try:
+        assert main([str(argument) for argument in (*common, "-o", alone)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    with np.load(target) as shared, np.load(alone) as single:
+        assert np.array_equal(shared["arr_0"], single["arr_0"])
+    assert not shards.exists()
+
+
+def test_a_process_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda = torch.device("cuda")
+    assert Processes(5, 8, local_rank=1).device(cuda) == torch.device("cuda", 1)
+    assert Processes(0, 1).device(cuda) == cuda
+    assert Processes(2, 3, local_rank=2).device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU of its own, torch sees 2"):
+        Processes(2, 3, local_rank=2).device(cuda)
+
+
+def test_variables_that_are_no_numbers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="must be numbers"), Processes.joined():
+        pass
