@@ -15,6 +15,7 @@ import torch
 from benchmarks import report, timing
 from benchmarks.goals import cache_goals, goals, model_goals, pipeline_goals
 from benchmarks.rivals import NotInstalled
+from qandc.files import write_whole
 from qandc.results import result_header
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,13 @@ class Run:
     def add(self, row: dict[str, Any], info: dict[str, Any]) -> None:
         self.rows.append(row)
         self.infos.append(info)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A run that is cut keeps the rows it has, where they are to be saved."""
+    rows = item.config.stash[RUN].rows
+    if item.config.getoption("--save") is not None and rows and "median_us" in rows[-1]:
+        _write(item.config, 1)
 
 
 RUN = pytest.StashKey[Run]()
@@ -183,13 +191,10 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark writes the extra_info to its own files
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None]:
-    config = session.config
+def _write(config: pytest.Config, exitstatus: int) -> None:
+    """All rows so far, each suite to its file."""
     run = config.stash[RUN]
     report.complete(run.rows)
-    for row, info in zip(run.rows, run.infos, strict=True):
-        info |= row
     for suite, ops in OPS.items():
         rows = [row for row in run.rows if row["op"] in ops]
         path = _where(config, suite, exitstatus)
@@ -204,8 +209,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
         header = result_header(settings)
         header["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**header, "rows": rows, "goals": GOALS[suite](rows)}, indent=1) + "\n")
-        run.saved.append(path)
+        text = json.dumps({**header, "rows": rows, "goals": GOALS[suite](rows)}, indent=1) + "\n"
+        write_whole(path, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
+        if path not in run.saved:
+            run.saved.append(path)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark writes the extra_info to its own files
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None]:
+    run = session.config.stash[RUN]
+    _write(session.config, exitstatus)
+    for row, info in zip(run.rows, run.infos, strict=True):
+        info |= row
     return (yield)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
 from qandc.calibration import calibrate, calibrate_steps, input_hessians, smoothing_factors
+from qandc.calibration_settings import CalibrationSettings
 from qandc.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.errors import (
@@ -22,7 +23,7 @@ from qandc.errors import (
 from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
-from qandc.pipeline_calibration import CalibrationReport, CalibrationSettings, calibrate_pipeline
+from qandc.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.pool import CandidatePool, record_pool
 from qandc.presets import Preset, fashion_dit_preset

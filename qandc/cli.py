@@ -14,10 +14,10 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from qandc.cli_evaluate import evaluate
+from qandc.cli_scale import ablate, sample
 from qandc.errors import ConfigError, QandCError
 from qandc.files import write_whole
 from qandc.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
-from qandc.scale_commands import ablate, sample
 from qandc.terminal import (
     check_output,
     err,
@@ -251,7 +251,8 @@ def calibrate(
 
     The same command after an interruption goes on with the candidates that were recorded.
     """
-    from qandc.pipeline_calibration import POOL, CalibrationSettings, calibrate_pipeline, check_directory
+    from qandc.calibration_settings import CalibrationSettings
+    from qandc.pipeline_calibration import POOL, calibrate_pipeline, check_directory
     from qandc.pipelines import load_pipeline, resolve_device, resolve_dtype
     from qandc.ranges import RangeConfig
 

@@ -10,6 +10,7 @@ import typer
 
 from qandc.errors import ConfigError
 from qandc.files import write_whole
+from qandc.options import DEVICE
 from qandc.terminal import check_output, err, out, print_evaluation, progress_bars
 
 __all__ = ["evaluate"]
@@ -38,7 +39,7 @@ def evaluate(
     ] = None,
     kernel_subsets: Annotated[int, typer.Option(help="Random subsets of 1000 images for the kernel distance.")] = 100,
     seed: Annotated[int, typer.Option(help="Of these subsets.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     json_output: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this JSON file.")
     ] = None,

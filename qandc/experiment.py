@@ -28,11 +28,12 @@ from typing import Any
 import torch
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
+from qandc.calibration_settings import CalibrationSettings
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, ModelError, ProcessError
 from qandc.files import keep_settings, locked, make_directory, write_whole
 from qandc.fused_dit import fuse_dit
-from qandc.pipeline_calibration import CalibrationSettings, calibrate_pipeline
+from qandc.pipeline_calibration import calibrate_pipeline
 from qandc.pipelines import class_names
 from qandc.presets import Preset, is_finished
 from qandc.processes import Processes

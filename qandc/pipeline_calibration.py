@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,27 @@ import torch
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.calibration import calibrate, input_hessians
+from qandc.calibration_settings import NO_COMPENSATION, CalibrationSettings
 from qandc.checkpoint import save_quantized
 from qandc.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
-from qandc.errors import ConfigError, ModelError, OutputError
+from qandc.errors import ModelError, OutputError
 from qandc.files import make_directory, write_whole
 from qandc.metrics import psnr
 from qandc.pipelines import class_names
 from qandc.pool import CandidatePool, record_pool
 from qandc.presets import Preset, is_finished
-from qandc.quantizer import QuantConfig
-from qandc.ranges import RangeConfig
 from qandc.results import result_header
-from qandc.sampling import SCHEDULERS, check_sampling, decode_latents, make_scheduler, sample_latents
+from qandc.sampling import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule
 from qandc.schedule_calibration import calibrate_schedule
-from qandc.tap import CLUSTERERS, METHODS, TapConfig
+from qandc.tap import TapConfig
 from qandc.trajectories import Trajectory, fit_compensation, record_trajectory
-from qandc.variance_compensation import FORMS, Compensation
+from qandc.variance_compensation import Compensation
 
 __all__ = ["CalibrationReport", "CalibrationSettings", "calibrate_pipeline", "check_directory"]
 
 Progress = Callable[[str, int, int], None]
 
-ROUNDINGS = ("nearest", "gptq")
-TARGETS = ("sample", "noise")
-NO_COMPENSATION = "none"
 POOL, CHECKPOINT, REPORT = "pool", "quantized", "report.json"  # of a directory
 CLASSES = 10  # the first of the model, in turn
 FIRST_SEED = 20_000_000  # far from what anybody draws
@@ -52,92 +48,6 @@ POOL_BATCH = 10  # images of a shard: at most so many are sampled again after an
 BATCH_SIZE = 50  # samples that layers see at once
 SCHEDULE_IMAGES = 30
 SHOWN_IMAGES = 10  # seeds from 0: those of qandc generate
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What ``qandc calibrate`` does.
-
-    Attributes:
-        num_inference_steps, guidance_scale, scheduler: of the runs to come.
-        w_bits, a_bits: as :class:`qandc.QuantConfig`.
-        rounding: of weights, ``nearest``, or ``gptq``, with error feedback; by default that with 4 bits. Weights are
-            clipped to the least squared error with ``gptq``, else not.
-        ranges: how static ranges are found.
-        cache_mode, cache_interval: of the cache the pool is recorded with; the schedule found later has as many compute
-            steps.
-        uniform: keep the uniform schedule.
-        pool_images: images whose steps are the candidates.
-        pool_with_cache: record them with the uniform cache attached (the paper), or without one.
-        select: how samples are chosen (:data:`qandc.tap.METHODS`).
-        samples: how many.
-        clusters: of the methods that cluster.
-        seed: of the choice.
-        vc: of the variance compensation (:data:`qandc.variance_compensation.FORMS`), or ``none``.
-        vc_target, vc_start: what is corrected, ``sample`` or ``noise``, and from which step on.
-        vc_samples: images it is fitted on, all at once.
-        cache, quant_config: what follows for the uniform cache, and for the layers.
-
-    Raises:
-        ConfigError: a value is not one of these, or the pool is too small.
-    """
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.5
-    scheduler: str = "ddpm"
-    w_bits: int = 8
-    a_bits: int = 8
-    rounding: str | None = None
-    ranges: RangeConfig = field(default_factory=RangeConfig)
-    cache_mode: str = "taylor"
-    cache_interval: int = 3
-    uniform: bool = False
-    pool_images: int = 40
-    pool_with_cache: bool = True
-    select: str = "tap"
-    samples: int = 400
-    clusters: int = 50
-    seed: int = 0
-    vc: str = "least_squares"
-    vc_target: str = "sample"
-    vc_start: int = 0
-    vc_samples: int = 100
-    cache: CacheConfig = field(init=False, repr=False)
-    quant_config: QuantConfig = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "pool_images", "samples", "clusters", "vc_samples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; give an integer >= 1")
-        for name, chosen, known in (
-            ("scheduler", self.scheduler, tuple(SCHEDULERS)),
-            ("rounding", self.rounding, (None, *ROUNDINGS)),
-            ("select", self.select, METHODS),
-            ("vc", self.vc, (*FORMS, NO_COMPENSATION)),
-            ("vc_target", self.vc_target, TARGETS),
-        ):
-            if chosen not in known:
-                allowed = ", ".join(option for option in known if option is not None)
-                raise ConfigError(f"{name} {chosen!r} is unknown; choose one of {allowed}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed is {self.seed!r}; give an integer from 0 to 2^31 - 1")
-        if not isinstance(self.vc_start, int) or not 0 <= self.vc_start < self.num_inference_steps:
-            last = self.num_inference_steps - 1
-            raise ConfigError(f"vc_start is {self.vc_start!r}; the run has steps 0 to {last}")
-        candidates = self.pool_images * self.num_inference_steps
-        pool = f"a pool of {self.pool_images} images of {self.num_inference_steps} steps has {candidates} candidates"
-        for name in ("samples", "clusters") if self.select in CLUSTERERS else ("samples",):
-            if getattr(self, name) > candidates:
-                raise ConfigError(f"{name} is {getattr(self, name)}; {pool} (lower it, or take more pool images)")
-        object.__setattr__(self, "cache", CacheConfig(self.cache_mode, interval=self.cache_interval))
-        clip = "mse" if self.error_feedback else "max"
-        object.__setattr__(self, "quant_config", QuantConfig(self.w_bits, self.a_bits, weight_clip=clip))
-
-    @property
-    def error_feedback(self) -> bool:
-        """Whether weights are rounded with Hessians (GPTQ)."""
-        return (self.rounding or ("gptq" if self.w_bits == 4 else "nearest")) == "gptq"
 
 
 @dataclass(frozen=True)

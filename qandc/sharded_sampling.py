@@ -27,8 +27,9 @@ SETTINGS = "settings.json"
 class ImageDrawer:
     """Labels and seeds to images ``[B, C, H, W]`` in [-1, 1], by one model in one kind of run.
 
-    Kernels are compiled, tuned and loaded when it is made, with a step on ``batch_size`` images, so that they belong to
-    no image's time.
+    Kernels are compiled and loaded, and graphs captured, when it is made, by drawing ``batch_size`` images for nobody:
+    in one step on a CPU, in a whole run on a GPU, which has graphs for each kind of step. They belong to no image's
+    time.
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class ImageDrawer:
         compensation: Compensation | None = None,
     ) -> None:
         self.vae, self.model, self.scheduler, self.run, self.compensation = vae, model, scheduler, run, compensation
+        if model.device.type == "cuda":
+            self([0] * batch_size, range(batch_size))
+            return
         with paused_cache(model):  # whose schedule may have another length
             short = {**run, "num_inference_steps": 1}
             decode_latents(vae, sample_latents(model, scheduler, [0] * batch_size, seeds=range(batch_size), **short))

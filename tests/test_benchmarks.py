@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_losses_and_missing_rows_are_printed(rows):
 @pytest.mark.parametrize("name", [name for name in models.CANDIDATES if "torchao" not in name])
 def test_candidates_for_a_step(monkeypatch, name):
     """As they are built, but for the compiler, from a small model."""
-    monkeypatch.setattr(models, "_compile_blocks", lambda model: model)
+    monkeypatch.setattr(models, "compile_blocks", lambda model: model)
     build, bound = models.CANDIDATES[name]
     base = torch.nn.Module.to(make_dit(num_layers=2, heads=4), torch.bfloat16)
     arguments = models.inputs(base, 4)
@@ -123,6 +124,38 @@ def test_model_goals():
         "fused_w8a8_over_torchao_int8dq_16": 3.0,
         "compiled_quantlinear_over_compiled_bf16_16": 3000 / 2900,
     }
+
+
+def test_pipeline_goals():
+    times = {goals.PIPELINE_COMPILED: 180.0, goals.FULL_METHOD: 50.0, "decoder alone": 20.0}
+    rows = [row("pipeline", "50 steps", 1, *t) for t in times.items()]
+    found = {g["name"]: g["value"] for g in goals.pipeline_goals(rows)}
+    assert {name: value for name, value in found.items() if value is not None} == {
+        "full_method_over_compiled_bf16_1": 3.6,
+        "full_method_over_compiled_bf16_1_denoising": pytest.approx(160 / 30),
+    }
+    assert len(found) == 6
+
+
+def test_a_run_that_is_cut_keeps_its_rows(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "kernels.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", f"--save={path}"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert [r for r in json.loads(path.read_text())["rows"] if "median_us" in r]
 
 
 def test_run_on_a_cpu(tmp_path):

@@ -61,9 +61,11 @@ def test_import_takes_less_than_a_second_beyond_torch():
 LAYERS = ["errors", "files", "tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
 LAYERS += ["feature_cache", "ranges", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit"]
-LAYERS += ["sampling", "pool", "trajectories", "schedule_calibration", "presets", "pipelines", "pipeline_calibration"]
-LAYERS += ["checkpoint", "diffusers_quantizer", "registration", "lora", "generate"]
-LAYERS += ["images", "inception", "extractors", "evaluation", "terminal", "cli_evaluate", "cli"]
+LAYERS += ["sampling", "pool", "trajectories", "schedule_calibration", "presets", "pipelines", "checkpoint"]
+LAYERS += ["calibration_settings", "pipeline_calibration", "diffusers_quantizer", "registration", "lora", "generate"]
+LAYERS += ["images", "inception", "extractors", "evaluation", "scores"]
+LAYERS += ["processes", "shards", "sharded_sampling", "experiment", "experiment_report"]
+LAYERS += ["options", "terminal", "cli_evaluate", "cli_scale", "cli"]
 
 
 def test_layers_are_all_modules():
@@ -95,7 +97,7 @@ def test_errors_are_what_people_expect_to_catch():
     assert issubclass(qandc.DeviceError, RuntimeError)
     assert issubclass(qandc.OutputError, OSError)
     assert issubclass(qandc.CacheError, qandc.ModelError)
-    for name in ("CacheError", "ConfigError", "DataError", "DeviceError", "ModelError", "OutputError"):
+    for name in ("CacheError", "ConfigError", "DataError", "DeviceError", "ModelError", "OutputError", "ProcessError"):
         assert issubclass(getattr(qandc, name), qandc.QandCError)
 
 

@@ -183,9 +183,9 @@ def ablate(
 
     Interrupt it anywhere: the same command goes on where it was. Other settings in the same directory are refused.
     """
+    from qandc.calibration_settings import CalibrationSettings
     from qandc.experiment import ROWS, ExperimentSettings, run_experiment
     from qandc.experiment_report import markdown_table, write_report
-    from qandc.pipeline_calibration import CalibrationSettings
     from qandc.presets import Preset, is_finished
     from qandc.processes import Processes
     from qandc.scores import scorer_for
