@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qandc.experiment_report import markdown_table
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
@@ -290,6 +292,20 @@ def metrics(rows: list[dict[str, Any]]) -> str:
     return " | ".join(cells)
 
 
+def quantized_only(result: dict[str, Any], bits: int) -> list[dict[str, Any]]:
+    """Static ranges, weights as in the other rows of these bits, no cache."""
+    wanted = {"w_bits": bits, "ranges": "static, min-max", "smoothing": False}
+    wanted["rounding"] = "gptq" if bits == 4 else "nearest"
+    return [row for row in result["rows"] if row["part"] == "ranges" and wanted.items() <= row["row"].items()]
+
+
+def cached_only(mode: str, interval: int) -> list[dict[str, Any]]:
+    """Of the measurement of caches: full precision, uniform schedule, the noise of repeat 0."""
+    wanted = {"precision": "FP", "mode": mode, "interval": interval, "schedule": "uniform"}
+    rows = json.loads((ROOT / "results/h100/cache.json").read_text())["rows"]
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
 def ablation_table(result: dict[str, Any]) -> list[str]:
     cells = ablation_cells(result)
     columns = [(bits, mode, n) for bits in (8, 4) for mode in ("block", "branch") for n in (3, 5)]
@@ -298,10 +314,14 @@ def ablation_table(result: dict[str, Any]) -> list[str]:
         "| | " + " | ".join(f"W{bits}A8, {mode}, N = {n}" for bits, mode, n in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for name in ABLATION:
-        found = [cells.get((*column, name), []) for column in columns]
+    alone = {bits: quantized_only(result, bits) for bits in (8, 4)}
+    found = {"quantized only": [alone[bits] for bits, _, _ in columns]}
+    found["cached only"] = [cached_only(mode, n) for _, mode, n in columns]
+    found |= {name: [cells.get((*column, name), []) for column in columns] for name in ABLATION}
+    for name, of_columns in found.items():
         texts = [
-            f"{spread(rows, 'frechet_distance', 3)} / {spread(rows, 'psnr_to_fp', 1)}" if rows else "" for rows in found
+            f"{spread(rows, 'frechet_distance', 3)} / {spread(rows, 'psnr_to_fp', 1)}" if rows else ""
+            for rows in of_columns
         ]
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return [*lines, "", f"Full precision without a cache: {full}."]
@@ -348,6 +368,18 @@ def ablation_parts_table(result: dict[str, Any], what: str) -> list[str]:
     return lines
 
 
+def experiment_table(result: dict[str, Any]) -> list[str]:
+    """As ``qandc ablate`` prints it."""
+    return markdown_table(result["rows"]).splitlines()
+
+
+def sample_table(result: dict[str, Any]) -> list[str]:
+    (row,) = result["rows"]
+    lines = ["| | processes | images | images/s |", "|---|---|---|---|"]
+    lines.append(f"| {row['name']} | {row['processes']} | {row['images']:,} | {row['images_per_second']:.0f} |")
+    return lines
+
+
 def compensation_table(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if row["part"].startswith("compensation")]
     lines = ["| compensation | PSNR to FP |", "|---|---|"]
@@ -357,6 +389,8 @@ def compensation_table(result: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/cpu/ablation.json": compensation_table,
+    "results/cpu/experiment.json": experiment_table,
+    "results/h100/sample.json": sample_table,
     "results/h200/fashion-dit.json": fashion_table,
     "results/h200/kernels.json": kernels_table,
     "results/h200/kernels.json goals": goals_table,

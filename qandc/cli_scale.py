@@ -174,8 +174,21 @@ def ablate(
     batch_size: Annotated[int, typer.Option(help=BATCH)] = 20,
     seed: Annotated[int, typer.Option(help=SEED)] = 0,
     features: Annotated[
-        str, typer.Option(help="Whose metrics: auto (the classifier of fashion-dit for its images), or none.")
+        str,
+        typer.Option(
+            help="Network of the metrics, as in qandc evaluate; auto: the classifier of fashion-dit for its images, "
+            "none for others."
+        ),
     ] = "auto",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Real images, or their statistics. Default for the classifier of fashion-dit: fashion-mnist."
+        ),
+    ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="pt_inception-2015-12-05-6726825d.pth, with --features inception.")
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
 ) -> None:
@@ -246,7 +259,7 @@ def ablate(
     }
     with Processes.joined() as processes:
         pipe, source = _load(chosen["model"], device, dtype, processes)
-        scorer = scorer_for(pipe, features)
+        scorer = scorer_for(pipe, features, reference, inception_weights)
         rows = []
         for number, settings in experiments.items():
             if len(experiments) > 1:

@@ -26,7 +26,7 @@ from qandc.metrics import (
     precision_recall,
 )
 
-__all__ = ["FASHION_MNIST", "Evaluation", "ReferenceStatistics", "evaluate"]
+__all__ = ["FASHION_MNIST", "Evaluation", "ReferenceStatistics", "evaluate", "reference_statistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +220,21 @@ def evaluate(
         notes=tuple(notes),
         statistics=statistics,
     )
+
+
+def reference_statistics(
+    reference: str | Path | Images | ReferenceStatistics, network: Extractor
+) -> ReferenceStatistics:
+    """Those that a reference of :func:`evaluate` has, or those of its images.
+
+    Raises:
+        ConfigError, DataError: as :func:`evaluate`.
+    """
+    images, saved = _open_reference(reference, network)
+    if saved is not None:
+        return saved
+    assert images is not None
+    return _extract(network, images, lambda done: None).statistics
 
 
 def _name(reference: object) -> str:

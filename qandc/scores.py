@@ -11,15 +11,10 @@ import numpy as np
 import torch
 
 from qandc.errors import ConfigError, DataError
-from qandc.metrics import (
-    FeatureStatistics,
-    class_accuracy,
-    extract_features,
-    frechet_distance,
-    inception_score,
-    load_fashion_classifier,
-    load_statistics,
-)
+from qandc.evaluation import FASHION_MNIST, reference_statistics
+from qandc.extractors import EXTRACTORS, Extractor, load_extractor
+from qandc.images import Images
+from qandc.metrics import FeatureStatistics, class_accuracy, frechet_distance, inception_score
 from qandc.pipelines import class_names, fashion_dit_path
 
 __all__ = ["Scorer", "load_images", "scorer_for"]
@@ -42,22 +37,41 @@ def load_images(path: Path) -> np.ndarray:
     return images
 
 
-def scorer_for(pipe: Any, features: str = "auto") -> Scorer:
-    """By the classifier that is shipped where it knows the classes of a pipeline, else by likeness alone.
+def scorer_for(
+    pipe: Any, features: str = "auto", reference: str | Path | None = None, inception_weights: Path | None = None
+) -> Scorer:
+    """What scores the images of a pipeline.
 
     Args:
         pipe: a ``DiTPipeline``.
-        features: "auto", or "none" for likeness alone.
+        features: a name of :data:`qandc.extractors.EXTRACTORS`; "auto", the shipped classifier where it knows the
+            classes of the pipeline, else "none", likeness alone.
+        reference: of the Fréchet distance: images or statistics, as :func:`qandc.evaluation.evaluate` takes them. By
+            default the training images of Fashion-MNIST for the shipped classifier, else there is no distance.
+        inception_weights: file of the weights of "inception".
 
     Raises:
-        ConfigError: another name.
+        ConfigError: an unknown name, missing weights, or a reference of other features.
+        DataError: the reference cannot be read.
     """
-    if features not in ("auto", "none"):
-        raise ConfigError(f"--features {features!r} is unknown; choose auto or none")
+    if features not in ("auto", "none", *EXTRACTORS):
+        raise ConfigError(f"--features {features!r} is unknown; choose one of auto, none, {', '.join(EXTRACTORS)}")
     known = json.loads((fashion_dit_path() / "model_index.json").read_text())["id2label"]
-    if features == "none" or class_names(pipe) != {int(label): name for label, name in known.items()}:
+    ours = class_names(pipe) == {int(label): name for label, name in known.items()}
+    if features == "auto":
+        features = EXTRACTORS[0] if ours else "none"
+    if features == "none":
+        if reference is not None or inception_weights is not None:
+            raise ConfigError(
+                "a reference or Inception weights need --features with the name of a network; choose one of "
+                f"{', '.join(EXTRACTORS)}"
+            )
         return Scorer()
-    return Scorer(load_fashion_classifier(pipe.device), "fashion-classifier", load_statistics(), accuracy=True)
+    network = load_extractor(features, pipe.device, inception_weights)
+    if reference is None and features == EXTRACTORS[0]:
+        reference = FASHION_MNIST
+    statistics = None if reference is None else reference_statistics(reference, network).features
+    return Scorer(network, statistics, accuracy=ours and features == EXTRACTORS[0])
 
 
 class Scorer:
@@ -67,20 +81,20 @@ class Scorer:
     the images (Efron 1979), the same resamples for all metrics.
 
     Args:
-        extractor: a model of images in [-1, 1] to features and logits, or None.
-        name: of the extractor, noted in results.
-        reference: statistics of real images by the extractor, for the Fréchet distance.
+        extractor: of features and logits, or None.
+        reference: statistics of real images by the extractor, for the Fréchet distance, or None.
         accuracy: whether the logits are those of the classes that are drawn.
     """
 
     def __init__(
-        self,
-        extractor: Any = None,
-        name: str = "none",
-        reference: FeatureStatistics | None = None,
-        accuracy: bool = False,
+        self, extractor: Extractor | None = None, reference: FeatureStatistics | None = None, accuracy: bool = False
     ) -> None:
-        self.extractor, self.name, self.reference, self.accuracy = extractor, name, reference, accuracy
+        self.extractor, self.reference, self.accuracy = extractor, reference, accuracy
+
+    @property
+    def name(self) -> str:
+        """Of the extractor, noted in results."""
+        return "none" if self.extractor is None else self.extractor.name
 
     def __call__(self, images: np.ndarray, full: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
         """``images`` and those of full precision ``[N, H, W, C] uint8``: metric to ``{"value", "ci95"}``.
@@ -90,8 +104,8 @@ class Scorer:
         likeness = _psnr(images, full)
         found: dict[str, Callable[[Any], float]] = {"psnr_to_fp": lambda chosen: float(likeness[chosen].mean())}
         if self.extractor is not None:
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-            features, logits = extract_features(self.extractor, pixels)
+            batches = [(found.features.cpu(), found.logits.cpu()) for found in self.extractor(Images.of(images))]
+            features, logits = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
             reference, classes = self.reference, torch.from_numpy(labels)
             if reference is not None:
                 found["frechet_distance"] = lambda chosen: frechet_distance(

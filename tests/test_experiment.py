@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from qandc import CalibrationSettings, ConfigError, DataError, ModelError, Outpu
 from qandc.cli import main
 from qandc.conversion import quant_layers
 from qandc.experiment import ROWS, ExperimentSettings, run_experiment
+from qandc.extractors import load_extractor
 from qandc.files import locked
 from qandc.metrics import FashionClassifier
 from qandc.processes import Processes
@@ -177,7 +179,8 @@ def test_scores_and_their_intervals():
     generator = np.random.default_rng(1)
     full = generator.integers(0, 256, (200, 32, 32, 1), dtype=np.uint8)
     off = np.where(full > 128, full - 4, full + 4).astype(np.uint8)
-    scorer = Scorer(FashionClassifier().eval(), "untrained", accuracy=True)
+    network = dataclasses.replace(load_extractor("fashion-classifier"), model=(model := FashionClassifier().eval()))
+    scorer = Scorer(dataclasses.replace(network, layer=model.body[14]), accuracy=True)
     found = scorer(off, full, np.arange(200) % 10)
     assert set(found) == {"psnr_to_fp", "inception_score", "class_accuracy"}
     assert found["psnr_to_fp"]["value"] == pytest.approx(10 * np.log10(255**2 / 16))
@@ -188,12 +191,33 @@ def test_scores_and_their_intervals():
         scorer(off, full[1:], np.arange(200))
 
 
-def test_the_classifier_scores_only_the_classes_it_knows(pipeline_dir):
+def test_the_classifier_scores_only_the_classes_it_knows(pipeline_dir, tmp_path):
     assert scorer_for(load_pipeline()).name == "fashion-classifier"
     assert scorer_for(load_pipeline(), "none").extractor is None
     assert scorer_for(load_pipeline(pipeline_dir)).extractor is None
-    with pytest.raises(ConfigError, match="choose auto or none"):
+    with pytest.raises(ConfigError, match="choose one of auto, none, fashion-classifier"):
+        scorer_for(load_pipeline(), "fid")
+    with pytest.raises(ConfigError, match="inception need the path of their weights"):
         scorer_for(load_pipeline(), "inception")
+    with pytest.raises(ConfigError, match="a reference or Inception weights need --features"):
+        scorer_for(load_pipeline(pipeline_dir), reference=tmp_path)
+
+
+def test_the_distance_is_the_one_that_evaluate_finds(tmp_path):
+    from qandc.evaluation import evaluate
+
+    generator = np.random.default_rng(2)
+    ours, theirs = (generator.integers(0, 256, (40, 32, 32, 1), dtype=np.uint8) for _ in range(2))
+    for name, images in (("ours", ours), ("theirs", theirs)):
+        np.savez(tmp_path / f"{name}.npz", images)
+    pipe = load_pipeline()
+    expected = evaluate(tmp_path / "ours.npz", tmp_path / "theirs.npz")
+    found = scorer_for(pipe, reference=tmp_path / "theirs.npz")(ours, ours, np.arange(40) % 10)
+    assert found["frechet_distance"]["value"] == pytest.approx(expected.frechet_distance, rel=1e-4)
+    assert found["inception_score"]["value"] == pytest.approx(expected.inception_score, rel=1e-6)
+    shipped = scorer_for(pipe)(ours, ours, np.arange(40) % 10)
+    expected = evaluate(tmp_path / "ours.npz", "fashion-mnist", allow_unequal=True)
+    assert shipped["frechet_distance"]["value"] == pytest.approx(expected.frechet_distance, rel=1e-4)
 
 
 TINY = ("--steps", "4", "--images", "6", "--pool-images", "3", "--samples", "6", "--clusters", "2",
@@ -243,7 +267,8 @@ def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tm
         (("--preset", "large"), "--preset 'large' is unknown; choose one of small, paper"),
         (("--steps", "4;5"), "--steps is '4;5'; give numbers, separated by commas"),
         (("--images", "1"), "images is 1; give an integer >= 2"),
-        (("--features", "x"), "choose auto or none"),
+        (("--features", "x"), "choose one of auto, none"),
+        (("--features", "inception"), "need the path of their weights"),
         (("--vc", "none"), "vc is 'none'"),
         (("--samples", "900"), "samples is 900; a pool of 3 images of 4 steps has 12 candidates"),
     ],

@@ -98,6 +98,16 @@ def test_tap_snippet_follows_the_first():
     assert all(layer.act_scale is not None for layer in layers.values())
 
 
+def test_diffusers_snippet(tmp_path, monkeypatch):
+    from qandc.conversion import quant_layers
+
+    monkeypatch.chdir(tmp_path)
+    names = run(snippet(": diffusers"), {})
+    layers = quant_layers(names["pipe"].transformer)
+    assert {layer.w_bits for layer in layers.values()} == {4}
+    assert len(layers) == 12 * 6 + 2
+
+
 def test_vc_snippet(tmp_path, monkeypatch):
     from qandc import Compensation
 
