@@ -145,8 +145,16 @@ def candidate(name: str, m: int, steps: int) -> Candidate:
 def power() -> Iterator[list[float]]:
     """Watts of this GPU, ten times a second; none without nvidia-smi."""
     found: list[float] = []
-    which = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", "-i", which, "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "100"]
+    which = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = [
+        "nvidia-smi",
+        "-i",
+        which,
+        "--query-gpu=power.draw.instant",
+        "--format=csv,noheader,nounits",
+        "-lms",
+        "100",
+    ]
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     except OSError:
@@ -189,7 +197,8 @@ def test_pipeline(measure: Measure, steps: int, m: int, name: str) -> None:
         measure(row, lambda: candidate(name, m, steps), NO_GPU)
         return
     config = OURS.get(name, (None, False))[0]
-    row["compute_steps"] = steps if config is None else sum(config.of_steps(steps))
+    if name != DECODER:
+        row["compute_steps"] = steps if config is None else sum(config.of_steps(steps))
     if config is not None:
         apply_cache_to_dit(transformer("fused W8A8"), config=config)
     built: list[Candidate] = []

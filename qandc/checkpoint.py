@@ -95,7 +95,7 @@ def save_quantized(
     from safetensors import SafetensorError
 
     directory = Path(directory).resolve()
-    _check_target(directory, overwrite)
+    check_target(directory, overwrite)
     manifest, tensors = _describe(model)
     if schedule is not None:
         schedule.config()  # refuses what could not be loaded
@@ -176,7 +176,12 @@ def load_quantized(
     )
 
 
-def _check_target(directory: Path, overwrite: bool) -> None:
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Refuse a directory that :func:`save_quantized` would.
+
+    Raises:
+        OutputError: it is not empty, or holds other files than those of a checkpoint.
+    """
     try:
         found = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qandc.errors import ConfigError
-from qandc.files import write_whole
+from qandc.files import keep_settings, locked, write_whole
 from qandc.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
 from qandc.terminal import check_output, err, out, progress_bars, quiet_diffusers
 
@@ -48,12 +48,17 @@ def _bars(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, completed, total: None
         return
     tasks: dict[str, Any] = {}
+    finished: set[str] = set()
     with progress_bars() as bars:
 
         def show(stage: str, completed: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=completed)
+            if completed == total and stage not in finished:  # there may be more stages than a screen has lines
+                finished.add(stage)
+                bars.update(tasks[stage], visible=False)
+                bars.console.print(f"{stage}: done")
 
         yield show
 
@@ -66,6 +71,18 @@ def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[A
     where = processes.device(resolve_device(device))
     pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
     return pipe, str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
+
+
+@contextmanager
+def _one_set_of_settings(directory: Path, settings: Any, source: str | None, processes: Any) -> Iterator[None]:
+    """All experiments below a directory differ in the number of steps alone, and one command at a time is at them."""
+    if not processes.first:
+        yield
+        return
+    described = {name: value for name, value in settings.described().items() if name != "num_inference_steps"}
+    with locked(directory / ".lock"):
+        keep_settings(directory / "settings.json", {"model": source, **described}, "an ablation")
+        yield
 
 
 def sample(
@@ -127,19 +144,19 @@ def sample(
         pipe, source = _load(model, device, dtype, processes)
         image_set = ImageSet(images, tuple(class_names(pipe)), seed, batch_size)
         with _bars(processes.first) as progress:
-            seconds = sample_file(
+            rate = sample_file(
                 pipe, output, image_set, preset=preset, source=source, processes=processes, progress=progress, **run
             )
         if not processes.first:
             return
-    rate = images / seconds * processes.count
     if json_output is not None:
         name = "full precision" if preset is None else preset.config.scheme
         row = {"name": name, "processes": processes.count, "images": images, "images_per_second": rate}
         header = result_header({**run, "batch_size": batch_size, "device": str(pipe.device), "model": source})
         record = json.dumps({**header, "rows": [row], "goals": []}, indent=1) + "\n"
         write_whole(json_output, lambda path: path.write_text(record))
-    out.print(f"wrote {output}: {images} images, {rate:.1f} images/s", soft_wrap=True)
+    speed = "" if rate is None else f", {rate:.1f} images/s"
+    out.print(f"wrote {output}: {images} images{speed}", soft_wrap=True)
 
 
 def ablate(
@@ -197,7 +214,7 @@ def ablate(
     Interrupt it anywhere: the same command goes on where it was. Other settings in the same directory are refused.
     """
     from qandc.calibration_settings import CalibrationSettings
-    from qandc.experiment import ROWS, ExperimentSettings, run_experiment
+    from qandc.experiment import ROWS, ExperimentSettings, check_experiment, run_experiment
     from qandc.experiment_report import markdown_table, write_report
     from qandc.presets import Preset, is_finished
     from qandc.processes import Processes
@@ -257,12 +274,15 @@ def ablate(
         number: ExperimentSettings(chosen["images"], replace(base, num_inference_steps=number), seed, batch_size)
         for number in counts
     }
-    with Processes.joined() as processes:
+    with Processes.joined() as processes, ExitStack() as stack:
         pipe, source = _load(chosen["model"], device, dtype, processes)
         scorer = scorer_for(pipe, features, reference, inception_weights)
+        for settings in experiments.values():
+            check_experiment(pipe, settings)
+        stack.enter_context(_one_set_of_settings(directory, experiments[counts[0]], source, processes))
         rows = []
         for number, settings in experiments.items():
-            if len(experiments) > 1:
+            if len(experiments) > 1 and processes.first:
                 err.print(f"{number} steps")
             with _bars(processes.first) as progress:
                 rows += run_experiment(
@@ -276,9 +296,9 @@ def ablate(
                 )
         if not processes.first:
             return
-    described = {**experiments[counts[0]].described(), "model": source, "scorer": scorer.name, "preset": preset}
-    described |= {"num_inference_steps": counts, "device": str(pipe.device)}
-    shown = {kind.name: directory / f"steps-{counts[0]}" / f"{kind.slug}.npz" for kind in ROWS}
-    for path in write_report(directory, rows, described, shown):
-        err.print(f"wrote {path}", soft_wrap=True)
+        described = {**experiments[counts[0]].described(), "model": source, "scorer": scorer.name, "preset": preset}
+        described |= {"num_inference_steps": counts, "device": str(pipe.device)}
+        shown = {kind.name: directory / f"steps-{counts[0]}" / f"{kind.slug}.npz" for kind in ROWS}
+        for path in write_report(directory, rows, described, shown):
+            err.print(f"wrote {path}", soft_wrap=True)
     out.print(markdown_table(rows), soft_wrap=True)

@@ -30,7 +30,7 @@ import torch
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.calibration_settings import CalibrationSettings
 from qandc.conversion import quant_layers
-from qandc.errors import ConfigError, ModelError, ProcessError
+from qandc.errors import ConfigError, DataError, ModelError, ProcessError
 from qandc.files import keep_settings, locked, make_directory, write_whole
 from qandc.fused_dit import fuse_dit
 from qandc.pipeline_calibration import calibrate_pipeline
@@ -39,11 +39,11 @@ from qandc.presets import Preset, is_finished
 from qandc.processes import Processes
 from qandc.sampling import check_sampling, make_scheduler
 from qandc.scores import Scorer, load_images
-from qandc.sharded_sampling import ImageDrawer
+from qandc.sharded_sampling import ImageDrawer, describe_pipeline
 from qandc.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.variance_compensation import Compensation
 
-__all__ = ["ROWS", "ExperimentSettings", "RowKind", "run_experiment"]
+__all__ = ["ROWS", "ExperimentSettings", "RowKind", "check_experiment", "run_experiment"]
 
 Progress = Callable[[str, int, int], None]
 FORMAT_VERSION = 1
@@ -85,11 +85,11 @@ class ExperimentSettings:
         batch_size: images drawn at once.
 
     Raises:
-        ConfigError: fewer than two images; a compensation of no form.
+        ConfigError: fewer than two images; a compensation of no form; a schedule that is not uniform.
     """
 
     images: int = 160
-    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    calibration: CalibrationSettings = field(default_factory=lambda: CalibrationSettings(uniform=True))
     first_seed: int = 0
     batch_size: int = 20
 
@@ -98,6 +98,8 @@ class ExperimentSettings:
             raise ConfigError(f"images is {self.images!r}; give an integer >= 2")
         if self.calibration.vc == "none":
             raise ConfigError("vc is 'none', but one row is with compensation; give a form")
+        if not self.calibration.uniform:
+            raise ConfigError("uniform is False, but the row 'cache only' has a uniform schedule; give True")
 
     def described(self) -> dict[str, Any]:
         """For the file that a resumed run is compared with."""
@@ -132,7 +134,8 @@ def run_experiment(
         progress: called as ``progress(stage, completed, total)``.
 
     Returns:
-        Rows as dictionaries, in the order of :data:`ROWS`; an empty list in all processes but the first.
+        Rows as dictionaries, in the order of :data:`ROWS`; an empty list in all processes but the first. Times and
+        images per second are those of one process.
 
     Raises:
         ConfigError: the directory holds an experiment with other settings, or the run cannot be sampled so.
@@ -143,24 +146,39 @@ def run_experiment(
     """
     directory = Path(directory)
     processes = Processes() if processes is None else processes
-    if quant_layers(pipe.transformer) or get_cache(pipe.transformer) is not None:
-        raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew")
+    work = _Experiment(pipe, settings, directory, scorer, source, processes, progress)
+    device = pipe.transformer.device
     with ExitStack() as stack:
         if processes.first:
-            stack.enter_context(locked(directory))
-            described = {"version": FORMAT_VERSION, "model": source, **settings.described(), "scorer": scorer.name}
-            described["dtype"] = str(pipe.transformer.dtype).removeprefix("torch.")
+            stack.enter_context(locked(directory / ".lock"))
+            described = {"version": FORMAT_VERSION, **settings.described()}
+            described |= {"scorer": scorer.name, "reference": scorer.reference_digest}
+            described |= describe_pipeline(pipe, work.scheduler, source)
             keep_settings(directory / "experiment.json", described, "an experiment")
-        work = _Experiment(pipe, settings, directory, scorer, source, processes, progress)
-        if processes.first:
             work.calibrate()
         processes.meet("calibration")
+        stack.callback(torch.nn.Module.to, pipe.transformer, device)
         rows = []
         for kind in ROWS:
             work.draw(kind)
             if processes.first:
                 rows.append(work.score(kind))
         return rows
+
+
+def check_experiment(pipe: Any, settings: ExperimentSettings) -> Any:
+    """Refuse what :func:`run_experiment` cannot run, before anything is written; returns the scheduler.
+
+    Raises:
+        ConfigError, ModelError: as there.
+    """
+    if quant_layers(pipe.transformer) or get_cache(pipe.transformer) is not None:
+        raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew")
+    calibration = settings.calibration
+    scheduler = make_scheduler(calibration.scheduler, pipe.scheduler.config)
+    run = calibration.num_inference_steps, calibration.guidance_scale
+    check_sampling(pipe.transformer, scheduler, tuple(class_names(pipe)), *run)
+    return scheduler
 
 
 class _Experiment:
@@ -176,15 +194,13 @@ class _Experiment:
     ) -> None:
         self.pipe, self.settings, self.directory, self.scorer = pipe, settings, directory, scorer
         self.source, self.processes, self.progress = source, processes, progress
-        calibration = settings.calibration
-        self.scheduler = make_scheduler(calibration.scheduler, pipe.scheduler.config)
+        self.device = pipe.transformer.device
+        self.scheduler = check_experiment(pipe, settings)
         self.run: dict[str, Any] = {
-            "num_inference_steps": calibration.num_inference_steps,
-            "guidance_scale": calibration.guidance_scale,
+            "num_inference_steps": settings.calibration.num_inference_steps,
+            "guidance_scale": settings.calibration.guidance_scale,
         }
-        classes = tuple(class_names(pipe))
-        check_sampling(pipe.transformer, self.scheduler, classes, *self.run.values())
-        self.images = ImageSet(settings.images, classes, settings.first_seed, settings.batch_size)
+        self.images = ImageSet(settings.images, tuple(class_names(pipe)), settings.first_seed, settings.batch_size)
 
     def calibrate(self) -> None:
         """The presets of both choices of samples, from one pool."""
@@ -216,7 +232,7 @@ class _Experiment:
         if done:
             self.progress(kind.name, self.settings.images, self.settings.images)
             if self.processes.first:
-                delete_shards(shards, self.images)
+                delete_shards(shards)
             return
         if self.processes.first:
             make_directory(shards)
@@ -228,25 +244,24 @@ class _Experiment:
             return
         lacking = missing_shards(shards, self.images)
         if lacking:
-            raise ProcessError(f"{lacking} shards of row {kind.name!r} are not there; run the same command again")
-        record["seconds_per_image"] = merge_shards(shards, self.images, images) / self.settings.images
+            raise ProcessError(f"{len(lacking)} shards of row {kind.name!r} are not there; run the same command again")
+        measured = merge_shards(shards, self.images, images)
+        record["seconds_per_image"] = measured.pop("seconds") / self.settings.images
+        record |= {name: int(value) for name, value in measured.items()}
         write_whole(figures, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-        delete_shards(shards, self.images)  # last: until then nothing needs to be drawn again
+        delete_shards(shards)  # last: until then nothing needs to be drawn again
 
     def draw_shards(self, kind: RowKind, shards: Path) -> dict[str, Any]:
         """Those of this process; what there is to say of the model."""
         model, compensation = self.model(kind)
-        memory = _peak_memory(model.device)
+        draw = ImageDrawer(self.pipe.vae, model, self.scheduler, self.run, compensation)
         try:
-            draw = ImageDrawer(self.pipe.vae, model, self.scheduler, self.run, self.images.batch_size, compensation)
-            draw_shards(shards, self.images, draw, self.processes, self.progress, kind.name)
-            cache = get_cache(model)
+            if missing_shards(shards, self.images):
+                draw.warm_up(min(self.images.batch_size, self.images.count))
+            draw_shards(shards, self.images, draw, self.processes, self.progress, kind.name, draw.memory)
             return {
-                "processes": self.processes.count,
                 "computed_steps": self.computed_steps(kind),
                 "transformer_bytes": sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
-                "cache_bytes": 0 if cache is None else cache.nbytes,
-                "peak_bytes": memory(),
             }
         finally:
             if kind.cached:
@@ -254,12 +269,15 @@ class _Experiment:
 
     def model(self, kind: RowKind) -> tuple[Any, Compensation | None]:
         """The transformer of a row, with its cache attached, and its compensation."""
-        model, preset = self.pipe.transformer, None
+        model, preset = torch.nn.Module.to(self.pipe.transformer, self.device), None
         if kind.calibration is not None:
             preset = Preset.load(self.directory / kind.calibration)
             model = preset.quantize(copy.deepcopy(model))
-            if model.device.type == "cuda":
+            if self.device.type == "cuda":
+                torch.nn.Module.to(self.pipe.transformer, "cpu")  # so that it does not count as memory of this row
                 fuse_dit(model)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if kind.cached:
             config = self.settings.calibration.cache if preset is None else preset.schedule.config()
             apply_cache_to_dit(model, config=config)
@@ -272,27 +290,26 @@ class _Experiment:
     def score(self, kind: RowKind) -> dict[str, Any]:
         """The row, scored once."""
         _, images, figures = self.paths(kind)
-        record = json.loads(figures.read_text())
+        record = _read(figures)
         if "metrics" not in record:
             reference = self.paths(ROWS[0])[1]
             self.progress(f"{kind.name}: metrics", 0, 1)
             record["metrics"] = self.scorer(load_images(images), load_images(reference), self.images.labels)
             write_whole(figures, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         self.progress(f"{kind.name}: metrics", 1, 1)
-        full = json.loads(self.paths(ROWS[0])[2].read_text())["seconds_per_image"]
+        full = _read(self.paths(ROWS[0])[2])["seconds_per_image"]
         seconds = record["seconds_per_image"]
         return {
             "row": kind.name,
             "steps": self.settings.calibration.num_inference_steps,
             **record,
             "speed_ratio": full / seconds,
-            "images_per_second": record["processes"] / seconds,
+            "images_per_second": 1 / seconds,
         }
 
 
-def _peak_memory(device: torch.device) -> Callable[[], int | None]:
-    """Starts to watch; tells the most memory that torch had on a GPU since, None on a CPU."""
-    if device.type != "cuda":
-        return lambda: None
-    torch.cuda.reset_peak_memory_stats(device)
-    return lambda: torch.cuda.max_memory_allocated(device)
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} is damaged ({error}); delete it and run the same command again") from error

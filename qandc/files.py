@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 from qandc.errors import ConfigError, OutputError
 
 __all__ = ["keep_settings", "locked", "make_directory", "write_whole"]
+
+logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -23,7 +27,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """
     from safetensors import SafetensorError
 
-    partial = path.with_name(f".{os.getpid()}.partial")  # not longer than the name itself may be
+    partial = path.with_name(f".{uuid.uuid4().hex[:16]}.partial")  # other machines may write beside us
     try:
         write(partial)
         os.replace(partial, path)
@@ -82,15 +86,16 @@ def _where_they_differ(*texts: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory; the operating system lets go of it however this one ends.
+def locked(path: Path) -> Iterator[None]:
+    """Keep other runs out of what a file, which stays, stands for; the system lets go of it however this one ends.
 
     Raises:
-        OutputError: another run is in it, or the directory cannot be written.
+        OutputError: another run holds it, or it cannot be written.
     """
+    directory = path.parent
     make_directory(directory)
     try:
-        file = (directory / ".lock").open("a")
+        file = path.open("a")
     except OSError as error:
         raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
     with file:
@@ -100,4 +105,6 @@ def locked(directory: Path) -> Iterator[None]:
             raise OutputError(
                 f"another run is writing to {str(directory)!r}; wait for its end, or give another directory"
             ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): nothing keeps a second run out", path, error.strerror or error)
         yield

@@ -7,6 +7,7 @@ After Q&C (arXiv 2503.02508). What comes of it is a directory: a :class:`qandc.P
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,14 +21,14 @@ import torch
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.calibration import calibrate, input_hessians
 from qandc.calibration_settings import NO_COMPENSATION, CalibrationSettings
-from qandc.checkpoint import save_quantized
+from qandc.checkpoint import check_target, save_quantized
 from qandc.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.errors import ModelError, OutputError
 from qandc.files import make_directory, write_whole
 from qandc.metrics import psnr
 from qandc.pipelines import class_names
 from qandc.pool import CandidatePool, record_pool
-from qandc.presets import Preset, is_finished
+from qandc.presets import SETTINGS, Preset, is_finished
 from qandc.results import result_header
 from qandc.sampling import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule
@@ -96,6 +97,7 @@ def check_directory(directory: str | Path, overwrite: bool = False) -> None:
             raise OutputError(f"{str(nearest)!r} is a file; give a directory to write settings to")
         with tempfile.TemporaryFile(dir=nearest):
             pass
+        check_target(directory / CHECKPOINT, overwrite=True)
     except OutputError:
         raise
     except (OSError, ValueError) as error:
@@ -166,7 +168,10 @@ def calibrate_pipeline(
     )
     report = CalibrationReport(preset, quantization_report(model), plain, compensated)
     make_directory(directory)
-    if checkpoint:
+    (directory / SETTINGS).unlink(missing_ok=True)  # what follows is not of the settings that were there
+    if not checkpoint:
+        shutil.rmtree(directory / CHECKPOINT, ignore_errors=True)
+    else:
         save_quantized(model, directory / CHECKPOINT, overwrite=True, schedule=schedule, compensation=compensation)
     text = json.dumps(report.record(settings, source), indent=1) + "\n"
     write_whole(directory / REPORT, lambda path: path.write_text(text))

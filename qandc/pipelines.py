@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import textwrap
@@ -12,7 +13,15 @@ import torch
 
 from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
 
-__all__ = ["DTYPES", "class_names", "fashion_dit_path", "load_pipeline", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "DTYPES",
+    "class_names",
+    "fashion_dit_path",
+    "fingerprint",
+    "load_pipeline",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +141,20 @@ def _check_pipeline(source: str, pipe: Any) -> None:
                 raise ModelError(f"model {source!r} has no weight for {part}.{name}; compare it with a fresh copy")
             if not torch.isfinite(tensor).all():
                 raise DataError(f"model {source!r}: {part}.{name} holds NaN or inf; compare it with a fresh copy")
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Tells models apart by their values: sums, modulo 2^64, of the bits of parameters and buffers, hashed.
+
+    The same on every device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        words = data.view(torch.int32 if data.numel() % 4 == 0 else torch.uint8)
+        sums = [int(words[first::2].sum(dtype=torch.int64)) for first in (0, 1)]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}".encode())
+    return digest.hexdigest()[:16]
 
 
 def class_names(pipe: Any) -> dict[int, str]:

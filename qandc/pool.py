@@ -17,6 +17,7 @@ import torch
 
 from qandc.errors import ConfigError, DataError
 from qandc.files import keep_settings, write_whole
+from qandc.pipelines import fingerprint
 from qandc.sampling import describe_run, sample_latents
 from qandc.tap import TapConfig, select_samples
 
@@ -119,6 +120,7 @@ def record_pool(
         scheduler.set_timesteps(num_inference_steps)
         run = describe_run(transformer, scheduler, guidance_scale)
         settings = {"version": FORMAT_VERSION, **run, "class_labels": labels, "seeds": seeds, "batch_size": batch_size}
+        settings |= {"scheduler_config": dict(scheduler.config), "weights": fingerprint(transformer)}
         keep_settings(Path(directory) / SETTINGS, settings, "a pool")
     shards = []
     for first in range(0, len(labels), batch_size):

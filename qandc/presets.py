@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,17 @@ class Preset:
     def scheduler_name(self) -> str:
         """As :func:`qandc.make_scheduler` takes it; the class name if it knows none."""
         return {known: name for name, known in SCHEDULERS.items()}.get(self.scheduler, self.scheduler)
+
+    def digest(self) -> str:
+        """Tells settings apart: of all tensors, the schedule and what runs they are for, hashed."""
+        digest = hashlib.sha256(repr((self.config, self.schedule, self.scheduler, self.guidance_scale)).encode())
+        tensors = {**self.scales, **{f"{name}.zero_point": t for name, t in self.zero_points.items()}, **self.weights}
+        if self.compensation is not None:
+            tensors |= {"gain": self.compensation.gain, "mean": self.compensation.mean}
+            digest.update(f"{self.compensation.target} {self.compensation.fitted_for}".encode())
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def check(self, transformer: Any, scheduler: Any, num_inference_steps: int, guidance_scale: float) -> None:
         """Refuse, before any work, a model or a run that these settings are not for.

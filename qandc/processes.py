@@ -39,8 +39,8 @@ class Processes:
 
     def device(self, device: torch.device) -> torch.device:
         """A GPU of its own where the device names none."""
-        if device.type != "cuda" or device.index is not None or self.count == 1:
-            return device
+        if device.type != "cuda" or device.index is not None or self.count == 1 or torch.cuda.device_count() == 1:
+            return device  # the only one that is visible is its own
         if self.local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"process {self.local_rank} of this machine has no GPU of its own, torch sees "
@@ -61,8 +61,8 @@ class Processes:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ProcessError(
-                f"a process ended before {what} was finished; what is written stays, run the same command again "
-                f"({reason})"
+                f"a process ended before {what} was finished; its own message says why. What is written stays: run the "
+                f"same command again ({reason})"
             ) from error
 
     @classmethod
@@ -83,7 +83,7 @@ class Processes:
             yield cls()
             return
         try:
-            dist.init_process_group("gloo", rank=rank, world_size=count)
+            dist.init_process_group("gloo", timeout=LONGEST_WAIT, rank=rank, world_size=count)
         except (RuntimeError, ValueError) as error:
             raise ProcessError(f"process {rank} of {count} cannot reach the others ({error}); use torchrun") from error
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def load_images(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as data:
             images = data["arr_0"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{str(path)!r} holds no images ({error}); delete it and run the same command again") from error
     return images
 
@@ -95,6 +97,11 @@ class Scorer:
     def name(self) -> str:
         """Of the extractor, noted in results."""
         return "none" if self.extractor is None else self.extractor.name
+
+    @property
+    def reference_digest(self) -> str | None:
+        """Tells references apart."""
+        return None if self.reference is None else hashlib.sha256(self.reference.covariance.tobytes()).hexdigest()[:16]
 
     def __call__(self, images: np.ndarray, full: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
         """``images`` and those of full precision ``[N, H, W, C] uint8``: metric to ``{"value", "ci95"}``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,51 +10,69 @@ from typing import Any
 
 import torch
 
-from qandc.cache import apply_cache_to_dit, paused_cache, remove_cache
-from qandc.errors import ProcessError
+from qandc.cache import apply_cache_to_dit, get_cache, paused_cache, remove_cache
+from qandc.errors import OutputError, ProcessError
 from qandc.files import keep_settings, locked
 from qandc.fused_dit import fuse_dit
+from qandc.pipelines import fingerprint
 from qandc.presets import Preset
 from qandc.processes import Processes
 from qandc.sampling import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.variance_compensation import Compensation
 
-__all__ = ["ImageDrawer", "sample_file"]
+__all__ = ["ImageDrawer", "describe_pipeline", "sample_file"]
 
 SETTINGS = "settings.json"
 
 
-class ImageDrawer:
-    """Labels and seeds to images ``[B, C, H, W]`` in [-1, 1], by one model in one kind of run.
+def describe_pipeline(pipe: Any, scheduler: Any, source: str | None) -> dict[str, Any]:
+    """What else than a command's options decides about images, for the file that a resumed run is compared with."""
+    model = pipe.transformer
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {
+        "model": source,
+        "weights": [fingerprint(model), fingerprint(pipe.vae)],
+        "scheduler_config": config,
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
-    Kernels are compiled and loaded, and graphs captured, when it is made, by drawing ``batch_size`` images for nobody:
-    in one step on a CPU, in a whole run on a GPU, which has graphs for each kind of step. They belong to no image's
-    time.
-    """
+
+class ImageDrawer:
+    """Labels and seeds to images ``[B, C, H, W]`` in [-1, 1], by one model in one kind of run."""
 
     def __init__(
-        self,
-        vae: Any,
-        model: Any,
-        scheduler: Any,
-        run: dict[str, Any],
-        batch_size: int,
-        compensation: Compensation | None = None,
+        self, vae: Any, model: Any, scheduler: Any, run: dict[str, Any], compensation: Compensation | None = None
     ) -> None:
         self.vae, self.model, self.scheduler, self.run, self.compensation = vae, model, scheduler, run, compensation
-        if model.device.type == "cuda":
-            self([0] * batch_size, range(batch_size))
+
+    def warm_up(self, images: int) -> None:
+        """Load kernels and capture graphs by drawing images for nobody, so that this belongs to no image's time.
+
+        In one step on a CPU; in a whole run on a GPU, which has graphs for each kind of step.
+        """
+        if self.model.device.type == "cuda":
+            self([0] * images, range(images))
             return
-        with paused_cache(model):  # whose schedule may have another length
-            short = {**run, "num_inference_steps": 1}
-            decode_latents(vae, sample_latents(model, scheduler, [0] * batch_size, seeds=range(batch_size), **short))
+        with paused_cache(self.model):  # whose schedule may have another length
+            short = {**self.run, "num_inference_steps": 1}
+            latents = sample_latents(self.model, self.scheduler, [0] * images, seeds=range(images), **short)
+            decode_latents(self.vae, latents)
 
     def __call__(self, labels: Any, seeds: Any) -> torch.Tensor:
         latents = sample_latents(
             self.model, self.scheduler, list(labels), seeds=list(seeds), compensation=self.compensation, **self.run
         )
         return decode_latents(self.vae, latents)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of cached features, and on a GPU the most that torch had since it was last asked to forget."""
+        cache, device = get_cache(self.model), self.model.device
+        found = {"cache_bytes": 0 if cache is None else cache.nbytes}
+        if device.type == "cuda":
+            found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        return found
 
 
 def sample_file(
@@ -68,7 +87,7 @@ def sample_file(
     source: str | None = None,
     processes: Processes | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, completed, total: None,
-) -> float:
+) -> float | None:
     """Draw the images of a set and write them to one ``.npz``, as :func:`qandc.shards.merge_shards` does.
 
     Shards are kept in ``<path>.shards`` until then; the same call goes on with those that are there.
@@ -82,42 +101,40 @@ def sample_file(
         progress: called as ``progress(stage, completed, total)``.
 
     Returns:
-        Seconds of drawing, summed over the shards; 0 in all processes but the first.
+        Images drawn by this call in a second of all processes together, once each had loaded its kernels; None if there
+        was nothing left to draw, and in all processes but the first.
 
     Raises:
         ConfigError: shards of other settings are there, or the preset is for another run.
         ModelError: the preset is for another model.
-        OutputError: another run is writing this file, or it cannot be written.
+        OutputError: the file is there already, another run is writing it, or it cannot be written.
         ProcessError: a process has ended, or was told to.
         DataError: images hold NaN, or a shard is damaged.
     """
     processes = Processes() if processes is None else processes
     model, noise_schedule = pipe.transformer, make_scheduler(scheduler, pipe.scheduler.config)
     check_sampling(model, noise_schedule, image_set.classes, steps, guidance_scale)
+    if preset is not None:
+        preset.check(model, noise_schedule, steps, guidance_scale)
     shards = path.with_name(f"{path.name}.shards")
     with ExitStack() as stack:
-        if preset is not None:
-            preset.check(model, noise_schedule, steps, guidance_scale)
         if processes.first:
-            stack.enter_context(locked(shards))
-            keep_settings(
-                shards / SETTINGS,
-                {
-                    "model": source,
-                    "dtype": str(model.dtype).removeprefix("torch."),
-                    "steps": steps,
-                    "guidance_scale": guidance_scale,
-                    "scheduler": scheduler,
-                    "scheme": "full precision" if preset is None else preset.config.scheme,
-                    "schedule": None if preset is None else str(preset.schedule.config()),
-                    "compensation": None if preset is None or preset.compensation is None else preset.compensation.form,
-                    "count": image_set.count,
-                    "first_seed": image_set.first_seed,
-                    "batch_size": image_set.batch_size,
-                },
-                "shards",
-            )
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+            if path.exists() and not shards.exists():
+                raise OutputError(f"{str(path)!r} is there already; delete it, or give another file")
+            settings = {
+                **describe_pipeline(pipe, noise_schedule, source),
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "preset": None if preset is None else preset.digest(),
+                "classes": list(image_set.classes),
+                "count": image_set.count,
+                "first_seed": image_set.first_seed,
+                "batch_size": image_set.batch_size,
+            }
+            keep_settings(shards / SETTINGS, settings, "shards")
         processes.meet("the folder of shards")
+        missing = sum(map(len, missing_shards(shards, image_set)))
         if preset is not None:
             preset.quantize(model)
             if model.device.type == "cuda":
@@ -125,17 +142,19 @@ def sample_file(
             apply_cache_to_dit(model, config=preset.schedule.config())
             stack.callback(remove_cache, model)
         run = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        compensation = None if preset is None else preset.compensation
-        draw = ImageDrawer(pipe.vae, model, noise_schedule, run, image_set.batch_size, compensation)
+        draw = ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)
+        if missing:
+            draw.warm_up(min(image_set.batch_size, image_set.count))
+        processes.meet("loading")
+        started = time.perf_counter()
         draw_shards(shards, image_set, draw, processes, progress)
         processes.meet("the last shard")
+        seconds = time.perf_counter() - started
         if not processes.first:
-            return 0.0
+            return None
         lacking = missing_shards(shards, image_set)
         if lacking:
-            raise ProcessError(f"{lacking} shards are not there; run the same command again")
-        seconds = merge_shards(shards, image_set, path)
-        (shards / SETTINGS).unlink()
-        (shards / ".lock").unlink()
-        delete_shards(shards, image_set)
-        return seconds
+            raise ProcessError(f"{len(lacking)} shards are not there; run the same command again")
+        merge_shards(shards, image_set, path)
+        delete_shards(shards)
+        return missing / seconds if missing else None

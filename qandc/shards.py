@@ -8,7 +8,10 @@ shard, and in whatever run, it holds the same bits.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,6 +82,7 @@ def draw_shards(
     processes: Processes | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, completed, total: None,
     stage: str = "images",
+    measure: Callable[[], dict[str, int]] = dict,
 ) -> None:
     """Draw the shards of this process that are not there yet.
 
@@ -88,6 +92,7 @@ def draw_shards(
         processes: that share the images; this one alone by default.
         progress: called as ``progress(stage, completed, total)`` with the images of this process.
         stage: what progress is told to be of.
+        measure: figures to be kept with each shard.
 
     Raises:
         DataError: an image holds NaN.
@@ -113,8 +118,9 @@ def draw_shards(
                     bad = shard.start + int(images.isnan().flatten(1).any(1).nonzero()[0])
                     raise DataError(f"image {bad} holds NaN; check the model, or lower the guidance")
                 pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+                metadata = {"seconds": repr(seconds), **{name: str(value) for name, value in measure().items()}}
                 tensors = {"images": pixels.permute(0, 2, 3, 1).contiguous()}
-                save = functools.partial(save_file, tensors, metadata={"seconds": repr(seconds)})
+                save = functools.partial(save_file, tensors, metadata=metadata)
                 write_whole(path, save)
             done += len(shard)
             progress(stage, done, total)
@@ -124,18 +130,18 @@ def draw_shards(
                 )
 
 
-def missing_shards(directory: Path, image_set: ImageSet) -> int:
-    """How many are not there."""
-    return sum(not _path(directory, shard).exists() for shard in image_set.shards())
+def missing_shards(directory: Path, image_set: ImageSet) -> list[range]:
+    """Those that are not there."""
+    return [shard for shard in image_set.shards() if not _path(directory, shard).exists()]
 
 
-def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> float:
+def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, float]:
     """Write ``arr_0`` ``[N, H, W, C] uint8`` and ``arr_1``, the labels ``[N] int64``, to an ``.npz``.
 
     One shard is in memory at a time.
 
     Returns:
-        Seconds that drawing took, summed over the shards.
+        ``seconds`` that drawing took, summed over the shards; of everything else that was measured the largest.
 
     Raises:
         DataError: a shard is missing, damaged or of another size.
@@ -143,10 +149,9 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> float:
     """
     from safetensors import SafetensorError, safe_open
 
-    seconds = 0.0
+    found = {"seconds": 0.0}
 
     def write(partial: Path) -> None:
-        nonlocal seconds
         shape: tuple[int, ...] = ()
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -155,8 +160,10 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> float:
                     try:
                         with safe_open(source, "np") as tensors:
                             images = tensors.get_tensor("images")
-                            seconds += float(tensors.metadata()["seconds"])
-                    except (OSError, SafetensorError, KeyError, TypeError) as error:
+                            for name, value in tensors.metadata().items():
+                                number, before = float(value), found.get(name, 0.0)
+                                found[name] = before + number if name == "seconds" else max(before, number)
+                    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
                         raise DataError(
                             f"{str(source)!r} is missing or damaged ({error}); delete it and run the same command again"
                         ) from error
@@ -175,15 +182,15 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> float:
                 file.write(image_set.labels.tobytes())
 
     write_whole(path, write)
-    return seconds
+    return found
 
 
-def delete_shards(directory: Path, image_set: ImageSet) -> None:
-    """Once they are joined; the folder too."""
-    for shard in image_set.shards():
-        _path(directory, shard).unlink(missing_ok=True)
+def delete_shards(directory: Path) -> None:
+    """Once they are joined: the folder and all in it. It is gone under its name before any of it is."""
     if directory.is_dir():
-        directory.rmdir()
+        gone = directory.with_name(f".{uuid.uuid4().hex[:16]}.deleted")
+        os.replace(directory, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write_header(file: Any, shape: tuple[int, ...], dtype: Any) -> None:

@@ -15,10 +15,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import qandc.experiment
 import qandc.sharded_sampling
-from qandc import CalibrationSettings, ConfigError, DataError, ModelError, OutputError, get_cache, load_pipeline
+from qandc import (
+    CalibrationSettings,
+    ConfigError,
+    DataError,
+    ModelError,
+    OutputError,
+    Preset,
+    calibrate_pipeline,
+    get_cache,
+    load_pipeline,
+)
 from qandc.cli import main
 from qandc.conversion import quant_layers
 from qandc.experiment import ROWS, ExperimentSettings, run_experiment
@@ -27,6 +38,8 @@ from qandc.files import locked
 from qandc.metrics import FashionClassifier
 from qandc.processes import Processes
 from qandc.scores import Scorer, scorer_for
+from qandc.sharded_sampling import sample_file
+from qandc.shards import ImageSet
 
 CALIBRATION = CalibrationSettings(
     num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="block", cache_interval=2, uniform=True,
@@ -157,7 +170,7 @@ def test_other_settings_are_not_mixed_in(finished, pipeline_dir, changes, messag
 
 
 def test_two_runs_at_once_are_refused(pipeline_dir, tmp_path):
-    with locked(tmp_path), pytest.raises(OutputError, match="another run is writing to"):
+    with locked(tmp_path / ".lock"), pytest.raises(OutputError, match="another run is writing to"):
         experiment(pipeline_dir, tmp_path)
 
 
@@ -172,7 +185,9 @@ def test_settings_that_make_no_experiment():
     with pytest.raises(ConfigError, match="images is 1"):
         ExperimentSettings(images=1)
     with pytest.raises(ConfigError, match="vc is 'none'"):
-        ExperimentSettings(calibration=CalibrationSettings(vc="none"))
+        ExperimentSettings(calibration=CalibrationSettings(vc="none", uniform=True))
+    with pytest.raises(ConfigError, match="uniform is False"):
+        ExperimentSettings(calibration=CalibrationSettings())
 
 
 def test_scores_and_their_intervals():
@@ -245,6 +260,9 @@ def test_ablate(capsys, pipeline_dir, tmp_path):
     status, _, err = run(capsys, *arguments, "--w-bits", "4")
     assert status == 2
     assert "w_bits 8; this one would have 4" in err
+    status, _, err = run(capsys, *arguments, "--w-bits", "4", "--steps", "2")  # nor beside it
+    assert status == 2
+    assert "holds an ablation of w_bits 8; this one would have 4" in err
 
 
 def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tmp_path):
@@ -270,6 +288,7 @@ def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tm
         (("--features", "x"), "choose one of auto, none"),
         (("--features", "inception"), "need the path of their weights"),
         (("--vc", "none"), "vc is 'none'"),
+        (("--guidance-scale", "-1"), "guidance_scale"),
         (("--samples", "900"), "samples is 900; a pool of 3 images of 4 steps has 12 candidates"),
     ],
 )
@@ -289,17 +308,83 @@ def test_sample(capsys, pipeline_dir, tmp_path):
     with np.load(target, allow_pickle=False) as data:
         assert data["arr_0"].shape == (5, 16, 16, 3)
         assert data["arr_1"].tolist() == [0, 1, 2, 3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "images.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".images.npz.lock", "a.json", "images.npz"]
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["images_per_second"] > 0
     for options, message in (
         (("--model", pipeline_dir), "needs --settings, which qandc calibrate writes for it, or --full-precision"),
         (("--full-precision", "--settings", tmp_path), "contradict each other"),
         ((), "these settings were made for num_inference_steps 50; this run has 3"),
         (("--full-precision", "-o", tmp_path / "x.png"), "must end in .npz"),
+        (("--model", pipeline_dir, "--full-precision"), "is there already; delete it, or give another file"),
     ):
         status, _, err = run(capsys, *arguments, *options)
         assert status == 2
         assert message in err
+
+
+def interrupted_sample(pipe, target, monkeypatch, **changes) -> None:
+    """Ends in the second shard."""
+    draw, drawn = qandc.sharded_sampling.ImageDrawer.__call__, []
+
+    def once(self, labels, seeds):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(seeds)
+        return draw(self, labels, seeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qandc.sharded_sampling.ImageDrawer, "__call__", once)
+        with pytest.raises(KeyboardInterrupt):
+            sample_images(pipe, target, **changes)
+
+
+def sample_images(pipe, target, **changes) -> float | None:
+    settings = {"steps": 3, "guidance_scale": 2.0, "scheduler": "ddim", **changes}
+    image_set = settings.pop("image_set", ImageSet(6, (1, 2), batch_size=3))
+    return sample_file(pipe, target, image_set, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_scale": 3.0}, "guidance_scale 2.0; this one would have 3.0"),
+        ({"steps": 4}, "steps 3; this one would have 4"),
+        ({"source": "elsewhere"}, "model None; this one would have elsewhere"),
+        ({"image_set": ImageSet(6, (1, 2), first_seed=9, batch_size=3)}, "first_seed 0; this one would have 9"),
+        ({"image_set": ImageSet(6, (1, 3), batch_size=3)}, "classes"),
+    ],
+)
+def test_sample_goes_on_only_with_its_own_settings(pipeline_dir, tmp_path, monkeypatch, changes, message):
+    target = tmp_path / "x.npz"
+    interrupted_sample(load_pipeline(pipeline_dir), target, monkeypatch)
+    with pytest.raises(ConfigError, match=message):
+        sample_images(load_pipeline(pipeline_dir), target, **changes)
+    assert sample_images(load_pipeline(pipeline_dir), target) > 0
+    assert target.exists()
+
+
+def test_sample_knows_another_model_scheduler_or_preset(pipeline_dir, tmp_path, monkeypatch):
+    target = tmp_path / "x.npz"
+    pipe = load_pipeline(pipeline_dir)
+    calibrate_pipeline(load_pipeline(pipeline_dir), dataclasses.replace(CALIBRATION, seed=0), tmp_path / "preset")
+    preset = Preset.load(tmp_path / "preset")
+    run = {"preset": preset, "steps": 4}
+    interrupted_sample(pipe, target, monkeypatch, **run)
+    name = min(preset.scales)
+    other = dataclasses.replace(preset, scales={**preset.scales, name: 2 * preset.scales[name]})
+    with pytest.raises(ConfigError, match="holds shards of preset"):
+        sample_images(load_pipeline(pipeline_dir), target, **{**run, "preset": other})
+    changed = load_pipeline(pipeline_dir)
+    changed.transformer.proj_out_1.bias.data[3] += 0.5
+    with pytest.raises(ConfigError, match="holds shards of weights"):
+        sample_images(changed, target, **run)
+    changed = load_pipeline(pipeline_dir)
+    changed.scheduler.register_to_config(beta_end=0.1)
+    with pytest.raises(ConfigError, match="holds shards of scheduler_config"):
+        sample_images(changed, target, **run)
+    with locked(tmp_path / ".x.npz.lock"), pytest.raises(OutputError, match="another run is writing"):
+        sample_images(load_pipeline(pipeline_dir), target, **run)
+    sample_images(load_pipeline(pipeline_dir), target, **run)
 
 
 def launch(*arguments, count: int = 2) -> subprocess.Popen:
@@ -335,8 +420,11 @@ def test_processes_share_the_images_and_a_killed_one_loses_nothing(pipeline_dir,
         process.kill()
     assert process.returncode != 0
     assert "run the same command again" in output
-    kept = {path.name: path.stat().st_mtime_ns for path in shards.glob("images-*")}
+    kept = sorted(path.name for path in shards.glob("images-*"))
     assert 4 <= len(kept) < 60
+    for name in kept:  # marked, as by another model: what is kept must come through
+        tensors = load_file(shards / name)
+        save_file({"images": 255 - tensors["images"]}, shards / name, metadata={"seconds": "1.0"})
     assert not target.exists()
     again = launch(*common, "-o", target, count=3)
     output, _ = again.communicate(timeout=120)
@@ -348,7 +436,10 @@ def test_processes_share_the_images_and_a_killed_one_loses_nothing(pipeline_dir,
     finally:
         torch.set_num_threads(threads)
     with np.load(target) as shared, np.load(alone) as single:
-        assert np.array_equal(shared["arr_0"], single["arr_0"])
+        expected = single["arr_0"].copy()
+        numbers = [int(name.removeprefix("images-").partition(".")[0]) for name in kept]
+        expected[numbers] = 255 - expected[numbers]
+        assert np.array_equal(shared["arr_0"], expected)
     assert not shards.exists()
 
 

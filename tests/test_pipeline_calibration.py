@@ -257,6 +257,28 @@ def test_the_quantized_model_is_written_too(tmp_path, pipeline_dir):
     assert record["settings"]["w_bits"] == 4
     assert record["rows"][0]["psnr_to_fp"]["with compensation"] == report.psnr_compensated.tolist()
     calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path, overwrite=True, checkpoint=False)
+    assert not (tmp_path / "quantized").exists()  # it would be of other settings
+
+
+def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_dir, monkeypatch):
+    run(pipeline_dir, tmp_path, vc="none")
+
+    def full(*arguments, **named):
+        raise OutputError("No space left on device")
+
+    monkeypatch.setattr(qandc.pipeline_calibration, "write_whole", full)
+    with pytest.raises(OutputError, match="No space"):
+        run(pipeline_dir, tmp_path, vc="none", w_bits=4, overwrite=True)
+    with pytest.raises(ConfigError, match="no calibrated settings"):
+        Preset.load(tmp_path)
+
+
+def test_a_strange_file_where_the_model_goes_is_refused_before_any_work(tmp_path, pipeline_dir, pool_runs):
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized" / "notes.txt").write_text("")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        run(pipeline_dir, tmp_path)
+    assert pool_runs == []
 
 
 def test_directories_that_cannot_be_written(tmp_path, monkeypatch):

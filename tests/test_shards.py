@@ -42,19 +42,20 @@ def test_any_number_of_processes_draws_the_same_images(tmp_path, count):
     for rank in reversed(range(count)):
         draw_shards(shards, IMAGES, drawers[rank], Processes(rank, count))
     assert sorted(seed for drawer in drawers for seed in drawer.seeds) == list(range(100, 110))
-    assert missing_shards(shards, IMAGES) == 0
-    assert merge_shards(shards, IMAGES, path) > 0
+    assert missing_shards(shards, IMAGES) == []
+    assert merge_shards(shards, IMAGES, path)["seconds"] > 0
     with np.load(path, allow_pickle=False) as data:
         assert data["arr_0"].dtype == np.uint8
         assert np.array_equal(data["arr_0"], expected())
         assert data["arr_1"].tolist() == [3, 7, 8, 3, 7, 8, 3, 7, 8, 3]
-    delete_shards(shards, IMAGES)
-    assert not shards.exists()
+    (shards / "stray").write_text("")
+    delete_shards(shards)
+    assert [found.name for found in tmp_path.iterdir()] == ["images.npz"]
 
 
 def test_what_is_there_is_not_drawn_again(tmp_path):
     draw_shards(tmp_path, IMAGES, Drawer(), Processes(1, 2))  # the middle one of three shards
-    assert missing_shards(tmp_path, IMAGES) == 2
+    assert len(missing_shards(tmp_path, IMAGES)) == 2
     drawer, seen = Drawer(), []
     draw_shards(tmp_path, IMAGES, drawer, progress=lambda stage, done, total: seen.append((stage, done, total)))
     assert drawer.seeds == [100, 101, 102, 103, 108, 109]
@@ -71,7 +72,7 @@ def test_an_exception_keeps_finished_shards(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         draw_shards(tmp_path, IMAGES, fails)
-    assert missing_shards(tmp_path, IMAGES) == 2
+    assert len(missing_shards(tmp_path, IMAGES)) == 2
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -84,7 +85,7 @@ def test_terminate_finishes_the_shard_that_was_begun(tmp_path):
 
     with pytest.raises(ProcessError, match=r"SIGTERM.*up to image 4 are kept, run the same command again"):
         draw_shards(tmp_path, IMAGES, told)
-    assert missing_shards(tmp_path, IMAGES) == 2
+    assert len(missing_shards(tmp_path, IMAGES)) == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -96,7 +97,7 @@ def test_nan_is_refused_by_number(tmp_path):
 
     with pytest.raises(DataError, match="image 6 holds NaN"):
         draw_shards(tmp_path, IMAGES, bad)
-    assert missing_shards(tmp_path, IMAGES) == 2
+    assert len(missing_shards(tmp_path, IMAGES)) == 2
 
 
 def test_a_missing_damaged_or_strange_shard_is_named(tmp_path):
@@ -139,3 +140,11 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_what_is_no_image_set(changes, message):
     with pytest.raises(ConfigError, match=message):
         ImageSet(**{"count": 1, "classes": (1,), **changes})
+
+
+def test_figures_are_kept_with_the_shards(tmp_path):
+    """Seconds are summed, of everything else the largest counts, whoever measured it."""
+    memory = iter([5, 9, 7])
+    draw_shards(tmp_path, IMAGES, Drawer(), Processes(0, 2), measure=lambda: {"bytes": next(memory)})
+    draw_shards(tmp_path, IMAGES, Drawer(), Processes(1, 2), measure=lambda: {"bytes": next(memory)})
+    assert merge_shards(tmp_path, IMAGES, tmp_path / "x.npz")["bytes"] == 9
