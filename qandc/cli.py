@@ -26,6 +26,7 @@ from qandc.terminal import (
     print_comparison,
     progress_bars,
     quiet_diffusers,
+    stage_bars,
 )
 
 logger = logging.getLogger(__name__)
@@ -285,15 +286,8 @@ def calibrate(
     with err.status("loading the pipeline"):
         pipe = load_pipeline(model, where, torch_dtype)
     source = str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
-    tasks: dict[str, Any] = {}
     try:
-        with progress_bars() as bars:
-
-            def show(stage: str, completed: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
-                bars.update(tasks[stage], completed=completed)
-
+        with stage_bars() as show:
             report = calibrate_pipeline(pipe, settings, directory, overwrite=overwrite, source=source, progress=show)
     except QandCError:
         raise

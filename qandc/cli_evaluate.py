@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qandc.errors import ConfigError
 from qandc.files import write_whole
 from qandc.options import DEVICE
-from qandc.terminal import check_output, err, out, print_evaluation, progress_bars
+from qandc.terminal import check_output, err, out, print_evaluation, stage_bars
 
 __all__ = ["evaluate"]
 
@@ -60,14 +60,7 @@ def evaluate(
     where = resolve_device(device)
     with err.status("loading the network"):
         extractor = load_extractor(features, where, inception_weights)
-    tasks: dict[str, Any] = {}
-    with progress_bars() as bars:
-
-        def show(stage: str, completed: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=completed)
-
+    with stage_bars() as show:
         result = run(
             images,
             reference,

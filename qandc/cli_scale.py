@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import typer
 from qandc.errors import ConfigError
 from qandc.files import keep_settings, locked, write_whole
 from qandc.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
-from qandc.terminal import check_output, err, out, progress_bars, quiet_diffusers
+from qandc.terminal import check_output, err, out, quiet_diffusers, stage_bars
 
 SEED = "Image i is drawn with seed + i."
 BATCH = "Images drawn at once."
@@ -39,28 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vc_samples": 256,
     },
 }
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress as ``(stage, completed, total)``; silent in all processes but the first."""
-    if not shown:
-        yield lambda stage, completed, total: None
-        return
-    tasks: dict[str, Any] = {}
-    finished: set[str] = set()
-    with progress_bars() as bars:
-
-        def show(stage: str, completed: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=completed)
-            if completed == total and stage not in finished:  # there may be more stages than a screen has lines
-                finished.add(stage)
-                bars.update(tasks[stage], visible=False)
-                bars.console.print(f"{stage}: done")
-
-        yield show
 
 
 def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[Any, str | None]:
@@ -143,7 +121,7 @@ def sample(
     with Processes.joined() as processes:
         pipe, source = _load(model, device, dtype, processes)
         image_set = ImageSet(images, tuple(class_names(pipe)), seed, batch_size)
-        with _bars(processes.first) as progress:
+        with stage_bars(processes.first) as progress:
             rate = sample_file(
                 pipe, output, image_set, preset=preset, source=source, processes=processes, progress=progress, **run
             )
@@ -284,7 +262,7 @@ def ablate(
         for number, settings in experiments.items():
             if len(experiments) > 1 and processes.first:
                 err.print(f"{number} steps")
-            with _bars(processes.first) as progress:
+            with stage_bars(processes.first) as progress:
                 rows += run_experiment(
                     pipe,
                     settings,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import shlex
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qandc.errors import ConfigError, OutputError, QandCError
@@ -29,6 +31,7 @@ __all__ = [
     "print_evaluation",
     "progress_bars",
     "quiet_diffusers",
+    "stage_bars",
 ]
 
 out = Console(highlight=False, markup=False)
@@ -39,6 +42,27 @@ def progress_bars() -> Progress:
     """On stderr."""
     columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=err)
+
+
+@contextmanager
+def stage_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Takes progress as ``(stage, completed, total)``: a bar for each stage at work, a line for each that is done."""
+    if not shown:
+        yield lambda stage, completed, total: None
+        return
+    tasks: dict[str, TaskID] = {}
+    with progress_bars() as bars:
+
+        def show(stage: str, completed: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            done = bars.tasks[tasks[stage]].finished
+            bars.update(tasks[stage], completed=completed)
+            if completed == total and not done:  # there may be more stages than a screen has lines
+                bars.update(tasks[stage], visible=False)
+                bars.console.print(f"{stage}: done")
+
+        yield show
 
 
 def check_output(path: Path, suffix: str) -> None:

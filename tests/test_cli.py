@@ -87,8 +87,10 @@ def settings_dir(tmp_path_factory, pipeline_dir):
 def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     """The likeness of the ten images that calibrate prints is the one that generate, told nothing else, measures."""
     directory, target = tmp_path / "my settings", tmp_path / "images.png"
-    status, out, _ = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--w-bits", 4, "--out", directory)
+    status, out, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--w-bits", 4, "--out", directory)
     assert status == 0
+    for stage in ("candidate pool", "choosing samples", "inputs of layers", "ranges", "schedule", "compensation"):
+        assert err.count(f"{stage}: done\n") == 1
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "layers 20 (W4A8 static per-tensor)"
     assert re.fullmatch(r"their weights 0\.\d -> 0\.\d MB", lines[1])
