@@ -30,6 +30,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     partial = path.with_name(f".{uuid.uuid4().hex[:16]}.partial")  # other machines may write beside us
     try:
         write(partial)
+        with partial.open("rb") as file:  # a name must not survive a power failure without its contents
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
         raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
