@@ -122,7 +122,7 @@ def generate(
     """Draw one image per class in full precision and quantized + cached, from the same noise, into one PNG."""
     from qandc.generate import Comparison, GenerateSettings, comparison_record, draw_grid, quantized_name
     from qandc.generate import generate as run
-    from qandc.pipelines import class_names, load_pipeline, resolve_device, resolve_dtype
+    from qandc.pipelines import check_full_precision, class_names, load_pipeline, resolve_device, resolve_dtype
     from qandc.presets import Preset, fashion_dit_preset, is_finished
     from qandc.quantizer import QuantConfig
     from qandc.sampling import check_sampling, make_scheduler
@@ -170,6 +170,7 @@ def generate(
     torch_dtype = resolve_dtype(dtype, where)
     with err.status("loading the pipeline"):
         pipe = load_pipeline(model, where, torch_dtype)
+    check_full_precision(pipe, model)
     names = class_names(pipe)
     labels = _parse_classes(classes, names)
     noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)

@@ -16,6 +16,7 @@ from qandc.files import keep_settings, locked, write_whole
 from qandc.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
 from qandc.terminal import check_output, err, out, quiet_diffusers, stage_bars
 
+FEW_IMAGES = 10_000
 SEED = "Image i is drawn with seed + i."
 BATCH = "Images drawn at once."
 DEFAULTS = {"guidance_scale": 1.5, "scheduler": "ddpm", "w_bits": 8, "a_bits": 8, "cache_mode": "block"}
@@ -41,13 +42,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("stopped early; the same command goes on where it was")
+        raise
+
+
 def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[Any, str | None]:
     """The pipeline on the device of this process, and where it came from."""
-    from qandc.pipelines import load_pipeline, resolve_device, resolve_dtype
+    from qandc.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype
 
     quiet_diffusers()
     where = processes.device(resolve_device(device))
     pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
+    check_full_precision(pipe, model)
     return pipe, str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
 
 
@@ -91,12 +102,15 @@ def sample(
     from qandc.presets import Preset, fashion_dit_preset
     from qandc.processes import Processes
     from qandc.results import result_header
-    from qandc.sharded_sampling import sample_file
+    from qandc.sharded_sampling import check_new, sample_file
     from qandc.shards import ImageSet
 
     if full_precision and settings is not None:
         raise ConfigError("--full-precision and --settings contradict each other; give one of them")
     check_output(output, ".npz")
+    if images < 1:
+        raise ConfigError(f"--images is {images}; give an integer >= 1")
+    check_new(output)
     if json_output is not None:
         check_output(json_output, ".json")
     preset = None
@@ -110,6 +124,16 @@ def sample(
             )
         preset = fashion_dit_preset(w_bits)
     if preset is not None:
+        origin = f"in {str(settings)!r}" if settings is not None else "that come with fashion-dit"
+        held = preset.num_inference_steps, preset.guidance_scale, preset.scheduler_name
+        for option, ours, asked in zip(
+            ("--steps", "--guidance-scale", "--scheduler"), held, (steps, guidance_scale, scheduler), strict=True
+        ):
+            if asked not in (None, ours):
+                raise ConfigError(
+                    f"{option} is {asked}, but the settings {origin} are for {ours}; leave it out, give "
+                    "--full-precision, or settings that qandc calibrate made for it"
+                )
         steps = preset.num_inference_steps if steps is None else steps
         guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
         scheduler = preset.scheduler_name if scheduler is None else scheduler
@@ -121,7 +145,7 @@ def sample(
     with Processes.joined() as processes:
         pipe, source = _load(model, device, dtype, processes)
         image_set = ImageSet(images, tuple(class_names(pipe)), seed, batch_size)
-        with stage_bars(processes.first) as progress:
+        with stage_bars(processes.first) as progress, _resumable():
             rate = sample_file(
                 pipe, output, image_set, preset=preset, source=source, processes=processes, progress=progress, **run
             )
@@ -262,7 +286,7 @@ def ablate(
         for number, settings in experiments.items():
             if len(experiments) > 1 and processes.first:
                 err.print(f"{number} steps")
-            with stage_bars(processes.first) as progress:
+            with stage_bars(processes.first) as progress, _resumable():
                 rows += run_experiment(
                     pipe,
                     settings,
@@ -279,4 +303,6 @@ def ablate(
         shown = {kind.name: directory / f"steps-{counts[0]}" / f"{kind.slug}.npz" for kind in ROWS}
         for path in write_report(directory, rows, described, shown):
             err.print(f"wrote {path}", soft_wrap=True)
+    if scorer.reference is not None and chosen["images"] < FEW_IMAGES:
+        err.print(f"{chosen['images']} images: Fréchet distances are too large, compare them only with equal numbers")
     out.print(markdown_table(rows), soft_wrap=True)

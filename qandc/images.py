@@ -43,8 +43,8 @@ class Images:
         if path.is_dir():
             return _open_folder(path)
         if path.suffix.lower() != ".npz" or not path.is_file():
-            found = "is not there" if not path.exists() else "is neither"
-            raise ConfigError(f"images {str(path)!r}: {found}; give an .npz file or a folder of PNG or JPEG files")
+            found = "is not there" if not path.exists() else "is neither a folder nor an .npz file"
+            raise ConfigError(f"images {str(path)!r} {found}; give an .npz file or a folder of PNG or JPEG files")
         return _open_npz(path)
 
     @classmethod

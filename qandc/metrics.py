@@ -206,7 +206,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     eigenvalues = np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)
     difference = a.mean - b.mean
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(eigenvalues).sum()
-    return float(difference @ difference + trace)
+    return max(0.0, float(difference @ difference + trace))  # of equal sets rounding may leave less
 
 
 def inception_score(logits: torch.Tensor, split: int | None = None) -> float:

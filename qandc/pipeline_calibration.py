@@ -7,6 +7,7 @@ After Q&C (arXiv 2503.02508). What comes of it is a directory: a :class:`qandc.P
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,8 @@ from qandc.trajectories import Trajectory, fit_compensation, record_trajectory
 from qandc.variance_compensation import Compensation
 
 __all__ = ["CalibrationReport", "CalibrationSettings", "calibrate_pipeline", "check_directory"]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -271,6 +274,8 @@ class _Calibration:
 
     def choose(self, pool: CandidatePool) -> np.ndarray:
         settings = self.settings
+        if settings.samples == len(pool):
+            logger.warning("all %d candidates of the pool are taken: there is nothing to choose", len(pool))
         with _Stage("choosing samples", 1, self.progress):
             config = TapConfig(settings.clusters)
             return pool.select(settings.samples, config, method=settings.select, seed=settings.seed)

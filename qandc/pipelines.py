@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
 
 __all__ = [
     "DTYPES",
+    "check_full_precision",
     "class_names",
     "fashion_dit_path",
     "fingerprint",
@@ -141,6 +143,16 @@ def _check_pipeline(source: str, pipe: Any) -> None:
                 raise ModelError(f"model {source!r} has no weight for {part}.{name}; compare it with a fresh copy")
             if not torch.isfinite(tensor).all():
                 raise DataError(f"model {source!r}: {part}.{name} holds NaN or inf; compare it with a fresh copy")
+
+
+def check_full_precision(pipe: Any, model: str | None) -> None:
+    """Refuse a pipeline that was saved quantized where one in full precision is needed.
+
+    Raises:
+        ModelError: it has quantized layers.
+    """
+    if quant_layers(pipe.transformer):
+        raise ModelError(f"model {model!r} is quantized already; give the full-precision pipeline it was made from")
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -253,6 +253,11 @@ class Preset:
         from safetensors.torch import load_file
 
         directory = Path(directory)
+        if not is_finished(directory):
+            raise ConfigError(
+                f"{str(directory)!r} holds no calibrated settings: there is no {SETTINGS}; make them with "
+                f"qandc calibrate --out {directory}"
+            )
         try:
             settings = json.loads((directory / SETTINGS).read_text())
             version = settings["version"]

@@ -21,7 +21,7 @@ from qandc.sampling import check_sampling, decode_latents, make_scheduler, sampl
 from qandc.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.variance_compensation import Compensation
 
-__all__ = ["ImageDrawer", "describe_pipeline", "sample_file"]
+__all__ = ["ImageDrawer", "check_new", "describe_pipeline", "sample_file"]
 
 SETTINGS = "settings.json"
 
@@ -37,6 +37,20 @@ def describe_pipeline(pipe: Any, scheduler: Any, source: str | None) -> dict[str
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def check_new(path: Path) -> None:
+    """Refuse a file that is finished, with nothing of it left to do.
+
+    Raises:
+        OutputError: it is there.
+    """
+    if path.exists() and not _shards_of(path).exists():
+        raise OutputError(f"{str(path)!r} is there already; delete it, or give another file")
+
+
+def _shards_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.shards")
 
 
 class ImageDrawer:
@@ -116,12 +130,11 @@ def sample_file(
     check_sampling(model, noise_schedule, image_set.classes, steps, guidance_scale)
     if preset is not None:
         preset.check(model, noise_schedule, steps, guidance_scale)
-    shards = path.with_name(f"{path.name}.shards")
+    shards = _shards_of(path)
     with ExitStack() as stack:
         if processes.first:
             stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
-            if path.exists() and not shards.exists():
-                raise OutputError(f"{str(path)!r} is there already; delete it, or give another file")
+            check_new(path)
             settings = {
                 **describe_pipeline(pipe, noise_schedule, source),
                 "steps": steps,

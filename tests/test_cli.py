@@ -521,3 +521,21 @@ def test_the_table_says_what_was_measured(capsys):
         "2 layers quantized (W8A8 dynamic per-token), their weights 8.0 -> 2.0 MB",
         "kernel: triton int8_gemm (sm_90)",
     ]
+
+
+@pytest.mark.parametrize("command", ["generate", "sample", "ablate"])
+def test_a_pipeline_that_was_saved_quantized_is_refused(capsys, tmp_path, pipeline_dir, command):
+    from qandc import load_pipeline, quantize_model
+
+    pipe = load_pipeline(pipeline_dir)
+    quantize_model(pipe.transformer)
+    pipe.save_pretrained(tmp_path / "quantized")
+    options = {
+        "generate": ["-o", tmp_path / "x.png"],
+        "sample": ["-n", 2, "-o", tmp_path / "x.npz", "--full-precision"],
+    }
+    arguments = [command, "--model", tmp_path / "quantized", "--device", "cpu", *options.get(command, ["-o", tmp_path])]
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "is quantized already; give the full-precision pipeline it was made from" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["quantized"]

@@ -310,12 +310,19 @@ def test_sample(capsys, pipeline_dir, tmp_path):
         assert data["arr_1"].tolist() == [0, 1, 2, 3, 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".images.npz.lock", "a.json", "images.npz"]
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["images_per_second"] > 0
+    status, _, err = run(capsys, *arguments, "--model", pipeline_dir, "--full-precision")
+    assert status == 2
+    assert "is there already; delete it, or give another file" in err
+    target.unlink()
     for options, message in (
         (("--model", pipeline_dir), "needs --settings, which qandc calibrate writes for it, or --full-precision"),
         (("--full-precision", "--settings", tmp_path), "contradict each other"),
-        ((), "these settings were made for num_inference_steps 50; this run has 3"),
+        (
+            (),
+            "--steps is 3, but the settings that come with fashion-dit are for 50; leave it out, give --full-precision",
+        ),
+        (("-n", "0"), "--images is 0; give an integer >= 1"),
         (("--full-precision", "-o", tmp_path / "x.png"), "must end in .npz"),
-        (("--model", pipeline_dir, "--full-precision"), "is there already; delete it, or give another file"),
     ):
         status, _, err = run(capsys, *arguments, *options)
         assert status == 2
