@@ -79,7 +79,7 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing' is not there; give an \.npz file or a folder"):
         Images.open(tmp_path / "nothing")
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(ConfigError, match="is neither a folder nor an .npz file; give"):
+    with pytest.raises(ConfigError, match=r"is neither a folder nor an \.npz file; give"):
         Images.open(tmp_path / "x.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no \.png, \.jpg, \.jpeg file"):
