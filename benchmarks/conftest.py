@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Generator
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,7 @@ import torch
 from benchmarks import report, timing
 from benchmarks.goals import cache_goals, goals, model_goals, pipeline_goals
 from benchmarks.rivals import NotInstalled
-from qandc.files import write_whole
+from qandc.files import write_json
 from qandc.results import result_header
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,8 +208,7 @@ def _write(config: pytest.Config, exitstatus: int) -> None:
         header = result_header(settings)
         header["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**header, "rows": rows, "goals": GOALS[suite](rows)}, indent=1) + "\n"
-        write_whole(path, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
+        write_json(path, {**header, "rows": rows, "goals": GOALS[suite](rows)})
         if path not in run.saved:
             run.saved.append(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typer.exceptions import TyperException
 from qandc.cli_evaluate import evaluate
 from qandc.cli_scale import ablate, sample
 from qandc.errors import ConfigError, QandCError
-from qandc.files import write_whole
+from qandc.files import write_json, write_whole
 from qandc.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
 from qandc.terminal import (
     check_output,
@@ -201,8 +200,7 @@ def generate(
     saved = save_rows()
     print_comparison(result, str(torch_dtype).removeprefix("torch."))
     if json_output is not None:
-        text = json.dumps(comparison_record(result, drawn, str(where), str(torch_dtype)), indent=1) + "\n"
-        write_whole(json_output, lambda path: path.write_text(text))
+        write_json(json_output, comparison_record(result, drawn, str(where), str(torch_dtype)))
     out.print(saved, soft_wrap=True)
 
 
@@ -255,7 +253,7 @@ def calibrate(
     """
     from qandc.calibration_settings import CalibrationSettings
     from qandc.pipeline_calibration import POOL, calibrate_pipeline, check_directory
-    from qandc.pipelines import load_pipeline, resolve_device, resolve_dtype
+    from qandc.pipelines import load_pipeline, resolve_device, resolve_dtype, source_of
     from qandc.ranges import RangeConfig
 
     settings = CalibrationSettings(
@@ -286,10 +284,11 @@ def calibrate(
     torch_dtype = resolve_dtype(dtype, where)
     with err.status("loading the pipeline"):
         pipe = load_pipeline(model, where, torch_dtype)
-    source = str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
     try:
         with stage_bars() as show:
-            report = calibrate_pipeline(pipe, settings, directory, overwrite=overwrite, source=source, progress=show)
+            report = calibrate_pipeline(
+                pipe, settings, directory, overwrite=overwrite, source=source_of(model), progress=show
+            )
     except QandCError:
         raise
     except BaseException:  # Ctrl-C, out of memory: what is recorded is kept

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qandc.errors import ConfigError
-from qandc.files import write_whole
+from qandc.files import write_json
 from qandc.options import DEVICE
 from qandc.terminal import check_output, err, out, print_evaluation, stage_bars
 
@@ -81,5 +80,4 @@ def evaluate(
             "seed": seed,
             "device": str(where),
         }
-        text = json.dumps({**result_header(settings), "rows": [result.record()], "goals": []}, indent=1) + "\n"
-        write_whole(json_output, lambda partial: partial.write_text(text))
+        write_json(json_output, {**result_header(settings), "rows": [result.record()], "goals": []})

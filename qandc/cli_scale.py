@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,11 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from qandc.errors import ConfigError
-from qandc.files import keep_settings, locked, write_whole
+from qandc.files import keep_settings, locked, write_json
 from qandc.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
 from qandc.terminal import check_output, err, out, quiet_diffusers, stage_bars
 
-FEW_IMAGES = 10_000
 SEED = "Image i is drawn with seed + i."
 BATCH = "Images drawn at once."
 DEFAULTS = {"guidance_scale": 1.5, "scheduler": "ddpm", "w_bits": 8, "a_bits": 8, "cache_mode": "block"}
@@ -53,13 +51,13 @@ def _resumable() -> Iterator[None]:
 
 def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[Any, str | None]:
     """The pipeline on the device of this process, and where it came from."""
-    from qandc.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype
+    from qandc.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype, source_of
 
     quiet_diffusers()
     where = processes.device(resolve_device(device))
     pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
     check_full_precision(pipe, model)
-    return pipe, str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
+    return pipe, source_of(model)
 
 
 @contextmanager
@@ -155,8 +153,7 @@ def sample(
         name = "full precision" if preset is None else preset.config.scheme
         row = {"name": name, "processes": processes.count, "images": images, "images_per_second": rate}
         header = result_header({**run, "batch_size": batch_size, "device": str(pipe.device), "model": source})
-        record = json.dumps({**header, "rows": [row], "goals": []}, indent=1) + "\n"
-        write_whole(json_output, lambda path: path.write_text(record))
+        write_json(json_output, {**header, "rows": [row], "goals": []})
     speed = "" if rate is None else f", {rate:.1f} images/s"
     out.print(f"wrote {output}: {images} images{speed}", soft_wrap=True)
 
@@ -216,6 +213,7 @@ def ablate(
     Interrupt it anywhere: the same command goes on where it was. Other settings in the same directory are refused.
     """
     from qandc.calibration_settings import CalibrationSettings
+    from qandc.evaluation import USUAL_COUNT
     from qandc.experiment import ROWS, ExperimentSettings, check_experiment, run_experiment
     from qandc.experiment_report import markdown_table, write_report
     from qandc.presets import Preset, is_finished
@@ -303,6 +301,6 @@ def ablate(
         shown = {kind.name: directory / f"steps-{counts[0]}" / f"{kind.slug}.npz" for kind in ROWS}
         for path in write_report(directory, rows, described, shown):
             err.print(f"wrote {path}", soft_wrap=True)
-    if scorer.reference is not None and chosen["images"] < FEW_IMAGES:
+    if scorer.reference is not None and chosen["images"] < USUAL_COUNT:
         err.print(f"{chosen['images']} images: Fréchet distances are too large, compare them only with equal numbers")
     out.print(markdown_table(rows), soft_wrap=True)

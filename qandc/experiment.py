@@ -31,8 +31,9 @@ from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.calibration_settings import CalibrationSettings
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError, ModelError, ProcessError
-from qandc.files import keep_settings, locked, make_directory, write_whole
+from qandc.files import keep_settings, locked, make_directory, write_json
 from qandc.fused_dit import fuse_dit
+from qandc.generate import module_bytes
 from qandc.pipeline_calibration import calibrate_pipeline
 from qandc.pipelines import class_names
 from qandc.presets import Preset, is_finished
@@ -147,7 +148,6 @@ def run_experiment(
     directory = Path(directory)
     processes = Processes() if processes is None else processes
     work = _Experiment(pipe, settings, directory, scorer, source, processes, progress)
-    device = pipe.transformer.device
     with ExitStack() as stack:
         if processes.first:
             stack.enter_context(locked(directory / ".lock"))
@@ -157,7 +157,7 @@ def run_experiment(
             keep_settings(directory / "experiment.json", described, "an experiment")
             work.calibrate()
         processes.meet("calibration")
-        stack.callback(torch.nn.Module.to, pipe.transformer, device)
+        stack.callback(torch.nn.Module.to, pipe.transformer, work.device)
         rows = []
         for kind in ROWS:
             work.draw(kind)
@@ -248,7 +248,7 @@ class _Experiment:
         measured = merge_shards(shards, self.images, images)
         record["seconds_per_image"] = measured.pop("seconds") / self.settings.images
         record |= {name: int(value) for name, value in measured.items()}
-        write_whole(figures, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        write_json(figures, record)
         delete_shards(shards)  # last: until then nothing needs to be drawn again
 
     def draw_shards(self, kind: RowKind, shards: Path) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class _Experiment:
             draw_shards(shards, self.images, draw, self.processes, self.progress, kind.name, draw.memory)
             return {
                 "computed_steps": self.computed_steps(kind),
-                "transformer_bytes": sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+                "transformer_bytes": module_bytes(model),
             }
         finally:
             if kind.cached:
@@ -295,7 +295,7 @@ class _Experiment:
             reference = self.paths(ROWS[0])[1]
             self.progress(f"{kind.name}: metrics", 0, 1)
             record["metrics"] = self.scorer(load_images(images), load_images(reference), self.images.labels)
-            write_whole(figures, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+            write_json(figures, record)
         self.progress(f"{kind.name}: metrics", 1, 1)
         full = _read(self.paths(ROWS[0])[2])["seconds_per_image"]
         seconds = record["seconds_per_image"]

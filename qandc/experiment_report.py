@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from qandc.files import write_whole
+from qandc.files import write_json, write_whole
 from qandc.results import result_header
 from qandc.scores import load_images
 
@@ -68,7 +67,7 @@ def write_report(
     """
     summary = {**result_header(settings), "rows": rows, "goals": []}
     paths = [directory / f"experiment_summary{end}" for end in (".json", ".md", ".png")]
-    write_whole(paths[0], lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+    write_json(paths[0], summary)
     write_whole(paths[1], lambda path: path.write_text(markdown_table(rows)))
     write_whole(paths[2], lambda path: _draw(path, rows, images))
     return paths

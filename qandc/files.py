@@ -14,7 +14,7 @@ from typing import Any
 
 from qandc.errors import ConfigError, OutputError
 
-__all__ = ["keep_settings", "locked", "make_directory", "write_whole"]
+__all__ = ["keep_settings", "locked", "make_directory", "write_json", "write_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a readable JSON file, as :func:`write_whole` does."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def make_directory(path: Path) -> None:
@@ -73,7 +79,7 @@ def keep_settings(path: Path, settings: dict[str, Any], what: str) -> None:
                 )
         return
     make_directory(path.parent)
-    write_whole(path, lambda partial: partial.write_text(json.dumps(settings, indent=1) + "\n"))
+    write_json(path, settings)
 
 
 def _where_they_differ(*texts: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ After Q&C (arXiv 2503.02508). What comes of it is a directory: a :class:`qandc.P
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from qandc.calibration_settings import NO_COMPENSATION, CalibrationSettings
 from qandc.checkpoint import check_target, save_quantized
 from qandc.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.errors import ModelError, OutputError
-from qandc.files import make_directory, write_whole
+from qandc.files import make_directory, write_json
 from qandc.metrics import psnr
 from qandc.pipelines import class_names
 from qandc.pool import CandidatePool, record_pool
@@ -176,8 +175,7 @@ def calibrate_pipeline(
         shutil.rmtree(directory / CHECKPOINT, ignore_errors=True)
     else:
         save_quantized(model, directory / CHECKPOINT, overwrite=True, schedule=schedule, compensation=compensation)
-    text = json.dumps(report.record(settings, source), indent=1) + "\n"
-    write_whole(directory / REPORT, lambda path: path.write_text(text))
+    write_json(directory / REPORT, report.record(settings, source))
     preset.save(directory)  # last: with it the directory is finished
     return report
 

@@ -23,6 +23,7 @@ __all__ = [
     "load_pipeline",
     "resolve_device",
     "resolve_dtype",
+    "source_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,11 @@ def _check_pipeline(source: str, pipe: Any) -> None:
                 raise ModelError(f"model {source!r} has no weight for {part}.{name}; compare it with a fresh copy")
             if not torch.isfinite(tensor).all():
                 raise DataError(f"model {source!r}: {part}.{name} holds NaN or inf; compare it with a fresh copy")
+
+
+def source_of(model: str | None) -> str | None:
+    """A model as it is noted in results: a directory by its absolute path, a hub id or None as it is."""
+    return str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
 
 
 def check_full_precision(pipe: Any, model: str | None) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from qandc.conversion import quant_layers, quantize_model
 from qandc.errors import ConfigError, ModelError, OutputError
-from qandc.files import write_whole
+from qandc.files import write_json, write_whole
 from qandc.quantizer import QuantConfig
 from qandc.sampling import SCHEDULERS
 from qandc.schedule import CalibratedSchedule
@@ -240,7 +240,7 @@ class Preset:
         self.schedule.save(directory / SCHEDULE)
         if self.compensation is not None:
             self.compensation.save(directory / COMPENSATION)
-        write_whole(directory / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+        write_json(directory / SETTINGS, settings)
 
     @classmethod
     def load(cls, directory: str | Path) -> Preset:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of one
@@ -61,6 +64,23 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+class FloatsMade(TorchDispatchMode):
+    """Counts by size the float tensors that operations other than ``leave_out`` return, none on the meta device."""
+
+    def __init__(self, leave_out: object = None) -> None:
+        super().__init__()
+        self.leave_out = leave_out
+        self.sizes: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is not self.leave_out:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.is_meta:
+                    self.sizes[leaf.numel()] += 1
+        return result
 
 
 def make_dit(num_layers: int = 3, heads: int = 2, head_dim: int = 16, sample_size: int = 8, **changes):

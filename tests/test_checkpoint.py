@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qandc import (
     CalibratedSchedule,
@@ -44,7 +41,7 @@ from qandc.cache import FUSED
 from qandc.checkpoint import _digest
 from qandc.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling
-from tests.conftest import make_dit
+from tests.conftest import FloatsMade, make_dit
 from tests.test_calibration import dit_batches
 
 with torch.device("meta"):  # torch notes its constructors here, before the fixture that poisons torch.empty hides one
@@ -143,21 +140,6 @@ def test_another_dtype_leaves_the_scales_alone(tmp_path, dit_inputs):
     assert_same_model(model.to(torch.bfloat16), loaded)
     assert quantization_report(loaded) == quantization_report(model)  # of the weights that were quantized
     assert torch.equal(output(loaded, dit_inputs), output(model, dit_inputs))
-
-
-class FloatsMade(TorchDispatchMode):
-    """Counts by size the float tensors that operations return, those on the meta device left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.is_meta:
-                self.sizes[leaf.numel()] += 1
-        return result
 
 
 def test_no_full_precision_weight_is_made(tmp_path, monkeypatch):

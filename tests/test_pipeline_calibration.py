@@ -266,7 +266,7 @@ def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_
     def full(*arguments, **named):
         raise OutputError("No space left on device")
 
-    monkeypatch.setattr(qandc.pipeline_calibration, "write_whole", full)
+    monkeypatch.setattr(qandc.pipeline_calibration, "write_json", full)
     with pytest.raises(OutputError, match="No space"):
         run(pipeline_dir, tmp_path, vc="none", w_bits=4, overwrite=True)
     with pytest.raises(ConfigError, match="no calibrated settings"):
