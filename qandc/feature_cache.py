@@ -232,6 +232,12 @@ class FeatureCache:
             )
         return run.store
 
+    def hand_over(self) -> list[Any]:
+        """The memory that runs which are over have used: no later run will, but a captured graph of one may go on."""
+        over = [run for run in self._runs if run.is_over()]
+        self._runs = [run for run in self._runs if not run.is_over()]
+        return [run.store for run in over] + list(self._weights.values())
+
     # what the modules below do with it
 
     def _aim(self, store: FeatureStore | None) -> None:

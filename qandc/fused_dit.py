@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,12 @@ from qandc.graphs import GraphCache
 from qandc.ranges import StepRanges
 from qandc_kernels import select_backend
 
-__all__ = ["fuse_dit", "is_fused", "prepare_run", "unfuse_dit"]
+__all__ = ["fuse_dit", "is_fused", "prepare_run", "run_as_graph", "unfuse_dit", "why_no_run_graph"]
 
 logger = logging.getLogger(__name__)
 
 LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
+RUN_GRAPHS = 2  # each may hold that much
 
 
 class _Fused:
@@ -50,6 +51,7 @@ class _Fused:
         self.cuda_graphs = cuda_graphs
         self.ranges = ranges
         self.graphs = GraphCache()
+        self.run_graphs = GraphCache(RUN_GRAPHS)
         self.run: _Run | None = None
         self.reasons: list[str | None] = []
         self.output_reason: str | None = None
@@ -74,6 +76,7 @@ class _Fused:
         """Forget what was built; the next forward builds it again."""
         self._step = self._watch = self.run = None
         self.graphs.clear()
+        self.run_graphs.clear()
 
     def inspect(self, transformer: Any) -> None:
         """Find out which blocks can run fused."""
@@ -362,6 +365,50 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
             return steps
         fused.run = _Run(steps, class_labels, *step.conditioning.of_run(on_device, class_labels, dtype))
     return steps
+
+
+def why_no_run_graph(transformer: Any, class_labels: torch.Tensor) -> str | None:
+    """Why many forwards of this transformer can't be one CUDA graph, or None."""
+    fused: _Fused | None = transformer.__dict__.get(FUSED)
+    if fused is None:
+        return "the transformer is not fused (fuse_dit)"
+    cache = get_cache(transformer)
+    if cache is not None and cache.paused:
+        return "the feature cache is paused"
+    reason = _why_not_now(transformer, class_labels, class_labels, class_labels, None)
+    if reason is not None:
+        return reason
+    with torch.inference_mode(False), torch.no_grad():
+        graphable = fused.cuda_graphs and fused.step(transformer) is not None and fused.graphable
+    if not graphable or not class_labels.is_cuda:
+        return "CUDA graphs are off, or parts of the model run unfused (quantization_report)"
+    return None
+
+
+def run_as_graph(
+    transformer: Any, run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], key: Hashable
+) -> torch.Tensor:
+    """``run(*inputs)``, which may call the fused transformer many times, as one CUDA graph per ``key`` and shapes.
+
+    ``run`` depends on nothing but ``inputs``, ``key`` and the transformer, where :func:`why_no_run_graph` finds no
+    reason against it. Its graph is given up when layers change, as that of a single forward is.
+    """
+    fused: _Fused = getattr(transformer, FUSED)
+    cache = get_cache(transformer)
+    held: list[Any] = []
+
+    def function(*inputs: torch.Tensor) -> torch.Tensor:
+        cuda_graphs, fused.cuda_graphs = fused.cuda_graphs, False  # none within the graph, nor before it
+        try:
+            output = run(*inputs)
+        finally:
+            fused.cuda_graphs = cuda_graphs
+        fused.run = None  # lies in memory of the graph, and would keep the run's labels alive
+        if cache is not None:
+            held[:] = cache.hand_over()
+        return output
+
+    return fused.run_graphs(function, inputs, kind=key)
 
 
 def unfuse_dit(transformer: Any) -> Any:

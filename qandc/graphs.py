@@ -20,6 +20,7 @@ MAX_GRAPHS = 8
 
 @dataclass(frozen=True)
 class _Captured:
+    function: Callable[..., torch.Tensor]  # kept, as it may hold what the graph uses
     graph: torch.cuda.CUDAGraph
     inputs: tuple[torch.Tensor, ...]
     output: torch.Tensor
@@ -106,4 +107,4 @@ class GraphCache:
             )
             return None
         self.captures += 1
-        return _Captured(graph, static, output)
+        return _Captured(function, graph, static, output)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError
-from qandc.fused_dit import is_fused, prepare_run
+from qandc.fused_dit import is_fused, prepare_run, run_as_graph, why_no_run_graph
 from qandc.variance_compensation import Compensation
 
 __all__ = ["SCHEDULERS", "Corrector", "decode_latents", "describe_run", "make_scheduler", "sample_latents"]
@@ -25,6 +26,7 @@ __all__ = ["SCHEDULERS", "Corrector", "decode_latents", "describe_run", "make_sc
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
+WITHOUT_NOISE = ("DDIMScheduler",)  # a step is a function of latents and prediction, its coefficients are known ahead
 
 
 def make_scheduler(name: str, config: Any) -> Any:
@@ -81,6 +83,64 @@ def check_sampling(
         raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number >= 0 (1 turns guidance off)")
 
 
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """All steps of a run, from initial latents and labels to the last latents."""
+
+    transformer: Any
+    scheduler: Any
+    timesteps: torch.Tensor  # the scheduler's, on the transformer's device
+    guidance_scale: float
+    compensation: Compensation | None
+    corrector: Corrector | None  # the compensation on that device, or another
+    callback: Callable[[int, int, torch.Tensor], None] | None
+    generators: Sequence[torch.Generator]
+
+    def why_no_graph(self, labels: torch.Tensor) -> str | None:
+        """Why these steps can't be replayed from one CUDA graph, or None."""
+        if type(self.scheduler).__name__ not in WITHOUT_NOISE:
+            return f"{type(self.scheduler).__name__} draws noise in every step; {' or '.join(WITHOUT_NOISE)} does not"
+        if self.callback is not None or (self.corrector is not None and self.compensation is None):
+            return "a callback or a corrector of your own runs in every step"
+        return why_no_run_graph(self.transformer, labels)
+
+    def key(self) -> Hashable:
+        """What a graph of these steps depends on beside shapes, labels, noise and the weights."""
+        described = describe_run(self.transformer, self.scheduler, self.guidance_scale)
+        # id: the graph keeps this loop, and the compensation with it
+        return (*described.values(), repr(sorted(self.scheduler.config.items())), id(self.compensation))
+
+    def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        transformer, scheduler, corrector = self.transformer, self.scheduler, self.corrector
+        config, dtype, guided = transformer.config, transformer.dtype, self.guidance_scale > 1
+        step_kwargs = (
+            {"generator": self.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        )
+        # a tensor of this run alone, by which caches and prepared conditioning know it
+        labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)]) if guided else labels.clone()
+        if is_fused(transformer):
+            of_steps = prepare_run(transformer, self.timesteps, labels)
+        else:
+            of_steps = self.timesteps[:, None].expand(-1, len(labels)).unbind(0)
+        for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
+            model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
+            if guided:
+                model_input = torch.cat([model_input, model_input])
+            noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
+            noise_pred = noise_pred[:, : config.in_channels].float()  # DiT-XL/2's variances are not used here
+            if guided:
+                cond, uncond = noise_pred.chunk(2)
+                noise_pred = uncond + self.guidance_scale * (cond - uncond)
+            if corrector is not None:
+                noise_pred = corrector.noise(step, noise_pred)
+            latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **step_kwargs)[0]
+            if corrector is not None:
+                latents = corrector.sample(step, latents)
+            if self.callback is not None:
+                self.callback(step, int(timestep), latents)
+        return latents
+
+
 @torch.inference_mode()
 def sample_latents(
     transformer: Any,
@@ -94,6 +154,7 @@ def sample_latents(
     compensation: Compensation | None = None,
     force_compensation: bool = False,
     corrector: Corrector | None = None,
+    cuda_graph: bool = False,
 ) -> torch.Tensor:
     """Denoise one latent image per class label: ``[B, C, H, W]`` in the transformer's dtype and device.
 
@@ -112,6 +173,10 @@ def sample_latents(
             to the latents that ``scheduler.step`` returns, before the next step sees them.
         force_compensation: apply it also to a run it was not fitted for.
         corrector: anything else that changes predictions and latents at these two points.
+        cuda_graph: replay all steps from one CUDA graph, which the first call with these settings captures (in the time
+            of a few runs; two graphs are kept). For a fused transformer and DDIM, without a callback or a corrector of
+            your own; otherwise the steps are taken as usual and the reason is logged. An attached cache does not count
+            the steps of a replay.
 
     Raises:
         ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an
@@ -126,16 +191,11 @@ def sample_latents(
         raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
     from diffusers.utils.torch_utils import randn_tensor
 
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
+    config, device = transformer.config, transformer.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    step_kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
     latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-
     labels = torch.tensor(class_labels, device=device)
-    guided = guidance_scale > 1
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
 
     scheduler.set_timesteps(num_inference_steps)
     if compensation is not None:
@@ -145,30 +205,20 @@ def sample_latents(
             compensation.check(describe_run(transformer, scheduler, guidance_scale))
         corrector = compensation.to(device)
     latents = latents * scheduler.init_noise_sigma
-    if is_fused(transformer):
-        of_steps = prepare_run(transformer, scheduler.timesteps, labels)
+    timesteps = scheduler.timesteps.to(device)
+    loop = _Loop(transformer, scheduler, timesteps, guidance_scale, compensation, corrector, callback, generators)
+    why_no_graph = loop.why_no_graph(labels) if cuda_graph else None
+    if why_no_graph is not None:
+        logger.warning("the run is no CUDA graph: %s", why_no_graph)
+    if cuda_graph and why_no_graph is None:
+        latents = run_as_graph(transformer, loop, (latents, labels), loop.key())
     else:
-        of_steps = tuple(timestep.to(device).expand(len(labels)) for timestep in scheduler.timesteps)
-    for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
-        model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
-        if guided:
-            model_input = torch.cat([model_input, model_input])
-        noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
-        noise_pred = noise_pred[:, : config.in_channels].float()  # DiT-XL/2 also predicts a variance: not used here
-        if guided:
-            cond, uncond = noise_pred.chunk(2)
-            noise_pred = uncond + guidance_scale * (cond - uncond)
-        if corrector is not None:
-            noise_pred = corrector.noise(step, noise_pred)
-        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **step_kwargs)[0]
-        if corrector is not None:
-            latents = corrector.sample(step, latents)
-        if callback is not None:
-            callback(step, int(timestep), latents)
+        latents = loop(latents, labels)
     if not torch.isfinite(latents).all():
         raise DataError(
             f"the latents hold NaN or inf after {num_inference_steps} steps with guidance_scale {guidance_scale} in "
-            f"{str(dtype).removeprefix('torch.')}; try a lower guidance_scale or another dtype, and check the weights"
+            f"{str(transformer.dtype).removeprefix('torch.')}; try a lower guidance_scale or another dtype, and check "
+            "the weights"
         )
     return latents
 

@@ -1,0 +1,194 @@
+"""sample_latents(cuda_graph=True): the images of the loop, from one CUDA graph of all its steps."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import qandc.fused_dit
+from qandc import (
+    CacheConfig,
+    Compensation,
+    apply_cache_to_dit,
+    fuse_dit,
+    make_scheduler,
+    remove_cache,
+    sample_latents,
+)
+from qandc.cache import FUSED
+from qandc.sampling import describe_run
+from qandc.variance_compensation import FittedFor
+from qandc_kernels import Backend
+from tests.test_fused_dit import make_quantized
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+STEPS, GUIDANCE = 7, 2.0
+CONFIGS = {
+    "no cache": None,
+    "block": CacheConfig("block", interval=3),
+    "branch": CacheConfig("branch", interval=3),
+    "taylor int8": CacheConfig("taylor", interval=3, storage_dtype="int8"),
+}
+all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def scheduler(name="ddim"):
+    return make_scheduler(name, {"num_train_timesteps": 1000, "clip_sample": False})
+
+
+def draw(model, labels=(3, 4), seeds=(0, 1), steps=STEPS, guidance_scale=GUIDANCE, **more):
+    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seeds": seeds, **more}
+    return sample_latents(model, scheduler(), labels, **call)
+
+
+def compensation(model, gain):
+    prepared = scheduler()
+    prepared.set_timesteps(STEPS)
+    gains = torch.full((STEPS, 4), gain)
+    fitted_for = FittedFor(**describe_run(model, prepared, GUIDANCE))
+    return Compensation(gains, 0 * gains, "sample", "least_squares", fitted_for)
+
+
+class AsIfReplayed:
+    """A graph cache without graphs: a replay does on new inputs what the captured call would have done."""
+
+    def __init__(self):
+        self.captured = {}
+
+    def __call__(self, function, inputs, kind):
+        key = (kind, *(t.shape for t in inputs))
+        if key not in self.captured:
+            for _ in range(2):
+                function(*(t.clone() for t in inputs))
+            self.captured[key] = function
+        return self.captured[key](*inputs)
+
+    def clear(self):
+        self.captured.clear()
+
+
+@pytest.fixture
+def as_if_replayed(monkeypatch):
+    """A fused model on the CPU whose runs go through :class:`AsIfReplayed`."""
+    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr("qandc.sampling.why_no_run_graph", lambda transformer, labels: None)
+    model = fuse_dit(make_quantized())
+    model.__dict__[FUSED].run_graphs = AsIfReplayed()
+    return model
+
+
+@all_configs
+def test_a_replay_depends_on_nothing_but_its_inputs(as_if_replayed, config):
+    model, graphs = as_if_replayed, as_if_replayed.__dict__[FUSED].run_graphs
+    if config is not None:
+        apply_cache_to_dit(model, config=config)
+    for labels, seeds in (((3, 4), (0, 1)), ((5, 3), (7, 8)), ((3, 4), (0, 1)), ((9,), (2,))):
+        assert torch.equal(draw(model, labels, seeds, cuda_graph=True), draw(model, labels, seeds))
+    assert len(graphs.captured) == 2
+
+
+def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
+    model, graphs = as_if_replayed, as_if_replayed.__dict__[FUSED].run_graphs
+    for count, change in enumerate(
+        (
+            {},
+            {"steps": 5},
+            {"guidance_scale": 3.0},
+            {"guidance_scale": 1.0},
+            {"compensation": compensation(model, 0.9)},
+            {"compensation": compensation(model, 1.1)},
+        ),
+        1,
+    ):
+        assert torch.equal(draw(model, cuda_graph=True, **change), draw(model, **change))
+        assert len(graphs.captured) == count
+    apply_cache_to_dit(model, config=CONFIGS["branch"])
+    assert torch.equal(draw(model, cuda_graph=True), draw(model))
+    remove_cache(model)
+    assert torch.equal(draw(model, cuda_graph=True), draw(model))
+    model.transformer_blocks[0].ff.net[2].bias.data = torch.ones(32)
+    draw(model)  # notices it
+    assert not graphs.captured
+
+
+def refused(caplog):
+    return [record.message for record in caplog.records if "the run is no CUDA graph" in record.message]
+
+
+def test_what_cannot_be_a_graph_runs_as_usual_and_says_so(caplog):
+    model = make_quantized()
+
+    class Corrector:
+        noise = sample = staticmethod(lambda step, x: x)
+
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(draw(model, cuda_graph=True), draw(model))
+        fuse_dit(model)
+        assert torch.equal(draw(model, cuda_graph=True), draw(model))
+        draw(model, callback=lambda *a: None, cuda_graph=True)
+        draw(model, corrector=Corrector(), cuda_graph=True)
+        call = {"num_inference_steps": 2, "seeds": [0]}
+        expected = sample_latents(model, scheduler("ddpm"), [1], **call)
+        assert torch.equal(sample_latents(model, scheduler("ddpm"), [1], cuda_graph=True, **call), expected)
+    messages = refused(caplog)
+    for part in ("is not fused", "no fused kernels", "callback or a corrector", "callback or a corrector", "DDPM"):
+        assert part in messages.pop(0)
+    assert not messages
+
+
+@pytest.mark.gpu
+@all_configs
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_equals_the_loop_on_a_gpu(caplog, config, w_bits):
+    model = fuse_dit(make_quantized(torch.bfloat16, "cuda", w_bits, heads=6, head_dim=32))
+    if config is not None:
+        apply_cache_to_dit(model, config=config)
+    fitted = compensation(model, 0.9)
+    graphs = model.__dict__[FUSED].run_graphs
+    with caplog.at_level(logging.WARNING):
+        for labels, seeds in (((3, 4), (0, 1)), ((5, 3), (7, 8)), ((3, 4), (0, 1))):
+            for more in ({}, {"compensation": fitted}):
+                actual = draw(model, labels, seeds, cuda_graph=True, **more)
+                assert torch.equal(actual, draw(model, labels, seeds, **more))
+    assert not refused(caplog)
+    assert (graphs.captures, graphs.replays, len(graphs)) == (2, 6, 2)
+
+
+@pytest.mark.gpu
+def test_graphs_go_with_their_cache_and_their_layers():
+    model = fuse_dit(make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32))
+    graphs = model.__dict__[FUSED].run_graphs
+    apply_cache_to_dit(model, config=CONFIGS["branch"])
+    expected = draw(model, cuda_graph=True)
+    remove_cache(model)
+    plain = draw(model, cuda_graph=True)
+    assert not torch.equal(plain, expected)
+    filler = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]  # where features may have been
+    apply_cache_to_dit(model, config=CONFIGS["branch"])
+    assert torch.equal(draw(model, cuda_graph=True), expected)
+    assert graphs.captures == 2
+    del filler
+    with torch.no_grad():
+        model.transformer_blocks[0].ff.net[2].bias = torch.nn.Parameter(torch.ones(192, device="cuda").bfloat16())
+    changed = draw(model, cuda_graph=True)
+    assert not torch.equal(changed, expected)
+    assert torch.equal(changed, draw(model))
+    assert graphs.captures == 3
+
+
+@pytest.mark.gpu
+def test_a_graph_shares_no_features_with_other_runs():
+    """A replay in the middle of a run leaves what that run has kept alone."""
+    model = fuse_dit(make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32))
+    apply_cache_to_dit(model, config=CONFIGS["branch"])
+    expected = draw(model)
+    draw(model, (1, 2), cuda_graph=True)
+
+    def between(step, timestep, latents):
+        if step == 1:
+            draw(model, (1, 2), (5, 6), cuda_graph=True)
+
+    assert torch.equal(draw(model, callback=between), expected)
+    assert model.__dict__[FUSED].run_graphs.replays == 2
