@@ -374,14 +374,16 @@ def experiment_table(result: dict[str, Any]) -> list[str]:
 
 
 def large_model_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| | time | peak memory of the process | |", "|---|---|---|---|"]
+    lines = ["| | time | peak memory of the process | of the GPU | |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         what = ""
         if row["part"] == "calibrate":
             before, after = (row[f"quantized_bytes_{when}"] / 1e6 for when in ("before", "after"))
             what = f"quantized layers {before:.0f} -> {after:.0f} MB, checkpoint {row['checkpoint_bytes'] / 1e6:.0f} MB"
-        name = f"{row['part']}, W{row['w_bits']}A8"
-        lines.append(f"| {name} | {row['seconds']:.0f} s | {row['peak_memory_bytes'] / 1e9:.1f} GB | {what} |")
+        memory = [row[f"peak_{of}_bytes"] / 1e9 if f"peak_{of}_bytes" in row else 0 for of in ("memory", "gpu")]
+        cells = [f"{row['part']}, W{row['w_bits']}A8", f"{row['seconds']:.0f} s"]
+        cells += [f"{gigabytes:.1f} GB" if gigabytes else "" for gigabytes in memory]
+        lines.append(f"| {' | '.join(cells)} | {what} |")
     return lines
 
 
@@ -403,6 +405,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/ablation.json": compensation_table,
     "results/cpu/experiment.json": experiment_table,
     "results/cpu/large-model.json": large_model_table,
+    "results/h100/large-model.json": large_model_table,
     "results/h100/sample.json": sample_table,
     "results/h200/fashion-dit.json": fashion_table,
     "results/h200/kernels.json": kernels_table,

@@ -117,6 +117,7 @@ class QandCQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config
         self.bits: dict[str, tuple[int, int]] = {}
+        self.absent: list[tuple[QuantLinear, str]] = []  # optional buffers that the checkpoint lacks
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Called with what the user gave, and again with the devices found for each module."""
@@ -153,7 +154,9 @@ class QandCQuantizer(DiffusersQuantizer):
             owner, _, leaf = key.rpartition(".")
             layer = model.get_submodule(owner)
             if isinstance(layer, QuantLinear) and leaf in OPTIONAL_BUFFERS:
-                setattr(layer, leaf, None)
+                # no None yet: diffusers goes on to add up the sizes of all it expected, and moves them to their device
+                setattr(layer, leaf, torch.empty(0))
+                self.absent.append((layer, leaf))
             else:
                 absent.append(key)
         if absent:
@@ -204,6 +207,8 @@ class QandCQuantizer(DiffusersQuantizer):
                 _replace(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for layer, leaf in self.absent:
+            setattr(layer, leaf, None)
         layers = quant_layers(model)
         for name in self.bits:
             if name not in layers or layers[name].qweight.is_meta:

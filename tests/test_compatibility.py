@@ -7,6 +7,7 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
+import diffusers.models.modeling_utils
 import pytest
 import torch
 from torch import nn
@@ -107,6 +108,24 @@ def test_device_maps_of_a_gpu(tmp_path, dit_inputs, device_map):
     found = type(model).from_pretrained(tmp_path / "full", device_map=device_map, quantization_config=QandCConfig())
     expected = output(quantize_model(model.cuda()), inputs)
     torch.testing.assert_close(output(found, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@KINDS
+def test_what_diffusers_adds_up_before_it_loads_to_a_gpu(tmp_path, dit_inputs, monkeypatch, w_bits, how):
+    """It asks each tensor that it expects for its size, those too that a checkpoint may lack."""
+    model = make_quantized(w_bits, how=how)
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def warm_up(model, device_map, *args):
+        tensors = all_tensors(model)
+        asked.extend(tensors[name].numel() for name in device_map)
+
+    monkeypatch.setattr(diffusers.models.modeling_utils, "_caching_allocator_warmup", warm_up)
+    found = type(model).from_pretrained(tmp_path, device_map="cpu")
+    assert asked
+    assert torch.equal(output(found, dit_inputs), output(model, dit_inputs))
+    assert all_tensors(found).keys() == all_tensors(model).keys()
 
 
 @KINDS

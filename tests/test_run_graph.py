@@ -15,6 +15,7 @@ from qandc import (
     fuse_dit,
     make_scheduler,
     remove_cache,
+    reset_all_caches,
     sample_latents,
 )
 from qandc.cache import FUSED
@@ -157,7 +158,7 @@ def test_equals_the_loop_on_a_gpu(caplog, config, w_bits):
 
 
 @pytest.mark.gpu
-def test_graphs_go_with_their_cache_and_their_layers():
+def test_graphs_outlive_no_cache_and_no_layer():
     model = fuse_dit(make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32))
     graphs = model.__dict__[FUSED].run_graphs
     apply_cache_to_dit(model, config=CONFIGS["branch"])
@@ -168,14 +169,18 @@ def test_graphs_go_with_their_cache_and_their_layers():
     filler = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]  # where features may have been
     apply_cache_to_dit(model, config=CONFIGS["branch"])
     assert torch.equal(draw(model, cuda_graph=True), expected)
-    assert graphs.captures == 2
+    assert graphs.captures == 3
+    reset_all_caches(model)
+    filler += [torch.full((1 << 10,), float("nan"), device="cuda") for _ in range(1 << 10)]
+    assert torch.equal(draw(model, cuda_graph=True), expected)
+    assert graphs.captures == 3
     del filler
     with torch.no_grad():
         model.transformer_blocks[0].ff.net[2].bias = torch.nn.Parameter(torch.ones(192, device="cuda").bfloat16())
     changed = draw(model, cuda_graph=True)
     assert not torch.equal(changed, expected)
     assert torch.equal(changed, draw(model))
-    assert graphs.captures == 3
+    assert graphs.captures == 4
 
 
 @pytest.mark.gpu

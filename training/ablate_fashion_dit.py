@@ -311,6 +311,8 @@ def main(
     if merge:
         files = [json.loads(path.read_text()) for path in merge]
         rows = list({row_key(row): row for file in files for row in file["rows"]}.values())
+        order = [(part, asdict(row)) for part in PARTS for row in configurations(part, samples)]
+        rows.sort(key=lambda row: (row["repeat"], row["part"] != "FP" and order.index((row["part"], row["row"]))))
         out.write_text(json.dumps({**files[0], "rows": rows, "goals": ablation_goals(rows)}, indent=1) + "\n")
         return
     started = time.perf_counter()
