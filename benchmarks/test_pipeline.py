@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -38,11 +38,22 @@ pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("de
 LATENT, GUIDANCE = 32, 4.0
 STEPS, IMAGES = (50, 250), (1, 8, 32)
 BRANCH, TAYLOR = CacheConfig("branch", interval=3), CacheConfig("taylor", interval=3)
-OURS = {  # cache, compensated
-    "fused W8A8": (None, False),
-    "fused W8A8 + branch cache": (BRANCH, False),
-    "fused W8A8 + taylor cache": (TAYLOR, False),
-    FULL_METHOD: (BRANCH, True),
+
+
+class Ours(NamedTuple):
+    """One CUDA graph for the whole run, or one for each kind of step."""
+
+    cache: CacheConfig | None = None
+    compensated: bool = False
+    whole_run: bool = True
+
+
+OURS = {
+    "fused W8A8": Ours(),
+    "fused W8A8 + branch cache": Ours(BRANCH),
+    "fused W8A8 + taylor cache": Ours(TAYLOR),
+    FULL_METHOD: Ours(BRANCH, compensated=True),
+    f"{FULL_METHOD}, a graph per step": Ours(BRANCH, compensated=True, whole_run=False),
 }
 DECODER = "decoder alone"
 NAMES = (PIPELINE_EAGER, "diffusers bf16, compiled", PIPELINE_COMPILED, *OURS, DECODER)
@@ -115,11 +126,13 @@ def images(name: str, m: int, steps: int) -> Callable[[int], torch.Tensor]:
 
         return called
     model = transformer("fused W8A8" if name in OURS else name)
-    extra = {"compensation": compensation(model, steps)} if OURS.get(name, (None, False))[1] else {}
+    ours = OURS.get(name, Ours(whole_run=False))
+    call = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "seeds": seeds, "cuda_graph": ours.whole_run}
+    if ours.compensated:
+        call["compensation"] = compensation(model, steps)
 
     def drawn(i: int) -> torch.Tensor:
         scheduler = make_scheduler("ddim", SCHEDULER)
-        call = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "seeds": seeds, **extra}
         return decode_latents(autoencoder(), sample_latents(model, scheduler, labels, **call))
 
     return drawn
@@ -196,7 +209,7 @@ def test_pipeline(measure: Measure, steps: int, m: int, name: str) -> None:
     if DEVICE == "cpu":
         measure(row, lambda: candidate(name, m, steps), NO_GPU)
         return
-    config = OURS.get(name, (None, False))[0]
+    config = OURS[name].cache if name in OURS else None
     if name != DECODER:
         row["compute_steps"] = steps if config is None else sum(config.of_steps(steps))
     if config is not None:
