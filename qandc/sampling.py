@@ -105,10 +105,12 @@ class _Loop:
         return why_no_run_graph(self.transformer, labels)
 
     def key(self) -> Hashable:
-        """What a graph of these steps depends on beside shapes, labels, noise and the weights."""
-        described = describe_run(self.transformer, self.scheduler, self.guidance_scale)
+        """What a graph of these steps depends on beside shapes, labels, noise and the layers."""
+        cache = get_cache(self.transformer)
+        described = (type(self.scheduler), tuple(self.scheduler.timesteps.tolist()), self.guidance_scale)
+        scheduler = repr(sorted(self.scheduler.config.items()))
         # id: the graph keeps this loop, and the compensation with it
-        return (*described.values(), repr(sorted(self.scheduler.config.items())), id(self.compensation))
+        return (*described, scheduler, None if cache is None else cache.config, id(self.compensation))
 
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         transformer, scheduler, corrector = self.transformer, self.scheduler, self.corrector
@@ -191,7 +193,9 @@ def sample_latents(
         raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
     from diffusers.utils.torch_utils import randn_tensor
 
-    config, device = transformer.config, transformer.device
+    config = transformer.config
+    # diffusers' own property walks through all modules, which takes as long as a step; fused, all are in one place
+    device = next(transformer.parameters()).device if is_fused(transformer) else transformer.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
     latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
