@@ -131,6 +131,30 @@ def model_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pipeline_table(result: dict[str, Any]) -> list[str]:
+    """Milliseconds of a call and speed relative to compiled bf16, per number of images; images per second; energy."""
+    rows = {(row["m"], row["candidate"]): row for row in result["rows"] if "median_us" in row}
+    counts = sorted({m for m, _ in rows})
+    energy = any(row.get("joules_per_image") for row in rows.values())
+    head = [f"{m} image{'s' * (m > 1)}" for m in counts] + [f"images/s, {counts[-1]} images"]
+    head += [f"J per image, {counts[0]} / {counts[-1]}"] * energy
+    lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for name in dict.fromkeys(name for _, name in rows):
+        found = [rows.get((m, name)) for m in counts]
+        cells = [
+            "" if row is None else f"{row['median_us'] / 1e3:.1f} ms ({row['ratio_to_compiled_bf16']:.2f}x)"
+            for row in found
+        ]
+        cells.append("" if found[-1] is None else f"{found[-1]['images_per_s']:.1f}")
+        if energy:
+            ends = [row["joules_per_image"] for row in (found[0], found[-1]) if row is not None]
+            cells.append(" / ".join(f"{joules:.1f}" for joules in ends))
+        if name == "decoder alone":  # its ratio to a whole pipeline says nothing
+            cells = [re.sub(r" \(.*\)", "", cell) for cell in cells]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def breakdown_table(result: dict[str, Any]) -> list[str]:
     """Microseconds per block of each of its seven launches; what is outside of blocks in all."""
     found = [row for row in result["rows"] if "kernels_us" in row and row["layer"] == "DiT-XL/2-256"]
@@ -388,9 +412,11 @@ def large_model_table(result: dict[str, Any]) -> list[str]:
 
 
 def sample_table(result: dict[str, Any]) -> list[str]:
-    (row,) = result["rows"]
-    lines = ["| | processes | images | images/s |", "|---|---|---|---|"]
-    lines.append(f"| {row['name']} | {row['processes']} | {row['images']:,} | {row['images_per_second']:.0f} |")
+    alone = next(row["images_per_second"] for row in result["rows"] if row["processes"] == 1)
+    lines = ["| | processes | images | images/s | of what one would make of it |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        speed, n = row["images_per_second"], row["processes"]
+        lines.append(f"| {row['name']} | {n} | {row['images']:,} | {speed:.0f} | {speed / (n * alone):.1%} |")
     return lines
 
 
@@ -417,6 +443,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/model.json": model_table,
     "results/h100/model.json goals": goals_table,
     "results/h100/model.json breakdown": breakdown_table,
+    "results/h100/pipeline.json": pipeline_table,
+    "results/h100/pipeline.json goals": goals_table,
+    "results/h100/pipeline-250.json": pipeline_table,
     "results/h100/cache-cost.json": cache_cost_table,
     "results/h100/cache-cost.json goals": goals_table,
     "results/h100/cache.json": cache_quality_table,

@@ -134,7 +134,7 @@ def test_pipeline_goals():
         "full_method_over_compiled_bf16_1": 3.6,
         "full_method_over_compiled_bf16_1_denoising": pytest.approx(160 / 30),
     }
-    assert len(found) == 6
+    assert len(found) == 5
 
 
 def test_a_run_that_is_cut_keeps_its_rows(tmp_path):
