@@ -147,9 +147,9 @@ def images(name: str, m: int, steps: int) -> Callable[[int], torch.Tensor]:
     call = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "seeds": seeds, "cuda_graph": ours.whole_run}
     if ours.compensated:
         call["compensation"] = compensation(model, steps)
+    scheduler = make_scheduler("ddim", SCHEDULER)
 
     def drawn(i: int) -> torch.Tensor:
-        scheduler = make_scheduler("ddim", SCHEDULER)
         return decode_latents(autoencoder(eager=False), sample_latents(model, scheduler, labels, **call))
 
     return drawn

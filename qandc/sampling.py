@@ -95,6 +95,7 @@ class _Loop:
     corrector: Corrector | None  # the compensation on that device, or another
     callback: Callable[[int, int, torch.Tensor], None] | None
     generators: Sequence[torch.Generator]
+    force_compensation: bool
 
     def why_no_graph(self, labels: torch.Tensor) -> str | None:
         """Why these steps can't be replayed from one CUDA graph, or None."""
@@ -110,10 +111,13 @@ class _Loop:
         described = (type(self.scheduler), tuple(self.scheduler.timesteps.tolist()), self.guidance_scale)
         scheduler = repr(sorted(self.scheduler.config.items()))
         # id: the graph keeps this loop, and the compensation with it
-        return (*described, scheduler, None if cache is None else cache.config, id(self.compensation))
+        compensation = (id(self.compensation), self.force_compensation)
+        return (*described, scheduler, None if cache is None else cache.config, *compensation)
 
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         transformer, scheduler, corrector = self.transformer, self.scheduler, self.corrector
+        if self.compensation is not None and not self.force_compensation:  # not in a replay, where nothing is new
+            self.compensation.check(describe_run(transformer, scheduler, self.guidance_scale))
         config, dtype, guided = transformer.config, transformer.dtype, self.guidance_scale > 1
         step_kwargs = (
             {"generator": self.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -205,12 +209,20 @@ def sample_latents(
     if compensation is not None:
         if corrector is not None:
             raise ConfigError("give compensation or corrector, not both: they change the same values")
-        if not force_compensation:
-            compensation.check(describe_run(transformer, scheduler, guidance_scale))
         corrector = compensation.to(device)
     latents = latents * scheduler.init_noise_sigma
     timesteps = scheduler.timesteps.to(device)
-    loop = _Loop(transformer, scheduler, timesteps, guidance_scale, compensation, corrector, callback, generators)
+    loop = _Loop(
+        transformer,
+        scheduler,
+        timesteps,
+        guidance_scale,
+        compensation,
+        corrector,
+        callback,
+        generators,
+        force_compensation,
+    )
     why_no_graph = loop.why_no_graph(labels) if cuda_graph else None
     if why_no_graph is not None:
         logger.warning("the run is no CUDA graph: %s", why_no_graph)

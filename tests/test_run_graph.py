@@ -11,6 +11,7 @@ import qandc.fused_dit
 from qandc import (
     CacheConfig,
     Compensation,
+    ConfigError,
     apply_cache_to_dit,
     fuse_dit,
     make_scheduler,
@@ -105,6 +106,10 @@ def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
     ):
         assert torch.equal(draw(model, cuda_graph=True, **change), draw(model, **change))
         assert len(graphs.captured) == count
+    forced = {"compensation": compensation(model, 0.9), "guidance_scale": 3.0, "force_compensation": True}
+    assert torch.equal(draw(model, cuda_graph=True, **forced), draw(model, **forced))
+    with pytest.raises(ConfigError, match="fitted for guidance_scale"):
+        draw(model, cuda_graph=True, **{**forced, "force_compensation": False})
     apply_cache_to_dit(model, config=CONFIGS["branch"])
     assert torch.equal(draw(model, cuda_graph=True), draw(model))
     remove_cache(model)
