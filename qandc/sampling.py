@@ -26,7 +26,6 @@ __all__ = ["SCHEDULERS", "Corrector", "decode_latents", "describe_run", "make_sc
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
-WITHOUT_NOISE = ("DDIMScheduler",)  # a step is a function of latents and prediction, its coefficients are known ahead
 
 
 def make_scheduler(name: str, config: Any) -> Any:
@@ -99,8 +98,13 @@ class _Loop:
 
     def why_no_graph(self, labels: torch.Tensor) -> str | None:
         """Why these steps can't be replayed from one CUDA graph, or None."""
-        if type(self.scheduler).__name__ not in WITHOUT_NOISE:
-            return f"{type(self.scheduler).__name__} draws noise in every step; {' or '.join(WITHOUT_NOISE)} does not"
+        from diffusers import DDIMScheduler
+
+        if type(self.scheduler) is not DDIMScheduler:  # whose steps draw no noise, their coefficients known ahead
+            return (
+                "the scheduler must be DDIMScheduler itself, neither another nor a compensated one (give compensation= "
+                f"instead); this is {type(self.scheduler).__name__}"
+            )
         if self.callback is not None or (self.corrector is not None and self.compensation is None):
             return "a callback or a corrector of your own runs in every step"
         return why_no_run_graph(self.transformer, labels)
@@ -108,11 +112,12 @@ class _Loop:
     def key(self) -> Hashable:
         """What a graph of these steps depends on beside shapes, labels, noise and the layers."""
         cache = get_cache(self.transformer)
-        described = (type(self.scheduler), tuple(self.scheduler.timesteps.tolist()), self.guidance_scale)
-        scheduler = repr(sorted(self.scheduler.config.items()))
+        scheduler = self.scheduler
+        run = (repr(sorted(scheduler.config.items())), scheduler.alphas_cumprod.numpy().tobytes())
+        steps = (tuple(scheduler.timesteps.tolist()), self.guidance_scale, None if cache is None else cache.config)
         # id: the graph keeps this loop, and the compensation with it
         compensation = (id(self.compensation), self.force_compensation)
-        return (*described, scheduler, None if cache is None else cache.config, *compensation)
+        return run + steps + compensation
 
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         transformer, scheduler, corrector = self.transformer, self.scheduler, self.corrector
@@ -180,9 +185,9 @@ def sample_latents(
         force_compensation: apply it also to a run it was not fitted for.
         corrector: anything else that changes predictions and latents at these two points.
         cuda_graph: replay all steps from one CUDA graph, which the first call with these settings captures (in the time
-            of a few runs; two graphs are kept). For a fused transformer and DDIM, without a callback or a corrector of
-            your own; otherwise the steps are taken as usual and the reason is logged. An attached cache does not count
-            the steps of a replay.
+            of a few runs; two graphs are kept). For a fused transformer and a plain ``DDIMScheduler``, without callback
+            or corrector of your own; otherwise the steps are taken as usual and the reason is logged. An attached
+            cache does not count the steps of a replay.
 
     Raises:
         ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an

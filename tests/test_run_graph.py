@@ -13,6 +13,7 @@ from qandc import (
     Compensation,
     ConfigError,
     apply_cache_to_dit,
+    compensated_scheduler,
     fuse_dit,
     make_scheduler,
     remove_cache,
@@ -36,13 +37,15 @@ CONFIGS = {
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def scheduler(name="ddim"):
-    return make_scheduler(name, {"num_train_timesteps": 1000, "clip_sample": False})
+def scheduler(name="ddim", alphas=1.0, **config):
+    made = make_scheduler(name, {"num_train_timesteps": 1000, "clip_sample": False, **config})
+    made.alphas_cumprod *= alphas
+    return made
 
 
-def draw(model, labels=(3, 4), seeds=(0, 1), steps=STEPS, guidance_scale=GUIDANCE, **more):
+def draw(model, labels=(3, 4), seeds=(0, 1), steps=STEPS, guidance_scale=GUIDANCE, of=None, **more):
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "seeds": seeds, **more}
-    return sample_latents(model, scheduler(), labels, **call)
+    return sample_latents(model, of or scheduler(), labels, **call)
 
 
 def compensation(model, gain):
@@ -101,6 +104,8 @@ def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
             {"guidance_scale": 1.0},
             {"compensation": compensation(model, 0.9)},
             {"compensation": compensation(model, 1.1)},
+            {"of": scheduler(clip_sample=True)},
+            {"of": scheduler(alphas=0.9)},
         ),
         1,
     ):
@@ -138,8 +143,18 @@ def test_what_cannot_be_a_graph_runs_as_usual_and_says_so(caplog):
         call = {"num_inference_steps": 2, "seeds": [0]}
         expected = sample_latents(model, scheduler("ddpm"), [1], **call)
         assert torch.equal(sample_latents(model, scheduler("ddpm"), [1], cuda_graph=True, **call), expected)
+        compensated = compensated_scheduler(scheduler(), compensation(model, 0.9))  # is called DDIMScheduler too
+        call["num_inference_steps"] = STEPS
+        expected = sample_latents(model, compensated, [1], **call)
+        assert torch.equal(sample_latents(model, compensated, [1], cuda_graph=True, **call), expected)
     messages = refused(caplog)
-    for part in ("is not fused", "no fused kernels", "callback or a corrector", "callback or a corrector", "DDPM"):
+    for part in (
+        "is not fused",
+        "no fused kernels",
+        "callback or a corrector",
+        "callback or a corrector",
+        *["DDIM"] * 2,
+    ):
         assert part in messages.pop(0)
     assert not messages
 
