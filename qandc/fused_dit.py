@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from qandc.graphs import GraphCache
 from qandc.ranges import StepRanges
 from qandc_kernels import select_backend
 
-__all__ = ["fuse_dit", "is_fused", "prepare_run", "run_as_graph", "unfuse_dit", "why_no_run_graph"]
+__all__ = ["fuse_dit", "is_fused", "prepare_run", "unfuse_dit", "why_not_now"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class _FusedTransformer(nn.Module):
     ) -> Any:
         fused: _Fused = getattr(self, FUSED)
         cache = get_cache(self)
-        reason = _why_not_now(self, hidden_states, timestep, class_labels, cross_attention_kwargs)
+        reason = why_not_now(self, hidden_states, timestep, class_labels, cross_attention_kwargs)
         if reason is not None:
             fused.say(f"the model runs unfused: {reason}")
             step = None
@@ -183,7 +183,7 @@ class _FusedTransformer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def _why_not_now(
+def why_not_now(
     transformer: Any, hidden_states: Any, timestep: Any, class_labels: Any, cross_attention_kwargs: Any
 ) -> str | None:
     """Why this call must take the unfused way, or None."""
@@ -354,7 +354,7 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
         steps = tuple(on_device[:, None].repeat(1, len(class_labels)).unbind(0))
         fused.run = None
         step = None
-        if steps and _why_not_now(transformer, class_labels, steps[0], class_labels, None) is None:
+        if steps and why_not_now(transformer, class_labels, steps[0], class_labels, None) is None:
             step = fused.step(transformer)
         if step is None:
             return steps
@@ -365,50 +365,6 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
             return steps
         fused.run = _Run(steps, class_labels, *step.conditioning.of_run(on_device, class_labels, dtype))
     return steps
-
-
-def why_no_run_graph(transformer: Any, class_labels: torch.Tensor) -> str | None:
-    """Why many forwards of this transformer can't be one CUDA graph, or None."""
-    fused: _Fused | None = transformer.__dict__.get(FUSED)
-    if fused is None:
-        return "the transformer is not fused (fuse_dit)"
-    cache = get_cache(transformer)
-    if cache is not None and cache.paused:
-        return "the feature cache is paused"
-    reason = _why_not_now(transformer, class_labels, class_labels, class_labels, None)
-    if reason is not None:
-        return reason
-    with torch.inference_mode(False), torch.no_grad():
-        graphable = fused.cuda_graphs and fused.step(transformer) is not None and fused.graphable
-    if not graphable or not class_labels.is_cuda:
-        return "CUDA graphs are off, or parts of the model run unfused (quantization_report)"
-    return None
-
-
-def run_as_graph(
-    transformer: Any, run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], key: Hashable
-) -> torch.Tensor:
-    """``run(*inputs)``, which may call the fused transformer many times, as one CUDA graph per ``key`` and shapes.
-
-    ``run`` depends on nothing but ``inputs``, ``key`` and the transformer, where :func:`why_no_run_graph` finds no
-    reason against it. Its graph is given up when layers change, as that of a single forward is.
-    """
-    fused: _Fused = getattr(transformer, FUSED)
-    cache = get_cache(transformer)
-    held: list[Any] = []
-
-    def function(*inputs: torch.Tensor) -> torch.Tensor:
-        cuda_graphs, fused.cuda_graphs = fused.cuda_graphs, False  # none within the graph, nor before it
-        try:
-            output = run(*inputs)
-        finally:
-            fused.cuda_graphs = cuda_graphs
-        fused.run = None  # lies in memory of the graph, and would keep the run's labels alive
-        if cache is not None:
-            held[:] = cache.hand_over()
-        return output
-
-    return fused.run_graphs(function, inputs, kind=key)
 
 
 def unfuse_dit(transformer: Any) -> Any:

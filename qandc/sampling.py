@@ -18,7 +18,8 @@ import torch
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError
-from qandc.fused_dit import is_fused, prepare_run, run_as_graph, why_no_run_graph
+from qandc.fused_dit import is_fused, prepare_run
+from qandc.run_graph import run_as_graph, why_no_run_graph
 from qandc.variance_compensation import Compensation
 
 __all__ = ["SCHEDULERS", "Corrector", "decode_latents", "describe_run", "make_scheduler", "sample_latents"]
