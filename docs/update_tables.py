@@ -147,8 +147,8 @@ def pipeline_table(result: dict[str, Any]) -> list[str]:
         ]
         cells.append("" if found[-1] is None else f"{found[-1]['images_per_s']:.1f}")
         if energy:
-            ends = [row["joules_per_image"] for row in (found[0], found[-1]) if row is not None]
-            cells.append(" / ".join(f"{joules:.1f}" for joules in ends))
+            ends = [row and row.get("joules_per_image") for row in (found[0], found[-1])]
+            cells.append(" / ".join("?" if joules is None else f"{joules:.1f}" for joules in ends))
         if name == "decoder alone":  # its ratio to a whole pipeline says nothing
             cells = [re.sub(r" \(.*\)", "", cell) for cell in cells]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -154,7 +154,7 @@ class QandCQuantizer(DiffusersQuantizer):
             owner, _, leaf = key.rpartition(".")
             layer = model.get_submodule(owner)
             if isinstance(layer, QuantLinear) and leaf in OPTIONAL_BUFFERS:
-                # no None yet: diffusers goes on to add up the sizes of all it expected, and moves them to their device
+                # no None before the first tensor comes: until then diffusers adds up the sizes of all that it expected
                 setattr(layer, leaf, torch.empty(0))
                 self.absent.append((layer, leaf))
             else:
@@ -184,6 +184,9 @@ class QandCQuantizer(DiffusersQuantizer):
             ModelError: a tensor is not what ``quantization_config`` says.
         """
         model, param_value, param_name, target_device, state_dict, *_ = args
+        with LOADING:
+            while self.absent:
+                setattr(*self.absent.pop(), None)
         name, _, leaf = param_name.rpartition(".")
         if self.pre_quantized:
             layer = model.get_submodule(name)
@@ -207,8 +210,6 @@ class QandCQuantizer(DiffusersQuantizer):
                 _replace(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for layer, leaf in self.absent:
-            setattr(layer, leaf, None)
         layers = quant_layers(model)
         for name in self.bits:
             if name not in layers or layers[name].qweight.is_meta:

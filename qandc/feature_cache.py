@@ -84,7 +84,7 @@ class FeatureCache:
         self.__init__(state["config"])  # type: ignore[misc]
 
     def reset(self) -> None:
-        """Forget all features, runs and counters, and free their memory."""
+        """Forget all features, runs and counters, and free their memory, but for that of graphs of whole runs."""
         self.compute_steps = 0
         self.reuse_steps = 0
         self.plan = Plan()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ __all__ = ["fuse_dit", "is_fused", "prepare_run", "unfuse_dit", "why_not_now"]
 logger = logging.getLogger(__name__)
 
 LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
-RUN_GRAPHS = 2  # each may hold that much
+RUN_GRAPHS = 2  # each may hold that much, and the features of a cache
 
 
 class _Fused:
@@ -51,7 +52,8 @@ class _Fused:
         self.cuda_graphs = cuda_graphs
         self.ranges = ranges
         self.graphs = GraphCache()
-        self.run_graphs = GraphCache(RUN_GRAPHS)
+        self.run_graphs = GraphCache(RUN_GRAPHS, self.graphs.turn)
+        self.launching: int | None = None  # the thread that launches kernels one by one, within a graph of a whole run
         self.run: _Run | None = None
         self.reasons: list[str | None] = []
         self.output_reason: str | None = None
@@ -221,6 +223,7 @@ def _run(
     kind, function, extra = _function(step, latents, ahead, cache)
     inputs = (latents, timestep, class_labels, *extra)
     graphs = latents.is_cuda and fused.cuda_graphs and fused.graphable and batch > 0
+    graphs = graphs and fused.launching != threading.get_ident()
     if graphs and not torch.cuda.is_current_stream_capturing():
         return fused.graphs(function, inputs, kind=kind)
     with torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext():
@@ -383,5 +386,5 @@ def unfuse_dit(transformer: Any) -> Any:
                 "first"
             )
         transformer.__class__ = before
-        del transformer.__dict__[FUSED]
+        transformer.__dict__.pop(FUSED).drop()  # a graph of a run holds what holds it
     return transformer

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["GraphCache"]
+__all__ = ["GraphCache", "Turn"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,14 @@ class _Captured:
     output: torch.Tensor
 
 
+class Turn:
+    """Whose graph runs: one at a time, by one thread at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.done: dict[torch.device, torch.cuda.Event] = {}  # recorded behind the last replay
+
+
 class GraphCache:
     """Runs a function from CUDA tensors to one CUDA tensor through graphs, one per key and shape of inputs.
 
@@ -38,17 +46,18 @@ class GraphCache:
         captures, replays: how many there were.
     """
 
-    def __init__(self, limit: int = MAX_GRAPHS) -> None:
+    def __init__(self, limit: int = MAX_GRAPHS, turn: Turn | None = None) -> None:
         self.limit = limit
+        self.turn = turn or Turn()  # several caches share one where their functions share memory
         self.captures = 0
         self.replays = 0
         self._graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._pool: Any = None
-        self._lock = threading.Lock()
-        self._done: Any = None
+        self._cleared = 0
 
     def clear(self) -> None:
-        """Give up all graphs and their memory."""
+        """Give up all graphs and their memory, and one that is being captured."""
+        self._cleared += 1
         self._graphs.clear()
         self._pool = None
 
@@ -56,38 +65,52 @@ class GraphCache:
         return sum(graph is not None for graph in self._graphs.values())
 
     def __call__(
-        self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], kind: Hashable = None
+        self,
+        function: Callable[..., torch.Tensor],
+        inputs: tuple[torch.Tensor, ...],
+        kind: Hashable = None,
+        otherwise: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        """``function(*inputs)``; where it can't be captured and ``otherwise`` is given, ``otherwise(*inputs)``."""
         key = (kind, *((t.shape, t.dtype, t.device) for t in inputs))
-        with self._lock, torch.cuda.device(inputs[0].device):
-            if self._done is None:
-                self._done = torch.cuda.Event()
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(function, inputs)
+        device = inputs[0].device
+        with self.turn.lock, torch.cuda.device(device):
+            done = self.turn.done.setdefault(device, torch.cuda.Event())
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+                captured = self._graphs[key]
+            else:
+                cleared = self._cleared
+                captured = self._capture(function, inputs)
+                if cleared == self._cleared:  # else the layers have changed meanwhile
+                    self._graphs[key] = captured
                 while len(self._graphs) > self.limit:
                     self._graphs.popitem(last=False)
-            self._graphs.move_to_end(key)
-            captured = self._graphs[key]
-            if captured is None:
+            if captured is None and otherwise is None:
                 return function(*inputs)
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)  # a call on another stream may still run
-            for static, given in zip(captured.inputs, inputs, strict=True):
-                static.copy_(given)
-            captured.graph.replay()
-            self.replays += 1
-            output = captured.output.clone()
-            self._done.record(stream)
-            return output
+            if captured is not None:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(done)  # a call on another stream may still run
+                for static, given in zip(captured.inputs, inputs, strict=True):
+                    static.copy_(given)
+                captured.graph.replay()
+                self.replays += 1
+                output = captured.output.clone()
+                done.record(stream)
+                return output
+        assert otherwise is not None
+        return otherwise(*inputs)
 
     def _capture(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
         static = tuple(t.clone(memory_format=torch.contiguous_format) for t in inputs)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function(*static)
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    function(*static)
+        finally:  # also of what was queued before an exception
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.cache import FUSED, get_cache
+from qandc.derived import has_other_forward
 from qandc.fused_dit import why_not_now
 
 __all__ = ["run_as_graph", "why_no_run_graph"]
@@ -24,6 +27,9 @@ def why_no_run_graph(transformer: Any, class_labels: torch.Tensor) -> str | None
     reason = why_not_now(transformer, class_labels, class_labels, class_labels, None)
     if reason is not None:
         return reason
+    hooked = transformer._forward_hooks or transformer._forward_pre_hooks or _has_any_global_hook()
+    if hooked or has_other_forward(transformer):
+        return "the transformer has hooks or a forward of its own, which would run once and never again"
     with torch.inference_mode(False), torch.no_grad():
         graphable = fused.cuda_graphs and fused.step(transformer) is not None and fused.graphable
     if not graphable or not class_labels.is_cuda:
@@ -44,14 +50,15 @@ def run_as_graph(
     held: list[Any] = []
 
     def function(*inputs: torch.Tensor) -> torch.Tensor:
-        cuda_graphs, fused.cuda_graphs = fused.cuda_graphs, False  # none within the graph, nor before it
+        held.clear()  # of a run to warm up
+        fused.launching = threading.get_ident()
         try:
             output = run(*inputs)
         finally:
-            fused.cuda_graphs = cuda_graphs
+            fused.launching = None
         fused.run = None  # lies in memory of the graph, and would keep the run's labels alive
         if cache is not None:
             held[:] = cache.hand_over()
         return output
 
-    return fused.run_graphs(function, inputs, kind=key)
+    return fused.run_graphs(function, inputs, kind=key, otherwise=run)

@@ -7,6 +7,7 @@ models given the same seeds see the same noise.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -101,11 +102,15 @@ class _Loop:
         """Why these steps can't be replayed from one CUDA graph, or None."""
         from diffusers import DDIMScheduler
 
-        if type(self.scheduler) is not DDIMScheduler:  # whose steps draw no noise, their coefficients known ahead
+        plain: Any = DDIMScheduler
+        if type(self.scheduler) is not plain:  # whose steps draw no noise, their coefficients known ahead
             return (
                 "the scheduler must be DDIMScheduler itself, neither another nor a compensated one (give compensation= "
                 f"instead); this is {type(self.scheduler).__name__}"
             )
+        changed = {"step", "_get_variance"} & vars(self.scheduler).keys()
+        if changed or self.scheduler.alphas_cumprod.is_cuda:
+            return "the scheduler's methods were replaced, or its coefficients moved to the GPU"
         if self.callback is not None or (self.corrector is not None and self.compensation is None):
             return "a callback or a corrector of your own runs in every step"
         return why_no_run_graph(self.transformer, labels)
@@ -114,11 +119,11 @@ class _Loop:
         """What a graph of these steps depends on beside shapes, labels, noise and the layers."""
         cache = get_cache(self.transformer)
         scheduler = self.scheduler
-        run = (repr(sorted(scheduler.config.items())), scheduler.alphas_cumprod.numpy().tobytes())
-        steps = (tuple(scheduler.timesteps.tolist()), self.guidance_scale, None if cache is None else cache.config)
-        # id: the graph keeps this loop, and the compensation with it
-        compensation = (id(self.compensation), self.force_compensation)
-        return run + steps + compensation
+        coefficients = (scheduler.alphas_cumprod.numpy().tobytes(), float(scheduler.final_alpha_cumprod))
+        run = (repr(sorted(scheduler.config.items())), tuple(scheduler.timesteps.tolist()), self.guidance_scale)
+        features = None if cache is None else cache.config
+        compensation = None if self.compensation is None else self.compensation.key()
+        return (*run, *coefficients, features, compensation, self.force_compensation)
 
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         transformer, scheduler, corrector = self.transformer, self.scheduler, self.corrector
@@ -215,7 +220,7 @@ def sample_latents(
     if compensation is not None:
         if corrector is not None:
             raise ConfigError("give compensation or corrector, not both: they change the same values")
-        corrector = compensation.to(device)
+        corrector = copy.deepcopy(compensation).to(device)  # a graph goes on with these gains
     latents = latents * scheduler.init_noise_sigma
     timesteps = scheduler.timesteps.to(device)
     loop = _Loop(

@@ -117,6 +117,10 @@ class Compensation:
         """The same with its gains on a device."""
         return replace(self, gain=self.gain.to(device), mean=self.mean.to(device))
 
+    def key(self) -> tuple[Any, ...]:
+        """Equal for compensations that do the same."""
+        return (*(values.cpu().numpy().tobytes() for values in (self.gain, self.mean)), self.target, self.fitted_for)
+
     def _apply(self, step: int, x: torch.Tensor) -> torch.Tensor:
         """``μ + K (x - μ)``, in float32, cast back."""
         shape = (1, -1, *[1] * (x.ndim - 2))

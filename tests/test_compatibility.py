@@ -129,6 +129,24 @@ def test_what_diffusers_adds_up_before_it_loads_to_a_gpu(tmp_path, dit_inputs, m
 
 
 @KINDS
+def test_what_accelerate_dispatched_it_takes_back(tmp_path, dit_inputs, monkeypatch, w_bits, how):
+    """It notes the device of every buffer that it finds, and wants them all there when it is done."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model = make_quantized(w_bits, how=how)
+    model.save_pretrained(tmp_path)
+    # as for a GPU, which diffusers dispatches to before it is done with the quantizer
+    monkeypatch.setattr(
+        diffusers.models.modeling_utils, "dispatch_model", lambda m, **_: cpu_offload(m, torch.device("cpu"))
+    )
+    found = type(model).from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(output(found, dit_inputs), output(model, dit_inputs))
+    remove_hook_from_submodules(found)
+    assert torch.equal(output(found, dit_inputs), output(model, dit_inputs))
+
+
+@KINDS
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_sequential_offload(dit_inputs, w_bits, how, offload_buffers):
     """accelerate's cpu_offload, which diffusers calls: each layer comes when it is called, and goes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 
 import pytest
@@ -20,7 +22,8 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
-from qandc.cache import FUSED
+from qandc.cache import FUSED, paused_cache
+from qandc.run_graph import why_no_run_graph
 from qandc.sampling import describe_run
 from qandc.variance_compensation import FittedFor
 from qandc_kernels import Backend
@@ -37,9 +40,10 @@ CONFIGS = {
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def scheduler(name="ddim", alphas=1.0, **config):
+def scheduler(name="ddim", alphas=1.0, last=1.0, **config):
     made = make_scheduler(name, {"num_train_timesteps": 1000, "clip_sample": False, **config})
     made.alphas_cumprod *= alphas
+    made.final_alpha_cumprod = torch.tensor(last)
     return made
 
 
@@ -57,18 +61,25 @@ def compensation(model, gain):
 
 
 class AsIfReplayed:
-    """A graph cache without graphs: a replay does on new inputs what the captured call would have done."""
+    """A graph cache without graphs: a replay gives what was captured, or, on new inputs, does that over again."""
 
     def __init__(self):
         self.captured = {}
 
-    def __call__(self, function, inputs, kind):
+    def __call__(self, function, inputs, kind, otherwise):
         key = (kind, *(t.shape for t in inputs))
         if key not in self.captured:
+            static = tuple(t.clone() for t in inputs)
             for _ in range(2):
-                function(*(t.clone() for t in inputs))
-            self.captured[key] = function
-        return self.captured[key](*inputs)
+                function(*static)
+            self.captured[key] = (function, static, {})
+        function, static, outputs = self.captured[key]
+        values = tuple(t.numpy().tobytes() for t in inputs)
+        if values not in outputs:
+            for t, given in zip(static, inputs, strict=True):
+                t.copy_(given)
+            outputs[values] = function(*static)
+        return outputs[values].clone()
 
     def clear(self):
         self.captured.clear()
@@ -94,6 +105,48 @@ def test_a_replay_depends_on_nothing_but_its_inputs(as_if_replayed, config):
     assert len(graphs.captured) == 2
 
 
+def test_without_guidance_a_run_has_labels_of_its_own(as_if_replayed):
+    apply_cache_to_dit(as_if_replayed, config=CONFIGS["branch"])
+    for labels in ((3, 4), (5, 6), (3, 4)):
+        call = {"labels": labels, "guidance_scale": 1.0}
+        assert torch.equal(draw(as_if_replayed, cuda_graph=True, **call), draw(as_if_replayed, **call))
+
+
+def test_gains_that_were_written_to_are_others(as_if_replayed):
+    given = compensation(as_if_replayed, 0.9)
+    draw(as_if_replayed, cuda_graph=True, compensation=given)
+    draw(as_if_replayed, cuda_graph=True, compensation=copy.deepcopy(given))
+    graphs = as_if_replayed.__dict__[FUSED].run_graphs
+    assert len(graphs.captured) == 1
+    given.gain.mul_(0.9)
+    call = {"compensation": given}
+    assert torch.equal(draw(as_if_replayed, cuda_graph=True, **call), draw(as_if_replayed, **call))
+    assert len(graphs.captured) == 2
+
+
+def test_what_would_run_once_and_never_again_is_no_graph(monkeypatch):
+    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    model, labels = fuse_dit(make_quantized()), torch.tensor([1, 2])
+    assert "CUDA graphs are off" in why_no_run_graph(model, labels)  # the last of the reasons, on a CPU
+    for register in (
+        model.register_forward_hook,
+        model.register_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+    ):
+        handle = register(lambda *args: None)
+        assert "hooks" in why_no_run_graph(model, labels)
+        handle.remove()
+    model.forward = lambda *args, **kwargs: None
+    assert "forward of its own" in why_no_run_graph(model, labels)
+    del model.forward
+    apply_cache_to_dit(model, config=CONFIGS["branch"])
+    with paused_cache(model):
+        assert "paused" in why_no_run_graph(model, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in why_no_run_graph(model, labels)
+    assert "training" in why_no_run_graph(model.train(), labels)
+
+
 def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
     model, graphs = as_if_replayed, as_if_replayed.__dict__[FUSED].run_graphs
     for count, change in enumerate(
@@ -106,6 +159,7 @@ def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
             {"compensation": compensation(model, 1.1)},
             {"of": scheduler(clip_sample=True)},
             {"of": scheduler(alphas=0.9)},
+            {"of": scheduler(last=0.9)},
         ),
         1,
     ):
@@ -147,6 +201,9 @@ def test_what_cannot_be_a_graph_runs_as_usual_and_says_so(caplog):
         call["num_inference_steps"] = STEPS
         expected = sample_latents(model, compensated, [1], **call)
         assert torch.equal(sample_latents(model, compensated, [1], cuda_graph=True, **call), expected)
+        noisy = scheduler()
+        noisy.step = functools.partial(noisy.step, eta=0.5)
+        draw(model, of=noisy, cuda_graph=True)
     messages = refused(caplog)
     for part in (
         "is not fused",
@@ -154,6 +211,7 @@ def test_what_cannot_be_a_graph_runs_as_usual_and_says_so(caplog):
         "callback or a corrector",
         "callback or a corrector",
         *["DDIM"] * 2,
+        "replaced",
     ):
         assert part in messages.pop(0)
     assert not messages
@@ -178,16 +236,17 @@ def test_equals_the_loop_on_a_gpu(caplog, config, w_bits):
 
 
 @pytest.mark.gpu
-def test_graphs_outlive_no_cache_and_no_layer():
+@pytest.mark.parametrize("config", [CONFIGS["branch"], CONFIGS["taylor int8"]], ids=["branch", "taylor int8"])
+def test_graphs_outlive_no_cache_and_no_layer(config):
     model = fuse_dit(make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32))
     graphs = model.__dict__[FUSED].run_graphs
-    apply_cache_to_dit(model, config=CONFIGS["branch"])
+    apply_cache_to_dit(model, config=config)
     expected = draw(model, cuda_graph=True)
     remove_cache(model)
     plain = draw(model, cuda_graph=True)
     assert not torch.equal(plain, expected)
     filler = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]  # where features may have been
-    apply_cache_to_dit(model, config=CONFIGS["branch"])
+    apply_cache_to_dit(model, config=config)
     assert torch.equal(draw(model, cuda_graph=True), expected)
     assert graphs.captures == 3
     reset_all_caches(model)
