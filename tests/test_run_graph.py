@@ -159,7 +159,7 @@ def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
             {"compensation": compensation(model, 1.1)},
             {"of": scheduler(clip_sample=True)},
             {"of": scheduler(alphas=0.9)},
-            {"of": scheduler(last=0.9)},
+            {"of": scheduler(alphas=0.9, last=0.95)},
         ),
         1,
     ):
