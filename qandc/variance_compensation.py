@@ -125,7 +125,7 @@ class Compensation:
         """``μ + K (x - μ)``, in float32, cast back."""
         shape = (1, -1, *[1] * (x.ndim - 2))
         gain, mean = (values[step].to(x.device).view(shape) for values in (self.gain, self.mean))
-        return torch.lerp(mean, x.float(), gain).to(x.dtype)  # one kernel
+        return (mean + gain * (x.float() - mean)).to(x.dtype)
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
         """What becomes of the guided noise prediction ``[B, C, H, W]`` of a step."""
