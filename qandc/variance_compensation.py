@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qandc.errors import ConfigError, DataError
-from qandc.files import write_whole
+from qandc.files import write_json, write_whole
 
 __all__ = ["Compensation", "FittedFor", "epsilon_scaling", "least_squares", "paper_gain", "variance_ratio"]
 
@@ -164,9 +164,7 @@ class Compensation:
         tensors = {"gain": self.gain.contiguous(), "mean": self.mean.contiguous()}
         settings = {"version": FORMAT_VERSION, "target": self.target, "form": self.form, **asdict(self.fitted_for)}
         write_whole(path, lambda partial: save_file(tensors, partial))
-        write_whole(
-            path.with_suffix(".json"), lambda partial: partial.write_text(json.dumps(settings, indent=1) + "\n")
-        )
+        write_json(path.with_suffix(".json"), settings)
 
     @classmethod
     def load(cls, path: str | Path) -> Compensation:

@@ -50,6 +50,7 @@ from qandc import (
     smoothing_factors,
     uniform_schedule,
 )
+from qandc.files import write_json
 from qandc.ranges import RangeConfig
 from qandc.results import result_header
 from qandc.schedule import optimal_schedule
@@ -313,7 +314,7 @@ def main(
         rows = list({row_key(row): row for file in files for row in file["rows"]}.values())
         order = [(part, asdict(row)) for part in PARTS for row in configurations(part, samples)]
         rows.sort(key=lambda row: (row["repeat"], row["part"] != "FP" and order.index((row["part"], row["row"]))))
-        out.write_text(json.dumps({**files[0], "rows": rows, "goals": ablation_goals(rows)}, indent=1) + "\n")
+        write_json(out, {**files[0], "rows": rows, "goals": ablation_goals(rows)})
         return
     started = time.perf_counter()
     torch.set_float32_matmul_precision("high")
@@ -345,7 +346,7 @@ def main(
             {"part": part, "repeat": repeat, "row": row, **judges[repeat == 0](pixels, sample.labels, reference)}
         )
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**header, "rows": rows, "goals": ablation_goals(rows)}, indent=1) + "\n")
+        write_json(out, {**header, "rows": rows, "goals": ablation_goals(rows)})
         said = " ".join(str(value) for value in row.values())
         numbers = " ".join(f"{value:.3f}" for value in list(rows[-1].values())[3:])
         typer.echo(f"{time.perf_counter() - started:5.0f} s  {part} {repeat}: {said}: {numbers}")

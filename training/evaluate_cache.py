@@ -34,6 +34,7 @@ from qandc import (
     sample_latents,
     uniform_schedule,
 )
+from qandc.files import write_json
 from qandc.results import result_header
 from qandc.schedule import optimal_schedule, schedule_error
 from qandc.schedule_calibration import feature_gram
@@ -139,7 +140,7 @@ def main(
 
     def write() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**result_header(settings), "rows": rows, "goals": []}, indent=1) + "\n")
+        write_json(out, {**result_header(settings), "rows": rows, "goals": []})
 
     reference, speed = sample(base)
     for precision in precisions.split(","):

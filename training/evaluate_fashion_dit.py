@@ -5,7 +5,6 @@ python training/evaluate_fashion_dit.py --assets qandc/assets --out results/h200
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
+from qandc.files import write_json
 from qandc.metrics import (
     FashionClassifier,
     FeatureStatistics,
@@ -119,7 +119,7 @@ def main(
         "dtype": "float32, products in TF32",
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**result_header(settings), "rows": rows, "goals": goals}, indent=1) + "\n")
+    write_json(out, {**result_header(settings), "rows": rows, "goals": goals})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each part runs in a process of its own, so that its peak memory is its own.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from qandc.files import write_json
 from qandc.results import result_header
 
 
@@ -119,7 +119,7 @@ def main(
                 typer.echo(" ".join(f"{name} {value}" for name, value in row.items()))
     header = result_header({**settings, "device": device, "model": "DiT-XL/2-256, random weights"})
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**header, "rows": rows, "goals": []}, indent=1) + "\n")
+    write_json(out, {**header, "rows": rows, "goals": []})
 
 
 if __name__ == "__main__":
