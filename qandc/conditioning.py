@@ -23,6 +23,7 @@ __all__ = ["Conditioning", "Smoothing"]
 # those run.
 FIRST_CHUNKS = (1, 1, 2, 4, 8)
 
+ROWS_AT_ONCE = 4096  # steps times samples times blocks in a product of a prepared run: enough for a GPU
 SHARE = 0.5  # programs per multiprocessor that compute it
 Smoothing = tuple[torch.Tensor | None, torch.Tensor | None]
 """What the layers behind the first and the second modulation of a block divide their input by."""
@@ -195,11 +196,12 @@ class Conditioning:
         steps, batch = len(timesteps), len(class_labels)
         timestep, labels = timesteps.repeat_interleave(batch), class_labels.repeat(steps)
         waves = self._waves(timestep, dtype)
-        final, modulations = None, []
-        for block in range(len(self.blocks)):
-            embedding, modulation = self(block, block + 1, timestep, waves, labels)
-            modulations.append(modulation.view(steps, batch, -1))
+        final, modulations, count = None, [], len(self.blocks)
+        at_once = max(1, ROWS_AT_ONCE // max(1, len(timestep)))
+        for start in range(0, count, at_once):
+            embedding, modulation = self(start, min(start + at_once, count), timestep, waves, labels)
+            modulations.append(modulation.view(len(modulation), steps, batch, -1))
             if final is None:
                 final = self.final(embedding[0]).view(steps, batch, -1)
         assert final is not None
-        return torch.stack(modulations, 1), final
+        return torch.cat(modulations).transpose(0, 1), final

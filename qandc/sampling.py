@@ -12,16 +12,19 @@ import inspect
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
+from qandc.affine_step import affine_coefficients, is_affine, why_no_plain_ddim
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError
 from qandc.fused_dit import is_fused, prepare_run
 from qandc.run_graph import run_as_graph, why_no_run_graph
 from qandc.variance_compensation import Compensation
+from qandc_kernels import guided_step, select_backend
 
 __all__ = ["SCHEDULERS", "Corrector", "decode_latents", "describe_run", "make_scheduler", "sample_latents"]
 
@@ -90,28 +93,20 @@ class _Loop:
 
     transformer: Any
     scheduler: Any
-    timesteps: torch.Tensor  # the scheduler's, on the transformer's device
     guidance_scale: float
     compensation: Compensation | None
-    corrector: Corrector | None  # the compensation on that device, or another
+    force_compensation: bool
+    other: Corrector | None
     callback: Callable[[int, int, torch.Tensor], None] | None
     generators: Sequence[torch.Generator]
-    force_compensation: bool
+    device: torch.device
 
     def why_no_graph(self, labels: torch.Tensor) -> str | None:
         """Why these steps can't be replayed from one CUDA graph, or None."""
-        from diffusers import DDIMScheduler
-
-        plain: Any = DDIMScheduler
-        if type(self.scheduler) is not plain:  # whose steps draw no noise, their coefficients known ahead
-            return (
-                "the scheduler must be DDIMScheduler itself, neither another nor a compensated one (give compensation= "
-                f"instead); this is {type(self.scheduler).__name__}"
-            )
-        changed = {"step", "_get_variance"} & vars(self.scheduler).keys()
-        if changed or self.scheduler.alphas_cumprod.is_cuda:
-            return "the scheduler's methods were replaced, or its coefficients moved to the GPU"
-        if self.callback is not None or (self.corrector is not None and self.compensation is None):
+        reason = why_no_plain_ddim(self.scheduler)
+        if reason is not None:
+            return reason
+        if self.callback is not None or self.other is not None:
             return "a callback or a corrector of your own runs in every step"
         return why_no_run_graph(self.transformer, labels)
 
@@ -125,37 +120,65 @@ class _Loop:
         compensation = None if self.compensation is None else self.compensation.key()
         return (*run, *coefficients, features, compensation, self.force_compensation)
 
+    # on the device before a graph is captured, by the runs that warm up; copies, since the graph goes on with them
+
+    @cached_property
+    def timesteps(self) -> torch.Tensor:
+        return self.scheduler.timesteps.to(self.device)
+
+    @cached_property
+    def corrector(self) -> Corrector | None:
+        if self.compensation is None:
+            return self.other
+        return copy.deepcopy(self.compensation).to(self.device)
+
+    @cached_property
+    def coefficients(self) -> torch.Tensor | None:
+        """Of steps that one kernel takes: those of a fused model, where they are affine."""
+        fused = is_fused(self.transformer) and select_backend(self.device).name == "triton"
+        if not fused or self.other is not None or not is_affine(self.scheduler):
+            return None
+        channels = self.transformer.config.in_channels
+        return affine_coefficients(self.scheduler, channels, self.compensation).to(self.device)
+
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        transformer, scheduler, corrector = self.transformer, self.scheduler, self.corrector
+        transformer, scheduler = self.transformer, self.scheduler
         if self.compensation is not None and not self.force_compensation:  # not in a replay, where nothing is new
             self.compensation.check(describe_run(transformer, scheduler, self.guidance_scale))
-        config, dtype, guided = transformer.config, transformer.dtype, self.guidance_scale > 1
-        step_kwargs = (
-            {"generator": self.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        )
+        dtype, guided = transformer.dtype, self.guidance_scale > 1
         # a tensor of this run alone, by which caches and prepared conditioning know it
-        labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)]) if guided else labels.clone()
+        unconditional = torch.full_like(labels, transformer.config.num_embeds_ada_norm)
+        labels = torch.cat([labels, unconditional]) if guided else labels.clone()
         if is_fused(transformer):
             of_steps = prepare_run(transformer, self.timesteps, labels)
         else:
             of_steps = self.timesteps[:, None].expand(-1, len(labels)).unbind(0)
+        model_input = None
         for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
-            model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
-            if guided:
-                model_input = torch.cat([model_input, model_input])
+            if model_input is None:
+                model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
+                model_input = torch.cat([model_input, model_input]) if guided else model_input
             noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
-            noise_pred = noise_pred[:, : config.in_channels].float()  # DiT-XL/2's variances are not used here
-            if guided:
-                cond, uncond = noise_pred.chunk(2)
-                noise_pred = uncond + self.guidance_scale * (cond - uncond)
-            if corrector is not None:
-                noise_pred = corrector.noise(step, noise_pred)
-            latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **step_kwargs)[0]
-            if corrector is not None:
-                latents = corrector.sample(step, latents)
+            if self.coefficients is not None:
+                scale = self.guidance_scale if guided else None
+                latents, model_input = guided_step(noise_pred.to(dtype), latents, self.coefficients[step], scale)
+            else:
+                latents, model_input = self.step(step, timestep, noise_pred, latents), None
             if self.callback is not None:
                 self.callback(step, int(timestep), latents)
         return latents
+
+    def step(self, step: int, timestep: torch.Tensor, noise_pred: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        scheduler, corrector = self.scheduler, self.corrector
+        drawn = {"generator": self.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        noise_pred = noise_pred[:, : latents.shape[1]].float()  # DiT-XL/2's variances are not used here
+        if self.guidance_scale > 1:
+            cond, uncond = noise_pred.chunk(2)
+            noise_pred = uncond + self.guidance_scale * (cond - uncond)
+        if corrector is not None:
+            noise_pred = corrector.noise(step, noise_pred)
+        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **drawn)[0]
+        return latents if corrector is None else corrector.sample(step, latents)
 
 
 @torch.inference_mode()
@@ -217,22 +240,19 @@ def sample_latents(
     labels = torch.tensor(class_labels, device=device)
 
     scheduler.set_timesteps(num_inference_steps)
-    if compensation is not None:
-        if corrector is not None:
-            raise ConfigError("give compensation or corrector, not both: they change the same values")
-        corrector = copy.deepcopy(compensation).to(device)  # a graph goes on with these gains
+    if compensation is not None and corrector is not None:
+        raise ConfigError("give compensation or corrector, not both: they change the same values")
     latents = latents * scheduler.init_noise_sigma
-    timesteps = scheduler.timesteps.to(device)
     loop = _Loop(
         transformer,
         scheduler,
-        timesteps,
         guidance_scale,
         compensation,
+        force_compensation,
         corrector,
         callback,
         generators,
-        force_compensation,
+        device,
     )
     why_no_graph = loop.why_no_graph(labels) if cuda_graph else None
     if why_no_graph is not None:

@@ -9,6 +9,7 @@ from qandc_kernels import reference
 from qandc_kernels.attention_ops import attention_quantize_per_tensor
 from qandc_kernels.backend import Backend, select_backend
 from qandc_kernels.batched_ops import batched_linear
+from qandc_kernels.denoise_ops import guided_step
 from qandc_kernels.linear_ops import (
     int4_linear,
     int8_linear,
@@ -33,6 +34,7 @@ __all__ = [
     "attention_quantize_per_tensor",
     "batched_linear",
     "gated_sum",
+    "guided_step",
     "int4_linear",
     "int8_linear",
     "int8_matmul",

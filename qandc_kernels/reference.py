@@ -19,6 +19,7 @@ __all__ = [
     "attention_quantize_per_tensor",
     "batched_linear",
     "gated_sum",
+    "guided_step",
     "int4_linear",
     "int8_linear",
     "int8_matmul",
@@ -259,6 +260,20 @@ def gated_sum(
                 part = part * gates[layer, branch].to(torch.float32)[:, None]
             y += part if weights is None else part * weights[s]
     return y.to(x.dtype)
+
+
+@torch.no_grad()
+def guided_step(
+    prediction: torch.Tensor, latents: torch.Tensor, coefficients: torch.Tensor, guidance_scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``a · x + b · ε + d`` per channel, with the guided ε; and that for each row of the prediction, in its dtype."""
+    epsilon = prediction[:, : latents.shape[1]].to(torch.float32)
+    if guidance_scale is not None:
+        cond, uncond = epsilon.chunk(2)
+        epsilon = uncond + guidance_scale * (cond - uncond)
+    a, b, d = coefficients[:, None, :, None, None].unbind(0)
+    y = (a * latents + b * epsilon + d).contiguous()
+    return y, y.to(prediction.dtype, copy=True).repeat(1 if guidance_scale is None else 2, 1, 1, 1)
 
 
 def weight_only_linear(

@@ -17,17 +17,17 @@ def _gated_sum_kernel(
     samples, tokens,
     stride_gl, stride_gk, stride_gs,
     D: tl.constexpr, SETS: tl.constexpr, LAYERS: tl.constexpr, BRANCHES: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(tokens, BLOCK_T)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    token = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = sample * tokens + token
-    offsets = rows[:, None] * D + columns[None, :]
-    inside = None if EVEN else (token < tokens)[:, None] & (columns < D)[None, :]
-    in_row = None if EVEN else token < tokens
-    in_column = None if EVEN else columns < D
+    token = (tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    # everything is loaded in the layout of the tile: to spread a vector over it would take shared memory and barriers
+    rows = sample * tokens + token + 0 * columns
+    offsets = rows * D + columns
+    inside = None if EVEN else (token < tokens) & (columns < D)
+    of_gates = sample * stride_gs + columns + 0 * token
     of_branch = tl.full((), 1, tl.int64) * samples * tokens  # rows of a feature; samples can be a plain 1
     acc = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
     for s in tl.static_range(SETS):
@@ -35,17 +35,16 @@ def _gated_sum_kernel(
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + s)
         if weight != 0.0:  # what a weight of 0 stands at was never written
-            for branch in tl.range(0, LAYERS * BRANCHES, num_stages=STAGES):
+            for branch in tl.range(0, LAYERS * BRANCHES, num_stages=1, loop_unroll_factor=UNROLL):
                 first = (s * LAYERS * BRANCHES + branch) * of_branch
-                factor = tl.full((1, BLOCK_D), 1.0, tl.float32)
+                factor = weight
                 if gates_ptr is not None:
                     gate = gates_ptr + branch // BRANCHES * stride_gl + branch % BRANCHES * stride_gk
-                    gate = tl.load(gate + sample * stride_gs + columns, mask=in_column)
-                    factor = gate.to(tl.float32)[None, :]
+                    factor = tl.load(gate + of_gates, mask=inside).to(tl.float32) * weight
                 feature = tl.load(features_ptr + first * D + offsets, mask=inside).to(tl.float32)
                 if scales_ptr is not None:
-                    feature *= tl.load(scales_ptr + first + rows, mask=in_row)[:, None]
-                acc += feature * (factor * weight)
+                    feature *= tl.load(scales_ptr + first + rows, mask=inside)
+                acc += feature * factor
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -76,7 +75,7 @@ def gated_sum_triton(
         stride_gl, stride_gk, stride_gs,
         D=width, SETS=sets, LAYERS=layers, BRANCHES=branches,
         EVEN=tokens % block_t == 0 and width % block_d == 0,
-        BLOCK_T=block_t, BLOCK_D=block_d, STAGES=4,
+        BLOCK_T=block_t, BLOCK_D=block_d, UNROLL=8,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

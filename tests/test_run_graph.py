@@ -88,7 +88,8 @@ class AsIfReplayed:
 @pytest.fixture
 def as_if_replayed(monkeypatch):
     """A fused model on the CPU whose runs go through :class:`AsIfReplayed`."""
-    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    for module in ("fused_dit", "sampling"):
+        monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
     monkeypatch.setattr("qandc.sampling.why_no_run_graph", lambda transformer, labels: None)
     model = fuse_dit(make_quantized())
     model.__dict__[FUSED].run_graphs = AsIfReplayed()

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qandc_kernels import adaln, attention, batched_gemm, launch, quantize, reuse, tiles, tune
+from qandc_kernels import adaln, attention, batched_gemm, denoise, launch, quantize, reuse, tiles, tune
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.int8_gemm import int8_gemm_triton
 from qandc_kernels.mixed_gemm import mixed_gemm_triton
@@ -176,6 +176,10 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             scales = torch.ones(1).expand(features.shape[:5])
         reuse.gated_sum_triton(x, features, gates, torch.ones(sets) if sets > 1 else None, scales)
         yield record(arch, "gated_sum", [samples, sets, dtype.itemsize])
+    latents, coefficients = torch.zeros(2, 4, 32, 32), torch.zeros(3, 4)
+    for guidance_scale, rows in ((4.0, 4), (None, 2)):
+        denoise.guided_step_triton(torch.zeros(rows, 8, 32, 32).bfloat16(), latents, coefficients, guidance_scale)
+        yield record(arch, "guided_step", [rows])
     for width in (1152, 4608):
         x = torch.zeros(512, width).bfloat16()
         quantize.quantize_per_tensor_triton(x, one, integer)

@@ -250,6 +250,10 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             adaln[0], torch.randn(2, 3, 2, 2, 3, 32, device=device), torch.randn(3, 2, 2, 32, device=device),
             torch.ones(2, device=device), None,
         ),
+        "guided_step": (
+            torch.randn(4, 6, 3, 5, device=device).half(), torch.randn(2, 4, 3, 5, device=device),
+            torch.randn(3, 4, device=device), 1.5,
+        ),
         "weight_only_linear": (x.half(), wq, w_scale, None),
         "adaln_quantize_per_tensor": (*adaln, torch.tensor(0.1, device=device), zero_point, 1e-6),
         "adaln_quantize_per_token": (*adaln, 1e-6),

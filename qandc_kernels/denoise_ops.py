@@ -1,0 +1,84 @@
+"""The public op for what stands between two forwards of a denoising run. For inference: results carry no gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from qandc_kernels import reference
+from qandc_kernels.checks import FLOAT_DTYPES, check_devices, check_tensor
+from qandc_kernels.library import register, use_triton
+
+__all__ = ["guided_step"]
+
+
+def _guided_step(
+    prediction: torch.Tensor, latents: torch.Tensor, coefficients: torch.Tensor, guidance_scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not use_triton(latents):
+        return reference.guided_step(prediction, latents, coefficients, guidance_scale)
+    from qandc_kernels.denoise import guided_step_triton
+
+    with torch.cuda.device(latents.device):
+        return guided_step_triton(
+            prediction.contiguous(), latents.contiguous(), coefficients.contiguous(), guidance_scale
+        )
+
+
+def _guided_step_fake(
+    prediction: torch.Tensor, latents: torch.Tensor, coefficients: torch.Tensor, guidance_scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return latents.new_empty(latents.shape), prediction.new_empty((len(prediction), *latents.shape[1:]))
+
+
+register(
+    "guided_step",
+    "(Tensor prediction, Tensor latents, Tensor coefficients, float? guidance_scale) -> (Tensor, Tensor)",
+    _guided_step,
+    _guided_step_fake,
+)
+
+
+def guided_step(
+    prediction: torch.Tensor, latents: torch.Tensor, coefficients: torch.Tensor, guidance_scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One deterministic step of a first-order sampler: ``x' = a · x + b · ε + d``, and the input of the next forward.
+
+    ``ε = ε_uncond + guidance_scale · (ε_cond - ε_uncond)`` (classifier-free guidance, Ho and Salimans 2022), or the
+    prediction itself. A DDIM step (Song et al. 2021, Eq. 12, η = 0) has ``a = √(ᾱ'/ᾱ)`` and
+    ``b = √(1 - ᾱ') - a √(1 - ᾱ)``; variance compensation (Q&C, arXiv 2503.02508, Sec. 3.2) is a gain and a mean per
+    channel, which a, b and d take in. In float32.
+
+    Args:
+        prediction: ``[2 B, C', H, W]`` float16, bfloat16 or float32, conditional rows first; ``[B, C', H, W]`` without
+            guidance. Channels beyond the C of the latents are not read.
+        latents: x, ``[B, C, H, W] float32``.
+        coefficients: a, b and d, ``[3, C] float32``.
+        guidance_scale: finite; None for no guidance.
+
+    Returns:
+        ``x'`` as ``latents``, contiguous; and the same in the dtype of ``prediction``, once for each of its rows.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or scale is not one of the above.
+    """
+    op = "guided_step"
+    check_tensor(op, "latents", latents, (torch.float32,))
+    check_tensor(op, "prediction", prediction, FLOAT_DTYPES)
+    rows = latents.shape[0] * (1 if guidance_scale is None else 2) if latents.ndim else 0
+    if (
+        latents.ndim != 4
+        or prediction.ndim != 4
+        or prediction.shape[::2] != (rows, latents.shape[2])
+        or prediction.shape[3] != latents.shape[3]
+        or prediction.shape[1] < latents.shape[1]
+    ):
+        times = "B" if guidance_scale is None else "2 B"
+        raise ValueError(
+            f"{op}: latents must be [B, C, H, W] and prediction [{times}, C or more, H, W]; "
+            f"got {tuple(latents.shape)} and {tuple(prediction.shape)}"
+        )
+    check_tensor(op, "coefficients", coefficients, (torch.float32,), ((3, latents.shape[1]),))
+    if guidance_scale is not None and not -float("inf") < guidance_scale < float("inf"):
+        raise ValueError(f"{op}: guidance_scale must be a finite number or None; got {guidance_scale!r}")
+    check_devices(op, prediction=prediction, latents=latents, coefficients=coefficients)
+    return torch.ops.qandc.guided_step(prediction, latents, coefficients, guidance_scale)
