@@ -270,8 +270,16 @@ def sample_latents(
     return latents
 
 
+def _placement(vae: Any) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype a decoder takes latents."""
+    first = getattr(vae, "post_quant_conv", None)
+    if first is None or any(hasattr(module, "_diffusers_hook") for module in (vae, first)):
+        return vae.device, vae.dtype
+    return first.weight.device, first.weight.dtype  # the same without a walk through all modules, as long as a step
+
+
 @torch.inference_mode()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """``decode(latents / scaling_factor)``: images ``[B, channels, H, W] float32`` on the CPU, in [-1, 1]."""
-    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    latents = latents.to(*_placement(vae)) / vae.config.scaling_factor
     return vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1).cpu()

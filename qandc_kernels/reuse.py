@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from qandc_kernels.tiles import gpu_of
-
 __all__ = ["gated_sum_triton"]
 
 
@@ -23,10 +21,11 @@ def _gated_sum_kernel(
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = (tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    # everything is loaded in the layout of the tile: to spread a vector over it would take shared memory and barriers
-    rows = sample * tokens + token + 0 * columns
+    rows = sample * tokens + token
     offsets = rows * D + columns
+    in_row = None if EVEN else token < tokens
     inside = None if EVEN else (token < tokens) & (columns < D)
+    # each row loads its gates by itself: spreading a vector over a tile would take shared memory and barriers
     of_gates = sample * stride_gs + columns + 0 * token
     of_branch = tl.full((), 1, tl.int64) * samples * tokens  # rows of a feature; samples can be a plain 1
     acc = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
@@ -43,7 +42,7 @@ def _gated_sum_kernel(
                     factor = tl.load(gate + of_gates, mask=inside).to(tl.float32) * weight
                 feature = tl.load(features_ptr + first * D + offsets, mask=inside).to(tl.float32)
                 if scales_ptr is not None:
-                    feature *= tl.load(scales_ptr + first + rows, mask=inside)
+                    feature *= tl.load(scales_ptr + first + rows, mask=in_row)
                 acc += feature * factor
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -63,10 +62,7 @@ def gated_sum_triton(
     if out.numel() == 0:
         return out
     sets, layers, branches, samples, tokens, width = features.shape
-    # two programs for each multiprocessor at least, so that their loads hide each other's latency
-    block_d = min(128, triton.next_power_of_2(width))
-    small = samples * tokens * width < 2 * gpu_of(x.device).multiprocessors * 32 * block_d
-    block_t = 8 if small else 32
+    block_t, block_d = 2, min(128, triton.next_power_of_2(width))
     grid = (samples * triton.cdiv(tokens, block_t), triton.cdiv(width, block_d))
     stride_gl, stride_gk, stride_gs = (0, 0, 0) if gates is None else gates.stride()[:3]
     _gated_sum_kernel[grid](
@@ -76,6 +72,6 @@ def gated_sum_triton(
         D=width, SETS=sets, LAYERS=layers, BRANCHES=branches,
         EVEN=tokens % block_t == 0 and width % block_d == 0,
         BLOCK_T=block_t, BLOCK_D=block_d, UNROLL=8,
-        num_warps=4, enable_fp_fusion=True,
+        num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out

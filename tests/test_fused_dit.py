@@ -779,6 +779,7 @@ def test_graphs_are_bounded_and_a_failed_capture_is_survived(caplog):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype feature
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_step_waits_for_the_gpu():
     fused = fuse_dit(make_quantized(torch.bfloat16, "cuda"))

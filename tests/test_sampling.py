@@ -99,3 +99,12 @@ def test_refusals(pipe, changes, message):
 def test_unknown_scheduler():
     with pytest.raises(ConfigError, match="scheduler 'euler' is unknown; choose one of ddpm, ddim"):
         make_scheduler("euler", {})
+
+
+def test_decodes_in_the_dtype_that_the_decoder_computes_in(pipe):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = decode_latents(pipe.vae, latents)
+    torch.testing.assert_close(decode_latents(pipe.vae.to(torch.bfloat16), latents), expected, atol=0.1, rtol=0)
+    pipe.vae.to(torch.float32).enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)  # stored in another
+    assert pipe.vae.post_quant_conv.weight.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(decode_latents(pipe.vae, latents), expected, atol=0.5, rtol=0)

@@ -113,9 +113,7 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     shipped = ["nvidia-h200", "nvidia-h100-80gb-hbm3"] if arch == 90 else [f"sm_{arch}"]
     gpus = [tiles.Gpu(name, divmod(arch, 10), 132) for name in shipped]
     gpu = gpus[0]
-    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched_gemm.gpu_of = reuse.gpu_of = (
-        lambda device: gpu
-    )
+    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched_gemm.gpu_of = lambda device: gpu
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
