@@ -71,7 +71,7 @@ def gated_sum_triton(
         stride_gl, stride_gk, stride_gs,
         D=width, SETS=sets, LAYERS=layers, BRANCHES=branches,
         EVEN=tokens % block_t == 0 and width % block_d == 0,
-        BLOCK_T=block_t, BLOCK_D=block_d, UNROLL=8,
+        BLOCK_T=block_t, BLOCK_D=block_d, UNROLL=4,
         num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out
