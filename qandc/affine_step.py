@@ -8,10 +8,10 @@ import torch
 
 from qandc.variance_compensation import Compensation
 
-__all__ = ["affine_coefficients", "is_affine", "why_no_plain_ddim"]
+__all__ = ["affine_coefficients", "is_affine", "why_not_plain_ddim"]
 
 
-def why_no_plain_ddim(scheduler: Any) -> str | None:
+def why_not_plain_ddim(scheduler: Any) -> str | None:
     """Why its steps aren't those of diffusers' DDIMScheduler without noise, their coefficients known ahead, or None."""
     from diffusers import DDIMScheduler
 
@@ -28,7 +28,7 @@ def why_no_plain_ddim(scheduler: Any) -> str | None:
 
 def is_affine(scheduler: Any) -> bool:
     """Whether a step is ``x' = a x + b ε`` with numbers a and b: plain DDIM that clips nothing."""
-    return why_no_plain_ddim(scheduler) is None and not (scheduler.config.clip_sample or scheduler.config.thresholding)
+    return why_not_plain_ddim(scheduler) is None and not (scheduler.config.clip_sample or scheduler.config.thresholding)
 
 
 def affine_coefficients(scheduler: Any, channels: int, compensation: Compensation | None) -> torch.Tensor:
@@ -41,7 +41,7 @@ def affine_coefficients(scheduler: Any, channels: int, compensation: Compensatio
     a, b = torch.stack(ab)[:, :, None].expand(-1, -1, channels).unbind(1)
     d = torch.zeros_like(a)
     if compensation is not None:
-        gain, mean = compensation.gain.cpu().double(), compensation.mean.cpu().double()
+        gain, mean = (t[: len(a)].cpu().double() for t in (compensation.gain, compensation.mean))
         if compensation.target == "sample":
             a, b, d = gain * a, gain * b, mean * (1 - gain)
         else:

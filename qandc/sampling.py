@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qandc.affine_step import affine_coefficients, is_affine, why_no_plain_ddim
+from qandc.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
 from qandc.errors import ConfigError, DataError
@@ -96,17 +96,17 @@ class _Loop:
     guidance_scale: float
     compensation: Compensation | None
     force_compensation: bool
-    other: Corrector | None
+    custom: Corrector | None  # or neither
     callback: Callable[[int, int, torch.Tensor], None] | None
     generators: Sequence[torch.Generator]
     device: torch.device
 
     def why_no_graph(self, labels: torch.Tensor) -> str | None:
         """Why these steps can't be replayed from one CUDA graph, or None."""
-        reason = why_no_plain_ddim(self.scheduler)
+        reason = why_not_plain_ddim(self.scheduler)
         if reason is not None:
             return reason
-        if self.callback is not None or self.other is not None:
+        if self.callback is not None or self.custom is not None:
             return "a callback or a corrector of your own runs in every step"
         return why_no_run_graph(self.transformer, labels)
 
@@ -120,7 +120,7 @@ class _Loop:
         compensation = None if self.compensation is None else self.compensation.key()
         return (*run, *coefficients, features, compensation, self.force_compensation)
 
-    # on the device before a graph is captured, by the runs that warm up; copies, since the graph goes on with them
+    # First asked for by a run that warms up, so these are on the device before a graph is captured, which keeps them.
 
     @cached_property
     def timesteps(self) -> torch.Tensor:
@@ -129,14 +129,14 @@ class _Loop:
     @cached_property
     def corrector(self) -> Corrector | None:
         if self.compensation is None:
-            return self.other
+            return self.custom
         return copy.deepcopy(self.compensation).to(self.device)
 
     @cached_property
     def coefficients(self) -> torch.Tensor | None:
         """Of steps that one kernel takes: those of a fused model, where they are affine."""
         fused = is_fused(self.transformer) and select_backend(self.device).name == "triton"
-        if not fused or self.other is not None or not is_affine(self.scheduler):
+        if not fused or self.custom is not None or not is_affine(self.scheduler):
             return None
         channels = self.transformer.config.in_channels
         return affine_coefficients(self.scheduler, channels, self.compensation).to(self.device)
@@ -199,7 +199,9 @@ def sample_latents(
     """Denoise one latent image per class label: ``[B, C, H, W]`` in the transformer's dtype and device.
 
     Each step computes ``ε = ε_uncond + guidance_scale · (ε_cond - ε_uncond)`` (classifier-free guidance, Ho and
-    Salimans 2022; without the unconditional rows when ``guidance_scale <= 1``) and calls ``scheduler.step``.
+    Salimans 2022; without the unconditional rows when ``guidance_scale <= 1``) and calls ``scheduler.step``. On a GPU a
+    fused model takes a step of a plain ``DDIMScheduler``, guidance and compensation included, in one kernel
+    (:func:`qandc_kernels.guided_step`), which is the same to rounding.
 
     Args:
         transformer: a diffusers ``DiTTransformer2DModel``, plain, quantized or cached.
@@ -220,7 +222,8 @@ def sample_latents(
 
     Raises:
         ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an
-            attached cache has another number of steps, or the compensation was fitted for another run.
+            attached cache has another number of steps, or the compensation was fitted for another run or, forced, has
+            gains for fewer steps or other channels.
         DataError: the latents came out NaN or infinite.
     """
     check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
@@ -240,8 +243,15 @@ def sample_latents(
     labels = torch.tensor(class_labels, device=device)
 
     scheduler.set_timesteps(num_inference_steps)
-    if compensation is not None and corrector is not None:
-        raise ConfigError("give compensation or corrector, not both: they change the same values")
+    if compensation is not None:
+        if corrector is not None:
+            raise ConfigError("give compensation or corrector, not both: they change the same values")
+        steps, channels = compensation.gain.shape
+        if force_compensation and (steps < len(scheduler.timesteps) or channels != config.in_channels):
+            raise ConfigError(
+                f"the variance compensation has gains for {steps} steps and {channels} channels; this run has "
+                f"{len(scheduler.timesteps)} steps and {config.in_channels} channels (fit it for this run)"
+            )
     latents = latents * scheduler.init_noise_sigma
     loop = _Loop(
         transformer,

@@ -250,7 +250,10 @@ def test_other_runs_are_refused_unless_forced():
         compensated_scheduler(scheduler("ddim"), found)
     with pytest.raises(ConfigError, match=r"fitted for model .2 blocks of 32, W4A8 dynamic.*not quantized, no cache"):
         sample_latents(make_dit(num_layers=2), scheduler(), LABELS, **RUN, **call)
-    sample_latents(model, scheduler(), LABELS, **{**RUN, "guidance_scale": 2.0}, **call, force_compensation=True)
+    call["force_compensation"] = True
+    sample_latents(model, scheduler(), LABELS, **{**RUN, "guidance_scale": 2.0}, **call)
+    with pytest.raises(ConfigError, match="gains for 6 steps and 4 channels; this run has 7 steps and 4 channels"):
+        sample_latents(model, scheduler(), LABELS, **{**RUN, "num_inference_steps": 7}, **call)
 
 
 FITTED = FittedFor("DDPMScheduler", (667, 334, 1), 1.5, "a model")
