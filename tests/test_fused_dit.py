@@ -175,8 +175,10 @@ def test_one_timestep_for_all_rows(fused_anywhere):
     assert relative_error(output[0], expected) <= MODEL_BOUND[torch.float32]
 
 
+@pytest.mark.parametrize("rows_at_once", [4096, 24, 1])  # of 12 rows: all three blocks, two and one, one by one
 @pytest.mark.parametrize("smoothing", [False, True])
-def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing):
+def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, rows_at_once):
+    monkeypatch.setattr("qandc.conditioning.ROWS_AT_ONCE", rows_at_once)
     fused = fuse_dit(make_quantized(smoothing=smoothing))
     inputs = make_inputs()
     labels, timesteps = inputs["class_labels"], torch.tensor([999, 500, 20])
