@@ -36,7 +36,8 @@ def affine_coefficients(scheduler: Any, channels: int, compensation: Compensatio
 
     Compensated samples are ``μ + K (a x + b ε - μ)``, compensated predictions make ``a x + b (μ + K (ε - μ))``.
     """
-    x, epsilon = torch.eye(2, dtype=torch.float64)  # a step is linear, so it shows its coefficients by itself
+    # a step is linear, so it shows its coefficients by itself
+    x, epsilon = torch.eye(2, dtype=torch.float64, device="cpu")
     ab = [scheduler.step(epsilon, timestep, x, return_dict=False)[0] for timestep in scheduler.timesteps]
     a, b = torch.stack(ab)[:, :, None].expand(-1, -1, channels).unbind(1)
     d = torch.zeros_like(a)

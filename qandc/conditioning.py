@@ -197,11 +197,12 @@ class Conditioning:
         timestep, labels = timesteps.repeat_interleave(batch), class_labels.repeat(steps)
         waves = self._waves(timestep, dtype)
         final, modulations, count = None, [], len(self.blocks)
-        at_once = max(1, ROWS_AT_ONCE // max(1, len(timestep)))
+        at_once = max(1, ROWS_AT_ONCE // len(timestep))
         for start in range(0, count, at_once):
             embedding, modulation = self(start, min(start + at_once, count), timestep, waves, labels)
             modulations.append(modulation.view(len(modulation), steps, batch, -1))
             if final is None:
                 final = self.final(embedding[0]).view(steps, batch, -1)
         assert final is not None
-        return torch.cat(modulations).transpose(0, 1), final
+        whole = modulations[0] if len(modulations) == 1 else torch.cat(modulations)
+        return whole.transpose(0, 1), final

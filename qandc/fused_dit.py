@@ -357,7 +357,7 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
         steps = tuple(on_device[:, None].repeat(1, len(class_labels)).unbind(0))
         fused.run = None
         step = None
-        if steps and why_not_now(transformer, class_labels, steps[0], class_labels, None) is None:
+        if steps and len(class_labels) and why_not_now(transformer, class_labels, steps[0], class_labels, None) is None:
             step = fused.step(transformer)
         if step is None:
             return steps

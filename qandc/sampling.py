@@ -153,19 +153,20 @@ class _Loop:
             of_steps = prepare_run(transformer, self.timesteps, labels)
         else:
             of_steps = self.timesteps[:, None].expand(-1, len(labels)).unbind(0)
-        model_input = None
+        coefficients, model_input = self.coefficients, None
         for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
             if model_input is None:
                 model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
                 model_input = torch.cat([model_input, model_input]) if guided else model_input
             noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
-            if self.coefficients is not None:
+            if coefficients is not None:
                 scale = self.guidance_scale if guided else None
-                latents, model_input = guided_step(noise_pred.to(dtype), latents, self.coefficients[step], scale)
+                latents, model_input = guided_step(noise_pred.to(dtype), latents, coefficients[step], scale)
             else:
                 latents, model_input = self.step(step, timestep, noise_pred, latents), None
             if self.callback is not None:
                 self.callback(step, int(timestep), latents)
+                model_input = None  # it may have written to the latents
         return latents
 
     def step(self, step: int, timestep: torch.Tensor, noise_pred: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -196,7 +197,7 @@ def sample_latents(
     corrector: Corrector | None = None,
     cuda_graph: bool = False,
 ) -> torch.Tensor:
-    """Denoise one latent image per class label: ``[B, C, H, W]`` in the transformer's dtype and device.
+    """Denoise one latent image per class label: ``[B, C, H, W] float32`` on the transformer's device.
 
     Each step computes ``ε = ε_uncond + guidance_scale · (ε_cond - ε_uncond)`` (classifier-free guidance, Ho and
     Salimans 2022; without the unconditional rows when ``guidance_scale <= 1``) and calls ``scheduler.step``. On a GPU a
@@ -222,8 +223,8 @@ def sample_latents(
 
     Raises:
         ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an
-            attached cache has another number of steps, or the compensation was fitted for another run or, forced, has
-            gains for fewer steps or other channels.
+            attached cache has another number of steps, or the compensation was fitted for another run, has gains for
+            other channels or, forced, for fewer steps.
         DataError: the latents came out NaN or infinite.
     """
     check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
@@ -247,7 +248,7 @@ def sample_latents(
         if corrector is not None:
             raise ConfigError("give compensation or corrector, not both: they change the same values")
         steps, channels = compensation.gain.shape
-        if force_compensation and (steps < len(scheduler.timesteps) or channels != config.in_channels):
+        if channels != config.in_channels or (force_compensation and steps < len(scheduler.timesteps)):
             raise ConfigError(
                 f"the variance compensation has gains for {steps} steps and {channels} channels; this run has "
                 f"{len(scheduler.timesteps)} steps and {config.in_channels} channels (fit it for this run)"

@@ -25,7 +25,8 @@ def _guided_step_kernel(
     predicted = prediction_ptr + image * of_prediction + within
     epsilon = tl.load(predicted, mask=inside).to(tl.float32)
     if GUIDED:
-        without = tl.load(predicted + size // of_image * of_prediction, mask=inside).to(tl.float32)
+        of_half = tl.full((), 1, tl.int64) * (size // of_image) * of_prediction  # sizes can be a plain 1
+        without = tl.load(predicted + of_half, mask=inside).to(tl.float32)
         epsilon = without + guidance * (epsilon - without)
     a = tl.load(coefficients_ptr + channel, mask=inside)
     b = tl.load(coefficients_ptr + channels + channel, mask=inside)

@@ -273,7 +273,7 @@ def guided_step(
         epsilon = uncond + guidance_scale * (cond - uncond)
     a, b, d = coefficients[:, None, :, None, None].unbind(0)
     y = (a * latents + b * epsilon + d).contiguous()
-    return y, y.to(prediction.dtype, copy=True).repeat(1 if guidance_scale is None else 2, 1, 1, 1)
+    return y, y.to(prediction.dtype).repeat(1 if guidance_scale is None else 2, 1, 1, 1)
 
 
 def weight_only_linear(

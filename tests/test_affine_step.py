@@ -116,6 +116,23 @@ def test_a_fused_model_draws_the_same_images(calls, target, guidance_scale, seed
         torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
 
 
+def test_a_callback_may_write_to_the_latents(calls):
+    model = fuse_dit(make_quantized())
+    call = {"num_inference_steps": STEPS, "seeds": [5], "callback": lambda step, timestep, latents: latents.mul_(0.5)}
+    actual = sample_latents(model, scheduler(), [1], **call)
+    assert len(calls) == STEPS
+    expected = sample_latents(unfuse_dit(model), scheduler(), [1], **call)
+    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_coefficients_are_made_on_the_cpu(seeded):
+    fitted = compensation("noise", seeded)
+    expected = affine_coefficients(scheduler(), 4, fitted)
+    plain = scheduler()
+    with torch.device("meta"):
+        assert torch.equal(affine_coefficients(plain, 4, fitted), expected)
+
+
 def test_what_the_kernel_does_not_know_takes_the_scheduler(calls):
     model = fuse_dit(make_quantized())
     call = {"num_inference_steps": STEPS, "seeds": [5]}

@@ -595,7 +595,7 @@ def test_graphs_of_compute_and_reuse_steps(config, w_bits):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype feature
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
 def test_no_step_waits_for_the_gpu(mode, fused):

@@ -198,6 +198,7 @@ def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, row
     prepared = prepare_run(fused, timesteps, labels)
     assert torch.equal(fused(**inputs | {"timestep": prepared[1]}).sample, expected[1])
     assert len(looked_up) == 4
+    assert [t.shape for t in prepare_run(fused, timesteps, labels[:0])] == [(0,)] * 3
     with pytest.raises(ModelError, match="call fuse_dit first"):
         prepare_run(make_dit(), timesteps, labels)
 
@@ -781,7 +782,6 @@ def test_graphs_are_bounded_and_a_failed_capture_is_survived(caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype feature
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_step_waits_for_the_gpu():
     fused = fuse_dit(make_quantized(torch.bfloat16, "cuda"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -254,6 +255,9 @@ def test_other_runs_are_refused_unless_forced():
     sample_latents(model, scheduler(), LABELS, **{**RUN, "guidance_scale": 2.0}, **call)
     with pytest.raises(ConfigError, match="gains for 6 steps and 4 channels; this run has 7 steps and 4 channels"):
         sample_latents(model, scheduler(), LABELS, **{**RUN, "num_inference_steps": 7}, **call)
+    call["compensation"] = replace(found, gain=found.gain[:, :1], mean=found.mean[:, :1])
+    with pytest.raises(ConfigError, match="6 steps and 1 channels; this run has 6 steps and 4 channels"):
+        sample_latents(model, scheduler(), LABELS, **RUN, **{**call, "force_compensation": False})
 
 
 FITTED = FittedFor("DDPMScheduler", (667, 334, 1), 1.5, "a model")

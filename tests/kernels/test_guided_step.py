@@ -69,9 +69,10 @@ def test_any_strides(kernel_device, guidance_scale, seeded):
     arguments = make((2, 4, 1, 6, 10), seeded, torch.float16, guidance_scale is not None)
     expected, size = expected_of(*arguments, guidance_scale)
     scattered = [t.to(kernel_device).transpose(-1, -2).contiguous().transpose(-1, -2) for t in arguments]
-    following, _ = guided_step(*scattered, guidance_scale)
+    following, model_input = guided_step(*scattered, guidance_scale)
     assert_close(following, expected, size)
     assert following.is_contiguous()
+    assert torch.equal(model_input, following.half().repeat(len(model_input) // 2, 1, 1, 1))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of the interpreter
