@@ -141,6 +141,11 @@ class _Loop:
         channels = self.transformer.config.in_channels
         return affine_coefficients(self.scheduler, channels, self.compensation).to(self.device)
 
+    @cached_property
+    def step_kwargs(self) -> dict[str, Any]:
+        takes_generators = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": self.generators} if takes_generators else {}
+
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         transformer, scheduler = self.transformer, self.scheduler
         if self.compensation is not None and not self.force_compensation:  # not in a replay, where nothing is new
@@ -171,14 +176,13 @@ class _Loop:
 
     def step(self, step: int, timestep: torch.Tensor, noise_pred: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         scheduler, corrector = self.scheduler, self.corrector
-        drawn = {"generator": self.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         noise_pred = noise_pred[:, : latents.shape[1]].float()  # DiT-XL/2's variances are not used here
         if self.guidance_scale > 1:
             cond, uncond = noise_pred.chunk(2)
             noise_pred = uncond + self.guidance_scale * (cond - uncond)
         if corrector is not None:
             noise_pred = corrector.noise(step, noise_pred)
-        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **drawn)[0]
+        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **self.step_kwargs)[0]
         return latents if corrector is None else corrector.sample(step, latents)
 
 
