@@ -96,7 +96,7 @@ class _Loop:
     guidance_scale: float
     compensation: Compensation | None
     force_compensation: bool
-    custom: Corrector | None  # or neither
+    custom: Corrector | None  # in place of a compensation
     callback: Callable[[int, int, torch.Tensor], None] | None
     generators: Sequence[torch.Generator]
     device: torch.device
