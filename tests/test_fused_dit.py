@@ -36,9 +36,14 @@ from qandc_kernels import Backend
 from tests.conftest import make_dit
 
 BLOCK_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
-# relative error of a block, and of a whole forward, to the unfused model: rounding of 16-bit values between its layers
-BLOCK_BOUND = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-MODEL_BOUND = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 5e-2}
+# Relative error of a block, and of a whole forward, to the unfused model. In float32 both round alike but for the last
+# bits, in which a value next to the middle of two codes may take the other code. One such code, in any quantizer of a
+# block, moves its output by up to 1.5e-3, that of a model of three blocks by up to 5e-3, of six by 1e-2 (the largest of
+# 400 codes changed one at a time). Five of them are allowed. In 16 bits values between the layers are rounded.
+CHANGED_CODE = 5e-3
+BLOCK_BOUND = {torch.float32: 5 * 1.5e-3, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+MODEL_BOUND = {torch.float32: 5 * CHANGED_CODE, torch.float16: 3e-2, torch.bfloat16: 5e-2}
+ROUNDING = 1e-4  # of a block in float32 where no code has changed
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -87,6 +92,11 @@ def relative_error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def smallest_error(actual, expected):
+    """Relative error of the sample that differs least: a changed code moves one sample, a wrong factor moves all."""
+    return min(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 def fused_calls(monkeypatch):
     calls = []
     original = FusedBlock.__call__
@@ -115,6 +125,8 @@ def assert_blocks_equal(model, inputs, bound):
             modulations = [modulation for portion, _ in portions for modulation in portion]
             actual = block(x.clone(memory_format=torch.contiguous_format), modulations[index])
             assert relative_error(actual, y) <= bound, f"block {index} of {plain.norm_type}"
+            if y.dtype == torch.float32:
+                assert smallest_error(actual, y) <= ROUNDING, f"block {index}: all samples differ"
         return expected, fused(**inputs).sample
 
 
@@ -125,7 +137,7 @@ def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, symmetric):
     model = make_quantized(w_bits=w_bits, smoothing=smoothing, symmetric=symmetric, num_layers=6)
     expected, actual = assert_blocks_equal(model, make_inputs(), BLOCK_BOUND[torch.float32])
     assert actual.shape == expected.shape
-    assert relative_error(actual, expected) <= MODEL_BOUND[torch.float32]
+    assert relative_error(actual, expected) <= 2 * MODEL_BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("w_bits", [8, 4])
@@ -154,7 +166,7 @@ def test_smoothing_matters(fused_anywhere):
             continue
         changed = copy.deepcopy(model)
         quant_layers(changed)[name].smoothing.fill_(1)
-        assert relative_error(changed(**make_inputs()).sample, expected) > MODEL_BOUND[torch.float32], name
+        assert relative_error(changed(**make_inputs()).sample, expected) > 2 * CHANGED_CODE, name
 
 
 def test_rows_have_their_own_timestep_and_label(fused_anywhere):
@@ -178,19 +190,30 @@ def test_one_timestep_for_all_rows(fused_anywhere):
 @pytest.mark.parametrize("rows_at_once", [4096, 24, 1])  # of 12 rows: all three blocks, two and one, one by one
 @pytest.mark.parametrize("smoothing", [False, True])
 def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, rows_at_once):
+    """The same modulations to rounding, those of its own step for each, and with the same ones the same output."""
     monkeypatch.setattr("qandc.conditioning.ROWS_AT_ONCE", rows_at_once)
     fused = fuse_dit(make_quantized(smoothing=smoothing))
     inputs = make_inputs()
     labels, timesteps = inputs["class_labels"], torch.tensor([999, 500, 20])
     steps = [t.expand(4) for t in timesteps]
     expected = [fused(**inputs | {"timestep": t}).sample for t in steps]
+    step = fused.__dict__[FUSED].step(fused)
+    of_run = [step.conditioning.of_run(timesteps.float(), labels, torch.float32)[part].unbind(0) for part in (0, 1)]
+    ahead = []
+    for timestep, of_blocks, final in zip(steps, *of_run, strict=True):
+        portions = step.conditioning.of_step(timestep.float(), labels, torch.float32)
+        one_by_one = [modulation for portion, _ in portions for modulation in portion]
+        for computed, wanted in zip((*of_blocks, final), one_by_one, strict=True):
+            assert relative_error(computed, wanted) <= ROUNDING
+        ahead.append(step.prepared(inputs["hidden_states"], timestep, labels, of_blocks, final))
     prepared = prepare_run(fused, timesteps, labels)
     looked_up = []
     original = FusedStep.prepared
     monkeypatch.setattr(FusedStep, "prepared", lambda self, *a: looked_up.append(0) or original(self, *a))
     for order in (0, 2, 1, 1):
         actual = fused(**inputs | {"timestep": prepared[order]}).sample
-        assert relative_error(actual, expected[order]) <= 1e-3
+        assert torch.equal(actual, ahead[order])
+        assert relative_error(actual, expected[order]) <= MODEL_BOUND[torch.float32]
     assert len(looked_up) == 4
     for other in ({"timestep": steps[1]}, {"timestep": prepared[1], "class_labels": labels.clone()}):
         assert torch.equal(fused(**inputs | other).sample, expected[1])
@@ -532,15 +555,16 @@ def test_whatever_is_changed_counts(fused_anywhere, change, when):
     unchanged = twin(**make_inputs()).sample
     change(twin)
     expected = twin(**make_inputs()).sample
-    assert relative_error(unchanged, expected) > 2 * MODEL_BOUND[torch.float32]
+    distance = relative_error(unchanged, expected)
+    assert distance > 5 * CHANGED_CODE
     if when == "after":
         fuse_dit(model)(**make_inputs())
         change(model)
     else:
         change(model)
         fuse_dit(model)
-    for _ in range(2):
-        assert relative_error(model(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
+    for _ in range(2):  # nearer to the changed model than to the unchanged one
+        assert relative_error(model(**make_inputs()).sample, expected) <= min(MODEL_BOUND[torch.float32], distance / 2)
 
 
 def test_a_weight_replaced_twice_is_noticed(fused_anywhere):
