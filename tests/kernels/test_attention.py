@@ -133,6 +133,7 @@ def test_nan_becomes_the_smallest_integer_and_raises_the_flag(kernel_device, see
     for before in (0, 77):
         flag = torch.full((), before, dtype=torch.int32, device=kernel_device)
         assert torch.equal(attention_quantize_per_tensor(*clean, scale, zero_point, flag), expected)
+        reference.attention_quantize_per_tensor(*clean, scale, zero_point, flag)
         assert flag.item() == before
     for part, head_column in itertools.product(range(3), (0, shape[3] - 1)):
         dirty = [t.clone() for t in clean]
@@ -140,7 +141,9 @@ def test_nan_becomes_the_smallest_integer_and_raises_the_flag(kernel_device, see
         flag.zero_()
         out = attention_quantize_per_tensor(*dirty, scale, zero_point, flag)
         assert flag.item() == 1
-        told = reference.attention_quantize_per_tensor(*(t.cpu() for t in dirty), scale.cpu(), zero_point.cpu())
+        flag.zero_()
+        told = reference.attention_quantize_per_tensor(*dirty, scale, zero_point, flag).cpu()
+        assert flag.item() == 1
         lost = exact(*dirty).isnan()
         assert lost.any()
         assert (out.cpu()[lost] == -128).all()

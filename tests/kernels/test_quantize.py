@@ -110,16 +110,17 @@ def test_extreme_values(kernel_device):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("shape", [(5, 33), (300, 100), (2, 9, 4, 24)], ids=str)
-def test_nan_raises_the_flag_and_nothing_else_does(kernel_device, shape, seeded):
+@pytest.mark.parametrize("quantize", [quantize_per_tensor, reference.quantize_per_tensor], ids=["op", "reference"])
+def test_nan_raises_the_flag_and_nothing_else_does(kernel_device, quantize, shape, seeded):
     scale, zero_point = torch.tensor(0.5, device=kernel_device), torch.tensor(3, dtype=torch.int32).to(kernel_device)
     for dtype in float_dtypes(kernel_device):
         x = torch.randn(shape, generator=seeded).to(dtype).to(kernel_device)
         x.view(-1)[0], x.view(-1)[1] = float("inf"), float("-inf")
-        expected = quantize_per_tensor(x, scale, zero_point)
+        expected = quantize(x, scale, zero_point)
         for strided in (x, x.transpose(0, 1)):
             for before in (0, 1, 77):
                 flag = torch.full((), before, dtype=torch.int32, device=kernel_device)
-                quantize_per_tensor(strided, scale, zero_point, nan_flag=flag)
+                quantize(strided, scale, zero_point, nan_flag=flag)
                 assert flag.item() == before
         for place in (0, x.numel() // 2, x.numel() - 1):
             dirty = x.clone()
@@ -128,12 +129,12 @@ def test_nan_raises_the_flag_and_nothing_else_does(kernel_device, shape, seeded)
                 flag = flag.to(kernel_device)
                 for strided in (dirty, dirty.transpose(0, 1)):
                     flag.fill_(0)
-                    q = quantize_per_tensor(strided, scale, zero_point, nan_flag=flag)
+                    q = quantize(strided, scale, zero_point, nan_flag=flag)
                     assert flag.item() == 1
                     assert torch.equal(
                         q.cpu(), reference.quantize_per_tensor(strided.cpu(), scale.cpu(), zero_point.cpu())
                     )
-            q = quantize_per_tensor(dirty, scale, zero_point)
+            q = quantize(dirty, scale, zero_point)
             assert q.view(-1)[place].item() == 3
             q.view(-1)[place] = expected.view(-1)[place]
             assert torch.equal(q, expected)
