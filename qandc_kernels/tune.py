@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from qandc_kernels.backend import select_backend
-from qandc_kernels.checks import check_integer, check_layers, check_sizes
+from qandc_kernels.checks import check_integer, check_layers, check_list, check_sizes
 from qandc_kernels.errors import ArgumentError
 from qandc_kernels.tiles import GemmTile, gpu_of, own_tables
 
@@ -56,17 +56,20 @@ def candidates(kernel: str, m: int) -> Iterator[GemmTile]:
     Raises:
         ArgumentError: ``kernel`` is none of KERNELS, or ``m`` no size.
     """
-    _check_settings([(1, 1)], [m], [kernel], 1)
+    _checked([], [m], [kernel])
     return _candidates(kernel, m)
 
 
-def _check_settings(layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int) -> None:
-    unknown = [name for name in kernels if name not in KERNELS]
-    if unknown:
-        raise ArgumentError(f"tune: kernels are {', '.join(KERNELS)}; got {unknown[0]!r}")
-    check_layers("tune", layers, 2 if any(name.startswith("int4") for name in kernels) else 1)
-    check_sizes("tune", "rows", rows)
+def _checked(
+    layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int = 1
+) -> tuple[list[tuple[int, int]], list[int], list[str]]:
+    kernels = check_list("tune", "kernels", kernels)
+    for name in kernels:
+        if not isinstance(name, str) or name not in KERNELS:
+            raise ArgumentError(f"tune: kernels are {', '.join(KERNELS)}; got {name!r}")
+    layers = check_layers("tune", layers, 2 if any(name.startswith("int4") for name in kernels) else 1)
     check_integer("tune", "processes", processes, 1, 1024)
+    return layers, check_sizes("tune", "rows", rows), kernels
 
 
 def _candidates(kernel: str, m: int) -> Iterator[GemmTile]:
@@ -205,7 +208,7 @@ def tune(layers: list[tuple[int, int]], rows: list[int], kernels: list[str], pro
     Raises:
         ArgumentError: a size is not positive, an odd K meets int4, a kernel is none of KERNELS, or ``processes`` < 1.
     """
-    _check_settings(layers, rows, kernels, processes)
+    layers, rows, kernels = _checked(layers, rows, kernels, processes)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = []
         for kernel, k in itertools.product(kernels, sorted({k for _, k in layers})):  # M and N are run-time arguments
@@ -244,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     try:
-        _check_settings(options.layers, options.rows, options.kernels, options.processes)
+        _checked(options.layers, options.rows, options.kernels, options.processes)
     except ArgumentError as error:
         parser.error(str(error))
     backend = select_backend("cuda" if torch.cuda.is_available() else "cpu")
@@ -254,11 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = (options.out or own_tables()) / f"{gpu.name}.json"
     try:  # before the hours that tuning takes
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = (
-            {(e["kernel"], e["m"], e["n"], e["k"]): e for e in json.loads(path.read_text())["tiles"]}
-            if path.exists()
-            else {}
-        )
+        entries = json.loads(path.read_text())["tiles"] if path.exists() else []
+        old = {(e["kernel"], e["m"], e["n"], e["k"]): e for e in entries}
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(f"{path} cannot be made or is no table of tiles ({error}); give another --out, or remove it")
     tuned = tune(options.layers, options.rows, options.kernels, options.processes)

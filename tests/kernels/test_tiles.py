@@ -129,7 +129,15 @@ def test_tuning_refuses_nonsense(capsys, arguments, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"layers": [(0, 8)]}, {"rows": [0]}, {"rows": None}, {"kernels": ["int3"]}, {"kernels": [3]}, {"processes": True}],
+    [
+        {"layers": [(0, 8)]},
+        {"rows": [0]},
+        {"rows": None},
+        {"kernels": ["int3"]},
+        {"kernels": [3]},
+        {"kernels": None},
+        {"processes": True},
+    ],
     ids=str,
 )
 def test_tune_refuses_before_it_starts_processes(monkeypatch, changes):
