@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from qandc_kernels.errors import ArgumentError
 
@@ -34,7 +34,9 @@ MOST_ENTRIES = 4096  # an iterator may have no end
 
 def check_tensor(op: str, name: str, tensor: Tensor, dtypes: Dtypes, shapes: tuple[tuple[int, ...], ...] = ()) -> None:
     """Refuse what is no dense tensor of one of ``dtypes`` and, if there are any, one of ``shapes``."""
-    if type(tensor) is not torch.Tensor and (not isinstance(tensor, torch.Tensor) or is_lazy(tensor)):
+    if type(tensor) is not torch.Tensor and (
+        not isinstance(tensor, torch.Tensor) or isinstance(tensor, UninitializedTensorMixin)
+    ):
         raise ArgumentError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
