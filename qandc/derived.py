@@ -86,14 +86,22 @@ def eager() -> Iterator[None]:
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """For ``copy`` and ``pickle``: derived classes have no importable name."""
+    """Reduce a module for ``copy`` and ``pickle`` as its original class does; derived classes have no importable name.
+
+    What that class keeps out of its state stays out: of ``nn.Module``, code compiled for the weights of this module.
+    """
     cls, mixins = type(module), []
     while "_qandc_lineage" in vars(cls):
         mixin, cls = vars(cls)["_qandc_lineage"]
         mixins.append(mixin)
-    return _new, (cls, *reversed(mixins)), module.__dict__.copy()
+    # a class that another tool derived from one of ours inherits this function
+    reduce = object.__reduce_ex__ if cls.__reduce_ex__ is _reduce else cls.__reduce_ex__
+    function, arguments, *state = reduce(module, protocol)
+    call = (cls if part is type(module) else part for part in (function, *arguments))
+    return _restored, (tuple(reversed(mixins)), *call), *state
 
 
-def _new(base: Any, *mixins: Any) -> Any:
-    cls = functools.reduce(lambda derived, mixin: derived_class(mixin, derived), mixins, base)
-    return cls.__new__(cls)
+def _restored(mixins: tuple[Any, ...], function: Any, *arguments: Any) -> Any:
+    module = function(*arguments)
+    module.__class__ = functools.reduce(lambda base, mixin: derived_class(mixin, base), mixins, type(module))
+    return module
