@@ -90,12 +90,13 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
 
     What that class keeps out of its state stays out: of ``nn.Module``, code compiled for the weights of this module.
     """
-    cls, mixins = type(module), []
+    cls: Any = type(module)
+    mixins: list[Any] = []
     while "_qandc_lineage" in vars(cls):
         mixin, cls = vars(cls)["_qandc_lineage"]
         mixins.append(mixin)
     # a class that another tool derived from one of ours inherits this function
-    reduce = object.__reduce_ex__ if cls.__reduce_ex__ is _reduce else cls.__reduce_ex__
+    reduce: Any = object.__reduce_ex__ if cls.__reduce_ex__ is _reduce else cls.__reduce_ex__
     function, arguments, *state = reduce(module, protocol)
     call = (cls if part is type(module) else part for part in (function, *arguments))
     return _restored, (tuple(reversed(mixins)), *call), *state
@@ -103,5 +104,7 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
 
 def _restored(mixins: tuple[Any, ...], function: Any, *arguments: Any) -> Any:
     module = function(*arguments)
-    module.__class__ = functools.reduce(lambda base, mixin: derived_class(mixin, base), mixins, type(module))
+    for mixin in mixins:
+        base: Any = type(module)
+        module.__class__ = derived_class(mixin, base)
     return module
