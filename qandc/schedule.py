@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +148,9 @@ class CacheConfig:
             raise ConfigError(f"timesteps must be numbers, one per step; got {self.timesteps!r}") from None
         if len(timesteps) != len(self._steps):
             raise ConfigError(f"a schedule of {len(self._steps)} steps needs as many timesteps; got {len(timesteps)}")
-        for before, after in itertools.pairwise(timesteps):
-            if after > before:
-                raise ConfigError(
-                    f"timesteps rise from {before:g} to {after:g}, but a feature cache takes a rise for the begin of "
-                    "another run; give those of a run whose timesteps never rise"
-                )
+        rise = next((pair for pair in itertools.pairwise(timesteps) if pair[1] > pair[0]), None)
+        if rise is not None:  # a feature cache takes it for the begin of another run
+            raise ConfigError("timesteps rise from {:g} to {:g}; give those of a run whose never do".format(*rise))
         object.__setattr__(self, "timesteps", timesteps)
 
     def _check_schedule(self, schedule: Any) -> None:
@@ -233,11 +230,7 @@ class CacheConfig:
         return tuple(self.computes(step) for step in range(num_inference_steps))
 
     def check_run(self, timesteps: Sequence[float]) -> None:
-        """Refuse a run that the schedule is not for, by its timesteps, one for each call of the model.
-
-        Raises:
-            ConfigError: it has another number of steps, or other timesteps, with both.
-        """
+        """Raise ConfigError for a run, given by its timesteps, that the schedule is not for; it names both."""
         self.of_steps(len(timesteps))
         for step, (expected, timestep) in enumerate(zip(self.timesteps or (), timesteps, strict=False)):
             if abs(timestep - expected) >= 1:  # schedules may keep the whole part alone
@@ -370,13 +363,8 @@ class CalibratedSchedule:
 
     def config(self, storage_dtype: str | None = None) -> CacheConfig:
         """The cache that follows it, in runs at its timesteps."""
-        return CacheConfig(
-            self.mode,
-            schedule=self.schedule,
-            order=max(1, self.order),
-            storage_dtype=storage_dtype,
-            timesteps=self.timesteps,
-        )
+        config = CacheConfig(self.mode, schedule=self.schedule, order=max(1, self.order), storage_dtype=storage_dtype)
+        return replace(config, timesteps=self.timesteps)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; a file under this name is always whole."""
