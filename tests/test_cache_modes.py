@@ -342,6 +342,18 @@ def test_a_run_of_another_scheduler_is_refused(pipeline_dir):
         sample_latents(other.transformer, other.scheduler, [1], num_inference_steps=8, seeds=[0])
 
 
+def test_runs_that_share_a_labels_tensor_each_begin_at_the_first_timestep():
+    model = make_dit()
+    timesteps = [900 - 20 * step for step in range(STEPS)]
+    cache = apply_cache_to_dit(model, config=CacheConfig("branch", schedule=UNEVEN, timesteps=timesteps))
+    labels = make_labels()
+    first, second = run(model, labels=labels), run(model, labels=labels)
+    assert_equal_runs(second, first, atol=0)
+    assert cache.compute_steps == 2 * sum(UNEVEN)
+    with pytest.raises(CacheError, match="step 1 at timestep 900; this run has it at 890"):
+        model(**{**inputs(0), "timestep": torch.tensor([890])}, class_labels=labels)
+
+
 def test_a_shorter_run_is_warned_about_where_no_timesteps_tell(pipeline_dir, caplog):
     pipe = vanilla_pipeline(pipeline_dir)
     config = CacheConfig(interval=2, num_inference_steps=8, last_step_computed=True)
@@ -624,7 +636,8 @@ def test_features_of_compiled_blocks_that_have_run(mode):
     model = make_dit(num_layers=2)
     for block in model.transformer_blocks:
         block.compile(backend="eager")
-    run(model, 2)
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    sample_latents(model, scheduler, [3, 4], num_inference_steps=4, seeds=[0, 1])
     assert record_gram(model, mode) == pytest.approx(expected, rel=1e-3)
 
 
