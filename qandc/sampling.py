@@ -22,6 +22,7 @@ import torch
 from qandc.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
+from qandc.derived import original_class
 from qandc.errors import ConfigError, DataError
 from qandc.fused_dit import is_fused, prepare_run
 from qandc.run_graph import run_as_graph, why_no_run_graph
@@ -198,8 +199,9 @@ class _Loop:
 
     @cached_property
     def step_kwargs(self) -> dict[str, Any]:
-        takes_generators = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": self.generators} if takes_generators else {}
+        # a compensated scheduler takes what its original takes
+        step = vars(self.scheduler).get("step", original_class(self.scheduler).step)
+        return {"generator": self.generators} if "generator" in inspect.signature(step).parameters else {}
 
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         transformer, scheduler = self.transformer, self.scheduler

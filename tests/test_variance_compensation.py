@@ -258,6 +258,17 @@ def test_a_compensated_step_may_return_a_tuple(name, target):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1:], expected[1:], strict=True))
 
 
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_compensated_scheduler_draws_the_noise_of_each_image(name):
+    reference, model = reference_and_cached(name)
+    found = fit_compensation(reference, model, scheduler(name))
+    call = {"seeds": range(4), **RUN}
+    expected = sample_latents(model, scheduler(name), LABELS, compensation=found, **call)
+    torch.testing.assert_close(
+        sample_latents(model, compensated_scheduler(scheduler(name), found), LABELS, **call), expected
+    )
+
+
 def test_forced_upon_other_channels_it_is_refused():
     fitted_for = FittedFor("DDIMScheduler", (500, 0), 1.5, "a model")
     narrow = epsilon_scaling(1.01, 1, fitted_for)  # would be broadcast
