@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.derived import eager
 from qandc.errors import ConfigError, DataError
 from qandc.files import keep_settings, write_whole
 from qandc.pipelines import fingerprint
@@ -153,8 +152,7 @@ def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> 
         lambda module, args, kwargs: seen.append(args[0][: len(labels)].detach().float().cpu()), with_kwargs=True
     )
     try:
-        with eager():
-            sample_latents(transformer, scheduler, labels, **run)
+        sample_latents(transformer, scheduler, labels, **run)
     finally:
         handle.remove()
     timesteps = torch.as_tensor(scheduler.timesteps).cpu().long()

@@ -24,7 +24,6 @@ from qandc import (
     select_samples,
 )
 from qandc.conversion import quant_layers
-from tests.conftest import make_dit
 
 RUN = {"num_inference_steps": 6, "guidance_scale": 2.0}
 LABELS = [3, 5, 8, 3, 1]
@@ -188,14 +187,3 @@ def test_a_full_disk_leaves_no_fragment(dit, scheduler, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"cannot write .*pool-000000.*No space left"):
         record(dit, scheduler, directory=tmp_path)
     assert os.listdir(tmp_path) == ["pool.json"]
-
-
-def test_of_a_compiled_model_that_has_run(scheduler):
-    """Compiled as a whole it would call no hook that came later."""
-    expected = record(make_dit(num_layers=2), scheduler)
-    model = make_dit(num_layers=2)
-    model.compile(backend="eager")
-    record_trajectory(model, scheduler, LABELS[:2], **RUN)
-    found = record(model, scheduler)
-    assert len(found) == len(expected)
-    torch.testing.assert_close(found.hidden_states, expected.hidden_states, rtol=1e-3, atol=1e-3)
