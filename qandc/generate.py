@@ -17,7 +17,7 @@ from qandc.metrics import psnr
 from qandc.presets import Preset
 from qandc.quantizer import QuantConfig
 from qandc.results import result_header
-from qandc.sampling import decode_latents, make_scheduler, sample_latents
+from qandc.sampling import decode_latents, make_scheduler, sample_latents, set_timesteps
 from qandc.schedule import CacheConfig
 from qandc.variance_compensation import Compensation
 
@@ -128,7 +128,12 @@ def generate(
     Args:
         result: receives rows and images as they are finished, so that an interrupted run keeps them.
         progress: called as ``progress(row name, images denoised by one step)``.
+
+    Raises:
+        ConfigError: before any work, the cache has a schedule for another run; or as :func:`qandc.sample_latents`.
     """
+    scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
+    settings.cache.check_run(set_timesteps(scheduler, settings.num_inference_steps))
     full = Row("FP", module_bytes(pipe.transformer))
     result.rows.append(full)
     _sample(pipe, settings, full, lambda done: progress(full.name, done))

@@ -40,6 +40,7 @@ from qandc.processes import Processes
 from qandc.scores import Scorer, scorer_for
 from qandc.sharded_sampling import sample_file
 from qandc.shards import ImageSet
+from tests.conftest import in_a_thread
 
 CALIBRATION = CalibrationSettings(
     num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="block", cache_interval=2, uniform=True,
@@ -93,6 +94,17 @@ def test_full_precision_is_what_sampling_draws(finished, pipeline_dir):
     drawn = decode_latents(pipe.vae, sample_latents(pipe.transformer, scheduler, [4, 5], seeds=[4, 5], **run))
     expected = ((drawn / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert np.array_equal(images_of(finished[0], ROWS[0])[4:], expected.numpy())
+
+
+def test_in_another_thread(finished, pipeline_dir, tmp_path):
+    """As a notebook's executor or a web server runs it: the same images, the same refusals."""
+    directory, _ = finished
+    rows = in_a_thread(experiment, pipeline_dir, tmp_path)
+    assert [row["row"] for row in rows] == [kind.name for kind in ROWS]
+    for kind in ROWS:
+        assert np.array_equal(images_of(tmp_path, kind), images_of(directory, kind))
+    with pytest.raises(ConfigError, match="holds an experiment"):
+        in_a_thread(experiment, pipeline_dir, tmp_path, dataclasses.replace(SETTINGS, images=8))
 
 
 def test_the_pipeline_stays_as_it_is(finished, pipeline_dir, tmp_path):
@@ -349,6 +361,15 @@ def sample_images(pipe, target, **changes) -> float | None:
     settings = {"steps": 3, "guidance_scale": 2.0, "scheduler": "ddim", **changes}
     image_set = settings.pop("image_set", ImageSet(6, (1, 2), batch_size=3))
     return sample_file(pipe, target, image_set, **settings)
+
+
+def test_images_are_sampled_in_another_thread(pipeline_dir, tmp_path):
+    ours, theirs = tmp_path / "thread.npz", tmp_path / "main.npz"
+    in_a_thread(sample_images, load_pipeline(pipeline_dir), ours)
+    sample_images(load_pipeline(pipeline_dir), theirs)
+    assert ours.read_bytes() == theirs.read_bytes()
+    with pytest.raises(OutputError, match="is there already"):
+        in_a_thread(sample_images, load_pipeline(pipeline_dir), ours)
 
 
 @pytest.mark.parametrize(

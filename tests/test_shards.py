@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from qandc import ConfigError, DataError, OutputError, ProcessError
 from qandc.processes import Processes
 from qandc.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
+from tests.conftest import in_a_thread
 
 IMAGES = ImageSet(10, classes=(3, 7, 8), first_seed=100, batch_size=4)
 
@@ -87,6 +88,24 @@ def test_terminate_finishes_the_shard_that_was_begun(tmp_path):
         draw_shards(tmp_path, IMAGES, told)
     assert len(missing_shards(tmp_path, IMAGES)) == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_in_another_thread_signals_stay_as_they_are(tmp_path):
+    drawer, before, seen = Drawer(), signal.getsignal(signal.SIGTERM), []
+
+    def draw(labels, seeds):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return drawer(labels, seeds)
+
+    in_a_thread(draw_shards, tmp_path, IMAGES, draw)
+    assert missing_shards(tmp_path, IMAGES) == []
+    assert seen == [before] * 3
+
+    def fails(labels, seeds):
+        return torch.full((len(labels), 2, 3, 5), float("nan"))
+
+    with pytest.raises(DataError, match="image 0 holds NaN"):
+        in_a_thread(draw_shards, tmp_path / "none", IMAGES, fails)
 
 
 def test_nan_is_refused_by_number(tmp_path):
