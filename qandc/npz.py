@@ -93,7 +93,7 @@ class Npz:
             if min(shape, default=0) < 0:
                 raise ValueError(f"{name} is declared as {list(shape)}")
             found = ArrayHeader(name, shape, dtype, fortran, start.tell())
-            if entry.file_size < found.offset + found.nbytes:
+            if not dtype.hasobject and entry.file_size < found.offset + found.nbytes:
                 raise self._too_short(found, entry.file_size - found.offset)
             return found
 
@@ -104,13 +104,15 @@ class Npz:
             DataError: it declares more than ``limit`` bytes, holds objects, or is damaged.
         """
         found = self.header(name)
+        if found.dtype.hasobject:
+            raise DataError(f"{self.failure} ({name} holds Python objects, which are never loaded); {self.advice}")
         if found.nbytes > limit:
             raise DataError(
                 f"{self.failure} ({name} is declared as {list(found.shape)} {found.dtype}: {found.nbytes:,} bytes, of "
                 f"which at most {limit:,} are decoded at once); {self.advice}"
             )
         [raw] = self._pieces(found, found.nbytes, 1)
-        with decoding(self.failure, self.advice):  # NumPy refuses to make objects of bytes
+        with decoding(self.failure, self.advice):
             return np.ndarray(found.shape, found.dtype, raw, order="F" if found.fortran else "C")
 
     def integer(self, name: str) -> int:
