@@ -37,7 +37,7 @@ from qandc.extractors import load_extractor
 from qandc.files import locked
 from qandc.metrics import FashionClassifier
 from qandc.processes import Processes
-from qandc.scores import Scorer, scorer_for
+from qandc.scores import Scorer, load_images, scorer_for
 from qandc.sharded_sampling import sample_file
 from qandc.shards import ImageSet
 from tests.conftest import in_a_thread
@@ -216,6 +216,35 @@ def test_scores_and_their_intervals():
     assert found["class_accuracy"]["ci95"] == pytest.approx(1.96 * (share * (1 - share) / 200) ** 0.5, rel=0.35)
     with pytest.raises(DataError, match=r"\[200, 32, 32, 1\] and those of full precision \[199, 32, 32, 1\]"):
         scorer(off, full[1:], np.arange(200))
+    for images, labels in (
+        (full[:0], np.arange(0)),
+        (full.astype(np.float32), np.arange(200)),
+        (full[..., 0], np.arange(200)),
+        (torch.from_numpy(full), np.arange(200)),
+        (full, np.arange(199)),
+        (full, np.arange(200.0)),
+        (full, list(range(200))),
+    ):
+        for score in (scorer, Scorer()):
+            with pytest.raises(DataError, match="got"):
+                score(images, images, labels)
+
+
+def test_images_of_a_run_that_are_damaged(tmp_path):
+    path = tmp_path / "x.npz"
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    np.savez(path, images)
+    assert np.array_equal(load_images(path), images)
+    for wrong in (images[0], images.astype(np.float32), np.array([{}])):
+        np.savez(path, wrong)
+        with pytest.raises(DataError, match=r"holds no images .*delete it and run the same command again"):
+            load_images(path)
+    np.savez(path, images=images)
+    with pytest.raises(DataError, match="holds no images"):
+        load_images(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"holds no images .*No such file"):
+        load_images(path)
 
 
 def test_the_classifier_scores_only_the_classes_it_knows(pipeline_dir, tmp_path):

@@ -133,8 +133,24 @@ def test_a_missing_damaged_or_strange_shard_is_named(tmp_path):
     save_file({"images": torch.zeros(4, 3, 4, 2, dtype=torch.uint8)}, shard, metadata={"seconds": "1.0"})
     with pytest.raises(DataError, match=r"holds images \[4, 3, 4, 2\] instead of \[4, 3, 5, 2\]"):
         merge_shards(tmp_path, IMAGES, path)
+    save_file({"images": torch.zeros(4, 3, 5, 2)}, shard, metadata={"seconds": "1.0"})
+    with pytest.raises(DataError, match=r"of type float32 \(uint8 are drawn\)"):
+        merge_shards(tmp_path, IMAGES, path)
+    for metadata in (None, {"seconds": "many"}):
+        save_file({"images": torch.zeros(4, 3, 5, 2, dtype=torch.uint8)}, shard, metadata=metadata)
+        with pytest.raises(DataError, match=r"images-0000004.*missing or damaged"):
+            merge_shards(tmp_path, IMAGES, path)
     assert not path.exists()
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "drawn", [torch.zeros(3, 1, 4, 4), torch.zeros(4, 4, 4), torch.zeros(4, 1, 4, 4, dtype=torch.int64), None]
+)
+def test_what_is_drawn_must_be_images(tmp_path, drawn):
+    with pytest.raises(DataError, match=r"4 images \[B, C, H, W\] were to be drawn|pixels are a torch tensor"):
+        draw_shards(tmp_path, IMAGES, lambda labels, seeds: drawn)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -152,7 +168,14 @@ def test_a_full_disk(tmp_path, monkeypatch):
     [
         ({"count": 0}, "count is 0; give an integer >= 1"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"count": 1.5}, "count is 1.5"),
+        ({"count": True}, "count is True"),
         ({"classes": ()}, "at least one class"),
+        ({"classes": 3}, "at least one class"),
+        ({"classes": (1, -1)}, r"classes are \(1, -1\); give integers >= 0"),
+        ({"classes": ("1",)}, "give integers >= 0"),
+        ({"first_seed": "0"}, "first_seed is '0'"),
+        ({"first_seed": 2**62}, "first_seed is 4611686018427387904"),
         ({"first_seed": -1}, "first_seed is -1"),
     ],
 )
