@@ -6,10 +6,19 @@ the class that they know, and setting it back restores the module exactly.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["class_before", "derived_class", "has_other_forward", "original_class"]
+import torch
+
+__all__ = ["class_before", "derived_class", "eager", "has_other_forward", "original_class"]
+
+_eager_lock = threading.Lock()
+_eager_users = 0
+_eager_stance = contextlib.ExitStack()
 
 
 @functools.cache
@@ -53,6 +62,27 @@ def has_other_forward(module: Any) -> bool:
         del module.__dict__["forward"]
         return False
     return True
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled modules uncompiled inside the block, so that hooks registered since they were compiled are called.
+
+    Compiled code calls the hooks that were there when it was compiled, and no later ones. It is kept, for afterwards.
+    The stance of torch's compiler belongs to the process: the last of several threads inside restores it.
+    """
+    global _eager_users
+    with _eager_lock:
+        if _eager_users == 0:
+            _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager_users += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_users -= 1
+            if _eager_users == 0:
+                _eager_stance.close()
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
