@@ -45,7 +45,9 @@ def watch_inputs(
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = input_of_call(args, kwargs)
             if x.numel():
-                see(name, x.detach())
+                # a forward may be in inference mode, whose tensors could not be added to afterwards
+                with torch.inference_mode(False), torch.no_grad():
+                    see(name, x.detach())
 
         return note
 
