@@ -104,7 +104,7 @@ class SharedInputs:
     ) -> None:
         self._measure, self._merge = measure, merge
         self._groups: dict[str, _Group] = {}
-        self._new: dict[Any, _Group] = {}  # those that have seen one tensor in all, in this forward
+        self._new: dict[Any, _Group] = {}  # by that tensor: those that have seen one in all
 
     def each_forward(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, for :func:`watch_inputs`: between them layers part that have not seen the same."""
@@ -112,7 +112,6 @@ class SharedInputs:
             yield batch
             for group in list(self._groups.values()):
                 self._part(group)
-            self._new.clear()
 
     def see(self, name: str, x: torch.Tensor) -> None:
         """Add an input of a layer."""
