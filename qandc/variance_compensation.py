@@ -218,7 +218,11 @@ class Compensation:
             return cls(tensors["gain"], tensors["mean"], values["target"], values["form"], FittedFor(**known))
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except KeyError as error:
+            raise ConfigError(
+                f"{str(path)!r} is no compensation: it has no {error}; make one with fit_compensation"
+            ) from error
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ConfigError(f"{str(path)!r} is no compensation: {error}; make one with fit_compensation") from error
 
 
