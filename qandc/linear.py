@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 import qandc_kernels
+from qandc.dequantized import DequantizedWeight, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, quantize_weight, round_with_feedback
-from qandc_kernels import int4_linear, int8_linear, pack_int4, reference, unpack_int4
+from qandc_kernels import int4_linear, int8_linear, pack_int4, reference
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
@@ -23,8 +25,8 @@ OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "
 class QuantLinear(nn.Module):
     """``y = dequantize(quantize(x / smoothing) · qweightᵀ) + bias``, for inference.
 
-    The output has the dtype of the input, or under autocast that of autocast, as with ``nn.Linear``. It carries no
-    gradient.
+    The output has the dtype of the input, or under autocast that of autocast, as with ``nn.Linear``. Its gradient is
+    straight-through: that of ``nn.Linear`` with the dequantized weight, for the input and for a bias that requires one.
 
     Until static ranges are set (:func:`qandc.calibrate`) each input row is quantized with its own scale, found on the
     way (dynamic, per token). Afterwards one scale and zero point serve all inputs (static, per tensor). On a GPU
@@ -152,12 +154,12 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight ``[N, K]``, computed anew at each access, in the dtype the weight would have."""
-        q = unpack_int4(self.qweight) if self.w_bits == 4 else self.qweight
-        weight = q * self.weight_scale[:, None]
-        if self.smoothing is not None:
-            weight = weight / self.smoothing
-        return weight.to(self.weight_dtype_holder.dtype)
+        """The dequantized weight ``[N, K]``, in the dtype the weight would have; see :class:`DequantizedWeight`."""
+        dtype = self.weight_dtype_holder.dtype
+        values = functools.partial(dequantize, self.qweight, self.weight_scale, self.smoothing, dtype)
+        if torch.compiler.is_compiling():  # what nobody uses is not computed
+            return values()
+        return DequantizedWeight(values, (self.out_features, self.in_features), dtype, self.qweight.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -195,8 +197,24 @@ class QuantLinear(nn.Module):
         shape = (self.in_features,) if name == "smoothing" else ()
         setattr(self, name, torch.zeros(shape, dtype=OPTIONAL_BUFFERS[name], device=self.qweight.device))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise refuse_write("layer.weight = ...")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise refuse_write("del layer.weight")
+        super().__delattr__(name)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
+        if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            y = self._product(input.detach())
+            return _StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
+        return self._product(input)
+
+    def _product(self, input: torch.Tensor) -> torch.Tensor:
         device_type = input.device.type
         autocast = torch.is_autocast_enabled(device_type)
         x = input if self.smoothing is None else input.float() / self.smoothing
@@ -253,6 +271,29 @@ class QuantLinear(nn.Module):
                 elif getattr(self, name) is None:
                     self.make_optional(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Give ``y``, which was computed from ``input`` in integers, the gradient of a product with the dequantized weight."""
+
+    @staticmethod
+    def forward(y: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor | None, ...], output: torch.Tensor) -> None:
+        _, x, bias, *parts = inputs
+        ctx.save_for_backward(*parts)
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = (grad @ dequantize(*ctx.saved_tensors, grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return None, x_grad, bias_grad, None, None, None
 
 
 def _quantize_per_tensor(
