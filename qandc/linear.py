@@ -96,6 +96,7 @@ class QuantLinear(nn.Module):
         smoothing: torch.Tensor | None = None,
         weight_clip: str = "max",
         hessian: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> QuantLinear:
         """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
 
@@ -105,6 +106,7 @@ class QuantLinear(nn.Module):
             smoothing: ``[K]`` factors > 0 that inputs are divided by and the weight is multiplied with.
             weight_clip: ``max`` or ``mse`` (:func:`qandc.quantizer.quantize_weight`).
             hessian: ``[K, K]`` of the inputs (:func:`qandc.input_hessians`): round with error feedback (GPTQ).
+            dtype: of the model the layer is for, where ``linear`` holds the weight in a higher precision.
 
         Raises:
             ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
@@ -112,6 +114,7 @@ class QuantLinear(nn.Module):
                 is not ``[K, K]`` and positive.
         """
         weight, bias = linear.weight, linear.bias
+        dtype = dtype or weight.dtype
         check_finite(weight, "weight")
         check_finite(bias, "bias")
         module = cls(
@@ -121,7 +124,7 @@ class QuantLinear(nn.Module):
             w_bits=w_bits,
             a_bits=a_bits,
             device=weight.device,
-            dtype=weight.dtype,
+            dtype=dtype,
         )
         if smoothing is not None:
             smoothing = smoothing.detach().to(weight.device, torch.float32, copy=True)
@@ -143,7 +146,7 @@ class QuantLinear(nn.Module):
         module.weight_sum = q.sum(1, dtype=torch.int32)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        module.original_bytes = weight.numel() * linear.weight.element_size()
+        module.original_bytes = weight.numel() * dtype.itemsize
         return module.train(linear.training)
 
     @property
@@ -192,6 +195,45 @@ class QuantLinear(nn.Module):
         self.act_scale = scale.detach().to(device, torch.float32, copy=True)
         self.act_zero_point = zero_point
 
+    def tensor_forms(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+        """Name to allowed dtypes and shape of all that a state dict may hold of this layer."""
+        n, k = self.out_features, self.in_features
+        qweight = ((torch.uint8,), (n, k // 2)) if self.w_bits == 4 else ((torch.int8,), (n, k))
+        return {
+            "bits": ((torch.uint8,), (2,)),
+            "qweight": qweight,
+            "weight_scale": ((torch.float32,), (n,)),
+            "weight_sum": ((torch.int32,), (n,)),
+            "act_scale": ((torch.float32,), ()),
+            "act_zero_point": ((torch.int32,), ()),
+            "smoothing": ((torch.float32,), (k,)),
+            "bias": (FLOAT_DTYPES, (n,)),
+        }
+
+    def fault_of(self, name: str, tensor: torch.Tensor) -> tuple[str, str] | None:
+        """Compare a tensor with what this layer holds under this name; (what it is, what it must be) if they differ.
+
+        Values are read where there are any, but for those of ``qweight`` and ``weight_sum``.
+        """
+        dtypes, shape = self.tensor_forms()[name]
+        if tensor.dtype not in dtypes:
+            return str(tensor.dtype), "stored as " + " or ".join(map(str, dtypes))
+        if tensor.shape != shape:
+            return f"of shape {list(tensor.shape)}", f"of shape {list(shape)}"
+        if tensor.is_meta or name in ("qweight", "weight_sum"):
+            return None
+        if name == "bits":
+            found, own = "W{}A{}".format(*tensor.tolist()), f"W{self.w_bits}A{self.a_bits}"
+            return None if found == own else (found, own)
+        if name == "act_zero_point":
+            limit = 1 << self.a_bits - 1
+            inside = -limit <= int(tensor) < limit
+            return None if inside else (str(int(tensor)), f"an integer from {-limit} to {limit - 1}")
+        if name == "bias":
+            return None if torch.isfinite(tensor).all() else ("not finite", "finite numbers")
+        positive = (torch.isfinite(tensor) & (tensor > 0)).all()
+        return None if positive else ("not finite or not > 0", "finite numbers > 0")
+
     def make_optional(self, name: str) -> None:
         """Make room for one of ``OPTIONAL_BUFFERS``, to be filled from a state dict."""
         shape = (self.in_features,) if name == "smoothing" else ()
@@ -216,7 +258,7 @@ class QuantLinear(nn.Module):
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         device_type = input.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         x = input if self.smoothing is None else input.float() / self.smoothing
         # compiled, plain torch joins the kernel that computes x; one of ours would be another pass over it
         compiling = torch.compiler.is_compiling()
@@ -255,13 +297,20 @@ class QuantLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         error_msgs: list[str] = args[-1] if args else kwargs["error_msgs"]
-        bits = state_dict.get(prefix + "bits")
-        if bits is not None and not bits.is_meta and bits.tolist() != [self.w_bits, self.a_bits]:
-            theirs = "W{}A{}".format(*bits.tolist())
-            layer = prefix.removesuffix(".") or "this layer"
-            error_msgs.append(
-                f"{layer} is W{self.w_bits}A{self.a_bits}, the state dict is {theirs}; quantize it with those"
-            )
+        layer, scheme = prefix.removesuffix(".") or "this layer", f"W{self.w_bits}A{self.a_bits}"
+        given = {name: state_dict[prefix + name] for name in self.tensor_forms() if prefix + name in state_dict}
+        faults = {name: fault for name, tensor in given.items() if (fault := self.fault_of(name, tensor))}
+        if "bits" in faults:  # the others follow from it
+            error_msgs.append(f"{layer} is {scheme}, the state dict is {faults['bits'][0]}; quantize it with those")
+            return
+        error_msgs += [
+            f"{prefix}{name} is {found}; in a {scheme} layer it must be {wanted}: give the state dict as it was saved"
+            for name, (found, wanted) in faults.items()
+        ]
+        if "act_zero_point" in given and "act_scale" not in given:
+            error_msgs.append(f"{prefix}act_zero_point has no act_scale beside it; give both, or neither")
+            return
+        if faults:  # a refused state changes nothing
             return
         if prefix + "qweight" in state_dict:
             # these may exist in one state and not in the other: take over which
