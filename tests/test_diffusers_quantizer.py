@@ -94,6 +94,7 @@ def test_full_precision_weights_are_quantized_as_they_come(full, monkeypatch, se
     monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", parallel)
     model = load(full, quantization_config=QandCConfig(**settings), torch_dtype=dtype)
     expected = nn.Module.to(quantize_model(load(full), **settings), dtype)  # weights are rounded once
+    expected.pos_embed.pos_embed = make_dit().pos_embed.pos_embed  # diffusers saves none, and makes it in float32
     assert quant_layers(model)
     assert_same_model(expected, model)
     assert not any(p.requires_grad for layer in quant_layers(model).values() for p in layer.parameters())
