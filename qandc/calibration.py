@@ -15,6 +15,7 @@ from qandc.errors import ConfigError, DataError, ModelError
 from qandc.linear import QuantLinear
 from qandc.quantizer import QuantConfig, activation_parameters
 from qandc.ranges import Histogram, RangeConfig, StepRanges, estimate_range
+from qandc.readers import kept_layers
 
 __all__ = ["calibrate", "calibrate_steps", "input_hessians", "smoothing_factors"]
 
@@ -247,10 +248,11 @@ def input_hessians(
         DataError: a layer saw no input, or NaN or inf.
     """
     patterns = tuple(skip_patterns)
+    kept = kept_layers(model)
     layers = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and not any(pattern in name for pattern in patterns)
+        if type(module) is nn.Linear and not any(pattern in name for pattern in patterns) and name not in kept
     }
     if not layers:
         raise ModelError(f"{type(model).__name__} has no nn.Linear left to quantize; gather Hessians before quantizing")

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from qandc.errors import ModelError
 from qandc_kernels import unpack_int4
 
-__all__ = ["DequantizedWeight", "dequantize", "refuse_write"]
+__all__ = ["DequantizedWeight", "StraightThrough", "dequantize", "refuse_write"]
 
 # what torch does not dispatch: run on ordinary tensors, or refused
 NEED_VALUES = {"numpy", "__array__", "tolist", "__deepcopy__", "__reduce_ex__", "__repr__", "__format__", "__dlpack__"}
@@ -21,7 +21,7 @@ NEED_MEMORY = {"apply_", "map_", "map2_", "storage", "untyped_storage", "data_pt
 def dequantize(
     qweight: torch.Tensor, scale: torch.Tensor, smoothing: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Compute ``[N, K]`` of ``dtype`` from ``[N, K] int8`` or ``[N, K/2] uint8``, scales ``[N]`` and smoothing ``[K]``."""
+    """Compute ``[N, K]`` from integers ``[N, K] int8`` or ``[N, K/2] uint8``, scales ``[N]`` and smoothing ``[K]``."""
     q = unpack_int4(qweight) if qweight.dtype == torch.uint8 else qweight
     weight = q * scale[:, None]
     if smoothing is not None:
@@ -61,7 +61,7 @@ class DequantizedWeight(torch.Tensor):
     ) -> DequantizedWeight:
         # on the meta device as far as torch's C++ knows, or it would let ``parameter.data = weight`` take its memory
         weight: Any = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device="meta", dispatch_device=True, **layout
+            cls, shape, dtype=dtype, device=torch.device("meta"), dispatch_device=True, **layout
         )
         weight.true_device, weight.values = device, values
         return weight
@@ -82,7 +82,7 @@ class DequantizedWeight(torch.Tensor):
         return result
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.prim.device.default:
@@ -110,3 +110,28 @@ def _read_only(like: torch.Tensor, values: Callable[[], torch.Tensor] | None = N
         strides=like.stride(),
         storage_offset=like.storage_offset(),
     )
+
+
+class StraightThrough(torch.autograd.Function):
+    """Give ``y``, computed in integers, the gradient of ``x · weightᵀ + bias`` with the dequantized weight."""
+
+    @staticmethod
+    def forward(y: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor | None, ...], output: torch.Tensor) -> None:
+        _, x, bias, *parts = inputs
+        assert x is not None
+        ctx.save_for_backward(*parts)
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[1]:
+            qweight, scale, smoothing = ctx.saved_tensors
+            x_grad = (grad @ dequantize(qweight, scale, smoothing, grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return None, x_grad, bias_grad, None, None, None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qandc_kernels
-from qandc.dequantized import DequantizedWeight, dequantize, refuse_write
+from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, quantize_weight, round_with_feedback
 from qandc_kernels import int4_linear, int8_linear, pack_int4, reference
@@ -127,15 +127,8 @@ class QuantLinear(nn.Module):
             dtype=dtype,
         )
         if smoothing is not None:
-            smoothing = smoothing.detach().to(weight.device, torch.float32, copy=True)
-            if smoothing.shape != (linear.in_features,) or not (torch.isfinite(smoothing) & (smoothing > 0)).all():
-                raise DataError(
-                    f"smoothing must be {linear.in_features} finite float32 numbers > 0, one per input channel; "
-                    f"got shape {tuple(smoothing.shape)} (leave it out for none)"
-                )
-            module.smoothing = smoothing
-            weight = weight.float() * smoothing
-            check_finite(weight, "weight times smoothing")
+            module.smoothing, weight = smoothed_weight(linear, smoothing)
+            smoothing = module.smoothing
         q, scale = quantize_weight(weight, w_bits, weight_clip)
         if hessian is not None:
             if smoothing is not None:
@@ -253,7 +246,7 @@ class QuantLinear(nn.Module):
         """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
         if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             y = self._product(input.detach())
-            return _StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
+            return StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
         return self._product(input)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
@@ -322,29 +315,6 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Give ``y``, which was computed from ``input`` in integers, the gradient of a product with the dequantized weight."""
-
-    @staticmethod
-    def forward(y: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor | None, ...], output: torch.Tensor) -> None:
-        _, x, bias, *parts = inputs
-        ctx.save_for_backward(*parts)
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_grad = bias_grad = None
-        if ctx.needs_input_grad[1]:
-            x_grad = (grad @ dequantize(*ctx.saved_tensors, grad.dtype)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[2]:
-            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return None, x_grad, bias_grad, None, None, None
-
-
 def _quantize_per_tensor(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
@@ -354,6 +324,23 @@ def _quantize_per_tensor(
     if zero_point is not None:
         y = y + zero_point
     return y.clamp(-(1 << bits - 1), (1 << bits - 1) - 1).to(torch.int8)
+
+
+def smoothed_weight(linear: nn.Linear, smoothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply the weight with factors ``[K]``; gives a float32 copy of the factors and the product ``[N, K]``.
+
+    Raises:
+        DataError: the factors are not ``[K]`` finite numbers > 0, or the product is not finite.
+    """
+    factors = smoothing.detach().to(linear.weight.device, torch.float32, copy=True)
+    if factors.shape != (linear.in_features,) or not (torch.isfinite(factors) & (factors > 0)).all():
+        raise DataError(
+            f"smoothing must be {linear.in_features} finite float32 numbers > 0, one per input channel; "
+            f"got shape {tuple(factors.shape)} (leave it out for none)"
+        )
+    weight = linear.weight.detach().float() * factors
+    check_finite(weight, "weight times smoothing")
+    return factors, weight
 
 
 def skeleton_layer(
