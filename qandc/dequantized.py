@@ -88,7 +88,7 @@ class DequantizedWeight(torch.Tensor):
         if func is torch.ops.prim.device.default:
             return args[0].true_device
         if func is torch.ops.aten.detach.default:
-            return _read_only(args[0], args[0].values)
+            return _view_of(args[0], args[0], args[0].values)
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             for i, argument in enumerate(func._schema.arguments):
@@ -98,18 +98,15 @@ class DequantizedWeight(torch.Tensor):
                     raise refuse_write(func._schema.name.removeprefix("aten::"))
         values, named = tree_map_only(cls, lambda weight: weight.values(), (tuple(args), dict(kwargs)))
         result = func(*values, **named)
-        return tree_map_only(torch.Tensor, _read_only, result) if func.is_view else result
+        return tree_map_only(torch.Tensor, lambda view: _view_of(args[0], view), result) if func.is_view else result
 
 
-def _read_only(like: torch.Tensor, values: Callable[[], torch.Tensor] | None = None) -> DequantizedWeight:
-    return DequantizedWeight(
-        values or (lambda: like),
-        like.shape,
-        like.dtype,
-        like.device,
-        strides=like.stride(),
-        storage_offset=like.storage_offset(),
-    )
+def _view_of(
+    base: torch.Tensor, like: torch.Tensor, values: Callable[[], torch.Tensor] | None = None
+) -> DequantizedWeight:
+    layout = {"strides": like.stride(), "storage_offset": like.storage_offset()}
+    with torch.inference_mode(base.is_inference()):  # torch wants a view to be what its base is
+        return DequantizedWeight(values or (lambda: like), like.shape, like.dtype, like.device, **layout)
 
 
 class StraightThrough(torch.autograd.Function):
