@@ -250,7 +250,7 @@ class QuantLinear(nn.Module):
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         device_type = input.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
         x = input if self.smoothing is None else input.float() / self.smoothing
         # compiled, plain torch joins the kernel that computes x; one of ours would be another pass over it
         compiling = torch.compiler.is_compiling()
