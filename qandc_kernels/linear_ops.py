@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from qandc_kernels import reference
@@ -16,62 +14,20 @@ from qandc_kernels.checks import (
     check_tensor,
     check_weight_scale,
 )
-from qandc_kernels.library import register, rows_of, use_triton
+from qandc_kernels.library import register, use_triton
 
-__all__ = ["int4_linear", "int8_linear", "int8_matmul", "linear_gelu_quantize", "multiply", "weight_only_linear"]
+__all__ = ["int4_linear", "int8_linear", "int8_matmul", "linear_gelu_quantize", "weight_only_linear"]
 
 Tensor = torch.Tensor
 MaybeTensor = torch.Tensor | None
 
 
-def multiply(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x_scale: MaybeTensor,
-    w_scale: Tensor,
-    bias: MaybeTensor,
-    x_zero_point: MaybeTensor = None,
-    w_sum: MaybeTensor = None,
-    branch: MaybeTensor = None,
-    **epilogue: Any,
-) -> Tensor:
-    """Launch the kernel for these operands; ``out [..., N]`` is contiguous and returned."""
-    from qandc_kernels.epilogue import Epilogue
-    from qandc_kernels.int8_gemm import int8_gemm_triton
-    from qandc_kernels.mixed_gemm import mixed_gemm_triton
-
-    grouped = w_scale.ndim == 2
-    if x_zero_point is not None and w_sum is None:
-        w_sum = reference.weight_sum(weight, w_scale)
-    parameters = Epilogue(
-        x_scale=x_scale if x_scale is None or x_scale.ndim == 0 else x_scale.reshape(-1).contiguous(),
-        w_scale=None if grouped else w_scale.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        x_zero_point=x_zero_point,
-        w_sum=None if w_sum is None else w_sum.contiguous(),
-        **epilogue,
-    )
-    rows = out.view(out.shape[:-1].numel(), out.shape[-1])
-    branch = None if branch is None else branch.view(rows.shape)
-    with torch.cuda.device(x.device):
-        if weight.dtype == x.dtype == torch.int8:
-            int8_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, branch=branch)
-        else:
-            groups = w_scale.contiguous() if grouped else None
-            mixed_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, groups, branch=branch)
-    return out
-
-
 def _int8_matmul(xq: Tensor, wq: Tensor) -> Tensor:
     if not use_triton(xq):
         return reference.int8_matmul(xq, wq)
-    from qandc_kernels.int8_gemm import int8_gemm_triton
+    from qandc_kernels.products import multiply
 
-    out = _int8_matmul_fake(xq, wq)
-    with torch.cuda.device(xq.device):
-        int8_gemm_triton(rows_of(xq), rows_of(wq), out.view(xq.shape[:-1].numel(), wq.shape[0]))
-    return out
+    return multiply(_int8_matmul_fake(xq, wq), xq, wq, None, None)
 
 
 def _int8_matmul_fake(xq: Tensor, wq: Tensor) -> Tensor:
@@ -90,6 +46,8 @@ def _linear(
 ) -> Tensor:
     if not use_triton(xq):
         return reference.int8_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
+    from qandc_kernels.products import multiply
+
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0], dtype=out_dtype)
     return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
 
@@ -123,11 +81,13 @@ def _linear_gelu_quantize(
         return reference.linear_gelu_quantize(
             xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
         )
+    from qandc_kernels.products import multiply
+
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0])
     ending = {
         "out_scale": out_scale,
         "out_zero_point": out_zero_point,
-        "multiplier": None if multiplier is None else multiplier.contiguous(),
+        "multiplier": multiplier,
     }
     return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
 
@@ -139,6 +99,8 @@ def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
 def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor) -> Tensor:
     if not use_triton(x):
         return reference.weight_only_linear(x, weight, w_scale, bias)
+    from qandc_kernels.products import multiply
+
     return multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)
 
 

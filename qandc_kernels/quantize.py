@@ -7,9 +7,12 @@ import triton
 import triton.language as tl
 
 from qandc_kernels.epilogue import to_int8
+from qandc_kernels.launch import Launches, Start
 from qandc_kernels.reference import SMALLEST_AMAX
 
 __all__ = ["quantize_per_tensor_triton", "quantize_per_token_triton"]
+
+_PER_TENSOR, _PER_TOKEN = Launches(), Launches()
 
 
 @triton.jit
@@ -108,19 +111,28 @@ def quantize_per_tensor_triton(
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if q.numel() == 0:
         return q
-    x, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
-    block_k = min(triton.next_power_of_2(k), 1024)
-    block_m = 4096 // block_k
-    _quantize_per_tensor_kernel[(triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
-        x, q,
-        m, k, inner_rows,
-        *strides,
-        scale, zero_point,
-        QMIN=-(1 << bits - 1), QMAX=(1 << bits - 1) - 1,
-        WIDTH=width, BLOCK_M=block_m, BLOCK_K=block_k,
-        num_warps=4,
-        enable_fp_fusion=False,  # rounds as the reference does
-    )  # fmt: skip
+
+    def prepare() -> tuple[Start, tuple[torch.Tensor | None, ...]]:
+        view, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
+        block_k = min(triton.next_power_of_2(k), 1024)
+        block_m = 4096 // block_k
+        start = Start(
+            _quantize_per_tensor_kernel,
+            (triton.cdiv(m, block_m) * triton.cdiv(k, block_k), 1, 1),
+            lambda x, q, scale, zero_point: (x, q, m, k, inner_rows, *strides, scale, zero_point),
+            {
+                "QMIN": -(1 << bits - 1),
+                "QMAX": (1 << bits - 1) - 1,
+                "WIDTH": width,
+                "BLOCK_M": block_m,
+                "BLOCK_K": block_k,
+                "num_warps": 4,
+                "enable_fp_fusion": False,  # rounds as the reference does
+            },
+        )
+        return start, (view, q, scale, zero_point)
+
+    _PER_TENSOR((x, q, scale, zero_point), bits, prepare)
     return q
 
 
@@ -132,17 +144,26 @@ def quantize_per_token_triton(x: torch.Tensor, bits: int = 8, token_dims: int = 
         return q, scale
     if q.numel() == 0:
         return q, scale.fill_(SMALLEST_AMAX * (1.0 / ((1 << bits - 1) - 1)))
-    x, (m, k, inner_rows, strides, width) = _as_matrix(x, token_dims)
-    block_k = triton.next_power_of_2(k)
-    block_m = max(1, 2048 // block_k)
-    _quantize_per_token_kernel[(triton.cdiv(m, block_m),)](
-        x, q, scale,
-        m, k, inner_rows,
-        *strides,
-        QMAX=(1 << bits - 1) - 1,
-        SMALLEST_AMAX=SMALLEST_AMAX,
-        WIDTH=width, BLOCK_M=block_m, BLOCK_K=block_k,
-        num_warps=min(8, max(1, block_k // 2048)),
-        enable_fp_fusion=False,
-    )  # fmt: skip
+
+    def prepare() -> tuple[Start, tuple[torch.Tensor, ...]]:
+        view, (m, k, inner_rows, strides, width) = _as_matrix(x, token_dims)
+        block_k = triton.next_power_of_2(k)
+        block_m = max(1, 2048 // block_k)
+        start = Start(
+            _quantize_per_token_kernel,
+            (triton.cdiv(m, block_m), 1, 1),
+            lambda x, q, scale: (x, q, scale, m, k, inner_rows, *strides),
+            {
+                "QMAX": (1 << bits - 1) - 1,
+                "SMALLEST_AMAX": SMALLEST_AMAX,
+                "WIDTH": width,
+                "BLOCK_M": block_m,
+                "BLOCK_K": block_k,
+                "num_warps": min(8, max(1, block_k // 2048)),
+                "enable_fp_fusion": False,
+            },
+        )
+        return start, (view, q, scale)
+
+    _PER_TOKEN((x, q, scale), (bits, token_dims), prepare)
     return q, scale

@@ -18,8 +18,7 @@ def _quantize_per_tensor(
         return reference.quantize_per_tensor(x, scale, zero_point, bits)
     from qandc_kernels.quantize import quantize_per_tensor_triton
 
-    with torch.cuda.device(x.device):
-        return quantize_per_tensor_triton(x, scale, zero_point, bits)
+    return quantize_per_tensor_triton(x, scale, zero_point, bits)
 
 
 def _per_tensor_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
@@ -31,8 +30,7 @@ def _quantize_per_token(x: torch.Tensor, bits: int, token_dims: int) -> tuple[to
         return reference.quantize_per_token(x, bits, token_dims)
     from qandc_kernels.quantize import quantize_per_token_triton
 
-    with torch.cuda.device(x.device):
-        return quantize_per_token_triton(x, bits, token_dims)
+    return quantize_per_token_triton(x, bits, token_dims)
 
 
 def _quantize_per_token_fake(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tensor, torch.Tensor]:

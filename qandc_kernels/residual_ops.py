@@ -7,7 +7,6 @@ import torch
 from qandc_kernels import reference
 from qandc_kernels.checks import FLOAT_DTYPES, check_devices, check_linear, check_tensor
 from qandc_kernels.library import register, use_triton
-from qandc_kernels.linear_ops import multiply
 
 __all__ = ["gated_sum", "linear_gate_residual_"]
 
@@ -28,9 +27,11 @@ def _linear_gate_residual_(
         operands = (residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, branch)
         reference.linear_gate_residual_(*operands)
         return
+    from qandc_kernels.products import multiply
+
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
-    ending = {"gate": gate, "gate_stride": gate.stride(0), "tokens": xq.shape[1]}
-    multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, branch, **ending)
+    tokens = xq.shape[1]
+    multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, branch, gate=gate, tokens=tokens)
 
 
 def _gated_sum(
