@@ -84,12 +84,10 @@ def _linear_gelu_quantize(
     from qandc_kernels.products import multiply
 
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0])
-    ending = {
-        "out_scale": out_scale,
-        "out_zero_point": out_zero_point,
-        "multiplier": multiplier,
-    }
-    return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
+    return multiply(
+        out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
+        out_scale=out_scale, out_zero_point=out_zero_point, multiplier=multiplier,
+    )  # fmt: skip
 
 
 def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
