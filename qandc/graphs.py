@@ -122,7 +122,8 @@ class GraphCache:
         finally:  # also of what was queued before an exception
             torch.cuda.current_stream().wait_stream(stream)
         if ([t._version for t in static], generator.get_offset()) != before:
-            return _refused(static, "the function writes to its inputs, or draws random numbers")
+            _log_refusal(static, "the function writes to its inputs, or draws random numbers")
+            return None
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -135,12 +136,13 @@ class GraphCache:
                 output = function(*static)
         except RuntimeError as error:
             torch.cuda.synchronize()
-            return _refused(static, str(error).partition("\n")[0])
+            _log_refusal(static, str(error).partition("\n")[0])
+            return None
         self.captures += 1
         return _Captured(function, graph, static, output)
 
 
-def _refused(inputs: tuple[torch.Tensor, ...], reason: str) -> None:
+def _log_refusal(inputs: tuple[torch.Tensor, ...], reason: str) -> None:
     """Log why there is no graph for such inputs."""
     shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
     logger.warning("no CUDA graph for inputs of %s, kernels are launched one by one: %s", shapes, reason)

@@ -234,7 +234,7 @@ def graph(model: ModelT, *, limit: int = MAX_GRAPHS) -> ModelT:
     if "forward" in model.__dict__ or model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
         raise ModelError(
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
-            "accelerate's offload hooks); compile its blocks instead, model.compile_repeated_blocks(), and graph it first"
+            "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
     setattr(model, GRAPHED, _Graphed(limit))
     base: Any = type(model)

@@ -62,7 +62,8 @@ def _start(operands: Sequence[MaybeTensor], tokens: int) -> tuple[Start, Sequenc
     if x_scale is not None and x_scale.ndim:
         x_scale = x_scale.view(-1)
     gate = operands[-1]
-    epilogue = Epilogue(*(x_scale, *others, gate), *(0 if gate is None else gate.stride(0), tokens))
+    parameters = [x_scale, *others, gate]
+    epilogue = Epilogue(*parameters)._replace(gate_stride=0 if gate is None else gate.stride(0), tokens=tokens)
     if weight.dtype == x.dtype == torch.int8:
         start = int8_gemm_start(x, weight, out, epilogue, branch=branch)
     else:
