@@ -186,7 +186,7 @@ def product_start(
 
     def arrange(x: Any, w: Any, out: Any, branch: Any, group_scale: Any, *parameters: Any) -> tuple[Any, ...]:
         scales = (group_scale,) if grouped else ()
-        return (x, w, out, branch, m, n, *strides, *scales, (*parameters, *last))
+        return (x, w, out, branch, m, n, *strides, *scales, Epilogue._make((*parameters, *last)))
 
     grid = (number_of_programs(m, n, tile, x.device), 1, 1)
     return Start(kernel, grid, arrange, {**constants, "TMA": bool(tma), **compile_time(epilogue, tile)}, descriptors)

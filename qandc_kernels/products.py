@@ -63,7 +63,7 @@ def _start(operands: Sequence[MaybeTensor], tokens: int) -> tuple[Start, Sequenc
         x_scale = x_scale.view(-1)
     gate = operands[-1]
     parameters = [x_scale, *others, gate]
-    epilogue = Epilogue(*parameters)._replace(gate_stride=0 if gate is None else gate.stride(0), tokens=tokens)
+    epilogue = Epilogue._make((*parameters, 0 if gate is None else gate.stride(0), tokens))
     if weight.dtype == x.dtype == torch.int8:
         start = int8_gemm_start(x, weight, out, epilogue, branch=branch)
     else:
