@@ -37,6 +37,8 @@ BASELINES = {
     "copy": (),
     "attention": ((CUDNN, "ratio_to_cudnn"),),
     "model": ((COMPILED, "ratio_to_compiled_bf16"),),
+    "models": (("bf16 compiled", "ratio_to_compiled_bf16"), ("bf16 eager", "ratio_to_eager")),
+    "host": (("F.linear", "ratio_to_f_linear"),),
     "cache": ((COMPUTE, "ratio_to_compute_step"), (RUN, "ratio_to_no_cache")),
     "pipeline": ((PIPELINE_COMPILED, "ratio_to_compiled_bf16"), (PIPELINE_EAGER, "ratio_to_eager")),
 }
