@@ -35,13 +35,6 @@ GOALS = {
     "models": models_goals,
     "host": host_goals,
 }
-    "kernels": goals,
-    "model": model_goals,
-    "cache": cache_goals,
-    "pipeline": pipeline_goals,
-    "models": models_goals,
-    "host": host_goals,
-}
 
 
 class Run:
