@@ -74,7 +74,7 @@ def complete(rows: list[Row]) -> None:
             time = median(rows, row["op"], row["layer"], row["m"], baseline)
             if time is not None:
                 row[key] = time / row["median_us"]
-        if row["op"] in ("model", "cache", "pipeline"):
+        if row["op"] in ("model", "models", "host", "cache", "pipeline"):
             continue
         rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
         row["share_of_ceiling"] = None if ceiling is None else rate / ceiling
