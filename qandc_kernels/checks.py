@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from qandc_kernels.errors import ArgumentError
 
@@ -34,7 +34,9 @@ MOST_ENTRIES = 4096  # an iterator may have no end
 
 def check_tensor(op: str, name: str, tensor: Tensor, dtypes: Dtypes, shapes: tuple[tuple[int, ...], ...] = ()) -> None:
     """Refuse what is no dense tensor of one of ``dtypes`` and, if there are any, one of ``shapes``."""
-    if type(tensor) is not torch.Tensor and (not isinstance(tensor, torch.Tensor) or is_lazy(tensor)):
+    if type(tensor) is not torch.Tensor and (
+        not isinstance(tensor, torch.Tensor) or isinstance(tensor, UninitializedTensorMixin)
+    ):
         raise ArgumentError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -76,7 +78,8 @@ def check_integer(op: str, name: str, value: int, smallest: int, largest: int) -
         raise ArgumentError(f"{op}: {name} must be an integer from {smallest} to {largest}; got {value!r}")
 
 
-def _listed(op: str, name: str, values: Any) -> list[Any]:
+def check_list(op: str, name: str, values: Any) -> list[Any]:
+    """Return the entries of a list, set or iterator."""
     if not isinstance(values, Sequence | Set | Iterator) or isinstance(values, str | bytes | bytearray | memoryview):
         raise ArgumentError(f"{op}: {name} must be a list; got {values!r}")
     entries = list(itertools.islice(values, MOST_ENTRIES + 1))
@@ -87,7 +90,7 @@ def _listed(op: str, name: str, values: Any) -> list[Any]:
 
 def check_sizes(op: str, name: str, values: Iterable[int]) -> list[int]:
     """Return ``values`` as a list of integers from 1 to LARGEST_ROWS."""
-    sizes = _listed(op, name, values)
+    sizes = check_list(op, name, values)
     for size in sizes:
         check_integer(op, f"an entry of {name}", size, 1, LARGEST_ROWS)
     return sizes
@@ -95,7 +98,7 @@ def check_sizes(op: str, name: str, values: Iterable[int]) -> list[int]:
 
 def check_layers(op: str, layers: Iterable[tuple[int, int]], multiple: int = 1) -> list[tuple[int, int]]:
     """Return ``layers`` as a list of (out_features, in_features), the latter multiples of ``multiple``."""
-    pairs = _listed(op, "layers", layers)
+    pairs = check_list(op, "layers", layers)
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ArgumentError(f"{op}: a layer must be (out_features, in_features); got {pair!r}")

@@ -118,6 +118,15 @@ def adaln_quantize_per_token(
     return _per_token(_adaln(x, shift, scale, eps), 8, 1)
 
 
+@torch.no_grad()
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return ``softmax(q kᵀ / √D) v`` of ``[batch, tokens, heads, D]``, in their dtype."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    # torch's attention on a CPU gives 0 instead of NaN where all scores of a query are NaN
+    lost = ~q.isfinite().all(-1, keepdim=True) | k.isnan().any(-1, keepdim=True).any(-2, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v).masked_fill_(lost, float("nan")).transpose(1, 2)
+
+
 @checked
 @torch.no_grad()
 def attention_quantize_per_tensor(
@@ -132,8 +141,7 @@ def attention_quantize_per_tensor(
 
     NaN becomes -128.
     """
-    q, k, v = (t.to(torch.float32).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+    y = attention(*(t.to(torch.float32) for t in (q, k, v))).contiguous()
     _tell_nan(y, nan_flag)
     return _quantize_static(y, 1.0 / out_scale, out_zero_point)
 

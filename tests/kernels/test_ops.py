@@ -231,12 +231,13 @@ def sample_arguments(device: str) -> dict[str, tuple]:
     wq, w_scale = quantize_per_token(torch.randn(8, 32, device=device))
     zero_point, w_sum = torch.tensor(3, dtype=torch.int32, device=device), wq.sum(1, dtype=torch.int32)
     linear = (x_scale, w_scale, torch.randn(8, device=device), zero_point, w_sum, torch.float16)
+    nan = float("nan")  # for the flag to be written to
     one, nan_flag = torch.tensor(1.0, device=device), torch.zeros((), dtype=torch.int32, device=device)
     adaln = x.view(2, 3, 32), torch.randn(2, 32, device=device), torch.randn(2, 32, device=device)
     packed = qandc_kernels.pack_int4(wq // 32)
     x = x.t().contiguous().t()  # the ops promise contiguous results for any strides
     return {
-        "quantize_per_tensor": (x, torch.tensor(0.1, device=device), zero_point, 8, nan_flag),
+        "quantize_per_tensor": (x.masked_fill(x > 1, nan), torch.tensor(0.1, device=device), zero_point, 8, nan_flag),
         "quantize_per_token": (x, 8, 1),
         "int8_matmul": (xq, wq),
         "int8_linear": (xq, wq, *linear),
@@ -261,7 +262,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             torch.randn(3, 2, 32, device=device), torch.randn(3, 8, 32, device=device), w_scale.expand(3, 8), 1.0
         ),
         "attention_quantize_per_tensor": (
-            *torch.randn(2, 3, 3, 2, 16, device=device).unbind(2), one, zero_point, nan_flag
+            *torch.full((2, 3, 3, 2, 16), nan, device=device).unbind(2), one, zero_point, nan_flag
         ),
     }  # fmt: skip
 
