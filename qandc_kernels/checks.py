@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from qandc_kernels.errors import ArgumentError
 
@@ -30,13 +30,12 @@ LARGEST_ROWS = 2**30
 LARGEST_OUTPUT = 2**40
 LARGEST_NUMBER = torch.finfo(torch.float32).max
 MOST_ENTRIES = 4096  # an iterator may have no end
+LAZY = (UninitializedParameter, UninitializedBuffer)  # have no shape yet
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, dtypes: Dtypes, shapes: tuple[tuple[int, ...], ...] = ()) -> None:
     """Refuse what is no dense tensor of one of ``dtypes`` and, if there are any, one of ``shapes``."""
-    if type(tensor) is not torch.Tensor and (
-        not isinstance(tensor, torch.Tensor) or isinstance(tensor, UninitializedTensorMixin)
-    ):
+    if type(tensor) is not torch.Tensor and (not isinstance(tensor, torch.Tensor) or type(tensor) in LAZY):
         raise ArgumentError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -80,6 +81,12 @@ class FloatsMade(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.is_meta:
                     self.sizes[leaf.numel()] += 1
         return result
+
+
+def in_a_thread(function, *args, **kwargs):
+    """What the function returns or raises in a thread that is not the main one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def make_dit(num_layers: int = 3, heads: int = 2, head_dim: int = 16, sample_size: int = 8, **changes):

@@ -79,8 +79,8 @@ def test_reference(seeded):
     q, k, v = make((2, 50, 3, 24), seeded, torch.float32, "cpu")
     scale, zero_point = torch.tensor(SCALE), torch.tensor(ZERO_POINT, dtype=torch.int32)
     out = reference.attention_quantize_per_tensor(q, k, v, scale, zero_point)
-    assert_rounded(out, exact(q, k, v) / SCALE + ZERO_POINT)
-    assert torch.equal(out, attention_quantize_per_tensor(q, k, v, scale, zero_point))
+    for quantized in (out, attention_quantize_per_tensor(q, k, v, scale, zero_point)):
+        assert_rounded(quantized, exact(q, k, v) / SCALE + ZERO_POINT)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -174,6 +174,15 @@ def test_a_captured_graph_follows_the_scale(seeded):
     scale.fill_(0.05)
     graph.replay()
     assert_quantized(out, q, k, v, 0.05, 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 1, 16), (1, 4, 3, 16)], ids=str)
+def test_more_samples_or_heads_than_a_grid_has_take_torchs_attention(kernel_device, monkeypatch, seeded, shape):
+    monkeypatch.setattr("qandc_kernels.attention_ops.LARGEST_GRID", 2)
+    monkeypatch.setattr("qandc_kernels.attention.attention_quantize_triton", None)
+    q, k, v = make(shape, seeded, torch.float16, kernel_device)
+    out = attention_quantize_per_tensor(q, k, v, torch.tensor(SCALE, device=kernel_device))
+    assert_quantized(out, q, k, v, zero_point=0)
 
 
 def test_no_tokens_no_work(kernel_device):

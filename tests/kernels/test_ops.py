@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -278,6 +280,20 @@ def test_opcheck(op, device):
     )
 
 
+@pytest.mark.parametrize("op", reference.__all__)
+def test_checks_do_not_break_a_graph(op):
+    """Compiled with the layer around it; weights are parameters there."""
+    written = ("residual", "branch", "nan_flag")
+    names = inspect.signature(getattr(qandc_kernels, op)).parameters
+    arguments = [
+        torch.nn.Parameter(value, requires_grad=False)
+        if isinstance(value, torch.Tensor) and name not in written
+        else value
+        for name, value in zip(names, sample_arguments("cpu")[op], strict=True)
+    ]
+    torch.compile(getattr(qandc_kernels, op), fullgraph=True, backend="eager")(*arguments)
+
+
 @pytest.mark.parametrize("per_token", [True, False])
 def test_dynamic_shapes_compile(per_token):
     """One graph for all batch sizes."""
@@ -300,8 +316,6 @@ def test_other_devices_get_the_reference():
 
 
 def test_reference_has_the_signatures_of_the_ops():
-    import inspect
-
     for name in reference.__all__:
         public = inspect.signature(getattr(qandc_kernels, name))
         assert str(inspect.signature(getattr(reference, name))) == str(public)
