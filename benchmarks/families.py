@@ -71,7 +71,10 @@ def _qwen(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[st
 
 FAMILIES = {
     "PixArt-Sigma": Family(
-        "PixArtTransformer2DModel", {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096, "interpolation_scale": 2}, _pixart, 2 * 4096
+        "PixArtTransformer2DModel",
+        {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096, "interpolation_scale": 2},
+        _pixart,
+        2 * 4096,
     ),
     "SD3.5-large": Family(
         "SD3Transformer2DModel",

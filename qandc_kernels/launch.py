@@ -71,7 +71,7 @@ def _usual() -> bool:
 
 
 class Launches:
-    """The starts of one op so far, to start its kernels again without Triton's ``JITFunction.run``.
+    """The starts of one op so far, of one kernel or several, to start them again without Triton's ``JITFunction.run``.
 
     That function finds out anew what every argument specializes a kernel for, which takes longer than a small product.
     Here a compiled kernel is found by all that it can depend on: dtype, shape, strides, alignment (16 bytes) and None
@@ -79,20 +79,20 @@ class Launches:
     """
 
     def __init__(self) -> None:
-        self._ready: dict[tuple[Any, ...], _Ready] = {}
+        self._ready: dict[tuple[Any, ...], tuple[_Ready, ...]] = {}
 
     def __call__(
         self,
         operands: Sequence[torch.Tensor | None],
         others: Hashable,
-        prepare: Callable[[], tuple[Start, Sequence[torch.Tensor | None]]],
+        prepare: Callable[[], tuple[tuple[Start, ...], Sequence[torch.Tensor | None]]],
     ) -> None:
-        """Start the kernel for these operands, the first of which is a tensor on the device that runs it.
+        """Start the kernels for these operands, the first of which is a tensor on the device that runs them.
 
         Args:
             operands: what ``Start.arrange`` takes.
             others: whatever else decides about the start.
-            prepare: gives the start, and the operands as Triton should see them: views, or copies, which will be made
+            prepare: gives the starts, and the operands as Triton should see them: views, or copies, which will be made
                 each time.
         """
         first = operands[0]
@@ -112,39 +112,41 @@ class Launches:
                 addresses.append(address)
                 parts += (tensor.dtype, tensor.shape, tensor.stride(), address & 15)
         key = tuple(parts)
-        ready = self._ready.get(key)
-        if ready is None or not _usual():
-            start, views = prepare()
-            compiled = start(views)
+        kernels = self._ready.get(key)
+        if kernels is None or not _usual():
+            starts, views = prepare()
+            compiled = [start(views) for start in starts]
             if [None if view is None else view.data_ptr() for view in views] == addresses:  # nothing was copied
-                self._keep(key, start, compiled)
+                self._keep(key, starts, compiled)
             return None
-        for position, descriptor in ready.descriptors:
-            again = object.__new__(TensorDescriptor)
-            again.__dict__.update(descriptor, base=_Address(addresses[position]))
-            addresses[position] = again
-        x, y, z = ready.grid
         stream = torch._C._cuda_getCurrentRawStream(device)
-        ready.run(
-            x, y, z, stream, ready.function, ready.metadata, None, None, None, *ready.arrange(*addresses),
-            *ready.constants,
-        )  # fmt: skip
+        for run, (x, y, z), function, metadata, arrange, constants, descriptors in kernels:
+            arguments = addresses
+            if descriptors:
+                arguments = list(addresses)
+                for position, descriptor in descriptors:
+                    again = object.__new__(TensorDescriptor)
+                    again.__dict__.update(descriptor, base=_Address(addresses[position]))
+                    arguments[position] = again
+            run(x, y, z, stream, function, metadata, None, None, None, *arrange(*arguments), *constants)
         return None
 
-    def _keep(self, key: tuple[Any, ...], start: Start, compiled: Any) -> None:
-        if not isinstance(compiled, CompiledKernel):  # interpreted
+    def _keep(self, key: tuple[Any, ...], starts: tuple[Start, ...], compiled: list[Any]) -> None:
+        if not all(isinstance(kernel, CompiledKernel) for kernel in compiled):  # interpreted
             return
         if len(self._ready) >= LARGEST_NUMBER:
             self._ready.clear()
-        names = [name for name in start.kernel.arg_names if name in start.constants]
-        self._ready[key] = _Ready(
-            compiled.run,
-            start.grid,
-            compiled.function,
-            compiled.packed_metadata,
-            start.arrange,
-            tuple(start.constants[name] for name in names),
-            tuple((position, dict(vars(d), base=None)) for position, d in start.descriptors.items()),
+        self._ready[key] = tuple(
+            _Ready(
+                kernel.run,
+                start.grid,
+                kernel.function,
+                kernel.packed_metadata,
+                start.arrange,
+                tuple(start.constants[name] for name in start.kernel.arg_names if name in start.constants),
+                tuple((position, dict(vars(d), base=None)) for position, d in start.descriptors.items()),
+            )
+            for start, kernel in zip(starts, compiled, strict=True)
         )
 
 

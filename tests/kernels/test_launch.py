@@ -57,7 +57,7 @@ def fake(monkeypatch):
         start = Start(kernel, (2, 1, 1), lambda x, out: (x, out, x_size), {"num_warps": 4, "SIZE": size})
         x_size = x.numel()
         views = (x.clone(), out) if copy else (x.view(-1) if x.is_contiguous() else x, out)
-        launches((x, out), size, lambda: (start, views))
+        launches((x, out), size, lambda: ((start,), views))
 
     return kernel, call
 
