@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-import qandc_kernels
 from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, quantize_weight, round_with_feedback
-from qandc_kernels import int4_linear, int8_linear, pack_int4, reference
+from qandc_kernels import int4_linear, int8_linear, pack_int4, quantized_linear, reference
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
 
 FP32_BUFFERS = ("weight_scale", "act_scale", "smoothing")
+import os
+
+POISON = bool(os.environ.get("POISON"))
 OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "smoothing": torch.float32}
 
 
@@ -52,6 +54,7 @@ class QuantLinear(nn.Module):
     act_scale: torch.Tensor | None
     act_zero_point: torch.Tensor | None
     smoothing: torch.Tensor | None
+    nan_flag: torch.Tensor | None = None  # set while somebody wants to know of NaN behind a static range
 
     def __init__(
         self,
@@ -250,16 +253,37 @@ class QuantLinear(nn.Module):
         return self._product(input)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self._product_to_compile(input)
         device_type = input.device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        x = input if self.smoothing is None else input.float() / self.smoothing
-        # compiled, plain torch joins the kernel that computes x; one of ours would be another pass over it
-        compiling = torch.compiler.is_compiling()
+        held = self._buffers  # looked up like this, seven attributes take the time of one
+        return quantized_linear(
+            input,
+            held["qweight"],  # type: ignore[arg-type]
+            held["weight_scale"],  # type: ignore[arg-type]
+            self._parameters["bias"],
+            held["act_scale"],
+            held["act_zero_point"],
+            held["weight_sum"],
+            held["smoothing"],
+            self.a_bits,
+            torch.get_autocast_dtype(device_type) if autocast else None,
+            self.nan_flag,
+        )
+
+    def _product_to_compile(self, input: torch.Tensor) -> torch.Tensor:
+        """The same with the activations quantized in plain torch, which joins the kernel that computes them."""
+        device_type = input.device.type
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        x = input if self.smoothing is None else input.float() * (1.0 / self.smoothing)
         if self.act_scale is None:
-            xq, x_scale = (reference if compiling else qandc_kernels).quantize_per_token(x, self.a_bits)
+            xq, x_scale = reference.quantize_per_token(x, self.a_bits)
         else:
-            quantize = _quantize_per_tensor if compiling else qandc_kernels.quantize_per_tensor
-            xq, x_scale = quantize(x, self.act_scale, self.act_zero_point, self.a_bits), self.act_scale
+            xq = _quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
+            x_scale = self.act_scale
+            if POISON:
+                x_scale = torch.where(x.isnan().any(), torch.nan, x_scale)
         linear = int4_linear if self.w_bits == 4 else int8_linear
         return linear(
             xq,

@@ -74,8 +74,8 @@ class Launches:
     """The starts of one op so far, of one kernel or several, to start them again without Triton's ``JITFunction.run``.
 
     That function finds out anew what every argument specializes a kernel for, which takes longer than a small product.
-    Here a compiled kernel is found by all that it can depend on: dtype, shape, strides, alignment (16 bytes) and None
-    for each operand, the device, and whatever else the op has been given. Anything unknown is started by Triton.
+    Here a compiled kernel is found by all that it can depend on: dtype, shape, strides, alignment (16 bytes), device and
+    None for each operand, and whatever else the op has been given. Anything unknown is started by Triton.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Launches:
             with torch.cuda.device(device):
                 return self(operands, others, prepare)
         addresses: list[Any] = []
-        parts: list[Any] = [device, others]
+        parts: list[Any] = [others]
         for tensor in operands:
             if tensor is None:
                 addresses.append(None)
@@ -110,7 +110,7 @@ class Launches:
             else:
                 address = tensor.data_ptr()
                 addresses.append(address)
-                parts += (tensor.dtype, tensor.shape, tensor.stride(), address & 15)
+                parts += (tensor.dtype, tensor.shape, tensor.stride(), address & 15, tensor.get_device())
         key = tuple(parts)
         kernels = self._ready.get(key)
         if kernels is None or not _usual():

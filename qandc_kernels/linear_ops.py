@@ -304,8 +304,14 @@ def quantized_linear(
         ArgumentError: a dtype, shape, device or bit width is not one of the above.
     """
     operands = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, out_dtype, nan_flag)
-    check_quantized_linear(*operands)
-    return torch.ops.qandc.quantized_linear(*operands)
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cuda:
+        check_quantized_linear(*operands)
+        return torch.ops.qandc.quantized_linear(*operands)
+    try:  # on a GPU operands of a kind are checked the first time
+        return torch.ops.qandc.quantized_linear(*operands)
+    except (TypeError, RuntimeError):
+        check_quantized_linear(*operands)
+        raise
 
 
 def weight_only_linear(

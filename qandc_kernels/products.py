@@ -13,6 +13,7 @@ from qandc_kernels.int8_gemm import int8_gemm_start
 from qandc_kernels.launch import Launches, Start
 from qandc_kernels.library import rows_of
 from qandc_kernels.mixed_gemm import mixed_gemm_start
+from qandc_kernels.op_checks import check_quantized_linear
 from qandc_kernels.quantize import per_tensor_start, per_token_start
 
 __all__ = ["multiply", "quantize_multiply"]
@@ -87,7 +88,11 @@ def quantize_multiply(
     out_dtype: torch.dtype,
     nan_flag: MaybeTensor,
 ) -> Tensor:
-    """Launch both kernels of a quantized layer, that of the activations and the product."""
+    """Launch both kernels of a quantized layer, that of the activations and the product.
+
+    Operands of a kind not seen before are checked here.
+    """
+    given = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, out_dtype, nan_flag)
     if act_zero_point is not None and w_sum is None:
         w_sum = reference.weight_sum(weight, w_scale)
     out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
@@ -95,8 +100,14 @@ def quantize_multiply(
     x_scale = x.new_empty(x.shape[:-1], dtype=torch.float32) if act_scale is None else act_scale
     operands = (x, xq, x_scale, act_zero_point, nan_flag, smoothing, weight, out, w_scale, bias, w_sum)
     if not out.numel() or not x.numel():
+        check_quantized_linear(*given)
         return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
-    _QUANTIZED_LAUNCHES(operands, (bits, act_scale is None), lambda: _starts(operands, bits, act_scale is None))
+
+    def prepare() -> tuple[tuple[Start, ...], Sequence[MaybeTensor]]:
+        check_quantized_linear(*given)
+        return _starts(operands, bits, act_scale is None)
+
+    _QUANTIZED_LAUNCHES(operands, (bits, act_scale is None), prepare)
     return out
 
 

@@ -110,7 +110,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "weight": WQ,
         "w_scale": tensor(5),
         "bias": tensor(5, dtypes=FLOATS, optional=True),
-        "act_scale": tensor(optional=True),
+        "act_scale": tensor(),  # None needs a zero point of None
         "act_zero_point": tensor(**INT32),
         "w_sum": tensor(5, **INT32),
         "smoothing": tensor(64, optional=True),
