@@ -255,8 +255,6 @@ class QuantLinear(nn.Module):
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return self._product_to_compile(input)
-        device_type = input.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         held = self._buffers  # looked up like this, seven attributes take the time of one
         return quantized_linear(
             input,
@@ -268,14 +266,12 @@ class QuantLinear(nn.Module):
             held["weight_sum"],
             held["smoothing"],
             self.a_bits,
-            torch.get_autocast_dtype(device_type) if autocast else None,
+            _autocast_dtype(input),
             self.nan_flag,
         )
 
     def _product_to_compile(self, input: torch.Tensor) -> torch.Tensor:
         """The same with the activations quantized in plain torch, which joins the kernel that computes them."""
-        device_type = input.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         x = input if self.smoothing is None else input.float() * (1.0 / self.smoothing)
         if self.act_scale is None:
             xq, x_scale = reference.quantize_per_token(x, self.a_bits)
@@ -293,7 +289,7 @@ class QuantLinear(nn.Module):
             self.bias,
             self.act_zero_point,
             self.weight_sum,
-            out_dtype=torch.get_autocast_dtype(device_type) if autocast else input.dtype,
+            out_dtype=_autocast_dtype(input) or input.dtype,
         )
 
     def extra_repr(self) -> str:
@@ -337,6 +333,12 @@ class QuantLinear(nn.Module):
                 elif getattr(self, name) is None:
                     self.make_optional(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to products on the device of ``x``, or None where it is off."""
+    device = x.device.type  # autocast does not know the meta device
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def _quantize_per_tensor(
