@@ -299,6 +299,8 @@ def _check_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         fault = layers[owner].fault_of(leaf, tensor) if owner in layers else None
         if fault is not None:
             raise ModelError(f"{name} is {fault[0]}; in a {layers[owner].scheme} layer it must be {fault[1]}")
+        if owner in layers and leaf == "act_zero_point" and f"{owner}.act_scale" not in tensors:
+            raise ModelError(f"{name} has no act_scale beside it; save the model again")
     for name, shape in ours.items():
         if name not in tensors:
             raise ModelError(f"{name} is missing; {advice}")
