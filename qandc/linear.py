@@ -18,9 +18,6 @@ from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 __all__ = ["QuantLinear"]
 
 FP32_BUFFERS = ("weight_scale", "act_scale", "smoothing")
-import os
-
-POISON = bool(os.environ.get("POISON"))
 OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "smoothing": torch.float32}
 
 
@@ -43,6 +40,7 @@ class QuantLinear(nn.Module):
         smoothing: ``[K] float32``, or None for all ones. ``qweight`` stands for the weight times it, so that it moves
             outliers from activations to weights (SmoothQuant, arXiv 2211.10438, Eq. 3).
         bits: ``[2] uint8``, w_bits and a_bits; a state dict made with others is refused.
+        nan_flag: 0-d int32, set to 1 by NaN that a static range hides (:mod:`qandc.nan_flags`), or None; never saved.
         bias: ``[N]`` parameter or None.
     """
 
@@ -54,7 +52,7 @@ class QuantLinear(nn.Module):
     act_scale: torch.Tensor | None
     act_zero_point: torch.Tensor | None
     smoothing: torch.Tensor | None
-    nan_flag: torch.Tensor | None = None  # set while somebody wants to know of NaN behind a static range
+    nan_flag: torch.Tensor | None
 
     def __init__(
         self,
@@ -84,6 +82,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("act_scale", None)
         self.register_buffer("act_zero_point", None)
         self.register_buffer("smoothing", None)
+        self.register_buffer("nan_flag", None, persistent=False)
         if bias:
             zeros = torch.zeros(out_features, device=device, dtype=dtype)
             self.bias: nn.Parameter | None = nn.Parameter(zeros, requires_grad=False)
@@ -254,7 +253,10 @@ class QuantLinear(nn.Module):
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return self._product_to_compile(input)
-        held = self._buffers  # looked up like this, seven attributes take the time of one
+        held = self._buffers  # looked up like this, eight attributes take the time of one
+        nan_flag = held["nan_flag"]
+        if nan_flag is not None and nan_flag.device != input.device:  # left behind by an offloading hook
+            nan_flag = None
         return quantized_linear(
             input,
             held["qweight"],  # type: ignore[arg-type]
@@ -266,7 +268,7 @@ class QuantLinear(nn.Module):
             held["smoothing"],
             self.a_bits,
             _autocast_dtype(input),
-            self.nan_flag,
+            nan_flag,
         )
 
     def _product_to_compile(self, input: torch.Tensor) -> torch.Tensor:
@@ -277,8 +279,6 @@ class QuantLinear(nn.Module):
         else:
             xq = _quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
             x_scale = self.act_scale
-            if POISON:
-                x_scale = torch.where(x.isnan().any(), torch.nan, x_scale)
         linear = int4_linear if self.w_bits == 4 else int8_linear
         return linear(
             xq,

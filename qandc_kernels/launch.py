@@ -74,8 +74,8 @@ class Launches:
     """The starts of one op so far, of one kernel or several, to start them again without Triton's ``JITFunction.run``.
 
     That function finds out anew what every argument specializes a kernel for, which takes longer than a small product.
-    Here a compiled kernel is found by all that it can depend on: dtype, shape, strides, alignment (16 bytes), device and
-    None for each operand, and whatever else the op has been given. Anything unknown is started by Triton.
+    Here a compiled kernel is found by all that it can depend on: dtype, shape, strides, alignment (16 bytes) and device
+    of each operand, or None, and whatever else the op has been given. Anything unknown is started by Triton.
     """
 
     def __init__(self) -> None:
