@@ -9,6 +9,7 @@ import typer
 
 from qandc.errors import ConfigError
 from qandc.files import write_json
+from qandc.images import MAX_PIXELS
 from qandc.options import DEVICE
 from qandc.terminal import check_output, err, out, print_evaluation, stage_bars
 
@@ -38,6 +39,9 @@ def evaluate(
     ] = None,
     kernel_subsets: Annotated[int, typer.Option(help="Random subsets of 1000 images for the kernel distance.")] = 100,
     seed: Annotated[int, typer.Option(help="Of these subsets.")] = 0,
+    max_pixels: Annotated[
+        int, typer.Option(help="Height x width that one image of a file may have; raise it for files you trust.")
+    ] = MAX_PIXELS,
     device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     json_output: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this JSON file.")
@@ -67,6 +71,7 @@ def evaluate(
             allow_unequal=allow_unequal,
             kernel_subsets=kernel_subsets,
             seed=seed,
+            max_pixels=max_pixels,
             progress=show,
         )
     print_evaluation(result)
@@ -78,6 +83,7 @@ def evaluate(
             "allow_unequal": allow_unequal,
             "kernel_subsets": kernel_subsets,
             "seed": seed,
+            "max_pixels": max_pixels,
             "device": str(where),
         }
         write_json(json_output, {**result_header(settings), "rows": [result.record()], "goals": []})

@@ -6,10 +6,19 @@ the class that they know, and setting it back restores the module exactly.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["class_before", "derived_class", "has_other_forward", "original_class"]
+import torch
+
+__all__ = ["class_before", "derived_class", "eager", "has_other_forward", "original_class"]
+
+_eager_lock = threading.Lock()
+_eager_users = 0
+_eager_stance = contextlib.ExitStack()
 
 
 @functools.cache
@@ -55,15 +64,47 @@ def has_other_forward(module: Any) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled modules uncompiled inside the block, so that hooks registered since they were compiled are called.
+
+    Compiled code calls the hooks that were there when it was compiled, and no later ones. It is kept, for afterwards.
+    The stance of torch's compiler belongs to the process: the last of several threads inside restores it.
+    """
+    global _eager_users
+    with _eager_lock:
+        if _eager_users == 0:
+            _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager_users += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_users -= 1
+            if _eager_users == 0:
+                _eager_stance.close()
+
+
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """For ``copy`` and ``pickle``: derived classes have no importable name."""
-    cls, mixins = type(module), []
+    """Reduce a module for ``copy`` and ``pickle`` as its original class does; derived classes have no importable name.
+
+    What that class keeps out of its state stays out: of ``nn.Module``, code compiled for the weights of this module.
+    """
+    cls: Any = type(module)
+    mixins: list[Any] = []
     while "_qandc_lineage" in vars(cls):
         mixin, cls = vars(cls)["_qandc_lineage"]
         mixins.append(mixin)
-    return _new, (cls, *reversed(mixins)), module.__dict__.copy()
+    # a class that another tool derived from one of ours inherits this function
+    reduce: Any = object.__reduce_ex__ if cls.__reduce_ex__ is _reduce else cls.__reduce_ex__
+    function, arguments, *state = reduce(module, protocol)
+    call = (cls if part is type(module) else part for part in (function, *arguments))
+    return _restored, (tuple(reversed(mixins)), *call), *state
 
 
-def _new(base: Any, *mixins: Any) -> Any:
-    cls = functools.reduce(lambda derived, mixin: derived_class(mixin, derived), mixins, base)
-    return cls.__new__(cls)
+def _restored(mixins: tuple[Any, ...], function: Any, *arguments: Any) -> Any:
+    module = function(*arguments)
+    for mixin in mixins:
+        base: Any = type(module)
+        module.__class__ = derived_class(mixin, base)
+    return module

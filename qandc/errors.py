@@ -1,8 +1,9 @@
-"""The exceptions of qandc, and nothing else.
+"""The exceptions of qandc and of the kernels below it, and nothing else.
 
 ::
 
     QandCError
+    ├── ArgumentError      an argument of a kernel is not what is allowed     (also a TypeError and a ValueError)
     ├── ConfigError        a setting is outside what is allowed               (also a ValueError)
     ├── ModelError         a model or pipeline cannot be used as asked        (also a ValueError)
     │   └── CacheError     a feature cache cannot be attached, used, removed
@@ -17,7 +18,10 @@ with status 2; library callers catch ``QandCError``, or the builtin they would e
 
 from __future__ import annotations
 
+from qandc_kernels.errors import ArgumentError, DeviceError, QandCError
+
 __all__ = [
+    "ArgumentError",
     "CacheError",
     "ConfigError",
     "DataError",
@@ -27,10 +31,6 @@ __all__ = [
     "ProcessError",
     "QandCError",
 ]
-
-
-class QandCError(Exception):
-    """Base of every error that qandc raises on purpose."""
 
 
 class ConfigError(QandCError, ValueError):
@@ -47,10 +47,6 @@ class CacheError(ModelError):
 
 class DataError(QandCError, ValueError):
     """Calibration or weight data are empty or not finite."""
-
-
-class DeviceError(QandCError, RuntimeError):
-    """The device asked for is not here."""
 
 
 class OutputError(QandCError, OSError):

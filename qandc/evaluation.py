@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import zipfile
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,16 +15,18 @@ import torch
 from qandc.errors import ConfigError, DataError
 from qandc.extractors import Extractor, load_extractor
 from qandc.files import write_whole
-from qandc.images import Images
+from qandc.images import MAX_PIXELS, Images
 from qandc.metrics import (
     FeatureStatistics,
     RunningStatistics,
+    check_subsets,
     fashion_classifier_path,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
+from qandc.npz import Npz
 
 __all__ = ["FASHION_MNIST", "Evaluation", "ReferenceStatistics", "evaluate", "reference_statistics"]
 
@@ -42,7 +44,7 @@ class ReferenceStatistics:
 
     Attributes:
         features: of the pooled features; its ``count`` is 0 where the file does not say.
-        spatial: of the spatial features, or None.
+        spatial: of the spatial features (after norm and ReLU, see :class:`qandc.extractors.Extractor`), or None.
         extractor: the name of the network, or None where the file does not say.
     """
 
@@ -74,32 +76,32 @@ class ReferenceStatistics:
         Raises:
             DataError: the file cannot be read, or its arrays don't fit each other.
         """
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                names = ("mu", "sigma") if "mu" in data else ("mean", "covariance")
-                if names[0] not in data:
-                    return None
-                count = int(data["count"]) if "count" in data else 0
-                features = _statistics(path, data, *names, count)
-                spatial = _statistics(path, data, "mu_s", "sigma_s", count) if "mu_s" in data else None
-                extractor = str(data["extractor"]) if "extractor" in data else ""
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"reference {str(path)!r} cannot be read ({error}); write it again with --save-statistics"
-            ) from None
+        data = _open_npz(path)
+        names = ("mu", "sigma") if "mu" in data.names else ("mean", "covariance")
+        if names[0] not in data.names:
+            return None
+        count = data.integer("count") if "count" in data.names else 0
+        features = _statistics(path, data, *names, count)
+        spatial = _statistics(path, data, "mu_s", "sigma_s", count) if "mu_s" in data.names else None
+        extractor = str(data.read("extractor", limit=4096)) if "extractor" in data.names else ""
         return cls(features, spatial, extractor or None)
 
 
-def _statistics(path: str | Path, data: Any, mean: str, covariance: str, count: int) -> FeatureStatistics:
-    first, second = np.asarray(data[mean], np.float64), np.asarray(data[covariance], np.float64)
-    if first.ndim != 1 or second.shape != (len(first),) * 2:
-        shapes = f"{mean} is {list(first.shape)} and {covariance} {list(second.shape)}"
+def _open_npz(path: str | Path) -> Npz:
+    return Npz(path, f"reference {str(path)!r} cannot be read", "write it again with --save-statistics")
+
+
+def _statistics(path: str | Path, data: Npz, mean: str, covariance: str, count: int) -> FeatureStatistics:
+    shape, square = data.header(mean).shape, data.header(covariance).shape
+    if len(shape) != 1 or square != shape * 2:
+        shapes = f"{mean} is {list(shape)} and {covariance} {list(square)}"
         raise DataError(f"reference {str(path)!r}: {shapes}; statistics are [D] and [D, D], make them anew")
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise DataError(f"reference {str(path)!r} contains NaN or inf; make it anew from its images")
-    return FeatureStatistics(first, second, count)
+    arrays = (data.read(name) for name in (mean, covariance))
+    try:
+        first, second = (array.astype(np.float64) if array.dtype.kind in "iuf" else array for array in arrays)
+        return FeatureStatistics(first, second, count)
+    except DataError as error:
+        raise DataError(f"reference {str(path)!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,12 @@ class Evaluation:
         count, reference_count: how many; the reference's is 0 if its statistics do not say.
         extractor, description: the features' network.
         frechet_distance: of the pooled features. FID with the published Inception weights, and only then.
-        spatial_frechet_distance: of the ``spatial`` features; sFID, likewise.
+        spatial: the layer whose output after norm and ReLU, the first 7 channels, are the spatial features.
+        spatial_frechet_distance: of the spatial features; sFID, likewise.
         inception_score: of the images, over parts of ``split`` or all of them.
         precision, recall: Kynkäänniemi et al. 2019, k = 3.
-        kernel_distance, kernel_distance_std: over subsets; KID, likewise.
+        kernel_distance, kernel_distance_std: mean and deviation over subsets; KID, likewise. The deviation of a single
+            subset is 0, which says nothing.
         statistics: those of the reference, to be saved.
     """
 
@@ -157,6 +161,7 @@ def evaluate(
     kernel_subsets: int = 100,
     kernel_subset_size: int = 1000,
     seed: int = 0,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Evaluation:
     """Compare images with a reference.
@@ -169,17 +174,22 @@ def evaluate(
         extractor: one that is loaded, or its name (:func:`load_extractor`), which loads it on the CPU.
         allow_unequal: compare different numbers of images, or with statistics of an unknown number.
         kernel_subsets, kernel_subset_size, seed: see :func:`qandc.metrics.kernel_distance`.
+        max_pixels: that one image of a file may have, see :meth:`Images.open`.
         progress: called with "images" or "reference", images done, images in all.
 
     Few images give large Fréchet distances: fewer than 10,000, or than features, are a warning in the log.
 
     Raises:
-        ConfigError: there is no such file; sets differ in size or number; statistics are of another extractor.
+        ConfigError: there is no such file; sets differ in size or number; statistics are of another extractor; an
+            argument is none of these.
         DataError: a file cannot be read or holds something else; fewer than 4 images; NaN in images or features.
     """
+    check_subsets(kernel_subsets, kernel_subset_size, seed)
     network = load_extractor(extractor) if isinstance(extractor, str) else extractor
-    ours = images if isinstance(images, Images) else Images.open(images)
-    theirs, saved = _open_reference(reference, network)
+    if not isinstance(network, Extractor):
+        raise ConfigError(f"extractor is {network!r}; give an Extractor or its name")
+    ours = images if isinstance(images, Images) else Images.open(images, max_pixels)
+    theirs, saved = _open_reference(reference, network, max_pixels)
     name = theirs.name if theirs is not None else _name(reference)
     fewest = _check(ours, theirs, saved, name, allow_unequal)
     found = _extract(network, ours, lambda done: progress("images", done, ours.count))
@@ -223,14 +233,14 @@ def evaluate(
 
 
 def reference_statistics(
-    reference: str | Path | Images | ReferenceStatistics, network: Extractor
+    reference: str | Path | Images | ReferenceStatistics, network: Extractor, max_pixels: int = MAX_PIXELS
 ) -> ReferenceStatistics:
-    """Those that a reference of :func:`evaluate` has, or those of its images.
+    """Load the statistics that a reference of :func:`evaluate` has, or compute those of its images.
 
     Raises:
         ConfigError, DataError: as :func:`evaluate`.
     """
-    images, saved = _open_reference(reference, network)
+    images, saved = _open_reference(reference, network, max_pixels)
     if saved is not None:
         return saved
     assert images is not None
@@ -242,7 +252,7 @@ def _name(reference: object) -> str:
 
 
 def _open_reference(
-    reference: str | Path | Images | ReferenceStatistics, network: Extractor
+    reference: str | Path | Images | ReferenceStatistics, network: Extractor, max_pixels: int
 ) -> tuple[Images | None, ReferenceStatistics | None]:
     """Images, statistics, or both."""
     if isinstance(reference, Images):
@@ -250,28 +260,28 @@ def _open_reference(
     if isinstance(reference, ReferenceStatistics):
         _refuse_others(reference, network, "statistics")
         return None, reference
+    if not isinstance(reference, (str, os.PathLike)):
+        raise ConfigError(f"reference is {reference!r}; give a path, Images, or ReferenceStatistics")
     path = Path(reference)
-    if str(reference) == FASHION_MNIST and not path.exists():
+    if str(reference) == FASHION_MNIST and not os.path.exists(path):
         path = fashion_classifier_path() / "train-statistics.npz"
-    if path.suffix.lower() != ".npz" or not path.is_file():
-        if not path.exists():
+    if path.suffix.lower() != ".npz" or not os.path.isfile(path):
+        if not os.path.exists(path):
             raise ConfigError(
                 f"reference {str(path)!r} is not there; give a folder of images, an .npz of images or statistics, or "
                 f"{FASHION_MNIST}"
             )
-        return Images.open(path), None
+        return Images.open(path, max_pixels), None
     statistics = ReferenceStatistics.load(path)
     if statistics is None:
-        return Images.open(path), None
-    with np.load(path, allow_pickle=False) as data:
-        has_images = "arr_0" in data
-    if not has_images:
+        return Images.open(path, max_pixels), None
+    if "arr_0" not in _open_npz(path).names:
         _refuse_others(statistics, network, str(path))
         return None, statistics
     if not _fit(statistics, network):
         logger.info("the statistics in %s are of other features; they are made anew from its images", path)
-        return Images.open(path), None
-    return Images.open(path), statistics
+        return Images.open(path, max_pixels), None
+    return Images.open(path, max_pixels), statistics
 
 
 def _fit(statistics: ReferenceStatistics, network: Extractor) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qandc.errors import ConfigError
+from qandc.errors import ConfigError, DeviceError
 from qandc.images import Images
 from qandc.inception import PUBLISHED, load_inception
 from qandc.metrics import EfficientNetFeatures, load_fashion_classifier
@@ -36,10 +36,11 @@ class Extractor:
     Attributes:
         name: in results and statistics files; numbers of different names must not be compared.
         description: the network, in words.
-        spatial: where spatial features are taken, in words.
+        spatial: the layer whose output is the spatial features, in words: a convolution after its norm and ReLU
+            (EfficientNet-Lite0: a block, which ends in a norm).
         model: pixels ``(x - centre) / centre`` ``[B, C, H, W]`` to ``(features, logits)``.
-        layer: of the model; the first 7 channels of its output are the spatial features, after Nash et al. 2021
-            (arXiv 2103.03841), whose sFID takes them from Inception.
+        layer: of the model, norm and ReLU included; the first 7 channels of its output are the spatial features, after
+            Nash et al. 2021 (arXiv 2103.03841), whose sFID takes them from Inception.
         centre: see ``model``.
         split: images of a part of the inception score, or None.
         batch_size: images at a time.
@@ -68,12 +69,14 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Iterator[Activations]:
-        """Of all images, batch by batch.
+        """Compute the activations of all images, batch by batch.
 
         Raises:
-            ConfigError: it does not take images of this shape.
+            ConfigError: these are no :class:`Images`, or it does not take images of this shape.
             DataError: a file cannot be read.
         """
+        if not isinstance(images, Images):
+            raise ConfigError(f"features are those of Images; got {type(images).__name__}; give Images.of(them)")
         if self.shape is not None and images.shape != self.shape:
             raise ConfigError(
                 f"{self.name} takes images [H, W, C] {list(self.shape)}, those of {images.name} are "
@@ -93,23 +96,32 @@ class Extractor:
 def load_extractor(
     name: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None
 ) -> Extractor:
-    """An extractor by name.
+    """Load an extractor by name.
 
-    - ``fashion-classifier``: shipped; 32 x 32 grayscale; 128 features; spatial: 7 x 8 x 8 after the fifth convolution.
-    - ``efficientnet-lite0``: extra ``features``; any images; 1280 features; spatial: 7 x 7 x 7 after block 10.
-    - ``inception``: any images; 2048 features; spatial: 7 x 17 x 17 after the 1 x 1 convolution of Mixed_6d
-      (``mixed_6/conv`` of the ADM suite); inception score in parts of 5000 images, as there. The name goes on with
-      the first digits of the SHA-256 of the weights; with the published ones it is ``inception-6726825d``, and the
+    - ``fashion-classifier``: shipped; 32 x 32 grayscale; 128 features; spatial: 7 x 8 x 8 after the fifth convolution,
+      its norm and ReLU.
+    - ``efficientnet-lite0``: extra ``features``; any images; 1280 features; spatial: 7 x 7 x 7 after block 10, which
+      ends in a norm.
+    - ``inception``: any images; 2048 features; spatial: 7 x 17 x 17 after the 1 x 1 convolution of Mixed_6d, its norm
+      and ReLU (``mixed_6/conv`` of the ADM suite); inception score in parts of 5000 images, as there. The name goes on
+      with the first digits of the SHA-256 of the weights; with the published ones it is ``inception-6726825d``, and the
       distances are FID and sFID.
 
     Raises:
-        ConfigError: the name is unknown, a package is not installed, or weights are missing, wrong or not used.
+        ConfigError: the name or device is unknown, a package is not installed, or weights are missing, wrong, not used.
+        DeviceError: the device is not here.
     """
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {str(device)!r} is not here; torch sees {torch.cuda.device_count()} GPU(s), use cpu")
     if name not in EXTRACTORS:
         raise ConfigError(f"features {name!r} are unknown; choose {', '.join(EXTRACTORS)}")
     if inception_weights is not None and name != "inception":
         raise ConfigError(f"Inception weights are given, but features are {name}; choose inception, or leave them out")
-    batch_size = 50 if torch.device(device).type == "cpu" else 500  # what fits a processor's cache
+    batch_size = 50 if device.type == "cpu" else 500  # what fits a processor's cache
     if name == "fashion-classifier":
         classifier = load_fashion_classifier(device)
         text = "shipped Fashion-MNIST classifier"

@@ -32,7 +32,7 @@ class _Run:
     labels: Any  # a weak reference, or None where there are no labels
     version: int | None
     signature: tuple[Any, ...]
-    watch: TimestepWatch = field(default_factory=TimestepWatch)
+    watch: TimestepWatch
     step: int = -1
     stored: int = 0
     computed: list[int] = field(default_factory=list)  # steps whose features are kept, newest first
@@ -61,7 +61,8 @@ class FeatureCache:
     gone. Steps are counted; the first step of a run is computed whatever was before. A loop of your own passes one
     tensor to all steps of a run, and another to the next run, or calls :func:`reset_all_caches` between them. Two runs
     may take turns. Labels that were written to, other latents (shape, dtype, device) or timesteps that rise begin a run
-    anew; on a GPU nothing waits for timesteps, so there a rise is an error, raised a step or more later.
+    anew. Timesteps that are not those of ``config.timesteps`` are an error. On a GPU nothing waits for timesteps: there
+    a rise is an error too, and both are raised a step or more later, by the next run at the latest.
 
     Memory is one :class:`qandc.features.FeatureStore` per run, made once: one tensor ``[rows, tokens, hidden]`` for
     ``block``, one per branch for ``branch`` (2 a block), ``order + 1`` per branch for ``taylor``.
@@ -90,7 +91,7 @@ class FeatureCache:
         self.plan = Plan()
         self._runs: list[_Run] = []  # the one used last at the end
         self._weights: dict[Any, torch.Tensor] = {}
-        self._warned = False
+        self._said: set[str] = set()
         self._leave()
 
     def _leave(self) -> None:
@@ -166,32 +167,48 @@ class FeatureCache:
                 self._runs.append(run)
                 if (run.version, run.signature) != (version, signature):
                     self._restart(run)
-                    run.version, run.signature = version, signature
+                    run.version, run.signature, run.watch = version, signature, TimestepWatch(self.config.timesteps)
                 return run
         free = [run for run in self._runs if run.is_over()]
         if not free and len(self._runs) >= LIVE_RUNS:
             free = self._runs[:1]
             logger.info("a run at step %d is given up: features of %d are kept", free[0].step, LIVE_RUNS)
         if free and free[-1].step == 0 and self.config.stores(0):
-            self._warn_labels()
-        reusable = next((run.store for run in free if run.signature == signature), None)
-        for run in free:
-            self._runs.remove(run)
-        labels = None if class_labels is None else weakref.ref(class_labels)
-        self._runs.append(_Run(labels, version, signature, store=reusable))
-        return self._runs[-1]
-
-    def _restart(self, run: _Run) -> None:
-        run.step, run.stored, run.computed, run.watch = -1, 0, [], TimestepWatch()
-
-    def _warn_labels(self) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
+            self._say(
                 "the feature cache begins a run anew because class_labels is another tensor than in the steps before; "
                 "if this is a denoising loop of your own, make it once and pass the same tensor to every step "
                 "(conditional and unconditional rows in one batch), or nothing is ever reused"
             )
+        reusable = next((run.store for run in free if run.signature == signature), None)
+        for run in free:
+            self._runs.remove(run)
+        for run in free:
+            if run.is_over():
+                self._note_length(run)
+            run.watch.settle()
+        labels = None if class_labels is None else weakref.ref(class_labels)
+        watch = TimestepWatch(self.config.timesteps)
+        self._runs.append(_Run(labels, version, signature, watch, store=reusable))
+        return self._runs[-1]
+
+    def _restart(self, run: _Run) -> None:
+        self._note_length(run)
+        run.step, run.stored, run.computed = -1, 0, []
+
+    def _note_length(self, run: _Run) -> None:
+        """Warn of a run that ended early: without timesteps nothing else tells that its schedule is too long."""
+        length, taken = self.config.length, run.step + 1
+        if length is not None and 1 < taken < length:
+            self._say(
+                f"the feature cache has a schedule of {length} steps, but a run ended after {taken}; unless it was "
+                f"interrupted, give a schedule for {taken} steps, or an interval"
+            )
+
+    def _say(self, warning: str) -> None:
+        """Once for each warning."""
+        if warning not in self._said:
+            self._said.add(warning)
+            logger.warning(warning)
 
     def _forecast(self, run: _Run) -> tuple[float, ...]:
         if self.config.mode != "taylor":

@@ -14,10 +14,11 @@ from torch import nn
 from qandc.cache import apply_cache_to_dit, paused_cache, remove_cache
 from qandc.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.metrics import psnr
+from qandc.pixels import to_uint8
 from qandc.presets import Preset
 from qandc.quantizer import QuantConfig
 from qandc.results import result_header
-from qandc.sampling import decode_latents, make_scheduler, sample_latents
+from qandc.sampling import decode_latents, make_scheduler, sample_latents, set_timesteps
 from qandc.schedule import CacheConfig
 from qandc.variance_compensation import Compensation
 
@@ -128,7 +129,12 @@ def generate(
     Args:
         result: receives rows and images as they are finished, so that an interrupted run keeps them.
         progress: called as ``progress(row name, images denoised by one step)``.
+
+    Raises:
+        ConfigError: before any work, the cache has a schedule for another run; or as :func:`qandc.sample_latents`.
     """
+    scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
+    settings.cache.check_run(set_timesteps(scheduler, settings.num_inference_steps))
     full = Row("FP", module_bytes(pipe.transformer))
     result.rows.append(full)
     _sample(pipe, settings, full, lambda done: progress(full.name, done))
@@ -193,7 +199,11 @@ def comparison_record(result: Comparison, settings: GenerateSettings, device: st
 
 
 def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) -> Image.Image:
-    """One labelled picture: a line of images per row, class names above, row names at the left, a caption below."""
+    """Draw one labelled picture: a line of images per row, class names above, row names at the left, a caption below.
+
+    Raises:
+        DataError: an image contains NaN or inf.
+    """
     height, width = rows[0].images.shape[-2:]
     zoom = max(1, 112 // width)
     cell_h, cell_w, gap = height * zoom, width * zoom, 6
@@ -216,8 +226,8 @@ def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) ->
     for line, row in enumerate(rows):
         y = top + line * (cell_h + gap)
         draw.text((left - 2 * gap, y + cell_h / 2), row.name, "black", font, anchor="rm")
-        for column, image in enumerate(row.images):
-            pixels = ((image / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        for column, image in enumerate(to_uint8(row.images, f"{row.name}: images")):
+            pixels = image.permute(1, 2, 0).numpy()
             tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             tile = tile.resize((cell_w, cell_h), Image.Resampling.NEAREST)
             canvas.paste(tile, (left + column * (cell_w + gap), y))

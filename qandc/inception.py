@@ -13,6 +13,7 @@ those that torch-fidelity loads.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qandc.errors import ConfigError
+from qandc.pixels import check_images
 
 __all__ = ["PUBLISHED", "InceptionV3", "load_inception"]
 
@@ -142,6 +144,9 @@ class InceptionV3(nn.Module):
     """Images ``[B, 1 or 3, H, W]`` of values ``(x - 128) / 128`` to ``(features [B, 2048], logits [B, 1008])``.
 
     Logits are without bias, as in the suites of ADM and torch-fidelity.
+
+    Raises:
+        DataError: images are no such tensor.
     """
 
     num_features = 2048
@@ -168,6 +173,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(width, 1008)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        check_images(images, (1, 3), "Inception")
         x = _resize(images.expand(-1, 3, -1, -1), SIZE)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
@@ -179,7 +185,7 @@ class InceptionV3(nn.Module):
 
 
 def load_inception(path: str | Path) -> tuple[InceptionV3, str]:
-    """The network in eval mode with the weights of a state dict, and the first 8 digits of the file's SHA-256.
+    """Load the network in eval mode with the weights of a state dict, and the first 8 digits of the file's SHA-256.
 
     Both ``pt_inception-2015-12-05-6726825d.pth`` of pytorch-fid and ``weights-inception-2015-12-05-6726825d.pth`` of
     torch-fidelity fit. A file whose digits are not :data:`PUBLISHED` is loaded all the same: the caller sees them.
@@ -187,9 +193,11 @@ def load_inception(path: str | Path) -> tuple[InceptionV3, str]:
     Raises:
         ConfigError: the file is not there, or holds anything else.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"Inception weights are {path!r}; give the path of a file")
     path = Path(path)
     hint = "give pt_inception-2015-12-05-6726825d.pth of pytorch-fid (github.com/mseitzer/pytorch-fid, releases)"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"Inception weights {str(path)!r} are not there; {hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -18,7 +18,7 @@ import torch
 from qandc.errors import ConfigError, DataError
 from qandc.files import keep_settings, write_whole
 from qandc.pipelines import fingerprint
-from qandc.sampling import describe_run, sample_latents
+from qandc.sampling import check_sampling, describe_run, integers, sample_latents
 from qandc.tap import TapConfig, select_samples
 
 __all__ = ["CandidatePool", "record_pool"]
@@ -87,11 +87,11 @@ class CandidatePool:
 def record_pool(
     transformer: Any,
     scheduler: Any,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
     *,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.5,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
     batch_size: int = 50,
     directory: str | Path | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
@@ -112,8 +112,10 @@ def record_pool(
     """
     from safetensors.torch import save_file
 
-    labels = [int(label) for label in class_labels]
-    seeds = list(range(len(labels)) if seeds is None else seeds)
+    labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    seeds = list(range(len(labels))) if seeds is None else integers("seeds", seeds)
+    if len(seeds) != len(labels):
+        raise ConfigError(f"{len(labels)} class ids need as many seeds; got {len(seeds)}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size!r}; give an integer >= 1")
     if directory is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from qandc.errors import ConfigError, ProcessError
 
 __all__ = ["Processes", "finish_on_terminate"]
+
+logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = datetime.timedelta(days=2)  # the others wait while the first one calibrates
 
@@ -94,9 +98,10 @@ class Processes:
 
 @contextmanager
 def finish_on_terminate() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM ends nothing at once; what is given tells whether it came.
+    """Defer SIGTERM inside the block; yields a function that says whether it was received.
 
-    ``torchrun`` sends it to all processes when one has ended, half a minute before it kills them.
+    ``torchrun`` sends it to all processes when one has ended, half a minute before it kills them. Python lets the main
+    thread alone handle signals: in another one SIGTERM does what it did before, and the function says False.
     """
     came = False
 
@@ -104,6 +109,10 @@ def finish_on_terminate() -> Iterator[Callable[[], bool]]:
         nonlocal came
         came = True
 
+    if threading.current_thread() is not threading.main_thread():
+        logger.info("SIGTERM is not deferred: only the main thread can handle signals")
+        yield lambda: False
+        return
     before = signal.signal(signal.SIGTERM, note)
     try:
         yield lambda: came

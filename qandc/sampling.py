@@ -10,16 +10,19 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from qandc.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
+from qandc.derived import original_class
 from qandc.errors import ConfigError, DataError
 from qandc.fused_dit import is_fused, prepare_run
 from qandc.run_graph import run_as_graph, why_no_run_graph
@@ -70,10 +73,39 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
     }
 
 
+def integers(what: str, values: Any) -> list[int]:
+    """Convert ``values``, a sequence, array or tensor ``[N]`` of integers on any device, to a list.
+
+    Raises:
+        ConfigError: they are not that; ``what`` names them.
+    """
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else value  # of NumPy and torch
+
+    given = plain(values)
+    try:
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{type(values).__name__} is no sequence")
+        found = [plain(value) for value in given]
+        if any(isinstance(value, bool) for value in found):
+            raise TypeError("there are booleans")
+        return [operator.index(value) for value in found]
+    except TypeError as error:
+        raise ConfigError(
+            f"{what} must be integers in a sequence or in a tensor or array of one dimension; got {values!r} ({error})"
+        ) from None
+
+
 def check_sampling(
-    transformer: Any, scheduler: Any, class_labels: Sequence[int], num_inference_steps: int, guidance_scale: float
-) -> None:
-    """Refuse what :func:`sample_latents` cannot sample, before any work."""
+    transformer: Any, scheduler: Any, class_labels: Any, num_inference_steps: int, guidance_scale: float
+) -> list[int]:
+    """Refuse what :func:`sample_latents` cannot sample, before any work; returns the class ids as a list.
+
+    Raises:
+        ConfigError: class ids are no integers in one dimension, or a setting is out of range.
+    """
+    class_labels = integers("class ids", class_labels)
     if not class_labels:
         raise ConfigError("no class ids given; give at least one")
     num_classes = transformer.config.num_embeds_ada_norm
@@ -85,6 +117,30 @@ def check_sampling(
         raise ConfigError(f"num_inference_steps is {num_inference_steps}; this scheduler allows 1 to {limit}")
     if not 0 <= guidance_scale < float("inf"):
         raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number >= 0 (1 turns guidance off)")
+    return class_labels
+
+
+def set_timesteps(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
+    """Prepare a scheduler for a run; returns the timesteps, one for each call of the model.
+
+    A scheduler of second order calls the model twice a step: 2 n - 1 times for n inference steps.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    return tuple(float(timestep) for timestep in torch.as_tensor(scheduler.timesteps).tolist())
+
+
+def check_gains(compensation: Compensation, steps: int, channels: int) -> None:
+    """Refuse a compensation whose gains cannot be applied to a run, not even if it is forced upon it.
+
+    Raises:
+        ConfigError: the run has other channels, or more steps than there are gains.
+    """
+    known, of_channels = compensation.gain.shape
+    if of_channels != channels or known < steps:
+        raise ConfigError(
+            f"the variance compensation has gains for {known} steps and {of_channels} channels; this run has {steps} "
+            f"steps and {channels} channels (fit it for this run)"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +199,9 @@ class _Loop:
 
     @cached_property
     def step_kwargs(self) -> dict[str, Any]:
-        takes_generators = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": self.generators} if takes_generators else {}
+        # a compensated scheduler takes what its original takes
+        step = vars(self.scheduler).get("step", original_class(self.scheduler).step)
+        return {"generator": self.generators} if "generator" in inspect.signature(step).parameters else {}
 
     def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         transformer, scheduler = self.transformer, self.scheduler
@@ -190,11 +247,11 @@ class _Loop:
 def sample_latents(
     transformer: Any,
     scheduler: Any,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
     *,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.5,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | torch.Tensor | np.ndarray,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
     compensation: Compensation | None = None,
     force_compensation: bool = False,
@@ -211,8 +268,9 @@ def sample_latents(
     Args:
         transformer: a diffusers ``DiTTransformer2DModel``, plain, quantized or cached.
         scheduler: a diffusers scheduler; its step state is overwritten.
-        class_labels: class ids, ``[B]``.
-        num_inference_steps: 1 to the scheduler's number of training timesteps.
+        class_labels: class ids, ``[B]`` integers.
+        num_inference_steps: 1 to the scheduler's number of training timesteps. Where a scheduler calls the model more
+            than once a step (Heun), what counts steps counts calls: the callback, the schedule of a cache, gains.
         guidance_scale: a finite number >= 0.
         seeds: one per image; initial and step noise of image ``i`` come from ``seeds[i]`` alone.
         callback: called as ``callback(step, timestep, latents)`` after every step.
@@ -227,16 +285,18 @@ def sample_latents(
 
     Raises:
         ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an
-            attached cache has another number of steps, or the compensation was fitted for another run, has gains for
-            other channels or, forced, for fewer steps.
+            attached cache has another number of steps or other timesteps, or the compensation was fitted for another
+            run, has gains for other channels or, forced, for fewer steps.
         DataError: the latents came out NaN or infinite.
     """
-    check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    cache = get_cache(transformer)
-    if cache is not None and not cache.paused:
-        cache.config.of_steps(num_inference_steps)
+    class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    seeds = integers("seeds", seeds)
     if len(seeds) != len(class_labels):
         raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
+    timesteps = set_timesteps(scheduler, num_inference_steps)
+    cache = get_cache(transformer)
+    if cache is not None and not cache.paused:
+        cache.config.check_run(timesteps)
     from diffusers.utils.torch_utils import randn_tensor
 
     config = transformer.config
@@ -247,16 +307,10 @@ def sample_latents(
     latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
     labels = torch.tensor(class_labels, device=device)
 
-    scheduler.set_timesteps(num_inference_steps)
     if compensation is not None:
         if corrector is not None:
             raise ConfigError("give compensation or corrector, not both: they change the same values")
-        steps, channels = compensation.gain.shape
-        if channels != config.in_channels or (force_compensation and steps < len(scheduler.timesteps)):
-            raise ConfigError(
-                f"the variance compensation has gains for {steps} steps and {channels} channels; this run has "
-                f"{len(scheduler.timesteps)} steps and {config.in_channels} channels (fit it for this run)"
-            )
+        check_gains(compensation, len(timesteps), config.in_channels)
     latents = latents * scheduler.init_noise_sigma
     loop = _Loop(
         transformer,

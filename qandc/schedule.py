@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,10 @@ class CacheConfig:
         num_inference_steps: steps of a run, if the interval should be a schedule of that many.
         last_step_computed: needs ``num_inference_steps``.
         storage_dtype: ``float32``, ``bfloat16`` or ``int8`` (with a scale per token); None as the model computes.
+        timesteps: of the run that a schedule is for, one for each of its steps, none above the one before. A cache
+            refuses steps at others; None takes any. Configs that differ in nothing else are equal.
+
+    A step is a call of the model: a scheduler of second order takes 2 n - 1 of them for n inference steps.
 
     Raises:
         ConfigError: a value is not one of these, or they contradict each other.
@@ -96,6 +100,8 @@ class CacheConfig:
     num_inference_steps: int | None = None
     last_step_computed: bool = False
     storage_dtype: str | None = None
+    # which runs it is for, not what it does; str(config) is part of what compensations were fitted for
+    timesteps: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     _steps: Schedule | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -109,6 +115,7 @@ class CacheConfig:
             raise ConfigError(f"order is {self.order}; give 1 or 2 (higher differences amplify quantization noise)")
         if self.schedule is not None:
             self._check_schedule(self.schedule)
+            self._check_timesteps()
             return
         object.__setattr__(self, "interval", DEFAULT_INTERVAL if self.interval is None else self.interval)
         _check_integer("cache_interval", self.interval, 1)
@@ -128,6 +135,23 @@ class CacheConfig:
             )
             object.__setattr__(self, "_steps", schedule)
         self._check_order()
+        self._check_timesteps()
+
+    def _check_timesteps(self) -> None:
+        if self.timesteps is None:
+            return
+        if self._steps is None:
+            raise ConfigError("timesteps need a schedule or num_inference_steps: an interval is for runs of any length")
+        try:
+            timesteps = tuple(float(timestep) for timestep in self.timesteps)
+        except (TypeError, ValueError):
+            raise ConfigError(f"timesteps must be numbers, one per step; got {self.timesteps!r}") from None
+        if len(timesteps) != len(self._steps):
+            raise ConfigError(f"a schedule of {len(self._steps)} steps needs as many timesteps; got {len(timesteps)}")
+        rise = next((pair for pair in itertools.pairwise(timesteps) if pair[1] > pair[0]), None)
+        if rise is not None:  # a feature cache takes it for the begin of another run
+            raise ConfigError("timesteps rise from {:g} to {:g}; give those of a run whose never do".format(*rise))
+        object.__setattr__(self, "timesteps", timesteps)
 
     def _check_schedule(self, schedule: Any) -> None:
         for name in ("interval", "warm_up_steps", "num_inference_steps"):
@@ -201,9 +225,19 @@ class CacheConfig:
         if self._steps is not None and len(self._steps) != num_inference_steps:
             raise ConfigError(
                 f"the cache schedule has {len(self._steps)} steps and the run {num_inference_steps}; give a schedule "
-                "of that length, or an interval"
+                "of that length (one entry for each call of the model), or an interval"
             )
         return tuple(self.computes(step) for step in range(num_inference_steps))
+
+    def check_run(self, timesteps: Sequence[float]) -> None:
+        """Raise ConfigError for a run, given by its timesteps, that the schedule is not for; it names both."""
+        self.of_steps(len(timesteps))
+        for step, (expected, timestep) in enumerate(zip(self.timesteps or (), timesteps, strict=False)):
+            if abs(timestep - expected) >= 1:  # schedules may keep the whole part alone
+                raise ConfigError(
+                    f"the cache schedule is for runs with step {step + 1} at timestep {expected:g}; this one has it at "
+                    f"{timestep:g}: calibrate a schedule for this scheduler, or give an interval"
+                )
 
 
 def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[float]:
@@ -312,11 +346,12 @@ class CalibratedSchedule:
     """A schedule found by :func:`qandc.calibrate_schedule`, with what it was found for; or a uniform one.
 
     Attributes:
-        schedule: whether each step is computed.
-        timesteps: of the run, in its order.
+        schedule: whether each step is computed, one entry for each call of the model.
+        timesteps: of these calls, whole parts.
         mode, order: as in :class:`CacheConfig`; order 0 but for ``taylor``.
-        error, uniform_error: summed relative feature error of its reuse steps, and of the uniform schedule with as many
-            compute steps; None of a uniform one, for which no features were compared.
+        error, uniform_error: an estimate of the summed relative feature error of its reuse steps, and of those of an
+            evenly spaced schedule with as many compute steps (:func:`qandc.calibrate_schedule` says what of); None of a
+            uniform one, for which no features were compared.
     """
 
     schedule: Schedule
@@ -327,8 +362,9 @@ class CalibratedSchedule:
     uniform_error: float | None = None
 
     def config(self, storage_dtype: str | None = None) -> CacheConfig:
-        """The cache that follows it."""
-        return CacheConfig(self.mode, schedule=self.schedule, order=max(1, self.order), storage_dtype=storage_dtype)
+        """The cache that follows it, in runs at its timesteps."""
+        config = CacheConfig(self.mode, schedule=self.schedule, order=max(1, self.order), storage_dtype=storage_dtype)
+        return replace(config, timesteps=self.timesteps)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; a file under this name is always whole."""

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from qandc.cache import paused_cache
+from qandc.derived import eager
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.feature_cache import BRANCHES
 from qandc.fused_dit import is_fused
-from qandc.sampling import sample_latents
+from qandc.sampling import check_sampling, sample_latents, set_timesteps
 from qandc.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
 
 __all__ = ["calibrate_schedule", "feature_gram"]
@@ -24,9 +25,9 @@ POSITIONS = 512  # places (token, channel) of a sample at which features are com
 
 
 class _Recorder:
-    """Features and gates of every step at a few places, the same in all steps and blocks.
+    """Records features and gates of every step at a few places, the same in all steps and blocks.
 
-    What a feature adds is its product with the gate, place by place, so these places are as good as all.
+    What a feature adds is its product with the gate, place by place, so errors at these places estimate those at all.
     """
 
     def __init__(self, blocks: Sequence[Any], mode: str, seed: int) -> None:
@@ -95,23 +96,23 @@ class _Recorder:
 def feature_gram(
     transformer: Any,
     scheduler: Any,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
     *,
     mode: str,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.5,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> np.ndarray:
     """Sample without cache and compare, for all steps a, b and j, what the features of a and b add at step j.
 
-    Arguments, errors: as :func:`calibrate_schedule`. ``[S, S, S]`` as :func:`qandc.schedule.optimal_schedule` takes it;
-    modes "branch" and "taylor" have the same.
+    Arguments, errors: as :func:`calibrate_schedule`. ``[S, S, S] float64``, S being calls of the model, as
+    :func:`qandc.schedule.optimal_schedule` takes it; modes "branch" and "taylor" have the same.
     """
     if is_fused(transformer):
         raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse_dit")
-    seeds = range(len(class_labels)) if seeds is None else seeds
-    with paused_cache(transformer):
+    class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    with paused_cache(transformer), eager():
         recorder = _Recorder(list(transformer.transformer_blocks), mode, seed=0)
         try:
             sample_latents(
@@ -120,7 +121,7 @@ def feature_gram(
                 class_labels,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                seeds=list(seeds),
+                seeds=range(len(class_labels)) if seeds is None else seeds,
                 callback=callback,
             )
         finally:
@@ -135,43 +136,52 @@ def feature_gram(
 def calibrate_schedule(
     transformer: Any,
     scheduler: Any,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
     *,
     mode: str = "branch",
     order: int = 1,
     computed_steps: int,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.5,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> CalibratedSchedule:
     """Choose the ``computed_steps`` steps whose features serve the others best.
 
     Samples once without cache and compares, for every pair of steps a <= j, what the features of a would add at j (with
-    the gates of j) with what is added there. The sum of the relative errors of all reuse steps, which bounds what they
-    accumulate to, is minimised by dynamic programming, exactly for order 0 and 1.
+    the gates of j) with what is added there. The sum of the relative errors of all reuse steps is minimised by dynamic
+    programming, exactly for order 0 and 1, and never to more than that of evenly spaced steps.
+
+    The error is an estimate: from 512 places of each feature instead of all; of the branches apart, whose errors may
+    cancel in the sum that reaches the next step (with ``block`` of that sum); and on a run without cache. It says which
+    schedule to prefer, not how far images will be off.
 
     Args:
         transformer: a DiT, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache is
-            paused.
+            paused, compiled modules run uncompiled.
         scheduler: of the runs to come.
-        class_labels: classes of the samples, a few dozen.
+        class_labels: classes of the samples, ``[B]`` integers, a few dozen.
         mode, order: of the cache, as in :class:`qandc.CacheConfig`.
-        computed_steps: e.g. ``sum(uniform_schedule(num_inference_steps, 3))``.
+        computed_steps: e.g. ``sum(uniform_schedule(num_inference_steps, 3))``. Counts calls of the model, as the
+            schedule does: a scheduler of second order (Heun) makes 2 n - 1 for n inference steps.
         num_inference_steps, guidance_scale, callback: as :func:`qandc.sample_latents`.
         seeds: one per sample; 0, 1, 2, ... by default.
 
     Raises:
-        ConfigError: an unknown mode, or fewer computed steps than the order needs.
+        ConfigError: an unknown mode, fewer computed steps than the order needs, timesteps that rise within the run, or
+            as :func:`qandc.sample_latents`.
         ModelError: the transformer is fused.
         DataError: features are NaN or infinite, or nothing is added at all.
     """
-    config = CacheConfig(mode, order=order)
+    check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    timesteps = tuple(int(timestep) for timestep in set_timesteps(scheduler, num_inference_steps))
+    steps = len(timesteps)
+    config = CacheConfig(mode, schedule=(True,) * steps, order=order, timesteps=timesteps)
     order = config.history - 1
-    if not config.history <= computed_steps <= num_inference_steps:
+    if not config.history <= computed_steps <= steps:
         raise ConfigError(
-            f"computed_steps is {computed_steps}; a cache of mode {mode!r} and {num_inference_steps} steps can compute "
-            f"{config.history} to {num_inference_steps}"
+            f"computed_steps is {computed_steps}; a cache of mode {mode!r} and {steps} steps can compute "
+            f"{config.history} to {steps} (calls of the model; num_inference_steps is {num_inference_steps})"
         )
     gram = feature_gram(
         transformer,
@@ -183,22 +193,21 @@ def calibrate_schedule(
         seeds=seeds,
         callback=callback,
     )
+    even = _evenly(steps, computed_steps, order + 1)
     found = optimal_schedule(gram, computed_steps, order=order, warm_up_steps=order + 1)
-    even = _evenly(num_inference_steps, computed_steps, order + 1)
+    # for order 2 not all schedules were tried
+    found = min(found, even, key=lambda schedule: schedule_error(gram, schedule, order))
     result = CalibratedSchedule(
-        found,
-        tuple(int(timestep) for timestep in scheduler.timesteps),
-        mode,
-        order,
-        schedule_error(gram, found, order),
-        schedule_error(gram, even, order),
+        found, timesteps, mode, order, schedule_error(gram, found, order), schedule_error(gram, even, order)
     )
     logger.info("calibrated schedule: error %.4g, evenly spaced %.4g", result.error, result.uniform_error)
     return result
 
 
 def _evenly(steps: int, computed: int, warm_up: int) -> tuple[bool, ...]:
-    """As many computed steps, spaced as evenly as can be."""
+    """Space as many computed steps as evenly as can be."""
+    if computed == steps:
+        return (True,) * steps
     chosen = set(range(warm_up)) | {
         warm_up - 1 + round(i * (steps - warm_up) / (computed - warm_up + 1)) for i in range(1, computed - warm_up + 1)
     }

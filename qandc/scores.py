@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qandc.evaluation import FASHION_MNIST, reference_statistics
 from qandc.extractors import EXTRACTORS, Extractor, load_extractor
 from qandc.images import Images
 from qandc.metrics import FeatureStatistics, class_accuracy, frechet_distance, inception_score
+from qandc.npz import AT_ONCE, Npz
 from qandc.pipelines import class_names, fashion_dit_path
 
 __all__ = ["Scorer", "load_images", "scorer_for"]
@@ -26,23 +27,22 @@ Z_95 = 1.96
 
 
 def load_images(path: Path) -> np.ndarray:
-    """``arr_0`` of an ``.npz``: ``[N, H, W, C] uint8``.
+    """Read all of ``arr_0`` of an ``.npz`` that this package wrote, and did not compress: ``[N, H, W, C] uint8``.
 
     Raises:
         DataError: no such file, or it holds something else.
     """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            images = data["arr_0"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{str(path)!r} holds no images ({error}); delete it and run the same command again") from error
+    failure, advice = f"{str(path)!r} holds no images", "delete it and run the same command again"
+    images = Npz(path, failure, advice).read("arr_0", limit=max(AT_ONCE, os.path.getsize(path)))
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise DataError(f"{failure} ([N, H, W, C] uint8) but {list(images.shape)} {images.dtype}; {advice}")
     return images
 
 
 def scorer_for(
     pipe: Any, features: str = "auto", reference: str | Path | None = None, inception_weights: Path | None = None
 ) -> Scorer:
-    """What scores the images of a pipeline.
+    """Choose what scores the images of a pipeline.
 
     Args:
         pipe: a ``DiTPipeline``.
@@ -104,16 +104,24 @@ class Scorer:
         return None if self.reference is None else hashlib.sha256(self.reference.covariance.tobytes()).hexdigest()[:16]
 
     def __call__(self, images: np.ndarray, full: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
-        """``images`` and those of full precision ``[N, H, W, C] uint8``: metric to ``{"value", "ci95"}``.
+        """Score ``images`` by those of full precision, both ``[N, H, W, C] uint8``: metric to ``{"value", "ci95"}``.
 
         PSNR is in dB, capped at 100 (equal images); the Fréchet distance is missing without a reference.
+
+        Raises:
+            DataError: arrays are empty, of other types, or do not fit each other; features contain NaN or inf.
         """
+        for given in (images, full):
+            if not isinstance(given, np.ndarray) or given.dtype != np.uint8 or given.ndim != 4 or 0 in given.shape:
+                raise DataError(f"scores are those of uint8 arrays [N >= 1, H, W, C]; got {_described(given)}")
+        if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise DataError(f"labels are an array of {len(images)} integers; got {_described(labels)}")
         likeness = _psnr(images, full)
         found: dict[str, Callable[[Any], float]] = {"psnr_to_fp": lambda chosen: float(likeness[chosen].mean())}
         if self.extractor is not None:
             batches = [(found.features.cpu(), found.logits.cpu()) for found in self.extractor(Images.of(images))]
             features, logits = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
-            reference, classes = self.reference, torch.from_numpy(labels)
+            reference, classes = self.reference, torch.from_numpy(labels.astype(np.int64))
             if reference is not None:
                 found["frechet_distance"] = lambda chosen: frechet_distance(
                     FeatureStatistics.of(features[chosen]), reference
@@ -131,6 +139,10 @@ class Scorer:
             }
             for name, metric in found.items()
         }
+
+
+def _described(given: object) -> str:
+    return f"{list(given.shape)} {given.dtype}" if isinstance(given, np.ndarray) else type(given).__name__
 
 
 def _psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:

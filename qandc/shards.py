@@ -23,6 +23,7 @@ import torch
 
 from qandc.errors import ConfigError, DataError, ProcessError
 from qandc.files import write_whole
+from qandc.pixels import to_uint8
 from qandc.processes import Processes, finish_on_terminate
 
 __all__ = ["Draw", "ImageSet", "delete_shards", "draw_shards", "merge_shards", "missing_shards"]
@@ -53,12 +54,14 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         for name in ("count", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give an integer >= 1")
-        if not self.classes:
-            raise ConfigError("an image set needs at least one class")
-        if not 0 <= self.first_seed < 2**62:
-            raise ConfigError(f"first_seed is {self.first_seed}; give an integer from 0 to 2^62 - 1")
+        if not isinstance(self.classes, (tuple, list)) or not self.classes:
+            raise ConfigError(f"classes are {self.classes!r}; an image set needs a tuple of at least one class")
+        if not all(isinstance(label, int) and 0 <= label < 2**63 for label in self.classes):
+            raise ConfigError(f"classes are {self.classes!r}; give integers >= 0")
+        if not isinstance(self.first_seed, int) or not 0 <= self.first_seed < 2**62:
+            raise ConfigError(f"first_seed is {self.first_seed!r}; give an integer from 0 to 2^62 - 1")
 
     @property
     def labels(self) -> np.ndarray:
@@ -72,7 +75,7 @@ class ImageSet:
 
 
 def _path(directory: Path, shard: range) -> Path:
-    return directory / f"images-{shard.start:07d}.safetensors"
+    return Path(directory) / f"images-{shard.start:07d}.safetensors"
 
 
 def draw_shards(
@@ -95,7 +98,7 @@ def draw_shards(
         measure: figures to be kept with each shard.
 
     Raises:
-        DataError: an image holds NaN.
+        DataError: an image holds NaN or inf, or what is drawn is no such tensor of as many images.
         OutputError: a shard cannot be written.
         ProcessError: SIGTERM came; the shard that was begun is finished and kept.
     """
@@ -114,10 +117,11 @@ def draw_shards(
                 started = time.perf_counter()
                 images = draw(labels[shard.start : shard.stop].tolist(), seeds)
                 seconds = time.perf_counter() - started
-                if torch.isnan(images).any():
-                    bad = shard.start + int(images.isnan().flatten(1).any(1).nonzero()[0])
-                    raise DataError(f"image {bad} holds NaN; check the model, or lower the guidance")
-                pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+                pixels = to_uint8(images, first=shard.start)
+                if pixels.ndim != 4 or len(pixels) != len(shard):
+                    raise DataError(
+                        f"{len(shard)} images [B, C, H, W] were to be drawn; got {list(pixels.shape)}; mend `draw`"
+                    )
                 metadata = {"seconds": repr(seconds), **{name: str(value) for name, value in measure().items()}}
                 tensors = {"images": pixels.permute(0, 2, 3, 1).contiguous()}
                 save = functools.partial(save_file, tensors, metadata=metadata)
@@ -131,7 +135,7 @@ def draw_shards(
 
 
 def missing_shards(directory: Path, image_set: ImageSet) -> list[range]:
-    """Those that are not there."""
+    """List the shards that are not in ``directory``."""
     return [shard for shard in image_set.shards() if not _path(directory, shard).exists()]
 
 
@@ -163,7 +167,7 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, 
                             for name, value in tensors.metadata().items():
                                 number, before = float(value), found.get(name, 0.0)
                                 found[name] = before + number if name == "seconds" else max(before, number)
-                    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+                    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
                         raise DataError(
                             f"{str(source)!r} is missing or damaged ({error}); delete it and run the same command again"
                         ) from error
@@ -171,10 +175,10 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, 
                         shape = images.shape[1:]
                         _write_header(file, (image_set.count, *shape), np.uint8)
                     expected = (len(shard), *shape)
-                    if images.shape != expected:
+                    if images.shape != expected or images.dtype != np.uint8 or images.ndim != 4:
                         raise DataError(
-                            f"{str(source)!r} holds images {list(images.shape)} instead of {list(expected)}; delete it "
-                            "and run the same command again"
+                            f"{str(source)!r} holds images {list(images.shape)} instead of {list(expected)}, of type "
+                            f"{images.dtype} (uint8 are drawn); delete it and run the same command again"
                         )
                     file.write(images.tobytes())
             with archive.open("arr_1.npy", "w") as file:
@@ -186,7 +190,8 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, 
 
 
 def delete_shards(directory: Path) -> None:
-    """Once they are joined: the folder and all in it. It is gone under its name before any of it is."""
+    """Delete a folder of shards and all in it, once they are joined; it is renamed first and goes as a whole."""
+    directory = Path(directory)
     if directory.is_dir():
         gone = directory.with_name(f".{uuid.uuid4().hex[:16]}.deleted")
         os.replace(directory, gone)
@@ -194,6 +199,6 @@ def delete_shards(directory: Path) -> None:
 
 
 def _write_header(file: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """Of an array in C order (NumPy's format, version 1.0)."""
+    """Write the header of an array in C order (NumPy's format, version 1.0)."""
     description = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(file, {"descr": description, "fortran_order": False, "shape": shape})

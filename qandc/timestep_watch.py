@@ -1,8 +1,9 @@
-"""Notices that timesteps rise, which they never do within a denoising run, without waiting for the GPU."""
+"""Notices that timesteps rise, or are not those of a schedule, without waiting for the GPU."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,32 +14,64 @@ __all__ = ["TimestepWatch"]
 
 
 class TimestepWatch:
-    """Compares the timesteps of successive steps: at once on the CPU, on a GPU when they have arrived from there."""
+    """Compares the timesteps of the steps of one run: at once on the CPU, on a GPU when they have arrived from there.
 
-    def __init__(self) -> None:
+    Args:
+        expected: the timestep of each step, where a schedule says it.
+    """
+
+    def __init__(self, expected: Sequence[float] | None = None) -> None:
+        self._expected = expected
+        self._step = -1
         self._last: torch.Tensor | None = None
-        self._on_the_way: deque[tuple[torch.Tensor, Any]] = deque()
+        self._on_the_way: deque[tuple[int, torch.Tensor, Any]] = deque()
 
     def rises(self, timestep: torch.Tensor) -> bool:
-        """Note the timesteps ``[B]`` of a step; whether a row rises. Those on a GPU are compared by later calls.
+        """Note the timesteps ``[B]`` of a step; whether a row rises, which begins a run anew, with this step its first.
+
+        Those on a GPU are compared by later calls.
 
         Raises:
-            CacheError: timesteps that came from a GPU rise.
+            CacheError: a timestep is not the one expected, or one that came from a GPU rises.
         """
+        self._step += 1
         if not timestep.is_cuda:
-            return self._compare(timestep.detach().clone())
-        while self._on_the_way and self._on_the_way[0][1].query():
-            if self._compare(self._on_the_way.popleft()[0]):
+            return self._compare(self._step, timestep.detach().clone())
+        self.settle()
+        if not torch.cuda.is_current_stream_capturing():
+            copy = torch.empty(timestep.shape, dtype=timestep.dtype, pin_memory=True)
+            copy.copy_(timestep, non_blocking=True)
+            self._on_the_way.append((self._step, copy, torch.cuda.current_stream(timestep.device).record_event()))
+        return False
+
+    def settle(self) -> None:
+        """Compare the timesteps that have arrived from a GPU since.
+
+        Raises:
+            CacheError: as :meth:`rises`.
+        """
+        while self._on_the_way and self._on_the_way[0][2].query():
+            step, timestep, _ = self._on_the_way.popleft()
+            if self._compare(step, timestep):
                 raise CacheError(
                     "timesteps rose within one run, so features of another run were reused since; give every run a "
                     "class_labels tensor of its own, or call reset_all_caches(transformer) before each"
                 )
-        if not torch.cuda.is_current_stream_capturing():
-            copy = torch.empty(timestep.shape, dtype=timestep.dtype, pin_memory=True)
-            copy.copy_(timestep, non_blocking=True)
-            self._on_the_way.append((copy, torch.cuda.current_stream(timestep.device).record_event()))
-        return False
 
-    def _compare(self, timestep: torch.Tensor) -> bool:
+    def _compare(self, step: int, timestep: torch.Tensor) -> bool:
         last, self._last = self._last, timestep
-        return last is not None and last.shape == timestep.shape and bool((timestep > last).any())
+        rises = False
+        if last is not None and (last.shape == timestep.shape or 1 in (last.numel(), timestep.numel())):
+            rises = bool((timestep > last).any())
+        if rises:
+            step = self._step = 0
+        if self._expected is not None and step < len(self._expected):
+            expected = self._expected[step]
+            off = timestep[(timestep - expected).abs() >= 1]  # schedules may keep the whole part alone
+            if off.numel():
+                raise CacheError(
+                    f"the cache schedule is for a run of {len(self._expected)} steps, with step {step + 1} at timestep "
+                    f"{expected:g}; this run has it at {off[0].item():g}, so it is a run of another number of steps or "
+                    "of another scheduler: calibrate a schedule for it, or give an interval"
+                )
+        return rises

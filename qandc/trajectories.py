@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from qandc.derived import derived_class
 from qandc.errors import ConfigError, DataError
-from qandc.sampling import describe_run, sample_latents
+from qandc.sampling import check_gains, check_sampling, describe_run, integers, sample_latents, set_timesteps
 from qandc.variance_compensation import FORMS, Compensation, FittedFor, least_squares
 
 __all__ = ["Trajectory", "compensated_scheduler", "fit_compensation", "record_trajectory"]
@@ -24,7 +25,7 @@ class Trajectory:
     """What a model made of some noise, step by step.
 
     Attributes:
-        samples: the latents after each step, ``[S, B, C, H, W] float32``.
+        samples: the latents after each step, ``[S, B, C, H, W] float32``; S counts calls of the model.
         noises: the guided noise predictions, likewise.
         class_labels, seeds, num_inference_steps, guidance_scale: of the run, to repeat it with another model.
     """
@@ -56,11 +57,11 @@ class _Recorder:
 def record_trajectory(
     transformer: Any,
     scheduler: Any,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
     *,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.5,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample, and keep every step: the reference of :func:`fit_compensation`, taken before the model is quantized.
@@ -68,7 +69,8 @@ def record_trajectory(
     Arguments and errors: as :func:`qandc.sample_latents`; seeds are 0, 1, 2, ... by default. Memory: twice the latents
     of all steps, on the device of the model.
     """
-    seeds = tuple(range(len(class_labels)) if seeds is None else seeds)
+    class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    seeds = tuple(range(len(class_labels)) if seeds is None else integers("seeds", seeds))
     recorder = _Recorder()
     sample_latents(
         transformer,
@@ -143,28 +145,38 @@ def fit_compensation(
         form: ``least_squares``, ``variance_ratio`` (Eq. 9) or ``paper`` (Eq. 12 as printed)
             (:mod:`qandc.variance_compensation`).
         target: ``sample`` (VC), or ``noise``, the guided prediction (as TAC does, Yao et al. 2024, arXiv 2407.03917).
-        start_step: first step that is corrected; the paper corrects the later part of a run.
+        start_step: first step that is corrected, counted in calls of the model; the paper corrects the later part of a
+            run.
         shrinkage: 0 to 1; how far gains are drawn towards 1.
 
     Raises:
-        ConfigError: a value is not one of these.
+        ConfigError: a value is not one of these, or the scheduler takes another number of steps than the reference has.
         DataError: a gain is not finite: a channel does not vary at some step.
     """
     if form not in FORMS:
         raise ConfigError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
     if target not in ("sample", "noise"):
         raise ConfigError(f"target {target!r} is unknown; choose sample or noise")
-    steps = reference.num_inference_steps
+    steps = len(reference.samples)
     if not isinstance(start_step, int) or not 0 <= start_step < steps:
         raise ConfigError(f"start_step is {start_step!r}; the run has steps 0 to {steps - 1}")
     if not 0 <= shrinkage <= 1:
         raise ConfigError(f"shrinkage is {shrinkage!r}; give a number from 0 (none) to 1 (no correction)")
+    check_sampling(
+        transformer, scheduler, reference.class_labels, reference.num_inference_steps, reference.guidance_scale
+    )
+    calls = len(set_timesteps(scheduler, reference.num_inference_steps))
+    if calls != steps:
+        raise ConfigError(
+            f"the reference has {steps} steps, but with this scheduler a run of num_inference_steps "
+            f"{reference.num_inference_steps} has {calls} (calls of the model); record it with the same scheduler"
+        )
     fitter = _Fitter(reference, target, FORMS.get(form, least_squares), start_step, shrinkage)
     sample_latents(
         transformer,
         scheduler,
         reference.class_labels,
-        num_inference_steps=steps,
+        num_inference_steps=reference.num_inference_steps,
         guidance_scale=reference.guidance_scale,
         seeds=reference.seeds,
         corrector=fitter,
@@ -184,11 +196,16 @@ class _CompensatedScheduler:
         timesteps = tuple(int(t) for t in self.timesteps)  # type: ignore[attr-defined]
         if not forced:
             compensation.check({"timesteps": timesteps})
-        self.__dict__["_qandc_steps"] = {timestep: step for step, timestep in enumerate(timesteps)}
+        check_gains(compensation, len(timesteps), compensation.gain.shape[1])
+        self.__dict__["_qandc_steps"] = timesteps
+        self.__dict__["_qandc_next"] = 0
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         compensation, _ = getattr(self, COMPENSATION)
-        step = min(self.__dict__["_qandc_steps"][int(timestep)], len(compensation.gain) - 1)
+        steps, following, at = self.__dict__["_qandc_steps"], self.__dict__["_qandc_next"], int(timestep)
+        check_gains(compensation, len(steps), sample.shape[1])
+        step = steps.index(at, following if at in steps[following:] else 0)  # the second order has a timestep twice
+        self.__dict__["_qandc_next"] = step + 1
         output = super().step(compensation.noise(step, model_output), timestep, sample, *args, **kwargs)  # type: ignore[misc]
         if isinstance(output, tuple):
             return (compensation.sample(step, output[0]), *output[1:])
@@ -204,6 +221,7 @@ def compensated_scheduler(scheduler: Any, compensation: Compensation, *, force: 
 
     Raises:
         ConfigError: another scheduler, or, when the run begins, other timesteps than those of the fit; unless forced.
+            Forced or not, when the run begins, more steps than there are gains; in its first step, other channels.
     """
     name = type(scheduler).__name__
     if not force:

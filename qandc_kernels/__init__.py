@@ -10,6 +10,7 @@ from qandc_kernels.attention_ops import attention_quantize_per_tensor
 from qandc_kernels.backend import Backend, select_backend
 from qandc_kernels.batched_ops import batched_linear
 from qandc_kernels.denoise_ops import guided_step
+from qandc_kernels.errors import ArgumentError, DeviceError, QandCError
 from qandc_kernels.linear_ops import (
     int4_linear,
     int8_linear,
@@ -28,7 +29,10 @@ from qandc_kernels.residual_ops import gated_sum, linear_gate_residual_
 from qandc_kernels.warmup import warm_up
 
 __all__ = [
+    "ArgumentError",
     "Backend",
+    "DeviceError",
+    "QandCError",
     "adaln_quantize_per_tensor",
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",

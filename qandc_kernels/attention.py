@@ -41,7 +41,7 @@ def _attention_quantize_kernel(
     stride_qb, stride_qs, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
-    out_scale_ptr, out_zero_point_ptr, softmax_scale,
+    out_scale_ptr, out_zero_point_ptr, nan_flag_ptr, softmax_scale,
     H: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -87,8 +87,12 @@ def _attention_quantize_kernel(
     out_rows = out_ptr + (sample * S * H + tl.program_id(1)) * D + rows[:, None] * (H * D)
     inside = rows[:, None] < S
     tl.store(out_rows + head[None, :], quantize_static(acc0, factor, zero_point), mask=inside & (head[None, :] < D))
+    if nan_flag_ptr is not None:  # of rows beyond the edge 0 times an infinite key makes NaN
+        tl.store(nan_flag_ptr, 1, mask=tl.max((inside & (acc0 != acc0)).to(tl.int32)) > 0)
     if TAIL > 0:
         mask = inside & (tail[None, :] < D)
+        if nan_flag_ptr is not None:
+            tl.store(nan_flag_ptr, 1, mask=tl.max((mask & (acc1 != acc1)).to(tl.int32)) > 0)
         tl.store(out_rows + tail[None, :], quantize_static(acc1, factor, zero_point), mask=mask)
 
 
@@ -109,6 +113,7 @@ def attention_quantize_triton(
     v: torch.Tensor,
     out_scale: torch.Tensor,
     out_zero_point: torch.Tensor | None,
+    nan_flag: torch.Tensor | None = None,
     tile: AttentionTile | None = None,
 ) -> torch.Tensor:
     """Launch on ``q, k, v [B, S, H, D]`` with unit stride along D; 16-bit, D a multiple of 8 from 16 to 128."""
@@ -123,7 +128,7 @@ def attention_quantize_triton(
         q, k, v, out,
         tokens,
         *(stride // 8 for t in (q, k, v) for stride in t.stride()[:3]),
-        out_scale, out_zero_point, width**-0.5 * 1.4426950408889634,
+        out_scale, out_zero_point, nan_flag, width**-0.5 * 1.4426950408889634,
         H=heads, D=width, HEAD=head, TAIL=tail,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         EVEN_M=tokens % tile.block_m == 0, EVEN_N=tokens % tile.block_n == 0,

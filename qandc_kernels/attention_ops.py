@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from qandc_kernels import reference
-from qandc_kernels.checks import FLOAT_DTYPES, check_devices, check_tensor
-from qandc_kernels.library import register, use_triton
-from qandc_kernels.quantize_ops import quantize_per_tensor
+from qandc_kernels.checks import HALF_DTYPES
+from qandc_kernels.library import register
+from qandc_kernels.op_checks import check_attention_quantize_per_tensor
 
 __all__ = ["attention_quantize_per_tensor"]
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 129, 8)
+LARGEST_GRID = 65535  # along the second and third dimension
 
 
 def _aligned(t: torch.Tensor) -> bool:
@@ -27,20 +27,24 @@ def _aligned(t: torch.Tensor) -> bool:
 
 
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out_scale: torch.Tensor, out_zero_point: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out_scale: torch.Tensor,
+    out_zero_point: torch.Tensor | None,
+    nan_flag: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not use_triton(q):
-        return reference.attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point)
     # of one token the kernel has no loop, which ptxas 12.8 turns into reads outside of shared memory
-    if q.dtype not in HALF_DTYPES or q.shape[3] not in HEAD_DIMS or q.shape[1] == 1:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return quantize_per_tensor(y, out_scale, out_zero_point)
+    batch, tokens, heads, width = q.shape
+    if q.dtype not in HALF_DTYPES or width not in HEAD_DIMS or tokens == 1 or max(batch, heads) > LARGEST_GRID:
+        y = reference.attention(q, k, v)
+        out = torch.ops.qandc.quantize_per_tensor(y, out_scale, out_zero_point, 8, nan_flag)
+        return out.masked_fill_(y.isnan(), -128)  # as the kernel and the reference
     from qandc_kernels.attention import attention_quantize_triton
 
     q, k, v = (t if _aligned(t) else t.contiguous() for t in (q, k, v))
     with torch.cuda.device(q.device):
-        return attention_quantize_triton(q, k, v, out_scale, out_zero_point)
+        return attention_quantize_triton(q, k, v, out_scale, out_zero_point, nan_flag)
 
 
 def _attention_fake(q: torch.Tensor, *others: object) -> torch.Tensor:
@@ -49,7 +53,7 @@ def _attention_fake(q: torch.Tensor, *others: object) -> torch.Tensor:
 
 register(
     "attention_quantize_per_tensor",
-    "(Tensor q, Tensor k, Tensor v, Tensor out_scale, Tensor? out_zero_point) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor out_scale, Tensor? out_zero_point, Tensor(a!)? nan_flag) -> Tensor",
     _attention,
     _attention_fake,
 )
@@ -61,13 +65,14 @@ def attention_quantize_per_tensor(
     v: torch.Tensor,
     out_scale: torch.Tensor,
     out_zero_point: torch.Tensor | None = None,
+    nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention without a mask, stored as int8: ``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)`` per head.
 
     On Triton kernels the sums are float32, the softmax is rounded to the inputs' dtype before it meets v, as in
     FlashAttention-2 (arXiv 2307.08691), and nothing but the integers is written. That needs 16-bit inputs, a D that is
     a multiple of 8 from 16 to 128, and more than one token; others take torch's ``scaled_dot_product_attention``, then
-    :func:`quantize_per_tensor`, and NaN becomes the zero point there, else -128.
+    :func:`quantize_per_tensor`. NaN becomes -128.
 
     Args:
         q, k, v: ``[batch, tokens, heads, D]`` float16, bfloat16 or float32, all of one shape, e.g. the three parts of
@@ -75,21 +80,14 @@ def attention_quantize_per_tensor(
             multiple of 16 bytes.
         out_scale: 0-d float32 tensor, > 0, read on the device.
         out_zero_point: 0-d int32 tensor in -128..127, or None for symmetric quantization.
+        nan_flag: one int32 element on the device of ``q``, shape ``[]`` or ``[1]``: becomes 1 if there is NaN in what
+            is quantized; is left alone otherwise.
 
     Returns:
         int8 ``[batch, tokens, heads, D]``, contiguous.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device is not one of the above.
+        ArgumentError: a dtype, shape or device is not one of the above.
     """
-    op = "attention_quantize_per_tensor"
-    check_tensor(op, "q", q, FLOAT_DTYPES)
-    if q.ndim != 4 or q.shape[3] == 0:
-        raise ValueError(f"{op}: q must be [batch, tokens, heads, D] with D > 0; got {tuple(q.shape)}")
-    for name, tensor in (("k", k), ("v", v)):
-        check_tensor(op, name, tensor, (q.dtype,), (tuple(q.shape),))
-    check_tensor(op, "out_scale", out_scale, (torch.float32,), ((),))
-    if out_zero_point is not None:
-        check_tensor(op, "out_zero_point", out_zero_point, (torch.int32,), ((),))
-    check_devices(op, q=q, k=k, v=v, out_scale=out_scale, out_zero_point=out_zero_point)
-    return torch.ops.qandc.attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point)
+    check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point, nan_flag)
+    return torch.ops.qandc.attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point, nan_flag)

@@ -1,4 +1,4 @@
-"""Which implementation an op uses on a device, and why."""
+"""Choose the implementation that ops use on a device, and say why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Backend", "select_backend"]
+from qandc_kernels.errors import ArgumentError, DeviceError
+
+__all__ = ["Backend", "backend_of", "select_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,14 @@ class Backend(NamedTuple):
 
 
 @functools.cache
-def _select(device: torch.device) -> Backend:
+def backend_of(device: torch.device) -> Backend:
+    """Return what :func:`select_backend` does, for the device of a tensor."""
     if device.type != "cuda":
         chosen = Backend("reference", f"plain torch: the kernels need a CUDA device, this is {device.type}")
         logger.debug("qandc_kernels on %s: %s", device, chosen.reason)
         return chosen
+    if not 0 <= (device.index or 0) < torch.cuda.device_count():
+        raise DeviceError(f"{device} is not here: torch sees {torch.cuda.device_count()} CUDA devices; try 'cpu'")
     if torch.version.hip is not None:
         chosen = Backend("reference", "the kernels are written for NVIDIA GPUs, this is ROCm")
     elif importlib.util.find_spec("triton") is None:
@@ -46,8 +51,17 @@ def _select(device: torch.device) -> Backend:
 
 
 def select_backend(device: torch.device | str) -> Backend:
-    """The implementation that ops use on ``device``; a GPU it cannot use is logged once as a warning."""
-    device = torch.device(device)
+    """Return the implementation that ops use on ``device``; a GPU it cannot use is logged once as a warning.
+
+    Raises:
+        ArgumentError: ``device`` names no device.
+        DeviceError: ``device`` is a GPU that is not here.
+    """
+    if not isinstance(device, torch.device):
+        try:
+            device = torch.device(device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"device must be a torch.device or a name such as 'cuda'; got {device!r}") from error
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    return _select(device)
+    return backend_of(device)

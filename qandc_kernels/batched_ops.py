@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qandc_kernels import reference
-from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K, check_devices, check_tensor
-from qandc_kernels.library import register, use_triton
+from qandc_kernels.library import register
+from qandc_kernels.op_checks import check_batched_linear
 
 __all__ = ["batched_linear"]
 
@@ -14,8 +13,8 @@ LARGEST_ROWS = 64
 
 
 def _batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, share: float) -> torch.Tensor:
-    if not use_triton(x) or x.dtype == torch.float32 or x.shape[1] > LARGEST_ROWS:
-        return reference.batched_linear(x, weight, bias, share)
+    if x.dtype == torch.float32 or x.shape[1] > LARGEST_ROWS:
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
     from qandc_kernels.batched_gemm import batched_gemm_triton
 
     x = x if x.stride(2) == 1 else x.contiguous()
@@ -54,18 +53,7 @@ def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sh
         ``[L, M, N]``, contiguous, dtype of ``x``; summed in float32, cast last.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or share is not one of the above.
+        ArgumentError: a dtype, shape, device or share is not one of the above.
     """
-    op = "batched_linear"
-    check_tensor(op, "x", x, FLOAT_DTYPES)
-    check_tensor(op, "weight", weight, (x.dtype,))
-    if x.ndim != 3 or weight.ndim != 3 or x.shape[::2] != weight.shape[::2] or not 0 < x.shape[2] <= LARGEST_K:
-        raise ValueError(
-            f"{op}: x must be [L, M, K] and weight [L, N, K] with K from 1 to {LARGEST_K}; "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    check_tensor(op, "bias", bias, (x.dtype,), (tuple(weight.shape[:2]),))
-    if not (isinstance(share, int | float) and 0 < share < float("inf")):
-        raise ValueError(f"{op}: share must be a finite number > 0; got {share!r}")
-    check_devices(op, x=x, weight=weight, bias=bias)
-    return torch.ops.qandc.batched_linear(x, weight, bias, float(share))
+    check_batched_linear(x, weight, bias, share)
+    return torch.ops.qandc.batched_linear(x, weight, bias, share)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qandc_kernels import reference
-from qandc_kernels.checks import FLOAT_DTYPES, check_devices, check_tensor
-from qandc_kernels.library import register, use_triton
+from qandc_kernels.library import register
+from qandc_kernels.op_checks import check_guided_step
 
 __all__ = ["guided_step"]
 
@@ -14,8 +13,6 @@ __all__ = ["guided_step"]
 def _guided_step(
     prediction: torch.Tensor, latents: torch.Tensor, coefficients: torch.Tensor, guidance_scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not use_triton(latents):
-        return reference.guided_step(prediction, latents, coefficients, guidance_scale)
     from qandc_kernels.denoise import guided_step_triton
 
     with torch.cuda.device(latents.device):
@@ -59,26 +56,7 @@ def guided_step(
         ``x'`` as ``latents``, contiguous; and the same in the dtype of ``prediction``, once for each of its rows.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or scale is not one of the above.
+        ArgumentError: a dtype, shape, device or scale is not one of the above.
     """
-    op = "guided_step"
-    check_tensor(op, "latents", latents, (torch.float32,))
-    check_tensor(op, "prediction", prediction, FLOAT_DTYPES)
-    rows = latents.shape[0] * (1 if guidance_scale is None else 2) if latents.ndim else 0
-    if (
-        latents.ndim != 4
-        or prediction.ndim != 4
-        or prediction.shape[::2] != (rows, latents.shape[2])
-        or prediction.shape[3] != latents.shape[3]
-        or prediction.shape[1] < latents.shape[1]
-    ):
-        times = "B" if guidance_scale is None else "2 B"
-        raise ValueError(
-            f"{op}: latents must be [B, C, H, W] and prediction [{times}, C or more, H, W]; "
-            f"got {tuple(latents.shape)} and {tuple(prediction.shape)}"
-        )
-    check_tensor(op, "coefficients", coefficients, (torch.float32,), ((3, latents.shape[1]),))
-    if guidance_scale is not None and not -float("inf") < guidance_scale < float("inf"):
-        raise ValueError(f"{op}: guidance_scale must be a finite number or None; got {guidance_scale!r}")
-    check_devices(op, prediction=prediction, latents=latents, coefficients=coefficients)
+    check_guided_step(prediction, latents, coefficients, guidance_scale)
     return torch.ops.qandc.guided_step(prediction, latents, coefficients, guidance_scale)

@@ -1,4 +1,4 @@
-"""How ops become known to torch, and which implementation they take."""
+"""Register ops with torch.library; choose Triton or the reference per device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ from typing import Any
 
 import torch
 
-from qandc_kernels.backend import select_backend
+from qandc_kernels import reference
+from qandc_kernels.backend import backend_of
 
-__all__ = ["register", "rows_of", "use_triton"]
+__all__ = ["register", "rows_of"]
 
 _LIBRARY = torch.library.Library("qandc", "FRAGMENT")  # kept: its registrations end with it
 
 
-def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Make ``torch.ops.qandc.<name>``, for inference: no result carries a gradient."""
+def register(name: str, schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make ``torch.ops.qandc.<name>``, for inference: no result carries a gradient.
+
+    ``launch`` runs where there are Triton kernels, the reference of that name elsewhere. Neither checks its arguments:
+    the public op has.
+    """
+    definition = getattr(reference, name).__wrapped__
+    returns = not schema.endswith("-> ()")
+
+    def implementation(*arguments: Any) -> Any:
+        result = (launch if use_triton(arguments[0]) else definition)(*arguments)
+        return result if returns else None
+
     torch.library.define(f"qandc::{name}", schema)
     torch.library.impl(f"qandc::{name}", "default", implementation)
     torch.library.register_fake(f"qandc::{name}", fake)
@@ -24,7 +36,7 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    return select_backend(x.device).name == "triton"
+    return backend_of(x.device).name == "triton"
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -7,16 +7,14 @@ from typing import Any
 import torch
 
 from qandc_kernels import reference
-from qandc_kernels.checks import (
-    FLOAT_DTYPES,
-    check_devices,
-    check_linear,
-    check_out_dtype,
-    check_product,
-    check_tensor,
-    check_weight_scale,
+from qandc_kernels.library import register, rows_of
+from qandc_kernels.op_checks import (
+    check_int4_linear,
+    check_int8_linear,
+    check_int8_matmul,
+    check_linear_gelu_quantize,
+    check_weight_only_linear,
 )
-from qandc_kernels.library import register, rows_of, use_triton
 
 __all__ = ["int4_linear", "int8_linear", "int8_matmul", "linear_gelu_quantize", "multiply", "weight_only_linear"]
 
@@ -64,8 +62,6 @@ def multiply(
 
 
 def _int8_matmul(xq: Tensor, wq: Tensor) -> Tensor:
-    if not use_triton(xq):
-        return reference.int8_matmul(xq, wq)
     from qandc_kernels.int8_gemm import int8_gemm_triton
 
     out = _int8_matmul_fake(xq, wq)
@@ -88,8 +84,6 @@ def _linear(
     w_sum: MaybeTensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    if not use_triton(xq):
-        return reference.int8_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0], dtype=out_dtype)
     return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
 
@@ -119,10 +113,6 @@ def _linear_gelu_quantize(
     x_zero_point: MaybeTensor,
     w_sum: MaybeTensor,
 ) -> Tensor:
-    if not use_triton(xq):
-        return reference.linear_gelu_quantize(
-            xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
-        )
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0])
     ending = {
         "out_scale": out_scale,
@@ -137,8 +127,6 @@ def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
 
 
 def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor) -> Tensor:
-    if not use_triton(x):
-        return reference.weight_only_linear(x, weight, w_scale, bias)
     return multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)
 
 
@@ -177,10 +165,9 @@ def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
         int32 ``[..., N]``.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device is not one of the above.
+        ArgumentError: a dtype, shape or device is not one of the above.
     """
-    check_product("int8_matmul", xq, wq, (torch.int8,))
-    check_devices("int8_matmul", xq=xq, wq=wq)
+    check_int8_matmul(xq, wq)
     return torch.ops.qandc.int8_matmul(xq, wq)
 
 
@@ -213,11 +200,9 @@ def int8_linear(
         ``[..., N]`` of ``out_dtype``, contiguous.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device is not one of the above.
+        ArgumentError: a dtype, shape or device is not one of the above.
     """
-    op = "int8_linear"
-    check_linear(op, xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, (torch.int8,))
-    check_out_dtype(op, out_dtype)
+    check_int8_linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
     return torch.ops.qandc.int8_linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
 
 
@@ -243,9 +228,7 @@ def int4_linear(
 
     All else is as in :func:`int8_linear`.
     """
-    op = "int4_linear"
-    check_linear(op, xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, (torch.uint8,))
-    check_out_dtype(op, out_dtype)
+    check_int4_linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
     return torch.ops.qandc.int4_linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype)
 
 
@@ -276,18 +259,11 @@ def linear_gelu_quantize(
         ``[..., N] int8``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device is not one of the above.
+        ArgumentError: a dtype, shape or device is not one of the above.
     """
-    op = "linear_gelu_quantize"
-    check_tensor(op, "out_scale", out_scale, (torch.float32,), ((),))
-    if out_zero_point is not None:
-        check_tensor(op, "out_zero_point", out_zero_point, (torch.int32,), ((),))
-    check_linear(
-        op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
-        out_scale=out_scale, out_zero_point=out_zero_point, multiplier=multiplier,
-    )  # fmt: skip
-    if multiplier is not None:
-        check_tensor(op, "multiplier", multiplier, (torch.float32,), ((weight.shape[0],),))
+    check_linear_gelu_quantize(
+        xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
+    )
     return torch.ops.qandc.linear_gelu_quantize(
         xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
     )
@@ -310,12 +286,7 @@ def weight_only_linear(
         ``[..., N]`` of the dtype of ``x``, contiguous.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device is not one of the above.
+        ArgumentError: a dtype, shape or device is not one of the above.
     """
-    op = "weight_only_linear"
-    check_product(op, x, weight, x_name="x", x_dtypes=(torch.float16, torch.bfloat16))
-    check_weight_scale(op, x, weight, w_scale)
-    if bias is not None:
-        check_tensor(op, "bias", bias, FLOAT_DTYPES, ((weight.shape[0],),))
-    check_devices(op, x=x, weight=weight, w_scale=w_scale, bias=bias)
+    check_weight_only_linear(x, weight, w_scale, bias)
     return torch.ops.qandc.weight_only_linear(x, weight, w_scale, bias)

@@ -27,7 +27,7 @@ def _quantize_per_tensor_kernel(
     x_ptr, q_ptr,
     M, K, inner_rows,
     stride_0, stride_1, stride_2, stride_3,
-    scale_ptr, zero_point_ptr,
+    scale_ptr, zero_point_ptr, nan_flag_ptr,
     QMIN: tl.constexpr, QMAX: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -37,6 +37,8 @@ def _quantize_per_tensor_kernel(
     mask = (rows[:, None] < M) & (columns[None, :] < K)
     offsets = _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    if nan_flag_ptr is not None:  # all who store here store the same
+        tl.store(nan_flag_ptr, 1, mask=tl.max((x != x).to(tl.int32)) > 0)
     y = x.to(tl.float32) * tl.div_rn(1.0, tl.load(scale_ptr))
     y = tl.where(y == y, y, 0.0)
     zero_point = 0
@@ -102,9 +104,13 @@ def _as_matrix(x: torch.Tensor, token_dims: int) -> tuple[torch.Tensor, tuple[in
 
 
 def quantize_per_tensor_triton(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, bits: int = 8
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bits: int = 8,
+    nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch on ``x`` of any shape and strides; ``scale`` and ``zero_point`` hold one element on the device."""
+    """Launch on ``x`` of any shape and strides; the other tensors hold one element on the device."""
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if q.numel() == 0:
         return q
@@ -115,7 +121,7 @@ def quantize_per_tensor_triton(
         x, q,
         m, k, inner_rows,
         *strides,
-        scale, zero_point,
+        scale, zero_point, nan_flag,
         QMIN=-(1 << bits - 1), QMAX=(1 << bits - 1) - 1,
         WIDTH=width, BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=4,

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from qandc_kernels import reference
-from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K, check_activations, check_bits, check_devices, check_tensor
-from qandc_kernels.library import register, use_triton
+from qandc_kernels.library import register
+from qandc_kernels.op_checks import (
+    check_adaln_quantize_per_tensor,
+    check_adaln_quantize_per_token,
+    check_quantize_per_tensor,
+    check_quantize_per_token,
+)
 
 __all__ = ["adaln_quantize_per_tensor", "adaln_quantize_per_token", "quantize_per_tensor", "quantize_per_token"]
 
 
 def _quantize_per_tensor(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bits: int,
+    nan_flag: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not use_triton(x):
-        return reference.quantize_per_tensor(x, scale, zero_point, bits)
     from qandc_kernels.quantize import quantize_per_tensor_triton
 
     with torch.cuda.device(x.device):
-        return quantize_per_tensor_triton(x, scale, zero_point, bits)
+        return quantize_per_tensor_triton(x, scale, zero_point, bits, nan_flag)
 
 
 def _per_tensor_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
@@ -27,8 +33,6 @@ def _per_tensor_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
 
 
 def _quantize_per_token(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if not use_triton(x):
-        return reference.quantize_per_token(x, bits, token_dims)
     from qandc_kernels.quantize import quantize_per_token_triton
 
     with torch.cuda.device(x.device):
@@ -65,16 +69,12 @@ def _adaln_quantize_per_tensor(
     zero_point: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    if not use_triton(x):
-        return reference.adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, eps)
     return _adaln(x, shift, scale, q_scale, zero_point, eps)[0]
 
 
 def _adaln_quantize_per_token(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not use_triton(x):
-        return reference.adaln_quantize_per_token(x, shift, scale, eps)
     q, token_scale = _adaln(x, shift, scale, None, None, eps)
     assert token_scale is not None
     return q, token_scale
@@ -88,7 +88,7 @@ def _adaln_quantize_per_token_fake(
 
 register(
     "quantize_per_tensor",
-    "(Tensor x, Tensor scale, Tensor? zero_point, int bits) -> Tensor",
+    "(Tensor x, Tensor scale, Tensor? zero_point, int bits, Tensor(a!)? nan_flag) -> Tensor",
     _quantize_per_tensor,
     _per_tensor_fake,
 )
@@ -113,7 +113,11 @@ register(
 
 
 def quantize_per_tensor(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, bits: int = 8
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bits: int = 8,
+    nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Quantize with one given scale: ``q = clip(round(x · (1/s)) + z, -2^(b-1), 2^(b-1) - 1)``.
 
@@ -126,21 +130,17 @@ def quantize_per_tensor(
         scale: 0-d float32 tensor on the device of ``x``, > 0. Read on the device: no synchronization.
         zero_point: 0-d int32 tensor within -2^(b-1)..2^(b-1) - 1, or None for symmetric quantization.
         bits: 2 to 8; fewer than 8 still fill an int8 tensor.
+        nan_flag: one int32 element on the device of ``x``, shape ``[]`` or ``[1]``: becomes 1 if ``x`` holds NaN, which
+            the integers do not show; is left alone otherwise.
 
     Returns:
         int8, shape of ``x``, contiguous.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or bit width is not one of the above.
+        ArgumentError: a dtype, shape, device or bit width is not one of the above.
     """
-    op = "quantize_per_tensor"
-    check_activations(op, x)
-    check_tensor(op, "scale", scale, (torch.float32,), ((),))
-    if zero_point is not None:
-        check_tensor(op, "zero_point", zero_point, (torch.int32,), ((),))
-    check_bits(op, bits)
-    check_devices(op, x=x, scale=scale, zero_point=zero_point)
-    return torch.ops.qandc.quantize_per_tensor(x, scale, zero_point, bits)
+    check_quantize_per_tensor(x, scale, zero_point, bits, nan_flag)
+    return torch.ops.qandc.quantize_per_tensor(x, scale, zero_point, bits, nan_flag)
 
 
 def quantize_per_token(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,22 +156,10 @@ def quantize_per_token(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> t
         A row of zeros gets zeros and a tiny positive scale, a row with NaN the scale NaN.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or bit width is not one of the above.
+        ArgumentError: a dtype, shape or bit width is not one of the above.
     """
-    op = "quantize_per_token"
-    check_activations(op, x, token_dims)
-    check_bits(op, bits)
+    check_quantize_per_token(x, bits, token_dims)
     return torch.ops.qandc.quantize_per_token(x, bits, token_dims)
-
-
-def _check_adaln(op: str, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> None:
-    check_tensor(op, "x", x, FLOAT_DTYPES)
-    if x.ndim != 3 or not 0 < x.shape[2] <= LARGEST_K:
-        raise ValueError(f"{op}: x must be [samples, tokens, K] with K from 1 to {LARGEST_K}; got {tuple(x.shape)}")
-    for name, tensor in (("shift", shift), ("scale", scale)):
-        check_tensor(op, name, tensor, FLOAT_DTYPES, ((x.shape[0], x.shape[2]),))
-    if not (isinstance(eps, float) and 0 <= eps < float("inf")):
-        raise ValueError(f"{op}: eps must be a finite float >= 0; got {eps!r}")
 
 
 def adaln_quantize_per_tensor(
@@ -199,14 +187,9 @@ def adaln_quantize_per_tensor(
         int8, shape of ``x``, contiguous.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device is not one of the above.
+        ArgumentError: a dtype, shape or device is not one of the above.
     """
-    op = "adaln_quantize_per_tensor"
-    _check_adaln(op, x, shift, scale, eps)
-    check_tensor(op, "q_scale", q_scale, (torch.float32,), ((),))
-    if zero_point is not None:
-        check_tensor(op, "zero_point", zero_point, (torch.int32,), ((),))
-    check_devices(op, x=x, shift=shift, scale=scale, q_scale=q_scale, zero_point=zero_point)
+    check_adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, eps)
     return torch.ops.qandc.adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, eps)
 
 
@@ -219,9 +202,7 @@ def adaln_quantize_per_token(
         ``q`` int8, shape of ``x``, contiguous, and its scales ``[samples, tokens] float32``.
 
     Raises:
-        TypeError, ValueError: as :func:`adaln_quantize_per_tensor`.
+        ArgumentError: as :func:`adaln_quantize_per_tensor`.
     """
-    op = "adaln_quantize_per_token"
-    _check_adaln(op, x, shift, scale, eps)
-    check_devices(op, x=x, shift=shift, scale=scale)
+    check_adaln_quantize_per_token(x, shift, scale, eps)
     return torch.ops.qandc.adaln_quantize_per_token(x, shift, scale, eps)

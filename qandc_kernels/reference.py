@@ -1,16 +1,18 @@
 """Plain-torch definition of every op: what the kernels must equal, the CPU path, and a baseline for benchmarks.
 
-The functions carry the names and signatures of the public ops. They check nothing: the public ops do. Like the kernels
+The functions carry the names and signatures of the public ops, and check their arguments as those do. Like the kernels
 they are for inference: no result carries a gradient.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
 import torch.nn.functional as F
 
+from qandc_kernels.op_checks import checked
 from qandc_kernels.packing import unpack_int4
 
 __all__ = [
@@ -36,11 +38,17 @@ SMALLEST_AMAX = 1e-10
 EXACT_CHUNK = 1024
 
 
+@checked
 @torch.no_grad()
 def quantize_per_tensor(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, bits: int = 8
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bits: int = 8,
+    nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``q = clip(round(x · (1/s)) + z, -2^(b-1), 2^(b-1) - 1)``, rounding half to even; NaN becomes ``z``."""
+    _tell_nan(x, nan_flag)
     qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
     shift = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
     y = (x.to(torch.float32) * (1.0 / scale)).nan_to_num_(nan=0.0)
@@ -48,12 +56,23 @@ def quantize_per_tensor(
     return y.to(torch.int8, memory_format=torch.contiguous_format)
 
 
+def _tell_nan(x: torch.Tensor, nan_flag: torch.Tensor | None) -> None:
+    """Store 1 in ``nan_flag`` if there is NaN in ``x``; nothing is read back."""
+    if nan_flag is not None:
+        nan_flag.masked_fill_(x.isnan().any(), 1)
+
+
+@checked
 @torch.no_grad()
 def quantize_per_token(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """``s = max|x| / qmax`` over the last dimensions, ``q = round(x · (1/s))``: int8 as ``x``, float32 ``[...]``.
 
     A token with NaN gets the scale NaN, so that the NaN reaches the output of the product.
     """
+    return _per_token(x, bits, token_dims)
+
+
+def _per_token(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tensor, torch.Tensor]:
     qmax = (1 << bits - 1) - 1
     y = x.to(torch.float32).flatten(x.ndim - token_dims)
     amax = y.abs().amax(-1) if y.shape[-1] else y.new_zeros(y.shape[:-1])
@@ -77,6 +96,7 @@ def _quantize_static(y: torch.Tensor, factor: torch.Tensor, zero_point: torch.Te
     return y.nan_to_num_(nan=-128.0).clamp_(-128, 127).round_().to(torch.int8)
 
 
+@checked
 def adaln_quantize_per_tensor(
     x: torch.Tensor,
     shift: torch.Tensor,
@@ -89,13 +109,25 @@ def adaln_quantize_per_tensor(
     return _quantize_static(_adaln(x, shift, scale, eps), 1.0 / q_scale, zero_point)
 
 
+@checked
+@torch.no_grad()
 def adaln_quantize_per_token(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm, modulation, quantization of each token with its own scale."""
-    return quantize_per_token(_adaln(x, shift, scale, eps))
+    return _per_token(_adaln(x, shift, scale, eps), 8, 1)
 
 
+@torch.no_grad()
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return ``softmax(q kᵀ / √D) v`` of ``[batch, tokens, heads, D]``, in their dtype."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    # torch's attention on a CPU gives 0 instead of NaN where all scores of a query are NaN
+    lost = ~q.isfinite().all(-1, keepdim=True) | k.isnan().any(-1, keepdim=True).any(-2, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v).masked_fill_(lost, float("nan")).transpose(1, 2)
+
+
+@checked
 @torch.no_grad()
 def attention_quantize_per_tensor(
     q: torch.Tensor,
@@ -103,24 +135,38 @@ def attention_quantize_per_tensor(
     v: torch.Tensor,
     out_scale: torch.Tensor,
     out_zero_point: torch.Tensor | None = None,
+    nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)`` of ``[batch, tokens, heads, D]``, in float32."""
-    q, k, v = (t.to(torch.float32).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+    """``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)`` of ``[batch, tokens, heads, D]``, in float32.
+
+    NaN becomes -128.
+    """
+    y = attention(*(t.to(torch.float32) for t in (q, k, v))).contiguous()
+    _tell_nan(y, nan_flag)
     return _quantize_static(y, 1.0 / out_scale, out_zero_point)
 
 
+@checked
 @torch.no_grad()
 def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, share: float = 1.0) -> torch.Tensor:
     """``y[l] = x[l] weight[l]ᵀ + bias[l]``; ``share`` says how much of a GPU to take."""
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
+@checked
 @torch.no_grad()
 def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     """``acc[..., n] = Σ_k xq[..., k] · wq[n, k]``, exact: int8 ``[..., K]`` and ``[N, K]`` to int32 ``[..., N]``."""
+    return _exact_sums(xq, wq)
+
+
+def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _exact_sums(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     acc = torch.zeros(*xq.shape[:-1], wq.shape[0], dtype=torch.int32, device=xq.device)
-    with torch.autocast(xq.device.type, enabled=False):  # bfloat16 sums would not be exact
+    with _no_autocast(xq):  # bfloat16 sums would not be exact
         for x, w in zip(xq.split(EXACT_CHUNK, -1), wq.split(EXACT_CHUNK, -1), strict=True):
             acc += torch.matmul(x.to(torch.float32), w.to(torch.float32).t()).to(torch.int32)
     return acc
@@ -167,11 +213,12 @@ def _linear(
 
 def _sums(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.int8:
-        return int8_matmul(x, w)
-    with torch.autocast(x.device.type, enabled=False):
+        return _exact_sums(x, w)
+    with _no_autocast(x):
         return torch.matmul(x.to(torch.float32), w.to(torch.float32).t())
 
 
+@checked
 def int8_linear(
     xq: torch.Tensor,
     wq: torch.Tensor,
@@ -186,6 +233,7 @@ def int8_linear(
     return _linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum).to(out_dtype)
 
 
+@checked
 def int4_linear(
     xq: torch.Tensor,
     wq_packed: torch.Tensor,
@@ -200,6 +248,7 @@ def int4_linear(
     return _linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum).to(out_dtype)
 
 
+@checked
 @torch.no_grad()
 def linear_gelu_quantize(
     xq: torch.Tensor,
@@ -219,6 +268,7 @@ def linear_gelu_quantize(
     return _quantize_static(y, factor if multiplier is None else multiplier * factor, out_zero_point)
 
 
+@checked
 @torch.no_grad()
 def linear_gate_residual_(
     residual: torch.Tensor,
@@ -239,6 +289,7 @@ def linear_gate_residual_(
     return residual.add_((y * gate.to(torch.float32)[:, None]).to(residual.dtype))
 
 
+@checked
 @torch.no_grad()
 def gated_sum(
     x: torch.Tensor,
@@ -250,7 +301,7 @@ def gated_sum(
     """``x + Σ_s weights[s] Σ_(l, k) gates[l, k] · features[s, l, k] · scales[s, l, k]`` in float32, cast last."""
     y = x.to(torch.float32, copy=True)
     for s in range(features.shape[0]):
-        if weights is not None and weights[s] == 0:
+        if weights is not None and not weights.is_meta and weights[s] == 0:
             continue  # what a weight of 0 stands at was never written
         for layer, branch in itertools.product(range(features.shape[1]), range(features.shape[2])):
             part = features[s, layer, branch].to(torch.float32)
@@ -262,6 +313,7 @@ def gated_sum(
     return y.to(x.dtype)
 
 
+@checked
 @torch.no_grad()
 def guided_step(
     prediction: torch.Tensor, latents: torch.Tensor, coefficients: torch.Tensor, guidance_scale: float | None = None
@@ -270,12 +322,13 @@ def guided_step(
     epsilon = prediction[:, : latents.shape[1]].to(torch.float32)
     if guidance_scale is not None:
         cond, uncond = epsilon.chunk(2)
-        epsilon = uncond + guidance_scale * (cond - uncond)
+        epsilon = uncond + float(guidance_scale) * (cond - uncond)
     a, b, d = coefficients[:, None, :, None, None].unbind(0)
     y = (a * latents + b * epsilon + d).contiguous()
     return y, y.to(prediction.dtype).repeat(1 if guidance_scale is None else 2, 1, 1, 1)
 
 
+@checked
 def weight_only_linear(
     x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qandc_kernels import reference
-from qandc_kernels.checks import FLOAT_DTYPES, check_devices, check_linear, check_tensor
-from qandc_kernels.library import register, use_triton
+from qandc_kernels.library import register
 from qandc_kernels.linear_ops import multiply
+from qandc_kernels.op_checks import check_gated_sum, check_linear_gate_residual_
 
 __all__ = ["gated_sum", "linear_gate_residual_"]
 
@@ -24,10 +23,6 @@ def _linear_gate_residual_(
     w_sum: torch.Tensor | None,
     branch: torch.Tensor | None,
 ) -> None:
-    if not use_triton(xq):
-        operands = (residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, branch)
-        reference.linear_gate_residual_(*operands)
-        return
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
     ending = {"gate": gate, "gate_stride": gate.stride(0), "tokens": xq.shape[1]}
     multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, branch, **ending)
@@ -40,8 +35,6 @@ def _gated_sum(
     weights: torch.Tensor | None,
     scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not use_triton(x):
-        return reference.gated_sum(x, features, gates, weights, scales)
     from qandc_kernels.reuse import gated_sum_triton
 
     if gates is not None and gates.stride(3) != 1:
@@ -97,23 +90,12 @@ def linear_gate_residual_(
         ``residual``. All else as :func:`int8_linear` and :func:`int4_linear`.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or device is not one of the above.
+        ArgumentError: a dtype, shape, stride or device is not one of the above.
     """
-    op = "linear_gate_residual_"
-    check_linear(
-        op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, residual=residual, gate=gate, branch=branch
+    check_linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, branch)
+    torch.ops.qandc.linear_gate_residual_(
+        residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, branch
     )
-    if xq.ndim != 3:
-        raise ValueError(f"{op}: xq must be [samples, tokens, K]; got {tuple(xq.shape)}")
-    samples, tokens, n = *xq.shape[:2], weight.shape[0]
-    for name, tensor in (("residual", residual), ("branch", branch)):
-        if tensor is not None:
-            check_tensor(op, name, tensor, FLOAT_DTYPES, ((samples, tokens, n),))
-            if not tensor.is_contiguous():
-                raise ValueError(f"{op}: {name} must be contiguous, it is written to; got strides {tensor.stride()}")
-    check_tensor(op, "gate", gate, FLOAT_DTYPES, ((samples, n),))
-    operands = (residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, branch)
-    torch.ops.qandc.linear_gate_residual_(*operands)
     return residual
 
 
@@ -141,28 +123,8 @@ def gated_sum(
         ``[samples, tokens, D]``, contiguous, dtype of ``x``.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or device is not one of the above, or only one of int8 features
+        ArgumentError: a dtype, shape, stride or device is not one of the above, or only one of int8 features
             and scales is there.
     """
-    op = "gated_sum"
-    check_tensor(op, "x", x, FLOAT_DTYPES)
-    check_tensor(op, "features", features, (*FLOAT_DTYPES, torch.int8))
-    if x.ndim != 3 or features.ndim != 6 or features.shape[3:] != x.shape:
-        raise ValueError(
-            f"{op}: x must be [samples, tokens, D] and features [S, L, K, samples, tokens, D]; "
-            f"got {tuple(x.shape)} and {tuple(features.shape)}"
-        )
-    sets, layers, branches, samples, _, width = features.shape
-    if gates is not None:
-        check_tensor(op, "gates", gates, FLOAT_DTYPES, ((layers, branches, samples, width),))
-    if weights is not None:
-        check_tensor(op, "weights", weights, (torch.float32,), ((sets,),))
-    if (features.dtype == torch.int8) != (scales is not None):
-        raise ValueError(f"{op}: int8 features need scales, and only they; got features of {features.dtype}")
-    if scales is not None:
-        check_tensor(op, "scales", scales, (torch.float32,), (tuple(features.shape[:5]),))
-    for name, tensor in (("features", features), ("scales", scales), ("weights", weights)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous; got strides {tensor.stride()}")
-    check_devices(op, x=x, features=features, gates=gates, weights=weights, scales=scales)
+    check_gated_sum(x, features, gates, weights, scales)
     return torch.ops.qandc.gated_sum(x, features, gates, weights, scales)

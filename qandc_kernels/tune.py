@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 
 from qandc_kernels.backend import select_backend
+from qandc_kernels.checks import check_integer, check_layers, check_list, check_sizes
+from qandc_kernels.errors import ArgumentError
 from qandc_kernels.tiles import GemmTile, gpu_of, own_tables
 
 __all__ = ["Problem", "candidates", "main", "time_launches", "tune"]
@@ -49,7 +51,28 @@ class Problem(NamedTuple):
 
 
 def candidates(kernel: str, m: int) -> Iterator[GemmTile]:
-    """Tiles worth trying. Those that need more shared memory or registers than a GPU has are dropped when they fail."""
+    """Yield tiles worth trying for ``m`` rows. Those that no GPU has shared memory or registers for fail when launched.
+
+    Raises:
+        ArgumentError: ``kernel`` is none of KERNELS, or ``m`` no size.
+    """
+    _checked([], [m], [kernel])
+    return _candidates(kernel, m)
+
+
+def _checked(
+    layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int = 1
+) -> tuple[list[tuple[int, int]], list[int], list[str]]:
+    kernels = check_list("tune", "kernels", kernels)
+    for name in kernels:
+        if not isinstance(name, str) or name not in KERNELS:
+            raise ArgumentError(f"tune: kernels are {', '.join(KERNELS)}; got {name!r}")
+    layers = check_layers("tune", layers, 2 if any(name.startswith("int4") for name in kernels) else 1)
+    check_integer("tune", "processes", processes, 1, 1024)
+    return layers, check_sizes("tune", "rows", rows), kernels
+
+
+def _candidates(kernel: str, m: int) -> Iterator[GemmTile]:
     rows = [block for block in (16, 32, 64, 128) if block < 2 * m or block == 16]
     if kernel.split()[0] == "int8":
         sizes = [(16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128)]
@@ -126,7 +149,13 @@ def launcher(problem: Problem, copies: int) -> Callable[[GemmTile, int], torch.T
 
 
 def time_launches(launch: Callable[[int], object], copies: int, repeats: int) -> float:
-    """Median seconds of one launch, from a CUDA graph of ``copies`` launches."""
+    """Return the median seconds of one launch, from ``repeats`` replays of a CUDA graph of ``copies`` launches.
+
+    Raises:
+        ArgumentError: ``copies`` or ``repeats`` is not a positive integer.
+    """
+    check_integer("time_launches", "copies", copies, 1, 2**20)
+    check_integer("time_launches", "repeats", repeats, 1, 2**20)
     launch(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -174,7 +203,12 @@ def _fastest(problem: Problem) -> tuple[GemmTile, float]:
 
 
 def tune(layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int) -> list[dict[str, object]]:
-    """The fastest tile of every kernel for every (N, K) and M, with its time."""
+    """Return the fastest tile of every kernel for every (N, K) and M, with its time.
+
+    Raises:
+        ArgumentError: a size is not positive, an odd K meets int4, a kernel is none of KERNELS, or ``processes`` < 1.
+    """
+    layers, rows, kernels = _checked(layers, rows, kernels, processes)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = []
         for kernel, k in itertools.product(kernels, sorted({k for _, k in layers})):  # M and N are run-time arguments
@@ -212,18 +246,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    try:
+        _checked(options.layers, options.rows, options.kernels, options.processes)
+    except ArgumentError as error:
+        parser.error(str(error))
     backend = select_backend("cuda" if torch.cuda.is_available() else "cpu")
     if backend.name != "triton":
         parser.error(f"tiles are measured on a GPU; {backend.reason}")
     gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()))
     path = (options.out or own_tables()) / f"{gpu.name}.json"
+    try:  # before the hours that tuning takes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries = json.loads(path.read_text())["tiles"] if path.exists() else []
+        old = {(e["kernel"], e["m"], e["n"], e["k"]): e for e in entries}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(f"{path} cannot be made or is no table of tiles ({error}); give another --out, or remove it")
     tuned = tune(options.layers, options.rows, options.kernels, options.processes)
-    if path.exists():
-        new = {(e["kernel"], e["m"], e["n"], e["k"]) for e in tuned}
-        tuned += [e for e in json.loads(path.read_text())["tiles"] if (e["kernel"], e["m"], e["n"], e["k"]) not in new]
+    new = {(e["kernel"], e["m"], e["n"], e["k"]) for e in tuned}
+    tuned += [entry for key, entry in old.items() if key not in new]
     import triton
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "gpu": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from qandc_kernels.backend import select_backend
+from qandc_kernels.checks import LARGEST_ROWS, check_dtype, check_integer, check_layers, check_sizes
+from qandc_kernels.errors import ArgumentError
 from qandc_kernels.linear_ops import int4_linear, int8_linear, linear_gelu_quantize
 from qandc_kernels.quantize_ops import (
     adaln_quantize_per_tensor,
@@ -34,18 +36,23 @@ def warm_up(
     device without Triton kernels there is nothing to do.
 
     Args:
-        layers: (out_features, in_features) of the layers.
+        layers: (out_features, in_features) of the layers; in_features up to 65535, even for 4 bits.
         rows: batch times tokens, as they will be.
-        dtype: of the activations, residual, gate and bias.
+        dtype: float16, bfloat16 or float32, of the activations, residual, gate and bias.
         w_bits: 8 or 4.
         tokens: rows per sample, on which gates and modulation depend; rows that are no multiple count as one sample.
         device: where the kernels will run.
 
     Raises:
-        ValueError: ``w_bits`` is neither 8 nor 4.
+        ArgumentError: a size is not positive, an in_features is over 65535 or does not fit ``w_bits``, a dtype or a
+            device is not one of the above.
+        DeviceError: the device is a GPU that is not here.
     """
-    if w_bits not in (8, 4):
-        raise ValueError(f"warm_up: w_bits must be 8 or 4; got {w_bits!r}")
+    if type(w_bits) is not int or w_bits not in (8, 4):
+        raise ArgumentError(f"warm_up: w_bits must be 8 or 4; got {w_bits!r}")
+    layers, rows = check_layers("warm_up", layers, 8 // w_bits), check_sizes("warm_up", "rows", rows)
+    check_dtype("warm_up", "dtype", dtype)
+    check_integer("warm_up", "tokens", tokens, 1, LARGEST_ROWS)
     if select_backend(device).name != "triton":
         return
     one = torch.ones((), device=device)

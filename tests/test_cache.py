@@ -204,6 +204,19 @@ def test_a_repeated_run_with_one_labels_tensor_is_new():
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("shapes", [(4, 4, 4, 4), (1, 4, 1, 4)], ids=["rows", "one for all rows, or each its own"])
+def test_every_rising_timestep_begins_a_run(shapes):
+    """Inversion, or losses step by step: the one that began a run counts for the next, too."""
+    model = apply(make_dit(), 5)
+    plain, labels = make_dit(), LABELS.clone()
+    with torch.no_grad():
+        for step, (timestep, rows) in enumerate(zip((100, 500, 900, 950), shapes, strict=True)):
+            batch = {**inputs(step), "timestep": torch.full((rows,), timestep), "class_labels": labels}
+            assert torch.equal(model(**batch).sample, plain(**batch).sample)
+        model(**inputs(4), class_labels=labels)
+    assert (get_cache(model).compute_steps, get_cache(model).reuse_steps) == (4, 1)
+
+
 def test_labels_written_in_place_begin_a_new_run():
     model = apply(make_dit(), 3)
     labels = LABELS.clone()

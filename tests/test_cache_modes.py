@@ -32,6 +32,7 @@ from qandc import (
 from qandc.cache import FUSED
 from qandc.fused_step import FusedBlock
 from qandc.schedule import forecast_weights
+from qandc.schedule_calibration import _evenly, feature_gram
 from qandc_kernels import Backend
 from tests.conftest import make_dit
 from tests.test_fused_dit import make_quantized, relative_error
@@ -269,6 +270,15 @@ def test_memory_is_made_once():
     assert cache.nbytes == 0
 
 
+@pytest.mark.parametrize(("storage_dtype", "per_token"), [("float32", 4 * 32), ("bfloat16", 2 * 32), ("int8", 32 + 4)])
+def test_memory_is_that_of_values_and_scales(storage_dtype, per_token):
+    """One byte a value and a float32 a token, of 2 branches in each of 3 layers, for 4 rows of 16 tokens."""
+    model = make_dit()
+    cache = apply_cache_to_dit(model, config=CacheConfig("branch", interval=3, storage_dtype=storage_dtype))
+    run(model, 1)
+    assert cache.nbytes == 2 * 3 * 4 * 16 * per_token
+
+
 def test_a_step_too_many_is_refused():
     model = make_dit()
     apply_cache_to_dit(model, config=CacheConfig("branch", schedule=(True, False)))
@@ -284,6 +294,147 @@ def test_the_loop_refuses_a_schedule_of_another_length():
     with pytest.raises(ConfigError, match="schedule has 3 steps and the run 4"):
         sample_latents(model, scheduler, [1], num_inference_steps=4, seeds=[0])
     sample_latents(model, scheduler, [1], num_inference_steps=3, seeds=[0])
+
+
+def vanilla_pipeline(pipeline_dir, **config):
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    pipe = DiTPipeline.from_pretrained(pipeline_dir)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("mode", ["block", "branch"])
+def test_a_run_of_another_length_is_refused_in_the_vanilla_pipeline(pipeline_dir, mode, spacing):
+    """The model sees timesteps alone: leading ones differ in the first step, trailing ones in the second."""
+    pipe = vanilla_pipeline(pipeline_dir, timestep_spacing=spacing)
+    found = calibrate_schedule(
+        pipe.transformer, pipe.scheduler, [1], mode=mode, computed_steps=3, num_inference_steps=8
+    )
+    cache = apply_cache_to_dit(pipe.transformer, config=found.config())
+    call = {"class_labels": [1], "output_type": "np"}
+    step, ours = (1, 875) if spacing == "leading" else (2, 874)
+    theirs = {5: {1: 800, 2: 799}, 9: {1: 888, 2: 888}}
+    for steps in (5, 9):
+        with pytest.raises(
+            CacheError, match=rf"of 8 steps, with step {step} at timestep {ours}.*at {theirs[steps][step]}"
+        ):
+            pipe(**call, num_inference_steps=steps)
+        with pytest.raises(ConfigError, match=f"schedule has 8 steps and the run {steps}"):
+            sample_latents(pipe.transformer, pipe.scheduler, [1], num_inference_steps=steps, seeds=[0])
+    reset_all_caches(pipe.transformer)
+    for _ in range(2):  # its own length, again and again
+        pipe(**call, num_inference_steps=8)
+        sample_latents(pipe.transformer, pipe.scheduler, [1], num_inference_steps=8, seeds=[0])
+    assert (cache.compute_steps, cache.reuse_steps) == (12, 20)
+
+
+def test_a_run_of_another_scheduler_is_refused(pipeline_dir):
+    pipe = vanilla_pipeline(pipeline_dir)
+    found = calibrate_schedule(pipe.transformer, pipe.scheduler, [1], computed_steps=3, num_inference_steps=8)
+    other = vanilla_pipeline(pipeline_dir, steps_offset=1)
+    apply_cache_to_dit(other.transformer, config=found.config())
+    with pytest.raises(CacheError, match="at timestep 875; this run has it at 876"):
+        other(class_labels=[1], num_inference_steps=8)
+    with pytest.raises(ConfigError, match="at timestep 875; this one has it at 876"):
+        sample_latents(other.transformer, other.scheduler, [1], num_inference_steps=8, seeds=[0])
+
+
+def test_runs_that_share_a_labels_tensor_each_begin_at_the_first_timestep():
+    model = make_dit()
+    timesteps = [900 - 20 * step for step in range(STEPS)]
+    cache = apply_cache_to_dit(model, config=CacheConfig("branch", schedule=UNEVEN, timesteps=timesteps))
+    labels = make_labels()
+    first, second = run(model, labels=labels), run(model, labels=labels)
+    assert_equal_runs(second, first, atol=0)
+    assert cache.compute_steps == 2 * sum(UNEVEN)
+    with pytest.raises(CacheError, match="step 1 at timestep 900; this run has it at 890"):
+        model(**{**inputs(0), "timestep": torch.tensor([890])}, class_labels=labels)
+
+
+def test_a_shorter_run_is_warned_about_where_no_timesteps_tell(pipeline_dir, caplog):
+    pipe = vanilla_pipeline(pipeline_dir)
+    config = CacheConfig(interval=2, num_inference_steps=8, last_step_computed=True)
+    apply_cache_to_dit(pipe.transformer, config=config)
+    for steps in (8, 8, 5, 5, 5):
+        assert not caplog.records or steps == 5
+        pipe(class_labels=[1], num_inference_steps=steps, output_type="np")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("qandc")] == [
+        "the feature cache has a schedule of 8 steps, but a run ended after 5; unless it was interrupted, give a "
+        "schedule for 5 steps, or an interval"
+    ]
+
+
+class OnTheWay(torch.Tensor):
+    """A timestep that says that it is on a GPU; what is copied from it arrives when the test wants it."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def arrivals(monkeypatch):
+    """Copies from a GPU that does not exist; set ``here`` to have them arrive."""
+    state = {"here": False, "capturing": False}
+
+    class Event:
+        def query(self):
+            return state["here"]
+
+    class Stream:
+        def record_event(self):
+            return Event()
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **kwargs: empty(*shape, **kwargs))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    return state
+
+
+def steps_of_a_gpu(cache, model, timesteps, labels):
+    x = torch.zeros(1, 4, 8, 8)
+    for timestep in timesteps:
+        with cache.step(model, x, torch.tensor([timestep]).as_subclass(OnTheWay), labels):
+            yield cache.plan.kind
+
+
+def test_timesteps_that_arrive_later_from_a_gpu_are_compared_then(arrivals):
+    model = make_dit(num_layers=1)
+    config = CacheConfig("branch", schedule=(True, False, True), timesteps=(600, 300, 0))
+    cache = apply_cache_to_dit(model, config=config)
+    kinds = list(steps_of_a_gpu(cache, model, (600, 300, 0), torch.tensor([1])))
+    assert kinds == ["store", "reuse", "plain"]
+    arrivals["here"] = True
+    labels = torch.tensor([1])
+    late = steps_of_a_gpu(cache, model, (600, 200, 0), labels)
+    assert [next(late), next(late)] == ["store", "reuse"]
+    with pytest.raises(CacheError, match="of 3 steps, with step 2 at timestep 300; this run has it at 200"):
+        next(late)
+    assert list(steps_of_a_gpu(cache, model, (600, 300, 0), labels)) == kinds  # nothing is left of it
+
+
+def test_the_next_run_tells_what_came_after_the_last_step(arrivals):
+    model = make_dit(num_layers=1)
+    cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=(600, 300, 0)))
+    assert len(list(steps_of_a_gpu(cache, model, (500, 0), torch.tensor([1])))) == 2
+    arrivals["here"] = True
+    labels = torch.tensor([1])
+    with pytest.raises(CacheError, match="step 1 at timestep 600; this run has it at 500"):
+        next(steps_of_a_gpu(cache, model, (600,), labels))
+    assert len(list(steps_of_a_gpu(cache, model, (600, 300, 0), labels))) == 3
+
+
+def test_steps_of_a_captured_graph_are_counted_and_not_compared(arrivals):
+    model = make_dit(num_layers=1)
+    cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=(600, 300, 0)))
+    arrivals.update(here=True, capturing=True)
+    labels = torch.tensor([1])
+    first = steps_of_a_gpu(cache, model, (9, 300, 0), labels)
+    next(first)
+    arrivals["capturing"] = False
+    assert len(list(first)) == 2
 
 
 def test_interval_and_config_together_are_refused():
@@ -457,11 +608,94 @@ def test_errors_of_a_calibrated_schedule_are_those_of_the_model(mode):
     assert found.error == pytest.approx(error, rel=0.2)  # 512 of its places stand for all
 
 
+def record_gram(model, mode="branch"):
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    return feature_gram(model, scheduler, [3, 4], mode=mode, num_inference_steps=4)
+
+
+@pytest.mark.parametrize("branch", [0, 1], ids=["attention", "mlp"])
+def test_each_branch_is_compared_through_its_own_gate(branch):
+    """A branch whose gate is zero adds nothing: what it computes changes no image and no error."""
+    model = make_dit(num_layers=2)
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            for tensor in (block.norm1.linear.weight, block.norm1.linear.bias):
+                tensor.chunk(6)[(2, 5)[branch]].zero_()
+        before = record_gram(model)
+        for block in model.transformer_blocks:
+            (block.attn1.to_out[0], block.ff.net[2])[branch].weight.mul_(50)
+        assert record_gram(model) == pytest.approx(before, rel=1e-4)
+        for block in model.transformer_blocks:
+            (block.ff.net[2], block.attn1.to_out[0])[branch].weight.mul_(1.5)
+        assert record_gram(model) != pytest.approx(before, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["block", "branch"])
+def test_features_of_compiled_blocks_that_have_run(mode):
+    expected = record_gram(make_dit(num_layers=2), mode)
+    model = make_dit(num_layers=2)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    sample_latents(model, scheduler, [3, 4], num_inference_steps=4, seeds=[0, 1])
+    assert record_gram(model, mode) == pytest.approx(expected, rel=1e-3)
+
+
+def heun():
+    from diffusers import HeunDiscreteScheduler
+
+    return HeunDiscreteScheduler(num_train_timesteps=1000)
+
+
+@pytest.mark.parametrize(("mode", "order"), [("block", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
+def test_a_scheduler_that_calls_the_model_twice_a_step(mode, order):
+    """Steps of a schedule are calls of the model: 11 in 6 inference steps."""
+    model = make_dit(num_layers=2)
+    run = {"num_inference_steps": 6}
+    found = calibrate_schedule(model, heun(), [1, 2], mode=mode, order=order, computed_steps=5, **run)
+    assert len(found.schedule) == len(found.timesteps) == 11
+    assert sum(found.schedule) == 5
+    assert 0 < found.error <= found.uniform_error
+    with pytest.raises(ConfigError, match=r"computed_steps is 12; .* can compute . to 11"):
+        calibrate_schedule(model, heun(), [1, 2], mode=mode, order=order, computed_steps=12, **run)
+    cache = apply_cache_to_dit(model, config=found.config())
+    for _ in range(2):
+        sample_latents(model, heun(), [1], seeds=[0], **run)
+    assert (cache.compute_steps, cache.reuse_steps) == (10, 12)
+    with pytest.raises(ConfigError, match="schedule has 11 steps and the run 13"):
+        sample_latents(model, heun(), [1], seeds=[0], num_inference_steps=7)
+    remove_cache(model)
+    apply_cache_to_dit(model, config=CacheConfig(interval=2, num_inference_steps=6))
+    with pytest.raises(ConfigError, match=r"schedule has 6 steps and the run 11; .*one entry for each call"):
+        sample_latents(model, heun(), [1], seeds=[0], **run)
+
+
+def test_a_calibrated_schedule_is_no_worse_than_an_even_one(monkeypatch):
+    """Of order 2 not all schedules are tried; here none is but a bad one."""
+    bad = (True, True, True, True, False, False, False, False)
+    monkeypatch.setattr("qandc.schedule_calibration.optimal_schedule", lambda gram, computed, **order: bad)
+    scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    arguments = {"mode": "taylor", "order": 2, "computed_steps": 4, "num_inference_steps": 8}
+    found = calibrate_schedule(make_dit(num_layers=2), scheduler, [1], **arguments)
+    assert found.schedule != bad
+    assert sum(found.schedule) == 4
+    assert found.error == found.uniform_error
+
+
+@pytest.mark.parametrize("computed", range(1, 7))
+def test_evenly_spaced_steps_are_as_many_as_asked_for(computed):
+    assert sum(_evenly(6, computed, 1)) == computed
+
+
 def test_schedules_that_cannot_be_calibrated():
     model = make_dit()
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
     with pytest.raises(ConfigError, match=r"computed_steps is 1; .* can compute 2 to 10"):
         calibrate_schedule(model, scheduler, [1], mode="taylor", computed_steps=1, num_inference_steps=10)
+    from diffusers import DDIMInverseScheduler
+
+    with pytest.raises(ConfigError, match="timesteps rise from 0 to 100"):
+        calibrate_schedule(model, DDIMInverseScheduler(steps_offset=0), [1], computed_steps=1, num_inference_steps=10)
     with pytest.raises(ConfigError, match="mode 'x' is unknown"):
         calibrate_schedule(model, scheduler, [1], mode="x", computed_steps=1, num_inference_steps=10)
     with pytest.raises(ModelError, match="before fuse_dit"):
@@ -630,6 +864,25 @@ def test_timesteps_that_rise_on_a_gpu_are_an_error():
     with pytest.raises(CacheError, match="timesteps rose within one run"):
         repeated()
     run(model, 4, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_of_another_length_is_an_error_on_a_gpu(fused):
+    """A step or more later, or when the next run begins; never waited for."""
+    model = make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32)
+    if fused:
+        fuse_dit(model)
+    timesteps = [900 - 25 * step for step in range(STEPS)]
+    apply_cache_to_dit(model, config=CacheConfig("branch", schedule=UNEVEN, timesteps=timesteps))
+
+    def repeated():
+        for _ in range(2):
+            run(model, 5, device="cuda", dtype=torch.bfloat16)
+            torch.cuda.synchronize()
+
+    with pytest.raises(CacheError, match="of 10 steps, with step 2 at timestep 875; this run has it at 880"):
+        repeated()
 
 
 @pytest.mark.gpu

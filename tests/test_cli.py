@@ -49,7 +49,7 @@ def test_generate_draws_both_rows(capsys, tmp_path, pipeline_dir, w_bits):
 
 def test_a_calibrated_schedule(capsys, tmp_path, pipeline_dir):
     path, target = tmp_path / "schedule.json", tmp_path / "images.png"
-    CalibratedSchedule((True, True, False, False), (751, 501, 251, 1), "taylor", 1, 0.1, 0.2).save(path)
+    CalibratedSchedule((True, True, False, False), (750, 500, 250, 0), "taylor", 1, 0.1, 0.2).save(path)
     arguments = ["generate", "--model", pipeline_dir, "--classes", "1", "--schedule", path, "--device", "cpu"]
     status, out, _ = run(capsys, *arguments, "--steps", 4, "-o", target)
     assert status == 0

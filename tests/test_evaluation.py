@@ -6,17 +6,20 @@ import json
 import logging
 import re
 import sys
+import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from qandc import ConfigError, DataError
+from qandc import ConfigError, DataError, DeviceError
 from qandc.cli import main
 from qandc.evaluation import FASHION_MNIST, ReferenceStatistics, evaluate
-from qandc.extractors import load_extractor
+from qandc.extractors import Extractor, load_extractor
 from qandc.images import Images
 from qandc.metrics import FeatureStatistics, frechet_distance
 
@@ -201,6 +204,18 @@ def test_statistics_that_are_refused(tmp_path, extractor):
     refuses(DataError, r"mu is \[128\] and sigma \[2, 2\]", mu=np.ones(128), sigma=np.eye(2))
     refuses(DataError, "contains NaN", mu=np.full(128, np.nan), sigma=np.eye(128))
     refuses(DataError, "cannot be read", mu=np.ones(128))
+    refuses(
+        DataError,
+        r"cannot be read \(mu holds Python objects",
+        mu=np.array([None] * 128),
+        sigma=np.eye(128),
+    )
+    refuses(DataError, r"x\.npz'.* real numbers", mu=np.ones(128, complex), sigma=np.eye(128))
+    refuses(DataError, r"x\.npz'.* symmetric", mu=np.ones(128), sigma=-np.eye(128))
+    refuses(DataError, "count is .* no integer", **good, count=np.ones(3))
+    refuses(DataError, "count is -1", **good, count=np.int64(-1))
+    refuses(DataError, r"mu_s is \[2\] and sigma_s \[3, 3\]", **good, mu_s=np.ones(2), sigma_s=np.eye(3))
+    refuses(DataError, "at most 4,096 are decoded", **good, extractor=np.str_("x" * 2000))
     path.write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be read"):
         evaluate(images, path, extractor)
@@ -228,6 +243,61 @@ def test_sets_that_are_refused(tmp_path, extractor):
         evaluate(small, small, extractor)
     with pytest.raises(ConfigError, match=r"is not there; give a folder of images, an \.npz"):
         evaluate(images, tmp_path / "nothing", extractor)
+
+
+def test_statistics_of_a_size_that_fills_the_memory(tmp_path, extractor):
+    """13,000 features are declared, and would be 1.3 GB of zeros in a file of some megabytes."""
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, shape in (("mu", (13_000,)), ("sigma", (13_000, 13_000))):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+                for _ in range(0, int(np.prod(shape)), 13_000):
+                    file.write(bytes(8 * 13_000))
+    with pytest.raises(DataError, match=r"sigma is declared as \[13000, 13000\] float64: 1,352,000,000 bytes"):
+        evaluate(Images.of(draw(0, 8)), path, extractor)
+
+
+def test_arguments_that_are_refused_before_the_work(extractor):
+    class Never(Extractor):
+        def __call__(self, images):
+            raise AssertionError("images were read")
+
+    never = Never(**{field.name: getattr(extractor, field.name) for field in fields(extractor)})
+    images = Images.of(draw(0, 8))
+    for changes, message in (
+        ({"kernel_subsets": 0}, "subsets and subset_size are 0 and 1000"),
+        ({"kernel_subset_size": 1}, "subsets and subset_size are 100 and 1"),
+        ({"kernel_subset_size": 2.5}, "subsets and subset_size are 100 and 2.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"images": None}, "images are None"),
+        ({"images": draw(0, 8)}, r"or Images\.of"),
+        ({"reference": None}, "reference is None"),
+        ({"reference": 3}, "reference is 3"),
+        ({"extractor": None}, "extractor is None"),
+        ({"extractor": "vgg"}, "'vgg' are unknown"),
+        ({"images": ROOT, "max_pixels": 0}, "max_pixels is 0"),
+        ({"reference": ROOT, "max_pixels": "many"}, "max_pixels is 'many'"),
+        ({"images": "x" * 300}, "cannot be opened"),
+        ({"reference": "x" * 300}, "is not there"),
+        ({"reference": "a\0b"}, "is not there"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(**{"images": images, "reference": images, "extractor": never, **changes})
+    with pytest.raises(ConfigError, match=r"give Images\.of"):
+        next(extractor(draw(0, 8)))
+    with pytest.raises(ConfigError, match="device 'tpu' is unknown"):
+        load_extractor("fashion-classifier", "tpu")
+    with pytest.raises(DeviceError, match=r"'cuda:99' is not here"):
+        load_extractor("fashion-classifier", "cuda:99")
+
+
+def test_spatial_features_are_taken_after_norm_and_relu(sets, extractor):
+    """So the docstrings say: they are not negative, and many are 0."""
+    spatial = next(extractor(Images.of(sets[0]))).spatial
+    assert spatial.min() == 0
+    assert "norm and ReLU" in load_extractor.__doc__
+    assert "norm and ReLU" in Extractor.__doc__
 
 
 def test_few_images_of_saved_statistics_are_a_warning(caplog, extractor, result):
@@ -272,6 +342,12 @@ def test_the_command_refuses_in_one_line(capsys, tmp_path):
     ours, theirs = tmp_path / "ours.npz", tmp_path / "theirs.npz"
     np.savez(ours, draw(0, 8))
     np.savez(theirs, draw(1, 9))
+    empty, transparent, broken = (tmp_path / name for name in ("empty", "transparent", "broken.npz"))
+    broken.write_bytes(b"PK\3\4nothing")
+    for folder in (empty, transparent, tmp_path / "broken"):
+        folder.mkdir()
+    Image.new("L", (32, 32)).save(transparent / "x.png", transparency=0)
+    (tmp_path / "broken" / "x.png").write_bytes(b"\x89PNG")
     for arguments, message in (
         ((ours, theirs), "--allow-unequal"),
         ((ours, tmp_path / "nothing"), "is not there"),
@@ -283,6 +359,21 @@ def test_the_command_refuses_in_one_line(capsys, tmp_path):
         ((ours, ours, "--json", tmp_path / "x.txt"), "must end in .json"),
         ((ours, ours, "--save-statistics", tmp_path / "no" / "x.npz"), "does not exist"),
         ((ours, ours, "--device", "tpu"), "tpu"),
+        ((ours, ours, "--max-pixels", 1023), "at most 1,023 are decoded"),
+        ((ours, ours, "--max-pixels", 0), "max_pixels is 0"),
+        ((ours, ours, "--max-pixels", "many"), "Invalid value for '--max-pixels'"),
+        ((ours, ours, "--seed", 2**62), "--seed 4611686018427387904"),
+        ((empty, ours), "holds no .png"),
+        ((transparent, ours), "transparency"),
+        ((broken, ours), "not an .npz file that can be read"),
+        ((ours, broken), "cannot be read"),
+        ((broken.parent / "broken", ours), "cannot be read as an image"),
+        (("x" * 300, ours), "cannot be opened"),
+        ((ours, "a\0b"), "null byte"),
+        ((ours, ours, "--features", "inception", "--inception-weights", broken), "cannot be read"),
+        ((ours, ours, "--features", "inception", "--inception-weights", "x" * 300), "are not there"),
+        ((ours, ours, "--save-statistics", tmp_path), "is a directory"),
+        ((ours,), "Missing argument 'reference'"),
     ):
         status, out, err = run(capsys, "--device", "cpu", *arguments)
         assert (status, out) == (2, "")

@@ -37,9 +37,10 @@ from qandc.extractors import load_extractor
 from qandc.files import locked
 from qandc.metrics import FashionClassifier
 from qandc.processes import Processes
-from qandc.scores import Scorer, scorer_for
+from qandc.scores import Scorer, load_images, scorer_for
 from qandc.sharded_sampling import sample_file
 from qandc.shards import ImageSet
+from tests.conftest import in_a_thread
 
 CALIBRATION = CalibrationSettings(
     num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="block", cache_interval=2, uniform=True,
@@ -93,6 +94,17 @@ def test_full_precision_is_what_sampling_draws(finished, pipeline_dir):
     drawn = decode_latents(pipe.vae, sample_latents(pipe.transformer, scheduler, [4, 5], seeds=[4, 5], **run))
     expected = ((drawn / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert np.array_equal(images_of(finished[0], ROWS[0])[4:], expected.numpy())
+
+
+def test_in_another_thread(finished, pipeline_dir, tmp_path):
+    """As a notebook's executor or a web server runs it: the same images, the same refusals."""
+    directory, _ = finished
+    rows = in_a_thread(experiment, pipeline_dir, tmp_path)
+    assert [row["row"] for row in rows] == [kind.name for kind in ROWS]
+    for kind in ROWS:
+        assert np.array_equal(images_of(tmp_path, kind), images_of(directory, kind))
+    with pytest.raises(ConfigError, match="holds an experiment"):
+        in_a_thread(experiment, pipeline_dir, tmp_path, dataclasses.replace(SETTINGS, images=8))
 
 
 def test_the_pipeline_stays_as_it_is(finished, pipeline_dir, tmp_path):
@@ -204,6 +216,35 @@ def test_scores_and_their_intervals():
     assert found["class_accuracy"]["ci95"] == pytest.approx(1.96 * (share * (1 - share) / 200) ** 0.5, rel=0.35)
     with pytest.raises(DataError, match=r"\[200, 32, 32, 1\] and those of full precision \[199, 32, 32, 1\]"):
         scorer(off, full[1:], np.arange(200))
+    for images, labels in (
+        (full[:0], np.arange(0)),
+        (full.astype(np.float32), np.arange(200)),
+        (full[..., 0], np.arange(200)),
+        (torch.from_numpy(full), np.arange(200)),
+        (full, np.arange(199)),
+        (full, np.arange(200.0)),
+        (full, list(range(200))),
+    ):
+        for score in (scorer, Scorer()):
+            with pytest.raises(DataError, match="got"):
+                score(images, images, labels)
+
+
+def test_images_of_a_run_that_are_damaged(tmp_path):
+    path = tmp_path / "x.npz"
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    np.savez(path, images)
+    assert np.array_equal(load_images(path), images)
+    for wrong in (images[0], images.astype(np.float32), np.array([{}])):
+        np.savez(path, wrong)
+        with pytest.raises(DataError, match=r"holds no images .*delete it and run the same command again"):
+            load_images(path)
+    np.savez(path, images=images)
+    with pytest.raises(DataError, match="holds no images"):
+        load_images(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"holds no images .*No such file"):
+        load_images(path)
 
 
 def test_the_classifier_scores_only_the_classes_it_knows(pipeline_dir, tmp_path):
@@ -349,6 +390,15 @@ def sample_images(pipe, target, **changes) -> float | None:
     settings = {"steps": 3, "guidance_scale": 2.0, "scheduler": "ddim", **changes}
     image_set = settings.pop("image_set", ImageSet(6, (1, 2), batch_size=3))
     return sample_file(pipe, target, image_set, **settings)
+
+
+def test_images_are_sampled_in_another_thread(pipeline_dir, tmp_path):
+    ours, theirs = tmp_path / "thread.npz", tmp_path / "main.npz"
+    in_a_thread(sample_images, load_pipeline(pipeline_dir), ours)
+    sample_images(load_pipeline(pipeline_dir), theirs)
+    assert ours.read_bytes() == theirs.read_bytes()
+    with pytest.raises(OutputError, match="is there already"):
+        in_a_thread(sample_images, load_pipeline(pipeline_dir), ours)
 
 
 @pytest.mark.parametrize(

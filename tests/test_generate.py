@@ -10,7 +10,9 @@ import torch
 import qandc.generate
 from qandc import (
     CacheConfig,
+    CalibratedSchedule,
     CalibrationSettings,
+    ConfigError,
     QuantConfig,
     calibrate_pipeline,
     fashion_dit_preset,
@@ -72,6 +74,15 @@ def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir):
     without = images(pipeline_dir, preset=dataclasses.replace(preset, compensation=None), **changes)
     assert torch.equal(with_it[0], without[0])
     assert not torch.equal(with_it[1], without[1])
+
+
+def test_a_schedule_of_another_run_is_refused_before_any_work(pipeline_dir):
+    result = Comparison()
+    cache = CalibratedSchedule((True, True, False), (901, 501, 101), "taylor", 1).config()
+    settings = GenerateSettings(class_labels=(1,), num_inference_steps=3, cache=cache)
+    with pytest.raises(ConfigError, match="step 1 at timestep 901; this one has it at 666"):
+        generate(load_pipeline(pipeline_dir), settings, result)
+    assert result.rows == []
 
 
 def test_batches_continue_the_seeds(pipeline_dir, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qandc import ConfigError
+from qandc import ConfigError, DataError
 from qandc.extractors import load_extractor
 from qandc.images import Images
 from qandc.inception import InceptionV3, load_inception
@@ -67,6 +67,13 @@ def test_gray_images_are_three_equal_channels(weights):
     gray = torch.rand(1, 1, 20, 20) * 2 - 1
     with torch.no_grad():
         assert torch.equal(model(gray)[0], model(gray.expand(-1, 3, -1, -1))[0])
+
+
+def test_images_that_are_refused():
+    model = InceptionV3()
+    for images in (torch.zeros(1, 2, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None):
+        with pytest.raises(DataError, match=r"Inception takes float images \[B, 1 or 3, H, W\]"):
+            model(images)
 
 
 def test_structure_of_the_published_weights():

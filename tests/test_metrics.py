@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qandc import ConfigError, DataError
+from qandc import ConfigError, DataError, OutputError
 from qandc.metrics import (
     EfficientNetFeatures,
     FeatureStatistics,
@@ -94,8 +94,25 @@ def test_shipped_classifier_and_statistics():
     features, logits = extract_features(model, images, batch_size=2)
     assert features.shape == (3, 128)
     assert logits.shape == (3, 10)
-    as_float, _ = extract_features(model, images.float() / 127.5 - 1)
-    torch.testing.assert_close(as_float, features)
+    assert features.dtype == logits.dtype == torch.float64
+    exact, _ = model.double()(images.double() / 127.5 - 1)
+    # six layers of float32, whose sums of at most 9 * 128 products are each off by as many roundings
+    torch.testing.assert_close(features, exact, rtol=0, atol=6 * 9 * 128 * 2**-24 * float(exact.max()))
+
+
+def test_float_images_and_their_bytes_are_one_to_a_network():
+    """Bit for bit what the network sees; of its answers batches of other sizes would differ in rounding."""
+    seen = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, images):
+            seen.append(images)
+            return images.flatten(1), images.flatten(1)
+
+    images = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    extract_features(Network(1, 1), images)
+    extract_features(Network(1, 1), images.float() / 127.5 - 1)
+    assert torch.equal(*seen)
 
 
 def test_frechet_distance_of_fewer_images_than_features(seeded):
@@ -112,7 +129,9 @@ def test_efficientnet_features(seeded):
     features, logits = model(images)
     assert (features.shape, logits.shape) == ((3, 1280), (3, 1000))
     large = torch.nn.functional.interpolate(images.expand(-1, 3, -1, -1), (112, 112), mode="bilinear")
-    torch.testing.assert_close(logits, model.body(large))  # the library's own forward
+    # the library's own forward, which may sum 16 pixels, 1280 features and a bias in another order
+    bound = 2 * (16 + 1280 + 1) * 2**-24 * (features.abs() @ model.body._fc.weight.abs().T + 1)
+    assert ((logits - model.body(large)).abs() <= bound).all()
     torch.testing.assert_close(model(images.expand(-1, 3, -1, -1))[0], features)
     assert extract_features(model, images)[0].shape == (3, 1280)
     assert (features[0] - features[1]).abs().max() > 0.01
@@ -210,3 +229,182 @@ def test_distances_of_sets_refuse_what_is_none():
         precision_recall(four, four, neighbours=0)
     with pytest.raises(ConfigError, match="subsets and subset_size are 100 and 1"):
         kernel_distance(four, four, subset_size=1)
+
+
+def test_empty_batches_change_no_statistics(seeded):
+    features = torch.randn(8, 3, generator=seeded)
+    expected = FeatureStatistics.of(features)
+    for batches in ((features[:0], features), (features, features[:0]), (features[:5], features[:0], features[5:])):
+        running = RunningStatistics()
+        for batch in batches:
+            running.add(batch)
+        found = running.result()
+        assert found.count == 8
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+        np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-12, atol=1e-14)
+
+
+def test_a_refused_batch_is_not_counted(seeded):
+    features = torch.randn(8, 3, generator=seeded)
+    running = RunningStatistics()
+    running.add(features)
+    for bad, kind in ((features[:, :2], ConfigError), (features[:0, :2], ConfigError), (features / 0, DataError)):
+        with pytest.raises(kind):
+            running.add(bad)
+    assert np.array_equal(running.result().covariance, _running(features).covariance)
+
+
+def _running(features: torch.Tensor) -> FeatureStatistics:
+    running = RunningStatistics()
+    running.add(features)
+    return running.result()
+
+
+FOUR = torch.arange(8.0).reshape(4, 2).square()
+IMAGES = torch.zeros(2, 1, 4, 4)
+OF_ROWS = {
+    "RunningStatistics": (lambda x: RunningStatistics().add(x), 0),
+    "FeatureStatistics": (FeatureStatistics.of, 2),
+    "inception_score": (inception_score, 1),
+    "inception_score in parts": (lambda x: inception_score(x, split=2), 1),
+    "class_accuracy": (
+        lambda x: class_accuracy(x, torch.zeros(4, dtype=torch.long)[: np.shape(x)[0] if np.ndim(x) else 4]),
+        1,
+    ),
+    "precision_recall": (lambda x: precision_recall(x, FOUR), 4),
+    "precision_recall of a reference": (lambda x: precision_recall(FOUR, x), 4),
+    "kernel_distance": (lambda x: kernel_distance(x, FOUR), 2),
+    "kernel_distance of a reference": (lambda x: kernel_distance(FOUR, x), 2),
+}
+NO_ROWS = {
+    "an array": FOUR.numpy(),
+    "a list": FOUR.tolist(),
+    "None": None,
+    "a vector": FOUR[0],
+    "three dimensions": FOUR[None],
+    "no columns": FOUR[:, :0],
+    "complex": FOUR.to(torch.complex64),
+    "bool": FOUR > 1,
+    "NaN": torch.where(FOUR == 1, float("nan"), FOUR),
+    "inf": torch.where(FOUR == 1, float("inf"), FOUR),
+}
+
+
+@pytest.mark.parametrize("given", NO_ROWS.values(), ids=NO_ROWS)
+@pytest.mark.parametrize("metric", OF_ROWS)
+def test_what_is_no_set_of_features_is_refused(metric, given):
+    with pytest.raises((DataError, ConfigError), match=r"got|NaN or inf"):
+        OF_ROWS[metric][0](given)
+
+
+@pytest.mark.parametrize("metric", OF_ROWS)
+def test_too_few_rows_are_refused_and_enough_are_taken(metric):
+    compute, fewest = OF_ROWS[metric]
+    for dtype in (torch.float16, torch.float32, torch.float64, torch.int64):
+        compute(FOUR[:fewest].to(dtype))
+    compute(FOUR[: max(fewest, 1)].clone().requires_grad_())
+    if fewest:
+        with pytest.raises(DataError, match=rf"N >= {fewest}|need {fewest} images or more of each"):
+            compute(FOUR[: fewest - 1])
+
+
+def test_labels_that_are_refused():
+    good = torch.tensor([0, 1, 1, 0])
+    assert class_accuracy(FOUR, good) == 0.5
+    for labels in (good[:3], good[:1], good[None], good.float(), good.numpy(), good - 1, good + 1, good > 0, None):
+        with pytest.raises(DataError, match="labels"):
+            class_accuracy(FOUR, labels)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [IMAGES[:0], IMAGES[:, :, :0], IMAGES[0], IMAGES.numpy(), IMAGES > 0, IMAGES.to(torch.complex64), None],
+    ids=["empty", "no pixel", "one image", "array", "bool", "complex", "None"],
+)
+def test_images_that_are_refused(given):
+    with pytest.raises(DataError, match="got"):
+        psnr(given, given)
+    with pytest.raises(DataError, match="got"):
+        extract_features(torch.nn.Linear(1, 1), given)
+    with pytest.raises(DataError, match="got"):
+        load_fashion_classifier()(given if given is None or len(given) else IMAGES[:, 0])
+
+
+def test_numbers_that_are_refused():
+    for wrong in (0, -1, 1.5, "2", True, None):
+        for compute in (
+            lambda n: precision_recall(FOUR, FOUR, neighbours=n),
+            lambda n: precision_recall(FOUR, FOUR, block=n),
+            lambda n: kernel_distance(FOUR, FOUR, subsets=n),
+            lambda n: kernel_distance(FOUR, FOUR, subset_size=n),
+            lambda n: extract_features(torch.nn.Linear(1, 1), IMAGES, batch_size=n),
+            *([lambda n: inception_score(FOUR, split=n)] if wrong is not None else []),
+        ):
+            with pytest.raises(ConfigError, match="give integers >= "):
+                compute(wrong)
+    for seed in (-1, 2**62, 0.5):
+        with pytest.raises(ConfigError, match="seed is"):
+            kernel_distance(FOUR, FOUR, seed=seed)
+    for peak in (0, -1, float("nan"), float("inf"), "2"):
+        with pytest.raises(ConfigError, match="peak is"):
+            psnr(IMAGES, IMAGES, peak=peak)
+    with pytest.raises(DataError, match="NaN or inf"):
+        psnr(IMAGES, IMAGES + float("nan"))
+
+
+def test_statistics_that_are_refused():
+    eye = np.eye(2)
+    for mean, covariance, count in (
+        (np.zeros(3), eye, 4),
+        (np.zeros((2, 1)), eye, 4),
+        (np.zeros((2, 2)), np.zeros((2, 2, 2, 2)), 4),
+        (np.zeros(0), np.zeros((0, 0)), 4),
+        (np.full(2, np.nan), eye, 4),
+        (np.zeros(2), np.full((2, 2), np.inf), 4),
+        (np.zeros(2), -eye, 4),
+        (np.zeros(2), np.array([[1.0, 0.5], [0.1, 1.0]]), 4),
+        (np.zeros(2, complex), eye, 4),
+        ([0.0, 0.0], eye, 4),
+        (np.zeros(2), eye, -1),
+        (np.zeros(2), eye, 1.5),
+    ):
+        with pytest.raises(DataError):
+            FeatureStatistics(mean, covariance, count)
+    good = FeatureStatistics(np.zeros(2), eye, 4)
+    for other in (None, eye, (good.mean, eye)):
+        with pytest.raises(DataError, match="compares FeatureStatistics"):
+            frechet_distance(good, other)
+
+
+def test_files_of_statistics(tmp_path):
+    path = tmp_path / "x.npz"
+    for name in (path, tmp_path / "x"):  # as numpy does, the ending is added
+        FeatureStatistics.of(FOUR).save(name)
+        found = load_statistics(path)
+        assert np.array_equal(found.covariance, FeatureStatistics.of(FOUR).covariance)
+        assert found.count == 4
+        path.unlink()
+    with pytest.raises(OutputError, match="cannot write"):
+        found.save(tmp_path / "none" / "x.npz")
+    whole = {"mean": np.zeros(2), "covariance": np.eye(2), "count": np.int64(4)}
+    for changes in (
+        {"mean": np.zeros(3)},
+        {"mean": np.array(["a", "b"])},
+        {"mean": np.array([None, {}], object)},
+        {"count": np.zeros(2, np.int64)},
+        {"count": np.float64(3)},
+    ):
+        np.savez(path, **{**whole, **changes})
+        with pytest.raises(DataError):
+            load_statistics(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"x\.npz' cannot be read \(.*No such file"):
+        load_statistics(path)
+
+
+def test_spread_of_one_subset_is_zero(seeded):
+    """Documented: 0 says nothing where there is one subset."""
+    a, b = torch.randn(50, 3, generator=seeded), torch.randn(50, 3, generator=seeded)
+    assert kernel_distance(a, b, subset_size=10, subsets=1)[1] == 0
+    assert kernel_distance(a, b)[1] == 0  # 1000 of 50 are all
+    assert kernel_distance(a, b, subset_size=10)[1] > 0

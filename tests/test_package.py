@@ -58,7 +58,8 @@ def test_import_takes_less_than_a_second_beyond_torch():
     assert seconds < 1
 
 
-LAYERS = ["errors", "files", "tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
+LAYERS = ["errors", "files", "npz", "pixels", "networks"]
+LAYERS += ["tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
 LAYERS += ["feature_cache", "ranges", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit", "run_graph", "affine_step"]
 LAYERS += ["sampling", "pipelines", "pool", "trajectories", "schedule_calibration", "presets", "checkpoint"]

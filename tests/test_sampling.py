@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
-from qandc import ConfigError, decode_latents, load_pipeline, make_scheduler, sample_latents
+from qandc import (
+    ConfigError,
+    calibrate_schedule,
+    decode_latents,
+    fit_compensation,
+    load_pipeline,
+    make_scheduler,
+    record_pool,
+    record_trajectory,
+    sample_latents,
+)
 
 
 @pytest.fixture
@@ -75,6 +88,89 @@ def test_predicted_variance_is_not_used(pipe, seeded):
     wide.out_channels = 8
     latents = sample_latents(wide, make_scheduler("ddpm", pipe.scheduler.config), [1], num_inference_steps=2, seeds=[0])
     assert latents.shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_noise_is_the_first_half_of_what_is_predicted(pipe, guidance_scale, seeded):
+    """Other predictions of a variance, the same images."""
+    from tests.conftest import make_dit
+
+    narrow, wide = make_dit(), make_dit()
+    wide.proj_out_2, wide.out_channels = torch.nn.Linear(32, 2 * 2 * 8), 8
+    run = {"num_inference_steps": 2, "seeds": [0], "guidance_scale": guidance_scale}
+    expected = sample_latents(narrow, make_scheduler("ddpm", pipe.scheduler.config), [1], **run)
+    with torch.no_grad():
+        for name, tensor in narrow.proj_out_2.named_parameters():
+            noise = tensor.unflatten(0, (2, 2, 4))  # patch, patch, channels
+            variance = 10 * torch.randn(noise.shape, generator=seeded)
+            getattr(wide.proj_out_2, name).copy_(torch.cat([noise, variance], 2).flatten(0, 2))
+    found = sample_latents(wide, make_scheduler("ddpm", pipe.scheduler.config), [1], **run)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+INTEGERS = {
+    "tensor": torch.tensor,
+    "int32": lambda values: torch.tensor(values, dtype=torch.int32),
+    "array": np.array,
+    "numpy ints": lambda values: [np.int64(value) for value in values],
+    "0-d tensors": lambda values: [torch.tensor(value) for value in values],
+    "tuple": tuple,
+    "range": lambda values: range(values[0], values[-1] + 1),
+}
+
+
+@pytest.mark.parametrize("given", INTEGERS.values(), ids=INTEGERS)
+def test_labels_and_seeds_of_any_integers(pipe, given):
+    model, run = pipe.transformer, {"num_inference_steps": 2, "seeds": given([3, 4])}
+    ddim = make_scheduler("ddim", pipe.scheduler.config)
+    expected = sample_latents(model, ddim, [1, 2], num_inference_steps=2, seeds=[3, 4])
+    assert torch.equal(sample_latents(model, ddim, given([1, 2]), **run), expected)
+    reference = record_trajectory(model, ddim, given([1, 2]), **run)
+    assert torch.equal(reference.samples[-1], expected)
+    assert (reference.class_labels, reference.seeds) == ((1, 2), (3, 4))
+    fit_compensation(reference, model, ddim)
+    fit_compensation(dataclasses.replace(reference, class_labels=given([1, 2]), seeds=given([3, 4])), model, ddim)
+    assert record_pool(model, ddim, given([1, 2]), **run).class_labels.tolist() == [1, 2] * 2
+    found = calibrate_schedule(model, ddim, given([1, 2]), computed_steps=1, **run)
+    assert found == calibrate_schedule(model, ddim, [1, 2], computed_steps=1, **{**run, "seeds": [3, 4]})
+
+
+NO_INTEGERS = {
+    "floats": [1.0, 2.0],
+    "float tensor": torch.tensor([1.0, 2.0]),
+    "float array": np.array([1.5, 2.5]),
+    "booleans": [True, False],
+    "boolean tensor": torch.tensor([True, False]),
+    "two dimensions": torch.tensor([[1], [2]]),
+    "two dimensions of an array": np.array([[1, 2]]),
+    "a list of lists": [[1], [2]],
+    "a list of tensors": [torch.tensor([1]), torch.tensor([2])],
+    "one number": 1,
+    "one number in a tensor": torch.tensor(1),
+    "text": "12",
+    "texts": ["1", "2"],
+    "nothing": None,
+    "a set": {1, 2},
+    "a dictionary": {1: 2},
+}
+
+
+@pytest.mark.parametrize("given", NO_INTEGERS.values(), ids=NO_INTEGERS)
+def test_labels_that_are_no_integers_are_refused(pipe, given, tmp_path):
+    model, run = pipe.transformer, {"num_inference_steps": 2}
+    ddim = make_scheduler("ddim", pipe.scheduler.config)
+    for job in (
+        lambda: sample_latents(model, ddim, given, seeds=[0, 1], **run),
+        lambda: record_trajectory(model, ddim, given, **run),
+        lambda: record_pool(model, ddim, given, directory=tmp_path / "pool", **run),
+        lambda: calibrate_schedule(model, ddim, given, computed_steps=1, **run),
+    ):
+        with pytest.raises(ConfigError, match="class ids must be integers"):
+            job()
+    assert not list(tmp_path.iterdir())
+    if given is not None:
+        with pytest.raises(ConfigError, match="seeds must be integers"):
+            record_trajectory(model, ddim, [1, 2], seeds=given, **run)
 
 
 @pytest.mark.parametrize(

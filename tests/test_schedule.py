@@ -56,9 +56,36 @@ def test_configs_are_values():
         config.interval = 2
 
 
+def test_timesteps_say_which_runs_it_is_for_and_not_what_it_does():
+    """str(config) is part of what compensations were fitted for."""
+    plain = CacheConfig("branch", schedule=(True, False, True))
+    config = CacheConfig("branch", schedule=(True, False, True), timesteps=np.array([981, 661, 321]))
+    assert config.timesteps == (981, 661, 321)
+    assert (str(config), hash(config), config) == (str(plain), hash(plain), plain)
+    assert dataclasses.replace(plain, timesteps=[3, 2, 2]).timesteps == (3, 2, 2)
+    assert CacheConfig(interval=2, num_inference_steps=2, timesteps=(9, 8)).timesteps == (9, 8)
+
+
+def test_runs_at_other_timesteps_are_refused():
+    config = CacheConfig(schedule=(True, False, True), timesteps=(981, 661, 321))
+    config.check_run((981, 661, 321))
+    config.check_run((981.4, 661.9, 321.0))  # whole parts were kept
+    CacheConfig(schedule=(True, False, True)).check_run((5, 4, 3))
+    CacheConfig(interval=2).check_run((5, 4, 3, 2))
+    with pytest.raises(ConfigError, match="step 2 at timestep 661; this one has it at 660"):
+        config.check_run((981, 660, 321))
+    with pytest.raises(ConfigError, match="schedule has 3 steps and the run 2"):
+        config.check_run((981, 661))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"interval": 3, "timesteps": (9, 8)}, "timesteps need a schedule or num_inference_steps"),
+        ({"schedule": (True, True), "timesteps": (9,)}, "a schedule of 2 steps needs as many timesteps; got 1"),
+        ({"schedule": (True, True), "timesteps": "ab"}, "timesteps must be numbers, one per step; got 'ab'"),
+        ({"schedule": (True, True), "timesteps": 3}, "timesteps must be numbers, one per step; got 3"),
+        ({"schedule": (True, True), "timesteps": (8, 9)}, "timesteps rise from 8 to 9"),
         ({"mode": "blocks"}, "mode 'blocks' is unknown; choose one of block, branch, taylor"),
         ({"interval": 0}, "cache_interval is 0; give an integer >= 1"),
         ({"interval": True}, "cache_interval is True"),
@@ -176,6 +203,17 @@ def test_the_optimum_is_that_of_trying_all(order, seed):
     assert schedule_error(gram, found, order) == pytest.approx(min(tried))
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_gaps_may_be_as_long_as_they_like(order):
+    """Features that change in the last steps alone: all that lies between is reused at no cost."""
+    features = np.eye(5)[[0] * 17 + [1, 2, 3]]
+    gram = np.broadcast_to(features @ features.T, (20, 20, 20))
+    found = optimal_schedule(gram, 5, order=order, warm_up_steps=order + 1)
+    assert schedule_error(gram, found, order) == 0
+    assert found[17:] == (True,) * 3
+    assert optimal_schedule(gram, 5, order=1, warm_up_steps=2) == (True, True, *(False,) * 15, True, True, True)
+
+
 def test_all_steps_or_too_few():
     gram, _ = make_gram(6, 0)
     assert optimal_schedule(gram, 6) == (True,) * 6
@@ -192,6 +230,7 @@ def test_saved_and_loaded(tmp_path):
     FOUND.save(path)
     assert CalibratedSchedule.load(path) == FOUND
     assert FOUND.config("int8") == CacheConfig("taylor", schedule=(True, True, False), storage_dtype="int8")
+    assert FOUND.config().timesteps == FOUND.timesteps
     assert list(tmp_path.iterdir()) == [path]
 
 

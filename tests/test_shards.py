@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from qandc import ConfigError, DataError, OutputError, ProcessError
 from qandc.processes import Processes
 from qandc.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
+from tests.conftest import in_a_thread
 
 IMAGES = ImageSet(10, classes=(3, 7, 8), first_seed=100, batch_size=4)
 
@@ -89,6 +90,24 @@ def test_terminate_finishes_the_shard_that_was_begun(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_in_another_thread_signals_stay_as_they_are(tmp_path):
+    drawer, before, seen = Drawer(), signal.getsignal(signal.SIGTERM), []
+
+    def draw(labels, seeds):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return drawer(labels, seeds)
+
+    in_a_thread(draw_shards, tmp_path, IMAGES, draw)
+    assert missing_shards(tmp_path, IMAGES) == []
+    assert seen == [before] * 3
+
+    def fails(labels, seeds):
+        return torch.full((len(labels), 2, 3, 5), float("nan"))
+
+    with pytest.raises(DataError, match="image 0 holds NaN"):
+        in_a_thread(draw_shards, tmp_path / "none", IMAGES, fails)
+
+
 def test_nan_is_refused_by_number(tmp_path):
     def bad(labels, seeds):
         images = Drawer()(labels, seeds).clone()
@@ -114,8 +133,24 @@ def test_a_missing_damaged_or_strange_shard_is_named(tmp_path):
     save_file({"images": torch.zeros(4, 3, 4, 2, dtype=torch.uint8)}, shard, metadata={"seconds": "1.0"})
     with pytest.raises(DataError, match=r"holds images \[4, 3, 4, 2\] instead of \[4, 3, 5, 2\]"):
         merge_shards(tmp_path, IMAGES, path)
+    save_file({"images": torch.zeros(4, 3, 5, 2)}, shard, metadata={"seconds": "1.0"})
+    with pytest.raises(DataError, match=r"of type float32 \(uint8 are drawn\)"):
+        merge_shards(tmp_path, IMAGES, path)
+    for metadata in (None, {"seconds": "many"}):
+        save_file({"images": torch.zeros(4, 3, 5, 2, dtype=torch.uint8)}, shard, metadata=metadata)
+        with pytest.raises(DataError, match=r"images-0000004.*missing or damaged"):
+            merge_shards(tmp_path, IMAGES, path)
     assert not path.exists()
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "drawn", [torch.zeros(3, 1, 4, 4), torch.zeros(4, 4, 4), torch.zeros(4, 1, 4, 4, dtype=torch.int64), None]
+)
+def test_what_is_drawn_must_be_images(tmp_path, drawn):
+    with pytest.raises(DataError, match=r"4 images \[B, C, H, W\] were to be drawn|pixels are a torch tensor"):
+        draw_shards(tmp_path, IMAGES, lambda labels, seeds: drawn)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -133,7 +168,14 @@ def test_a_full_disk(tmp_path, monkeypatch):
     [
         ({"count": 0}, "count is 0; give an integer >= 1"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"count": 1.5}, "count is 1.5"),
+        ({"count": True}, "count is True"),
         ({"classes": ()}, "at least one class"),
+        ({"classes": 3}, "at least one class"),
+        ({"classes": (1, -1)}, r"classes are \(1, -1\); give integers >= 0"),
+        ({"classes": ("1",)}, "give integers >= 0"),
+        ({"first_seed": "0"}, "first_seed is '0'"),
+        ({"first_seed": 2**62}, "first_seed is 4611686018427387904"),
         ({"first_seed": -1}, "first_seed is -1"),
     ],
 )

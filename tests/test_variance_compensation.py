@@ -232,7 +232,86 @@ def test_in_the_vanilla_pipeline(pipeline_dir):
             pipe(class_labels=[7], num_inference_steps=4)
         pipe.scheduler = compensated_scheduler(copy.deepcopy(plain), found, force=True)
         pipe(class_labels=[7], num_inference_steps=4, output_type="np")
+        with pytest.raises(ConfigError, match="gains for 6 steps and 4 channels; this run has 7 steps and 4 channels"):
+            pipe.scheduler.set_timesteps(7)
         pipe.scheduler = plain
+
+
+@pytest.mark.parametrize("target", ["sample", "noise"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_compensated_step_may_return_a_tuple(name, target):
+    """What follows the latents in it stays as it is."""
+    fitted_for = FittedFor(type(scheduler(name)).__name__, (500, 0), 1.5, "a model")
+    gain, mean = torch.tensor([[0.5, 1.0, 2.0, 3.0]] * 2), torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2)
+    compensation = Compensation(gain, mean, target, "least_squares", fitted_for)
+    x, noise = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    plain, compensated = scheduler(name), compensated_scheduler(scheduler(name), compensation)
+    for each in (plain, compensated):
+        each.set_timesteps(2)
+    seeds = [{"generator": torch.Generator().manual_seed(1)} for _ in range(3)]
+    expected = plain.step(compensation.noise(0, noise), 500, x, return_dict=False, **seeds[0])
+    found = compensated.step(noise, 500, x, return_dict=False, **seeds[1])
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], compensation.sample(0, expected[0]))
+    assert not torch.equal(found[0], plain.step(noise, 500, x, **seeds[2]).prev_sample)
+    assert len(found) == len(expected)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1:], expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_compensated_scheduler_draws_the_noise_of_each_image(name):
+    reference, model = reference_and_cached(name)
+    found = fit_compensation(reference, model, scheduler(name))
+    call = {"seeds": range(4), **RUN}
+    expected = sample_latents(model, scheduler(name), LABELS, compensation=found, **call)
+    torch.testing.assert_close(
+        sample_latents(model, compensated_scheduler(scheduler(name), found), LABELS, **call), expected
+    )
+
+
+def test_forced_upon_other_channels_it_is_refused():
+    fitted_for = FittedFor("DDIMScheduler", (500, 0), 1.5, "a model")
+    narrow = epsilon_scaling(1.01, 1, fitted_for)  # would be broadcast
+    compensated = compensated_scheduler(scheduler("ddim"), narrow, force=True)
+    compensated.set_timesteps(2)
+    with pytest.raises(ConfigError, match="2 steps and 1 channels; this run has 2 steps and 4 channels"):
+        compensated.step(torch.zeros(1, 4, 2, 2), 500, torch.zeros(1, 4, 2, 2))
+
+
+def heun():
+    from diffusers import HeunDiscreteScheduler
+
+    return HeunDiscreteScheduler(num_train_timesteps=1000)
+
+
+@pytest.mark.parametrize("target", ["sample", "noise"])
+def test_a_scheduler_that_calls_the_model_twice_a_step(target):
+    """A gain for each call of the model: 11 of 6 steps, applied by the loop and by a scheduler alike."""
+    model = make_dit(num_layers=2)
+    reference = record_trajectory(model, heun(), LABELS, **RUN)
+    assert len(reference.samples) == len(reference.noises) == 11
+    quantize_model(model, w_bits=4)
+    found = fit_compensation(reference, model, heun(), target=target, start_step=8)
+    assert found.gain.shape == (11, 4)
+    assert (found.gain[:8] == 1).all()
+    gain = 1 + 0.01 * torch.arange(44).view(11, 4)  # a step's gains are its own
+    found = replace(found, gain=gain)
+    run = {**RUN, "guidance_scale": 1.0}
+    call = {"seeds": range(4), **run}
+    expected = sample_latents(model, heun(), LABELS, compensation=found, force_compensation=True, **call)
+    compensated = compensated_scheduler(heun(), found)
+    for _ in range(2):
+        torch.testing.assert_close(sample_latents(model, compensated, LABELS, **call), expected)
+
+
+def test_a_reference_of_another_number_of_steps_is_refused_before_any_work():
+    model = make_dit(num_layers=2)
+    once, twice = (record_trajectory(model, kind, [1], **RUN) for kind in (scheduler("ddim"), heun()))
+    model.forward = None
+    with pytest.raises(ConfigError, match=r"reference has 6 steps, but with this scheduler .* 6 has 11"):
+        fit_compensation(once, model, heun())
+    with pytest.raises(ConfigError, match=r"reference has 11 steps, but with this scheduler .* 6 has 6"):
+        fit_compensation(twice, model, scheduler("ddim"))
 
 
 def test_other_runs_are_refused_unless_forced():

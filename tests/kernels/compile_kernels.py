@@ -36,6 +36,8 @@ PTX = {
     "tcgen05": r"tcgen05\.mma\.",
     "overlap": r"griddepcontrol\.wait",
     "tma load": r"cp\.async\.bulk\.tensor\.2d\.shared",
+    "flag": r"st\.global\.b32",  # integers are stored by fours and more
+    "atomic": r"\b(atom|red)\.",
     "tma add": r"cp\.reduce\.async\.bulk\.tensor\.2d\.global\.shared::cta\.add",
 }
 
@@ -155,8 +157,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             yield record(arch, "adaln", [samples, width])
     for batch, tokens, width in ((2, 256, 72), (16, 256, 72), (64, 256, 72), (16, 1024, 72), (2, 64, 32), (2, 50, 128)):
         parts = torch.zeros(batch, tokens, 3, 16, width).bfloat16().unbind(2)
-        attention.attention_quantize_triton(*parts, one, integer)
-        yield record(arch, "attention", [batch, tokens, width])
+        for flag in (None, integer):
+            attention.attention_quantize_triton(*parts, one, integer, flag)
+            yield record(arch, "attention", [batch, tokens, width, flag is not None])
     for rows, inner, columns in ((2, 1152, 6912), (16, 256, 1152), (64, 1152, 6912), (5, 100, 70)):
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched_gemm.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
@@ -180,8 +183,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         yield record(arch, "guided_step", [rows])
     for width in (1152, 4608):
         x = torch.zeros(512, width).bfloat16()
-        quantize.quantize_per_tensor_triton(x, one, integer)
-        yield record(arch, "quantize_per_tensor", [width])
+        for flag in (None, integer):
+            quantize.quantize_per_tensor_triton(x, one, integer, nan_flag=flag)
+            yield record(arch, "quantize_per_tensor", [width, flag is not None])
         quantize.quantize_per_token_triton(x)
         yield record(arch, "quantize_per_token", [width])
     x = torch.zeros(2, 16, 256, 72).bfloat16().transpose(1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qandc_kernels import pack_int4
+from qandc_kernels import pack_int4, unpack_int4
 
 # of |expected| and of the typical size of what was added up: a few ulp in float32, half an ulp after a cast
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -51,6 +51,17 @@ def make_layer(
     return p, y + p["bias"].double() if bias else y
 
 
+def terms_of(p: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    """What the sizes of all products and of the bias of a layer of :func:`make_layer` add up to."""
+    wq = unpack_int4(p["weight"]) if p["weight"].dtype == torch.uint8 else p["weight"]
+    w_scale = p["w_scale"].double() if p["w_scale"].ndim == 2 else p["w_scale"].double()[:, None]
+    weight = wq.double().abs() * w_scale.repeat_interleave(wq.shape[1] // w_scale.shape[1], 1)
+    zero_point = 0 if p["x_zero_point"] is None else p["x_zero_point"].abs()
+    x_scale = p["x_scale"].double() if p["x_scale"].ndim == 0 else p["x_scale"].double()[..., None]
+    terms = (p["xq"].double().abs() + zero_point) @ weight.t() * x_scale
+    return terms if p["bias"] is None else terms + p["bias"].double().abs()
+
+
 def to(device: torch.device, p: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
     return {name: None if t is None else t.to(device) for name, t in p.items()}
 
@@ -59,6 +70,20 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, size: float = 1.0
     """Elementwise, in the precision of ``actual``; ``size`` is that of the terms which were added."""
     tolerance = TOLERANCES[actual.dtype]
     torch.testing.assert_close(actual.cpu().double(), expected, atol=tolerance * size, rtol=tolerance)
+
+
+def assert_summed(actual: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, additions: int) -> None:
+    """``actual`` is a float32 sum, cast last: ``additions`` products in any order, whose sizes add up to ``terms``.
+
+    Each product and each addition is off by at most 2^-24 of what it gives (Higham, Accuracy and Stability, Sec. 3.1),
+    so this holds on every machine.
+    """
+    relative = (additions + 4) * 2.0**-24  # 4: scales, bias
+    error = relative / (1 - relative) * terms
+    unit = torch.finfo(actual.dtype).eps / 2
+    allowed = error + unit * (expected.abs() + error) + torch.finfo(actual.dtype).tiny
+    excess = (actual.cpu().double() - expected).abs() - allowed
+    assert excess.numel() == 0 or excess.max() <= 0, f"off by {excess.max().item()} more than rounding allows"
 
 
 def assert_rounded(q: torch.Tensor, expected: torch.Tensor) -> None:

@@ -64,6 +64,16 @@ def test_attention_uses_the_tensor_cores(compiled, arch):
         assert wanted & set(record["instructions"]), record
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ["attention", "quantize_per_tensor"])
+def test_a_flag_costs_no_atomics_and_nothing_where_there_is_none(compiled, arch, kernel):
+    flags = [record for record in of(compiled, arch, kernel) if isinstance(record["tile"][-1], bool)]
+    assert {record["tile"][-1] for record in flags} == {True, False}
+    for record in flags:
+        assert "atomic" not in record["instructions"], record
+        assert ("flag" in record["instructions"]) == record["tile"][-1], record
+
+
 @pytest.mark.parametrize("arch", [90, 100])
 def test_tiles_travel_through_the_copy_engine(compiled, arch):
     for record in of(compiled, arch, *FAMILIES):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,8 +46,8 @@ def make(shape, generator, dtype, device):
 
 
 def exact(q, k, v):
-    heads_first = (t.double().transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).cpu()
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2).cpu()
 
 
 def assert_quantized(out, q, k, v, scale=SCALE, zero_point=ZERO_POINT):
@@ -78,8 +79,8 @@ def test_reference(seeded):
     q, k, v = make((2, 50, 3, 24), seeded, torch.float32, "cpu")
     scale, zero_point = torch.tensor(SCALE), torch.tensor(ZERO_POINT, dtype=torch.int32)
     out = reference.attention_quantize_per_tensor(q, k, v, scale, zero_point)
-    assert_rounded(out, exact(q, k, v) / SCALE + ZERO_POINT)
-    assert torch.equal(out, attention_quantize_per_tensor(q, k, v, scale, zero_point))
+    for quantized in (out, attention_quantize_per_tensor(q, k, v, scale, zero_point)):
+        assert_rounded(quantized, exact(q, k, v) / SCALE + ZERO_POINT)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -118,6 +119,50 @@ def test_nan_does_not_leave_its_head(kernel_device, seeded):
     assert torch.equal(out, clean)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 50, 3, 72), torch.float16), ((1, 64, 2, 16), torch.float16), ((2, 5, 2, 20), torch.float32)],
+    ids=str,
+)
+def test_nan_becomes_the_smallest_integer_and_raises_the_flag(kernel_device, seeded, shape, dtype):
+    """In the kernel, in two pieces of a head and in one, and where torch's attention is taken."""
+    clean = make(shape, seeded, dtype, kernel_device)
+    scale, zero_point = torch.tensor(SCALE), torch.tensor(ZERO_POINT, dtype=torch.int32)
+    scale, zero_point = scale.to(kernel_device), zero_point.to(kernel_device)
+    expected = attention_quantize_per_tensor(*clean, scale, zero_point)
+    for before in (0, 77):
+        flag = torch.full((), before, dtype=torch.int32, device=kernel_device)
+        assert torch.equal(attention_quantize_per_tensor(*clean, scale, zero_point, flag), expected)
+        reference.attention_quantize_per_tensor(*clean, scale, zero_point, flag)
+        assert flag.item() == before
+    for part, head_column in itertools.product(range(3), (0, shape[3] - 1)):
+        dirty = [t.clone() for t in clean]
+        dirty[part][0, 3, 1, head_column] = float("nan")
+        flag.zero_()
+        out = attention_quantize_per_tensor(*dirty, scale, zero_point, flag)
+        assert flag.item() == 1
+        flag.zero_()
+        told = reference.attention_quantize_per_tensor(*dirty, scale, zero_point, flag).cpu()
+        assert flag.item() == 1
+        lost = exact(*dirty).isnan()
+        assert lost.any()
+        assert (out.cpu()[lost] == -128).all()
+        assert (told[lost] == -128).all()
+        assert torch.equal(out.cpu()[~lost], expected.cpu()[~lost])
+
+
+def test_infinities_outside_of_the_tensor_are_no_nan(kernel_device, seeded):
+    """A block reaches beyond the tokens, where queries are 0, and 0 times an infinite key is NaN."""
+    q, k, v = make((1, 50, 2, 72), seeded, torch.float16, kernel_device)
+    q, k = q.abs() + 1, k.clone()
+    k[0, 7] = float("-inf")  # no query looks there
+    flag = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    out = attention_quantize_per_tensor(q, k, v, torch.tensor(SCALE, device=kernel_device), nan_flag=flag)
+    assert exact(q, k, v).isfinite().all()
+    assert_quantized(out, q, k, v, zero_point=0)
+    assert flag.item() == 0
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_follows_the_scale(seeded):
     q, k, v = make((2, 64, 2, 72), seeded, torch.bfloat16, "cuda")
@@ -129,6 +174,15 @@ def test_a_captured_graph_follows_the_scale(seeded):
     scale.fill_(0.05)
     graph.replay()
     assert_quantized(out, q, k, v, 0.05, 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 1, 16), (1, 4, 3, 16)], ids=str)
+def test_more_samples_or_heads_than_a_grid_has_take_torchs_attention(kernel_device, monkeypatch, seeded, shape):
+    monkeypatch.setattr("qandc_kernels.attention_ops.LARGEST_GRID", 2)
+    monkeypatch.setattr("qandc_kernels.attention.attention_quantize_triton", None)
+    q, k, v = make(shape, seeded, torch.float16, kernel_device)
+    out = attention_quantize_per_tensor(q, k, v, torch.tensor(SCALE, device=kernel_device))
+    assert_quantized(out, q, k, v, zero_point=0)
 
 
 def test_no_tokens_no_work(kernel_device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -201,7 +203,7 @@ def test_adaln_refuses(changes, error, message):
 def test_adaln_refuses_scales():
     x, vector = torch.zeros(2, 3, 16), torch.zeros(2, 16)
     for eps in ("x", -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="eps must be a finite float >= 0; got"):
+        with pytest.raises(ValueError, match="eps must be a finite number >= 0; got"):
             adaln_quantize_per_token(x, vector, vector, eps)
     with pytest.raises(ValueError, match=r"q_scale must have shape \(\)"):
         adaln_quantize_per_tensor(x, vector, vector, torch.ones(2))
@@ -231,12 +233,13 @@ def sample_arguments(device: str) -> dict[str, tuple]:
     wq, w_scale = quantize_per_token(torch.randn(8, 32, device=device))
     zero_point, w_sum = torch.tensor(3, dtype=torch.int32, device=device), wq.sum(1, dtype=torch.int32)
     linear = (x_scale, w_scale, torch.randn(8, device=device), zero_point, w_sum, torch.float16)
-    one = torch.tensor(1.0, device=device)
+    nan = float("nan")  # for the flag to be written to
+    one, nan_flag = torch.tensor(1.0, device=device), torch.zeros((), dtype=torch.int32, device=device)
     adaln = x.view(2, 3, 32), torch.randn(2, 32, device=device), torch.randn(2, 32, device=device)
     packed = qandc_kernels.pack_int4(wq // 32)
     x = x.t().contiguous().t()  # the ops promise contiguous results for any strides
     return {
-        "quantize_per_tensor": (x, torch.tensor(0.1, device=device), zero_point, 8),
+        "quantize_per_tensor": (x.masked_fill(x > 1, nan), torch.tensor(0.1, device=device), zero_point, 8, nan_flag),
         "quantize_per_token": (x, 8, 1),
         "int8_matmul": (xq, wq),
         "int8_linear": (xq, wq, *linear),
@@ -261,7 +264,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             torch.randn(3, 2, 32, device=device), torch.randn(3, 8, 32, device=device), w_scale.expand(3, 8), 1.0
         ),
         "attention_quantize_per_tensor": (
-            *torch.randn(2, 3, 3, 2, 16, device=device).unbind(2), one, zero_point
+            *torch.full((2, 3, 3, 2, 16), nan, device=device).unbind(2), one, zero_point, nan_flag
         ),
     }  # fmt: skip
 
@@ -275,6 +278,20 @@ def test_opcheck(op, device):
         sample_arguments(device)[op],
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+@pytest.mark.parametrize("op", reference.__all__)
+def test_checks_do_not_break_a_graph(op):
+    """Compiled with the layer around it; weights are parameters there."""
+    written = ("residual", "branch", "nan_flag")
+    names = inspect.signature(getattr(qandc_kernels, op)).parameters
+    arguments = [
+        torch.nn.Parameter(value, requires_grad=False)
+        if isinstance(value, torch.Tensor) and name not in written
+        else value
+        for name, value in zip(names, sample_arguments("cpu")[op], strict=True)
+    ]
+    torch.compile(getattr(qandc_kernels, op), fullgraph=True, backend="eager")(*arguments)
 
 
 @pytest.mark.parametrize("per_token", [True, False])
@@ -299,8 +316,6 @@ def test_other_devices_get_the_reference():
 
 
 def test_reference_has_the_signatures_of_the_ops():
-    import inspect
-
     for name in reference.__all__:
         public = inspect.signature(getattr(qandc_kernels, name))
         assert str(inspect.signature(getattr(reference, name))) == str(public)

@@ -24,8 +24,8 @@ def test_round_trip_of_all_values():
     [
         (torch.zeros(2, 3, dtype=torch.int8), ValueError, "even"),
         (torch.full((2, 4), 8, dtype=torch.int8), ValueError, "-8 to 7"),
-        (torch.zeros(2, 4, dtype=torch.int32), TypeError, "int8 tensor; got torch.int32"),
-        ([1, 2], TypeError, "int8 tensor; got list"),
+        (torch.zeros(2, 4, dtype=torch.int32), TypeError, "q must be int8; got int32"),
+        ([1, 2], TypeError, "q must be a tensor; got list"),
     ],
 )
 def test_refusals(q, error, message):

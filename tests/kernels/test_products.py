@@ -24,10 +24,12 @@ from qandc_kernels.tiles import GemmTile
 from tests.kernels.oracle import (
     assert_close,
     assert_rounded,
+    assert_summed,
     float_dtypes,
     gelu,
     make_layer,
     random_int8,
+    terms_of,
     to,
 )
 
@@ -159,12 +161,11 @@ def test_int4_groups(kernel_device, shape, group, seeded):
     if shape[3] % group:
         pytest.skip("groups must divide K")
     p, expected = make_layer(shape, seeded, bits=4, group=group)
-    weight = p.pop("weight")
+    terms, weight = terms_of(p), p.pop("weight")
     q = to(kernel_device, p)
     actual = int4_linear(q.pop("xq"), weight.to(kernel_device), **q, out_dtype=torch.float32)
-    # sums of groups are added in float32: a few ulp more
-    assert_close(actual, expected, size=10)
-    assert_close(int4_linear(p.pop("xq"), weight, **p, out_dtype=torch.float32), expected, size=10)
+    assert_summed(actual, expected, terms, shape[3])
+    assert_summed(int4_linear(p.pop("xq"), weight, **p, out_dtype=torch.float32), expected, terms, shape[3])
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "int4 in groups"])
@@ -181,9 +182,11 @@ def test_weight_only_linear(kernel_device, shape, kind, seeded):
     for dtype in [d for d in float_dtypes(kernel_device) if d != torch.float32]:
         x = torch.randn(samples, tokens, k, generator=seeded).to(dtype)
         expected = x.double() @ (wq.double() * scales).t() + bias.double()
-        assert_close(weight_only_linear(*(t.to(kernel_device) for t in (x, weight, w_scale, bias))), expected, size=2)
+        terms = x.double().abs() @ (wq.double() * scales).abs().t() + bias.double().abs()
+        actual = weight_only_linear(*(t.to(kernel_device) for t in (x, weight, w_scale, bias)))
+        assert_summed(actual, expected, terms, k)
         if expected.numel() < 1e5:
-            assert_close(reference.weight_only_linear(x, weight, w_scale, bias), expected, size=2)
+            assert_summed(reference.weight_only_linear(x, weight, w_scale, bias), expected, terms, k)
 
 
 def test_strided_operands(kernel_device, seeded):
@@ -224,7 +227,7 @@ def test_every_strided_operand(kernel_device, seeded):
     assert_rounded(actual, gelu(y) * multiplier.double() / torch.tensor(0.02).double())
     residual = torch.zeros(2, 20, 40, device=kernel_device)
     linear_gate_residual_(residual, gate=spread(gate.to(kernel_device)), **q)
-    assert_close(residual, gate.double()[:, None] * y, size=100)
+    assert_summed(residual, gate.double()[:, None] * y, gate.double().abs()[:, None] * terms_of(p), 64)
 
 
 def test_k_of_zero(kernel_device):

@@ -109,6 +109,53 @@ def test_extreme_values(kernel_device):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("shape", [(5, 33), (300, 100), (2, 9, 4, 24)], ids=str)
+@pytest.mark.parametrize("quantize", [quantize_per_tensor, reference.quantize_per_tensor], ids=["op", "reference"])
+def test_nan_raises_the_flag_and_nothing_else_does(kernel_device, quantize, shape, seeded):
+    scale, zero_point = torch.tensor(0.5, device=kernel_device), torch.tensor(3, dtype=torch.int32).to(kernel_device)
+    for dtype in float_dtypes(kernel_device):
+        x = torch.randn(shape, generator=seeded).to(dtype).to(kernel_device)
+        x.view(-1)[0], x.view(-1)[1] = float("inf"), float("-inf")
+        expected = quantize(x, scale, zero_point)
+        for strided in (x, x.transpose(0, 1)):
+            for before in (0, 1, 77):
+                flag = torch.full((), before, dtype=torch.int32, device=kernel_device)
+                quantize(strided, scale, zero_point, nan_flag=flag)
+                assert flag.item() == before
+        for place in (0, x.numel() // 2, x.numel() - 1):
+            dirty = x.clone()
+            dirty.view(-1)[place] = float("nan")
+            for flag in (torch.zeros((), dtype=torch.int32), torch.full((1,), 5, dtype=torch.int32)):
+                flag = flag.to(kernel_device)
+                for strided in (dirty, dirty.transpose(0, 1)):
+                    flag.fill_(0)
+                    q = quantize(strided, scale, zero_point, nan_flag=flag)
+                    assert flag.item() == 1
+                    assert torch.equal(
+                        q.cpu(), reference.quantize_per_tensor(strided.cpu(), scale.cpu(), zero_point.cpu())
+                    )
+            q = quantize(dirty, scale, zero_point)
+            assert q.view(-1)[place].item() == 3
+            q.view(-1)[place] = expected.view(-1)[place]
+            assert torch.equal(q, expected)
+
+
+def test_a_compiled_graph_raises_the_flag(seeded):
+    """The flag is an argument that the op writes to: torch must neither drop nor copy it."""
+
+    def layer(x, scale, flag):
+        return quantize_per_tensor(x * 2, scale, nan_flag=flag).to(torch.float32) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, scale, flag = torch.randn(4, 16, generator=seeded), torch.tensor(0.1), torch.zeros((), dtype=torch.int32)
+    assert torch.equal(compiled(x, scale, flag), layer(x, scale, None))
+    assert flag.item() == 0
+    x[2, 3] = float("nan")
+    compiled(x, scale, flag)
+    assert flag.item() == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_row_with_nan_says_so_and_others_do_not_notice(kernel_device):
     x = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 0.5, -2.0]])
     expected_q, expected_scale = reference.quantize_per_token(x)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import gated_sum, linear_gate_residual_, reference
-from tests.kernels.oracle import assert_close, float_dtypes, make_layer, to
+from tests.kernels.oracle import assert_close, assert_summed, float_dtypes, make_layer, to
 
 # (S, L, K, samples, tokens, D)
 SHAPES = [(1, 1, 1, 2, 16, 128), (2, 3, 2, 2, 35, 40), (3, 2, 2, 1, 1, 1), (1, 2, 2, 3, 33, 129), (2, 1, 1, 5, 8, 64)]
@@ -31,7 +31,11 @@ def make(shape, generator, dtype=torch.float32, gated=True, integers=False):
         modulation = torch.randn(layers, samples, 3 * branches, width, generator=generator).to(dtype)
         gates = modulation[:, :, 2::3].transpose(1, 2)
         expected = expected * gates.double()[:, :, :, None]
-    return (x, features, gates, weights, scales), x.double() + expected.sum((0, 1, 2)), expected.abs().sum().item()
+    return (
+        (x, features, gates, weights, scales),
+        x.double() + expected.sum((0, 1, 2)),
+        x.double().abs() + expected.abs().sum((0, 1, 2)),
+    )
 
 
 def moved(arguments, device):
@@ -46,13 +50,14 @@ def moved(arguments, device):
 
 def check(device, shape, generator, **kinds):
     for dtype in float_dtypes(device):
-        arguments, expected, size = make(shape, generator, dtype, **kinds)
+        arguments, expected, terms = make(shape, generator, dtype, **kinds)
+        additions = 4 * shape[0] * shape[1] * shape[2]  # a feature times its scale, gate and weight, and added
         actual = gated_sum(*moved(arguments, device))
         assert actual.dtype == dtype
         assert actual.is_contiguous()
-        assert_close(actual, expected, size=4 * max(1.0, size / expected.numel()))
+        assert_summed(actual, expected, terms, additions)
         if expected.numel() < 1e5:
-            assert_close(reference.gated_sum(*arguments), expected, size=4 * max(1.0, size / expected.numel()))
+            assert_summed(reference.gated_sum(*arguments), expected, terms, additions)
 
 
 @pytest.mark.parametrize("integers", [False, True], ids=["floats", "int8"])

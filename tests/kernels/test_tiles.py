@@ -108,10 +108,64 @@ def test_tuning_without_a_gpu_says_so():
     assert "Traceback" not in done.stderr
 
 
-def test_tuning_refuses_nonsense(capsys):
-    with pytest.raises(SystemExit):
-        tune.main(["--layers", "12"])
-    assert "'12' is no layer; give out_features x in_features" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "12"], "'12' is no layer; give out_features x in_features"),
+        (["--layers", "0x12"], "out_features must be an integer from 1 to 1073741824; got 0"),
+        (["--layers", "12x65536"], "in_features must be an integer from 1 to 65535; got 65536"),
+        (["--layers", "12x63"], "in_features must be a multiple of 2; got 63"),
+        (["--rows", "16", "0"], "an entry of rows must be an integer from 1 to 1073741824; got 0"),
+        (["--rows", "-5"], "got -5"),
+        (["--processes", "0"], "processes must be an integer from 1 to 1024; got 0"),
+    ],
+)
+def test_tuning_refuses_nonsense(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": [(0, 8)]},
+        {"rows": [0]},
+        {"rows": None},
+        {"kernels": ["int3"]},
+        {"kernels": [3]},
+        {"kernels": None},
+        {"processes": True},
+    ],
+    ids=str,
+)
+def test_tune_refuses_before_it_starts_processes(monkeypatch, changes):
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", None)
+    with pytest.raises(qandc_kernels.ArgumentError, match="tune: "):
+        tune.tune(**{"layers": [(8, 8)], "rows": [8], "kernels": ["int8"], "processes": 1, **changes})
+
+
+def test_candidates_refuse():
+    for kernel, m in (("int8", 0), ("int8", "8"), ("int3", 8), (None, 8), ("int8", float("nan"))):
+        with pytest.raises(qandc_kernels.ArgumentError):
+            tune.candidates(kernel, m)
+    for copies, repeats in ((0, 1), (1, 0), (1.0, 1), (None, 1)):
+        with pytest.raises(qandc_kernels.ArgumentError, match="must be an integer from 1"):
+            tune.time_launches(lambda i: None, copies, repeats)
+
+
+def test_a_broken_table_is_told_before_tuning(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tune, "select_backend", lambda device: qandc_kernels.Backend("triton", "here"))
+    monkeypatch.setattr(tune, "gpu_of", lambda device: tiles.Gpu("card", (9, 0), 132))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(tune, "tune", None)
+    (tmp_path / "card.json").write_text("[]")
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(SystemExit):
+            tune.main(["--out", str(out)])
+        assert "cannot be made or is no table of tiles" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
