@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from qandc.cache import paused_cache
-from qandc.conversion import quant_layers
+from qandc.conversion import layers_to_quantize, quant_layers
 from qandc.errors import ConfigError, DataError, ModelError
+from qandc.layer_inputs import SharedInputs, check_batches, watch_inputs
 from qandc.linear import QuantLinear
 from qandc.quantizer import QuantConfig, activation_parameters
 from qandc.ranges import Histogram, RangeConfig, StepRanges, estimate_range
@@ -21,67 +21,38 @@ __all__ = ["calibrate", "calibrate_steps", "input_hessians", "smoothing_factors"
 logger = logging.getLogger(__name__)
 
 
-class _RangeObserver:
-    """What a layer's inputs look like: extremes, on its device; a histogram where the estimator needs one."""
-
-    def __init__(self, config: RangeConfig) -> None:
-        self.counts_values = config.estimator != "minmax"
-        self.seen = Histogram()
-
-    def __call__(self, module: QuantLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        if x.numel() == 0:
-            return
-        if module.smoothing is not None:
-            x = x.float() / module.smoothing
-        self.seen.add(x, count=self.counts_values)
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
-
-
-@torch.no_grad()
 def _observe(
     model: nn.Module, batches: Iterable[Any], config: RangeConfig, when: Callable[[Any], Any]
-) -> dict[Any, dict[str, _RangeObserver]]:
+) -> dict[Any, dict[str, Histogram]]:
     """Run the batches with dynamic ranges and no cache; what each layer saw, for each value of ``when(batch)``."""
-    if isinstance(batches, torch.Tensor | Mapping):
-        raise DataError(f"batches must be an iterable of batches; got one {type(batches).__name__} (put it in a list)")
+    check_batches(batches)
     layers = quant_layers(model)
     if not layers:
         raise ModelError(f"{type(model).__name__} has no quantized layer; call quantize_model first")
     before = {name: (layer.act_scale, layer.act_zero_point) for name, layer in layers.items()}
-    observers: dict[Any, dict[str, _RangeObserver]] = {}
-    current: dict[str, _RangeObserver] = {}
+    found: dict[Any, dict[str, Histogram]] = {}
+    current: dict[str, Histogram] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: current[name](module, args, kwargs)
+    def see(name: str, x: torch.Tensor) -> None:
+        smoothing = layers[name].smoothing
+        current[name].add(x if smoothing is None else x.float() / smoothing, count=config.estimator != "minmax")
 
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    def sorted_by_time() -> Iterator[Any]:
+        nonlocal current
+        for batch in batches:
+            current = found.setdefault(when(batch), {name: Histogram() for name in layers})
+            yield batch
+
     try:
         for layer in layers.values():
             layer.set_static_range(None)
-        with paused_cache(model):
-            for batch in batches:
-                key = when(batch)
-                if key not in observers:
-                    observers[key] = {name: _RangeObserver(config) for name in layers}
-                current = observers[key]
-                _call(model, batch)
+        watch_inputs(model, sorted_by_time(), layers, see)
     finally:
-        for handle in handles:
-            handle.remove()
         for name, layer in layers.items():
             layer.set_static_range(*before[name])
-    if not observers:
+    if not found:
         raise DataError("the calibration set is empty; give at least one batch of model inputs")
-    return observers
+    return found
 
 
 def calibrate(
@@ -107,12 +78,10 @@ def calibrate(
         DataError: there is no batch, no batch reaches a layer, or a layer saw NaN or inf. Ranges are unchanged then.
     """
     config = RangeConfig(symmetric=symmetric) if ranges is None else ranges
-    (observers,) = _observe(model, batches, config, lambda batch: None).values()
+    (histograms,) = _observe(model, batches, config, lambda batch: None).values()
     layers = quant_layers(model)
     found = {
-        name: _parameters(name, layers[name], observer.seen, config)
-        for name, observer in observers.items()
-        if observer.seen.saw_values()
+        name: _parameters(name, layers[name], seen, config) for name, seen in histograms.items() if seen.saw_values()
     }
     _report_missing(layers, found)
     for name, (scale, zero_point) in found.items():
@@ -146,8 +115,8 @@ def calibrate_steps(
         ConfigError: ``groups`` is not an integer from 1 to the number of timesteps.
     """
     config = RangeConfig() if ranges is None else ranges
-    observers = _observe(model, batches, config, _timestep_of)
-    timesteps = sorted(observers, reverse=True)
+    histograms = _observe(model, batches, config, _timestep_of)
+    timesteps = sorted(histograms, reverse=True)
     count = len(timesteps) if groups is None else groups
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= len(timesteps):
         raise ConfigError(f"groups is {groups!r}; {len(timesteps)} timesteps can form 1 to {len(timesteps)}")
@@ -160,7 +129,7 @@ def calibrate_steps(
     for name, layer in layers.items():
         merged = [Histogram() for _ in range(count)]
         for timestep, group in zip(timesteps, group_of, strict=True):
-            merged[group].merge(observers[timestep][name].seen)
+            merged[group].merge(histograms[timestep][name])
         if not all(seen.saw_values() for seen in merged):
             continue
         found = [_parameters(name, layer, seen, config) for seen in merged]
@@ -179,7 +148,7 @@ def smoothing_factors(
 
     ``(x / s)(s w) = x w`` exactly; what changes is how both round. SmoothQuant (arXiv 2211.10438, Eq. 4); with α = 0.5
     both sides get the geometric mean of the two, the salience balancing of PTQ4DiT (arXiv 2405.16005) without its
-    weights of steps. q, k and v, which share their input, share their factors.
+    weights of steps. Layers that share their inputs, as q, k and v of self-attention do, share their factors.
 
     Args:
         model: not quantized yet.
@@ -197,32 +166,21 @@ def smoothing_factors(
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha is {alpha!r}; give a number from 0 to 1")
     layers: dict[str, nn.Linear] = {}
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         layer = modules.get(name)
         if type(layer) is not nn.Linear:
             raise ConfigError(f"{name!r} is no nn.Linear of this {type(model).__name__}; smooth before quantizing")
         layers[name] = layer
-    largest: dict[str, torch.Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen = args[0].detach().float().abs().flatten(0, -2).amax(0)
-            largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
-
-        return note
-
-    _watch(model, batches, {layer: hook(name) for name, layer in layers.items()})
-    weights: dict[str, torch.Tensor] = {}
+    seen = SharedInputs(lambda x: x.abs().amax(0), lambda total, new: torch.maximum(total, new, out=total))
+    largest = _totals(seen, model, batches, layers)
+    weights: dict[int, torch.Tensor] = {}  # by the tensor that layers of the same inputs share
     for name, layer in layers.items():
-        if name not in largest or not torch.isfinite(largest[name]).all():
-            raise DataError(f"{name} saw no input, or NaN or inf; check the batches")
-        key = _input_of(name)
-        column = layer.weight.detach().float().abs().amax(0)
+        column, key = layer.weight.detach().float().abs().amax(0), id(largest[name])
         weights[key] = torch.maximum(weights[key], column) if key in weights else column
     factors = {}
-    for name in layers:
-        x, w = largest[name], weights[_input_of(name)]
+    for name, x in largest.items():
+        w = weights[id(x)]
         factor = x**alpha / w.clamp(min=1e-30) ** (1 - alpha)
         factors[name] = torch.where((x > 0) & (w > 0), factor, torch.ones_like(factor))
     return factors
@@ -240,55 +198,33 @@ def input_hessians(
         skip_patterns: as for :func:`qandc.quantize_model`.
 
     Returns:
-        Layer name to ``[K, K] float32``; q, k and v, which share their input, share one tensor.
+        Layer name to ``[K, K] float32``; layers that share their inputs, as q, k and v of self-attention do, share one
+        tensor.
 
     Raises:
         ModelError: there is no linear layer to quantize.
         DataError: a layer saw no input, or NaN or inf.
     """
-    patterns = tuple(skip_patterns)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and not any(pattern in name for pattern in patterns)
-    }
-    if not layers:
-        raise ModelError(f"{type(model).__name__} has no nn.Linear left to quantize; gather Hessians before quantizing")
-    found: dict[str, torch.Tensor] = {}
-    first = {_input_of(name): name for name in reversed(layers)}
-
-    def hook(key: str) -> Callable[..., None]:
-        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-            if key not in found:
-                found[key] = x.new_zeros(x.shape[1], x.shape[1])
-            found[key].addmm_(x.T, x)
-
-        return add
-
-    _watch(model, batches, {layers[name]: hook(key) for key, name in first.items()})
-    for key, name in first.items():
-        if key not in found or not torch.isfinite(found[key]).all():
-            raise DataError(f"{name} saw no input, or NaN or inf; check the batches")
-    return {name: found[_input_of(name)] for name in layers}
-
-
-def _watch(model: nn.Module, batches: Iterable[Any], hooks: Mapping[nn.Linear, Callable[..., None]]) -> None:
-    """Run the batches, every step computed, with these hooks before the forwards of their layers."""
-    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks.items()]
     try:
-        with paused_cache(model):
-            for batch in batches:
-                _call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+        layers = layers_to_quantize(model, QuantConfig(skip_patterns=tuple(skip_patterns)))
+    except ModelError as error:
+        raise ModelError(f"{error}; gather Hessians before quantizing") from None
+    # in place: autocast, inside of a model, would make it one of half precision
+    seen = SharedInputs(lambda x: x.new_zeros(x.shape[1], x.shape[1]).addmm_(x.T, x), torch.Tensor.add_)
+    return _totals(seen, model, batches, layers)
 
 
-def _input_of(name: str) -> str:
-    """What layers of one input have in common in their names."""
-    parent, _, last = name.rpartition(".")
-    return f"{parent}.qkv" if last in ("to_q", "to_k", "to_v") else name
+def _totals(
+    seen: SharedInputs, model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Linear]
+) -> dict[str, torch.Tensor]:
+    """Layer name to what all its inputs add up to, in the order of ``layers``."""
+    check_batches(batches)
+    watch_inputs(model, seen.each_forward(batches), layers, seen.see)
+    found = seen.totals()
+    for name in layers:
+        if name not in found or not torch.isfinite(found[name]).all():
+            raise DataError(f"{name} saw no input, or NaN or inf; check the batches")
+    return {name: found[name] for name in layers}
 
 
 def _timestep_of(batch: Any) -> float:

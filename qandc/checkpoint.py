@@ -159,7 +159,7 @@ def load_quantized(
     tensors = load_file(directory / WEIGHTS)
     _check_tensors(tensors, manifest["tensors"])
     model = _skeleton(manifest["config"], manifest["layers"])
-    _check_names(model, {name: tensor.shape for name, tensor in tensors.items()})
+    _check_names(model, tensors)
     transient = _tensors(model).keys() - model.state_dict().keys()
     model.load_state_dict({name: t for name, t in tensors.items() if name not in transient}, assign=True)
     for name in transient:  # buffers that no state dict knows
@@ -243,7 +243,7 @@ def _describe(model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         }
         for row in report.quantized
     }
-    _check_names(_skeleton(config, entries), {name: tensor.shape for name, tensor in tensors.items()})
+    _check_names(_skeleton(config, entries), tensors)
     before, after = report.quantized_bytes
     manifest = {
         "version": FORMAT_VERSION,
@@ -287,19 +287,23 @@ def _skeleton(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]
     return model
 
 
-def _check_names(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+def _check_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that do not fill ``model`` exactly; ranges and smoothing may be there or not."""
-    ours = {name: tensor.shape for name, tensor in _tensors(model).items()}
-    optional = {f"{name}.{buffer}" for name in quant_layers(model) for buffer in OPTIONAL_BUFFERS}
+    ours, layers = {name: tensor.shape for name, tensor in _tensors(model).items()}, quant_layers(model)
+    optional = {f"{name}.{buffer}" for name in layers for buffer in OPTIONAL_BUFFERS}
     advice = f"a checkpoint holds the {DIT} that diffusers builds from its config (merge LoRA, remove parametrizations)"
-    for name in shapes:
+    for name, tensor in tensors.items():
         if name not in ours and name not in optional:
             raise ModelError(f"{name} is a tensor too many; {advice}")
+        owner, _, leaf = name.rpartition(".")
+        fault = layers[owner].fault_of(leaf, tensor) if owner in layers else None
+        if fault is not None:
+            raise ModelError(f"{name} is {fault[0]}; in a {layers[owner].scheme} layer it must be {fault[1]}")
     for name, shape in ours.items():
-        if name not in shapes:
+        if name not in tensors:
             raise ModelError(f"{name} is missing; {advice}")
-        if shape != shapes[name]:
-            raise ModelError(f"{name} is {list(shapes[name])} instead of {list(shape)}; {advice}")
+        if shape != tensors[name].shape:
+            raise ModelError(f"{name} is {list(tensors[name].shape)} instead of {list(shape)}; {advice}")
 
 
 def _read_manifest(directory: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 from qandc.cache import FUSED, reset_all_caches
-from qandc.errors import ConfigError, ModelError
-from qandc.linear import QuantLinear, check_finite, check_layer
+from qandc.errors import ConfigError, DataError, ModelError
+from qandc.linear import QuantLinear, check_finite, check_layer, smoothed_weight
 from qandc.quantizer import QuantConfig
+from qandc.readers import kept_layers, tuner_layers
 from qandc_kernels import select_backend
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "quantization_report",
     "quantize_model",
 ]
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -40,16 +44,24 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def layers_to_quantize(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:
-    """Qualified name to linear layer.
+    """Choose the linear layers that become :class:`QuantLinear`, by qualified name.
+
+    Layers that :func:`qandc.readers.kept_layers` names stay as they are; a warning says which and why.
 
     Raises:
         ModelError: there is none.
     """
     linears = dict(_linear_layers(model))
-    skipped = {id(linear) for name, linear in linears.items() if config.skips(name)}
+    kept = {name: why for name, why in kept_layers(model).items() if not config.skips(name)}
+    for why in dict.fromkeys(kept.values()):
+        names = [name for name in kept if kept[name] == why]
+        logger.warning("%d linear layers stay in full precision, %s among them: %s", len(names), names[0], why)
+    skipped = {id(linear) for name, linear in linears.items() if config.skips(name) or name in kept}
     chosen = [name for name, linear in linears.items() if id(linear) not in skipped]
     if not chosen:
-        if linears:
+        if kept:
+            why = f"{min(kept)} and others stay as they are ({kept[min(kept)]}), and skip_patterns exclude the rest"
+        elif linears:
             why = f"skip_patterns {list(config.skip_patterns)} exclude all {len(linears)} of its linear layers"
         elif quant_layers(model):
             why = "its linear layers are quantized already"
@@ -71,9 +83,9 @@ def quantize_model(
 ) -> ModelT:
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`QuantLinear`, in place, layer by layer.
 
-    Each full-precision weight is freed as soon as its layer is converted. On DiT-XL/2 the default patterns leave the
-    timestep, label and adaLN layers alone and convert 170: q, k, v, out and both MLP layers of 28 blocks, and the two
-    output projections.
+    Each full-precision weight is freed as soon as its layer is converted (with hessians, when all are). On DiT-XL/2 the
+    default patterns leave the timestep, label and adaLN layers alone and convert 170: q, k, v, out and both MLP layers
+    of 28 blocks, and the two output projections.
 
     Args:
         model: any module; it must not be an ``nn.Linear`` itself (use ``QuantLinear.from_linear``).
@@ -92,9 +104,11 @@ def quantize_model(
         ConfigError: unknown bits, patterns or clip, factors for a layer that is not quantized here, or a layer that no
             kernel can run (:meth:`QuantLinear.from_linear`).
         ModelError: nothing is left to quantize, or a layer has hooks or a replaced ``forward``, which would be lost.
-        DataError: a weight or bias holds NaN or inf.
+        DataError: a weight or bias holds NaN or inf, or factors or a Hessian are not what ``from_linear`` takes.
 
-    After any of them the model is unchanged. Subclasses of ``nn.Linear`` stay as they are.
+    After any of them the model is unchanged. Subclasses of ``nn.Linear`` stay as they are, and so do, with a warning,
+    layers whose weight other code reads past their forward, and adapters of PEFT: these stay beside their quantized
+    base layer, or in it if they were merged; to merge or unmerge them afterwards is refused.
     """
     config = QuantConfig(w_bits, a_bits, skip_patterns, weight_clip)
     smoothing, hessians = smoothing or {}, hessians or {}
@@ -113,17 +127,49 @@ def quantize_model(
             raise ModelError(f"{name} has hooks or a replaced forward, which would be lost; remove them first")
         check_finite(linear.weight, f"{name}.weight")
         check_finite(linear.bias, f"{name}.bias")
+    factors = {id(linears[name]): value for name, value in smoothing.items()}
+    inputs = {id(linears[name]): value for name, value in hessians.items()}
     converted: dict[int, QuantLinear] = {}  # a layer registered under two names stays one layer
+
+    def convert(linear: nn.Linear) -> None:
+        key = id(linear)
+        if key not in converted:
+            args = factors.get(key), weight_clip, inputs.get(key)
+            converted[key] = QuantLinear.from_linear(linear, w_bits, a_bits, *args)
+
+    for name in dict.fromkeys((*smoothing, *hessians)):
+        try:
+            if name in hessians:  # whether it can be used is known when it has been: these are converted first
+                convert(linears[name])
+            else:
+                smoothed_weight(linears[name], smoothing[name])
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
     for name in chosen:
         linear = linears.pop(name)
-        if id(linear) not in converted:
-            factors, hessian = smoothing.get(name), hessians.get(name)
-            converted[id(linear)] = QuantLinear.from_linear(linear, w_bits, a_bits, factors, weight_clip, hessian)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, converted[id(linear)])
+        convert(linear)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], converted[id(linear)])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # else its fast path, when compiled, passes by linear1 and linear2
+    for _, tuner in tuner_layers(model):
+        if isinstance(tuner.base_layer, QuantLinear):
+            tuner.merge = tuner.unmerge = refuse_merge
     reset_all_caches(model)  # what it holds are features of the full-precision model
     _note_for_diffusers(model, config)
     return model
+
+
+def refuse_merge(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``merge`` and ``unmerge`` of an adapter beside a quantized layer.
+
+    Raises:
+        ModelError: always.
+    """
+    raise ModelError(
+        "quantized weights take no adapter in; keep it beside them, or merge it into the full-precision model before "
+        "quantize_model (nor do they give one back: unmerge it there as well)"
+    )
 
 
 def _note_for_diffusers(model: Any, config: QuantConfig) -> None:
@@ -133,7 +179,8 @@ def _note_for_diffusers(model: Any, config: QuantConfig) -> None:
         return
     schemes = {name: f"W{layer.w_bits}A{layer.a_bits}" for name, layer in quant_layers(model).items()}
     linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, QuantLinear)]
-    implied = {name: config.scheme for name in linears if not config.skips(name)}
+    kept = kept_layers(model)
+    implied = {name: config.scheme for name in linears if not config.skips(name) and name not in kept}
     note = {"quant_method": "qandc", **asdict(config), "skip_patterns": list(config.skip_patterns)}
     register(quantization_config=note if schemes == implied else {**note, "layers": schemes})
 
@@ -194,7 +241,7 @@ class QuantizationReport:
 
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
-    rows = []
+    rows, kept = [], kept_layers(model)
     fused = model.__dict__.get(FUSED)
     if fused is not None:
         fused.inspect(model)
@@ -215,5 +262,5 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
         elif isinstance(module, nn.Linear):
             size = module.weight.numel() * module.weight.element_size()
             dtype = str(module.weight.dtype).removeprefix("torch.")
-            rows.append(LayerReport(name, False, dtype, size, size, "torch linear", "not quantized"))
+            rows.append(LayerReport(name, False, dtype, size, size, "torch linear", kept.get(name, "not quantized")))
     return QuantizationReport(tuple(rows))

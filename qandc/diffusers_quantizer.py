@@ -188,25 +188,26 @@ class QandCQuantizer(DiffusersQuantizer):
             while self.absent:
                 setattr(*self.absent.pop(), None)
         name, _, leaf = param_name.rpartition(".")
+        stored = state_dict[param_name]  # param_value has been rounded to torch_dtype
         if self.pre_quantized:
             layer = model.get_submodule(name)
-            stored = state_dict[param_name]  # param_value has been rounded to torch_dtype, and scales stay float32
-            expected = getattr(layer, leaf).dtype
-            if stored.dtype != expected or (leaf == "bits" and tuple(stored.tolist()) != self.bits[name]):
-                found = stored.dtype if stored.dtype != expected else "W{}A{}".format(*stored.tolist())
+            fault = layer.fault_of(leaf, stored)
+            if fault is not None:
                 raise ModelError(
-                    f"{param_name} is {found}; its quantization_config says W{layer.w_bits}A{layer.a_bits}, stored as "
-                    f"{expected}: save the model again"
+                    f"{param_name} is {fault[0]}; its quantization_config says W{layer.w_bits}A{layer.a_bits}, "
+                    f"{fault[1]}: save the model again"
                 )
             setattr(layer, leaf, stored.to(target_device))
             return
-        check_finite(param_value, param_name)
         w_bits, a_bits = self.bits[name]
+        value = stored.to(target_device, torch.float32) if leaf == "weight" else param_value.to(target_device)
+        check_finite(value, param_name)
         with LOADING:
             layer = model.get_submodule(name)
-            setattr(layer, leaf, nn.Parameter(param_value.to(target_device), requires_grad=False))
+            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
             if leaf == "weight":
-                layer = QuantLinear.from_linear(layer, w_bits, a_bits, weight_clip=self.config.weight_clip)
+                clip, dtype = self.config.weight_clip, param_value.dtype
+                layer = QuantLinear.from_linear(layer, w_bits, a_bits, weight_clip=clip, dtype=dtype)
                 _replace(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -214,6 +215,8 @@ class QandCQuantizer(DiffusersQuantizer):
         for name in self.bits:
             if name not in layers or layers[name].qweight.is_meta:
                 raise ModelError(f"no weight came for {name}; load the model by from_pretrained of its directory")
+            if layers[name].act_zero_point is not None and layers[name].act_scale is None:
+                raise ModelError(f"{name}.act_zero_point has no act_scale beside it; save the model again")
         return model
 
     def _dequantize(self, model: Any) -> Any:

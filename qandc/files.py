@@ -67,12 +67,17 @@ def keep_settings(path: Path, settings: dict[str, Any], what: str) -> None:
     settings = json.loads(json.dumps(settings))
     if path.exists():
         try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            before = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{str(path)!r} cannot be read ({error}); give another directory") from error
         for name in settings:
-            if before.get(name) != settings[name]:
-                theirs, ours = _where_they_differ(str(before.get(name)), str(settings[name]))
+            if name not in before:
+                raise ConfigError(
+                    f"{str(path.parent)!r} holds {what} of another version of qandc: {path.name} has no {name!r} (give "
+                    "another directory)"
+                )
+            if before[name] != settings[name]:
+                theirs, ours = _where_they_differ(str(before[name]), str(settings[name]))
                 raise ConfigError(
                     f"{str(path.parent)!r} holds {what} of {name} {theirs}; this one would have {ours} (give another "
                     "directory, or the same settings)"

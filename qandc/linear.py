@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 import qandc_kernels
+from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, quantize_weight, round_with_feedback
-from qandc_kernels import int4_linear, int8_linear, pack_int4, reference, unpack_int4
+from qandc_kernels import int4_linear, int8_linear, pack_int4, reference
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
@@ -23,8 +25,8 @@ OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "
 class QuantLinear(nn.Module):
     """``y = dequantize(quantize(x / smoothing) · qweightᵀ) + bias``, for inference.
 
-    The output has the dtype of the input, or under autocast that of autocast, as with ``nn.Linear``. It carries no
-    gradient.
+    The output has the dtype of the input, or under autocast that of autocast, as with ``nn.Linear``. Its gradient is
+    straight-through: that of ``nn.Linear`` with the dequantized weight, for the input and for a bias that requires one.
 
     Until static ranges are set (:func:`qandc.calibrate`) each input row is quantized with its own scale, found on the
     way (dynamic, per token). Afterwards one scale and zero point serve all inputs (static, per tensor). On a GPU
@@ -94,6 +96,7 @@ class QuantLinear(nn.Module):
         smoothing: torch.Tensor | None = None,
         weight_clip: str = "max",
         hessian: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> QuantLinear:
         """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
 
@@ -103,6 +106,7 @@ class QuantLinear(nn.Module):
             smoothing: ``[K]`` factors > 0 that inputs are divided by and the weight is multiplied with.
             weight_clip: ``max`` or ``mse`` (:func:`qandc.quantizer.quantize_weight`).
             hessian: ``[K, K]`` of the inputs (:func:`qandc.input_hessians`): round with error feedback (GPTQ).
+            dtype: of the model the layer is for, where ``linear`` holds the weight in a higher precision.
 
         Raises:
             ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
@@ -110,6 +114,7 @@ class QuantLinear(nn.Module):
                 is not ``[K, K]`` and positive.
         """
         weight, bias = linear.weight, linear.bias
+        dtype = dtype or weight.dtype
         check_finite(weight, "weight")
         check_finite(bias, "bias")
         module = cls(
@@ -119,18 +124,11 @@ class QuantLinear(nn.Module):
             w_bits=w_bits,
             a_bits=a_bits,
             device=weight.device,
-            dtype=weight.dtype,
+            dtype=dtype,
         )
         if smoothing is not None:
-            smoothing = smoothing.detach().to(weight.device, torch.float32, copy=True)
-            if smoothing.shape != (linear.in_features,) or not (torch.isfinite(smoothing) & (smoothing > 0)).all():
-                raise DataError(
-                    f"smoothing must be {linear.in_features} finite float32 numbers > 0, one per input channel; "
-                    f"got shape {tuple(smoothing.shape)} (leave it out for none)"
-                )
-            module.smoothing = smoothing
-            weight = weight.float() * smoothing
-            check_finite(weight, "weight times smoothing")
+            module.smoothing, weight = smoothed_weight(linear, smoothing)
+            smoothing = module.smoothing
         q, scale = quantize_weight(weight, w_bits, weight_clip)
         if hessian is not None:
             if smoothing is not None:
@@ -141,7 +139,7 @@ class QuantLinear(nn.Module):
         module.weight_sum = q.sum(1, dtype=torch.int32)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        module.original_bytes = weight.numel() * linear.weight.element_size()
+        module.original_bytes = weight.numel() * dtype.itemsize
         return module.train(linear.training)
 
     @property
@@ -152,12 +150,12 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight ``[N, K]``, computed anew at each access, in the dtype the weight would have."""
-        q = unpack_int4(self.qweight) if self.w_bits == 4 else self.qweight
-        weight = q * self.weight_scale[:, None]
-        if self.smoothing is not None:
-            weight = weight / self.smoothing
-        return weight.to(self.weight_dtype_holder.dtype)
+        """The dequantized weight ``[N, K]``, in the dtype the weight would have; see :class:`DequantizedWeight`."""
+        dtype = self.weight_dtype_holder.dtype
+        values = functools.partial(dequantize, self.qweight, self.weight_scale, self.smoothing, dtype)
+        if torch.compiler.is_compiling():  # what nobody uses is not computed
+            return values()
+        return DequantizedWeight(values, (self.out_features, self.in_features), dtype, self.qweight.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -190,15 +188,70 @@ class QuantLinear(nn.Module):
         self.act_scale = scale.detach().to(device, torch.float32, copy=True)
         self.act_zero_point = zero_point
 
+    def tensor_forms(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+        """Name to allowed dtypes and shape of all that a state dict may hold of this layer."""
+        n, k = self.out_features, self.in_features
+        qweight = ((torch.uint8,), (n, k // 2)) if self.w_bits == 4 else ((torch.int8,), (n, k))
+        return {
+            "bits": ((torch.uint8,), (2,)),
+            "qweight": qweight,
+            "weight_scale": ((torch.float32,), (n,)),
+            "weight_sum": ((torch.int32,), (n,)),
+            "act_scale": ((torch.float32,), ()),
+            "act_zero_point": ((torch.int32,), ()),
+            "smoothing": ((torch.float32,), (k,)),
+            "bias": (FLOAT_DTYPES, (n,)),
+        }
+
+    def fault_of(self, name: str, tensor: torch.Tensor) -> tuple[str, str] | None:
+        """Compare a tensor with what this layer holds under this name; (what it is, what it must be) if they differ.
+
+        Values are read where there are any, but for those of ``qweight`` and ``weight_sum``.
+        """
+        dtypes, shape = self.tensor_forms()[name]
+        if tensor.dtype not in dtypes:
+            return str(tensor.dtype), "stored as " + " or ".join(map(str, dtypes))
+        if tensor.shape != shape:
+            return f"of shape {list(tensor.shape)}", f"of shape {list(shape)}"
+        if tensor.is_meta or name in ("qweight", "weight_sum"):
+            return None
+        if name == "bits":
+            found, own = "W{}A{}".format(*tensor.tolist()), f"W{self.w_bits}A{self.a_bits}"
+            return None if found == own else (found, own)
+        if name == "act_zero_point":
+            limit = 1 << self.a_bits - 1
+            inside = -limit <= int(tensor) < limit
+            return None if inside else (str(int(tensor)), f"an integer from {-limit} to {limit - 1}")
+        if name == "bias":
+            return None if torch.isfinite(tensor).all() else ("not finite", "finite numbers")
+        positive = (torch.isfinite(tensor) & (tensor > 0)).all()
+        return None if positive else ("not finite or not > 0", "finite numbers > 0")
+
     def make_optional(self, name: str) -> None:
         """Make room for one of ``OPTIONAL_BUFFERS``, to be filled from a state dict."""
         shape = (self.in_features,) if name == "smoothing" else ()
         setattr(self, name, torch.zeros(shape, dtype=OPTIONAL_BUFFERS[name], device=self.qweight.device))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise refuse_write("layer.weight = ...")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise refuse_write("del layer.weight")
+        super().__delattr__(name)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
+        if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            y = self._product(input.detach())
+            return StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
+        return self._product(input)
+
+    def _product(self, input: torch.Tensor) -> torch.Tensor:
         device_type = input.device.type
-        autocast = torch.is_autocast_enabled(device_type)
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         x = input if self.smoothing is None else input.float() / self.smoothing
         # compiled, plain torch joins the kernel that computes x; one of ours would be another pass over it
         compiling = torch.compiler.is_compiling()
@@ -237,13 +290,20 @@ class QuantLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         error_msgs: list[str] = args[-1] if args else kwargs["error_msgs"]
-        bits = state_dict.get(prefix + "bits")
-        if bits is not None and not bits.is_meta and bits.tolist() != [self.w_bits, self.a_bits]:
-            theirs = "W{}A{}".format(*bits.tolist())
-            layer = prefix.removesuffix(".") or "this layer"
-            error_msgs.append(
-                f"{layer} is W{self.w_bits}A{self.a_bits}, the state dict is {theirs}; quantize it with those"
-            )
+        layer, scheme = prefix.removesuffix(".") or "this layer", f"W{self.w_bits}A{self.a_bits}"
+        given = {name: state_dict[prefix + name] for name in self.tensor_forms() if prefix + name in state_dict}
+        faults = {name: fault for name, tensor in given.items() if (fault := self.fault_of(name, tensor))}
+        if "bits" in faults:  # the others follow from it
+            error_msgs.append(f"{layer} is {scheme}, the state dict is {faults['bits'][0]}; quantize it with those")
+            return
+        error_msgs += [
+            f"{prefix}{name} is {found}; in a {scheme} layer it must be {wanted}: give the state dict as it was saved"
+            for name, (found, wanted) in faults.items()
+        ]
+        if "act_zero_point" in given and "act_scale" not in given:
+            error_msgs.append(f"{prefix}act_zero_point has no act_scale beside it; give both, or neither")
+            return
+        if faults:  # a refused state changes nothing
             return
         if prefix + "qweight" in state_dict:
             # these may exist in one state and not in the other: take over which
@@ -264,6 +324,23 @@ def _quantize_per_tensor(
     if zero_point is not None:
         y = y + zero_point
     return y.clamp(-(1 << bits - 1), (1 << bits - 1) - 1).to(torch.int8)
+
+
+def smoothed_weight(linear: nn.Linear, smoothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply the weight with factors ``[K]``; gives a float32 copy of the factors and the product ``[N, K]``.
+
+    Raises:
+        DataError: the factors are not ``[K]`` finite numbers > 0, or the product is not finite.
+    """
+    factors = smoothing.detach().to(linear.weight.device, torch.float32, copy=True)
+    if factors.shape != (linear.in_features,) or not (torch.isfinite(factors) & (factors > 0)).all():
+        raise DataError(
+            f"smoothing must be {linear.in_features} finite float32 numbers > 0, one per input channel; "
+            f"got shape {tuple(factors.shape)} (leave it out for none)"
+        )
+    weight = linear.weight.detach().float() * factors
+    check_finite(weight, "weight times smoothing")
+    return factors, weight
 
 
 def skeleton_layer(

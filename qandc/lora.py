@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on quantized layers, for inference: ``y = QuantLinear(x) + scaling · B A x``."""
+"""LoRA adapters of PEFT on quantized layers: ``y = QuantLinear(x) + scaling · B A x``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import functools
 import warnings
 from typing import Any
 
-import torch
-
+from qandc.conversion import refuse_merge
 from qandc.errors import ConfigError, ModelError
 from qandc.linear import QuantLinear
 
@@ -60,18 +59,6 @@ def _layer_class() -> Any:
                 warnings.filterwarnings("ignore", message="Unsupported layer type")  # it is, from here on
                 super().__init__(*args, **kwargs)
 
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise ModelError(
-                    "a quantized layer passes no gradient on, so adapters below it would learn the wrong thing; run "
-                    "under torch.no_grad(), train the adapters on the full-precision model and load them here"
-                )
-            return super().forward(x, *args, **kwargs)
-
-        def merge(self, *args: Any, **kwargs: Any) -> None:
-            raise ModelError(
-                "quantized weights take no adapter in; keep it beside them, or merge it into the full-precision model "
-                "before quantize_model"
-            )
+        merge = unmerge = refuse_merge
 
     return LoraQuantLinear

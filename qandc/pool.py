@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from qandc.derived import eager
 from qandc.errors import ConfigError, DataError
 from qandc.files import keep_settings, write_whole
+from qandc.layer_inputs import input_of_call
 from qandc.pipelines import fingerprint
 from qandc.sampling import check_sampling, describe_run, integers, sample_latents
 from qandc.tap import TapConfig, select_samples
@@ -116,7 +118,7 @@ def record_pool(
     seeds = list(range(len(labels))) if seeds is None else integers("seeds", seeds)
     if len(seeds) != len(labels):
         raise ConfigError(f"{len(labels)} class ids need as many seeds; got {len(seeds)}")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size!r}; give an integer >= 1")
     if directory is not None:
         scheduler.set_timesteps(num_inference_steps)
@@ -148,11 +150,15 @@ def record_pool(
 
 def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> dict[str, torch.Tensor]:
     seen: list[torch.Tensor] = []
-    handle = transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0][: len(labels)].detach().float().cpu()), with_kwargs=True
-    )
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of_call(args, kwargs, "hidden_states")
+        seen.append(x[: len(labels)].detach().float().cpu())
+
+    handle = transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        sample_latents(transformer, scheduler, labels, **run)
+        with eager():
+            sample_latents(transformer, scheduler, labels, **run)
     finally:
         handle.remove()
     timesteps = torch.as_tensor(scheduler.timesteps).cpu().long()
@@ -171,6 +177,10 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
     if not path.exists():
         return None
     try:
-        return load_file(path)
+        found: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{str(path)!r} is damaged ({error}); delete it to have it sampled again") from error
+    missing = {field.name for field in fields(CandidatePool)} - {"null_label"} - found.keys()
+    if missing:
+        raise DataError(f"{str(path)!r} has no {min(missing)}; delete it to have it sampled again")
+    return found

@@ -273,7 +273,12 @@ class Preset:
             model, compensated = settings["model"], settings["compensation"]
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except KeyError as error:
+            raise ConfigError(
+                f"{str(directory / SETTINGS)!r} has no {error}: it is damaged, or of another version; make the "
+                "settings anew with qandc calibrate"
+            ) from error
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise ConfigError(
                 f"{str(directory)!r} holds no calibrated settings, or they are damaged: {type(error).__name__}: {error}"
             ) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 KERNELS = ("laplace", "gaussian")
 METHODS = ("tap", "random", "uniform", "kmeans", "agglomerative", "dbscan")
 LARGEST_DENSE = 4000  # samples whose pairwise distances are held at once; others join the nearest cluster
+BLOCK = 1 << 20  # similarities of the pool to a sub-sample that are held at once
 MEMBERS_PER_CLUSTER = 5  # of a sub-sample at least: clusters of single samples tell nothing
 
 
@@ -47,7 +48,8 @@ class TapConfig:
         kernel: of temporal similarity: ``laplace`` (Eq. 8) or ``gaussian``.
         bandwidth: of the kernel, in the unit of ``times``.
         subsamples: m, clustered in parallel.
-        rate: share of the pool in each, raised where clusters would have fewer than 5 members.
+        rate: share of the pool in each, lowered to 4000 samples, and raised where clusters would have fewer than 5
+            members.
 
     Raises:
         ConfigError: a value is outside of what is said here.
@@ -104,17 +106,30 @@ def similarity(
     return config.alpha * spatial + (1 - config.alpha) * temporal
 
 
-def spectral_clusters(affinity: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+def _similarity_in_blocks(
+    features: np.ndarray, times: np.ndarray, others: np.ndarray, their_times: np.ndarray, config: TapConfig
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of :func:`similarity`, so many that none of its steps takes more than ``BLOCK`` numbers."""
+    rows = max(1, BLOCK // len(others))
+    for first in range(0, len(features), rows):
+        block = slice(first, first + rows)
+        yield block, similarity(features[block], times[block], others, their_times, config)
+
+
+def spectral_clusters(affinity: np.ndarray, clusters: int, seed: int, overwrite: bool = False) -> np.ndarray:
     """Labels ``[N]`` of a symmetric affinity ``[N, N]``: k-means on the top eigenvectors of ``D^-½ A D^-½``.
 
-    Rows of the eigenvectors are scaled to length one before (Ng, Jordan and Weiss 2001).
+    Rows of the eigenvectors are scaled to length one before (Ng, Jordan and Weiss 2001). With ``overwrite`` an affinity
+    in column-major order is worked on where it is: there is never a second matrix of its size.
     """
     from scipy.linalg import eigh
 
     n = len(affinity)
-    root = 1 / np.sqrt(affinity.sum(1))
-    normalised = root[:, None] * affinity * root[None, :]
-    _, vectors = eigh(normalised, subset_by_index=[n - clusters, n - 1])
+    root = 1 / np.sqrt([row.sum() for row in affinity])  # row by row they round alike in both orders
+    normalised = affinity if overwrite else np.array(affinity, dtype=np.float64, order="F")
+    normalised *= root[:, None]
+    normalised *= root[None, :]
+    _, vectors = eigh(normalised, subset_by_index=[n - clusters, n - 1], overwrite_a=True)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return _kmeans(vectors / np.where(length > 0, length, 1), clusters, seed)
 
@@ -141,17 +156,26 @@ def _tap(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) 
     from threadpoolctl import threadpool_limits
 
     n, clusters = len(features), config.clusters
-    size = min(n, max(math.ceil(config.rate * n), MEMBERS_PER_CLUSTER * clusters))
+    size = math.ceil(config.rate * n)
+    if size > LARGEST_DENSE:
+        logger.info("sub-samples have %d samples in the place of %d, to fit into memory", LARGEST_DENSE, size)
+    size = min(n, max(min(size, LARGEST_DENSE), MEMBERS_PER_CLUSTER * clusters))
     generator = np.random.default_rng(seed)
     drawn = [np.sort(generator.choice(n, size, replace=False)) for _ in range(config.subsamples)]
 
     def label_pool(chosen: np.ndarray, seed: int) -> np.ndarray:
         theirs, when = features[chosen], times[chosen]
-        to_chosen = similarity(features, times, theirs, when, config)
-        labels = spectral_clusters(to_chosen[chosen], clusters, seed)
+        affinity = np.empty((size, size), order="F")
+        for block, rows in _similarity_in_blocks(theirs, when, theirs, when, config):
+            affinity[block] = rows
+        labels = spectral_clusters(affinity, clusters, seed, True)
+        del affinity
         members = np.zeros((size, clusters))
         members[np.arange(size), labels] = 1
-        found = (to_chosen @ (members / np.maximum(members.sum(0), 1))).argmax(1)
+        members /= np.maximum(members.sum(0), 1)
+        found = np.empty(n, dtype=np.int64)
+        for block, rows in _similarity_in_blocks(features, times, theirs, when, config):
+            found[block] = (rows @ members).argmax(1)
         found[chosen] = labels
         return found
 

@@ -13,7 +13,7 @@ import torch
 from qandc.derived import derived_class
 from qandc.errors import ConfigError, DataError
 from qandc.sampling import check_gains, check_sampling, describe_run, integers, sample_latents, set_timesteps
-from qandc.variance_compensation import FORMS, Compensation, FittedFor, least_squares
+from qandc.variance_compensation import FORMS, Compensation, FittedFor, compensate, least_squares
 
 __all__ = ["Trajectory", "compensated_scheduler", "fit_compensation", "record_trajectory"]
 
@@ -111,9 +111,7 @@ class _Fitter:
             gain += (1 - self.shrinkage) * (self.form(self.reference[step], x, mean) - 1)
         self.gains.append(gain.float())
         self.means.append(mean.float())
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        mean, gain = self.means[-1].view(shape), self.gains[-1].view(shape)
-        return mean + gain * (x.float() - mean)
+        return compensate(x, self.gains[-1], self.means[-1])
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
         return self._fit(step, noise_pred) if self.target == "noise" else noise_pred

@@ -19,7 +19,15 @@ import torch
 from qandc.errors import ConfigError, DataError
 from qandc.files import write_json, write_whole
 
-__all__ = ["Compensation", "FittedFor", "epsilon_scaling", "least_squares", "paper_gain", "variance_ratio"]
+__all__ = [
+    "Compensation",
+    "FittedFor",
+    "compensate",
+    "epsilon_scaling",
+    "least_squares",
+    "paper_gain",
+    "variance_ratio",
+]
 
 FORMAT_VERSION = 1
 
@@ -72,6 +80,16 @@ def paper_gain(
 FORMS = {"variance_ratio": variance_ratio, "least_squares": least_squares, "paper": paper_gain}
 
 
+def compensate(x: torch.Tensor, gain: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Apply ``μ + K (x - μ)`` to ``x [B, C, ...]`` with ``gain`` and ``mean`` ``[C] float32``; as ``x``.
+
+    It is computed in float32. A channel whose gain is 1 stays as it is, bit for bit: the formula would round it.
+    """
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    gain, mean = gain.view(shape), mean.view(shape)
+    return torch.where(gain == 1, x, (mean + gain * (x.float() - mean)).to(x.dtype))
+
+
 @dataclass(frozen=True)
 class FittedFor:
     """The runs that a compensation was fitted for: it is right for no others."""
@@ -92,6 +110,10 @@ class Compensation:
         target: ``sample``, the latents after each step; or ``noise``, the guided noise prediction before it.
         form: how it was fitted.
         fitted_for: the runs it is for.
+
+    Raises:
+        ConfigError: an unknown target.
+        DataError: gain or mean is of another shape or dtype, NaN or infinite, or a gain is negative.
     """
 
     gain: torch.Tensor
@@ -107,11 +129,17 @@ class Compensation:
         for name in ("gain", "mean"):
             values = getattr(self, name)
             if values.ndim != 2 or len(values) != steps or values.dtype != torch.float32:
-                raise DataError(f"{name} must be [{steps} steps, channels] float32; got {tuple(values.shape)}")
+                got = f"{list(values.shape)} {str(values.dtype).removeprefix('torch.')}"
+                raise DataError(f"{name} must be [{steps} steps, channels] float32; got {got}")
             if not torch.isfinite(values).all():
                 raise DataError(f"{name} holds NaN or infinite values; fit it anew with more samples")
         if self.gain.shape != self.mean.shape:
             raise DataError(f"gain {tuple(self.gain.shape)} and mean {tuple(self.mean.shape)} must have one shape")
+        if (self.gain < 0).any():
+            raise DataError(
+                f"gain holds {float(self.gain.min())}, which would mirror samples; gains are >= 0, and 1 is none "
+                "(fit it anew with more samples, paired with the reference)"
+            )
 
     def to(self, device: torch.device) -> Compensation:
         """The same with its gains on a device."""
@@ -122,10 +150,12 @@ class Compensation:
         return (*(values.cpu().numpy().tobytes() for values in (self.gain, self.mean)), self.target, self.fitted_for)
 
     def _apply(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        """``μ + K (x - μ)``, in float32, cast back."""
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        gain, mean = (values[step].to(x.device).view(shape) for values in (self.gain, self.mean))
-        return (mean + gain * (x.float() - mean)).to(x.dtype)
+        if x.shape[1] != self.gain.shape[1]:  # one channel would be spread over all
+            raise ConfigError(
+                f"the variance compensation has gains for {self.gain.shape[1]} channels; these samples have "
+                f"{x.shape[1]} (fit it for this run)"
+            )
+        return compensate(x, self.gain[step].to(x.device), self.mean[step].to(x.device))
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
         """What becomes of the guided noise prediction ``[B, C, H, W]`` of a step."""
@@ -188,7 +218,11 @@ class Compensation:
             return cls(tensors["gain"], tensors["mean"], values["target"], values["form"], FittedFor(**known))
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except KeyError as error:
+            raise ConfigError(
+                f"{str(path)!r} is no compensation: it has no {error}; make one with fit_compensation"
+            ) from error
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ConfigError(f"{str(path)!r} is no compensation: {error}; make one with fit_compensation") from error
 
 

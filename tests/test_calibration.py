@@ -22,7 +22,7 @@ from qandc import (
 )
 from qandc.conversion import quant_layers
 from qandc.quantizer import activation_parameters, quantize_weight
-from qandc.ranges import Histogram, estimate_range
+from qandc.ranges import Histogram, _squared_errors, estimate_range
 from tests.conftest import make_dit
 
 
@@ -208,6 +208,70 @@ def test_merged_histograms_are_those_of_all_values():
     assert torch.equal(empty.counts, seen_by(small).counts)
 
 
+def test_bins_are_told_by_the_bits_of_a_value():
+    """Each value falls into the bin whose edges, in float64, are around it; values on an edge go away from zero."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=generator) * 2.0 ** torch.randint(-60, 20, (20_000,), generator=generator)
+    edges = seen_by(x).edges()
+    on_edges = edges[1:-1].float()
+    x = torch.cat([x, on_edges, torch.tensor([0.0, -0.0, 1e-45, -1e-45])])
+    histogram = seen_by(x)
+    assert torch.equal(histogram.edges(), edges)
+    assert (edges.diff() > 0).all()
+    middle = len(histogram.counts) // 2
+    size = torch.bucketize(x.double().abs(), edges[middle + 1 : -1], right=True)
+    place = torch.where(x < 0, middle - size, middle + size)
+    assert torch.equal(histogram.counts, torch.bincount(place, minlength=len(histogram.counts)))
+    assert histogram.counts[middle] > 4  # the smallest ones
+
+
+def test_counts_are_exact_whatever_their_number(monkeypatch):
+    """Above 2^24, where float32 cannot count, in one batch and in many, and when the reach grows afterwards."""
+    monkeypatch.setattr("qandc.ranges.CHUNK", 1 << 20)
+    batch = torch.full(((1 << 24) + 6,), 0.001)
+    batch[:3] = 1.0
+    histogram = seen_by(batch, batch, torch.tensor([5000.0]))
+    assert histogram.counts.dtype == torch.int64
+    assert histogram.counts.sum() == 2 * len(batch) + 1
+    assert histogram.counts.max() == 2 * (len(batch) - 3)
+    assert sorted(histogram.counts[histogram.counts > 0].tolist()) == [1, 6, 2 * (len(batch) - 3)]
+    histogram.counts *= 1 << 27  # as many values as 2^27 such sets have
+    merged = seen_by(batch[:10])
+    merged.merge(histogram)
+    assert merged.counts.sum() == (2 * len(batch) + 1 << 27) + 10
+
+
+@pytest.mark.parametrize("percentile", [97.0, 99.0, 99.9])
+@pytest.mark.parametrize("outlier", [1e3, 1e6, -1e6, 1e9])
+def test_percentiles_beside_outliers(outlier, percentile):
+    """A bin is never wider than a 32nd of its values, so bounds within the range are as good as without outliers."""
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    x[17] = outlier
+    bounds = estimate_range(seen_by(x), RangeConfig("percentile", percentile), 8)
+    outside = (100 - percentile) / 200
+    expected = torch.quantile(x.double(), torch.tensor([outside, 1 - outside], dtype=torch.float64))
+    assert [bound.item() for bound in bounds] == pytest.approx(expected.tolist(), rel=1 / 32)
+
+
+def test_memory_of_a_histogram_does_not_grow():
+    histogram = seen_by(torch.tensor([1e-30]))
+    bins = len(histogram.counts)
+    for exponent in (-10, 0, 10, 30, 38):
+        histogram.add(torch.tensor([-(10.0**exponent), 10.0**exponent]))
+        assert len(histogram.counts) == len(histogram.edges()) - 1 == bins < 8192
+    assert histogram.counts.sum() == 11
+
+
+def test_what_is_infinite_reaches_the_extremes_and_nothing_else():
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        histogram = seen_by(torch.tensor([1.0, -2.0]))
+        before = histogram.counts.clone()
+        histogram.add(torch.tensor([0.5, bad]))
+        assert torch.equal(histogram.counts, before)
+        extremes = torch.stack([histogram.minimum, histogram.maximum])
+        assert not torch.isfinite(extremes).all()
+
+
 def quantization_error(x, low, high, bits=8, symmetric=False):
     scale, zero_point = activation_parameters(low, high, bits, symmetric=symmetric)
     shift = 0 if zero_point is None else zero_point
@@ -231,6 +295,41 @@ def test_mse_is_at_least_as_good_as_the_others(bits, symmetric):
         errors[estimator] = quantization_error(x, low, high, bits, symmetric)
     assert errors["mse"] <= 1.02 * min(errors.values())
     assert errors["mse"] < (0.9 if bits == 4 else 1.001) * errors["minmax"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_error_that_is_searched_is_that_of_the_kernels(bits, symmetric):
+    """Level by level, those below and above the range included: a level too many or too few is another error."""
+    from qandc_kernels import quantize_per_tensor
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=generator) * 3 + 1
+    highs = torch.tensor([1.0, 2.5, 6.0, 20.0])
+    low = torch.tensor(-4.0)
+    errors = _squared_errors(x.double(), torch.ones(5000), low.double(), highs.double(), bits, symmetric)
+    for high, error in zip(highs, errors, strict=True):
+        scale, zero_point = activation_parameters(-high if symmetric else low, high, bits, symmetric=symmetric)
+        q = quantize_per_tensor(x, scale, zero_point, bits).double()
+        back = (q - (0 if zero_point is None else zero_point)) * scale
+        # float32 may round a value that lies between two levels to the other one, of the same error to 1e-4
+        assert error.item() == pytest.approx((x - back).double().square().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("outlier", [0.0, 25.0, 40.0])
+def test_no_bounds_of_a_dense_grid_have_much_less_error(outlier, symmetric):
+    """Clipping pays at any share of what was seen: far below a fifth of it, beside a few outliers and with 4 bits."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.gelu(torch.randn(40_000, generator=generator))
+    if outlier:
+        x[:2] = outlier
+    low, high = estimate_range(seen_by(x), RangeConfig("mse", symmetric=symmetric), 4)
+    found = quantization_error(x, low, high, 4, symmetric)
+    shares = torch.logspace(-9, 0, 200, base=2)
+    lows = [x.min()] if symmetric else [x.min(), 0.7 * x.min(), 0.4 * x.min(), 0 * x.min()]
+    others = [quantization_error(x, a, share * x.max(), 4, symmetric) for share in shares for a in lows]
+    assert found <= 1.01 * min(others)
 
 
 def test_percentile_leaves_the_same_share_at_either_end():

@@ -261,12 +261,57 @@ def test_what_lora_cannot_do_here(peft):
     layer = model.transformer_blocks[0].attn1.to_q
     with pytest.raises(ModelError, match="quantized weights take no adapter in; keep it beside them"):
         layer.merge()
-    with pytest.raises(ModelError, match=r"passes no gradient on, .*under torch\.no_grad\(\)"):
-        layer(torch.randn(2, 32, requires_grad=True))
+    with pytest.raises(ModelError, match="nor do they give one back"):
+        layer.unmerge()
     with pytest.raises(ConfigError, match="init_lora_weights='pissa' may change the weights below"):
         lora_for_quantized(peft.LoraConfig(target_modules=["to_q"], init_lora_weights="pissa"))
     with pytest.raises(ValueError, match=r"(?i)dora"):
         with_adapters(peft, make_quantized(), use_dora=True)
+
+
+def test_adapters_train_through_quantized_layers(peft, seeded):
+    """Those of the first layer too, whose gradient comes through the second: as with dequantized weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16))
+    quantize_model(model)
+    plain = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16))
+    for i in (0, 2):
+        plain[i].load_state_dict({"weight": model[i].weight, "bias": model[i].bias})
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    peft.inject_adapter_in_model(lora_for_quantized(config), model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["0", "2"]), plain)
+    ours = {name: p for name, p in model.named_parameters() if "lora" in name}
+    theirs = {name: p for name, p in plain.named_parameters() if "lora" in name}
+    x = torch.randn(16, 32, generator=seeded)
+    for name, parameter in theirs.items():
+        parameter.data.copy_(ours[name].data)
+    for network in (model, plain):
+        network(x).square().sum().backward()
+    for name, parameter in theirs.items():
+        assert parameter.grad.norm() > 0
+        assert (ours[name].grad - parameter.grad).norm() < 0.05 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_that_were_there_before(peft, merged, seeded):
+    """They stay beside the quantized layer, or in it, and neither way is one lost or counted twice later."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), model).eval()
+    if merged:
+        model[0].merge()
+    x = torch.randn(16, 32, generator=seeded)
+    expected = model(x)
+    adapter = model[0].lora_A["default"]
+    quantize_model(model)
+    assert type(model[0].base_layer) is QuantLinear
+    assert model[0].lora_A["default"] is adapter
+    changed = model(x)
+    assert (changed - expected).norm() < 0.03 * expected.norm()
+    for change in (model[0].merge, model[0].unmerge, copy.deepcopy(model)[0].unmerge):
+        with pytest.raises(ModelError, match="quantized weights take no adapter in"):
+            change()
+    assert torch.equal(model(x), changed)
 
 
 def test_lora_without_peft(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qandc import ConfigError, DataError, ModelError, QuantLinear, quantization_report, quantize_model
+from qandc import ConfigError, DataError, ModelError, QuantLinear, input_hessians, quantization_report, quantize_model
 from tests.conftest import make_dit
 
 
@@ -148,6 +148,168 @@ def test_odd_width_at_four_bits_is_refused_before_any_change():
 def test_models_with_nothing_to_quantize(model, arguments, message):
     with pytest.raises(ModelError, match=message):
         quantize_model(model, **arguments)
+
+
+@pytest.mark.parametrize("what", ["smoothing", "hessians"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda good: good * float("nan"),
+        lambda good: -good,
+        lambda good: good[..., :3],
+        lambda good: good * float("inf"),
+    ],
+    ids=["nan", "negative", "shape", "inf"],
+)
+def test_what_is_wrong_with_a_later_layer_is_named_and_nothing_changes(what, bad):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    before = list(model)
+    good = torch.ones(4) if what == "smoothing" else torch.eye(4)
+    with pytest.raises(DataError, match=r"^2: "):
+        quantize_model(model, **{what: {"0": good, "2": bad(good)}})
+    assert all(layer is old for layer, old in zip(model, before, strict=True))
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+def test_smoothing_too_large_for_a_weight_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.data.fill_(9)
+    with pytest.raises(DataError, match=r"^1: weight times smoothing holds 16 values that are NaN or inf"):
+        quantize_model(model, smoothing={"1": torch.full((4,), 3e38)})
+    assert type(model[0]) is nn.Linear
+
+
+def test_factors_of_a_shared_layer_may_have_either_name():
+    model = nn.Module()
+    model.a = nn.Linear(4, 4)
+    model.b = model.a
+    factors = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    quantize_model(model, smoothing={"b": factors})
+    assert torch.equal(model.a.smoothing, factors)
+    assert model.a is model.b
+
+
+class Reads(nn.Module):
+    """Layers that are read past their forward, in the ways that are found, and layers that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.functional, self.inherited, self.helped, self.called = (nn.Linear(4, 4) for _ in range(4))
+        self.looked_at, self.fused_elsewhere = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.seq = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def fuse_projections(self):
+        return torch.cat([self.fused_elsewhere.weight.data, self.called.weight.data])
+
+    def helper(self, x):
+        return x @ self.helped.weight.data.t()
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inherited.weight, self.inherited.bias)
+
+
+class ReadsMore(Reads):
+    def forward(self, x):
+        if isinstance(self.looked_at.weight, torch.Tensor) and self.looked_at.weight is not None:
+            x = x.to(self.looked_at.weight.dtype).to(self.looked_at.weight.data.device)
+        x = self.helper(super().forward(x)) + self.called(self.looked_at(x)) + self.fused_elsewhere(x)
+        return nn.functional.linear(x, weight=self.functional.weight) + x @ self.seq[1].weight + self.seq[0](x)
+
+
+def test_layers_that_are_read_past_their_forward_stay(caplog):
+    model = nn.Sequential(ReadsMore())
+    x = torch.randn(3, 4)
+    expected = model(x)
+    quantize_model(model)
+    kept = {"0.functional", "0.inherited", "0.helped", "0.seq.1"}
+    assert {name for name, module in model.named_modules() if type(module) is nn.Linear} == kept
+    report = {layer.name: layer for layer in quantization_report(model).layers}
+    assert {name for name, layer in report.items() if not layer.quantized} == kept
+    assert all(report[name].reason == "ReadsMore reads its weight past its forward" for name in kept)
+    assert "4 linear layers stay in full precision" in caplog.text
+    assert "ReadsMore reads its weight past its forward" in caplog.text
+    assert (model(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_processors_read_the_layers_of_their_attention():
+    class Processor:
+        def __call__(self, attn, x):
+            return nn.functional.linear(x, attn.qkv.weight) + attn.out(x)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out, self.processor = nn.Linear(4, 4), nn.Linear(4, 4), Processor()
+
+        def forward(self, x):
+            return self.processor(self, x)
+
+    model = quantize_model(nn.Sequential(Attention()))
+    assert type(model[0].qkv) is nn.Linear
+    assert isinstance(model[0].out, QuantLinear)
+
+
+def test_the_pooler_of_hunyuan_dit(tmp_path):
+    """A module of diffusers that hands the weights of its layers to torch; what is saved comes back."""
+    from diffusers import HunyuanDiT2DModel
+
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("hidden_size", "cross_attention_dim", "cross_attention_dim_t5", "pooled_projection_dim"), 16)
+    sizes |= {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 8}
+    model = HunyuanDiT2DModel(num_layers=2, text_len=4, text_len_t5=4, **sizes)
+    pooler = model.time_extra_emb.pooler
+    x = torch.randn(2, 4, 16)
+    expected = pooler(x)
+    quantize_model(model)
+    assert all(type(module) is nn.Linear for module in pooler.children())
+    assert torch.equal(pooler(x), expected)
+    reasons = {layer.reason for layer in quantization_report(model).layers if "pooler" in layer.name}
+    assert reasons == {"HunyuanDiTAttentionPool reads its weight past its forward"}
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) > 20
+    model.save_pretrained(tmp_path)
+    assert "layers" not in model.config.quantization_config
+    again = HunyuanDiT2DModel.from_pretrained(tmp_path)
+    assert torch.equal(again.time_extra_emb.pooler(x), expected)
+
+
+def test_a_model_of_which_every_layer_is_read_past_its_forward():
+    model = Reads()
+    with pytest.raises(ModelError, match=r"inherited and others stay as they are \(Reads reads its weight"):
+        quantize_model(model, skip_patterns=["functional", "helped", "called", "looked", "fused", "seq"])
+
+
+def test_adapters_beside_a_layer_stay_in_full_precision():
+    """As PEFT builds them: what is not under base_layer belongs to the adapter; it neither merges nor unmerges."""
+
+    class Tuner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Linear(8, 8)
+            self.lora_A, self.lora_B = nn.ModuleDict({"a": nn.Linear(8, 2)}), nn.ModuleDict({"a": nn.Linear(2, 8)})
+
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_B["a"](self.lora_A["a"](x))
+
+        def merge(self):
+            self.base_layer.weight.data += self.lora_B["a"].weight @ self.lora_A["a"].weight
+
+        unmerge = merge
+
+    model = quantize_model(nn.Sequential(Tuner(), nn.Linear(8, 8)))
+    reasons = {layer.name: layer.reason for layer in quantization_report(model).layers if not layer.quantized}
+    assert reasons == {"0.lora_A.a": "an adapter of PEFT", "0.lora_B.a": "an adapter of PEFT"}
+    assert isinstance(model[0].base_layer, QuantLinear)
+    for change in (model[0].merge, model[0].unmerge):
+        with pytest.raises(ModelError, match="quantized weights take no adapter in"):
+            change()
+
+
+def test_hessians_are_of_the_layers_that_are_quantized():
+    model = nn.Sequential(ReadsMore())
+    hessians = input_hessians(model, [torch.randn(3, 4)])
+    quantize_model(model, hessians=hessians)
+    assert "0.called" in hessians
+    assert "0.functional" not in hessians
 
 
 def test_layer_shared_under_two_names_stays_shared():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import qandc
 from qandc import (
@@ -92,13 +93,26 @@ def change_config(directory, **changes):
 def test_full_precision_weights_are_quantized_as_they_come(full, monkeypatch, settings, dtype, parallel):
     monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", parallel)
     model = load(full, quantization_config=QandCConfig(**settings), torch_dtype=dtype)
-    expected = quantize_model(load(full, torch_dtype=dtype), **settings)
+    expected = nn.Module.to(quantize_model(load(full), **settings), dtype)  # weights are rounded once
+    expected.pos_embed.pos_embed = make_dit().pos_embed.pos_embed  # diffusers saves none, and makes it in float32
     assert quant_layers(model)
     assert_same_model(expected, model)
     assert not any(p.requires_grad for layer in quant_layers(model).values() for p in layer.parameters())
     config = json.loads(model.to_json_string())["quantization_config"]
     assert config == {"quant_method": "qandc", **QandCConfig(**settings).to_dict()}
     assert config == json.loads(expected.to_json_string())["quantization_config"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_rounded_once(full, dtype):
+    """From the checkpoint's own precision, whatever the model is to compute in."""
+    exact = quant_layers(quantize_model(load(full)))
+    model = load(full, quantization_config=QandCConfig(), torch_dtype=dtype)
+    for name, layer in quant_layers(model).items():
+        assert torch.equal(layer.qweight, exact[name].qweight), name
+        assert torch.equal(layer.weight_scale, exact[name].weight_scale), name
+        assert layer.weight.dtype == layer.bias.dtype == dtype
+        assert layer.original_bytes == layer.in_features * layer.out_features * 2
 
 
 def test_one_full_precision_weight_at_a_time(full, monkeypatch):
@@ -281,8 +295,30 @@ def damage(directory, change):
             lambda t: t.update({f"{TO_Q}.weight_scale": t[f"{TO_Q}.weight_scale"].half()}),
             r"weight_scale is torch\.float16; .*stored as torch\.float32",
         ),
+        (
+            lambda t: t.update({f"{TO_Q}.weight_scale": t[f"{TO_Q}.weight_scale"] * float("nan")}),
+            r"weight_scale is not finite or not > 0; .*finite numbers > 0",
+        ),
+        (lambda t: t.update({f"{TO_Q}.act_scale": torch.tensor(-1.0)}), r"act_scale is not finite or not > 0"),
+        (lambda t: t.update({f"{TO_Q}.act_zero_point": torch.tensor(999, dtype=torch.int32)}), "act_zero_point is 999"),
+        (lambda t: t.update({f"{TO_Q}.weight_sum": t[f"{TO_Q}.weight_sum"].float()}), r"weight_sum is torch\.float32"),
+        (lambda t: t.update({f"{TO_Q}.weight_sum": t[f"{TO_Q}.weight_sum"][1:]}), r"weight_sum is of shape \[31\]"),
+        (lambda t: t.update({f"{TO_Q}.qweight": t[f"{TO_Q}.qweight"].char()}), r"qweight is torch\.int8"),
+        (lambda t: t.pop(f"{TO_Q}.act_scale"), "act_zero_point has no act_scale beside it"),
     ],
-    ids=["packed weight", "other weight", "bits", "scales in half"],
+    ids=[
+        "packed weight",
+        "other weight",
+        "bits",
+        "scales in half",
+        "NaN",
+        "negative range",
+        "zero point outside",
+        "float sums",
+        "short sums",
+        "unpacked",
+        "zero point alone",
+    ],
 )
 def test_damaged_checkpoints(saved, change, message):
     damage(saved, change)

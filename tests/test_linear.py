@@ -15,10 +15,21 @@ from qandc_kernels import reference, unpack_int4
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_stays():
+    yield
+    torch._dynamo.reset()
+
+
 def make(w_bits=8, bias=True, in_features=32, out_features=12, dtype=torch.float32):
     torch.manual_seed(1)
     linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
     return linear, QuantLinear.from_linear(linear, w_bits=w_bits)
+
+
+def smoothed(w_bits=8):
+    factors = torch.linspace(0.25, 4, 32)
+    return QuantLinear.from_linear(make()[0], w_bits=w_bits, smoothing=factors)
 
 
 def static(layer: QuantLinear, zero_point: int | None = 9) -> QuantLinear:
@@ -156,6 +167,48 @@ def test_weight_is_the_dequantized_one():
     torch.testing.assert_close(layer.weight, q * scale[:, None], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_undoes_smoothing(w_bits):
+    linear, factors = make()[0], torch.linspace(0.25, 4, 32)
+    layer = smoothed(w_bits)
+    q, scale = quantize_weight(linear.weight.detach() * factors, w_bits)
+    torch.testing.assert_close(layer.weight, q * scale[:, None] / factors)
+    step = scale[:, None] / factors
+    assert ((layer.weight - linear.weight).abs() <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("a_bits", [8, 5])
+def test_compiled_values_outside_the_range_are_clamped(symmetric, a_bits, seeded):
+    layer = static(QuantLinear.from_linear(make()[0], a_bits=a_bits), None if symmetric else 9)
+    x = 1e4 * torch.randn(3, 32, generator=seeded)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+        limit = 1 << a_bits - 1
+        q = torch.where(x > 0, limit - 1, -limit).double() - (0 if symmetric else 9)
+        expected = 0.03 * q @ layer.weight.double().t() + layer.bias.double()
+        torch.testing.assert_close(layer(x).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smooth", [False, True], ids=["", "smoothing"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_runs_on_the_meta_device(w_bits, smooth, dtype, mode):
+    """Shapes and dtypes alone, as tools that count operations or plan device maps want; with gradients too."""
+    layer = smoothed(w_bits) if smooth else make(w_bits)[1]
+    if mode != "dynamic":
+        static(layer, 9 if mode == "static" else None)
+    layer.to("meta", dtype)
+    x = torch.randn(2, 8, 32, dtype=dtype, device="meta", requires_grad=True)
+    y = layer(x)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 8, 12), dtype)
+    y.sum().backward()
+    assert (x.grad.device.type, x.grad.shape) == ("meta", x.shape)
+    assert (layer.weight.device.type, layer.weight.shape) == ("meta", (12, 32))
+
+
 def test_describes_itself():
     assert "in_features=32, out_features=12, bias=True, W8A8 dynamic per-token" in repr(make()[1])
     assert "W4A8 static per-tensor" in repr(static(make(4)[1]))
@@ -238,11 +291,52 @@ def test_training_flag_is_kept():
     assert not QuantLinear.from_linear(linear.eval()).training
 
 
-def test_results_carry_no_gradient_in_either_mode(seeded):
-    _, layer = make()
-    x = torch.randn(2, 32, generator=seeded, requires_grad=True)
+@pytest.mark.parametrize("shape", [(32,), (3, 32), (2, 5, 32), (0, 32)], ids=str)
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("smooth", [False, True], ids=["", "smoothing"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_gradient_is_that_of_the_dequantized_product(w_bits, smooth, is_static, shape, seeded):
+    layer = smoothed(w_bits) if smooth else make(w_bits)[1]
+    if is_static:
+        static(layer)
+    layer.bias.requires_grad_()
+    plain = nn.Linear(32, 12)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    x = torch.randn(shape, generator=seeded)
+    upstream = torch.randn(*shape[:-1], 12, generator=seeded)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for module, given in zip((layer, plain), inputs, strict=True):
+        module(given).backward(upstream)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+
+
+def test_gradient_under_autocast_and_compiled(seeded):
+    layer = make()[1]
+    plain = nn.Linear(32, 12)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    x = torch.randn(4, 32, generator=seeded)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    grads = {}
+    for name, module in (("plain", plain), ("eager", layer), ("compiled", compiled)):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(given)
+        y.sum().backward()
+        grads[name] = given.grad
+    for name in ("eager", "compiled"):
+        assert grads[name].dtype == torch.float32
+        torch.testing.assert_close(grads[name], grads["plain"], atol=0.02, rtol=0.02)
+
+
+def test_without_need_no_gradient(seeded):
+    """No graph is made where nothing asks for one, and where it is the integers are the same."""
+    layer = make()[1]
+    x = torch.randn(2, 32, generator=seeded)
+    with torch.no_grad():
+        assert not layer(x.clone().requires_grad_()).requires_grad
     assert not layer(x).requires_grad
-    assert not static(layer)(x).requires_grad
+    assert torch.equal(layer(x.clone().requires_grad_()), layer(x))
 
 
 @pytest.mark.parametrize("a_bits", [4, 6])
@@ -269,12 +363,38 @@ def test_a_state_dict_without_this_layer_changes_nothing():
     assert layer.act_scale is not None
 
 
-def test_a_rounded_state_dict_does_not_change_dtypes():
-    layer, other = static(make()[1]), make()[1]
-    state = {name: t.half() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
-    other.load_state_dict(state)
-    assert other.act_scale.dtype == torch.float32
-    assert other.weight_scale.dtype == torch.float32
+FULL = ("bits", "qweight", "weight_scale", "weight_sum", "act_scale", "act_zero_point", "smoothing", "bias")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("w_bits", [8, 4])
+@pytest.mark.parametrize("name", FULL)
+def test_state_dicts_of_another_meaning_are_refused(name, w_bits, assign):
+    """Of another dtype or shape, or not finite; the message names layer and tensor, and nothing changes."""
+    model = nn.Sequential(nn.Identity(), static(smoothed(w_bits)))
+    state, key = model.state_dict(), f"1.{name}"
+    right = state[key]
+    wrong = [right.double(), right.reshape(1) if right.ndim == 0 else torch.cat([right, right])]
+    if right.is_floating_point():
+        wrong += [right * torch.nan, right + torch.inf]
+        if name != "bias":
+            wrong += [right * 0, -right]
+    elif name not in ("bits", "qweight", "weight_sum"):
+        wrong += [right * 0 + 128]
+    for tensor in wrong:
+        before = {name: value.clone() for name, value in state.items()}
+        # no state dict of another scheme: what is refused is named
+        with pytest.raises(RuntimeError, match=rf"1\.{name} is|1 is W{w_bits}A8, the state dict is"):
+            model.load_state_dict({**before, key: tensor}, assign=assign)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.load_state_dict(state, assign=assign)
+
+
+def test_a_zero_point_without_a_scale_is_refused():
+    state = static(make()[1]).state_dict()
+    del state["act_scale"]
+    with pytest.raises(RuntimeError, match="act_zero_point has no act_scale beside it"):
+        make()[1].load_state_dict(state)
 
 
 def test_strided_input_compiles_with_inductor(seeded):

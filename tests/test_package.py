@@ -60,7 +60,9 @@ def test_import_takes_less_than_a_second_beyond_torch():
 
 LAYERS = ["errors", "files", "npz", "pixels", "networks"]
 LAYERS += ["tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
-LAYERS += ["feature_cache", "ranges", "quantizer", "linear", "cache", "conversion", "calibration", "metrics", "results"]
+LAYERS += ["feature_cache", "ranges", "quantizer", "dequantized", "linear", "cache", "readers"]
+LAYERS += ["conversion", "layer_inputs"]
+LAYERS += ["calibration", "metrics", "results"]
 LAYERS += ["conditioning", "fused_step", "fusable", "graphs", "fused_dit", "run_graph", "affine_step"]
 LAYERS += ["sampling", "pipelines", "pool", "trajectories", "schedule_calibration", "presets", "checkpoint"]
 LAYERS += ["calibration_settings", "pipeline_calibration", "diffusers_quantizer", "registration", "lora", "generate"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qandc import (
     ConfigError,
@@ -158,6 +160,57 @@ def test_a_pool_of_another_cache_is_refused_with_both_named(dit, scheduler, tmp_
     apply_cache_to_dit(dit, cache_interval=3)
     with pytest.raises(ConfigError, match=r"interval=2.*interval=3"):
         record(dit, scheduler, directory=tmp_path)
+
+
+@pytest.mark.parametrize("part", ["transformer_blocks.1.ff.net.2.weight", "proj_out_2.bias"])
+def test_a_pool_of_other_weights_is_refused(part, dit, scheduler, tmp_path):
+    """Also if one weight alone differs, and only by a little; the same weights go on where they stopped."""
+    record(dit, scheduler, directory=tmp_path)
+    fail = lambda *step: pytest.fail("sampled again")  # noqa: E731
+    record(dit, scheduler, directory=tmp_path, callback=fail)
+    with torch.no_grad():
+        dit.get_parameter(part).view(-1)[3] += 1e-3
+    with pytest.raises(ConfigError, match=r"holds a pool of weights \w+; this one would have \w+"):
+        record(dit, scheduler, directory=tmp_path, callback=fail)
+
+
+def test_a_pool_whose_settings_or_shards_lack_something_is_refused(dit, scheduler, tmp_path):
+    """As one of a version that did not write it."""
+    record(dit, scheduler, directory=tmp_path)
+    path = tmp_path / "pool.json"
+    values = json.loads(path.read_text())
+    assert {"weights", "scheduler_config", "seeds", "batch_size", "guidance_scale", "timesteps", "model"} < set(values)
+    for name in values:
+        path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
+        with pytest.raises(ConfigError, match=f"another version of qandc: pool.json has no '{name}'"):
+            record(dit, scheduler, directory=tmp_path)
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        record(dit, scheduler, directory=tmp_path)
+    path.write_text(json.dumps(values))
+    shard = min(tmp_path.glob("*.safetensors"))
+    tensors = load_file(shard)
+    del tensors["steps"]
+    save_file(tensors, shard)
+    with pytest.raises(DataError, match="has no steps; delete it"):
+        record(dit, scheduler, directory=tmp_path)
+
+
+def test_labels_and_seeds_are_checked_before_any_work(dit, scheduler, tmp_path):
+    for labels, seeds, message in (
+        ([], None, "no class ids given"),
+        ([1, 1000], None, "class id 1000 is out of range"),
+        ([1, 2, 3], [1, 2], "3 class ids need as many seeds; got 2"),
+        ([1, 2], [1, 2, 3], "2 class ids need as many seeds; got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            record_pool(dit, scheduler, labels, seeds=seeds, directory=tmp_path / "pool", **RUN)
+    assert not (tmp_path / "pool").exists()
+    labels = torch.tensor(LABELS)
+    expected = record(dit, scheduler)
+    found = record_pool(dit, scheduler, labels, batch_size=2, **RUN)
+    assert torch.equal(found.hidden_states, expected.hidden_states)
+    assert torch.equal(found.class_labels, expected.class_labels)
 
 
 def test_damaged_and_unwritable(dit, scheduler, tmp_path):

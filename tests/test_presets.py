@@ -197,6 +197,65 @@ def test_versions_and_folders_are_checked(tmp_path):
         preset.save(tmp_path / "file" / "preset")
 
 
+SETTINGS = [
+    "version", "w_bits", "a_bits", "skip_patterns", "weight_clip", "weights", "compensation", "scheduler",
+    "guidance_scale", "model", "structure",
+]  # fmt: skip
+
+
+def test_a_setting_that_is_missing_is_named(tmp_path):
+    """As in a file of a version that did not know it: never guessed, and every one that is written is needed."""
+    make_preset()[0].save(tmp_path)
+    path = tmp_path / "preset.json"
+    values = json.loads(path.read_text())
+    assert set(values) == set(SETTINGS)
+    for name in SETTINGS:
+        path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
+        with pytest.raises(ConfigError, match=f"preset.json' has no '{name}': .* make the settings anew"):
+            Preset.load(tmp_path)
+    path.write_text(json.dumps({**values, "structure": {"num_layers": 2}}))
+    with pytest.raises(ConfigError, match=r"preset.json' has no 'num_attention_heads'"):
+        Preset.load(tmp_path)
+    path.write_text(json.dumps(values))
+    Preset.load(tmp_path)
+
+
+def test_a_digest_tells_settings_apart():
+    """Whatever a run depends on: one number of any tensor, the schedule, the bits, the run."""
+    preset, _ = make_preset(rounding="error feedback")
+    compensation = preset.compensation
+
+    def nudged(tensor):
+        other = tensor.clone()
+        other.view(-1)[-1] += 1
+        return other
+
+    first = next(iter(preset.scales))
+    schedule = dataclasses.replace(preset.schedule, schedule=(True, True, False, False, True, False))
+    fitted_for = dataclasses.replace(compensation.fitted_for, guidance_scale=2.0)
+    changes = {
+        "gain": {"compensation": dataclasses.replace(compensation, gain=nudged(compensation.gain))},
+        "mean": {"compensation": dataclasses.replace(compensation, mean=nudged(compensation.mean))},
+        "both exchanged": {
+            "compensation": dataclasses.replace(compensation, gain=compensation.mean.abs(), mean=compensation.gain)
+        },
+        "target": {"compensation": dataclasses.replace(compensation, target="noise")},
+        "fitted for": {"compensation": dataclasses.replace(compensation, fitted_for=fitted_for)},
+        "no compensation": {"compensation": None},
+        "scale": {"scales": {**preset.scales, first: nudged(preset.scales[first])}},
+        "zero point": {"zero_points": {**preset.zero_points, first: nudged(preset.zero_points[first])}},
+        "weight": {"weights": {**preset.weights, f"{first}.qweight": nudged(preset.weights[f"{first}.qweight"])}},
+        "schedule": {"schedule": schedule},
+        "bits": {"config": QuantConfig(4, 7, weight_clip="mse")},
+        "guidance": {"guidance_scale": 3.0},
+        "scheduler": {"scheduler": "DDPMScheduler"},
+    }
+    digests = {name: dataclasses.replace(preset, **change).digest() for name, change in changes.items()}
+    digests["as it is"] = preset.digest()
+    assert len(set(digests.values())) == len(digests)
+    assert dataclasses.replace(preset, scales=dict(reversed(preset.scales.items()))).digest() == preset.digest()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_failed_write_leaves_no_fragment_and_nothing_finished(tmp_path, monkeypatch, name):
     preset, _ = make_preset(rounding="error feedback")

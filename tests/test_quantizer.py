@@ -20,6 +20,33 @@ def test_weight_error_is_at_most_half_a_step(bits, dtype, seeded):
     assert ((q * scale[:, None] - weight.float()).abs() <= scale[:, None] * 0.5001).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("k", [3, 16, 64, 300])
+def test_mse_finds_the_least_squared_error(bits, k, seeded):
+    """To within 1 % of what 4001 scales from half of the largest weight to all of it give."""
+    qmax = 2 ** (bits - 1) - 1
+    for weight in (torch.randn(24, k, generator=seeded), torch.rand(24, k, generator=seeded) - 0.5):
+        widest = weight.abs().amax(1) / qmax
+
+        def error(scale, weight=weight):
+            q = (weight / scale[:, None]).round().clamp(-qmax, qmax)
+            return (q * scale[:, None] - weight).double().square().sum(1)
+
+        least = torch.stack([error(widest * factor) for factor in torch.linspace(0.5, 1, 4001)]).amin(0)
+        q, scale = quantize_weight(weight, bits, "mse")
+        assert ((scale >= widest * 0.4999) & (scale <= widest * 1.0001)).all()
+        assert torch.equal(q, (weight / scale[:, None]).round().clamp(-qmax, qmax).to(torch.int8))
+        assert (error(scale) <= 1.01 * least + 1e-12).all()
+
+
+def test_mse_keeps_what_is_exact():
+    weight = torch.tensor([[1.0, -3.0, 7.0], [0.0, 0.0, 0.0]])
+    q, scale = quantize_weight(weight, 4, "mse")
+    assert torch.equal(q, torch.tensor([[1, -3, 7], [0, 0, 0]], dtype=torch.int8))
+    assert scale[0] == 1
+    assert torch.isfinite(scale).all()
+
+
 def test_channel_of_zeros():
     q, scale = quantize_weight(torch.tensor([[0.0, 0.0], [1.0, -2.0]]), 8)
     assert torch.equal(q, torch.tensor([[0, 0], [64, -127]], dtype=torch.int8))

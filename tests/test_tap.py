@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import qandc.tap
 from qandc import ConfigError, DataError, TapConfig, cluster_pool, select_samples
 from qandc.tap import (
     CLUSTERERS,
@@ -91,8 +93,6 @@ def test_time_tells_apart_what_looks_alike():
 
 def test_co_occurrence_by_definition(monkeypatch):
     """The rows that are clustered at last have the distances of the rows of the co-occurrence matrix."""
-    import qandc.tap
-
     _, features, times = blobs(clusters=4, each=20)
     seen = []
     original = qandc.tap._kmeans
@@ -237,10 +237,57 @@ def test_ten_thousand_samples_in_a_minute_and_two_gigabytes():
     assert int(done.stdout) * 1024 < 2 << 30
 
 
+def test_memory_grows_with_the_pool_and_not_with_its_square(monkeypatch):
+    """No sub-sample's similarity to the whole pool is ever held, and large pools do not make larger sub-samples."""
+    monkeypatch.setattr(qandc.tap, "BLOCK", 1 << 16)
+    monkeypatch.setattr(qandc.tap, "LARGEST_DENSE", 400)
+    generator = np.random.default_rng(0)
+    n, size, clusters = 16_000, 400, 10
+    features = generator.normal(size=(n, 16)).astype(np.float32)
+    select_samples(features[:200], np.zeros(200), 20, TapConfig(clusters=clusters))  # imports what it needs
+    tracemalloc.start()
+    try:
+        select_samples(features, np.arange(n) % 50, 100, TapConfig(clusters=clusters))
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken < n * size * 8  # of one of three sub-samples
+
+
+@pytest.mark.parametrize(("n", "rate", "size"), [(300, 0.5, 150), (300, 0.01, 30), (300, 1.0, 200), (24, 1.0, 24)])
+def test_sizes_of_subsamples(monkeypatch, n, rate, size):
+    """A share of the pool, but at least 5 members for each cluster, and not so many that memory is short."""
+    seen = []
+    original = qandc.tap.spectral_clusters
+
+    def spy(affinity, *arguments):
+        seen.append(affinity.copy())
+        return original(affinity, *arguments)
+
+    monkeypatch.setattr(qandc.tap, "spectral_clusters", spy)
+    monkeypatch.setattr(qandc.tap, "LARGEST_DENSE", 200)
+    monkeypatch.setattr(qandc.tap, "BLOCK", 1 << 10)  # several blocks
+    _, features, times = blobs(each=n // 6)
+    config = TapConfig(clusters=6, rate=rate)
+    labels = cluster_pool(features, times, config)
+    assert [affinity.shape for affinity in seen] == [(size, size)] * 3
+    assert all(affinity == pytest.approx(affinity.T) for affinity in seen)
+    assert all(np.diagonal(affinity) == pytest.approx(1) for affinity in seen)
+    monkeypatch.setattr(qandc.tap, "BLOCK", 1 << 20)  # one
+    assert agreement(cluster_pool(features, times, config), labels) == 1
+
+
+def test_an_affinity_is_worked_on_in_place_only_if_asked():
+    labels, features, _ = blobs()
+    affinity = np.asfortranarray(spatial_similarity(features, features).astype(np.float64) ** 20)
+    before = affinity.copy()
+    assert agreement(spectral_clusters(affinity, 6, 0), labels) == 1
+    assert np.array_equal(affinity, before)
+    assert agreement(spectral_clusters(affinity, 6, 0, True), labels) == 1
+
+
 def test_subsamples_run_in_parallel(monkeypatch):
     import threading
-
-    import qandc.tap
 
     _, features, times = blobs()
     together = threading.Barrier(3, timeout=20)

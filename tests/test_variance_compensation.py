@@ -54,6 +54,22 @@ def test_a_known_gain_is_found_under_noise():
     assert variance_ratio(reference, sample, means).float() == pytest.approx(GAIN, abs=0.01)
 
 
+def test_each_side_varies_about_its_own_mean():
+    """References and samples whose means differ: a gain about the mean of the other, or about 0, is another gain."""
+    reference, sample, means = pairs(mean=0.5)
+    shift = torch.tensor([0.0, 1.0, -2.0, 3.0])
+    assert variance_ratio(reference + shift[:, None, None], sample, means).float() == pytest.approx(GAIN, abs=1e-3)
+    apart = sample + shift[:, None, None]
+    assert variance_ratio(reference, apart, means + shift).float() == pytest.approx(GAIN, abs=1e-3)
+    # by hand: about a mean that is off by d, samples of variance 1 have the mean square 1 + d²
+    off = variance_ratio(reference, sample, means + shift).float()
+    assert off == pytest.approx(GAIN / (1 + shift**2).sqrt(), abs=0.02)
+    # least squares about the mean of the samples does not mind where the reference is
+    assert least_squares(reference + shift[:, None, None], sample, sample.mean((0, 2, 3))).float() == pytest.approx(
+        GAIN, abs=1e-3
+    )
+
+
 def test_least_squares_needs_pairs_and_the_ratio_does_not():
     reference, _, means = pairs()
     _, others, _ = pairs(seed=1)
@@ -157,6 +173,59 @@ def test_gains_are_fitted_on_what_the_earlier_ones_made():
 
     sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), corrector=Both(), **RUN)
     assert torch.stack(fitter.gains) == pytest.approx(torch.full((6, 4), 1 / 0.9), abs=0.02)
+
+
+@pytest.mark.parametrize("target", ["sample", "noise"])
+@pytest.mark.parametrize("form", ["least_squares", "variance_ratio"])
+def test_gains_are_fitted_and_applied_about_the_mean_of_the_samples(form, target):
+    """The first step, where no gain has changed anything before: by definition, in float64."""
+    reference, model = reference_and_cached("ddim")
+    found = fit_compensation(reference, model, scheduler("ddim"), form=form, target=target)
+    plain = record_trajectory(model, scheduler("ddim"), LABELS, **RUN)
+    sample, wanted = (
+        (run.samples if target == "sample" else run.noises)[0].double().transpose(0, 1).flatten(1)
+        for run in (plain, reference)
+    )
+    mean = sample.mean(1)
+    off, target_off = sample - mean[:, None], wanted - mean[:, None]
+    if form == "least_squares":
+        gain = (off * target_off).sum(1) / off.square().sum(1)
+    else:
+        gain = wanted.std(1, correction=0) / sample.std(1, correction=0)
+    assert found.mean[0].double() == pytest.approx(mean, rel=1e-5, abs=1e-6)
+    assert found.gain[0].double() == pytest.approx(gain, rel=1e-5)
+    x = (plain.samples if target == "sample" else plain.noises)[0]
+    applied = (found.sample if target == "sample" else found.noise)(0, x)
+    expected = mean[:, None] + gain[:, None] * off
+    torch.testing.assert_close(applied.double().transpose(0, 1).flatten(1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("target", ["sample", "noise"])
+def test_a_gain_of_one_changes_no_bit(target, dtype, seeded):
+    """Whatever the mean is, and beside channels that are changed: μ + (x - μ) would be rounded."""
+    gain = torch.tensor([[1.0, 0.9, 1.0, 1.1]] * 3)
+    mean = torch.tensor([[1e3, 0.5, -7.0, 0.0]] * 3)
+    compensation = Compensation(gain, mean, target, "least_squares", FITTED)
+    x = torch.randn(5, 4, 8, 8, generator=seeded).to(dtype)
+    found = (compensation.sample if target == "sample" else compensation.noise)(1, x)
+    assert found.dtype == dtype
+    for channel in range(4):
+        same = torch.equal(found[:, channel], x[:, channel])
+        assert same == (gain[0, channel] == 1)
+    expected = mean[1, 1] + gain[1, 1] * (x[:, 1].float() - mean[1, 1])
+    assert torch.equal(found[:, 1], expected.to(dtype))
+
+
+def test_a_run_with_gains_of_one_is_the_run_without(seeded):
+    model = make_dit()
+    reference = record_trajectory(model, scheduler(), LABELS, **RUN)
+    fitted = fit_compensation(reference, model, scheduler(), shrinkage=1.0)
+    assert (fitted.gain == 1).all()
+    for target in ("sample", "noise"):
+        same = replace(fitted, mean=torch.randn(6, 4, generator=seeded), target=target)
+        found = sample_latents(model, scheduler(), LABELS, seeds=range(4), compensation=same, **RUN)
+        assert torch.equal(found, reference.samples[-1])
 
 
 def test_start_step_and_shrinkage():
@@ -384,13 +453,22 @@ def test_broken_files_are_refused(tmp_path):
         ({"gain": torch.rand(2, 4)}, r"gain must be \[3 steps, channels\]"),
         ({"mean": torch.rand(3, 3)}, "must have one shape"),
         ({"gain": torch.full((3, 4), float("nan"))}, "gain holds NaN"),
-        ({"gain": torch.rand(3, 4).double()}, "float32"),
+        ({"gain": torch.full((3, 4), float("inf"))}, "gain holds NaN or inf"),
+        ({"mean": torch.full((3, 4), float("nan"))}, "mean holds NaN"),
+        ({"gain": torch.rand(3, 4).double()}, "must be .* float32; got .* float64"),
+        ({"gain": torch.tensor([[1.0, 1.0, -0.25, 1.0]] * 3)}, r"gain holds -0\.25, which would mirror samples"),
     ],
 )
 def test_tensors_are_checked(change, message):
     values = {"gain": STORED.gain, "mean": STORED.mean, **change}
     with pytest.raises(DataError, match=message):
         Compensation(**values, target="sample", form="paper", fitted_for=FITTED)
+
+
+def test_samples_of_other_channels_are_refused():
+    one = Compensation(torch.rand(3, 1), torch.rand(3, 1), "sample", "least_squares", FITTED)
+    with pytest.raises(ConfigError, match="has gains for 1 channels; these samples have 4"):
+        one.sample(0, torch.zeros(2, 4, 8, 8))
 
 
 def test_compensation_and_corrector_together_are_refused():
