@@ -1,7 +1,8 @@
 """Check what a public function was given against its annotations, before any work.
 
-Annotations say what kind of value is meant, :class:`Between` within ``Annotated`` from where to where. What several
-arguments must have in common, and names that must be known, are left to the functions.
+Annotations say what kind of value is meant, :class:`Between` within ``Annotated`` from where to where; another
+annotation within ``Annotated`` counts instead of the first. What several arguments must have in common, and names that
+must be known, are left to the functions.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import collections.abc
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, runtime_checkable
 
@@ -23,13 +25,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from qandc.errors import ConfigError, DataError, ModelError, QandCError
+from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
 
-__all__ = ["Between", "Count", "Pipeline", "Scheduler", "Seed", "check_fields", "checked"]
+__all__ = [
+    "Between",
+    "Count",
+    "Indices",
+    "Model",
+    "Pipeline",
+    "Scheduler",
+    "Seed",
+    "Seeds",
+    "Share",
+    "Steps",
+    "check_fields",
+    "checked",
+]
 
 LARGEST_INTEGER = 2**63 - 1
 SHOWN = 80  # characters of a value in a message
-NAMES = {bool: "True or False", str: "a string", type(None): "None"}
+LONGEST_PATH, LONGEST_NAME = 4000, 240  # bytes; file systems allow 4095 and 255, and some names get an ending
+LONGEST = 1 << 20  # elements of a sequence: each is looked at
+NAMES = {str: "a string", type(None): "None"}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,6 +61,11 @@ class Between:
 
 Count = Annotated[int, Between(1, 2**31 - 1)]
 Seed = Annotated[int, Between(0, 2**63 - 1)]
+Model = Annotated[Any, nn.Module]  # whose attributes a type checker does not know
+Steps = Annotated[int, Between(1, 10_000)]
+Share = Annotated[float, Between(0, 1)]
+Indices = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[Annotated[int, Between(0, 2**31 - 1)]]]
+Seeds = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[Seed]]
 
 
 @runtime_checkable
@@ -75,12 +97,17 @@ class _Refused(Exception):  # noqa: N818 (it never leaves this module)
 
 def _shown(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a {str(value.layout).removeprefix('torch.')} tensor {tuple(value.shape)} of {value.dtype}"
+        odd = nn.parameter.is_lazy(value) or value.is_nested  # without a shape
+        shape = "" if odd else f" {tuple(value.shape)}"
+        return f"a {str(value.layout).removeprefix('torch.')} {type(value).__name__}{shape} of {value.dtype}"
     if isinstance(value, np.ndarray):
         return f"an array {value.shape} of {value.dtype}"
     if isinstance(value, nn.Module) or not isinstance(value, int | float | str | bytes | tuple | list | dict | None):
         return f"{type(value).__module__}.{type(value).__qualname__}"
-    text = repr(value[:4] if isinstance(value, tuple | list | str | bytes) else value)
+    try:
+        text = repr(value[:4] if isinstance(value, tuple | list | str | bytes) else value)
+    except ValueError:  # an integer of too many digits
+        return f"a {type(value).__qualname__} too long to print"
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
@@ -100,20 +127,34 @@ def _number(value: Any, least: float, most: float) -> float:
 
 
 def _path(value: Any) -> Any:
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in str(value):
+    try:
+        name = os.fsencode(value)
+    except (TypeError, UnicodeEncodeError):
+        name = b""
+    if isinstance(value, bytes) or not name or b"\0" in name or len(name) > LONGEST_PATH:
         raise _Refused("a path (a string or pathlib.Path)")
+    if any(len(part) > LONGEST_NAME for part in name.split(os.sep.encode())):
+        raise _Refused(f"a path whose names have at most {LONGEST_NAME} bytes")
     return value
 
 
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor holds real numbers that can be read as they are."""
+    if nn.parameter.is_lazy(value) or value.layout != torch.strided:
+        return False
+    odd = value.is_nested or value.is_quantized or value.is_meta or value.is_complex()
+    return not odd and value.dtype != torch.bool
+
+
 def _tensor(value: Any) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
-        raise _Refused("a dense torch.Tensor", DataError)
+    if not isinstance(value, torch.Tensor) or not _is_dense(value):
+        raise _Refused("a dense torch.Tensor that holds numbers", DataError)
     return value
 
 
 def _array(value: Any) -> np.ndarray:
-    if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested:
-        value = value.detach().cpu().numpy()
+    if isinstance(value, torch.Tensor) and _is_dense(value):
+        value = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
     if not isinstance(value, np.ndarray | list | tuple):
         raise _Refused("a NumPy array of numbers", DataError)
     try:
@@ -125,32 +166,50 @@ def _array(value: Any) -> np.ndarray:
     return array
 
 
-def _device(value: Any) -> Any:
+def _device(value: Any) -> torch.device:
     try:
-        if isinstance(value, str | torch.device):
-            torch.device(value)
-            return value
+        if not isinstance(value, str | torch.device):
+            raise RuntimeError
+        device = torch.device(value)
     except RuntimeError:
-        pass
-    raise _Refused("a device such as 'cpu' or 'cuda:0'")
+        raise _Refused("a device such as 'cpu' or 'cuda:0'") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that is built without CUDA
+        reason = str(error).partition("\n")[0][:SHOWN]
+        raise _Refused(f"a device that is here, such as 'cpu' ({reason})", DeviceError) from None
+    return device
 
 
 def _sequence(value: Any, element: Any) -> list[Any]:
     if isinstance(value, torch.Tensor | np.ndarray):
-        dense = not isinstance(value, torch.Tensor) or (value.layout == torch.strided and not value.is_nested)
-        if not dense or value.ndim != 1:
-            raise _Refused("a list or another sequence in one dimension")
+        dense = _is_dense(value) or value.dtype == torch.bool if isinstance(value, torch.Tensor) else True
+        if not dense or value.ndim != 1 or len(value) > LONGEST:
+            raise _Refused(f"a list or another sequence in one dimension, of at most {LONGEST} elements")
         value = value.tolist()
     if not isinstance(value, collections.abc.Sequence) or isinstance(value, str | bytes | bytearray):
         raise _Refused("a list or another sequence")
-    return [_checked(element, part) for part in value]
+    return _elements(value, element)
 
 
 def _iterable(value: Any, element: Any) -> Any:
-    single = isinstance(value, torch.Tensor | collections.abc.Mapping | str | bytes | nn.Module)
-    if single or not isinstance(value, collections.abc.Iterable):
+    single = isinstance(value, torch.Tensor | collections.abc.Mapping | str | bytes | bytearray | nn.Module)
+    if single or not isinstance(value, collections.abc.Iterable) or getattr(value, "shape", None) == ():
         raise _Refused("an iterable of such values (put a single one in a list)", DataError)
-    return value
+    # batches are made, and looked at, one by one
+    return _elements(value, element) if element is str else value
+
+
+def _elements(values: collections.abc.Iterable[Any], element: Any) -> list[Any]:
+    found = []
+    for part in itertools.islice(values, LONGEST + 1):
+        try:
+            found.append(_checked(element, part))
+        except _Refused as refused:
+            raise _Refused(f"a sequence whose every element is {refused.allowed} ({_shown(part)} is not)") from None
+    if len(found) > LONGEST:
+        raise _Refused(f"a sequence of at most {LONGEST} elements")
+    return found
 
 
 def _mapping(value: Any, key: Any, element: Any) -> Any:
@@ -160,13 +219,21 @@ def _mapping(value: Any, key: Any, element: Any) -> Any:
 
 
 def _instance(kind: Any, value: Any) -> Any:
-    if isinstance(value, kind):
+    if isinstance(value, kind) and not isinstance(value, type):
         return value
     if kind is nn.Module:
         raise _Refused("a model (a torch.nn.Module; of a pipeline, pass pipe.transformer)", ModelError)
     if kind in (Scheduler, Pipeline):
         raise _Refused(f"a diffusers {kind.__name__.lower()}", ModelError)
+    if issubclass(kind, nn.Module):
+        raise _Refused(f"a torch.nn.{kind.__qualname__}", ModelError)
     raise _Refused(NAMES.get(kind) or f"a {kind.__module__.partition('.')[0]}.{kind.__qualname__}")
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise _Refused("True or False")
+    return bool(value)
 
 
 PLAIN: dict[Any, Callable[[Any], Any]] = {
@@ -174,6 +241,7 @@ PLAIN: dict[Any, Callable[[Any], Any]] = {
     np.ndarray: _array,
     torch.device: _device,
     Path: _path,
+    bool: _flag,
     int: lambda value: _integer(value, -LARGEST_INTEGER, LARGEST_INTEGER),
     float: lambda value: _number(value, -math.inf, math.inf),
 }
@@ -185,10 +253,10 @@ def _checked(hint: Any, value: Any) -> Any:
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        kind, bounds = parts[0], next((part for part in parts[1:] if isinstance(part, Between)), None)
-        if bounds is None:
-            return _checked(kind, value)
-        return (_integer if kind is int else _number)(value, bounds.least, bounds.most)
+        kind, instead = parts
+        if not isinstance(instead, Between):
+            return _checked(instead, value)
+        return (_integer if kind is int else _number)(value, instead.least, instead.most)
     if origin in (typing.Union, types.UnionType):
         return _one_of(parts, value)
     if isinstance(hint, TypeVar):

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qandc.arguments import checked
 from qandc.cache import FUSED, detached_cache, get_cache
 from qandc.conversion import quant_layers
 from qandc.derived import class_before, derived_class, original_class
-from qandc.errors import ConfigError, ModelError
+from qandc.errors import ConfigError, DataError, ModelError
 from qandc.feature_cache import FeatureCache
 from qandc.fusable import (
     BLOCK_LAYERS,
@@ -42,6 +43,7 @@ __all__ = ["fuse_dit", "is_fused", "prepare_run", "unfuse_dit", "why_not_now"]
 logger = logging.getLogger(__name__)
 
 LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
+MOST_STEPS, MOST_IMAGES = 10_000, 1 << 20
 RUN_GRAPHS = 2  # each may hold that much, and the features of a cache
 
 
@@ -261,7 +263,8 @@ def _function(
     return ("reuse", kept.store.serial, *given), reuse, tuple(given.values())
 
 
-def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
+@checked
+def fuse_dit(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
     """Run a quantized, calibrated ``DiTTransformer2DModel`` on fused kernels, in the unmodified ``DiTPipeline`` too.
 
     A block becomes seven launches without an int32 or a 16-bit copy of int8 data in between, the conditioning of all
@@ -331,7 +334,10 @@ def is_fused(transformer: nn.Module) -> bool:
     return FUSED in transformer.__dict__
 
 
-def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+@checked
+def prepare_run(
+    transformer: nn.Module, timesteps: torch.Tensor, class_labels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Compute the conditioning of a whole denoising run ahead, in a few large products instead of some in each step.
 
     :func:`qandc.sample_latents` does so by itself. Otherwise a step computes its own, in part beside its first blocks.
@@ -348,10 +354,20 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
 
     Raises:
         ModelError: the transformer is not fused.
+        DataError: timesteps or labels are not what is said above.
     """
     fused = transformer.__dict__.get(FUSED)
     if fused is None:
         raise ModelError(f"this {type(transformer).__name__} is not fused; call fuse_dit first")
+    if timesteps.ndim != 1 or len(timesteps) > MOST_STEPS:
+        raise DataError(f"timesteps must be [S], of at most {MOST_STEPS} steps; got {list(timesteps.shape)}")
+    if timesteps.device.type == "cpu" and not torch.isfinite(timesteps).all():  # elsewhere looking would wait
+        raise DataError("timesteps hold NaN or inf; give those of the steps to come")
+    if class_labels.ndim != 1 or class_labels.is_floating_point() or len(class_labels) > MOST_IMAGES:
+        raise DataError(
+            f"class_labels must be [B] integers, at most {MOST_IMAGES}; got {list(class_labels.shape)} of "
+            f"{class_labels.dtype}"
+        )
     with torch.inference_mode(False), torch.no_grad():
         on_device = timesteps.to(class_labels.device, torch.float32)
         steps = tuple(on_device[:, None].repeat(1, len(class_labels)).unbind(0))
@@ -370,7 +386,8 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
     return steps
 
 
-def unfuse_dit(transformer: Any) -> Any:
+@checked
+def unfuse_dit(transformer: nn.Module) -> Any:
     """Undo :func:`fuse_dit`.
 
     Raises:
