@@ -30,7 +30,7 @@ from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCE
 __all__ = [
     "Between",
     "Count",
-    "Indices",
+    "Integers",
     "Model",
     "Pipeline",
     "Scheduler",
@@ -64,7 +64,7 @@ Seed = Annotated[int, Between(0, 2**63 - 1)]
 Model = Annotated[Any, nn.Module]  # whose attributes a type checker does not know
 Steps = Annotated[int, Between(1, 10_000)]
 Share = Annotated[float, Between(0, 1)]
-Indices = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[Annotated[int, Between(0, 2**31 - 1)]]]
+Integers = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[int]]
 Seeds = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[Seed]]
 
 
@@ -105,7 +105,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, nn.Module) or not isinstance(value, int | float | str | bytes | tuple | list | dict | None):
         return f"{type(value).__module__}.{type(value).__qualname__}"
     try:
-        text = repr(value[:4] if isinstance(value, tuple | list | str | bytes) else value)
+        text = repr(value[:SHOWN] if isinstance(value, tuple | list | str | bytes) else value)
     except ValueError:  # an integer of too many digits
         return f"a {type(value).__qualname__} too long to print"
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
@@ -192,10 +192,17 @@ def _sequence(value: Any, element: Any) -> list[Any]:
     return _elements(value, element)
 
 
+def _scalar(part: Any) -> Any:
+    """An element of a list as a Python number where it is a tensor or array without dimension."""
+    if isinstance(part, torch.Tensor):
+        return part.item() if _is_dense(part) and part.ndim == 0 else part
+    return part.item() if isinstance(part, np.ndarray) and part.ndim == 0 else part
+
+
 def _iterable(value: Any, element: Any) -> Any:
     single = isinstance(value, torch.Tensor | collections.abc.Mapping | str | bytes | bytearray | nn.Module)
     if single or not isinstance(value, collections.abc.Iterable) or getattr(value, "shape", None) == ():
-        raise _Refused("an iterable of such values (put a single one in a list)", DataError)
+        raise _Refused("an iterable of such values (if it is one, put it in a list)", DataError)
     # batches are made, and looked at, one by one
     return _elements(value, element) if element is str else value
 
@@ -204,7 +211,7 @@ def _elements(values: collections.abc.Iterable[Any], element: Any) -> list[Any]:
     found = []
     for part in itertools.islice(values, LONGEST + 1):
         try:
-            found.append(_checked(element, part))
+            found.append(_checked(element, _scalar(part)))
         except _Refused as refused:
             raise _Refused(f"a sequence whose every element is {refused.allowed} ({_shown(part)} is not)") from None
     if len(found) > LONGEST:
@@ -313,7 +320,7 @@ def checked(function: Function) -> Function:
         ModelError: something else stands in the place of a model, scheduler or pipeline.
         DataError: something else stands in the place of a tensor, an array or batches.
     """
-    signature = inspect.signature(function)
+    signature, where = inspect.signature(function), function.__qualname__.removesuffix(".__init__")
 
     @functools.cache
     def hints() -> dict[str, Any]:
@@ -324,7 +331,7 @@ def checked(function: Function) -> Function:
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             if name in hints():
-                bound.arguments[name] = _check(function.__qualname__, name, hints()[name], value)
+                bound.arguments[name] = _check(where, name, hints()[name], value)
         return function(*bound.args, **bound.kwargs)
 
     return wrapper  # type: ignore[return-value]

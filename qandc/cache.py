@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.arguments import checked
+from qandc.arguments import Steps, checked
 from qandc.derived import class_before, derived_class, has_other_forward, original_class
 from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.feature_cache import BRANCHES, TARGET, FeatureCache
@@ -90,7 +90,7 @@ def get_cache(transformer: nn.Module) -> FeatureCache | None:
 
 @checked
 def apply_cache_to_dit(
-    transformer: nn.Module, cache_interval: int | None = None, *, config: CacheConfig | None = None
+    transformer: nn.Module, cache_interval: Steps | None = None, *, config: CacheConfig | None = None
 ) -> FeatureCache:
     """Attach a feature cache to a ``DiTTransformer2DModel``; the unmodified ``DiTPipeline`` then uses it.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.arguments import checked
+from qandc.arguments import Model, checked
 from qandc.cache import FUSED, detached_cache, get_cache
 from qandc.conversion import quant_layers
 from qandc.derived import class_before, derived_class, original_class
@@ -43,7 +43,6 @@ __all__ = ["fuse_dit", "is_fused", "prepare_run", "unfuse_dit", "why_not_now"]
 logger = logging.getLogger(__name__)
 
 LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
-MOST_STEPS, MOST_IMAGES = 10_000, 1 << 20
 RUN_GRAPHS = 2  # each may hold that much, and the features of a cache
 
 
@@ -335,9 +334,7 @@ def is_fused(transformer: nn.Module) -> bool:
 
 
 @checked
-def prepare_run(
-    transformer: nn.Module, timesteps: torch.Tensor, class_labels: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def prepare_run(transformer: Model, timesteps: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Compute the conditioning of a whole denoising run ahead, in a few large products instead of some in each step.
 
     :func:`qandc.sample_latents` does so by itself. Otherwise a step computes its own, in part beside its first blocks.
@@ -359,15 +356,11 @@ def prepare_run(
     fused = transformer.__dict__.get(FUSED)
     if fused is None:
         raise ModelError(f"this {type(transformer).__name__} is not fused; call fuse_dit first")
-    if timesteps.ndim != 1 or len(timesteps) > MOST_STEPS:
-        raise DataError(f"timesteps must be [S], of at most {MOST_STEPS} steps; got {list(timesteps.shape)}")
-    if timesteps.device.type == "cpu" and not torch.isfinite(timesteps).all():  # elsewhere looking would wait
+    shapes = (*timesteps.shape, *class_labels.shape)
+    if not timesteps.ndim == class_labels.ndim == 1 or class_labels.is_floating_point() or max(shapes) > 1 << 20:
+        raise DataError(f"timesteps [S] and class_labels, [B] integers, are needed; got sizes {list(shapes)}")
+    if timesteps.is_cpu and not torch.isfinite(timesteps).all():  # elsewhere looking would wait
         raise DataError("timesteps hold NaN or inf; give those of the steps to come")
-    if class_labels.ndim != 1 or class_labels.is_floating_point() or len(class_labels) > MOST_IMAGES:
-        raise DataError(
-            f"class_labels must be [B] integers, at most {MOST_IMAGES}; got {list(class_labels.shape)} of "
-            f"{class_labels.dtype}"
-        )
     with torch.inference_mode(False), torch.no_grad():
         on_device = timesteps.to(class_labels.device, torch.float32)
         steps = tuple(on_device[:, None].repeat(1, len(class_labels)).unbind(0))

@@ -184,7 +184,7 @@ class QuantLinear(nn.Module):
         act_scale = scale.detach().to(device, torch.float32, copy=True) if scale.ndim == 0 else None
         if act_scale is None or not (scale.is_floating_point() and torch.isfinite(act_scale) and act_scale > 0):
             raise DataError(
-                f"act_scale must be one finite float32 > 0 (a 0-d float tensor); got {scale.flatten()[:4].tolist()}"
+                f"act_scale must be one finite number > 0 (a 0-d float tensor); got {scale.flatten()[:4].tolist()}"
             )
         if zero_point is not None:
             limit = 1 << self.a_bits - 1

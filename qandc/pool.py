@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from qandc.arguments import Between, Count, Indices, Model, Scheduler, Seeds, Steps, check_fields, checked
+from qandc.arguments import Between, Count, Integers, Model, Scheduler, Seeds, Steps, check_fields, checked
 from qandc.derived import eager
 from qandc.errors import ConfigError, DataError
 from qandc.files import keep_settings, write_whole
@@ -64,14 +64,14 @@ class CandidatePool:
     def select(
         self, count: int = 800, config: TapConfig | None = None, *, method: str = "tap", seed: int = 0
     ) -> np.ndarray:
-        """Indices of the samples to calibrate with: :func:`qandc.select_samples` on x_t and steps."""
+        """Integers of the samples to calibrate with: :func:`qandc.select_samples` on x_t and steps."""
         features = self.hidden_states.flatten(1).numpy()
         return select_samples(features, self.steps.numpy(), count, config, method=method, seed=seed)
 
     @checked
     def batches(
         self,
-        indices: Indices | None = None,
+        indices: Integers | None = None,
         *,
         batch_size: Count = 100,
         by_timestep: bool = False,
@@ -91,8 +91,9 @@ class CandidatePool:
             DeviceError: the device is not here.
         """
         chosen = torch.tensor(list(range(len(self)) if indices is None else indices), dtype=torch.int64)
-        if len(chosen) and chosen.max() >= len(self):
-            raise ConfigError(f"index {int(chosen.max())} is out of range; the pool has samples 0 to {len(self) - 1}")
+        outside = chosen[(chosen < 0) | (chosen >= len(self))]
+        if len(outside):
+            raise ConfigError(f"index {int(outside[0])} is out of range; the pool has samples 0 to {len(self) - 1}")
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype is {dtype}; give one of floating point, such as torch.float32")
         return self._batches(chosen, batch_size, by_timestep, device, dtype)
@@ -117,7 +118,7 @@ class CandidatePool:
 def record_pool(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Indices,
+    class_labels: Integers,
     *,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import torch
 
 from qandc.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
-from qandc.arguments import Between, Indices, Model, Scheduler, Seeds, Steps, checked
+from qandc.arguments import Between, Integers, Model, Scheduler, Seeds, Steps, checked
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
 from qandc.derived import original_class
@@ -109,7 +109,7 @@ def check_dit(transformer: Any) -> None:
 def check_sampling(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Indices,
+    class_labels: Integers,
     num_inference_steps: Steps,
     guidance_scale: Guidance,
 ) -> list[int]:
@@ -262,8 +262,8 @@ class _Loop:
 @torch.inference_mode()
 def sample_latents(
     transformer: Model,
-    scheduler: Scheduler,
-    class_labels: Indices,
+    scheduler: Annotated[Any, Scheduler],
+    class_labels: Integers,
     *,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,

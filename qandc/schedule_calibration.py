@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.arguments import Count, Indices, Model, Scheduler, Seeds, Steps, checked
+from qandc.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
 from qandc.cache import paused_cache
 from qandc.derived import eager
 from qandc.errors import ConfigError, DataError, ModelError
@@ -97,7 +97,7 @@ class _Recorder:
 def feature_gram(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Indices,
+    class_labels: Integers,
     *,
     mode: str,
     num_inference_steps: Steps = 50,
@@ -138,7 +138,7 @@ def feature_gram(
 def calibrate_schedule(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Indices,
+    class_labels: Integers,
     *,
     mode: str = "branch",
     order: int = 1,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.arguments import Indices, Scheduler, Seed, Seeds, Share, Steps, check_fields, checked
+from qandc.arguments import Integers, Scheduler, Seed, Seeds, Share, Steps, check_fields, checked
 from qandc.derived import derived_class
 from qandc.errors import ConfigError, DataError
 from qandc.sampling import Guidance, check_gains, check_sampling, describe_run, sample_latents, set_timesteps
@@ -72,7 +72,7 @@ class _Recorder:
 def record_trajectory(
     transformer: nn.Module,
     scheduler: Scheduler,
-    class_labels: Indices,
+    class_labels: Integers,
     *,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
