@@ -111,18 +111,21 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
+def _bounds(least: float, most: float) -> str:
+    lower = f" >= {least:g}" if least > -LARGEST_INTEGER else ""
+    return f"{lower} (at most {most})" if most < 2**31 - 1 else lower
+
+
 def _integer(value: Any, least: float, most: float) -> int:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        bounds = "" if least < 0 and most >= 2**31 else f" from {least} to {most}" if most < 2**31 else f" >= {least}"
-        raise _Refused(f"an integer{bounds}")
+        raise _Refused(f"an integer{_bounds(least, most)}")
     return int(value)
 
 
 def _number(value: Any, least: float, most: float) -> float:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not real or not abs(value) <= sys.float_info.max or not least <= value <= most:
-        bounds = "" if least == -math.inf else f" from {least:g} to {most:g}" if most < math.inf else f" >= {least:g}"
-        raise _Refused(f"a finite number{bounds}")
+        raise _Refused(f"a finite number{_bounds(least, most)}")
     return float(value) if not isinstance(value, int) else value
 
 
@@ -309,7 +312,7 @@ def _check(where: str, name: str, hint: Any, value: Any) -> Any:
     try:
         return _checked(hint, value)
     except _Refused as refused:
-        raise refused.error(f"{where}: {name} must be {refused.allowed}; got {_shown(value)}") from None
+        raise refused.error(f"{name} is {_shown(value)}; give {refused.allowed} ({where})") from None
 
 
 def checked(function: Function) -> Function:

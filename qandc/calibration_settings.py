@@ -30,7 +30,7 @@ class CalibrationSettings:
         num_inference_steps, guidance_scale, scheduler: of the runs to come.
         w_bits, a_bits: as :class:`qandc.QuantConfig`.
         rounding: of weights, ``nearest``, or ``gptq``, with error feedback; by default that with 4 bits. Weights are
-            clipped to the least squared error with ``gptq``, else not.
+            clipped with ``gptq`` (``mse`` of :class:`qandc.QuantConfig`), else not.
         ranges: how static ranges are found.
         cache_mode, cache_interval: of the cache the pool is recorded with; the schedule found later has as many compute
             steps.

@@ -157,8 +157,7 @@ def load_quantized(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(known) for known in FLOAT_DTYPES)
         raise ConfigError(f"dtype is {dtype}; allowed are {allowed} (leave it out to keep the one that was saved)")
-    target = resolve_device(str(device))
-    directory = Path(directory)
+    target, directory = resolve_device(str(device)), Path(directory)
     manifest = _read_manifest(directory)
     for name, entry in manifest["files"].items():
         _check_file(directory / name, entry)
@@ -305,6 +304,8 @@ def _check_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         fault = layers[owner].fault_of(leaf, tensor) if owner in layers else None
         if fault is not None:
             raise ModelError(f"{name} is {fault[0]}; in a {layers[owner].scheme} layer it must be {fault[1]}")
+        if owner in layers and leaf == "act_zero_point" and f"{owner}.act_scale" not in tensors:
+            raise ModelError(f"{name} has no act_scale beside it; save the model again")
     for name, shape in ours.items():
         if name not in tensors:
             raise ModelError(f"{name} is missing; {advice}")

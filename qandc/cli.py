@@ -158,7 +158,9 @@ def generate(
         cache = CalibratedSchedule.load(schedule).config()
         cache.of_steps(steps)
     else:
-        cache = CacheConfig(cache_mode or "branch", interval=3 if cache_interval is None else cache_interval)
+        cache = CacheConfig(
+            "branch" if cache_mode is None else cache_mode, interval=3 if cache_interval is None else cache_interval
+        )
     if steps < 1:
         raise ConfigError(f"--steps is {steps}; give an integer >= 1")
     check_output(output, ".png")
@@ -367,6 +369,10 @@ def main(arguments: list[str] | None = None) -> int:
         message = error.format_message()
     except QandCError as error:
         message = str(error)
+    except OSError as error:  # a name that no file can have, a file that may not be read
+        logger.debug("the operating system refused", exc_info=True)
+        named = "a file" if error.filename is None else repr(error.filename)
+        message = f"{named} cannot be used ({error.strerror or error}); give another path, or mend it"
     except Exception as error:
         logger.debug("unexpected error", exc_info=True)
         message = f"{type(error).__name__}: {error} (qandc --verbose shows where)"

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+EXACT_WEIGHTS = "_qandc_exact_weights"  # attribute of a model that was cast: a function that gives its tensors before
+
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Qualified name to layer, in the order of the model."""
@@ -89,6 +91,8 @@ def quantize_model(
     default patterns leave the timestep, label and adaLN layers alone and convert 170: q, k, v, out and both MLP layers
     of 28 blocks, and the two output projections.
 
+    Weights that :func:`qandc.load_pipeline` has cast are quantized from the precision of their file.
+
     Args:
         model: any module; it must not be an ``nn.Linear`` itself (use ``QuantLinear.from_linear``).
         w_bits: 4 or 8.
@@ -130,26 +134,32 @@ def quantize_model(
         check_finite(linear.weight, f"{name}.weight")
         check_finite(linear.bias, f"{name}.bias")
     factors = {id(linears[name]): value for name, value in smoothing.items()}
+    exact = model.__dict__.get(EXACT_WEIGHTS, dict)()
     inputs = {id(linears[name]): value for name, value in hessians.items()}
     converted: dict[int, QuantLinear] = {}  # a layer registered under two names stays one layer
 
-    def convert(linear: nn.Linear) -> None:
+    def convert(name: str, linear: nn.Linear) -> None:
         key = id(linear)
         if key not in converted:
-            args = factors.get(key), weight_clip, inputs.get(key)
+            args = (
+                factors.get(key),
+                weight_clip,
+                inputs.get(key),
+                _unrounded(linear.weight, exact.get(f"{name}.weight")),
+            )
             converted[key] = QuantLinear.from_linear(linear, w_bits, a_bits, *args)
 
     for name in dict.fromkeys((*smoothing, *hessians)):
         try:
             if name in hessians:  # whether it can be used is known when it has been: these are converted first
-                convert(linears[name])
+                convert(name, linears[name])
             else:
-                smoothed_weight(linears[name], smoothing[name])
+                smoothed_weight(linears[name].weight, smoothing[name])
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
     for name in chosen:
         linear = linears.pop(name)
-        convert(linear)
+        convert(name, linear)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], converted[id(linear)])
         if isinstance(parent, nn.TransformerEncoderLayer):
@@ -160,6 +170,13 @@ def quantize_model(
     reset_all_caches(model)  # what it holds are features of the full-precision model
     _note_for_diffusers(model, config)
     return model
+
+
+def _unrounded(weight: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor | None:
+    """The stored weight in float32, if rounded it is the one that is there: if nobody has changed that since."""
+    if stored is None or stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
+        return None
+    return stored.to(weight.device, torch.float32)
 
 
 def refuse_merge(*args: Any, **kwargs: Any) -> None:

@@ -202,14 +202,13 @@ class QandCQuantizer(DiffusersQuantizer):
             setattr(layer, leaf, stored.to(target_device))
             return
         w_bits, a_bits = self.bits[name]
-        value = stored.to(target_device, torch.float32) if leaf == "weight" else param_value.to(target_device)
-        check_finite(value, param_name)
+        check_finite(param_value, param_name)
         with LOADING:
             layer = model.get_submodule(name)
-            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+            setattr(layer, leaf, nn.Parameter(param_value.to(target_device), requires_grad=False))
             if leaf == "weight":
-                clip, dtype = self.config.weight_clip, param_value.dtype
-                layer = QuantLinear.from_linear(layer, w_bits, a_bits, weight_clip=clip, dtype=dtype)
+                exact, clip = stored.to(target_device, torch.float32), self.config.weight_clip
+                layer = QuantLinear.from_linear(layer, w_bits, a_bits, weight_clip=clip, weight=exact)
                 _replace(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

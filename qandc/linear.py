@@ -100,7 +100,7 @@ class QuantLinear(nn.Module):
         smoothing: torch.Tensor | None = None,
         weight_clip: str = "max",
         hessian: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
+        weight: torch.Tensor | None = None,
     ) -> QuantLinear:
         """Quantize the weight of ``linear``; the bias is shared, the weight is not kept.
 
@@ -110,17 +110,18 @@ class QuantLinear(nn.Module):
             smoothing: ``[K]`` factors > 0 that inputs are divided by and the weight is multiplied with.
             weight_clip: ``max`` or ``mse`` (:func:`qandc.quantizer.quantize_weight`).
             hessian: ``[K, K]`` of the inputs (:func:`qandc.input_hessians`): round with error feedback (GPTQ).
-            dtype: of the model the layer is for, where ``linear`` holds the weight in a higher precision.
+            weight: what to quantize instead of ``linear.weight``, where that has been rounded to the model's dtype.
 
         Raises:
             ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
             DataError: the weight or bias holds NaN or inf, smoothing is not ``[K]`` finite numbers > 0, or the hessian
                 is not ``[K, K]`` and positive.
         """
-        weight, bias = linear.weight, linear.bias
-        dtype = dtype or weight.dtype
-        check_finite(weight, "weight")
+        weight, bias = linear.weight if weight is None else weight, linear.bias
         check_finite(bias, "bias")
+        if weight.shape != (linear.out_features, linear.in_features):
+            raise DataError(f"the weight of {linear} is {list(weight.shape)}; give one of its size")
+        check_finite(weight, "weight")
         if hessian is not None:
             check_hessian(hessian, linear.in_features)
         module = cls(
@@ -130,10 +131,10 @@ class QuantLinear(nn.Module):
             w_bits=w_bits,
             a_bits=a_bits,
             device=weight.device,
-            dtype=dtype,
+            dtype=linear.weight.dtype,
         )
         if smoothing is not None:
-            module.smoothing, weight = smoothed_weight(linear, smoothing)
+            module.smoothing, weight = smoothed_weight(weight, smoothing)
             smoothing = module.smoothing
         q, scale = quantize_weight(weight, w_bits, weight_clip)
         if hessian is not None:
@@ -145,7 +146,7 @@ class QuantLinear(nn.Module):
         module.weight_sum = q.sum(1, dtype=torch.int32)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        module.original_bytes = weight.numel() * dtype.itemsize
+        module.original_bytes = weight.numel() * linear.weight.element_size()
         return module.train(linear.training)
 
     @property
@@ -336,22 +337,23 @@ def _quantize_per_tensor(
     return y.clamp(-(1 << bits - 1), (1 << bits - 1) - 1).to(torch.int8)
 
 
-def smoothed_weight(linear: nn.Linear, smoothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply the weight with factors ``[K]``; gives a float32 copy of the factors and the product ``[N, K]``.
+def smoothed_weight(weight: torch.Tensor, smoothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply ``[N, K]`` with factors ``[K]``; gives a float32 copy of the factors and the product in float32.
 
     Raises:
         DataError: the factors are not ``[K]`` finite numbers > 0, or the product is not finite.
     """
-    fits = smoothing.shape == (linear.in_features,)
-    factors = smoothing.detach().to(linear.weight.device, torch.float32, copy=True) if fits else smoothing
+    k = weight.shape[1]
+    fits = smoothing.shape == (k,)
+    factors = smoothing.detach().to(weight.device, torch.float32, copy=True) if fits else smoothing
     if not fits or not (torch.isfinite(factors) & (factors > 0)).all():
         raise DataError(
-            f"smoothing must be {linear.in_features} finite float32 numbers > 0, one per input channel; "
-            f"got shape {tuple(smoothing.shape)} (leave it out for none)"
+            f"smoothing must be {k} finite float32 numbers > 0, one per input channel; got shape "
+            f"{tuple(smoothing.shape)} (leave it out for none)"
         )
-    weight = linear.weight.detach().float() * factors
-    check_finite(weight, "weight times smoothing")
-    return factors, weight
+    product = weight.detach().float() * factors
+    check_finite(product, "weight times smoothing")
+    return factors, product
 
 
 def skeleton_layer(

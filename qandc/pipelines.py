@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import torch
 
 from qandc.arguments import checked
-from qandc.conversion import quant_layers
+from qandc.conversion import EXACT_WEIGHTS, quant_layers
 from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
 
 __all__ = [
@@ -122,6 +123,9 @@ def load_pipeline(
         if not isinstance(transformer, DiTTransformer2DModel):
             raise ModelError(f"model {source!r} is not a DiT pipeline: its transformer is {type(transformer).__name__}")
         _check_pipeline(source, pipe)
+        if dtype != pipe.transformer.dtype:  # quantize_model is to round the weights once
+            files = sorted(Path(pipe.transformer.config["_name_or_path"]).glob("*.safetensors"))
+            pipe.transformer.__dict__[EXACT_WEIGHTS] = functools.partial(_tensors_of, files)
         torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own .to() warns of layers that DiT does not have
         return pipe.to(device)
     except QandCError:
@@ -137,6 +141,13 @@ def load_pipeline(
             )
         cause = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         raise ModelError(f"model {source!r} {where}; {what_to_do} ({cause})") from error
+
+
+def _tensors_of(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Map the tensors of safetensors files into memory; pages are read when they are used."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in files if file.is_file() for name, tensor in load_file(file).items()}
 
 
 def _check_pipeline(source: str, pipe: Any) -> None:

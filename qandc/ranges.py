@@ -49,12 +49,10 @@ class StepRanges:
         check_fields(self)
         steps = self.timesteps.shape
         if len(steps) != 1 or not 1 <= steps[0] <= MOST_STEPS or not torch.isfinite(self.timesteps).all():
-            raise ConfigError(
-                f"timesteps of step ranges must be [S] finite numbers, S from 1 to {MOST_STEPS}; got {tuple(steps)}"
-            )
+            raise ConfigError(f"timesteps must be [S] finite numbers, S from 1 to {MOST_STEPS}; got {tuple(steps)}")
         for name, values in (*self.scales.items(), *self.zero_points.items()):
             if values.shape != steps:
-                raise ConfigError(f"step ranges of {name} must be {steps[0]} numbers, one per timestep")
+                raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
 
 
 @dataclass(frozen=True)

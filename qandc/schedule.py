@@ -356,7 +356,8 @@ class CalibratedSchedule:
             raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if not self.schedule or len(self.schedule) != len(self.timesteps):
             raise ConfigError(
-                f"a schedule needs steps, and as many timesteps; got {len(self.schedule)} and {len(self.timesteps)}"
+                f"a schedule needs steps, and as many timesteps as steps; got {len(self.timesteps)} and "
+                f"{len(self.schedule)}"
             )
 
     @checked

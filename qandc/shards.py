@@ -56,6 +56,8 @@ class ImageSet:
         for name in ("count", "batch_size"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give an integer >= 1")
+        if self.count >= 2**31:  # shards are listed, labels kept
+            raise ConfigError(f"count is {self.count}; give less than 2^31 images, or several sets")
         if not isinstance(self.classes, (tuple, list)) or not self.classes:
             raise ConfigError(f"classes are {self.classes!r}; an image set needs a tuple of at least one class")
         if not all(isinstance(label, int) and 0 <= label < 2**63 for label in self.classes):

@@ -389,7 +389,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "smoothing": P(torch.ones(3), "None"),
         "weight_clip": P("mse"),
         "hessian": P(torch.eye(3), "None"),
-        "dtype": P(torch.float16, "None"),
+        "weight": P(torch.ones(2, 3), "None"),
     },
     "QuantLinear.set_static_range": lambda: {
         "self": P(qandc.QuantLinear(4, 4)),

@@ -331,6 +331,7 @@ REFUSALS = {
     "too many steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),
     "steps not a number": (["--steps", "many"], "Invalid value for '--steps'"),
     "interval": (["--cache-interval", "0"], "--cache-interval is 0; give an integer >= 1"),
+    "no cache mode": (["--cache-mode", ""], "cache mode '' is unknown"),
     "cache mode": (["--cache-mode", "all"], "cache mode 'all' is unknown; choose one of block, branch, taylor"),
     "schedule": (["--schedule", "none.json"], "'none.json' is no schedule"),
     "weight bits": (["--w-bits", "3"], "w_bits is 3; allowed are 4 and 8"),
@@ -466,6 +467,20 @@ def test_unexpected_errors_are_one_line_and_keep_what_is_finished(capsys, tmp_pa
     assert err.splitlines()[-1] == "qandc: error: OutOfMemoryError: no memory at all (qandc --verbose shows where)"
     assert f"stopped early; wrote {target}" in err
     assert target.exists()
+
+
+def test_files_that_the_system_refuses(capsys, tmp_path, monkeypatch):
+    import qandc.pipelines
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(qandc.pipelines, "load_pipeline", refuse)
+    status, _, err = run(capsys, "generate", "--device", "cpu", "--out", tmp_path / "x.png")
+    assert status == 2
+    assert err == (
+        "qandc: error: 'model.safetensors' cannot be used (Permission denied); give another path, or mend it\n"
+    )
 
 
 def test_a_failed_write_is_one_line_and_leaves_no_fragment(capsys, tmp_path, pipeline_dir, monkeypatch):

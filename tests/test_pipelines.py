@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qandc import ConfigError, DeviceError, ModelError, fashion_dit_path, load_pipeline
+from qandc import ConfigError, DeviceError, ModelError, fashion_dit_path, load_pipeline, quantize_model
+from qandc.conversion import quant_layers
 from qandc.metrics import (
     class_accuracy,
     extract_features,
@@ -144,3 +146,22 @@ def test_dtypes():
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
     with pytest.raises(ConfigError, match="dtype 'int8' is unknown"):
         resolve_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_a_cast_pipeline_are_rounded_once(dtype):
+    """Copies too; a weight that has been changed since counts as it is."""
+    exact = quantize_model(load_pipeline().transformer)
+    pipe = load_pipeline(dtype=dtype)
+    model = copy.deepcopy(pipe.transformer)
+    changed = "transformer_blocks.0.ff.net.2"
+    with torch.no_grad():
+        model.get_submodule(changed).weight.neg_()
+    quantize_model(model)
+    for name, layer in quant_layers(model).items():
+        assert layer.weight.dtype == dtype
+        if name == changed:
+            assert not torch.equal(layer.qweight, exact.get_submodule(name).qweight)
+            assert (layer.weight + exact.get_submodule(name).weight).abs().max() < 0.02 * layer.weight.abs().max()
+        else:
+            assert torch.equal(layer.qweight, exact.get_submodule(name).qweight), name

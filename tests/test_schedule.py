@@ -232,7 +232,7 @@ def test_saved_and_loaded(tmp_path):
     [
         ({"version": 2}, "has version 2, known is 1"),
         ({"schedule": [False, True, True]}, "first step of the schedule is not computed"),
-        ({"timesteps": [1]}, "as many timesteps; got 3 and 1"),
+        ({"timesteps": [1]}, "as many timesteps as steps"),
         ({"mode": "none"}, "mode 'none' is unknown"),
         ({"extra": 1}, "is no schedule"),
     ],

@@ -170,6 +170,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"count": 1.5}, "count is 1.5"),
         ({"count": True}, "count is True"),
+        ({"count": 10**20}, "count is 100000000000000000000"),
         ({"classes": ()}, "at least one class"),
         ({"classes": 3}, "at least one class"),
         ({"classes": (1, -1)}, r"classes are \(1, -1\); give integers >= 0"),
