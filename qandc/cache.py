@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qandc.arguments import Steps, checked
 from qandc.derived import class_before, derived_class, has_other_forward, original_class
-from qandc.errors import CacheError, ConfigError
+from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.feature_cache import BRANCHES, TARGET, FeatureCache
 from qandc.schedule import CacheConfig
 
@@ -76,12 +77,20 @@ class _CachedBranch(nn.Module):
 
 
 def get_cache(transformer: nn.Module) -> FeatureCache | None:
-    """The cache attached to ``transformer`` (or to the model inside ``torch.compile(transformer)``), or None."""
-    return getattr(transformer, "_orig_mod", transformer).__dict__.get(CACHE)
+    """The cache attached to ``transformer`` (or to the model inside ``torch.compile(transformer)``), or None.
+
+    Raises:
+        ModelError: no ``nn.Module``.
+    """
+    model = getattr(transformer, "_orig_mod", transformer)
+    if not isinstance(model, nn.Module):  # by hand: fused forwards ask
+        raise ModelError(f"a cache is attached to a model; got {type(model).__name__} (pass pipe.transformer)")
+    return model.__dict__.get(CACHE)
 
 
+@checked
 def apply_cache_to_dit(
-    transformer: nn.Module, cache_interval: int | None = None, *, config: CacheConfig | None = None
+    transformer: nn.Module, cache_interval: Steps | None = None, *, config: CacheConfig | None = None
 ) -> FeatureCache:
     """Attach a feature cache to a ``DiTTransformer2DModel``; the unmodified ``DiTPipeline`` then uses it.
 
@@ -106,8 +115,6 @@ def apply_cache_to_dit(
         config = CacheConfig(interval=cache_interval)
     elif cache_interval is not None:
         raise ConfigError("give cache_interval or config, not both: the config has an interval of its own")
-    if not isinstance(config, CacheConfig):
-        raise ConfigError(f"config must be a qandc.CacheConfig; got {type(config).__name__}")
     cache = FeatureCache(config)
     _attach_cache(transformer, cache)
     return cache

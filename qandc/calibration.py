@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qandc.arguments import Share, checked
 from qandc.conversion import layers_to_quantize, quant_layers
 from qandc.errors import ConfigError, DataError, ModelError
-from qandc.layer_inputs import SharedInputs, check_batches, watch_inputs
+from qandc.layer_inputs import SharedInputs, watch_inputs
 from qandc.linear import QuantLinear
 from qandc.quantizer import QuantConfig, activation_parameters
 from qandc.ranges import Histogram, RangeConfig, StepRanges, estimate_range
@@ -25,7 +26,6 @@ def _observe(
     model: nn.Module, batches: Iterable[Any], config: RangeConfig, when: Callable[[Any], Any]
 ) -> dict[Any, dict[str, Histogram]]:
     """Run the batches with dynamic ranges and no cache; what each layer saw, for each value of ``when(batch)``."""
-    check_batches(batches)
     layers = quant_layers(model)
     if not layers:
         raise ModelError(f"{type(model).__name__} has no quantized layer; call quantize_model first")
@@ -55,6 +55,7 @@ def _observe(
     return found
 
 
+@checked
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, symmetric: bool = False, ranges: RangeConfig | None = None
 ) -> nn.Module:
@@ -89,6 +90,7 @@ def calibrate(
     return model
 
 
+@checked
 def calibrate_steps(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -118,7 +120,7 @@ def calibrate_steps(
     histograms = _observe(model, batches, config, _timestep_of)
     timesteps = sorted(histograms, reverse=True)
     count = len(timesteps) if groups is None else groups
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= len(timesteps):
+    if not 1 <= count <= len(timesteps):
         raise ConfigError(f"groups is {groups!r}; {len(timesteps)} timesteps can form 1 to {len(timesteps)}")
     group_of = [i * count // len(timesteps) for i in range(len(timesteps))]
     layers = {
@@ -140,9 +142,10 @@ def calibrate_steps(
     return StepRanges(torch.tensor(timesteps, dtype=torch.float32), scales, zero_points)
 
 
+@checked
 @torch.no_grad()
 def smoothing_factors(
-    model: nn.Module, batches: Iterable[Any], names: Iterable[str], *, alpha: float = 0.5
+    model: nn.Module, batches: Iterable[Any], names: Iterable[str], *, alpha: Share = 0.5
 ) -> dict[str, torch.Tensor]:
     """``s_k = max|x_k|^α / max_n |w_nk|^(1-α)``: factors that move outliers from activations to weights.
 
@@ -163,8 +166,6 @@ def smoothing_factors(
         ConfigError: alpha is out of range, or a name is no ``nn.Linear`` of the model.
         DataError: a layer saw no input, or NaN or inf.
     """
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha is {alpha!r}; give a number from 0 to 1")
     layers: dict[str, nn.Linear] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
@@ -186,6 +187,7 @@ def smoothing_factors(
     return factors
 
 
+@checked
 @torch.no_grad()
 def input_hessians(
     model: nn.Module, batches: Iterable[Any], skip_patterns: Iterable[str] = QuantConfig.skip_patterns
@@ -206,7 +208,7 @@ def input_hessians(
         DataError: a layer saw no input, or NaN or inf.
     """
     try:
-        layers = layers_to_quantize(model, QuantConfig(skip_patterns=tuple(skip_patterns)))
+        layers = layers_to_quantize(model, QuantConfig(skip_patterns=list(skip_patterns)))
     except ModelError as error:
         raise ModelError(f"{error}; gather Hessians before quantizing") from None
     # in place: autocast, inside of a model, would make it one of half precision
@@ -218,7 +220,6 @@ def _totals(
     seen: SharedInputs, model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Linear]
 ) -> dict[str, torch.Tensor]:
     """Layer name to what all its inputs add up to, in the order of ``layers``."""
-    check_batches(batches)
     watch_inputs(model, seen.each_forward(batches), layers, seen.see)
     found = seen.totals()
     for name in layers:

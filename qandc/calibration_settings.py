@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from qandc.arguments import Between, Count, Steps, check_fields
 from qandc.errors import ConfigError
 from qandc.quantizer import QuantConfig
 from qandc.ranges import RangeConfig
-from qandc.sampling import SCHEDULERS
+from qandc.sampling import SCHEDULERS, Guidance
 from qandc.schedule import CacheConfig
 from qandc.tap import CLUSTERERS, METHODS
 from qandc.variance_compensation import FORMS
@@ -17,6 +19,7 @@ __all__ = ["NO_COMPENSATION", "CalibrationSettings"]
 ROUNDINGS = ("nearest", "gptq")
 TARGETS = ("sample", "noise")
 NO_COMPENSATION = "none"
+Images = Annotated[int, Between(1, 1_000_000)]
 
 
 @dataclass(frozen=True)
@@ -47,34 +50,31 @@ class CalibrationSettings:
         ConfigError: a value is not one of these, or the pool is too small.
     """
 
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.5
+    num_inference_steps: Steps = 50
+    guidance_scale: Guidance = 1.5
     scheduler: str = "ddpm"
     w_bits: int = 8
     a_bits: int = 8
     rounding: str | None = None
     ranges: RangeConfig = field(default_factory=RangeConfig)
     cache_mode: str = "taylor"
-    cache_interval: int = 3
+    cache_interval: Steps = 3
     uniform: bool = False
-    pool_images: int = 40
+    pool_images: Images = 40
     pool_with_cache: bool = True
     select: str = "tap"
-    samples: int = 400
-    clusters: int = 50
-    seed: int = 0
+    samples: Count = 400
+    clusters: Count = 50
+    seed: Annotated[int, Between(0, 2**31 - 1)] = 0
     vc: str = "least_squares"
     vc_target: str = "sample"
     vc_start: int = 0
-    vc_samples: int = 100
+    vc_samples: Images = 100
     cache: CacheConfig = field(init=False, repr=False)
     quant_config: QuantConfig = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "pool_images", "samples", "clusters", "vc_samples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; give an integer >= 1")
+        check_fields(self)
         for name, chosen, known in (
             ("scheduler", self.scheduler, tuple(SCHEDULERS)),
             ("rounding", self.rounding, (None, *ROUNDINGS)),
@@ -85,9 +85,7 @@ class CalibrationSettings:
             if chosen not in known:
                 allowed = ", ".join(option for option in known if option is not None)
                 raise ConfigError(f"{name} {chosen!r} is unknown; choose one of {allowed}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed is {self.seed!r}; give an integer from 0 to 2^31 - 1")
-        if not isinstance(self.vc_start, int) or not 0 <= self.vc_start < self.num_inference_steps:
+        if not 0 <= self.vc_start < self.num_inference_steps:
             last = self.num_inference_steps - 1
             raise ConfigError(f"vc_start is {self.vc_start!r}; the run has steps 0 to {last}")
         candidates = self.pool_images * self.num_inference_steps

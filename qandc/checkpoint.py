@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qandc.arguments import check_fields, checked
 from qandc.conversion import quant_layers, quantization_report
 from qandc.derived import original_class
 from qandc.errors import ConfigError, ModelError, OutputError
@@ -60,14 +61,18 @@ class QuantizedCheckpoint:
         step_ranges: for ``fuse_dit(model, step_ranges=...)``, or None.
     """
 
-    model: Any
+    model: nn.Module
     schedule: CalibratedSchedule | None = None
     compensation: Compensation | None = None
     step_ranges: StepRanges | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
 
+
+@checked
 def save_quantized(
-    model: Any,
+    model: nn.Module,
     directory: str | Path,
     *,
     overwrite: bool = False,
@@ -128,6 +133,7 @@ def save_quantized(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@checked
 def load_quantized(
     directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> QuantizedCheckpoint:
@@ -151,8 +157,7 @@ def load_quantized(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(known) for known in FLOAT_DTYPES)
         raise ConfigError(f"dtype is {dtype}; allowed are {allowed} (leave it out to keep the one that was saved)")
-    target = resolve_device(str(device))
-    directory = Path(directory)
+    target, directory = resolve_device(str(device)), Path(directory)
     manifest = _read_manifest(directory)
     for name, entry in manifest["files"].items():
         _check_file(directory / name, entry)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from qandc.arguments import check_fields, checked
 from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.linear import QuantLinear, check_finite, check_layer, smoothed_weight
@@ -73,6 +74,7 @@ def layers_to_quantize(model: nn.Module, config: QuantConfig) -> dict[str, nn.Li
     return {name: linears[name] for name in chosen}
 
 
+@checked
 def quantize_model(
     model: ModelT,
     w_bits: int = 8,
@@ -221,6 +223,9 @@ class QuantizationReport:
 
     layers: tuple[LayerReport, ...]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
         """The layers that are QuantLinear."""
@@ -256,6 +261,7 @@ class QuantizationReport:
         return "\n".join(lines)
 
 
+@checked
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
     rows, kept = [], kept_layers(model)

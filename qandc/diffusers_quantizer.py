@@ -19,6 +19,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from qandc.arguments import checked
 from qandc.conversion import layers_to_quantize, quant_layers
 from qandc.errors import ConfigError, ModelError
 from qandc.linear import OPTIONAL_BUFFERS, QuantLinear, check_finite, check_layer, skeleton_layer
@@ -49,6 +50,7 @@ class QandCConfig(QuantizationConfigMixin):
         ConfigError: a value is outside what is allowed, or a name unknown.
     """
 
+    @checked
     def __init__(
         self,
         w_bits: int = 8,
@@ -70,7 +72,7 @@ class QandCConfig(QuantizationConfigMixin):
         self.quant_method = method
         self.w_bits, self.a_bits, self.weight_clip = w_bits, a_bits, weight_clip
         self.skip_patterns = list(config.skip_patterns)
-        if layers is not None and not (isinstance(layers, Mapping) and layers):
+        if layers is not None and not layers:
             raise ConfigError(f"layers must map names of layers to schemes, as {{'proj': 'W8A8'}}; got {layers!r}")
         self.layers = None if layers is None else dict(layers)
         self.bits_of_layers()

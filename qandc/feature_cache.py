@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qandc.arguments import checked
 from qandc.errors import CacheError
 from qandc.features import FeatureStore
 from qandc.schedule import CacheConfig, forecast_weights
@@ -72,6 +73,7 @@ class FeatureCache:
         compute_steps, reuse_steps: how many steps of each kind were taken since the cache was attached or reset.
     """
 
+    @checked
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         self.paused = False

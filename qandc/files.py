@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
         raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name below a file is not there either
+            partial.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,7 +99,7 @@ def _where_they_differ(*texts: str) -> tuple[str, ...]:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other runs out of what a file, which stays, stands for; the system lets go of it however this one ends.
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qandc.arguments import Model, checked
 from qandc.cache import FUSED, detached_cache, get_cache
 from qandc.conversion import quant_layers
 from qandc.derived import class_before, derived_class, original_class
-from qandc.errors import ConfigError, ModelError
+from qandc.errors import ConfigError, DataError, ModelError
 from qandc.feature_cache import FeatureCache
 from qandc.fusable import (
     BLOCK_LAYERS,
@@ -280,7 +281,8 @@ def _function(
     return ("reuse", kept.store.serial, *given), reuse, tuple(given.values())
 
 
-def fuse_dit(transformer: Any, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
+@checked
+def fuse_dit(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
     """Run a quantized, calibrated ``DiTTransformer2DModel`` on fused kernels, in the unmodified ``DiTPipeline`` too.
 
     A block becomes seven launches without an int32 or a 16-bit copy of int8 data in between, the conditioning of all
@@ -350,7 +352,8 @@ def is_fused(transformer: nn.Module) -> bool:
     return FUSED in transformer.__dict__
 
 
-def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+@checked
+def prepare_run(transformer: Model, timesteps: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Compute the conditioning of a whole denoising run ahead, in a few large products instead of some in each step.
 
     :func:`qandc.sample_latents` does so by itself. Otherwise a step computes its own, in part beside its first blocks.
@@ -367,10 +370,16 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
 
     Raises:
         ModelError: the transformer is not fused.
+        DataError: timesteps or labels are not what is said above.
     """
     fused = transformer.__dict__.get(FUSED)
     if fused is None:
         raise ModelError(f"this {type(transformer).__name__} is not fused; call fuse_dit first")
+    shapes = (*timesteps.shape, *class_labels.shape)
+    if not timesteps.ndim == class_labels.ndim == 1 or class_labels.is_floating_point() or max(shapes) > 1 << 20:
+        raise DataError(f"timesteps [S] and class_labels, [B] integers, are needed; got sizes {list(shapes)}")
+    if timesteps.is_cpu and not torch.isfinite(timesteps).all():  # elsewhere looking would wait
+        raise DataError("timesteps hold NaN or inf; give those of the steps to come")
     with torch.inference_mode(False), torch.no_grad():
         on_device = timesteps.to(class_labels.device, torch.float32)
         steps = tuple(on_device[:, None].repeat(1, len(class_labels)).unbind(0))
@@ -389,7 +398,8 @@ def prepare_run(transformer: Any, timesteps: torch.Tensor, class_labels: torch.T
     return steps
 
 
-def unfuse_dit(transformer: Any) -> Any:
+@checked
+def unfuse_dit(transformer: nn.Module) -> Any:
     """Undo :func:`fuse_dit`.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,19 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from qandc.cache import paused_cache
 from qandc.derived import eager
-from qandc.errors import DataError
+from qandc.errors import DataError, QandCError
 
-__all__ = ["SharedInputs", "check_batches", "input_of_call", "watch_inputs"]
-
-
-def check_batches(batches: Iterable[Any]) -> None:
-    """Refuse one batch in the place of several: the rows of a tensor would be taken for batches.
-
-    Raises:
-        DataError: it is a tensor or a mapping.
-    """
-    if isinstance(batches, torch.Tensor | Mapping):
-        raise DataError(f"batches must be an iterable of batches; got one {type(batches).__name__} (put it in a list)")
+__all__ = ["SharedInputs", "input_of_call", "watch_inputs"]
 
 
 def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = "input") -> torch.Tensor:
@@ -62,12 +53,20 @@ def watch_inputs(
 
 
 def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, tuple | list):
+            model(*batch)
+        else:
+            model(batch)
+    except (QandCError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, AttributeError, ValueError, LookupError, RuntimeError) as error:
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+        raise DataError(
+            f"a batch is no input of {type(model).__name__} ({cause}); give what the model takes"
+        ) from error
 
 
 class _Group:

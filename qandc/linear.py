@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
+from qandc.arguments import Between, checked
 from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
-from qandc.quantizer import check_bits, quantize_weight, round_with_feedback
+from qandc.quantizer import check_bits, check_hessian, quantize_weight, round_with_feedback
 from qandc_kernels import int4_linear, int8_linear, pack_int4, quantized_linear, reference
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
 
+Features = Annotated[int, Between(0, 2**31 - 1)]
 FP32_BUFFERS = ("weight_scale", "act_scale", "smoothing")
 OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "smoothing": torch.float32}
 
@@ -54,10 +56,11 @@ class QuantLinear(nn.Module):
     smoothing: torch.Tensor | None
     nan_flag: torch.Tensor | None
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Features,
+        out_features: Features,
         bias: bool = True,
         *,
         w_bits: int = 8,
@@ -90,6 +93,7 @@ class QuantLinear(nn.Module):
             self.register_parameter("bias", None)
 
     @classmethod
+    @checked
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -116,8 +120,12 @@ class QuantLinear(nn.Module):
                 is not ``[K, K]`` and positive.
         """
         weight, bias = linear.weight if weight is None else weight, linear.bias
-        check_finite(weight, "weight")
         check_finite(bias, "bias")
+        if weight.shape != (linear.out_features, linear.in_features):
+            raise DataError(f"the weight of {linear} is {list(weight.shape)}; give one of its size")
+        check_finite(weight, "weight")
+        if hessian is not None:
+            check_hessian(hessian, linear.in_features)
         module = cls(
             linear.in_features,
             linear.out_features,
@@ -163,6 +171,7 @@ class QuantLinear(nn.Module):
         """Bytes of the packed weight with its scales and sums."""
         return sum(t.numel() * t.element_size() for t in (self.qweight, self.weight_scale, self.weight_sum))
 
+    @checked
     def set_static_range(self, scale: torch.Tensor | None, zero_point: torch.Tensor | None = None) -> None:
         """Quantize all inputs with this scale (0-d float) and zero point (0-d integer); None goes back to dynamic.
 
@@ -175,18 +184,21 @@ class QuantLinear(nn.Module):
                 raise DataError("a zero point needs a scale; give both, or None for dynamic ranges")
             self.act_scale = self.act_zero_point = None
             return
-        if not (scale.ndim == 0 and scale.is_floating_point() and torch.isfinite(scale) and scale > 0):
-            raise DataError(f"act_scale must be one finite number > 0 (a 0-d float tensor); got {scale.tolist()}")
+        act_scale = scale.detach().to(device, torch.float32, copy=True) if scale.ndim == 0 else None
+        if act_scale is None or not (scale.is_floating_point() and torch.isfinite(act_scale) and act_scale > 0):
+            raise DataError(
+                f"act_scale must be one finite number > 0 (a 0-d float tensor); got {scale.flatten()[:4].tolist()}"
+            )
         if zero_point is not None:
             limit = 1 << self.a_bits - 1
             whole = zero_point.ndim == 0 and not zero_point.is_floating_point()
             if not (whole and -limit <= int(zero_point) < limit):
                 raise DataError(
                     f"act_zero_point must be one integer from {-limit} to {limit - 1} (a 0-d integer tensor); "
-                    f"got {zero_point.tolist()}"
+                    f"got {zero_point.flatten()[:4].tolist()}"
                 )
             zero_point = zero_point.detach().to(device, torch.int32, copy=True)
-        self.act_scale = scale.detach().to(device, torch.float32, copy=True)
+        self.act_scale = act_scale
         self.act_zero_point = zero_point
 
     def tensor_forms(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
@@ -358,11 +370,12 @@ def smoothed_weight(weight: torch.Tensor, smoothing: torch.Tensor) -> tuple[torc
         DataError: the factors are not ``[K]`` finite numbers > 0, or the product is not finite.
     """
     k = weight.shape[1]
-    factors = smoothing.detach().to(weight.device, torch.float32, copy=True)
-    if factors.shape != (k,) or not (torch.isfinite(factors) & (factors > 0)).all():
+    fits = smoothing.shape == (k,)
+    factors = smoothing.detach().to(weight.device, torch.float32, copy=True) if fits else smoothing
+    if not fits or not (torch.isfinite(factors) & (factors > 0)).all():
         raise DataError(
             f"smoothing must be {k} finite float32 numbers > 0, one per input channel; got shape "
-            f"{tuple(factors.shape)} (leave it out for none)"
+            f"{tuple(smoothing.shape)} (leave it out for none)"
         )
     product = weight.detach().float() * factors
     check_finite(product, "weight times smoothing")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qandc.arguments import Pipeline, check_fields, checked
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.calibration import calibrate, input_hessians
 from qandc.calibration_settings import NO_COMPENSATION, CalibrationSettings
@@ -30,7 +31,7 @@ from qandc.pipelines import class_names
 from qandc.pool import CandidatePool, record_pool
 from qandc.presets import SETTINGS, Preset, is_finished
 from qandc.results import result_header
-from qandc.sampling import check_sampling, decode_latents, make_scheduler, sample_latents
+from qandc.sampling import check_dit, check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.schedule import CacheConfig, CalibratedSchedule
 from qandc.schedule_calibration import calibrate_schedule
 from qandc.tap import TapConfig
@@ -69,6 +70,10 @@ class CalibrationReport:
     psnr_uncompensated: torch.Tensor
     psnr_compensated: torch.Tensor | None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @checked
     def record(self, settings: CalibrationSettings, source: str | None) -> dict[str, Any]:
         """As a measured result (:mod:`qandc.results`): settings, bytes, likeness."""
         before, after = self.quantization.quantized_bytes
@@ -107,8 +112,9 @@ def check_directory(directory: str | Path, overwrite: bool = False) -> None:
         raise OutputError(f"{str(directory)!r} cannot be written ({reason}); give another directory") from None
 
 
+@checked
 def calibrate_pipeline(
-    pipe: Any,
+    pipe: Pipeline,
     settings: CalibrationSettings,
     directory: str | Path,
     *,
@@ -139,9 +145,9 @@ def calibrate_pipeline(
         ConfigError: the model or its scheduler cannot be sampled so, or the directory holds another pool.
         DataError: samples or features are NaN, infinite or do not vary.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), pipe.transformer
+    check_dit(model)
     check_directory(directory, overwrite)
-    model = pipe.transformer
     if quant_layers(model) or get_cache(model) is not None:
         raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew to calibrate it")
     work = _Calibration(pipe, settings, progress)

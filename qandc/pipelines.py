@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from qandc.arguments import checked
 from qandc.conversion import EXACT_WEIGHTS, quant_layers
 from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
 
@@ -74,8 +76,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+@checked
 def load_pipeline(
-    model: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    model: Annotated[str | Path | None, str | os.PathLike | None] = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Load a ``DiTPipeline``; the autoencoder stays in float32.
 
@@ -83,11 +88,17 @@ def load_pipeline(
         model: a pipeline directory, a hub id such as "facebook/DiT-XL-2-256", or None for the embedded fashion-dit.
 
     Raises:
+        ConfigError: a dtype that no kernel computes in, or the meta device.
+        DeviceError: the device is not here.
         ModelError: the directory is missing or not a DiT pipeline, or the hub did not deliver.
         DataError: a weight is NaN or infinite.
     """
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES.values()))}")
+    if torch.device(device).type == "meta":
+        raise ConfigError("a pipeline on the meta device would have no weights; give a device such as 'cpu'")
     source = str(fashion_dit_path() if model is None else model)
     try:
         path = Path(source).expanduser()

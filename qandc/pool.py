@@ -7,20 +7,21 @@ runs without a cache it is the control.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
+from qandc.arguments import Between, Count, Integers, Model, Scheduler, Seeds, Steps, check_fields, checked
 from qandc.derived import eager
 from qandc.errors import ConfigError, DataError
 from qandc.files import keep_settings, write_whole
 from qandc.layer_inputs import input_of_call
 from qandc.pipelines import fingerprint
-from qandc.sampling import check_sampling, describe_run, integers, sample_latents
+from qandc.sampling import Guidance, check_sampling, describe_run, sample_latents
 from qandc.tap import TapConfig, select_samples
 
 __all__ = ["CandidatePool", "record_pool"]
@@ -43,23 +44,36 @@ class CandidatePool:
     timesteps: torch.Tensor
     steps: torch.Tensor
     class_labels: torch.Tensor
-    null_label: int | None
+    null_label: Annotated[int, Between(0, 2**31 - 1)] | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.hidden_states.ndim != 4 or not self.hidden_states.is_floating_point():
+            found = f"{list(self.hidden_states.shape)} of {self.hidden_states.dtype}"
+            raise DataError(f"hidden_states of a pool are [N, C, H, W] floating-point numbers; got {found}")
+        for name in ("timesteps", "steps", "class_labels"):
+            values = getattr(self, name)
+            if values.shape != (len(self),) or values.is_floating_point():
+                found = f"{list(values.shape)} of {values.dtype}"
+                raise DataError(f"{name} of a pool of {len(self)} samples are [{len(self)}] integers; got {found}")
 
     def __len__(self) -> int:
         return len(self.hidden_states)
 
+    @checked
     def select(
         self, count: int = 800, config: TapConfig | None = None, *, method: str = "tap", seed: int = 0
     ) -> np.ndarray:
-        """Indices of the samples to calibrate with: :func:`qandc.select_samples` on x_t and steps."""
+        """Integers of the samples to calibrate with: :func:`qandc.select_samples` on x_t and steps."""
         features = self.hidden_states.flatten(1).numpy()
         return select_samples(features, self.steps.numpy(), count, config, method=method, seed=seed)
 
+    @checked
     def batches(
         self,
-        indices: Sequence[int] | np.ndarray | None = None,
+        indices: Integers | None = None,
         *,
-        batch_size: int = 100,
+        batch_size: Count = 100,
         by_timestep: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -71,8 +85,22 @@ class CandidatePool:
         Args:
             batch_size: samples in a batch, at most.
             by_timestep: a batch holds samples of one timestep only, as :func:`qandc.calibrate_steps` needs it.
+
+        Raises:
+            ConfigError: an index that the pool does not have, or a dtype without fractions.
+            DeviceError: the device is not here.
         """
-        chosen = torch.arange(len(self)) if indices is None else torch.as_tensor(np.asarray(indices))
+        chosen = torch.tensor(list(range(len(self)) if indices is None else indices), dtype=torch.int64)
+        outside = chosen[(chosen < 0) | (chosen >= len(self))]
+        if len(outside):
+            raise ConfigError(f"index {int(outside[0])} is out of range; the pool has samples 0 to {len(self) - 1}")
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dtype is {dtype}; give one of floating point, such as torch.float32")
+        return self._batches(chosen, batch_size, by_timestep, device, dtype)
+
+    def _batches(
+        self, chosen: torch.Tensor, batch_size: int, by_timestep: bool, device: torch.device | str, dtype: torch.dtype
+    ) -> Iterator[dict[str, Any]]:
         parts = [chosen]
         if by_timestep:
             parts = [chosen[self.timesteps[chosen] == t] for t in torch.unique(self.timesteps[chosen])]
@@ -86,15 +114,16 @@ class CandidatePool:
             yield {"hidden_states": x.to(dtype), "timestep": t, "class_labels": labels}
 
 
+@checked
 def record_pool(
-    transformer: Any,
-    scheduler: Any,
-    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
+    transformer: Model,
+    scheduler: Scheduler,
+    class_labels: Integers,
     *,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.5,
-    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
-    batch_size: int = 50,
+    num_inference_steps: Steps = 50,
+    guidance_scale: Guidance = 1.5,
+    seeds: Seeds | None = None,
+    batch_size: Count = 50,
     directory: str | Path | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> CandidatePool:
@@ -115,11 +144,9 @@ def record_pool(
     from safetensors.torch import save_file
 
     labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    seeds = list(range(len(labels))) if seeds is None else integers("seeds", seeds)
+    seeds = list(range(len(labels)) if seeds is None else seeds)
     if len(seeds) != len(labels):
         raise ConfigError(f"{len(labels)} class ids need as many seeds; got {len(seeds)}")
-    if type(batch_size) is not int or batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size!r}; give an integer >= 1")
     if directory is not None:
         scheduler.set_timesteps(num_inference_steps)
         run = describe_run(transformer, scheduler, guidance_scale)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from qandc.arguments import Scheduler, Steps, check_fields, checked
 from qandc.conversion import quant_layers, quantize_model
-from qandc.errors import ConfigError, ModelError, OutputError
+from qandc.errors import ConfigError, DataError, ModelError, OutputError
 from qandc.files import write_json, write_whole
-from qandc.quantizer import QuantConfig
-from qandc.sampling import SCHEDULERS
+from qandc.quantizer import QuantConfig, check_bits
+from qandc.sampling import SCHEDULERS, Guidance, set_timesteps
 from qandc.schedule import CalibratedSchedule
 from qandc.variance_compensation import Compensation
 
@@ -27,8 +29,10 @@ STRUCTURE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_chan
 WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum", "smoothing")
 
 
+@checked
 def fashion_dit_preset(w_bits: int = 8) -> Preset:
     """The settings that come with the embedded model: 50 DDPM steps, guidance 1.5, W8A8 or W4A8."""
+    check_bits(w_bits, 8)
     return Preset.load(Path(__file__).parent / "assets" / "fashion-dit-presets" / f"w{w_bits}a8")
 
 
@@ -59,21 +63,30 @@ class Preset:
     schedule: CalibratedSchedule
     compensation: Compensation | None
     scheduler: str
-    guidance_scale: float
+    guidance_scale: Guidance
     structure: dict[str, int | None]
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     model: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.structure.keys() != set(STRUCTURE):
+            raise ConfigError(f"structure has {sorted(self.structure)}; it must have {', '.join(STRUCTURE)}")
+        for name, value in (*self.scales.items(), *self.zero_points.items()):
+            if value.ndim:
+                raise DataError(f"the range of {name} must be 0-d tensors; got shape {list(value.shape)}")
+
     @classmethod
+    @checked
     def of(
         cls,
-        model: Any,
+        model: nn.Module,
         config: QuantConfig,
         schedule: CalibratedSchedule,
         compensation: Compensation | None,
         *,
         scheduler: str | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Guidance | None = None,
         keep_weights: bool = False,
         source: str | None = None,
     ) -> Preset:
@@ -136,7 +149,10 @@ class Preset:
             digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def check(self, transformer: Any, scheduler: Any, num_inference_steps: int, guidance_scale: float) -> None:
+    @checked
+    def check(
+        self, transformer: nn.Module, scheduler: Scheduler, num_inference_steps: Steps, guidance_scale: Guidance
+    ) -> None:
         """Refuse, before any work, a model or a run that these settings are not for.
 
         Raises:
@@ -144,8 +160,7 @@ class Preset:
             ConfigError: another scheduler, other timesteps or guidance.
         """
         self._check_structure(transformer)
-        scheduler.set_timesteps(num_inference_steps)
-        timesteps = tuple(int(timestep) for timestep in scheduler.timesteps)
+        timesteps = tuple(int(timestep) for timestep in set_timesteps(scheduler, num_inference_steps))
         for name, ours, theirs in (
             ("scheduler", self.scheduler, type(scheduler).__name__),
             ("num_inference_steps", self.num_inference_steps, num_inference_steps),
@@ -166,7 +181,8 @@ class Preset:
                     f"has {number} (give the model they were made for, or calibrate this one)"
                 )
 
-    def quantize(self, model: Any) -> Any:
+    @checked
+    def quantize(self, model: nn.Module) -> Any:
         """``quantize_model`` with these settings, and static ranges; kept weights are installed bit for bit.
 
         Raises:
@@ -199,6 +215,7 @@ class Preset:
                 )
         layer.load_state_dict(state, strict=False)
 
+    @checked
     def save(self, directory: str | Path) -> None:
         """Write ``preset.json``, ``ranges.safetensors``, ``schedule.json``, and where there are any
         ``weights.safetensors``, ``compensation.safetensors`` and ``compensation.json``.
@@ -243,6 +260,7 @@ class Preset:
         write_json(directory / SETTINGS, settings)
 
     @classmethod
+    @checked
     def load(cls, directory: str | Path) -> Preset:
         """Read what :meth:`save` wrote.
 
@@ -304,7 +322,10 @@ class Preset:
 
 
 def _structure(model: Any) -> dict[str, int | None]:
-    return {name: getattr(model.config, name) for name in STRUCTURE}
+    config = getattr(model, "config", None)
+    if not all(hasattr(config, name) for name in STRUCTURE):
+        raise ModelError(f"settings are for diffusers' DiTTransformer2DModel; got {type(model).__name__}")
+    return {name: getattr(config, name) for name in STRUCTURE}
 
 
 def _short(value: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qandc.arguments import check_fields
 from qandc.errors import ConfigError, DataError
 from qandc_kernels.reference import SMALLEST_AMAX
 
@@ -44,11 +45,12 @@ class QuantConfig:
     weight_clip: str = "max"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_bits(self.w_bits, self.a_bits)
         if self.weight_clip not in WEIGHT_CLIPS:
             raise ConfigError(f"weight_clip {self.weight_clip!r} is unknown; choose one of {', '.join(WEIGHT_CLIPS)}")
         patterns = self.skip_patterns
-        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) and p for p in patterns):
+        if not all(patterns):
             raise ConfigError(
                 f"skip_patterns must be a list of non-empty strings, e.g. ['pos_embed', 'norm']; got {patterns!r}"
             )
@@ -128,6 +130,12 @@ def _least_error_scale(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch
     return best
 
 
+def check_hessian(hessian: torch.Tensor, k: int) -> None:
+    """Refuse a Hessian of another shape than ``[K, K]``."""
+    if hessian.shape != (k, k):
+        raise DataError(f"the Hessian of a weight of {k} input channels is [{k}, {k}]; got {list(hessian.shape)}")
+
+
 def round_with_feedback(
     weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, qmax: int, damping: float = 0.01
 ) -> torch.Tensor:
@@ -151,8 +159,7 @@ def round_with_feedback(
     n, k = weight.shape
     if not damping > 0:
         raise ConfigError(f"damping is {damping!r}; give a share > 0, usually 0.01")
-    if hessian.shape != (k, k):
-        raise DataError(f"the Hessian of a weight of {k} input channels is [{k}, {k}]; got {list(hessian.shape)}")
+    check_hessian(hessian, k)
     h = hessian.to(weight.device, torch.float64, copy=True)
     order = torch.argsort(h.diagonal(), descending=True)
     h = h[order][:, order]

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from qandc.arguments import check_fields
 from qandc.errors import ConfigError
 
 __all__ = ["ESTIMATORS", "Histogram", "RangeConfig", "StepRanges", "estimate_range"]
 
 ESTIMATORS = ("minmax", "percentile", "mse")
+MOST_STEPS = 10_000
 OCTAVES = 40  # below the reach that a histogram tells apart; smaller values count as zeros
 BINS_OF_OCTAVES = (*[32] * (OCTAVES - 5), 64, 128, 256, 512, 1024)  # equal bins in each, the smallest values first
 FINE_BITS = 10  # of a float32's significand that choose a bin: 1024 in an octave, as many as the highest has
@@ -43,6 +45,15 @@ class StepRanges:
     scales: dict[str, torch.Tensor]
     zero_points: dict[str, torch.Tensor]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        steps = self.timesteps.shape
+        if len(steps) != 1 or not 1 <= steps[0] <= MOST_STEPS or not torch.isfinite(self.timesteps).all():
+            raise ConfigError(f"timesteps must be [S] finite numbers, S from 1 to {MOST_STEPS}; got {tuple(steps)}")
+        for name, values in (*self.scales.items(), *self.zero_points.items()):
+            if values.shape != steps:
+                raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
+
 
 @dataclass(frozen=True)
 class RangeConfig:
@@ -63,6 +74,7 @@ class RangeConfig:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.estimator not in ESTIMATORS:
             raise ConfigError(f"estimator {self.estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}")
         if not 50 < self.percentile <= 100:

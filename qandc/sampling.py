@@ -10,35 +10,42 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
 from qandc.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
+from qandc.arguments import Between, Integers, Model, Scheduler, Seeds, Steps, checked
 from qandc.cache import get_cache
 from qandc.conversion import quant_layers
 from qandc.derived import original_class
-from qandc.errors import ConfigError, DataError
+from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fused_dit import is_fused, prepare_run
 from qandc.nan_flags import lower_nan_flags, raised_nan_flag
 from qandc.run_graph import run_as_graph, why_no_run_graph
 from qandc.variance_compensation import Compensation
 from qandc_kernels import guided_step, select_backend
 
-__all__ = ["SCHEDULERS", "Corrector", "decode_latents", "describe_run", "make_scheduler", "sample_latents"]
+__all__ = ["SCHEDULERS", "Corrector", "Guidance", "decode_latents", "describe_run", "make_scheduler", "sample_latents"]
 
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
 
 
-def make_scheduler(name: str, config: Any) -> Any:
-    """A fresh diffusers scheduler, ``name`` "ddpm" or "ddim", with the noise schedule of ``config``."""
+Guidance = Annotated[float, Between(0, 1e6)]
+
+
+@checked
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """A fresh diffusers scheduler, ``name`` "ddpm" or "ddim", with the noise schedule of ``config``.
+
+    Raises:
+        ConfigError: an unknown name, or a config that diffusers makes no scheduler of.
+    """
     import diffusers
 
     if name not in SCHEDULERS:
@@ -48,9 +55,15 @@ def make_scheduler(name: str, config: Any) -> Any:
         # needs a predicted variance, which the loop below does not use
         changes["variance_type"] = "fixed_small"
         logger.info("variance_type %s is replaced by fixed_small", config["variance_type"])
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **changes)
+    try:
+        return getattr(diffusers, SCHEDULERS[name]).from_config(config, **changes)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"config is none of a scheduler ({error}); give that of one, pipe.scheduler.config"
+        ) from error
 
 
+@runtime_checkable
 class Corrector(Protocol):
     """What may change a run at two points of every step."""
 
@@ -74,50 +87,52 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
     }
 
 
-def integers(what: str, values: Any) -> list[int]:
-    """Convert ``values``, a sequence, array or tensor ``[N]`` of integers on any device, to a list.
+def check_dit(transformer: Any) -> None:
+    """Refuse what is no DiT that can be sampled; it may be wrapped, as by ``torch.compile``.
 
     Raises:
-        ConfigError: they are not that; ``what`` names them.
+        ModelError: no ``DiTTransformer2DModel``, or one without weights.
     """
+    from diffusers import DiTTransformer2DModel
 
-    def plain(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else value  # of NumPy and torch
-
-    given = plain(values)
-    try:
-        if not isinstance(given, Sequence):
-            raise TypeError(f"{type(values).__name__} is no sequence")
-        found = [plain(value) for value in given]
-        if any(isinstance(value, bool) for value in found):
-            raise TypeError("there are booleans")
-        return [operator.index(value) for value in found]
-    except TypeError as error:
-        raise ConfigError(
-            f"{what} must be integers in a sequence or in a tensor or array of one dimension; got {values!r} ({error})"
-        ) from None
+    dit: Any = DiTTransformer2DModel
+    found = next((part for part in transformer.modules() if isinstance(part, dit)), None)
+    if found is None or not hasattr(getattr(transformer, "config", None), "num_embeds_ada_norm"):
+        raise ModelError(
+            f"sampling knows diffusers' DiTTransformer2DModel; got {type(transformer).__name__} (of a pipeline, pass "
+            "pipe.transformer)"
+        )
+    if next(found.parameters()).is_meta:
+        raise ModelError("this DiTTransformer2DModel is on the meta device and has no weights; load them first")
 
 
+@checked
 def check_sampling(
-    transformer: Any, scheduler: Any, class_labels: Any, num_inference_steps: int, guidance_scale: float
+    transformer: Model,
+    scheduler: Scheduler,
+    class_labels: Integers,
+    num_inference_steps: Steps,
+    guidance_scale: Guidance,
 ) -> list[int]:
     """Refuse what :func:`sample_latents` cannot sample, before any work; returns the class ids as a list.
 
     Raises:
         ConfigError: class ids are no integers in one dimension, or a setting is out of range.
+        ModelError: no DiT, or no scheduler of one.
     """
-    class_labels = integers("class ids", class_labels)
+    check_dit(transformer)
+    class_labels = list(class_labels)
     if not class_labels:
         raise ConfigError("no class ids given; give at least one")
     num_classes = transformer.config.num_embeds_ada_norm
     for label in class_labels:
         if not 0 <= label < num_classes:
             raise ConfigError(f"class id {label} is out of range; this model knows 0 to {num_classes - 1}")
-    limit = scheduler.config.num_train_timesteps
+    limit = getattr(scheduler.config, "num_train_timesteps", None)
+    if not isinstance(limit, int) or not hasattr(scheduler, "init_noise_sigma"):
+        raise ModelError(f"{type(scheduler).__name__} makes no noise for a DiT; give a scheduler such as DDIMScheduler")
     if not 1 <= num_inference_steps <= limit:
         raise ConfigError(f"num_inference_steps is {num_inference_steps}; this scheduler allows 1 to {limit}")
-    if not 0 <= guidance_scale < float("inf"):
-        raise ConfigError(f"guidance_scale is {guidance_scale}; give a finite number >= 0 (1 turns guidance off)")
     return class_labels
 
 
@@ -244,15 +259,16 @@ class _Loop:
         return latents if corrector is None else corrector.sample(step, latents)
 
 
+@checked
 @torch.inference_mode()
 def sample_latents(
-    transformer: Any,
-    scheduler: Any,
-    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
+    transformer: Model,
+    scheduler: Annotated[Any, Scheduler],
+    class_labels: Integers,
     *,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.5,
-    seeds: Sequence[int] | torch.Tensor | np.ndarray,
+    num_inference_steps: Steps = 50,
+    guidance_scale: Guidance = 1.5,
+    seeds: Seeds,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
     compensation: Compensation | None = None,
     force_compensation: bool = False,
@@ -292,7 +308,6 @@ def sample_latents(
             compiled, was given NaN.
     """
     class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    seeds = integers("seeds", seeds)
     if len(seeds) != len(class_labels):
         raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
     timesteps = set_timesteps(scheduler, num_inference_steps)
@@ -356,8 +371,25 @@ def _placement(vae: Any) -> tuple[torch.device, torch.dtype]:
     return first.weight.device, first.weight.dtype  # the same without a walk through all modules, as long as a step
 
 
+@checked
 @torch.inference_mode()
-def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """``decode(latents / scaling_factor)``: images ``[B, channels, H, W] float32`` on the CPU, in [-1, 1]."""
+def decode_latents(vae: Model, latents: torch.Tensor) -> torch.Tensor:
+    """``decode(latents / scaling_factor)``: images ``[B, channels, H, W] float32`` on the CPU, in [-1, 1].
+
+    Raises:
+        ModelError: no autoencoder of diffusers.
+        DataError: the latents are not ``[B, latent_channels, H, W]`` finite floating-point numbers.
+    """
+    channels = getattr(getattr(vae, "config", None), "latent_channels", None)
+    if channels is None or not hasattr(vae, "decode"):
+        raise ModelError(
+            f"latents are decoded by an autoencoder of diffusers; got {type(vae).__name__} (pass pipe.vae)"
+        )
+    shaped = latents.ndim == 4 and latents.shape[1] == channels and latents.numel()
+    if not shaped or not latents.is_floating_point() or not torch.isfinite(latents).all():
+        raise DataError(
+            f"latents must be [B, {channels}, H, W] finite floating-point numbers; got {list(latents.shape)} of "
+            f"{latents.dtype}, or NaN or inf among them"
+        )
     latents = latents.to(*_placement(vae)) / vae.config.scaling_factor
     return vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1).cpu()

@@ -1,6 +1,6 @@
 """When a feature cache computes and when it reuses: decided before the denoising loop, as a tuple of booleans.
 
-True is a *compute step*, False a *reuse step*. This module knows no model; torch is not needed.
+True is a *compute step*, False a *reuse step*. This module knows no model.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 
+from qandc.arguments import Between, Steps, check_fields, checked
 from qandc.errors import ConfigError
 from qandc.files import write_whole
 
@@ -35,32 +36,26 @@ LARGEST_ORDER = 2
 DEFAULT_INTERVAL = 5
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; give an integer >= {least}")
-
-
 def _is_computed(step: int, interval: int, warm_up_steps: int) -> bool:
     return step < warm_up_steps or (step - warm_up_steps + 1) % interval == 0
 
 
+@checked
 def uniform_schedule(
-    num_inference_steps: int, interval: int, *, warm_up_steps: int = 1, last_step_computed: bool = False
+    num_inference_steps: Steps, interval: Steps, *, warm_up_steps: Steps = 1, last_step_computed: bool = False
 ) -> Schedule:
     """Compute the first ``warm_up_steps``, then every ``interval``-th step (FORA, arXiv 2407.01425).
 
     >>> "".join("C" if computed else "." for computed in uniform_schedule(8, 3))
     'C..C..C.'
     """
-    _check_integer("num_inference_steps", num_inference_steps, 1)
-    _check_integer("cache_interval", interval, 1)
-    _check_integer("warm_up_steps", warm_up_steps, 1)
     steps = [_is_computed(step, interval, warm_up_steps) for step in range(num_inference_steps)]
     steps[-1] |= last_step_computed
     return tuple(steps)
 
 
-def format_schedule(schedule: Sequence[bool], timesteps: Sequence[int] | None = None) -> str:
+@checked
+def format_schedule(schedule: Sequence[bool], timesteps: Sequence[float] | None = None) -> str:
     """The steps (or their timesteps), compute steps with a star: ``981* 961 941 921* ...``"""
     names = range(len(schedule)) if timesteps is None else timesteps
     if len(names) != len(schedule):
@@ -93,11 +88,11 @@ class CacheConfig:
     """
 
     mode: str = "block"
-    interval: int | None = None
+    interval: Steps | None = None
     schedule: Schedule | None = None
     order: int = 1
-    warm_up_steps: int | None = None
-    num_inference_steps: int | None = None
+    warm_up_steps: Steps | None = None
+    num_inference_steps: Steps | None = None
     last_step_computed: bool = False
     storage_dtype: str | None = None
     # which runs it is for, not what it does; str(config) is part of what compensations were fitted for
@@ -105,23 +100,21 @@ class CacheConfig:
     _steps: Schedule | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.mode not in MODES:
             raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if self.storage_dtype is not None and self.storage_dtype not in STORAGE_DTYPES:
             allowed = ", ".join(STORAGE_DTYPES)
             raise ConfigError(f"storage_dtype {self.storage_dtype!r} is unknown; choose one of {allowed}, or None")
-        _check_integer("order", self.order, 1)
-        if self.order > LARGEST_ORDER:
+        if not 1 <= self.order <= LARGEST_ORDER:
             raise ConfigError(f"order is {self.order}; give 1 or 2 (higher differences amplify quantization noise)")
         if self.schedule is not None:
             self._check_schedule(self.schedule)
             self._check_timesteps()
             return
         object.__setattr__(self, "interval", DEFAULT_INTERVAL if self.interval is None else self.interval)
-        _check_integer("cache_interval", self.interval, 1)
         if self.warm_up_steps is None:
             object.__setattr__(self, "warm_up_steps", self.history)
-        _check_integer("warm_up_steps", self.warm_up_steps, 1)
         if self.last_step_computed and self.num_inference_steps is None:
             raise ConfigError("last_step_computed needs num_inference_steps: which step is the last is not known else")
         if self.num_inference_steps is not None:
@@ -142,10 +135,7 @@ class CacheConfig:
             return
         if self._steps is None:
             raise ConfigError("timesteps need a schedule or num_inference_steps: an interval is for runs of any length")
-        try:
-            timesteps = tuple(float(timestep) for timestep in self.timesteps)
-        except (TypeError, ValueError):
-            raise ConfigError(f"timesteps must be numbers, one per step; got {self.timesteps!r}") from None
+        timesteps = tuple(float(timestep) for timestep in self.timesteps)
         if len(timesteps) != len(self._steps):
             raise ConfigError(f"a schedule of {len(self._steps)} steps needs as many timesteps; got {len(timesteps)}")
         rise = next((pair for pair in itertools.pairwise(timesteps) if pair[1] > pair[0]), None)
@@ -153,19 +143,16 @@ class CacheConfig:
             raise ConfigError("timesteps rise from {:g} to {:g}; give those of a run whose never do".format(*rise))
         object.__setattr__(self, "timesteps", timesteps)
 
-    def _check_schedule(self, schedule: Any) -> None:
+    def _check_schedule(self, schedule: Schedule) -> None:
         for name in ("interval", "warm_up_steps", "num_inference_steps"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"give a schedule or {name}, not both: the schedule says which steps are computed")
         if self.last_step_computed:
             raise ConfigError("give a schedule or last_step_computed, not both: the schedule says it for the last step")
-        if isinstance(schedule, str) or not isinstance(schedule, Sequence) or not schedule:
-            raise ConfigError(f"schedule must be a sequence of booleans, one per step; got {schedule!r}")
-        if not all(isinstance(computed, bool | np.bool_) for computed in schedule):
-            raise ConfigError("schedule must hold booleans: True for a step that is computed, False for a reuse")
+        if not schedule:
+            raise ConfigError("schedule is empty; give whether each step is computed, one boolean per step")
         if not schedule[0]:
             raise ConfigError("the first step of the schedule is not computed, but there is nothing to reuse yet")
-        object.__setattr__(self, "schedule", tuple(bool(computed) for computed in schedule))
         object.__setattr__(self, "_steps", self.schedule)
         self._check_order()
 
@@ -216,7 +203,8 @@ class CacheConfig:
                 return False
         return False
 
-    def of_steps(self, num_inference_steps: int) -> Schedule:
+    @checked
+    def of_steps(self, num_inference_steps: Steps) -> Schedule:
         """The schedule of a run of so many steps.
 
         Raises:
@@ -229,6 +217,7 @@ class CacheConfig:
             )
         return tuple(self.computes(step) for step in range(num_inference_steps))
 
+    @checked
     def check_run(self, timesteps: Sequence[float]) -> None:
         """Raise ConfigError for a run, given by its timesteps, that the schedule is not for; it names both."""
         self.of_steps(len(timesteps))
@@ -357,21 +346,34 @@ class CalibratedSchedule:
     schedule: Schedule
     timesteps: tuple[int, ...]
     mode: str
-    order: int
-    error: float | None = None
-    uniform_error: float | None = None
+    order: Annotated[int, Between(0, LARGEST_ORDER)]
+    error: Annotated[float, Between(0)] | None = None
+    uniform_error: Annotated[float, Between(0)] | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.mode not in MODES:
+            raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if not self.schedule or len(self.schedule) != len(self.timesteps):
+            raise ConfigError(
+                f"a schedule needs steps, and as many timesteps as steps; got {len(self.timesteps)} and "
+                f"{len(self.schedule)}"
+            )
+
+    @checked
     def config(self, storage_dtype: str | None = None) -> CacheConfig:
         """The cache that follows it, in runs at its timesteps."""
         config = CacheConfig(self.mode, schedule=self.schedule, order=max(1, self.order), storage_dtype=storage_dtype)
         return replace(config, timesteps=self.timesteps)
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write as JSON; a file under this name is always whole."""
         text = json.dumps({"version": FORMAT_VERSION, **asdict(self)}) + "\n"
         write_whole(Path(path), lambda partial: partial.write_text(text))
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> CalibratedSchedule:
         """Read what :meth:`save` wrote.
 

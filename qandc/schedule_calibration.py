@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from qandc.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
 from qandc.cache import paused_cache
 from qandc.derived import eager
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.feature_cache import BRANCHES
 from qandc.fused_dit import is_fused
-from qandc.sampling import check_sampling, sample_latents, set_timesteps
+from qandc.sampling import Guidance, check_sampling, sample_latents, set_timesteps
 from qandc.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
 
 __all__ = ["calibrate_schedule", "feature_gram"]
@@ -94,14 +95,14 @@ class _Recorder:
 
 
 def feature_gram(
-    transformer: Any,
-    scheduler: Any,
-    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
+    transformer: Model,
+    scheduler: Scheduler,
+    class_labels: Integers,
     *,
     mode: str,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.5,
-    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
+    num_inference_steps: Steps = 50,
+    guidance_scale: Guidance = 1.5,
+    seeds: Seeds | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> np.ndarray:
     """Sample without cache and compare, for all steps a, b and j, what the features of a and b add at step j.
@@ -133,17 +134,18 @@ def feature_gram(
     return gram
 
 
+@checked
 def calibrate_schedule(
-    transformer: Any,
-    scheduler: Any,
-    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
+    transformer: Model,
+    scheduler: Scheduler,
+    class_labels: Integers,
     *,
     mode: str = "branch",
     order: int = 1,
-    computed_steps: int,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.5,
-    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
+    computed_steps: Count,
+    num_inference_steps: Steps = 50,
+    guidance_scale: Guidance = 1.5,
+    seeds: Seeds | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> CalibratedSchedule:
     """Choose the ``computed_steps`` steps whose features serve the others best.

@@ -12,9 +12,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from qandc.arguments import Between, Count, Share, check_fields, checked
 from qandc.errors import ConfigError, DataError
 
 __all__ = [
@@ -35,6 +37,7 @@ KERNELS = ("laplace", "gaussian")
 METHODS = ("tap", "random", "uniform", "kmeans", "agglomerative", "dbscan")
 LARGEST_DENSE = 4000  # samples whose pairwise distances are held at once; others join the nearest cluster
 BLOCK = 1 << 20  # similarities of the pool to a sub-sample that are held at once
+ClusterSeed = Annotated[int, Between(0, 2**32 - 1001)]  # scikit-learn's, and one for each sub-sample
 MEMBERS_PER_CLUSTER = 5  # of a sub-sample at least: clusters of single samples tell nothing
 
 
@@ -55,23 +58,18 @@ class TapConfig:
         ConfigError: a value is outside of what is said here.
     """
 
-    clusters: int = 100
-    alpha: float = 0.5
+    clusters: Count = 100
+    alpha: Share = 0.5
     kernel: str = "laplace"
     bandwidth: float = 1.0
-    subsamples: int = 3
+    subsamples: Annotated[int, Between(1, 1000)] = 3
     rate: float = 1 / 20
 
     def __post_init__(self) -> None:
-        for name in ("clusters", "subsamples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; give an integer >= 1")
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha is {self.alpha!r}; give a number from 0 (only time) to 1 (only looks)")
+        check_fields(self)
         if self.kernel not in KERNELS:
             raise ConfigError(f"kernel {self.kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
-        if not 0 < self.bandwidth < math.inf:
+        if self.bandwidth <= 0:
             raise ConfigError(f"bandwidth is {self.bandwidth!r}; give a finite number > 0, in the unit of times")
         if not 0 < self.rate <= 1:
             raise ConfigError(f"rate is {self.rate!r}; give a share > 0 and at most 1")
@@ -235,8 +233,14 @@ def _dbscan(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: in
 CLUSTERERS = {"tap": _tap, "kmeans": _kmeans_clusters, "agglomerative": _agglomerative, "dbscan": _dbscan}
 
 
+@checked
 def cluster_pool(
-    features: np.ndarray, times: np.ndarray, config: TapConfig | None = None, *, method: str = "tap", seed: int = 0
+    features: np.ndarray,
+    times: np.ndarray,
+    config: TapConfig | None = None,
+    *,
+    method: str = "tap",
+    seed: ClusterSeed = 0,
 ) -> np.ndarray:
     """Cluster labels ``[N]`` of a pool.
 
@@ -263,9 +267,9 @@ def cluster_pool(
 
 
 def _check_pool(features: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    features, times = np.asarray(features), np.asarray(times, dtype=np.float64)
     if features.ndim != 2 or times.shape != (len(features),) or features.size == 0:
         raise DataError(f"a pool is features [N, D] and times [N]; got shapes {features.shape} and {times.shape}")
+    times = times.astype(np.float64)
     if not np.issubdtype(features.dtype, np.floating):
         features = features.astype(np.float32)
     if not np.isfinite(features).all() or not np.isfinite(times).all():
@@ -295,6 +299,7 @@ def _uniform_in_time(times: np.ndarray, count: int, seed: int) -> np.ndarray:
     return pick_samples(np.unique(times, return_inverse=True)[1], count, seed)
 
 
+@checked
 def select_samples(
     features: np.ndarray,
     times: np.ndarray,
@@ -302,7 +307,7 @@ def select_samples(
     config: TapConfig | None = None,
     *,
     method: str = "tap",
-    seed: int = 0,
+    seed: ClusterSeed = 0,
 ) -> np.ndarray:
     """Indices ``[count]``, ascending, of the samples to calibrate with.
 

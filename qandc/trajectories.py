@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 
+from qandc.arguments import Integers, Scheduler, Seed, Seeds, Share, Steps, check_fields, checked
 from qandc.derived import derived_class
 from qandc.errors import ConfigError, DataError
-from qandc.sampling import check_gains, check_sampling, describe_run, integers, sample_latents, set_timesteps
+from qandc.sampling import Guidance, check_gains, check_sampling, describe_run, sample_latents, set_timesteps
 from qandc.variance_compensation import FORMS, Compensation, FittedFor, compensate, least_squares
 
 __all__ = ["Trajectory", "compensated_scheduler", "fit_compensation", "record_trajectory"]
@@ -33,9 +34,22 @@ class Trajectory:
     samples: torch.Tensor
     noises: torch.Tensor
     class_labels: tuple[int, ...]
-    seeds: tuple[int, ...]
-    num_inference_steps: int
-    guidance_scale: float
+    seeds: tuple[Seed, ...]
+    num_inference_steps: Steps
+    guidance_scale: Guidance
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        shape, images = tuple(self.samples.shape), len(self.class_labels)
+        if len(shape) != 5 or self.noises.shape != shape or not images == len(self.seeds) == shape[1]:
+            raise DataError(
+                "a trajectory is samples and noises [S, B, C, H, W] with B class ids and seeds; got "
+                f"{list(shape)}, {list(self.noises.shape)}, {images} and {len(self.seeds)}"
+            )
+        for name in ("samples", "noises"):
+            values = getattr(self, name)
+            if not values.is_floating_point() or not torch.isfinite(values).all():
+                raise DataError(f"{name} of a trajectory must be finite floating-point numbers; record it anew")
 
 
 class _Recorder:
@@ -54,14 +68,15 @@ class _Recorder:
         return latents
 
 
+@checked
 def record_trajectory(
-    transformer: Any,
-    scheduler: Any,
-    class_labels: Sequence[int] | torch.Tensor | np.ndarray,
+    transformer: nn.Module,
+    scheduler: Scheduler,
+    class_labels: Integers,
     *,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.5,
-    seeds: Sequence[int] | torch.Tensor | np.ndarray | None = None,
+    num_inference_steps: Steps = 50,
+    guidance_scale: Guidance = 1.5,
+    seeds: Seeds | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample, and keep every step: the reference of :func:`fit_compensation`, taken before the model is quantized.
@@ -70,7 +85,7 @@ def record_trajectory(
     of all steps, on the device of the model.
     """
     class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    seeds = tuple(range(len(class_labels)) if seeds is None else integers("seeds", seeds))
+    seeds = tuple(range(len(class_labels)) if seeds is None else seeds)
     recorder = _Recorder()
     sample_latents(
         transformer,
@@ -120,15 +135,16 @@ class _Fitter:
         return self._fit(step, latents) if self.target == "sample" else latents
 
 
+@checked
 def fit_compensation(
     reference: Trajectory,
-    transformer: Any,
-    scheduler: Any,
+    transformer: nn.Module,
+    scheduler: Scheduler,
     *,
     form: str = "least_squares",
     target: str = "sample",
     start_step: int = 0,
-    shrinkage: float = 0.0,
+    shrinkage: Share = 0.0,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> Compensation:
     """Run the quantized, cached model from the noise of ``reference`` and find the gain of every step on the way.
@@ -156,10 +172,8 @@ def fit_compensation(
     if target not in ("sample", "noise"):
         raise ConfigError(f"target {target!r} is unknown; choose sample or noise")
     steps = len(reference.samples)
-    if not isinstance(start_step, int) or not 0 <= start_step < steps:
+    if not 0 <= start_step < steps:
         raise ConfigError(f"start_step is {start_step!r}; the run has steps 0 to {steps - 1}")
-    if not 0 <= shrinkage <= 1:
-        raise ConfigError(f"shrinkage is {shrinkage!r}; give a number from 0 (none) to 1 (no correction)")
     check_sampling(
         transformer, scheduler, reference.class_labels, reference.num_inference_steps, reference.guidance_scale
     )
@@ -211,7 +225,8 @@ class _CompensatedScheduler:
         return output
 
 
-def compensated_scheduler(scheduler: Any, compensation: Compensation, *, force: bool = False) -> Any:
+@checked
+def compensated_scheduler(scheduler: Scheduler, compensation: Compensation, *, force: bool = False) -> Any:
     """A copy of ``scheduler`` whose steps apply ``compensation``: ``pipe.scheduler = compensated_scheduler(...)``.
 
     A scheduler does not see the model nor its guidance scale; that they are those of the fit is up to the caller here

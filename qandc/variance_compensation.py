@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qandc.arguments import check_fields, checked
 from qandc.errors import ConfigError, DataError
 from qandc.files import write_json, write_whole
 
@@ -99,6 +100,9 @@ class FittedFor:
     guidance_scale: float
     model: str
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class Compensation:
@@ -123,6 +127,7 @@ class Compensation:
     fitted_for: FittedFor
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.target not in ("sample", "noise"):
             raise ConfigError(f"target {self.target!r} is unknown; choose sample or noise")
         steps = len(self.fitted_for.timesteps)
@@ -141,7 +146,8 @@ class Compensation:
                 "(fit it anew with more samples, paired with the reference)"
             )
 
-    def to(self, device: torch.device) -> Compensation:
+    @checked
+    def to(self, device: torch.device | str) -> Compensation:
         """The same with its gains on a device."""
         return replace(self, gain=self.gain.to(device), mean=self.mean.to(device))
 
@@ -165,6 +171,7 @@ class Compensation:
         """What becomes of the latents ``[B, C, H, W]`` that a step ends with."""
         return self._apply(step, latents) if self.target == "sample" else latents
 
+    @checked
     def check(self, run: Mapping[str, Any]) -> None:
         """Refuse a run it was not fitted for; ``run`` holds what is known of it, by the names of :class:`FittedFor`.
 
@@ -172,6 +179,8 @@ class Compensation:
             ConfigError: a value differs, with both.
         """
         for name, value in run.items():
+            if name not in {field.name for field in fields(FittedFor)}:
+                raise ConfigError(f"a run has no {name!r}; allowed are the names of FittedFor")
             ours = getattr(self.fitted_for, name)
             if ours != value:
                 theirs = f"{len(value)} steps, {_short(value)}" if name == "timesteps" else repr(value)
@@ -181,6 +190,7 @@ class Compensation:
                     "run, or force it)"
                 )
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write ``path`` (safetensors: gain and mean) and a readable JSON of the same name beside it.
 
@@ -197,6 +207,7 @@ class Compensation:
         write_json(path.with_suffix(".json"), settings)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Compensation:
         """Read what :meth:`save` wrote.
 

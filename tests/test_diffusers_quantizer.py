@@ -365,7 +365,7 @@ def test_a_loader_that_brings_no_weights(pre_quantized):
         ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
         ({"a_bits": 16}, "a_bits is 16; allowed"),
         ({"weight_clip": "hinge"}, "weight_clip 'hinge' is unknown"),
-        ({"skip_patterns": "norm"}, "must be a list of non-empty strings"),
+        ({"skip_patterns": "norm"}, "skip_patterns is 'norm'; give a list"),
         ({"bits": 8}, "QandCConfig got bits=8; it knows w_bits"),
         ({"quant_method": "quanto"}, "got quant_method='quanto'"),
         ({"layers": {"proj": "int8"}}, "the scheme of proj is 'int8'; it must be as 'W4A8'"),

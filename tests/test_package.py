@@ -58,7 +58,7 @@ def test_import_takes_less_than_a_second_beyond_torch():
     assert seconds < 1
 
 
-LAYERS = ["errors", "files", "npz", "pixels", "networks"]
+LAYERS = ["errors", "arguments", "files", "npz", "pixels", "networks"]
 LAYERS += ["tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
 LAYERS += ["feature_cache", "ranges", "quantizer", "dequantized", "linear", "cache", "readers"]
 LAYERS += ["conversion", "layer_inputs"]

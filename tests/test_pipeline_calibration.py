@@ -337,7 +337,6 @@ REFUSALS = {
     "vc": ({"vc": "some"}, "vc 'some' is unknown; choose one of variance_ratio, least_squares, paper, none"),
     "vc target": ({"vc_target": "mean"}, "vc_target 'mean' is unknown; choose one of sample, noise"),
     "vc start": ({"vc_start": 4}, "vc_start is 4; the run has steps 0 to 3"),
-    "seed": ({"seed": -1}, "seed is -1; give an integer from 0"),
     "cache mode": ({"cache_mode": "all"}, "cache mode 'all' is unknown"),
     "interval": ({"cache_interval": 0}, "cache_interval is 0; give an integer >= 1"),
     "weights": ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),

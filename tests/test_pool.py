@@ -225,8 +225,6 @@ def test_damaged_and_unwritable(dit, scheduler, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         record(dit, scheduler, directory=tmp_path / "file" / "pool")
-    with pytest.raises(ConfigError, match="batch_size is 0"):
-        record(dit, scheduler, batch_size=0)
 
 
 def test_a_full_disk_leaves_no_fragment(dit, scheduler, tmp_path, monkeypatch):

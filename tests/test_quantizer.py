@@ -95,11 +95,7 @@ def test_empty_range_is_refused():
     [
         ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
         ({"a_bits": 16}, "a_bits is 16; allowed are 4, 5, 6, 7, 8"),
-        ({"w_bits": "8"}, "w_bits is '8'"),
-        ({"skip_patterns": "norm"}, "skip_patterns must be a list"),
         ({"skip_patterns": [""]}, "non-empty"),
-        ({"skip_patterns": None}, "got None"),
-        ({"w_bits": 8.0}, "w_bits is 8.0"),
     ],
 )
 def test_config_refuses(settings, message):

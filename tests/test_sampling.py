@@ -135,44 +135,6 @@ def test_labels_and_seeds_of_any_integers(pipe, given):
     assert found == calibrate_schedule(model, ddim, [1, 2], computed_steps=1, **{**run, "seeds": [3, 4]})
 
 
-NO_INTEGERS = {
-    "floats": [1.0, 2.0],
-    "float tensor": torch.tensor([1.0, 2.0]),
-    "float array": np.array([1.5, 2.5]),
-    "booleans": [True, False],
-    "boolean tensor": torch.tensor([True, False]),
-    "two dimensions": torch.tensor([[1], [2]]),
-    "two dimensions of an array": np.array([[1, 2]]),
-    "a list of lists": [[1], [2]],
-    "a list of tensors": [torch.tensor([1]), torch.tensor([2])],
-    "one number": 1,
-    "one number in a tensor": torch.tensor(1),
-    "text": "12",
-    "texts": ["1", "2"],
-    "nothing": None,
-    "a set": {1, 2},
-    "a dictionary": {1: 2},
-}
-
-
-@pytest.mark.parametrize("given", NO_INTEGERS.values(), ids=NO_INTEGERS)
-def test_labels_that_are_no_integers_are_refused(pipe, given, tmp_path):
-    model, run = pipe.transformer, {"num_inference_steps": 2}
-    ddim = make_scheduler("ddim", pipe.scheduler.config)
-    for job in (
-        lambda: sample_latents(model, ddim, given, seeds=[0, 1], **run),
-        lambda: record_trajectory(model, ddim, given, **run),
-        lambda: record_pool(model, ddim, given, directory=tmp_path / "pool", **run),
-        lambda: calibrate_schedule(model, ddim, given, computed_steps=1, **run),
-    ):
-        with pytest.raises(ConfigError, match="class ids must be integers"):
-            job()
-    assert not list(tmp_path.iterdir())
-    if given is not None:
-        with pytest.raises(ConfigError, match="seeds must be integers"):
-            record_trajectory(model, ddim, [1, 2], seeds=given, **run)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -180,10 +142,7 @@ def test_labels_that_are_no_integers_are_refused(pipe, given, tmp_path):
         ({"class_labels": [-1]}, "class id -1"),
         ({"class_labels": [], "seeds": []}, "no class ids"),
         ({"seeds": [1, 2]}, "1 class ids need as many seeds; got 2"),
-        ({"num_inference_steps": 0}, "num_inference_steps is 0; this scheduler allows 1 to 1000"),
         ({"num_inference_steps": 1001}, "allows 1 to 1000"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
-        ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
     ],
 )
 def test_refusals(pipe, changes, message):

@@ -246,7 +246,6 @@ def test_start_step_and_shrinkage():
         ({"form": "best"}, "form 'best' is unknown; choose one of variance_ratio, least_squares, paper"),
         ({"target": "image"}, "target 'image' is unknown"),
         ({"start_step": 6}, "start_step is 6; the run has steps 0 to 5"),
-        ({"shrinkage": -0.1}, "shrinkage is -0.1"),
     ],
 )
 def test_settings_are_checked(change, message):
