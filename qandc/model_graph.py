@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from qandc.arguments import Between, checked
 from qandc.cache import FUSED, get_cache
 from qandc.derived import class_before, derived_class
-from qandc.errors import ConfigError, ModelError
+from qandc.errors import ModelError
 from qandc.graphs import MAX_GRAPHS, GraphCache
 
 __all__ = ["graph", "ungraph"]
@@ -201,7 +202,8 @@ class _GraphedModel(nn.Module):
         return output
 
 
-def graph(model: ModelT, *, limit: int = MAX_GRAPHS) -> ModelT:
+@checked
+def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS) -> ModelT:
     """Replay the forwards of ``model`` from CUDA graphs, one for each structure, shapes and plain values of arguments.
 
     The first call of a kind runs the forward twice to compile and choose kernels, captures a graph, and replays it, as
@@ -223,12 +225,8 @@ def graph(model: ModelT, *, limit: int = MAX_GRAPHS) -> ModelT:
     Raises:
         ModelError: not a module, graphed or fused already, compiled as a whole, or its ``forward`` was replaced on the
             instance.
-        ConfigError: the limit is not an integer >= 1.
+        ConfigError: the limit is not an integer from 1 to 1024.
     """
-    if type(limit) is not int or limit < 1:
-        raise ConfigError(f"limit is {limit!r}; give an integer >= 1")
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"graph takes a torch.nn.Module; got {type(model).__name__} (of a pipeline, pipe.transformer)")
     if GRAPHED in model.__dict__ or FUSED in model.__dict__:
         raise ModelError(f"this {type(model).__name__} has graphs already; call ungraph or unfuse_dit first")
     if "forward" in model.__dict__ or model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
@@ -242,13 +240,14 @@ def graph(model: ModelT, *, limit: int = MAX_GRAPHS) -> ModelT:
     return model
 
 
+@checked
 def ungraph(model: ModelT) -> ModelT:
     """Undo :func:`graph`, and free the memory of its graphs.
 
     Raises:
         ModelError: the model is not graphed, or another tool has wrapped it since.
     """
-    graphed = model.__dict__.get(GRAPHED) if isinstance(model, nn.Module) else None
+    graphed = model.__dict__.get(GRAPHED)
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
     before = class_before(model, _GraphedModel)
