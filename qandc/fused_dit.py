@@ -130,8 +130,8 @@ class _Fused:
 
     def runs(self, name: str) -> bool:
         """Whether fused kernels run the layer of this name."""
-        how = self.kernel_of(name)
-        return self._step is not None and how is not None and how[0] == "fused"
+        how = None if self._step is None else self.kernel_of(name)
+        return how is not None and how[0] == "fused"
 
     def kernel_of(self, name: str) -> tuple[str, str] | None:
         """For the report: what runs the layer, and why."""

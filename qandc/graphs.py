@@ -114,14 +114,14 @@ class GraphCache:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        before = [t._version for t in static], generator.get_offset()
+        before = _versions(static), generator.get_offset()
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     function(*static)
         finally:  # also of what was queued before an exception
             torch.cuda.current_stream().wait_stream(stream)
-        if ([t._version for t in static], generator.get_offset()) != before:
+        if (_versions(static), generator.get_offset()) != before:
             _log_refusal(static, "the function writes to its inputs, or draws random numbers")
             return None
         graph = torch.cuda.CUDAGraph()
@@ -136,10 +136,16 @@ class GraphCache:
                 output = function(*static)
         except RuntimeError as error:
             torch.cuda.synchronize()
+            generator.graphsafe_set_state(generator.clone_state())  # else it goes on believing in the capture
             _log_refusal(static, str(error).partition("\n")[0])
             return None
         self.captures += 1
         return _Captured(function, graph, static, output)
+
+
+def _versions(tensors: tuple[torch.Tensor, ...]) -> list[int | None]:
+    """Count how often each tensor was written to; inference mode does not."""
+    return [None if t.is_inference() else t._version for t in tensors]
 
 
 def _log_refusal(inputs: tuple[torch.Tensor, ...], reason: str) -> None:

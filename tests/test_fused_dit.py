@@ -189,6 +189,7 @@ def test_one_timestep_for_all_rows(fused_anywhere):
 
 @pytest.mark.parametrize("rows_at_once", [4096, 24, 1])  # of 12 rows: all three blocks, two and one, one by one
 @pytest.mark.parametrize("smoothing", [False, True])
+@torch.no_grad()
 def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, rows_at_once):
     """The same modulations to rounding, those of its own step for each, and with the same ones the same output."""
     monkeypatch.setattr("qandc.conditioning.ROWS_AT_ONCE", rows_at_once)

@@ -219,6 +219,7 @@ def test_graphs_are_bounded():
 
 @GPU
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_quantized_transformer(compiled, dit_inputs):
     model = quantize_model(make_dit()).cuda()

@@ -72,16 +72,18 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, size: float = 1.0
     torch.testing.assert_close(actual.cpu().double(), expected, atol=tolerance * size, rtol=tolerance)
 
 
-def assert_summed(actual: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, additions: int) -> None:
+def assert_summed(
+    actual: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, additions: int, casts: int = 1
+) -> None:
     """``actual`` is a float32 sum, cast last: ``additions`` products in any order, whose sizes add up to ``terms``.
 
     Each product and each addition is off by at most 2^-24 of what it gives (Higham, Accuracy and Stability, Sec. 3.1),
-    so this holds on every machine.
+    so this holds on every machine. With two ``casts`` the sum of products was cast before the bias was added.
     """
     relative = (additions + 4) * 2.0**-24  # 4: scales, bias
     error = relative / (1 - relative) * terms
     unit = torch.finfo(actual.dtype).eps / 2
-    allowed = error + unit * (expected.abs() + error) + torch.finfo(actual.dtype).tiny
+    allowed = error + unit * (expected.abs() + error + (casts - 1) * terms) + torch.finfo(actual.dtype).tiny
     excess = (actual.cpu().double() - expected).abs() - allowed
     assert excess.numel() == 0 or excess.max() <= 0, f"off by {excess.max().item()} more than rounding allows"
 

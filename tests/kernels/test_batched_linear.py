@@ -26,7 +26,7 @@ def assert_product(y, x, weight, bias):
     expected, terms = (
         f(x.double()) @ f(weight.double()).mT + f(bias.double())[:, None] for f in (torch.positive, torch.abs)
     )
-    assert_summed(y, expected, terms, x.shape[2])
+    assert_summed(y, expected, terms, x.shape[2], casts=2 if x.shape[1] > 64 else 1)  # those take torch's product
 
 
 def check(device, shape, generator, dtype, share=1.0, shared_input=False):
