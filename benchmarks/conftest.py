@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.goals import cache_goals, goals, model_goals, pipeline_goals
+from benchmarks.goals import cache_goals, goals, host_goals, model_goals, models_goals, pipeline_goals
 from benchmarks.rivals import NotInstalled
 from qandc.files import write_json
 from qandc.results import result_header
@@ -24,8 +24,17 @@ OPS = {
     "model": {"attention", "model"},
     "cache": {"cache"},
     "pipeline": {"pipeline"},
+    "models": {"models"},
+    "host": {"host"},
 }  # file name: rows that it holds
-GOALS = {"kernels": goals, "model": model_goals, "cache": cache_goals, "pipeline": pipeline_goals}
+GOALS = {
+    "kernels": goals,
+    "model": model_goals,
+    "cache": cache_goals,
+    "pipeline": pipeline_goals,
+    "models": models_goals,
+    "host": host_goals,
+}
 
 
 class Run:

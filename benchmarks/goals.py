@@ -26,8 +26,10 @@ __all__ = [
     "SQUARE_LAYER",
     "cache_goals",
     "goals",
+    "host_goals",
     "median",
     "model_goals",
+    "models_goals",
     "pipeline_goals",
 ]
 
@@ -175,6 +177,45 @@ def pipeline_goals(rows: list[Row]) -> list[Row]:
         if theirs is not None and ours is not None and decoder is not None:
             alone = (theirs - decoder) / (ours - decoder)
         found.append(goal(f"{name}_denoising", alone, must))
+    return found
+
+
+HOST_ROWS = 256
+
+
+def host_goals(rows: list[Row]) -> list[Row]:
+    """What calls cost the host, over what torch's cost it."""
+    found: list[Row] = []
+    for ours, theirs, must, goal in (
+        ("int8_linear", "F.linear", 3.0, 2.0),
+        ("QuantLinear W8A8 static", "nn.Linear", 4.0, 2.5),
+        ("QuantLinear W8A8 static, compiled", "nn.Linear, compiled", 1.5, 1.1),
+    ):
+        times = (median(rows, "host", "a call", HOST_ROWS, name) for name in (ours, theirs))
+        name = f"host_{ours}_over_{theirs}".replace(", ", "_").replace(" ", "_")
+        found.append({"name": name, "value": ratio(*times), "unit": "1", "better": "lower", "must": must, "goal": goal})
+    return found
+
+
+def models_goals(rows: list[Row]) -> list[Row]:
+    """Speed of drop-in layers as called, over that of bf16 and fp8 run the same way."""
+    found: list[Row] = []
+    compiled = {
+        "PixArt-Sigma": (1.1, 1.2),
+        "SD3.5-large": (1.2, 1.4),
+        "Qwen-Image": (1.25, 1.45),
+        "FLUX.1-dev": (1.3, 1.45),
+    }
+    cases = [(layer, "QuantLinear W8A8", "bf16 eager", 1.0, 1.15) for layer in compiled]
+    cases += [(layer, "QuantLinear W8A8, compiled", "bf16 compiled", *bounds) for layer, bounds in compiled.items()]
+    cases.append(("FLUX.1-dev", "QuantLinear W8A8, compiled", "torchao fp8 rowwise, compiled", 1.0, 1.1))
+    tokens = {row["layer"]: row["m"] for row in rows}
+    for layer, ours, theirs, must, goal in cases:
+        times = (median(rows, "models", layer, tokens.get(layer, 0), name) for name in (theirs, ours))
+        name = f"{layer}_{ours}_over_{theirs}".replace(", ", "_").replace(" ", "_")
+        found.append(
+            {"name": name, "value": ratio(*times), "unit": "1", "better": "higher", "must": must, "goal": goal}
+        )
     return found
 
 

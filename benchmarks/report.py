@@ -37,6 +37,8 @@ BASELINES = {
     "copy": (),
     "attention": ((CUDNN, "ratio_to_cudnn"),),
     "model": ((COMPILED, "ratio_to_compiled_bf16"),),
+    "models": (("bf16 compiled", "ratio_to_compiled_bf16"), ("bf16 eager", "ratio_to_eager")),
+    "host": (("F.linear", "ratio_to_f_linear"),),
     "cache": ((COMPUTE, "ratio_to_compute_step"), (RUN, "ratio_to_no_cache")),
     "pipeline": ((PIPELINE_COMPILED, "ratio_to_compiled_bf16"), (PIPELINE_EAGER, "ratio_to_eager")),
 }
@@ -72,7 +74,7 @@ def complete(rows: list[Row]) -> None:
             time = median(rows, row["op"], row["layer"], row["m"], baseline)
             if time is not None:
                 row[key] = time / row["median_us"]
-        if row["op"] in ("model", "cache", "pipeline"):
+        if row["op"] in ("model", "models", "host", "cache", "pipeline"):
             continue
         rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
         row["share_of_ceiling"] = None if ceiling is None else rate / ceiling

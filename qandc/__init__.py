@@ -23,6 +23,7 @@ from qandc.errors import (
 from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
+from qandc.model_graph import graph, ungraph
 from qandc.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.pool import CandidatePool, record_pool
@@ -80,6 +81,7 @@ __all__ = [
     "format_schedule",
     "fuse_dit",
     "get_cache",
+    "graph",
     "input_hessians",
     "load_pipeline",
     "load_quantized",
@@ -96,6 +98,7 @@ __all__ = [
     "select_samples",
     "smoothing_factors",
     "unfuse_dit",
+    "ungraph",
     "uniform_schedule",
 ]
 

@@ -33,7 +33,7 @@ from qandc.fusable import (
     why_not_block,
     why_not_output,
 )
-from qandc.fused_step import FusedStep, Kept
+from qandc.fused_step import FusedBlock, FusedStep, Kept
 from qandc.graphs import GraphCache
 from qandc.ranges import StepRanges
 from qandc_kernels import select_backend
@@ -113,6 +113,25 @@ class _Fused:
                 self.say("no CUDA graphs, as parts of the model run unfused")
             self._watch = Watch(transformer)  # only now: building has moved some weights together
         return self._step
+
+    def nan_flags(self) -> dict[str, torch.Tensor]:
+        """Layer name to the flag of the fused kernel that feeds it, for the step that is built."""
+        if self._step is None:
+            return {}
+        return {
+            f"transformer_blocks.{i}.attn1.to_out.0": block.nan_flag
+            for i, block in enumerate(self._step.blocks)
+            if isinstance(block, FusedBlock)
+        }
+
+    def covers_all(self) -> bool:
+        """Whether no quantized layer runs by itself."""
+        return self._step is not None and self.graphable and self.output_reason is None
+
+    def runs(self, name: str) -> bool:
+        """Whether fused kernels run the layer of this name."""
+        how = self.kernel_of(name)
+        return self._step is not None and how is not None and how[0] == "fused"
 
     def kernel_of(self, name: str) -> tuple[str, str] | None:
         """For the report: what runs the layer, and why."""

@@ -139,8 +139,9 @@ def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> 
 class FusedBlock:
     """A transformer block whose layers are all quantized with static ranges."""
 
-    def __init__(self, block: Any, ranges: dict[str, Ranges]) -> None:
+    def __init__(self, block: Any, ranges: dict[str, Ranges], nan_flag: torch.Tensor) -> None:
         attention, feed_forward = block.attn1, block.ff.net
+        self.nan_flag = nan_flag  # of attention, whose NaN int8 would hide; that of the residual stream stays there
         self.heads: int = attention.heads
         self.eps = (block.norm1.norm.eps, block.norm3.eps)
         self.out = _product(attention.to_out[0], ranges["attn1.to_out.0"])
@@ -160,7 +161,7 @@ class FusedBlock:
         xq = adaln_quantize_per_tensor(x, shift_attn, scale_attn, self.qkv.x_scale, self.qkv.x_zero_point, self.eps[0])
         qkv = self.qkv(xq, x.dtype)
         q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
-        xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point)
+        xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point, self.nan_flag)
         self.out.gate_residual_(x, xq.flatten(2), gate_attn, of_attn)
         xq = adaln_quantize_per_tensor(x, shift_mlp, scale_mlp, self.fc1.x_scale, self.fc1.x_zero_point, self.eps[1])
         self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.fc2_multiplier), gate_mlp, of_mlp)
@@ -211,13 +212,15 @@ class FusedStep:
         self.device = transformer.proj_out_1.bias.device
         self.table = None if ranges is None else StepRangeTable(ranges, self.device)
         self.blocks: list[Any] = []
+        self.nan_flags = torch.zeros(len(fused), dtype=torch.int32, device=self.device)  # one a block
         for i, block in enumerate(transformer.transformer_blocks):
             if not fused[i]:
                 self.blocks.append(block)
                 continue
             layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, QuantLinear)}
             prefix = f"transformer_blocks.{i}."
-            self.blocks.append(FusedBlock(block, {name: self._ranges(prefix + name, layers[name]) for name in layers}))
+            found = {name: self._ranges(prefix + name, layers[name]) for name in layers}
+            self.blocks.append(FusedBlock(block, found, self.nan_flags[i]))
         smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
         self.conditioning = Conditioning(transformer, fused, batched_conditioning, smoothing)
         self.embedding: PatchEmbedding | None = None

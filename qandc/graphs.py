@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 __all__ = ["GraphCache", "Turn"]
 
@@ -20,10 +21,10 @@ MAX_GRAPHS = 8
 
 @dataclass(frozen=True)
 class _Captured:
-    function: Callable[..., torch.Tensor]  # kept, as it may hold what the graph uses
+    function: Callable[..., Any]  # kept, as it may hold what the graph uses
     graph: torch.cuda.CUDAGraph
     inputs: tuple[torch.Tensor, ...]
-    output: torch.Tensor
+    output: Any
 
 
 class Turn:
@@ -35,12 +36,14 @@ class Turn:
 
 
 class GraphCache:
-    """Runs a function from CUDA tensors to one CUDA tensor through graphs, one per key and shape of inputs.
+    """Runs a function of CUDA tensors through graphs, one per key and shape of inputs.
+
+    It returns tensors, one or in any structure that torch's pytree knows.
 
     The function runs twice before it is captured, to compile and choose kernels. Graphs share one memory pool: they
     never run at the same time. Of more than ``limit`` graphs the one used longest ago is given up. Where a capture
     fails the reason is logged and the function runs as it is from then on. Results are copies that the next call
-    leaves alone.
+    leaves alone. A function that writes to its inputs or draws random numbers is not captured.
 
     Attributes:
         captures, replays: how many there were.
@@ -66,11 +69,11 @@ class GraphCache:
 
     def __call__(
         self,
-        function: Callable[..., torch.Tensor],
+        function: Callable[..., Any],
         inputs: tuple[torch.Tensor, ...],
         kind: Hashable = None,
-        otherwise: Callable[..., torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        otherwise: Callable[..., Any] | None = None,
+    ) -> Any:
         """``function(*inputs)``; where it can't be captured and ``otherwise`` is given, ``otherwise(*inputs)``."""
         key = (kind, *((t.shape, t.dtype, t.device) for t in inputs))
         device = inputs[0].device
@@ -95,22 +98,32 @@ class GraphCache:
                     static.copy_(given)
                 captured.graph.replay()
                 self.replays += 1
-                output = captured.output.clone()
+                output = pytree.tree_map_only(torch.Tensor, torch.clone, captured.output)
                 done.record(stream)
                 return output
         assert otherwise is not None
         return otherwise(*inputs)
 
-    def _capture(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
+    def keep_newest(self) -> None:
+        """Give up all graphs but the one used last."""
+        while len(self._graphs) > 1:
+            self._graphs.popitem(last=False)
+
+    def _capture(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
         static = tuple(t.clone(memory_format=torch.contiguous_format) for t in inputs)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = [t._version for t in static], generator.get_offset()
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     function(*static)
         finally:  # also of what was queued before an exception
             torch.cuda.current_stream().wait_stream(stream)
+        if ([t._version for t in static], generator.get_offset()) != before:
+            _log_refusal(static, "the function writes to its inputs, or draws random numbers")
+            return None
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -123,11 +136,13 @@ class GraphCache:
                 output = function(*static)
         except RuntimeError as error:
             torch.cuda.synchronize()
-            logger.warning(
-                "no CUDA graph for inputs of %s, kernels are launched one by one: %s",
-                ", ".join(str(tuple(t.shape)) for t in static),
-                str(error).partition("\n")[0],
-            )
+            _log_refusal(static, str(error).partition("\n")[0])
             return None
         self.captures += 1
         return _Captured(function, graph, static, output)
+
+
+def _log_refusal(inputs: tuple[torch.Tensor, ...], reason: str) -> None:
+    """Log why there is no graph for such inputs."""
+    shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+    logger.warning("no CUDA graph for inputs of %s, kernels are launched one by one: %s", shapes, reason)

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-import qandc_kernels
 from qandc.arguments import Between, checked
 from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, check_hessian, quantize_weight, round_with_feedback
-from qandc_kernels import int4_linear, int8_linear, pack_int4, reference
+from qandc_kernels import int4_linear, int8_linear, pack_int4, quantized_linear, reference
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
@@ -43,6 +42,7 @@ class QuantLinear(nn.Module):
         smoothing: ``[K] float32``, or None for all ones. ``qweight`` stands for the weight times it, so that it moves
             outliers from activations to weights (SmoothQuant, arXiv 2211.10438, Eq. 3).
         bits: ``[2] uint8``, w_bits and a_bits; a state dict made with others is refused.
+        nan_flag: 0-d int32, set to 1 by NaN that a static range hides (:mod:`qandc.nan_flags`), or None; never saved.
         bias: ``[N]`` parameter or None.
     """
 
@@ -54,6 +54,7 @@ class QuantLinear(nn.Module):
     act_scale: torch.Tensor | None
     act_zero_point: torch.Tensor | None
     smoothing: torch.Tensor | None
+    nan_flag: torch.Tensor | None
 
     @checked
     def __init__(
@@ -84,6 +85,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("act_scale", None)
         self.register_buffer("act_zero_point", None)
         self.register_buffer("smoothing", None)
+        self.register_buffer("nan_flag", None, persistent=False)
         if bias:
             zeros = torch.zeros(out_features, device=device, dtype=dtype)
             self.bias: nn.Parameter | None = nn.Parameter(zeros, requires_grad=False)
@@ -261,16 +263,34 @@ class QuantLinear(nn.Module):
         return self._product(input)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
-        device_type = input.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        x = input if self.smoothing is None else input.float() / self.smoothing
-        # compiled, plain torch joins the kernel that computes x; one of ours would be another pass over it
-        compiling = torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return self._product_to_compile(input)
+        held = self._buffers  # looked up like this, eight attributes take the time of one
+        nan_flag = held["nan_flag"]
+        if nan_flag is not None and nan_flag.device != input.device:  # left behind by an offloading hook
+            nan_flag = None
+        return quantized_linear(
+            input,
+            held["qweight"],  # type: ignore[arg-type]
+            held["weight_scale"],  # type: ignore[arg-type]
+            self._parameters["bias"],
+            held["act_scale"],
+            held["act_zero_point"],
+            held["weight_sum"],
+            held["smoothing"],
+            self.a_bits,
+            _autocast_dtype(input),
+            nan_flag,
+        )
+
+    def _product_to_compile(self, input: torch.Tensor) -> torch.Tensor:
+        """The same with the activations quantized in plain torch, which joins the kernel that computes them."""
+        x = input if self.smoothing is None else input.float() * (1.0 / self.smoothing)
         if self.act_scale is None:
-            xq, x_scale = (reference if compiling else qandc_kernels).quantize_per_token(x, self.a_bits)
+            xq, x_scale = reference.quantize_per_token(x, self.a_bits)
         else:
-            quantize = _quantize_per_tensor if compiling else qandc_kernels.quantize_per_tensor
-            xq, x_scale = quantize(x, self.act_scale, self.act_zero_point, self.a_bits), self.act_scale
+            xq = _quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
+            x_scale = self.act_scale
         linear = int4_linear if self.w_bits == 4 else int8_linear
         return linear(
             xq,
@@ -280,7 +300,7 @@ class QuantLinear(nn.Module):
             self.bias,
             self.act_zero_point,
             self.weight_sum,
-            out_dtype=torch.get_autocast_dtype(device_type) if autocast else input.dtype,
+            out_dtype=_autocast_dtype(input) or input.dtype,
         )
 
     def extra_repr(self) -> str:
@@ -324,6 +344,12 @@ class QuantLinear(nn.Module):
                 elif getattr(self, name) is None:
                     self.make_optional(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to products on the device of ``x``, or None where it is off."""
+    device = x.device.type  # autocast does not know the meta device
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def _quantize_per_tensor(

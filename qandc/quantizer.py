@@ -7,6 +7,7 @@ symmetric (z = 0) with one scale per output channel, activations have one scale 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from qandc_kernels.reference import SMALLEST_AMAX
 
 __all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight", "round_with_feedback"]
 
+REGULAR = "re:"  # begins a skip pattern that is a regular expression
 W_BITS = (4, 8)
 A_BITS = (4, 5, 6, 7, 8)
 WEIGHT_CLIPS = ("max", "mse")
@@ -31,7 +33,9 @@ class QuantConfig:
     Attributes:
         w_bits: 4 or 8, symmetric, per output channel.
         a_bits: 4 to 8; fewer than 8 bits still run on the int8 kernels.
-        skip_patterns: layers whose qualified name contains one of these substrings stay as they are.
+        skip_patterns: layers whose qualified name contains one of these substrings stay as they are. A leading dot
+            stands for the root of the model (``.proj_out`` is ``proj_out`` and what lies in it, and no block's
+            ``proj_out``), a leading ``re:`` for a regular expression that is searched in the name.
         weight_clip: how the scale of a weight channel is found: ``max`` or ``mse`` (:func:`quantize_weight`).
     """
 
@@ -50,6 +54,12 @@ class QuantConfig:
             raise ConfigError(
                 f"skip_patterns must be a list of non-empty strings, e.g. ['pos_embed', 'norm']; got {patterns!r}"
             )
+        for pattern in patterns:
+            if pattern.startswith(REGULAR):
+                try:
+                    re.compile(pattern.removeprefix(REGULAR))
+                except re.error as error:
+                    raise ConfigError(f"skip pattern {pattern!r} is no regular expression: {error}") from error
         object.__setattr__(self, "skip_patterns", tuple(patterns))
 
     @property
@@ -59,7 +69,16 @@ class QuantConfig:
 
     def skips(self, name: str) -> bool:
         """Whether the layer of this qualified name stays as it is."""
-        return any(pattern in name for pattern in self.skip_patterns)
+        return any(_matches(pattern, name) for pattern in self.skip_patterns)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a skip pattern means the layer of this qualified name."""
+    if pattern.startswith(REGULAR):
+        return re.search(pattern.removeprefix(REGULAR), name) is not None
+    if pattern.startswith("."):
+        return f".{name}.".startswith(f"{pattern}.")
+    return pattern in name
 
 
 def check_bits(w_bits: int, a_bits: int) -> None:

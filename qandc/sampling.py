@@ -24,6 +24,7 @@ from qandc.conversion import quant_layers
 from qandc.derived import original_class
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fused_dit import is_fused, prepare_run
+from qandc.nan_flags import lower_nan_flags, raised_nan_flag
 from qandc.run_graph import run_as_graph, why_no_run_graph
 from qandc.variance_compensation import Compensation
 from qandc_kernels import guided_step, select_backend
@@ -303,7 +304,8 @@ def sample_latents(
         ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an
             attached cache has another number of steps or other timesteps, or the compensation was fitted for another
             run, has gains for other channels or, forced, for fewer steps.
-        DataError: the latents came out NaN or infinite.
+        DataError: the latents came out NaN or infinite; or a layer with a static range, in a block that is not
+            compiled, was given NaN.
     """
     class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
     if len(seeds) != len(class_labels):
@@ -341,6 +343,7 @@ def sample_latents(
     why_no_graph = loop.why_no_graph(labels) if cuda_graph else None
     if why_no_graph is not None:
         logger.warning("the run is no CUDA graph: %s", why_no_graph)
+    lower_nan_flags(transformer)
     if cuda_graph and why_no_graph is None:
         latents = run_as_graph(transformer, loop, (latents, labels), loop.key())
     else:
@@ -350,6 +353,12 @@ def sample_latents(
             f"the latents hold NaN or inf after {num_inference_steps} steps with guidance_scale {guidance_scale} in "
             f"{str(transformer.dtype).removeprefix('torch.')}; try a lower guidance_scale or another dtype, and check "
             "the weights"
+        )
+    layer = raised_nan_flag(transformer)
+    if layer is not None:
+        raise DataError(
+            f"{layer} was given NaN, which its static range hides: the latents are finite and wrong; look for an "
+            f"overflow before it (in {str(transformer.dtype).removeprefix('torch.')}; try bfloat16 or float32)"
         )
     return latents
 

@@ -16,6 +16,7 @@ from qandc_kernels.linear_ops import (
     int8_linear,
     int8_matmul,
     linear_gelu_quantize,
+    quantized_linear,
     weight_only_linear,
 )
 from qandc_kernels.packing import pack_int4, unpack_int4
@@ -47,6 +48,7 @@ __all__ = [
     "pack_int4",
     "quantize_per_tensor",
     "quantize_per_token",
+    "quantized_linear",
     "reference",
     "select_backend",
     "unpack_int4",

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from qandc_kernels.epilogue import NO_EPILOGUE, Epilogue, start_early, store_tile, tile_position
-from qandc_kernels.launch import compile_time, number_of_programs, operands
+from qandc_kernels.launch import Start, product_start
 from qandc_kernels.tiles import GemmTile, gemm_tile
 
-__all__ = ["int8_gemm_triton"]
+__all__ = ["int8_gemm_start", "int8_gemm_triton"]
 
 
 @triton.jit
@@ -77,6 +77,25 @@ def _int8_gemm_kernel(
         )  # fmt: skip
 
 
+def int8_gemm_start(
+    xq: torch.Tensor,
+    wq: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue = NO_EPILOGUE,
+    tile: GemmTile | None = None,
+    branch: torch.Tensor | None = None,
+) -> Start:
+    """How the kernel is started on ``xq [M, K]`` and ``wq [N, K]``, any strides, and contiguous ``out [M, N]``.
+
+    An int32 ``out`` takes the sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
+    """
+    (m, k), n = xq.shape, wq.shape[0]
+    if tile is None:
+        tile = gemm_tile("int8", epilogue, m, n, k, xq.device)
+    out_block = [tile.block_m, tile.block_n // tile.subtiles]
+    return product_start(_int8_gemm_kernel, xq, wq, out, branch, epilogue, tile, out_block, {"K": k})
+
+
 def int8_gemm_triton(
     xq: torch.Tensor,
     wq: torch.Tensor,
@@ -85,23 +104,7 @@ def int8_gemm_triton(
     tile: GemmTile | None = None,
     branch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch on ``xq [M, K]`` and ``wq [N, K]``, any strides, and contiguous ``out [M, N]``, which is returned.
-
-    An int32 ``out`` takes the sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
-    """
-    (m, k), n = xq.shape, wq.shape[0]
-    if out.numel() == 0:
-        return out
-    if tile is None:
-        tile = gemm_tile("int8", epilogue, m, n, k, xq.device)
-    tma, x, w, o, b = operands(xq, wq, out, branch, tile, [tile.block_m, tile.block_n // tile.subtiles])
-    _int8_gemm_kernel[(number_of_programs(m, n, tile, xq.device),)](
-        x, w, o, b,
-        m, n,
-        xq.stride(0), xq.stride(1), wq.stride(0), wq.stride(1),  # stride_xm, stride_xk, stride_wn, stride_wk
-        epilogue,
-        K=k,
-        TMA=tma,
-        **compile_time(epilogue, tile),
-    )  # fmt: skip
+    """Launch as :func:`int8_gemm_start` says; ``out`` is returned."""
+    if out.numel():
+        int8_gemm_start(xq, wq, out, epilogue, tile, branch)((xq, wq, out, branch, None, *epilogue[:-2]))
     return out

@@ -1,17 +1,153 @@
-"""What the launchers of the matrix products share: operands, number of programs, compile-time arguments."""
+"""Starting kernels: what the matrix products share, and how a kernel is started again at little cost on the host."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.tiles import GemmTile, gpu_of
 
-__all__ = ["compile_time", "number_of_programs", "operands"]
+__all__ = ["Launches", "Start", "compile_time", "number_of_programs", "product_start"]
+
+LARGEST_NUMBER = 4096  # of starts that a cache of them keeps
+
+
+class Start(NamedTuple):
+    """How a kernel is started: ``kernel[grid](*arrange(*operands), **constants)``.
+
+    ``arrange`` puts the operands of an op, tensors and None, among the other run-time arguments. ``descriptors`` holds
+    by position those that travel through the copy engine (TMA), in the place of the tensor.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arrange: Callable[..., tuple[Any, ...]]
+    constants: Mapping[str, Any]
+    descriptors: Mapping[int, TensorDescriptor] = {}
+
+    def __call__(self, operands: Sequence[Any]) -> Any:
+        """Start the kernel through Triton, which compiles it where it has to; returns what Triton returns."""
+        arguments = list(operands)
+        for position, descriptor in self.descriptors.items():
+            arguments[position] = descriptor
+        return self.kernel[self.grid](*self.arrange(*arguments), **self.constants)
+
+
+class _Address:
+    """Stand for a tensor whose address alone is asked for."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Ready(NamedTuple):
+    """A compiled kernel and all of its arguments but the addresses of the operands."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
+    arrange: Callable[..., tuple[Any, ...]]
+    constants: tuple[Any, ...]
+    descriptors: tuple[tuple[int, dict[str, Any]], ...]
+
+
+def _usual() -> bool:
+    """Whether nobody watches launches or has them compiled in another way, which Triton's own start takes care of."""
+    runtime = knobs.runtime
+    return not (runtime.debug or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+class Launches:
+    """The starts of one op so far, of one kernel or several, to start them again without Triton's ``JITFunction.run``.
+
+    That function finds out anew what every argument specializes a kernel for, which takes longer than a small product.
+    Here a compiled kernel is found by all that it can depend on: dtype, shape, strides, alignment (16 bytes) and device
+    of each operand, or None, and whatever else the op has been given. Anything unknown is started by Triton.
+    """
+
+    def __init__(self) -> None:
+        self._ready: dict[tuple[Any, ...], tuple[_Ready, ...]] = {}
+
+    def __call__(
+        self,
+        operands: Sequence[torch.Tensor | None],
+        others: Hashable,
+        prepare: Callable[[], tuple[tuple[Start, ...], Sequence[torch.Tensor | None]]],
+    ) -> None:
+        """Start the kernels for these operands, the first of which is a tensor on the device that runs them.
+
+        Args:
+            operands: what ``Start.arrange`` takes.
+            others: whatever else decides about the start.
+            prepare: gives the starts, and the operands as Triton should see them: views, or copies, which will be made
+                each time.
+        """
+        first = operands[0]
+        assert first is not None
+        device = first.get_device()
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(operands, others, prepare)
+        addresses: list[Any] = []
+        parts: list[Any] = [others]
+        for tensor in operands:
+            if tensor is None:
+                addresses.append(None)
+                parts.append(None)
+            else:
+                address = tensor.data_ptr()
+                addresses.append(address)
+                parts += (tensor.dtype, tensor.shape, tensor.stride(), address & 15, tensor.get_device())
+        key = tuple(parts)
+        kernels = self._ready.get(key)
+        if kernels is None or not _usual():
+            starts, views = prepare()
+            compiled = [start(views) for start in starts]
+            if [None if view is None else view.data_ptr() for view in views] == addresses:  # nothing was copied
+                self._keep(key, starts, compiled)
+            return None
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        for run, (x, y, z), function, metadata, arrange, constants, descriptors in kernels:
+            arguments = addresses
+            if descriptors:
+                arguments = list(addresses)
+                for position, descriptor in descriptors:
+                    again = object.__new__(TensorDescriptor)
+                    again.__dict__.update(descriptor, base=_Address(addresses[position]))
+                    arguments[position] = again
+            run(x, y, z, stream, function, metadata, None, None, None, *arrange(*arguments), *constants)
+        return None
+
+    def _keep(self, key: tuple[Any, ...], starts: tuple[Start, ...], compiled: list[Any]) -> None:
+        if not all(isinstance(kernel, CompiledKernel) for kernel in compiled):  # interpreted
+            return
+        if len(self._ready) >= LARGEST_NUMBER:
+            self._ready.clear()
+        self._ready[key] = tuple(
+            _Ready(
+                kernel.run,
+                start.grid,
+                kernel.function,
+                kernel.packed_metadata,
+                start.arrange,
+                tuple(start.constants[name] for name in start.kernel.arg_names if name in start.constants),
+                tuple((position, dict(vars(d), base=None)) for position, d in start.descriptors.items()),
+            )
+            for start, kernel in zip(starts, compiled, strict=True)
+        )
 
 
 def _aligned(t: torch.Tensor) -> bool:
@@ -25,25 +161,37 @@ def _aligned(t: torch.Tensor) -> bool:
     )
 
 
-def operands(
+def product_start(
+    kernel: Any,
     x: torch.Tensor,
     w: torch.Tensor,
     out: torch.Tensor,
     branch: torch.Tensor | None,
+    epilogue: Epilogue,
     tile: GemmTile,
     out_block: list[int],
-) -> tuple[bool, Any, Any, Any, Any]:
-    """Whether tiles travel through the copy engine (TMA, sm_90 on), and x, w, out, branch as descriptors or tensors."""
-    accelerator = tile.tma and gpu_of(x.device).capability >= (9, 0)
-    if not (accelerator and all(_aligned(t) for t in (x, w, out, branch) if t is not None)):
-        return False, x, w, out, branch
-    return (
-        True,
-        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-        TensorDescriptor.from_tensor(w, [tile.block_n, tile.block_k]),
-        TensorDescriptor.from_tensor(out, out_block),
-        None if branch is None else TensorDescriptor.from_tensor(branch, out_block),
-    )
+    constants: Mapping[str, Any],
+    *,
+    grouped: bool = False,
+) -> Start:
+    """How a product of ``x [M, K]`` and ``w [N, K or K/2]`` is started.
+
+    Its operands are x, w, out, branch, the scales of groups, which only a kernel that is ``grouped`` takes, and the
+    tensors of the epilogue in their order. Tiles travel through the copy engine (TMA, sm_90 on) where they can.
+    """
+    m, n = out.shape
+    blocks = {0: (x, [tile.block_m, tile.block_k]), 1: (w, [tile.block_n, tile.block_k])}
+    blocks |= {i: (t, out_block) for i, t in ((2, out), (3, branch)) if t is not None}
+    tma = tile.tma and gpu_of(x.device).capability >= (9, 0) and all(_aligned(t) for t, _ in blocks.values())
+    descriptors = {i: TensorDescriptor.from_tensor(t, block) for i, (t, block) in blocks.items()} if tma else {}
+    strides, last = (*x.stride(), *w.stride()), (epilogue.gate_stride, epilogue.tokens)
+
+    def arrange(x: Any, w: Any, out: Any, branch: Any, group_scale: Any, *parameters: Any) -> tuple[Any, ...]:
+        scales = (group_scale,) if grouped else ()
+        return (x, w, out, branch, m, n, *strides, *scales, Epilogue._make((*parameters, *last)))
+
+    grid = (number_of_programs(m, n, tile, x.device), 1, 1)
+    return Start(kernel, grid, arrange, {**constants, "TMA": bool(tma), **compile_time(epilogue, tile)}, descriptors)
 
 
 def number_of_programs(m: int, n: int, tile: GemmTile, device: torch.device) -> int:

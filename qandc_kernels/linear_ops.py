@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from qandc_kernels import reference
-from qandc_kernels.library import register, rows_of
+from qandc_kernels.library import register
 from qandc_kernels.op_checks import (
     check_int4_linear,
     check_int8_linear,
     check_int8_matmul,
     check_linear_gelu_quantize,
+    check_quantized_linear,
     check_weight_only_linear,
 )
 
-__all__ = ["int4_linear", "int8_linear", "int8_matmul", "linear_gelu_quantize", "multiply", "weight_only_linear"]
+__all__ = [
+    "int4_linear",
+    "int8_linear",
+    "int8_matmul",
+    "linear_gelu_quantize",
+    "quantized_linear",
+    "weight_only_linear",
+]
 
 Tensor = torch.Tensor
 MaybeTensor = torch.Tensor | None
 
 
-def multiply(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x_scale: MaybeTensor,
-    w_scale: Tensor,
-    bias: MaybeTensor,
-    x_zero_point: MaybeTensor = None,
-    w_sum: MaybeTensor = None,
-    branch: MaybeTensor = None,
-    **epilogue: Any,
-) -> Tensor:
-    """Launch the kernel for these operands; ``out [..., N]`` is contiguous and returned."""
-    from qandc_kernels.epilogue import Epilogue
-    from qandc_kernels.int8_gemm import int8_gemm_triton
-    from qandc_kernels.mixed_gemm import mixed_gemm_triton
-
-    grouped = w_scale.ndim == 2
-    if x_zero_point is not None and w_sum is None:
-        w_sum = reference.weight_sum(weight, w_scale)
-    parameters = Epilogue(
-        x_scale=x_scale if x_scale is None or x_scale.ndim == 0 else x_scale.reshape(-1).contiguous(),
-        w_scale=None if grouped else w_scale.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        x_zero_point=x_zero_point,
-        w_sum=None if w_sum is None else w_sum.contiguous(),
-        **epilogue,
-    )
-    rows = out.view(out.shape[:-1].numel(), out.shape[-1])
-    branch = None if branch is None else branch.view(rows.shape)
-    with torch.cuda.device(x.device):
-        if weight.dtype == x.dtype == torch.int8:
-            int8_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, branch=branch)
-        else:
-            groups = w_scale.contiguous() if grouped else None
-            mixed_gemm_triton(rows_of(x), rows_of(weight), rows, parameters, groups, branch=branch)
-    return out
-
-
 def _int8_matmul(xq: Tensor, wq: Tensor) -> Tensor:
-    from qandc_kernels.int8_gemm import int8_gemm_triton
+    from qandc_kernels.products import multiply
 
-    out = _int8_matmul_fake(xq, wq)
-    with torch.cuda.device(xq.device):
-        int8_gemm_triton(rows_of(xq), rows_of(wq), out.view(xq.shape[:-1].numel(), wq.shape[0]))
-    return out
+    return multiply(_int8_matmul_fake(xq, wq), xq, wq, None, None)
 
 
 def _int8_matmul_fake(xq: Tensor, wq: Tensor) -> Tensor:
@@ -84,6 +47,8 @@ def _linear(
     w_sum: MaybeTensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    from qandc_kernels.products import multiply
+
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0], dtype=out_dtype)
     return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
 
@@ -113,13 +78,13 @@ def _linear_gelu_quantize(
     x_zero_point: MaybeTensor,
     w_sum: MaybeTensor,
 ) -> Tensor:
+    from qandc_kernels.products import multiply
+
     out = xq.new_empty(*xq.shape[:-1], weight.shape[0])
-    ending = {
-        "out_scale": out_scale,
-        "out_zero_point": out_zero_point,
-        "multiplier": None if multiplier is None else multiplier.contiguous(),
-    }
-    return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, **ending)
+    return multiply(
+        out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
+        out_scale=out_scale, out_zero_point=out_zero_point, multiplier=multiplier,
+    )  # fmt: skip
 
 
 def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
@@ -127,7 +92,35 @@ def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
 
 
 def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor) -> Tensor:
+    from qandc_kernels.products import multiply
+
     return multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)
+
+
+def _quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: MaybeTensor,
+    act_scale: MaybeTensor,
+    act_zero_point: MaybeTensor,
+    w_sum: MaybeTensor,
+    smoothing: MaybeTensor,
+    bits: int,
+    out_dtype: torch.dtype | None,
+    nan_flag: MaybeTensor,
+) -> Tensor:
+    from qandc_kernels.products import quantize_multiply
+
+    dtype = x.dtype if out_dtype is None else out_dtype
+    return quantize_multiply(
+        x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, dtype, nan_flag
+    )
+
+
+def _quantized_linear_fake(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+    dtype = others[7]
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype if isinstance(dtype, torch.dtype) else x.dtype)
 
 
 register("int8_matmul", "(Tensor xq, Tensor wq) -> Tensor", _int8_matmul, _int8_matmul_fake)
@@ -145,6 +138,13 @@ register(
     "Tensor? out_zero_point, Tensor? multiplier, Tensor? x_zero_point, Tensor? w_sum) -> Tensor",
     _linear_gelu_quantize,
     _same_dtype_fake,
+)
+register(
+    "quantized_linear",
+    "(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, Tensor? act_scale, Tensor? act_zero_point, "
+    "Tensor? w_sum, Tensor? smoothing, int bits, ScalarType? out_dtype, Tensor(a!)? nan_flag) -> Tensor",
+    _quantized_linear,
+    _quantized_linear_fake,
 )
 register(
     "weight_only_linear",
@@ -267,6 +267,51 @@ def linear_gelu_quantize(
     return torch.ops.qandc.linear_gelu_quantize(
         xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
     )
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act_scale: torch.Tensor | None = None,
+    act_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+    smoothing: torch.Tensor | None = None,
+    bits: int = 8,
+    out_dtype: torch.dtype | None = None,
+    nan_flag: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Quantize activations and multiply: all that a quantized layer does, in one call.
+
+    ``x · (1/smoothing)`` is quantized with a scale per token (:func:`quantize_per_token`) or, where there is an
+    ``act_scale``, with that (:func:`quantize_per_tensor`), and multiplied as in :func:`int8_linear` or
+    :func:`int4_linear`. On a GPU this costs the host half of what the two calls cost.
+
+    Args:
+        x: ``[..., K]`` float16, bfloat16 or float32, any strides, K <= 65535.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        act_scale, act_zero_point: 0-d float32 and int32, read on the device; None for a scale per token.
+        smoothing: ``[K] float32``, > 0.
+        bits: 2 to 8, of the activations.
+        out_dtype: float16, bfloat16 or float32; None for that of ``x``.
+        nan_flag: one element int32, set to 1 if NaN in ``x`` meets an ``act_scale``, which hides it.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
+
+    Raises:
+        ArgumentError: a dtype, shape, device or bit width is not one of the above.
+    """
+    operands = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, out_dtype, nan_flag)
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cuda:
+        check_quantized_linear(*operands)
+        return torch.ops.qandc.quantized_linear(*operands)
+    try:  # on a GPU operands of a kind are checked the first time
+        return torch.ops.qandc.quantized_linear(*operands)
+    except (TypeError, RuntimeError):
+        check_quantized_linear(*operands)
+        raise
 
 
 def weight_only_linear(

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from qandc_kernels.epilogue import COMPILED, NO_EPILOGUE, Epilogue, start_early, store_tile, tile_position
-from qandc_kernels.launch import compile_time, number_of_programs, operands
+from qandc_kernels.launch import Start, product_start
 from qandc_kernels.tiles import GemmTile, gemm_tile
 
-__all__ = ["mixed_gemm_triton"]
+__all__ = ["mixed_gemm_start", "mixed_gemm_triton"]
 
 
 @triton.jit
@@ -136,6 +136,36 @@ def _mixed_gemm_kernel(
         )  # fmt: skip
 
 
+def mixed_gemm_start(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: Epilogue = NO_EPILOGUE,
+    group_scale: torch.Tensor | None = None,
+    tile: GemmTile | None = None,
+    branch: torch.Tensor | None = None,
+) -> Start:
+    """How the kernel is started on ``x [M, K]`` int8 or 16-bit float, int8 ``w [N, K]``, or ``[N, K/2]`` of two int4.
+
+    Both of any strides. ``group_scale [N, K/G] float32`` and ``out [M, N]`` are contiguous. An int32 ``out`` takes the
+    sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
+    """
+    (m, k), n = x.shape, w.shape[0]
+    packed = w.shape[1] != k
+    group = 0 if group_scale is None else k // group_scale.shape[1]
+    if tile is None:
+        family = ("int4" if packed else "int8") + ("a8" if x.dtype == torch.int8 else "a16") + ("g" if group else "")
+        tile = gemm_tile(family, epilogue, m, n, k, x.device)
+    if group:  # a block lies within one group, in both halves of a packed row
+        tile = tile._replace(block_k=min(tile.block_k, math.gcd(group, k // 2 if packed else k)))
+    if packed and x.dtype != torch.int8 and k // 2 % tile.block_k:
+        tile = tile._replace(tma=0)  # the copy engine would let values of the second half meet zeros: inf · 0 is NaN
+    integer = x.dtype == torch.int8 and group == 0
+    constants = {"K": k, "PACKED": packed, "GROUP": group, "INTEGER": integer}
+    out_block = [tile.block_m // tile.subtiles, tile.block_n]
+    return product_start(_mixed_gemm_kernel, x, w, out, branch, epilogue, tile, out_block, constants, grouped=True)
+
+
 def mixed_gemm_triton(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -145,32 +175,9 @@ def mixed_gemm_triton(
     tile: GemmTile | None = None,
     branch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch on ``x [M, K]`` int8 or 16-bit float, ``w`` int8 ``[N, K]`` or uint8 ``[N, K/2]``, any strides.
-
-    ``group_scale [N, K/G] float32`` and ``out [M, N]``, which is returned, are contiguous.
-    An int32 ``out`` takes the sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
-    """
-    (m, k), n = x.shape, w.shape[0]
-    if out.numel() == 0:
-        return out
-    packed = w.dtype == torch.uint8
-    group = 0 if group_scale is None else k // group_scale.shape[1]
-    if tile is None:
-        family = ("int4" if packed else "int8") + ("a8" if x.dtype == torch.int8 else "a16") + ("g" if group else "")
-        tile = gemm_tile(family, epilogue, m, n, k, x.device)
-    if group:  # a block lies within one group, in both halves of a packed row
-        tile = tile._replace(block_k=min(tile.block_k, math.gcd(group, k // 2 if packed else k)))
-    if packed and x.dtype != torch.int8 and k // 2 % tile.block_k:
-        tile = tile._replace(tma=0)  # the copy engine would let values of the second half meet zeros: inf · 0 is NaN
-    w = w.view(torch.int8)
-    tma, x_operand, w_operand, o, b = operands(x, w, out, branch, tile, [tile.block_m // tile.subtiles, tile.block_n])
-    _mixed_gemm_kernel[(number_of_programs(m, n, tile, x.device),)](
-        x_operand, w_operand, o, b,
-        m, n,
-        x.stride(0), x.stride(1), w.stride(0), w.stride(1),  # stride_xm, stride_xk, stride_wn, stride_wk
-        group_scale, epilogue,
-        K=k, PACKED=packed, GROUP=group, INTEGER=x.dtype == torch.int8 and group == 0,
-        TMA=tma,
-        **compile_time(epilogue, tile),
-    )  # fmt: skip
+    """Launch as :func:`mixed_gemm_start` says, with ``w`` also uint8; ``out`` is returned."""
+    if out.numel():
+        w = w.view(torch.int8)
+        start = mixed_gemm_start(x, w, out, epilogue, group_scale, tile, branch)
+        start((x, w, out, branch, group_scale, *epilogue[:-2]))
     return out

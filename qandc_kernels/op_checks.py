@@ -14,6 +14,7 @@ from qandc_kernels.checks import (
     FLOAT_DTYPES,
     HALF_DTYPES,
     INT8,
+    INT32,
     LARGEST_K,
     LARGEST_NUMBER,
     SCALAR,
@@ -40,6 +41,7 @@ from qandc_kernels.errors import ArgumentError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 LINEAR_NAMES = "xq weight x_scale w_scale bias x_zero_point w_sum"
+QUANTIZED_NAMES = "x weight w_scale bias act_scale act_zero_point w_sum smoothing"
 GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier"
 RESIDUAL_NAMES = f"{LINEAR_NAMES} gate branch residual"
 
@@ -138,6 +140,39 @@ def check_linear_gate_residual_(
         check_written(op, "branch", branch, RESIDUAL_NAMES, *inputs)
     check_written(op, "residual", residual, RESIDUAL_NAMES, *inputs, branch)
     check_devices(op, RESIDUAL_NAMES, *inputs, branch, residual)
+
+
+def check_quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: MaybeTensor = None,
+    act_scale: MaybeTensor = None,
+    act_zero_point: MaybeTensor = None,
+    w_sum: MaybeTensor = None,
+    smoothing: MaybeTensor = None,
+    bits: int = 8,
+    out_dtype: torch.dtype | None = None,
+    nan_flag: MaybeTensor = None,
+) -> None:
+    op = "quantized_linear"
+    check_product(op, x, weight, (torch.int8, torch.uint8), "x", FLOAT_DTYPES)
+    check_scales(op, x, weight, w_scale, bias)
+    if act_scale is not None:
+        check_tensor(op, "act_scale", act_scale, FLOAT32, SCALAR)
+    elif act_zero_point is not None:
+        raise ArgumentError(f"{op}: act_zero_point needs an act_scale; give both, or neither for a scale per token")
+    check_zero_point(op, "act_zero_point", act_zero_point)
+    if w_sum is not None:
+        check_tensor(op, "w_sum", w_sum, FLOAT32 if w_scale.ndim == 2 else INT32, ((weight.shape[0],),))
+    if smoothing is not None:
+        check_tensor(op, "smoothing", smoothing, FLOAT32, ((x.shape[-1],),))
+    check_integer(op, "bits", bits, 2, 8)
+    if out_dtype is not None:
+        check_dtype(op, "out_dtype", out_dtype)
+    operands = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing)
+    check_nan_flag(op, nan_flag, QUANTIZED_NAMES, *operands)
+    check_devices(op, f"{QUANTIZED_NAMES} nan_flag", *operands, nan_flag)
 
 
 def check_weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor = None) -> None:

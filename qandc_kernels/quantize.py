@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from qandc_kernels.epilogue import to_int8
+from qandc_kernels.launch import Launches, Start
 from qandc_kernels.reference import SMALLEST_AMAX
 
-__all__ = ["quantize_per_tensor_triton", "quantize_per_token_triton"]
+__all__ = ["per_tensor_start", "per_token_start", "quantize_per_tensor_triton", "quantize_per_token_triton"]
+
+_PER_TENSOR, _PER_TOKEN = Launches(), Launches()
 
 
 @triton.jit
@@ -27,8 +32,8 @@ def _quantize_per_tensor_kernel(
     x_ptr, q_ptr,
     M, K, inner_rows,
     stride_0, stride_1, stride_2, stride_3,
-    scale_ptr, zero_point_ptr, nan_flag_ptr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr,
+    scale_ptr, zero_point_ptr, nan_flag_ptr, smoothing_ptr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks_k = tl.cdiv(K, BLOCK_K)
@@ -39,7 +44,10 @@ def _quantize_per_tensor_kernel(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     if nan_flag_ptr is not None:  # all who store here store the same
         tl.store(nan_flag_ptr, 1, mask=tl.max((x != x).to(tl.int32)) > 0)
-    y = x.to(tl.float32) * tl.div_rn(1.0, tl.load(scale_ptr))
+    y = x.to(tl.float32)
+    if smoothing_ptr is not None:
+        y *= tl.div_rn(1.0, tl.load(smoothing_ptr + columns % CHANNELS))[None, :]
+    y *= tl.div_rn(1.0, tl.load(scale_ptr))
     y = tl.where(y == y, y, 0.0)
     zero_point = 0
     if zero_point_ptr is not None:
@@ -53,7 +61,7 @@ def _quantize_per_tensor_kernel(
 
 @triton.jit
 def _quantize_per_token_kernel(
-    x_ptr, q_ptr, scale_ptr,
+    x_ptr, q_ptr, scale_ptr, smoothing_ptr,
     M, K, inner_rows,
     stride_0, stride_1, stride_2, stride_3,
     QMAX: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
@@ -64,6 +72,8 @@ def _quantize_per_token_kernel(
     mask = (rows[:, None] < M) & (columns[None, :] < K)
     offsets = _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if smoothing_ptr is not None:
+        x *= tl.div_rn(1.0, tl.load(smoothing_ptr + columns, mask=columns < K, other=1.0))[None, :]
     scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_AMAX) * (1.0 / QMAX)  # [BLOCK_M]
     # tl.max passes over NaN; a scale of NaN carries it to the output of the product
     scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
@@ -103,6 +113,56 @@ def _as_matrix(x: torch.Tensor, token_dims: int) -> tuple[torch.Tensor, tuple[in
     return x, (outer_rows * inner_rows, outer_columns * width, inner_rows, strides, width)
 
 
+def per_tensor_start(x: torch.Tensor, bits: int, channels: int) -> tuple[torch.Tensor, Start]:
+    """Return ``x``, or a copy with strides that the kernel can walk, and how the kernel is started on it.
+
+    Its operands are x, q, scale, zero_point, nan_flag and smoothing ``[channels]``.
+    """
+    view, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
+    block_k = min(triton.next_power_of_2(k), 1024)
+    block_m = 4096 // block_k
+
+    def arrange(x: Any, q: Any, scale: Any, zero_point: Any, nan_flag: Any, smoothing: Any) -> tuple[Any, ...]:
+        return (x, q, m, k, inner_rows, *strides, scale, zero_point, nan_flag, smoothing)
+
+    constants = {
+        "QMIN": -(1 << bits - 1),
+        "QMAX": (1 << bits - 1) - 1,
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+        "enable_fp_fusion": False,  # rounds as the reference does
+    }
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(k, block_k), 1, 1)
+    return view, Start(_quantize_per_tensor_kernel, grid, arrange, constants)
+
+
+def per_token_start(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tensor, Start]:
+    """Return ``x``, or a copy with strides that the kernel can walk, and how the kernel is started on it.
+
+    Its operands are x, q, scale and smoothing ``[K]``. Each element of ``x`` is read once.
+    """
+    view, (m, k, inner_rows, strides, width) = _as_matrix(x, token_dims)
+    block_k = triton.next_power_of_2(k)
+    block_m = max(1, 2048 // block_k)
+
+    def arrange(x: Any, q: Any, scale: Any, smoothing: Any) -> tuple[Any, ...]:
+        return (x, q, scale, smoothing, m, k, inner_rows, *strides)
+
+    constants = {
+        "QMAX": (1 << bits - 1) - 1,
+        "SMALLEST_AMAX": SMALLEST_AMAX,
+        "WIDTH": width,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "num_warps": min(8, max(1, block_k // 2048)),
+        "enable_fp_fusion": False,
+    }
+    return view, Start(_quantize_per_token_kernel, (triton.cdiv(m, block_m), 1, 1), arrange, constants)
+
+
 def quantize_per_tensor_triton(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -110,45 +170,31 @@ def quantize_per_tensor_triton(
     bits: int = 8,
     nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch on ``x`` of any shape and strides; the other tensors hold one element on the device."""
+    """Launch on ``x`` of any shape and strides; the others hold one element on the device."""
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if q.numel() == 0:
         return q
-    x, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
-    block_k = min(triton.next_power_of_2(k), 1024)
-    block_m = 4096 // block_k
-    _quantize_per_tensor_kernel[(triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
-        x, q,
-        m, k, inner_rows,
-        *strides,
-        scale, zero_point, nan_flag,
-        QMIN=-(1 << bits - 1), QMAX=(1 << bits - 1) - 1,
-        WIDTH=width, BLOCK_M=block_m, BLOCK_K=block_k,
-        num_warps=4,
-        enable_fp_fusion=False,  # rounds as the reference does
-    )  # fmt: skip
+
+    def prepare() -> tuple[tuple[Start, ...], tuple[torch.Tensor | None, ...]]:
+        view, start = per_tensor_start(x, bits, 1)
+        return (start,), (view, q, scale, zero_point, nan_flag, None)
+
+    _PER_TENSOR((x, q, scale, zero_point, nan_flag, None), bits, prepare)
     return q
 
 
 def quantize_per_token_triton(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch on ``x`` of any strides, whose last ``token_dims`` dimensions are one token; each element is read once."""
+    """Launch on ``x`` of any strides, whose last ``token_dims`` dimensions are one token."""
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[: x.ndim - token_dims], dtype=torch.float32, device=x.device)
     if scale.numel() == 0:
         return q, scale
     if q.numel() == 0:
         return q, scale.fill_(SMALLEST_AMAX * (1.0 / ((1 << bits - 1) - 1)))
-    x, (m, k, inner_rows, strides, width) = _as_matrix(x, token_dims)
-    block_k = triton.next_power_of_2(k)
-    block_m = max(1, 2048 // block_k)
-    _quantize_per_token_kernel[(triton.cdiv(m, block_m),)](
-        x, q, scale,
-        m, k, inner_rows,
-        *strides,
-        QMAX=(1 << bits - 1) - 1,
-        SMALLEST_AMAX=SMALLEST_AMAX,
-        WIDTH=width, BLOCK_M=block_m, BLOCK_K=block_k,
-        num_warps=min(8, max(1, block_k // 2048)),
-        enable_fp_fusion=False,
-    )  # fmt: skip
+
+    def prepare() -> tuple[tuple[Start, ...], tuple[torch.Tensor | None, ...]]:
+        view, start = per_token_start(x, bits, token_dims)
+        return (start,), (view, q, scale, None)
+
+    _PER_TOKEN((x, q, scale, None), (bits, token_dims), prepare)
     return q, scale

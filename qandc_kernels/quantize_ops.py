@@ -24,8 +24,7 @@ def _quantize_per_tensor(
 ) -> torch.Tensor:
     from qandc_kernels.quantize import quantize_per_tensor_triton
 
-    with torch.cuda.device(x.device):
-        return quantize_per_tensor_triton(x, scale, zero_point, bits, nan_flag)
+    return quantize_per_tensor_triton(x, scale, zero_point, bits, nan_flag)
 
 
 def _per_tensor_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
@@ -35,8 +34,7 @@ def _per_tensor_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
 def _quantize_per_token(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tensor, torch.Tensor]:
     from qandc_kernels.quantize import quantize_per_token_triton
 
-    with torch.cuda.device(x.device):
-        return quantize_per_token_triton(x, bits, token_dims)
+    return quantize_per_token_triton(x, bits, token_dims)
 
 
 def _quantize_per_token_fake(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ __all__ = [
     "linear_gelu_quantize",
     "quantize_per_tensor",
     "quantize_per_token",
+    "quantized_linear",
     "weight_only_linear",
 ]
 
@@ -326,6 +327,32 @@ def guided_step(
     a, b, d = coefficients[:, None, :, None, None].unbind(0)
     y = (a * latents + b * epsilon + d).contiguous()
     return y, y.to(prediction.dtype).repeat(1 if guidance_scale is None else 2, 1, 1, 1)
+
+
+@checked
+@torch.no_grad()
+def quantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act_scale: torch.Tensor | None = None,
+    act_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+    smoothing: torch.Tensor | None = None,
+    bits: int = 8,
+    out_dtype: torch.dtype | None = None,
+    nan_flag: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x · (1/smoothing)`` quantized per token, or with one given scale, then multiplied as in ``int8_linear``."""
+    dtype = x.dtype if out_dtype is None else out_dtype
+    y = x if smoothing is None else x.to(torch.float32) * (1.0 / smoothing)
+    if act_scale is None:
+        xq, x_scale = _per_token(y, bits, 1)
+    else:
+        xq, x_scale = quantize_per_tensor(y, act_scale, act_zero_point, bits, nan_flag), act_scale
+    linear = int4_linear if weight.dtype == torch.uint8 else int8_linear
+    return linear(xq, weight, x_scale, w_scale, bias, act_zero_point, w_sum, dtype)
 
 
 @checked

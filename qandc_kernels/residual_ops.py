@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from qandc_kernels.library import register
-from qandc_kernels.linear_ops import multiply
 from qandc_kernels.op_checks import check_gated_sum, check_linear_gate_residual_
 
 __all__ = ["gated_sum", "linear_gate_residual_"]
@@ -23,9 +22,11 @@ def _linear_gate_residual_(
     w_sum: torch.Tensor | None,
     branch: torch.Tensor | None,
 ) -> None:
+    from qandc_kernels.products import multiply
+
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
-    ending = {"gate": gate, "gate_stride": gate.stride(0), "tokens": xq.shape[1]}
-    multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, branch, **ending)
+    tokens = xq.shape[1]
+    multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, branch, gate=gate, tokens=tokens)
 
 
 def _gated_sum(

@@ -490,6 +490,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "step_ranges": P(None, "None"),
     },
     "get_cache": lambda: {"transformer": P(dit(), MODULES)},
+    "graph": lambda: {"model": P(dit(), MODULES), "limit": P(2)},
     "input_hessians": lambda: {
         "model": P(dit()),
         "batches": batches(),
@@ -553,6 +554,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "alpha": P(0.5, "0 1/2"),
     },
     "unfuse_dit": lambda: {"transformer": P(fused())},
+    "ungraph": lambda: {"model": P(qandc.graph(dit()))},
     "uniform_schedule": lambda: {
         "num_inference_steps": P(STEPS),
         "interval": P(2),

@@ -105,6 +105,19 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "w_scale": tensor(5),
         "bias": tensor(5, dtypes=FLOATS, optional=True),
     },
+    "quantized_linear": {
+        "x": tensor(2, 3, 64, dtypes=FLOATS, any_shape=True),
+        "weight": WQ,
+        "w_scale": tensor(5),
+        "bias": tensor(5, dtypes=FLOATS, optional=True),
+        "act_scale": tensor(),  # None needs a zero point of None
+        "act_zero_point": tensor(**INT32),
+        "w_sum": tensor(5, **INT32),
+        "smoothing": tensor(64, optional=True),
+        "bits": BITS,
+        "out_dtype": OUT_DTYPE._replace(optional=True),
+        "nan_flag": tensor(**INT32),
+    },
     "adaln_quantize_per_tensor": {**ADALN, "q_scale": tensor(), "zero_point": tensor(**INT32), "eps": EPS},
     "adaln_quantize_per_token": {**ADALN, "eps": EPS},
     "batched_linear": {

@@ -258,6 +258,10 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             torch.randn(3, 4, device=device), 1.5,
         ),
         "weight_only_linear": (x.half(), wq, w_scale, None),
+        "quantized_linear": (
+            x.masked_fill(x > 1, nan), packed, w_scale, None, torch.tensor(0.1, device=device), zero_point, w_sum,
+            torch.rand(32, device=device) + 0.5, 8, torch.float16, nan_flag,
+        ),
         "adaln_quantize_per_tensor": (*adaln, torch.tensor(0.1, device=device), zero_point, 1e-6),
         "adaln_quantize_per_token": (*adaln, 1e-6),
         "batched_linear": (

@@ -14,6 +14,7 @@ from qandc_kernels import (
     linear_gate_residual_,
     linear_gelu_quantize,
     pack_int4,
+    quantized_linear,
     reference,
     unpack_int4,
     weight_only_linear,
@@ -388,3 +389,43 @@ def test_a_captured_graph_follows_the_scale(seeded):
     q["x_scale"] *= 3
     graph.replay()
     assert torch.equal(y, int8_linear(*args, **q, out_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_whole_layer_in_one_call(kernel_device, seeded, packed, static, smooth):
+    """The integers of the two ops it stands for; NaN raises the flag behind a static range, and passes without."""
+    k, n = 72, 40  # tails everywhere
+    x = torch.randn(3, 7, k, generator=seeded).half()[:, ::2]
+    weight = torch.randint(-7, 8, (n, k), generator=seeded, dtype=torch.int8)
+    w_scale, w_sum = torch.rand(n, generator=seeded), weight.sum(1, dtype=torch.int32)
+    smoothing = torch.rand(k, generator=seeded) + 0.5 if smooth else None
+    scale, zero = (torch.tensor(0.03), torch.tensor(9, dtype=torch.int32)) if static else (None, None)
+    weight = pack_int4(weight) if packed else weight
+    bias, flag = torch.randn(n, generator=seeded).half(), torch.zeros((), dtype=torch.int32)
+
+    def run(x, flag):
+        operands = (x, weight, w_scale, bias, scale, zero, w_sum, smoothing, 8, torch.float32, flag)
+        on_device = [t.to(kernel_device) if isinstance(t, torch.Tensor) else t for t in operands]
+        y = quantized_linear(*on_device)
+        expected = reference.quantized_linear(*[t.cpu() if isinstance(t, torch.Tensor) else t for t in operands])
+        return y.cpu(), expected, None if flag is None else on_device[-1].cpu()
+
+    y, expected, raised = run(x, flag.clone())
+    y_smooth = x if smoothing is None else x.float() * (1.0 / smoothing)
+    quantized = (
+        reference.quantize_per_token(y_smooth)
+        if scale is None
+        else (reference.quantize_per_tensor(y_smooth, scale, zero), scale)
+    )
+    linear = reference.int4_linear if packed else reference.int8_linear
+    assert torch.equal(expected, linear(quantized[0], weight, quantized[1], w_scale, bias, zero, w_sum, torch.float32))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    assert not raised
+    x = x.clone()
+    x[1, 2, 5] = float("nan")
+    y, _, raised = run(x, flag)
+    assert bool(raised) is static
+    assert y.isnan().any() != static
+    assert run(x[:0], None)[0].shape == (0, 4, n)

@@ -1,0 +1,137 @@
+"""The models that people run, at real sizes with random weights, and what their pipelines pass to them at 1024²."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.timing import DEVICE
+
+__all__ = ["FAMILIES", "OUTSIDE_OF_BLOCKS", "Family", "inputs", "model_of"]
+
+Model = Any
+TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
+
+
+class Family(NamedTuple):
+    """A model class, its size, and the inputs of one forward."""
+
+    name: str
+    sizes: dict[str, Any]
+    inputs: Callable[[Callable[..., torch.Tensor], torch.Tensor], dict[str, Any]]
+    tokens: int
+
+
+def _pixart(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(2, 4, 128, 128),
+        "encoder_hidden_states": noise(2, 300, 4096),
+        "timestep": timestep.expand(2),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "encoder_attention_mask": torch.ones(2, 300, device=DEVICE),
+    }
+
+
+def _sd3(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(2, 16, 128, 128),
+        "encoder_hidden_states": noise(2, 333, 4096),
+        "pooled_projections": noise(2, 2048),
+        "timestep": timestep.expand(2),
+    }
+
+
+def _flux(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+    rows = torch.arange(64, device=DEVICE, dtype=torch.bfloat16)
+    places = torch.stack(
+        [torch.zeros(64, 64, device=DEVICE, dtype=torch.bfloat16), *torch.meshgrid(rows, rows, indexing="ij")], -1
+    )
+    return {
+        "hidden_states": noise(1, 4096, 64),
+        "encoder_hidden_states": noise(1, TEXT, 4096),
+        "pooled_projections": noise(1, 768),
+        "timestep": timestep / 1000,
+        "guidance": torch.full((1,), 3.5, device=DEVICE),
+        "img_ids": places.view(-1, 3),
+        "txt_ids": torch.zeros(TEXT, 3, device=DEVICE, dtype=torch.bfloat16),
+    }
+
+
+def _qwen(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, 4096, 64),
+        "encoder_hidden_states": noise(1, 128, 3584),
+        "timestep": timestep / 1000,
+        "img_shapes": [[(1, 64, 64)]],
+    }
+
+
+FAMILIES = {
+    "PixArt-Sigma": Family(
+        "PixArtTransformer2DModel",
+        {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096, "interpolation_scale": 2},
+        _pixart,
+        2 * 4096,
+    ),
+    "SD3.5-large": Family(
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "attention_head_dim": 64,
+            "caption_projection_dim": 2432, "joint_attention_dim": 4096, "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+        },
+        _sd3,
+        2 * (4096 + 333),
+    ),
+    "Qwen-Image": Family("QwenImageTransformer2DModel", {}, _qwen, 4096 + 128),
+    "FLUX.1-dev": Family("FluxTransformer2DModel", {"guidance_embeds": True}, _flux, 4096 + TEXT),
+}  # fmt: skip
+
+
+@cache
+def _built(layer: str) -> Model:
+    import diffusers
+
+    family = FAMILIES[layer]
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            model = getattr(diffusers, family.name)(**family.sizes)
+    finally:
+        torch.set_default_dtype(default)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and name.endswith("bias"):
+            parameter.data.normal_(std=0.02)
+    return model.eval()
+
+
+def model_of(layer: str) -> Model:
+    """The bf16 model, one at a time: it takes up to 40 GB."""
+    if _built.cache_info().currsize and layer not in _last:
+        _built.cache_clear()
+        torch.cuda.empty_cache()
+    _last[:] = [layer]
+    return _built(layer)
+
+
+_last: list[str] = []
+
+
+def inputs(layer: str, timestep: float = 500.0) -> dict[str, Any]:
+    """Random latents and text, as the pipeline passes them."""
+    generator = torch.Generator(DEVICE).manual_seed(int(timestep))
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+
+    arguments = FAMILIES[layer].inputs(noise, torch.tensor([timestep], device=DEVICE, dtype=torch.bfloat16))
+    return {**arguments, "return_dict": False}
+
+
+OUTSIDE_OF_BLOCKS = (r"re:^(?!(single_)?transformer_blocks\.)", "norm", "img_mod", "txt_mod")
+"""Skip patterns: what is no part of a repeated block, or sees no tokens, as modulation does."""

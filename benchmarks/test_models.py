@@ -1,0 +1,102 @@
+"""One forward of the models that people run, as called from Python: ours, bf16 and what rivals make of it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.families import FAMILIES, OUTSIDE_OF_BLOCKS, inputs, model_of
+from benchmarks.models import tensor_bytes
+from benchmarks.rivals import library
+from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from qandc import QuantConfig, calibrate, graph, quantize_model
+from qandc.linear import QuantLinear
+
+pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
+
+Model = Any
+LAUNCHES = 5  # forwards behind one measurement
+current: dict[str, Any] = {}  # the model of the candidate measured last; the next one's takes its place
+
+
+def _compiled(model: Model) -> Model:
+    """Regional compilation, as diffusers recommends it."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return model
+
+
+def _quantized(model: Model, layer: str, w_bits: int) -> Model:
+    """Static ranges in the blocks; what is outside of them, and modulation, stays in bf16."""
+    quantized = quantize_model(copy.deepcopy(model), w_bits=w_bits, skip_patterns=OUTSIDE_OF_BLOCKS)
+    return calibrate(quantized, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
+
+
+def _fp8(model: Model, layer: str) -> Model:
+    library("torchao")
+    quantization = importlib.import_module("torchao.quantization")
+    model, skips = copy.deepcopy(model), QuantConfig(skip_patterns=OUTSIDE_OF_BLOCKS).skips
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow(), set_inductor_config=False
+    )
+    quantization.quantize_(model, config, filter_fn=lambda m, name: type(m) is torch.nn.Linear and not skips(name))
+    return _compiled(model)
+
+
+CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
+    # how it is made from the bf16 model, and how far its output may be from that model's
+    "bf16 eager": (lambda model, layer: copy.deepcopy(model), 0.02),
+    "bf16 compiled": (lambda model, layer: _compiled(copy.deepcopy(model)), 0.05),
+    "QuantLinear W8A8": (lambda model, layer: _quantized(model, layer, 8), 0.2),
+    "QuantLinear W8A8, graph()": (lambda model, layer: graph(_quantized(model, layer, 8)), 0.2),
+    "QuantLinear W8A8, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8)), 0.2),
+    "QuantLinear W8A8, compiled, graph()": (lambda model, layer: graph(_compiled(_quantized(model, layer, 8))), 0.2),
+    "QuantLinear W4A8": (lambda model, layer: _quantized(model, layer, 4), 0.6),
+    "QuantLinear W4A8, compiled, graph()": (lambda model, layer: graph(_compiled(_quantized(model, layer, 4))), 0.6),
+    "torchao fp8 rowwise, compiled": (_fp8, 0.3),
+}
+CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES]
+
+
+def candidate(layer: str, name: str) -> Candidate:
+    base = model_of(layer)
+    arguments = inputs(layer)
+    if current.get("key") != (layer, name):
+        current.clear()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        make, bound = CANDIDATES[name]
+        expected = base(**arguments)[0]
+        current.update(key=(layer, name), model=make(base, layer), expected=expected, bound=bound)
+    model, expected = current["model"], current["expected"]
+
+    def launch(i: int) -> torch.Tensor:
+        return model(**arguments)[0]
+
+    def error(y: torch.Tensor, i: int) -> float:
+        return relative_error(y, expected)
+
+    return Candidate(launch, error, current["bound"], LAUNCHES, wall_clock=True)
+
+
+@pytest.mark.parametrize(("layer", "name"), CASES, ids=["-".join(case) for case in CASES])
+def test_forward(measure: Measure, request: pytest.FixtureRequest, layer: str, name: str) -> None:
+    tokens = FAMILIES[layer].tokens
+    row: dict[str, Any] = {"op": "models", "layer": layer, "m": tokens, "n": None, "k": None, "candidate": name}
+    skip = NO_GPU if DEVICE == "cpu" else None
+    if "torchao" in name and request.config.getoption("--rivals") == "none":
+        skip = "rivals: none"
+    if skip is None:
+        torch.cuda.reset_peak_memory_stats()
+    measure(row, lambda: candidate(layer, name), skip)
+    if "median_us" not in row:
+        return
+    model = current["model"]
+    row["model_bytes"] = tensor_bytes(model)
+    row["quantized_layers"] = sum(isinstance(module, QuantLinear) for module in model.modules())

@@ -1,0 +1,233 @@
+"""graph(model): the same outputs from CUDA graphs, a reason where there is none, and the model back afterwards."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from qandc import ModelError, apply_cache_to_dit, graph, quantize_model, ungraph
+from qandc.model_graph import _rebuilt, _structure, _UnknownError
+from tests.conftest import make_dit
+
+GPU = pytest.mark.gpu
+
+
+class Mixed(nn.Module):
+    """Takes what pipelines pass: keywords, dictionaries, lists of tuples, numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.factor = nn.Linear(8, 8), 1.0
+        self.scaling = {"default": 1.0}
+
+    def forward(self, x, extra=None, shapes=(), factor=1, return_dict=True):
+        y = self.linear(x) * self.factor * self.scaling["default"] * factor
+        for part in (extra or {}).values():
+            y = y + (sum(part) if isinstance(part, list) else part)
+        y = y * (1 + sum(a for a, _ in shapes))
+        return {"sample": y, "twice": [2 * y, None]} if return_dict else (y,)
+
+
+def inputs(device="cpu", rows=3):
+    x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows)).to(device)
+    return {"x": x, "extra": {"a": x + 1, "b": [x * 2, x * 3]}, "shapes": [(1, 2), (3, 4)]}
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.WARNING, "qandc")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_structures_are_told_apart_and_rebuilt():
+    x, y = torch.zeros(2), torch.ones(3)
+    for value in (x, [x, (y, None)], {"a": [x], "b": {"c": y, 1: 2.5}}, ((), {"k": (True, "s", torch.float16)})):
+        tensors: list[torch.Tensor] = []
+        structure = _structure(value, tensors)
+        assert hash(structure) == hash(_structure(value, []))
+        rebuilt = _rebuilt(structure, iter(tensors))
+        assert str(rebuilt) == str(value)
+        assert type(rebuilt) is type(value)
+    different = [1, True, 1.0, "1", None, [1], (1,), {1: 1}, [x], (x,), x]
+    assert len({_structure(value, []) for value in different}) == len(different)
+    for value in (object(), {1, 2}, OrderedDict(a=1), torch.eye(2).to_sparse()):
+        with pytest.raises(_UnknownError):
+            _structure([value], [])
+
+
+def test_a_model_without_a_gpu_runs_as_before_and_says_why(said):
+    plain, graphed = Mixed().eval(), Mixed().eval()
+    graphed.load_state_dict(plain.state_dict())
+    assert graph(graphed) is graphed
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(graphed(**inputs()), plain(**inputs()), rtol=0, atol=0)
+    assert said() == ["no CUDA graph: all tensors among the arguments must be on one CUDA device; they are on: cpu"]
+
+
+def test_ungraph_restores_the_model():
+    model = Mixed()
+    before = (type(model), set(model.__dict__))
+    assert isinstance(graph(model), Mixed)
+    assert type(model) is not Mixed
+    assert ungraph(model) is model
+    assert (type(model), set(model.__dict__)) == before
+
+
+def test_copies_and_pickles_are_graphed_models_of_their_own():
+    model = graph(make_dit())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.__dict__["_qandc_graphed"] is not model.__dict__["_qandc_graphed"]
+        assert type(ungraph(other)) is type(make_dit())
+
+
+def test_refusals():
+    model = Mixed()
+    with pytest.raises(ModelError, match="not graphed"):
+        ungraph(model)
+    with pytest.raises(ModelError, match="graphs already"):
+        graph(graph(model))
+    replaced = Mixed()
+    replaced.forward = lambda x: x
+    with pytest.raises(ModelError, match="was replaced"):
+        graph(replaced)
+    compiled = Mixed()
+    compiled.compile(backend="eager")
+    with pytest.raises(ModelError, match="was replaced"):
+        graph(compiled)
+    cached = graph(make_dit())
+    apply_cache_to_dit(cached)
+    with pytest.raises(ModelError, match="wrapped after graph"):
+        ungraph(cached)
+
+
+# on a GPU
+
+
+def captures(model) -> int:
+    return model.__dict__["_qandc_graphed"].graphs.captures
+
+
+@GPU
+@torch.no_grad()
+def test_equals_the_model(said):
+    model = Mixed().eval().cuda()
+    calls = [
+        inputs("cuda"),
+        inputs("cuda", 5),
+        {**inputs("cuda"), "factor": 2},
+        {**inputs("cuda"), "return_dict": False},
+    ]
+    expected = [model(**call) for call in calls]
+    graph(model)
+    found = [[model(**call) for call in calls] for _ in range(3)]
+    assert captures(model) == len(calls)
+    for outputs in found:  # also those of calls before: later calls leave them alone
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    assert not said()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**calls[0]), expected[0], rtol=0, atol=0)
+
+
+@GPU
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.linear.weight.mul_(2),
+        lambda m: setattr(m.linear, "weight", nn.Parameter(m.linear.weight * 2)),
+        lambda m: setattr(m, "linear", nn.Linear(8, 8, device="cuda")),
+        lambda m: setattr(m, "factor", 3.0),
+        lambda m: m.scaling.update(default=3.0),
+        lambda m: m.double().float(),
+        lambda m: m.linear.register_forward_hook(lambda module, args, output: 2 * output),
+    ],
+    ids=["in place", "weight", "module", "attribute", "within an attribute", "moved", "hook"],
+)
+def test_changes_are_noticed(change):
+    model = graph(Mixed().eval().cuda())
+    model(**inputs("cuda"))
+    change(model)
+    changed = model(**inputs("cuda"))
+    ungraph(model)
+    torch.testing.assert_close(changed, model(**inputs("cuda")), rtol=0, atol=0)
+
+
+class ReadsBack(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum().item() > 0 else x * 3
+
+
+class WritesToItsInput(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+@GPU
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [ReadsBack, WritesToItsInput, Draws])
+def test_what_cannot_be_a_graph_runs_as_before(kind, said):
+    model = graph(kind().eval())
+    x = torch.ones(3, device="cuda")
+    for sign in (1, -1):
+        given = x * sign
+        torch.manual_seed(0)
+        found = model(given)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, kind()(x * sign))
+    assert captures(model) == 0
+    assert any("no CUDA graph for inputs of (3,)" in message for message in said())
+
+
+@GPU
+def test_reasons_that_come_and_go(said):
+    model = graph(Mixed().eval().cuda())
+    model(**inputs("cuda"))  # gradients are enabled here
+    with torch.no_grad():
+        model(**inputs("cuda"), factor=torch.tensor(2.0))  # on the CPU
+        with torch.autocast("cuda"):
+            model(**inputs("cuda"))
+        model.train()
+        model(**inputs("cuda"))
+    assert captures(model) == 0
+    assert len(said()) == 4
+    with torch.no_grad():
+        model.eval()(**inputs("cuda"))
+    assert captures(model) == 1
+
+
+@GPU
+@torch.no_grad()
+def test_graphs_are_bounded():
+    model = graph(Mixed().eval().cuda(), limit=2)
+    for rows in (1, 2, 3, 1):
+        model(**inputs("cuda", rows))
+    assert captures(model) == 4
+    assert len(model.__dict__["_qandc_graphed"].graphs) == 2
+
+
+@GPU
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_quantized_transformer(compiled, dit_inputs):
+    model = quantize_model(make_dit()).cuda()
+    given = {name: value.cuda() for name, value in dit_inputs.items()}
+    if compiled:
+        for block in model.transformer_blocks:
+            block.compile()
+    expected = model(**given).sample
+    graph(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(**given).sample, expected, rtol=0, atol=0)
+    assert captures(model) == 1
