@@ -673,7 +673,7 @@ def test_what_is_meant_is_converted(given, expected):
     ],
 )
 def test_messages_name_value_and_bounds(given, message):
-    with pytest.raises(qandc.ConfigError, match=message):
+    with in_time(), pytest.raises(qandc.ConfigError, match=message):
         takes(**given)
 
 
