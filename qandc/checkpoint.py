@@ -47,6 +47,7 @@ MANIFEST, WEIGHTS = "quantized.json", "model.safetensors"
 SCHEDULE, COMPENSATION, STEP_RANGES = "schedule.json", "compensation.safetensors", "step_ranges.safetensors"
 FILES = (MANIFEST, WEIGHTS, SCHEDULE, COMPENSATION, "compensation.json", STEP_RANGES)
 HOLDER = "weight_dtype_holder"  # empty; its dtype is in the manifest
+UNSAVED = (HOLDER, "nan_flag")  # the latter there since the model was sampled with
 DIT = "DiTTransformer2DModel"
 
 
@@ -265,7 +266,7 @@ def _describe(model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer, those too that no state dict knows (the position embedding)."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for name, tensor in named if name.rpartition(".")[2] != HOLDER}
+    return {name: tensor.detach() for name, tensor in named if name.rpartition(".")[2] not in UNSAVED}
 
 
 def _skeleton(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -9,9 +9,9 @@ import inspect
 import itertools
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 import qandc
-from qandc import QandCError
+from qandc import DataError, ModelError, QandCError
+from qandc.arguments import Between, Seeds, checked
 from qandc.variance_compensation import FittedFor
 from tests.conftest import make_dit
 
+Between5 = Annotated[int, Between(1, 5)]
 SECONDS = 20  # a call that takes longer hangs
 NAN, INF = float("nan"), float("inf")
 STEPS = 3
@@ -635,3 +637,56 @@ def test_bad_values_are_refused(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", TABLE)
 def test_good_values_are_taken(name):
     named(name)(**{parameter: value.good for parameter, value in TABLE[name]().items()})
+
+
+@checked
+def takes(
+    self: Any = None, count: Between5 = 1, seeds: Seeds = (), flags: Sequence[bool] = (), names: Iterable[str] = ()
+) -> tuple[Any, ...]:
+    return count, seeds, flags, names
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"count": np.int64(5)}, (5, (), (), ())),
+        ({"seeds": torch.tensor([3, 4])}, (1, [3, 4], (), ())),
+        ({"seeds": [torch.tensor(3), np.array(4), np.uint8(5)]}, (1, [3, 4, 5], (), ())),
+        ({"flags": np.array([True, False])}, (1, (), [True, False], ())),
+        ({"names": (name for name in "ab")}, (1, (), (), ["a", "b"])),
+    ],
+)
+def test_what_is_meant_is_converted(given, expected):
+    found = takes(**given)
+    assert found == expected
+    assert all(type(value) in (int, list, tuple) for value in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"count": 6}, r"count is 6; give an integer >= 1 \(at most 5\) \(takes\)"),
+        ({"seeds": [1, 2.5]}, r"whose every element is an integer >= 0 \(2.5 is not\)"),
+        ({"seeds": range(10**9)}, "at most 1048576 elements"),
+        ({"names": itertools.repeat("x")}, "at most 1048576 elements"),
+        ({"count": 10**5000}, "count is a int too long to print"),
+    ],
+)
+def test_messages_name_value_and_bounds(given, message):
+    with in_time(), pytest.raises(qandc.ConfigError, match=message):
+        takes(**given)
+
+
+def test_a_batch_that_is_no_input_names_the_model():
+    model = quantized()
+    for bad in (object(), {"hidden_state": 1}, (torch.ones(3),), {**batch(), "class_labels": None}):
+        with pytest.raises(DataError, match="a batch is no input of DiTTransformer2DModel") as caught:
+            qandc.calibrate(model, [bad])
+        assert caught.value.__cause__ is not None
+
+
+def test_sampling_names_what_it_knows():
+    with pytest.raises(ModelError, match="sampling knows diffusers' DiTTransformer2DModel; got Linear"):
+        qandc.sample_latents(nn.Linear(4, 4), ddim(), [1], seeds=[0])
+    with pytest.raises(ModelError, match=r"pass pipe\.transformer"):
+        qandc.sample_latents(pipeline(), ddim(), [1], seeds=[0])

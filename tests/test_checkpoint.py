@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -34,6 +35,7 @@ from qandc import (
     load_quantized,
     quantization_report,
     quantize_model,
+    sample_latents,
     save_quantized,
     smoothing_factors,
 )
@@ -232,6 +234,13 @@ def test_cache_and_fusion_stay_and_are_not_saved(tmp_path, static_model, dit_inp
     assert type(loaded) is type(make_dit())
     assert FUSED not in loaded.__dict__
     assert torch.equal(output(loaded, dit_inputs), expected)
+
+
+def test_a_model_that_has_sampled_is_saved(tmp_path):
+    model = make_quantized(how=["static"])
+    sample_latents(model, DDIMScheduler(), [1], seeds=[0], num_inference_steps=2)
+    save_quantized(model, tmp_path / "saved")
+    assert load_quantized(tmp_path / "saved").model.get_submodule(QKV).nan_flag is None
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):
