@@ -122,6 +122,7 @@ class GraphCache:
         finally:  # also of what was queued before an exception
             torch.cuda.current_stream().wait_stream(stream)
         if (_versions(static), generator.get_offset()) != before:
+            generator.set_offset(before[1])  # the caller's random numbers are those of a model without graphs
             _log_refusal(static, "the function writes to its inputs, or draws random numbers")
             return None
         graph = torch.cuda.CUDAGraph()

@@ -97,6 +97,8 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     assert lines[2] == "computed steps 2 of 4 (taylor)"
     assert re.fullmatch(r"PSNR to FP \d+\.\d dB \(worst \d+\.\d\)", lines[3])
     likeness = re.fullmatch(r"PSNR to FP, with VC (\d+\.\d dB \(worst \d+\.\d\))", lines[4])[1]
+    if lines[5].startswith("VC made these images less like"):  # as it may, of a random model
+        del lines[5]
     assert lines[5].split() == ["750*", "500*", "250", "0"]
     assert lines[6:] == [f"wrote {directory}", f"next: qandc generate --settings '{directory}'"]
     status, out, _ = run(capsys, "generate", "--settings", directory, "--device", "cpu", "-o", target)
