@@ -427,6 +427,28 @@ def compensation_table(result: dict[str, Any]) -> list[str]:
     return lines + [f"| {row['row']['compensation']} | {row['psnr_to_fp']:.1f} dB |" for row in rows]
 
 
+def models_table(result: dict[str, Any]) -> list[str]:
+    rows = [row for row in result["rows"] if "median_us" in row]
+    layers, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "candidate"))
+    ms = {(row["layer"], row["candidate"]): row["median_us"] / 1e3 for row in rows}
+    lines = [f"| ms a forward, as called | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
+    for name in names:
+        cells = []
+        for layer in layers:
+            rival = ms[layer, "bf16 compiled" if "compiled" in name else "bf16 eager"]
+            cells.append(f"{ms[layer, name]:.1f} ({rival / ms[layer, name]:.2f}x)")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sizes = {(row["layer"], row["candidate"]): row["model_bytes"] / 1e9 for row in rows}
+    for name in ("bf16 eager", "QuantLinear W8A8"):
+        lines.append(f"| GB of weights, {name} | {' | '.join(f'{sizes[layer, name]:.1f}' for layer in layers)} |")
+    return lines
+
+
+def host_table(result: dict[str, Any]) -> list[str]:
+    rows = [row for row in result["rows"] if "median_us" in row]
+    return ["| a call | µs of the host |", "|---|---|", *(f"| {r['candidate']} | {r['median_us']:.0f} |" for r in rows)]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/cpu/ablation.json": compensation_table,
@@ -441,6 +463,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model.json goals": goals_table,
     "results/h200/model.json breakdown": breakdown_table,
     "results/h200/model-torchao.json goals": goals_table,
+    "results/h200/models.json": models_table,
+    "results/h200/models.json goals": goals_table,
+    "results/h200/host.json": host_table,
+    "results/h200/host.json goals": goals_table,
     "results/h200/pipeline.json": partial(pipeline_table, steps=50),
     "results/h200/pipeline.json 250": partial(pipeline_table, steps=250),
     "results/h200/pipeline.json goals": goals_table,
