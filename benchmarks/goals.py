@@ -184,7 +184,7 @@ HOST_ROWS = 256
 
 
 def host_goals(rows: list[Row]) -> list[Row]:
-    """What calls cost the host, over what torch's cost it."""
+    """Compare what calls cost the host with what torch's cost it."""
     found: list[Row] = []
     for ours, theirs, must, goal in (
         ("int8_linear", "F.linear", 3.0, 2.0),

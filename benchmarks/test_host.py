@@ -1,4 +1,4 @@
-"""What a call costs the host: µs from Python to Python, with a GPU that is done before the next call comes."""
+"""Measure what a call costs the host: µs from Python to Python, with a GPU that is done before the next call comes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def quantize(static: bool) -> Callable[[], Any]:
 
 
 def started_by_triton() -> Callable[[], Any]:
-    """The same call where launches are watched, so that Triton's own start is taken."""
+    """Make the call where launches are watched, so that Triton's own start is taken."""
     from qandc_kernels import launch
 
     call, usual = quantize(True), launch._usual

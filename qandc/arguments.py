@@ -142,7 +142,7 @@ def _path(value: Any) -> Any:
 
 
 def _is_dense(value: torch.Tensor) -> bool:
-    """Whether a tensor holds real numbers that can be read as they are."""
+    """Tell whether a tensor holds real numbers that can be read as they are."""
     if nn.parameter.is_lazy(value) or value.layout != torch.strided:
         return False
     odd = value.is_nested or value.is_quantized or value.is_meta or value.is_complex()

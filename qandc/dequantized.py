@@ -1,4 +1,4 @@
-"""What ``QuantLinear.weight`` gives: a tensor that is computed when it is used, and that nothing can be written to."""
+"""Define the tensor that ``QuantLinear.weight`` gives: computed when it is used, never written to."""
 
 from __future__ import annotations
 

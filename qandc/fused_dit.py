@@ -125,11 +125,11 @@ class _Fused:
         }
 
     def covers_all(self) -> bool:
-        """Whether no quantized layer runs by itself."""
+        """Tell whether fused kernels run every quantized layer."""
         return self._step is not None and self.graphable and self.output_reason is None
 
     def runs(self, name: str) -> bool:
-        """Whether fused kernels run the layer of this name."""
+        """Tell whether fused kernels run the layer of this name."""
         how = None if self._step is None else self.kernel_of(name)
         return how is not None and how[0] == "fused"
 

@@ -1,4 +1,4 @@
-"""What layers of a model are given while batches run through it, and which of them are given the same."""
+"""Observe what layers of a model are given while batches run through it, and which are given the same tensor."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class SharedInputs:
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:
-    """What two tensors have in common only if they are the same values in the same memory.
+    """Return what two tensors have in common only if they are the same values in the same memory.
 
     The weak reference keeps the memory from being given to another tensor unnoticed, but does not keep the values.
     """

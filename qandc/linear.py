@@ -283,7 +283,7 @@ class QuantLinear(nn.Module):
         )
 
     def _product_to_compile(self, input: torch.Tensor) -> torch.Tensor:
-        """The same with the activations quantized in plain torch, which joins the kernel that computes them."""
+        """Multiply activations that plain torch quantizes, so that a compiler joins it to the kernel before."""
         x = input if self.smoothing is None else input.float() * (1.0 / self.smoothing)
         if self.act_scale is None:
             xq, x_scale = reference.quantize_per_token(x, self.a_bits)

@@ -42,7 +42,7 @@ def decoding(failure: str, advice: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What the header of one array declares: ``offset`` is its own length in bytes."""
+    """Hold what the header of one array declares: ``offset`` is its own length in bytes."""
 
     name: str
     shape: tuple[int, ...]

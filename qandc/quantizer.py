@@ -73,7 +73,7 @@ class QuantConfig:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether a skip pattern means the layer of this qualified name."""
+    """Tell whether a skip pattern means the layer of this qualified name."""
     if pattern.startswith(REGULAR):
         return re.search(pattern.removeprefix(REGULAR), name) is not None
     if pattern.startswith("."):

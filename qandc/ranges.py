@@ -169,7 +169,7 @@ class Histogram:
             self.counts = torch.zeros_like(counts).index_add_(0, self._places(before), counts)
 
     def _places(self, reach: float) -> torch.Tensor:
-        """For each bin of a smaller reach the one it lies in."""
+        """Map each bin of a smaller reach to the bin it lies in."""
         assert self.counts is not None
         edges = _bins(self.counts.device)[0]
         return torch.bucketize(_middles(edges) * (reach / self.reach), edges[1:-1])

@@ -121,7 +121,7 @@ def _path_of(node: ast.AST, root: str) -> str | None:
 
 
 def _is_look(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether nothing but dtype, shape and the like is asked of a weight."""
+    """Tell whether nothing but dtype, shape and the like is asked of a weight."""
     parent = parents[node]
     while isinstance(parent, ast.Attribute) and parent.attr == "data":
         node, parent = parent, parents[parent]

@@ -85,7 +85,7 @@ def int8_gemm_start(
     tile: GemmTile | None = None,
     branch: torch.Tensor | None = None,
 ) -> Start:
-    """How the kernel is started on ``xq [M, K]`` and ``wq [N, K]``, any strides, and contiguous ``out [M, N]``.
+    """Prepare the start of the kernel on ``xq [M, K]`` and ``wq [N, K]``, any strides, and contiguous ``out [M, N]``.
 
     An int32 ``out`` takes the sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
     """

@@ -20,7 +20,7 @@ LARGEST_NUMBER = 4096  # of starts that a cache of them keeps
 
 
 class Start(NamedTuple):
-    """How a kernel is started: ``kernel[grid](*arrange(*operands), **constants)``.
+    """Describe the start of a kernel: ``kernel[grid](*arrange(*operands), **constants)``.
 
     ``arrange`` puts the operands of an op, tensors and None, among the other run-time arguments. ``descriptors`` holds
     by position those that travel through the copy engine (TMA), in the place of the tensor.
@@ -65,7 +65,7 @@ class _Ready(NamedTuple):
 
 
 def _usual() -> bool:
-    """Whether nobody watches launches or has them compiled in another way, which Triton's own start takes care of."""
+    """Tell whether nobody watches launches or compiles them in another way, which Triton's own start cares for."""
     runtime = knobs.runtime
     return not (runtime.debug or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
@@ -174,7 +174,7 @@ def product_start(
     *,
     grouped: bool = False,
 ) -> Start:
-    """How a product of ``x [M, K]`` and ``w [N, K or K/2]`` is started.
+    """Prepare the start of a product of ``x [M, K]`` and ``w [N, K or K/2]``.
 
     Its operands are x, w, out, branch, the scales of groups, which only a kernel that is ``grouped`` takes, and the
     tensors of the epilogue in their order. Tiles travel through the copy engine (TMA, sm_90 on) where they can.

@@ -55,7 +55,7 @@ def multiply(
 
 
 def _start(operands: Sequence[MaybeTensor], tokens: int) -> tuple[tuple[Start], Sequence[MaybeTensor]]:
-    """How a product is started, and its operands as matrices and vectors; copied where strides do not allow a view."""
+    """Prepare the start of a product and its operands as matrices and vectors, copied where no view is possible."""
     matrices, parameters = operands[:4], [None if t is None else t.contiguous() for t in operands[4:-1]]
     x, weight, out, branch = (None if t is None else rows_of(t) for t in matrices)
     assert x is not None
@@ -114,7 +114,7 @@ def quantize_multiply(
 def _starts(
     operands: Sequence[MaybeTensor], bits: int, per_token: bool
 ) -> tuple[tuple[Start, ...], Sequence[MaybeTensor]]:
-    """How the kernels of a quantized layer are started, and their operands."""
+    """Prepare the starts of both kernels of a quantized layer, and their operands."""
     x, xq, x_scale, zero_point, nan_flag, smoothing, weight, out, w_scale, bias, w_sum = operands
     assert x is not None
     assert w_scale is not None
