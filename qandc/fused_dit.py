@@ -217,6 +217,8 @@ def why_not_now(
         return "it is in training mode; call eval()"
     if timestep is None or class_labels is None or cross_attention_kwargs is not None:
         return "it was called without timestep and class_labels, or with cross_attention_kwargs"
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        return "its input carries a gradient, which fused kernels do not pass on"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on; convert the model to the dtype you want instead"
     batch = len(hidden_states)

@@ -145,7 +145,7 @@ def mixed_gemm_start(
     tile: GemmTile | None = None,
     branch: torch.Tensor | None = None,
 ) -> Start:
-    """Prepare the start of the kernel on ``x [M, K]`` int8 or 16-bit float, int8 ``w [N, K]``, or ``[N, K/2]`` of two int4.
+    """Prepare the start of the kernel on int8 or 16-bit ``x [M, K]``, int8 ``w [N, K]`` or ``[N, K/2]`` of two int4.
 
     Both of any strides. ``group_scale [N, K/G] float32`` and ``out [M, N]`` are contiguous. An int32 ``out`` takes the
     sums. A ``branch`` as ``out`` takes what is added to it, before the gate.

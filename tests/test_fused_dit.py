@@ -187,6 +187,20 @@ def test_one_timestep_for_all_rows(fused_anywhere):
     assert relative_error(output[0], expected) <= MODEL_BOUND[torch.float32]
 
 
+def test_a_gradient_is_passed_on_unfused(fused_anywhere, caplog):
+    model, inputs = make_quantized(), make_inputs()
+    gradients = []
+    for _ in range(2):
+        x = inputs["hidden_states"].clone().requires_grad_()
+        model(**inputs | {"hidden_states": x}).sample.square().sum().backward()
+        gradients.append(x.grad)
+        if len(gradients) == 1:
+            fuse_dit(model)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+    assert "carries a gradient" in caplog.text
+
+
 @pytest.mark.parametrize("rows_at_once", [4096, 24, 1])  # of 12 rows: all three blocks, two and one, one by one
 @pytest.mark.parametrize("smoothing", [False, True])
 @torch.no_grad()
