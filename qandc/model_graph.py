@@ -8,6 +8,7 @@ is an instance of a subclass of its own class (:mod:`qandc.derived`).
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Hashable, Iterator
 from typing import Annotated, Any, TypeVar
 
@@ -97,12 +98,8 @@ class _Watch:
 
     def unchanged(self) -> bool:
         held = self._held()
-        same = len(held) == len(self.held) and all(map(_is, held, self.held))
+        same = len(held) == len(self.held) and all(map(operator.is_, held, self.held))
         return same and self._addresses() == self.addresses
-
-
-def _is(first: Any, second: Any) -> bool:
-    return first is second
 
 
 class _Graphed:
