@@ -13,7 +13,7 @@ Noise = Callable[..., torch.Tensor]
 
 
 class Tiny(NamedTuple):
-    """Arguments of a class of diffusers, and what makes the arguments of a forward from noise and a timestep of 0 to 1."""
+    """Arguments of a class of diffusers, and a function that makes inputs from noise and a time of 0 to 1."""
 
     config: dict[str, Any]
     inputs: Callable[[Noise, float], dict[str, Any]]
