@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +13,13 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qandc_kernels.driver import DriverKernel, NotSupported, Operand, Tiles
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.tiles import GemmTile, gpu_of
 
-__all__ = ["Launches", "Start", "compile_time", "number_of_programs", "product_start"]
+__all__ = ["Launches", "Start", "compile_time", "number_of_programs", "places", "product_start"]
+
+logger = logging.getLogger(__name__)
 
 LARGEST_NUMBER = 4096  # of starts that a cache of them keeps
 
@@ -40,30 +45,6 @@ class Start(NamedTuple):
         return self.kernel[self.grid](*self.arrange(*arguments), **self.constants)
 
 
-class _Address:
-    """Stand for a tensor whose address alone is asked for."""
-
-    __slots__ = ("address",)
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-class _Ready(NamedTuple):
-    """A compiled kernel and all of its arguments but the addresses of the operands."""
-
-    run: Callable[..., None]
-    grid: tuple[int, int, int]
-    function: Any
-    metadata: Any
-    arrange: Callable[..., tuple[Any, ...]]
-    constants: tuple[Any, ...]
-    descriptors: tuple[tuple[int, dict[str, Any]], ...]
-
-
 def _usual() -> bool:
     """Tell whether nobody watches launches or compiles them in another way, which Triton's own start cares for."""
     runtime = knobs.runtime
@@ -79,7 +60,7 @@ class Launches:
     """
 
     def __init__(self) -> None:
-        self._ready: dict[tuple[Any, ...], tuple[_Ready, ...]] = {}
+        self._ready: dict[tuple[Any, ...], tuple[DriverKernel, ...]] = {}  # none: Triton has to
 
     def __call__(
         self,
@@ -113,41 +94,40 @@ class Launches:
                 parts += (tensor.dtype, tensor.shape, tensor.stride(), address & 15, tensor.get_device())
         key = tuple(parts)
         kernels = self._ready.get(key)
-        if kernels is None or not _usual():
+        if not kernels or not _usual():
             starts, views = prepare()
             compiled = [start(views) for start in starts]
-            if [None if view is None else view.data_ptr() for view in views] == addresses:  # nothing was copied
-                self._keep(key, starts, compiled)
+            copied = [None if view is None else view.data_ptr() for view in views] != addresses
+            if kernels is None and not copied and all(isinstance(kernel, CompiledKernel) for kernel in compiled):
+                self._keep(key, starts, compiled, len(addresses))
             return None
         stream = torch._C._cuda_getCurrentRawStream(device)
-        for run, (x, y, z), function, metadata, arrange, constants, descriptors in kernels:
-            arguments = addresses
-            if descriptors:
-                arguments = list(addresses)
-                for position, descriptor in descriptors:
-                    again = object.__new__(TensorDescriptor)
-                    again.__dict__.update(descriptor, base=_Address(addresses[position]))
-                    arguments[position] = again
-            run(x, y, z, stream, function, metadata, None, None, None, *arrange(*arguments), *constants)
+        for kernel in kernels:
+            kernel(stream, addresses)
         return None
 
-    def _keep(self, key: tuple[Any, ...], starts: tuple[Start, ...], compiled: list[Any]) -> None:
-        if not all(isinstance(kernel, CompiledKernel) for kernel in compiled):  # interpreted
-            return
+    def _keep(self, key: tuple[Any, ...], starts: tuple[Start, ...], compiled: list[Any], number: int) -> None:
         if len(self._ready) >= LARGEST_NUMBER:
             self._ready.clear()
-        self._ready[key] = tuple(
-            _Ready(
-                kernel.run,
-                start.grid,
-                kernel.function,
-                kernel.packed_metadata,
-                start.arrange,
-                tuple(start.constants[name] for name in start.kernel.arg_names if name in start.constants),
-                tuple((position, dict(vars(d), base=None)) for position, d in start.descriptors.items()),
+        try:
+            self._ready[key] = tuple(
+                DriverKernel(kernel, start.grid, start.arrange(*places(number, start)))
+                for start, kernel in zip(starts, compiled, strict=True)
             )
-            for start, kernel in zip(starts, compiled, strict=True)
-        )
+        except NotSupported as reason:
+            self._ready[key] = ()
+            _log_once(str(reason))
+
+
+def places(number: int, start: Start) -> list[Operand | Tiles]:
+    """Stand for so many operands of a start among its arguments."""
+    descriptors = start.descriptors
+    return [Tiles(i, descriptors[i]) if i in descriptors else Operand(i) for i in range(number)]
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("Triton's own launcher starts each kernel, at some 100 µs of the host: %s", reason)
 
 
 def _aligned(t: torch.Tensor) -> bool:

@@ -21,6 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qandc_kernels import adaln, attention, batched_gemm, denoise, launch, quantize, reuse, tiles, tune
+from qandc_kernels.driver import sizes as driver_sizes
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.int8_gemm import int8_gemm_triton
 from qandc_kernels.mixed_gemm import mixed_gemm_triton
@@ -59,6 +60,7 @@ class CompileOnly:
 
 
 compiled: list = []
+given: list[list[int]] = []  # bytes of each parameter, as the driver would be given them
 
 
 def _compile_only(run):
@@ -68,9 +70,20 @@ def _compile_only(run):
     return wrapper
 
 
+def _noting_parameters(start):
+    def wrapper(self, operands):
+        start(self, operands)
+        binary = compiled[-1]
+        arguments = self.arrange(*launch.places(len(operands), self))
+        given.append(driver_sizes(list(binary.src.signature.values()), arguments))
+
+    return wrapper
+
+
 def record(arch: int, kernel: str, tile) -> dict:
     binary = compiled.pop()
     assert not compiled
+    taken = re.findall(r"\.param (?:\.align \d+ )?\.(\w)(\d+)[^\[,)\n]*?(?:\[(\d+)\])?[,\n]", binary.asm["ptx"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -86,6 +99,8 @@ def record(arch: int, kernel: str, tile) -> dict:
         "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", binary.asm["ptx"])}),
         "stack": int(found[2]) + int(found[3]),
         "shared": binary.metadata.shared,
+        "parameters": [int(count or 1) * int(bits) // 8 for _, bits, count in taken],
+        "given": given.pop() if given else None,
     }
 
 
@@ -195,6 +210,7 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
 
 if __name__ == "__main__":
     JITFunction.run = _compile_only(JITFunction.run)
+    launch.Start.__call__ = _noting_parameters(launch.Start.__call__)
     found = []
     for arch in json.loads(sys.argv[1]):
         driver.set_active(CompileOnly(arch))

@@ -110,3 +110,12 @@ def test_no_product_runs_on_while_its_registers_are_refilled(compiled):
     """Seen on an H200 with one product a step: NaN now and then. wgmma then waits for all but a few of its kind."""
     for record in of(compiled, 90, *FAMILIES[1:], "attention"):
         assert record["waits"] in ([], [0]), record
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_take_the_parameters_that_the_driver_is_given(compiled, arch):
+    known = [record for record in of(compiled, arch) if record["given"] is not None]
+    assert {record["kernel"] for record in known} >= {*FAMILIES, "quantize_per_tensor", "quantize_per_token"}
+    for record in known:
+        taken, given = record["parameters"], record["given"]
+        assert taken in (given, [*given, 8], [*given, 8, 8]), record

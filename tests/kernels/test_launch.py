@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tensor, quantize_per_token, reference
+from qandc_kernels import (
+    int4_linear,
+    int8_linear,
+    launch,
+    pack_int4,
+    quantize_per_tensor,
+    quantize_per_token,
+    reference,
+)
+from qandc_kernels.driver import DriverKernel, NotSupported, Operand, Tiles
+from qandc_kernels.errors import DeviceError
 from qandc_kernels.launch import Launches, Start
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 class FakeCompiled:
-    """Stand for Triton's CompiledKernel: notes what it is run with."""
-
-    function, packed_metadata = "function", "metadata"
+    """Stand for Triton's CompiledKernel, and for what the driver starts: notes the starts."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []
 
-    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
-        assert (function, metadata, launch_metadata, enter, leave) == ("function", "metadata", None, None, None)
-        self.calls.append(((x, y, z), stream, arguments))
+    def ready(self, grid, arguments):
+        return lambda stream, addresses: self.calls.append((grid, stream, arguments, list(addresses)))
 
 
 class FakeKernel:
@@ -50,6 +60,7 @@ class FakeKernel:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr("qandc_kernels.launch.CompiledKernel", FakeCompiled)
+    monkeypatch.setattr("qandc_kernels.launch.DriverKernel", FakeCompiled.ready)
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda device: 7, raising=False)
     kernel, launches = FakeKernel(), Launches()
 
@@ -68,7 +79,7 @@ def test_a_second_call_of_the_same_kind_is_started_without_triton(fake):
     call(first)
     call(second)
     assert len(kernel.starts) == 1
-    assert kernel.compiled[0].calls == [((2, 1, 1), 7, (second.data_ptr(), None, 64, 8))]
+    assert kernel.compiled[0].calls == [((2, 1, 1), 7, (Operand(0), Operand(1), 64), [second.data_ptr(), None])]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +138,115 @@ def test_starts_that_are_kept_are_bounded(fake, monkeypatch):
     for size in (1, 2, 3, 4, 5, 1):
         call(torch.zeros(size))
     assert len(kernel.starts) == 6
+
+
+def test_what_the_driver_cannot_start_triton_starts_and_a_warning_says_why(fake, monkeypatch, caplog):
+    def refuse(*arguments: object) -> None:
+        raise NotSupported("a kernel of another kind")
+
+    launch._log_once.cache_clear()
+    monkeypatch.setattr(launch, "DriverKernel", refuse)
+    kernel, call = fake
+    for _ in range(3):
+        call(torch.zeros(4, 16))
+    assert len(kernel.starts) == 3
+    assert [record.getMessage() for record in caplog.records if "a kernel of another kind" in record.getMessage()]
+    assert len(caplog.records) == 1
+
+
+class FakeDriver:
+    """Stand for the CUDA driver: notes what a kernel with parameters of these bytes would read."""
+
+    def __init__(self, sizes: list[int], code: int = 0) -> None:
+        self.sizes, self.code = sizes, code
+        self.starts: list[tuple[object, ...]] = []
+        self.maps: list[int] = []
+
+    def cuFuncGetParamInfo(self, function, index, offset, size) -> int:  # noqa: N802
+        if index.value >= len(self.sizes):
+            return 1
+        size._obj.value = self.sizes[index.value]
+        return 0
+
+    def cuTensorMapEncodeTiled(self, place, dtype, rank, address, shape, strides, block, steps, *rest) -> int:  # noqa: N802
+        assert (dtype, rank.value, list(shape), strides[0], list(block), list(steps)) == (
+            0,
+            2,
+            [64, 8],
+            64,
+            [32, 16],
+            [1, 1],
+        )
+        assert rest == (0, 3, 2, 0)
+        assert place.value % 64 == 0
+        ctypes.c_uint64.from_address(place.value).value = address.value
+        self.maps.append(address.value)
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra) -> int:  # noqa: N802
+        kinds = {4: ctypes.c_int32, 8: ctypes.c_int64, 128: ctypes.c_int64}
+        values = [kinds[size].from_address(parameters[i]).value for i, size in enumerate(self.sizes)]
+        c = config._obj
+        overlaps = c.attribute_count and (c.attributes[0].id, c.attributes[0].value)
+        self.starts.append((list(c.grid), list(c.block), c.shared, c.stream, function.value, overlaps, values))
+        return self.code
+
+
+def _compiled(launch_pdl: bool = False) -> SimpleNamespace:
+    tiles = {"swizzle": 3, "elem_size": 1, "elem_type": 0, "block_size": [16, 32], "fp4_padded": False}
+    meta = SimpleNamespace(
+        num_ctas=1, launch_cooperative_grid=False, global_scratch_size=0, profile_scratch_size=0, num_warps=4,
+        shared=100, launch_pdl=launch_pdl, tensordesc_meta=[tiles],
+    )  # fmt: skip
+    kinds = ("tensordesc<i8[16,32]>", "*fp32", "i32", ("*bf16", "constexpr", "i64"), "constexpr")
+    return SimpleNamespace(name="k", metadata=meta, function=99, src=SimpleNamespace(signature=dict(enumerate(kinds))))
+
+
+def _arguments() -> tuple[object, ...]:
+    descriptor = TensorDescriptor.from_tensor(torch.zeros(8, 64, dtype=torch.int8), [16, 32])
+    return Tiles(2, descriptor), Operand(0), -5, (Operand(3), None, 1 << 40)
+
+
+SIZES = [128, 4, 4, 8, 8, 8, 4, 8, 8]  # the map with shape and strides, a pointer, a number, a pointer, a number
+
+
+@pytest.mark.parametrize("scratch", [0, 1, 2])
+@pytest.mark.parametrize("launch_pdl", [False, True])
+def test_the_driver_is_given_what_the_kernel_takes(monkeypatch, scratch, launch_pdl):
+    driver = FakeDriver(SIZES + [8] * scratch)
+    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: driver)
+    start = DriverKernel(_compiled(launch_pdl), (7, 2, 1), _arguments())
+    expected = []
+    for addresses in ([11, None, 16, 13], [21, None, 32, 23], [31, None, 16, 33]):
+        start(5, addresses)
+        values = [addresses[2], 8, 64, 64, 1, addresses[0], -5, addresses[3], 1 << 40] + [0] * scratch
+        expected.append(([7, 2, 1], [128, 1, 1], 100, 5, 99, (6, 1) if launch_pdl else 0, values))
+    assert driver.starts == expected
+    assert driver.maps == [16, 32]
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:-1], [*SIZES, 4], [*SIZES, 8, 8, 8], [128, 4, 4, 8, 8, 8, 8, 8, 8]])
+def test_a_kernel_that_takes_something_else_is_refused(monkeypatch, sizes):
+    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: FakeDriver(sizes))
+    with pytest.raises(NotSupported, match="parameters of"):
+        DriverKernel(_compiled(), (1, 1, 1), _arguments())
+
+
+@pytest.mark.parametrize(
+    "field", ["num_ctas", "launch_cooperative_grid", "global_scratch_size", "profile_scratch_size"]
+)
+def test_a_kernel_of_another_kind_is_refused(monkeypatch, field):
+    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: FakeDriver(SIZES))
+    compiled = _compiled()
+    setattr(compiled.metadata, field, 2)
+    with pytest.raises(NotSupported):
+        DriverKernel(compiled, (1, 1, 1), _arguments())
+
+
+def test_what_the_driver_refuses_is_an_error(monkeypatch):
+    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: FakeDriver(SIZES, code=700))
+    with pytest.raises(DeviceError, match="error 700"):
+        DriverKernel(_compiled(), (1, 1, 1), _arguments())(5, [11, None, 16, 13])
 
 
 # on a GPU: all kinds of calls in any order, compared with the reference
