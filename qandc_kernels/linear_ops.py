@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qandc_kernels import reference
 from qandc_kernels.library import register
 from qandc_kernels.op_checks import (
     check_int4_linear,
@@ -92,6 +93,8 @@ def _same_dtype_fake(x: Tensor, weight: Tensor, *others: MaybeTensor) -> Tensor:
 
 
 def _weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor) -> Tensor:
+    if x.dtype == torch.float32:
+        return reference.weight_only_linear(x, weight, w_scale, bias)
     from qandc_kernels.products import multiply
 
     return multiply(x.new_empty(*x.shape[:-1], weight.shape[0]), x, weight, None, w_scale, bias)
@@ -319,10 +322,11 @@ def weight_only_linear(
 ) -> torch.Tensor:
     """W8A16 or W4A16 linear layer, for activations that must stay precise: ``y = Σ_k x wq · s_w + bias``.
 
-    The weight is converted in registers, products are summed in float32 and cast last.
+    The weight is converted in registers, products are summed in float32 and cast last. There is no kernel for float32
+    activations: torch multiplies them with a float32 copy of the weight, which lives as long as the call.
 
     Args:
-        x: ``[..., K]`` float16 or bfloat16, any strides, K <= 65535.
+        x: ``[..., K]`` float16, bfloat16 or float32, any strides, K <= 65535.
         weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
         w_scale: float32 ``[N]``, or for int4 ``[N, K/G]``, groups as in :func:`int4_linear`.
         bias: ``[N]`` float16, bfloat16 or float32.

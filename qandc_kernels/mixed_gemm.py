@@ -16,7 +16,7 @@ from qandc_kernels.epilogue import COMPILED, NO_EPILOGUE, Epilogue, start_early,
 from qandc_kernels.launch import Start, product_start
 from qandc_kernels.tiles import GemmTile, gemm_tile
 
-__all__ = ["mixed_gemm_start", "mixed_gemm_triton"]
+__all__ = ["mixed_gemm_start", "mixed_gemm_triton", "operands_of"]
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _load_weight(ptrs, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _operands(packed, second, dtype: tl.constexpr, PACKED: tl.constexpr):
+def operands_of(packed, second, dtype: tl.constexpr, PACKED: tl.constexpr):
     """Two blocks of the weight in the type of the activations; int4 beside int8 is times 16."""
     if PACKED:
         if dtype == tl.int8:
@@ -152,7 +152,7 @@ def _mixed_tile(
         for k in range(0, DEPTH, STEP):
             first = w.load([column, k])
             second = first if PACKED else w.load([column, k + AHEAD])
-            first, second = _operands(first, second, dtype, PACKED)
+            first, second = operands_of(first, second, dtype, PACKED)
             acc = _add_product(acc, first, x.load([row, k]).T, group_scale_ptr, k, columns, K, GROUP)
             x_tile = x.load([row, k + AHEAD]).T
             acc = _add_product(acc, second, x_tile, group_scale_ptr, k + AHEAD, columns, K, GROUP)
@@ -168,7 +168,7 @@ def _mixed_tile(
             second = first
             if not PACKED:
                 second = _load_weight(w_ptrs + AHEAD * stride_wk, inside_second, DEPTH % STEP == 0)
-            first, second = _operands(first, second, dtype, PACKED)
+            first, second = operands_of(first, second, dtype, PACKED)
             # few rows are not read again in the place of those that a tile has beside them
             x_tile = tl.load(x_ptrs, mask=inside[:, None] & (rows < M)[None, :], other=0)
             acc = _add_product(acc, first, x_tile, group_scale_ptr, k, columns, K, GROUP)

@@ -12,7 +12,6 @@ import torch
 from qandc_kernels.checks import (
     FLOAT32,
     FLOAT_DTYPES,
-    HALF_DTYPES,
     INT8,
     INT32,
     LARGEST_K,
@@ -177,7 +176,7 @@ def check_quantized_linear(
 
 def check_weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor = None) -> None:
     op = "weight_only_linear"
-    check_product(op, x, weight, (torch.int8, torch.uint8), "x", HALF_DTYPES)
+    check_product(op, x, weight, (torch.int8, torch.uint8), "x", FLOAT_DTYPES)
     check_scales(op, x, weight, w_scale, bias)
     check_devices(op, "x weight w_scale bias", x, weight, w_scale, bias)
 

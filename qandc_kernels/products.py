@@ -9,6 +9,7 @@ import torch
 
 from qandc_kernels import reference
 from qandc_kernels.epilogue import Epilogue
+from qandc_kernels.few_rows import FEW_ROWS, few_rows_start
 from qandc_kernels.int8_gemm import int8_gemm_start
 from qandc_kernels.launch import Launches, Start
 from qandc_kernels.library import rows_of
@@ -69,6 +70,9 @@ def _start(operands: Sequence[MaybeTensor], tokens: int) -> tuple[tuple[Start], 
     epilogue = Epilogue._make((*parameters, 0 if gate is None else gate.stride(0), tokens))
     if weight.dtype == x.dtype == torch.int8:
         start = int8_gemm_start(x, weight, out, epilogue, branch=branch)
+    elif x.dtype != torch.int8 and groups is None and len(x) <= FEW_ROWS:
+        weight = weight.view(torch.int8)
+        start = few_rows_start(x, weight, out, epilogue)
     else:
         weight = weight.view(torch.int8)
         start = mixed_gemm_start(x, weight, out, epilogue, groups, branch=branch)

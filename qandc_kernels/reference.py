@@ -359,5 +359,5 @@ def quantized_linear(
 def weight_only_linear(
     x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``y = Σ_k x · wq · s_w + bias`` with 16-bit activations, summed in fp32, cast last."""
+    """``y = Σ_k x · wq · s_w + bias`` with activations as they are, summed in fp32, cast last."""
     return _linear(x, weight, None, w_scale, bias).to(x.dtype)

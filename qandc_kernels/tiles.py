@@ -21,7 +21,18 @@ import torch
 if TYPE_CHECKING:
     from qandc_kernels.epilogue import Epilogue
 
-__all__ = ["GemmTile", "Gpu", "gemm_tile", "gpu_of", "heuristic_tile", "kernel_name", "own_tables", "tuned_tiles"]
+__all__ = [
+    "FewRowsTile",
+    "GemmTile",
+    "Gpu",
+    "few_rows_tile",
+    "gemm_tile",
+    "gpu_of",
+    "heuristic_tile",
+    "kernel_name",
+    "own_tables",
+    "tuned_tiles",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +56,16 @@ class GemmTile(NamedTuple):
     subtiles: int = 1
     tma: int = 1
     overlap: int = 0
+
+
+class FewRowsTile(NamedTuple):
+    """Compile-time sizes of a launch for a few rows: each of ``parts`` warps has blocks of K of its own."""
+
+    block_n: int
+    block_k: int
+    parts: int
+    num_stages: int
+    overlap: int = 1
 
 
 class Gpu(NamedTuple):
@@ -141,3 +162,8 @@ def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
     if large:
         return GemmTile(128, 128, 64 if small_memory else 128, 8, 8, 4)
     return GemmTile(64, 64, 128, 8, 4, 4)
+
+
+def few_rows_tile(m: int, n: int, k: int, packed: bool, device: torch.device) -> FewRowsTile:
+    """Choose the tile for at most 16 rows by a formula."""
+    return FewRowsTile(32, 64, 4, 4, overlap=int(gpu_of(device).capability >= (9, 0)))

@@ -6,6 +6,7 @@ python compile_kernels.py '[90]' candidates         # the GEMMs with every tile 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qandc_kernels import adaln, attention, batched_gemm, denoise, launch, quantize, reuse, tiles, tune
+from qandc_kernels import adaln, attention, batched_gemm, denoise, few_rows, launch, quantize, reuse, tiles, tune
 from qandc_kernels.driver import sizes as driver_sizes
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.int8_gemm import int8_gemm_triton
@@ -37,6 +38,8 @@ PTX = {
     "tcgen05": r"tcgen05\.mma\.",
     "overlap": r"griddepcontrol\.wait",
     "tma load": r"cp\.async\.bulk\.tensor\.2d\.shared",
+    "copy 16": r"cp\.async\.c[ag]\.shared\.global \[[^;]*, 0x10\b",
+    "copy less": r"cp\.async\.c[ag]\.shared\.global \[[^;]*, 0x[48]\b",
     "flag": r"st\.global\.b32",  # integers are stored by fours and more
     "atomic": r"\b(atom|red)\.",
     "tma add": r"cp\.reduce\.async\.bulk\.tensor\.2d\.global\.shared::cta\.add",
@@ -179,6 +182,12 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched_gemm.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
         yield record(arch, "batched_linear", [rows, inner, columns])
+    for packed, rows, columns, inner in itertools.product((False, True), (1, 2, 16), (18432, 577), (3072, 858)):
+        x, out = torch.zeros(rows, inner).bfloat16(), torch.zeros(rows, columns).bfloat16()
+        weight = torch.zeros(columns, inner // 2 if packed else inner, dtype=torch.int8)
+        parameters = Epilogue(None, torch.ones(columns), torch.zeros(columns).bfloat16())
+        few_rows.few_rows_start(x, weight, out, parameters)((x, weight, out, None, None, *parameters[:-2]))
+        yield record(arch, f"few_rows {'int4' if packed else 'int8'}", [rows, columns, inner])
     for samples, sets, dtype in (
         (1, 1, torch.bfloat16),
         (2, 1, torch.bfloat16),

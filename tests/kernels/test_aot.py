@@ -65,6 +65,16 @@ def test_attention_uses_the_tensor_cores(compiled, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_few_rows_read_the_weight_16_bytes_at_a_time(compiled, arch):
+    for record in of(compiled, arch, "few_rows"):
+        assert "mma 16" in record["instructions"], record
+        assert ("overlap" in record["instructions"]) == (arch >= 90), record
+        if record["tile"][2] == 3072:
+            assert "copy 16" in record["instructions"], record
+            assert "copy less" not in record["instructions"], record
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["attention", "quantize_per_tensor"])
 def test_a_flag_costs_no_atomics_and_nothing_where_there_is_none(compiled, arch, kernel):
     flags = [record for record in of(compiled, arch, kernel) if isinstance(record["tile"][-1], bool)]

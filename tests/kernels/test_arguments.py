@@ -100,7 +100,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "guidance_scale": Parameter(1.5, legal=(-1,)),
     },
     "weight_only_linear": {
-        "x": tensor(2, 3, 64, dtype=torch.float16, dtypes=FLOATS - {torch.float32}, any_shape=True),
+        "x": tensor(2, 3, 64, dtype=torch.float16, dtypes=FLOATS, any_shape=True),
         "weight": WQ,
         "w_scale": tensor(5),
         "bias": tensor(5, dtypes=FLOATS, optional=True),

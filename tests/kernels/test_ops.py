@@ -166,7 +166,7 @@ def test_linear_gate_residual_refuses(changes, error, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": torch.zeros(3, 16)}, TypeError, "x must be float16 or bfloat16; got float32"),
+        ({"x": torch.zeros(3, 16).double()}, TypeError, "x must be float16 or bfloat16 or float32; got float64"),
         ({"x": torch.zeros(3, 8).half()}, ValueError, r"x \[..., K\] and weight \[N, K\] must agree in K"),
         ({"weight": torch.zeros(5, 16, dtype=torch.uint8)}, ValueError, r"weight \[N, K/2\] must agree in K"),
         ({"bias": torch.zeros(4)}, ValueError, "bias must have shape"),

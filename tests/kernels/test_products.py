@@ -180,7 +180,7 @@ def test_weight_only_linear(kernel_device, shape, kind, seeded):
     bias = torch.randn(n, generator=seeded)
     scales = w_scale.double().repeat_interleave(32, 1) if "groups" in kind else w_scale.double()[:, None]
     weight = wq if kind == "int8" else pack_int4(wq)
-    for dtype in [d for d in float_dtypes(kernel_device) if d != torch.float32]:
+    for dtype in float_dtypes(kernel_device):
         x = torch.randn(samples, tokens, k, generator=seeded).to(dtype)
         expected = x.double() @ (wq.double() * scales).t() + bias.double()
         terms = x.double().abs() @ (wq.double() * scales).abs().t() + bias.double().abs()
@@ -188,6 +188,71 @@ def test_weight_only_linear(kernel_device, shape, kind, seeded):
         assert_summed(actual, expected, terms, k)
         if expected.numel() < 1e5:
             assert_summed(reference.weight_only_linear(x, weight, w_scale, bias), expected, terms, k)
+
+
+def weight_only_layer(n, k, bits, generator):
+    """A weight as it is multiplied with, as it is stored, scales and bias."""
+    wq = random_int8((n, k), generator, bits)
+    w_scale = (torch.rand(n, generator=generator) + 0.5) / (k**0.5 * 2 ** (bits - 1))
+    stored = wq if bits == 8 else pack_int4(wq)
+    return wq.double() * w_scale.double()[:, None], stored, w_scale, torch.randn(n, generator=generator)
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 16, 17])
+@pytest.mark.parametrize("size", [(5, 2), (33, 258), (32, 512), (70, 600), (18432, 3072), (6912, 1152)], ids=str)
+def test_weight_only_linear_of_few_rows(kernel_device, size, rows, bits, seeded):
+    if kernel_device.type == "cpu" and size[0] > 1000:
+        pytest.skip("too large for the interpreter")
+    weight, *parameters = weight_only_layer(*size, bits, seeded)
+    bias = parameters[-1].double()
+    for dtype in float_dtypes(kernel_device):
+        x = torch.randn(rows, size[1], generator=seeded).to(dtype)
+        terms = x.double().abs() @ weight.abs().t() + bias.abs()
+        actual = weight_only_linear(*(t.to(kernel_device) for t in (x, *parameters)))
+        assert_summed(actual, x.double() @ weight.t() + bias, terms, size[1])
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+def test_weight_only_linear_of_every_value(kernel_device, bits):
+    """Each integer that a weight can be, by itself: what it becomes on its way to the product is exact."""
+    low = -(1 << bits - 1)
+    values = (
+        torch.arange(low, -low, dtype=torch.int8).repeat_interleave(16)[:, None]
+        * torch.eye(16, dtype=torch.int8)[torch.arange(16).repeat(-2 * low)]
+    )
+    weight = values if bits == 8 else pack_int4(values)
+    for rows in (3, 40):
+        for dtype in [d for d in float_dtypes(kernel_device) if d != torch.float32]:
+            x = torch.ones(rows, 16, dtype=dtype)
+            y = weight_only_linear(*(t.to(kernel_device) for t in (x, weight, torch.ones(len(values)))))
+            assert torch.equal(y.cpu(), values.sum(1, dtype=torch.int32).to(dtype).expand(rows, -1))
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+def test_weight_only_linear_of_few_strided_rows(kernel_device, bits, seeded):
+    weight, stored, w_scale, bias = weight_only_layer(40, 96, bits, seeded)
+    x = torch.randn(96, 6, generator=seeded).half()
+    for rows in (x.t(), torch.stack([x, x], 1).permute(2, 1, 0)[:, 0], x[:, :1].t().expand(4, -1)):
+        actual = weight_only_linear(*(t.to(kernel_device) for t in (rows, spread(stored), spread(w_scale), bias)))
+        terms = rows.double().abs() @ weight.abs().t() + bias.double().abs()
+        assert_summed(actual, rows.double() @ weight.t() + bias.double(), terms, 96)
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+def test_weight_only_rows_that_are_not_finite_keep_to_themselves(kernel_device, bits, seeded):
+    """The largest float16 does not overflow on the way, infinity meets no zero beyond the edge of K."""
+    weight, stored, w_scale, bias = weight_only_layer(40, 250, bits, seeded)
+    x = torch.randn(6, 250, generator=seeded).half()
+    x[1, 3], x[2, 249], x[4, 7:9] = float("nan"), float("inf"), 65504
+    y = weight_only_linear(*(t.to(kernel_device) for t in (x, stored, w_scale, bias))).cpu()
+    assert y[1].isnan().all()
+    torch.testing.assert_close(y[2], (torch.inf * weight[:, 249]).half(), equal_nan=True)
+    expected, terms = x.double() @ weight.t() + bias.double(), x.double().abs() @ weight.abs().t() + bias.abs()
+    inside = expected[4].abs() < 65504
+    assert inside.any()
+    assert_summed(y[[0, 3, 5]], expected[[0, 3, 5]], terms[[0, 3, 5]], 250)
+    assert_summed(y[4, inside], expected[4, inside], terms[4, inside], 250)
 
 
 def test_strided_operands(kernel_device, seeded):
