@@ -166,4 +166,4 @@ def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
 
 def few_rows_tile(m: int, n: int, k: int, packed: bool, device: torch.device) -> FewRowsTile:
     """Choose the tile for at most 16 rows by a formula."""
-    return FewRowsTile(32, 64, 4, 4, overlap=int(gpu_of(device).capability >= (9, 0)))
+    return FewRowsTile(32 if m <= 8 else 16, 64, 4, 4, overlap=int(gpu_of(device).capability >= (9, 0)))
