@@ -9,7 +9,7 @@ from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_c
 from qandc.calibration import calibrate, calibrate_steps, input_hessians, smoothing_factors
 from qandc.calibration_settings import CalibrationSettings
 from qandc.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
-from qandc.conversion import QuantizationReport, quantization_report, quantize_model
+from qandc.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
 from qandc.errors import (
     CacheError,
     ConfigError,
@@ -87,6 +87,7 @@ __all__ = [
     "load_quantized",
     "make_scheduler",
     "prepare_run",
+    "quantization_plan",
     "quantization_report",
     "quantize_model",
     "record_pool",

@@ -190,7 +190,7 @@ def smoothing_factors(
 @checked
 @torch.no_grad()
 def input_hessians(
-    model: nn.Module, batches: Iterable[Any], skip_patterns: Iterable[str] = QuantConfig.skip_patterns
+    model: nn.Module, batches: Iterable[Any], skip_patterns: Iterable[str] | None = None
 ) -> dict[str, torch.Tensor]:
     """``H = Σ x xᵀ`` over the inputs x of every linear layer that ``quantize_model`` would replace.
 
@@ -208,7 +208,9 @@ def input_hessians(
         DataError: a layer saw no input, or NaN or inf.
     """
     try:
-        layers = layers_to_quantize(model, QuantConfig(skip_patterns=list(skip_patterns)))
+        layers = layers_to_quantize(
+            model, QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns))
+        )
     except ModelError as error:
         raise ModelError(f"{error}; gather Hessians before quantizing") from None
     # in place: autocast, inside of a model, would make it one of half precision

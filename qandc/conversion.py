@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ from torch import nn
 from qandc.arguments import check_fields, checked
 from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ConfigError, DataError, ModelError
-from qandc.linear import QuantLinear, check_finite, check_layer, smoothed_weight
+from qandc.linear import QuantLinear, check_finite, check_layer, skeleton_layer, smoothed_weight
+from qandc.plan import assign, resolved
 from qandc.quantizer import QuantConfig
 from qandc.readers import kept_layers, tuner_layers
 from qandc_kernels import select_backend
@@ -23,6 +25,7 @@ __all__ = [
     "QuantizationReport",
     "layers_to_quantize",
     "quant_layers",
+    "quantization_plan",
     "quantization_report",
     "quantize_model",
 ]
@@ -39,39 +42,10 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules(remove_duplicate=False):
-        # a subclass may compute something else, or be read past its forward, as in nn.MultiheadAttention
-        if type(module) is nn.Linear:
-            yield name, module
-
-
 def layers_to_quantize(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:
-    """Choose the linear layers that become :class:`QuantLinear`, by qualified name.
-
-    Layers that :func:`qandc.readers.kept_layers` names stay as they are; a warning says which and why.
-
-    Raises:
-        ModelError: there is none.
-    """
-    linears = dict(_linear_layers(model))
-    kept = {name: why for name, why in kept_layers(model).items() if not config.skips(name)}
-    for why in dict.fromkeys(kept.values()):
-        names = [name for name in kept if kept[name] == why]
-        logger.warning("%d linear layers stay in full precision, %s among them: %s", len(names), names[0], why)
-    skipped = {id(linear) for name, linear in linears.items() if config.skips(name) or name in kept}
-    chosen = [name for name, linear in linears.items() if id(linear) not in skipped]
-    if not chosen:
-        if kept:
-            why = f"{min(kept)} and others stay as they are ({kept[min(kept)]}), and skip_patterns exclude the rest"
-        elif linears:
-            why = f"skip_patterns {list(config.skip_patterns)} exclude all {len(linears)} of its linear layers"
-        elif quant_layers(model):
-            why = "its linear layers are quantized already"
-        else:
-            why = "it has no nn.Linear layer"
-        raise ModelError(f"nothing to quantize in {type(model).__name__}: {why}")
-    return {name: linears[name] for name in chosen}
+    """Choose the linear layers that become :class:`QuantLinear`, by qualified name (:func:`qandc.plan.assign`)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {name: modules[name] for name in assign(model, config).bits}
 
 
 @checked
@@ -79,17 +53,19 @@ def quantize_model(
     model: ModelT,
     w_bits: int = 8,
     a_bits: int = 8,
-    skip_patterns: Sequence[str] = QuantConfig.skip_patterns,
+    skip_patterns: Sequence[str] | None = None,
     *,
+    conditioning: str | None = None,
     weight_clip: str = "max",
     smoothing: Mapping[str, torch.Tensor] | None = None,
     hessians: Mapping[str, torch.Tensor] | None = None,
 ) -> ModelT:
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`QuantLinear`, in place, layer by layer.
 
-    Each full-precision weight is freed as soon as its layer is converted (with hessians, when all are). On DiT-XL/2 the
-    default patterns leave the timestep, label and adaLN layers alone and convert 170: q, k, v, out and both MLP layers
-    of 28 blocks, and the two output projections.
+    Each full-precision weight is freed as soon as its layer is converted (with hessians, when all are). Which layers
+    are replaced by default depends on the class of the model: attention and MLPs of the repeated blocks, no embedders,
+    timestep and text projections, final layers (of DiT both output projections too). ``print`` what
+    :func:`quantization_plan` returns to see it. A model without repeated blocks is quantized whole.
 
     Weights that :func:`qandc.load_pipeline` has cast are quantized from the precision of their file.
 
@@ -97,7 +73,11 @@ def quantize_model(
         model: any module; it must not be an ``nn.Linear`` itself (use ``QuantLinear.from_linear``).
         w_bits: 4 or 8.
         a_bits: 4 to 8.
-        skip_patterns: layers whose qualified name contains one of these substrings stay as they are.
+        skip_patterns: layers whose qualified name contains one of these substrings stay as they are; ``.proj_out`` is
+            at the root only, ``re:...`` a regular expression. None: what fits the class of the model.
+        conditioning: scheme of the modulation layers of the blocks, which see one row per sample: "W8A16" or "W4A16"
+            (weights alone are quantized), or as "W8A8". None leaves them in full precision. They are 15 to 33 % of
+            the weights of FLUX.1, SD3.5 and Qwen-Image.
         weight_clip: ``max``, or ``mse``, the scale of least squared error, which pays with 4 bits and hessians.
         smoothing: layer name to ``[in_features]`` factors (:func:`qandc.smoothing_factors`).
         hessians: layer name to ``[in_features, in_features]`` (:func:`qandc.input_hessians`): these weights are rounded
@@ -107,8 +87,8 @@ def quantize_model(
         ``model``.
 
     Raises:
-        ConfigError: unknown bits, patterns or clip, factors for a layer that is not quantized here, or a layer that no
-            kernel can run (:meth:`QuantLinear.from_linear`).
+        ConfigError: unknown bits, scheme or clip, a pattern that matches no module, factors for a layer that is not
+            quantized here, or a layer that no kernel can run (:meth:`QuantLinear.from_linear`).
         ModelError: nothing is left to quantize, or a layer has hooks or a replaced ``forward``, which would be lost.
         DataError: a weight or bias holds NaN or inf, or factors or a Hessian are not what ``from_linear`` takes.
 
@@ -116,19 +96,21 @@ def quantize_model(
     layers whose weight other code reads past their forward, and adapters of PEFT: these stay beside their quantized
     base layer, or in it if they were merged; to merge or unmerge them afterwards is refused.
     """
-    config = QuantConfig(w_bits, a_bits, skip_patterns, weight_clip)
+    config = QuantConfig(w_bits, a_bits, skip_patterns, weight_clip, conditioning)
     smoothing, hessians = smoothing or {}, hessians or {}
     if isinstance(model, nn.Linear):
         raise ModelError("the model is a single nn.Linear; use QuantLinear.from_linear(linear)")
-    linears = layers_to_quantize(model, config)
-    chosen = list(linears)
+    bits = assign(model, config).bits
+    config = resolved(model, config)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen, linears = list(bits), {name: modules[name] for name in bits}
     for what, given in (("smoothing", smoothing), ("hessians", hessians)):
         strangers = [name for name in given if name not in chosen]
         if strangers:
             raise ConfigError(f"{what} names {strangers[0]!r}, which is no layer that is quantized here")
     for name in chosen:  # before the first change: a refused model stays whole
         linear = linears[name]
-        check_layer(name, linear.in_features, linear.weight.dtype, config.w_bits)
+        check_layer(name, linear.in_features, linear.weight.dtype, bits[name][0])
         if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
             raise ModelError(f"{name} has hooks or a replaced forward, which would be lost; remove them first")
         check_finite(linear.weight, f"{name}.weight")
@@ -141,13 +123,10 @@ def quantize_model(
     def convert(name: str, linear: nn.Linear) -> None:
         key = id(linear)
         if key not in converted:
-            args = (
-                factors.get(key),
-                weight_clip,
-                inputs.get(key),
-                _unrounded(linear.weight, exact.get(f"{name}.weight")),
+            stored = _unrounded(linear.weight, exact.get(f"{name}.weight"))
+            converted[key] = QuantLinear.from_linear(
+                linear, *bits[name], factors.get(key), weight_clip, inputs.get(key), stored
             )
-            converted[key] = QuantLinear.from_linear(linear, w_bits, a_bits, *args)
 
     for name in dict.fromkeys((*smoothing, *hessians)):
         try:
@@ -191,6 +170,16 @@ def refuse_merge(*args: Any, **kwargs: Any) -> None:
     )
 
 
+def settings_to_save(config: QuantConfig) -> dict[str, Any]:
+    """Describe settings for ``config.json``; ``conditioning`` is left out where it is None, as older versions know."""
+    settings = asdict(config)
+    if config.skip_patterns is not None:
+        settings["skip_patterns"] = list(config.skip_patterns)
+    if config.conditioning is None:
+        del settings["conditioning"]
+    return settings
+
+
 def _note_for_diffusers(model: Any, config: QuantConfig) -> None:
     """Have ``save_pretrained`` of a diffusers model write what its ``from_pretrained`` has to know."""
     register = getattr(model, "register_to_config", None)
@@ -200,7 +189,7 @@ def _note_for_diffusers(model: Any, config: QuantConfig) -> None:
     linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, QuantLinear)]
     kept = kept_layers(model)
     implied = {name: config.scheme for name in linears if not config.skips(name) and name not in kept}
-    note = {"quant_method": "qandc", **asdict(config), "skip_patterns": list(config.skip_patterns)}
+    note = {"quant_method": "qandc", **settings_to_save(config)}
     register(quantization_config=note if schemes == implied else {**note, "layers": schemes})
 
 
@@ -219,9 +208,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """All linear layers of a model, quantized or not; ``print`` it for a table."""
+    """All linear layers of a model, quantized or not, and what the rest of it takes.
+
+    ``print`` it for a table with a row for each group of layers whose names differ in numbers only.
+
+    Attributes:
+        layers: in the order of the model.
+        other_bytes: of all other parameters and buffers, biases included.
+    """
 
     layers: tuple[LayerReport, ...]
+    other_bytes: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -246,44 +243,132 @@ class QuantizationReport:
         """Weight bytes of all linear layers as they are."""
         return sum(layer.bytes_after for layer in self.layers)
 
-    def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=4)
-        lines = [f"{'layer':{width}}  {'scheme':24} {'bytes before':>12} {'after':>12}  kernel"]
+    @property
+    def total_bytes(self) -> tuple[int, int]:
+        """Bytes of all parameters and buffers of the model, before and after."""
+        return self.bytes_before + self.other_bytes, self.bytes_after + self.other_bytes
+
+    @property
+    def groups(self) -> dict[str, tuple[LayerReport, ...]]:
+        """Name with ``*`` for the numbers that differ, to the layers: same scheme, kernel and reason."""
+        found: dict[tuple[str, ...], list[LayerReport]] = {}
         for layer in self.layers:
+            key = (NUMBER.sub("*", layer.name), layer.scheme, layer.kernel, layer.reason)
+            found.setdefault(key, []).append(layer)
+        return {_group_name([layer.name for layer in group]): tuple(group) for group in found.values()}
+
+    def __str__(self) -> str:
+        groups = self.groups
+        width = max(map(len, groups), default=6)
+        lines = [f"{'layers':{width}} {'':>5}  {'scheme':24} {'bytes before':>14} {'after':>14}  kernel"]
+        for name, group in groups.items():
+            before, after = sum(row.bytes_before for row in group), sum(row.bytes_after for row in group)
             lines.append(
-                f"{layer.name:{width}}  {layer.scheme:24} {layer.bytes_before:12,} {layer.bytes_after:12,}  "
-                f"{layer.kernel} ({layer.reason})"
+                f"{name:{width}} {f'x{len(group)}' if len(group) > 1 else '':>5}  {group[0].scheme:24} {before:14,} "
+                f"{after:14,}  {group[0].kernel} ({group[0].reason})"
             )
+        before, after = self.total_bytes
         lines.append(
             f"{len(self.quantized)} of {len(self.layers)} linear layers quantized; weights "
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes; whole model {before:,} -> {after:,} bytes"
         )
         return "\n".join(lines)
+
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a qualified name
+
+
+def _group_name(names: list[str]) -> str:
+    """Join names that differ in numbers only: where they differ is a ``*``."""
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(first if len({first, *others}) == 1 else "*" for first, *others in columns)
+
+
+@checked
+def quantization_plan(
+    model: nn.Module,
+    w_bits: int = 8,
+    a_bits: int = 8,
+    skip_patterns: Sequence[str] | None = None,
+    *,
+    conditioning: str | None = None,
+) -> QuantizationReport:
+    """Tell what :func:`quantize_model` would make of each linear layer; nothing is changed or computed.
+
+    ``print`` it for a table of layers, schemes, bytes and kernels, and why the others stay. A model on the meta device
+    (``with torch.device("meta"): ...``) will do, which takes no memory.
+
+    Args:
+        model, w_bits, a_bits, skip_patterns, conditioning: as for :func:`quantize_model`.
+
+    Returns:
+        What :func:`quantization_report` would return of the quantized model, with reasons for the layers that stay. The
+        kernels of a model on the meta device are those of the GPU that is here, or of the CPU.
+
+    Raises:
+        ConfigError, ModelError: as :func:`quantize_model`.
+    """
+    config = QuantConfig(w_bits, a_bits, skip_patterns, conditioning=conditioning)
+    assignment, rows = assign(model, config), []
+    for name, module in model.named_modules():
+        if name in assignment.bits:
+            bits, dtype = assignment.bits[name], module.weight.dtype
+            check_layer(name, module.in_features, dtype, bits[0])
+            layer = skeleton_layer(module.in_features, module.out_features, bias=False, bits=bits, dtype=dtype)
+            device = module.weight.device
+            if device.type == "meta":
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            size = module.weight.numel() * module.weight.element_size()
+            rows.append(_quantized_row(name, layer, size, *_kernel_of(layer, device)))
+        elif isinstance(module, nn.Linear | QuantLinear):
+            rows.append(_row(name, module, assignment.reasons))
+    return QuantizationReport(tuple(rows), _other_bytes(model))
 
 
 @checked
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
-    rows, kept = [], kept_layers(model)
+    kept = kept_layers(model)
     fused = model.__dict__.get(FUSED)
     if fused is not None:
         fused.inspect(model)
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            device = module.qweight.device
-            if device.type == "meta":
-                kernel, reason = "none", "on the meta device"
-            else:
-                backend, reason = select_backend(device)
-                kernel = f"{backend} {'int8' if module.w_bits == 8 else 'int4'}_linear"
-                how = fused.kernel_of(name) if fused is not None and backend == "triton" else None
-                if how is not None:
-                    kernel, reason = f"{kernel}, {how[0]}", f"{reason}; {how[1]}"
-            itemsize = module.weight_dtype_holder.element_size()
-            before = module.original_bytes or module.in_features * module.out_features * itemsize
-            rows.append(LayerReport(name, True, module.scheme, before, module.weight_bytes, kernel, reason))
-        elif isinstance(module, nn.Linear):
-            size = module.weight.numel() * module.weight.element_size()
-            dtype = str(module.weight.dtype).removeprefix("torch.")
-            rows.append(LayerReport(name, False, dtype, size, size, "torch linear", kept.get(name, "not quantized")))
-    return QuantizationReport(tuple(rows))
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+    return QuantizationReport(tuple(_row(name, m, kept, fused) for name, m in linears.items()), _other_bytes(model))
+
+
+def _row(name: str, module: nn.Module, reasons: Mapping[str, str], fused: Any = None) -> LayerReport:
+    """Describe a layer as it is; ``reasons`` says why some are not quantized."""
+    if not isinstance(module, QuantLinear):
+        weight: Any = module.weight
+        size, dtype = weight.numel() * weight.element_size(), str(weight.dtype).removeprefix("torch.")
+        return LayerReport(name, False, dtype, size, size, "torch linear", reasons.get(name, "not quantized"))
+    device = module.qweight.device
+    kernel, reason = ("none", "on the meta device") if device.type == "meta" else _kernel_of(module, device)
+    how = fused.kernel_of(name) if fused is not None and kernel.startswith("triton") else None
+    if how is not None:
+        kernel, reason = f"{kernel}, {how[0]}", f"{reason}; {how[1]}"
+    itemsize = module.weight_dtype_holder.element_size()
+    before = module.original_bytes or module.in_features * module.out_features * itemsize
+    return _quantized_row(name, module, before, kernel, reason)
+
+
+def _quantized_row(name: str, layer: QuantLinear, bytes_before: int, kernel: str, reason: str) -> LayerReport:
+    return LayerReport(name, True, layer.scheme, bytes_before, layer.weight_bytes, kernel, reason)
+
+
+def _kernel_of(layer: QuantLinear, device: torch.device) -> tuple[str, str]:
+    """Name the kernel that runs a layer on a device, and say why."""
+    backend, reason = select_backend(device)
+    return f"{backend} {'int8' if layer.w_bits == 8 else 'int4'}_linear", reason
+
+
+def _other_bytes(model: nn.Module) -> int:
+    """Add up parameters and buffers but for the weights of linear layers with their scales."""
+    tensors: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | QuantLinear):
+            own: list[torch.Tensor | None] = [module.bias]
+        else:
+            own = [*module._parameters.values(), *module._buffers.values()]
+        tensors |= {id(tensor): tensor for tensor in own if tensor is not None}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

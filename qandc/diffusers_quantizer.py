@@ -6,11 +6,10 @@ empty layers; which ones, ``quantization_config`` in its ``config.json`` says.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
@@ -20,10 +19,11 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from qandc.arguments import checked
-from qandc.conversion import layers_to_quantize, quant_layers
+from qandc.conversion import quant_layers, settings_to_save
 from qandc.errors import ConfigError, ModelError
 from qandc.linear import OPTIONAL_BUFFERS, QuantLinear, check_finite, check_layer, skeleton_layer
-from qandc.quantizer import QuantConfig
+from qandc.plan import assign, resolved
+from qandc.quantizer import QuantConfig, parse_scheme
 
 __all__ = ["QandCConfig", "QandCQuantizer"]
 
@@ -41,9 +41,11 @@ class QandCConfig(QuantizationConfigMixin):
     """``quantization_config`` of a diffusers model in ``from_pretrained``, or one of a pipeline's ``quant_mapping``.
 
     Args:
-        w_bits, a_bits, skip_patterns, weight_clip: as :class:`qandc.QuantConfig`.
-        layers: qualified name to scheme ("W8A8") of every quantized layer. Saved only where the four above do not
-            tell them, as after several calls of :func:`qandc.quantize_model`; they then count instead.
+        w_bits, a_bits, skip_patterns, weight_clip, conditioning: as :class:`qandc.QuantConfig`. What is saved holds the
+            patterns that ``skip_patterns=None`` meant for the model.
+        layers: qualified name to scheme ("W8A8") of every quantized layer. Saved only where w_bits, a_bits and
+            skip_patterns do not tell them, as with ``conditioning`` or after several calls of
+            :func:`qandc.quantize_model`; they then count instead.
         quant_method: "qandc".
 
     Raises:
@@ -55,23 +57,24 @@ class QandCConfig(QuantizationConfigMixin):
         self,
         w_bits: int = 8,
         a_bits: int = 8,
-        skip_patterns: Sequence[str] = QuantConfig.skip_patterns,
+        skip_patterns: Sequence[str] | None = None,
         weight_clip: str = "max",
         layers: Mapping[str, str] | None = None,
         quant_method: str = Method.QANDC.value,
+        conditioning: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown or quant_method != Method.QANDC.value:
             what = f"{min(unknown)}={unknown[min(unknown)]!r}" if unknown else f"quant_method={quant_method!r}"
             raise ConfigError(
-                f"QandCConfig got {what}; it knows w_bits, a_bits, skip_patterns, weight_clip, layers and quant_method "
-                "'qandc' (a checkpoint of a newer qandc: update qandc)"
+                f"QandCConfig got {what}; it knows w_bits, a_bits, skip_patterns, weight_clip, conditioning, layers "
+                "and quant_method 'qandc' (a checkpoint of a newer qandc: update qandc)"
             )
-        config = QuantConfig(w_bits, a_bits, skip_patterns, weight_clip)
+        config = QuantConfig(w_bits, a_bits, skip_patterns, weight_clip, conditioning)
         method: Any = Method.QANDC
         self.quant_method = method
-        self.w_bits, self.a_bits, self.weight_clip = w_bits, a_bits, weight_clip
-        self.skip_patterns = list(config.skip_patterns)
+        self.w_bits, self.a_bits, self.weight_clip, self.conditioning = w_bits, a_bits, weight_clip, conditioning
+        self.skip_patterns = None if config.skip_patterns is None else list(config.skip_patterns)
         if layers is not None and not layers:
             raise ConfigError(f"layers must map names of layers to schemes, as {{'proj': 'W8A8'}}; got {layers!r}")
         self.layers = None if layers is None else dict(layers)
@@ -83,25 +86,22 @@ class QandCConfig(QuantizationConfigMixin):
     @property
     def settings(self) -> QuantConfig:
         """What diffusers' ``update`` may have changed, validated anew."""
-        return QuantConfig(self.w_bits, self.a_bits, self.skip_patterns, self.weight_clip)
+        return QuantConfig(self.w_bits, self.a_bits, self.skip_patterns, self.weight_clip, self.conditioning)
 
     def bits_of_layers(self) -> dict[str, tuple[int, int]]:
         """Name to (w_bits, a_bits) of the layers that are listed one by one."""
         found = {}
         for name, scheme in (self.layers or {}).items():
-            match = re.fullmatch(r"W(\d)A(\d)", str(scheme))
-            if match is None:
-                raise ConfigError(f"the scheme of {name} is {scheme!r}; it must be as 'W4A8'")
-            config = QuantConfig(int(match[1]), int(match[2]))
-            found[name] = config.w_bits, config.a_bits
+            try:
+                found[name] = parse_scheme(str(scheme))
+            except ConfigError as error:
+                raise ConfigError(f"the scheme of {name}: {error}") from None
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` holds."""
         layers = {} if self.layers is None else {"layers": dict(self.layers)}
-        settings = asdict(self.settings)
-        settings["skip_patterns"] = list(self.skip_patterns)
-        return {"quant_method": self.quant_method.value, **settings, **layers}
+        return {"quant_method": self.quant_method.value, **settings_to_save(self.settings), **layers}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Everything: defaults may differ in another version."""
@@ -132,9 +132,7 @@ class QandCQuantizer(DiffusersQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config, settings = self.config, self.config.settings
-        linears = layers_to_quantize(model, settings) if config.layers is None else {}
-        self.bits = dict.fromkeys(linears, (settings.w_bits, settings.a_bits)) or config.bits_of_layers()
+        self.bits = self.config.bits_of_layers() or self._assigned(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, bits in self.bits.items():
             linear = modules.get(name)
@@ -148,6 +146,20 @@ class QandCQuantizer(DiffusersQuantizer):
                     layer.make_optional(buffer)
                 _replace(model, name, layer)
         return model
+
+    def _assigned(self, model: Any) -> dict[str, tuple[int, int]]:
+        """Choose the layers, and note what was chosen where ``save_pretrained`` finds it: not in the user's config."""
+        settings = self.config.settings
+        # a saved list may hold patterns that never matched anything: it was quantized with them
+        bits = assign(model, settings, check_patterns=not self.pre_quantized).bits
+        if not self.pre_quantized:
+            self.config = copy.copy(self.config)
+            self.config.skip_patterns = list(resolved(model, settings).skip_patterns or ())
+            if any(found != (settings.w_bits, settings.a_bits) for found in bits.values()):
+                self.config.layers = {name: "W{}A{}".format(*found) for name, found in bits.items()}
+            self.quantization_config = self.config
+            model.register_to_config(quantization_config=self.config)
+        return bits
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Ranges and smoothing are there or not; anything else has to be."""

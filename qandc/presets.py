@@ -15,6 +15,7 @@ from qandc.arguments import Scheduler, Steps, check_fields, checked
 from qandc.conversion import quant_layers, quantize_model
 from qandc.errors import ConfigError, DataError, ModelError, OutputError
 from qandc.files import write_json, write_whole
+from qandc.plan import resolved
 from qandc.quantizer import QuantConfig, check_bits
 from qandc.sampling import SCHEDULERS, Guidance, set_timesteps
 from qandc.schedule import CalibratedSchedule
@@ -116,7 +117,7 @@ class Preset:
             if keep_weights and (tensor := getattr(layer, buffer)) is not None
         }
         return cls(
-            config,
+            resolved(model, config),
             {name: layer.act_scale for name, layer in layers.items() if layer.act_scale is not None},
             {name: layer.act_zero_point for name, layer in layers.items() if layer.act_zero_point is not None},
             schedule,
@@ -233,7 +234,7 @@ class Preset:
             "version": FORMAT_VERSION,
             "w_bits": self.config.w_bits,
             "a_bits": self.config.a_bits,
-            "skip_patterns": list(self.config.skip_patterns),
+            "skip_patterns": None if self.config.skip_patterns is None else list(self.config.skip_patterns),
             "weight_clip": self.config.weight_clip,
             "weights": bool(self.weights),
             "compensation": self.compensation is not None,

@@ -35,21 +35,30 @@ class QuantConfig:
         a_bits: 4 to 8; fewer than 8 bits still run on the int8 kernels.
         skip_patterns: layers whose qualified name contains one of these substrings stay as they are. A leading dot
             stands for the root of the model (``.proj_out`` is ``proj_out`` and what lies in it, and no block's
-            ``proj_out``), a leading ``re:`` for a regular expression that is searched in the name.
+            ``proj_out``), a leading ``re:`` for a regular expression that is searched in the name. None: what fits
+            the class of the model; of a class that is not known, all that lies outside the repeated blocks or sees no
+            tokens (:mod:`qandc.plan`).
         weight_clip: how the scale of a weight channel is found: ``max`` or ``mse`` (:func:`quantize_weight`).
+        conditioning: scheme of the modulation layers in the blocks, as "W8A16" or "W4A16"; None leaves them in full
+            precision.
     """
 
     w_bits: int = 8
     a_bits: int = 8
-    skip_patterns: Sequence[str] = ("pos_embed", "norm")
+    skip_patterns: Sequence[str] | None = None
     weight_clip: str = "max"
+    conditioning: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_bits(self.w_bits, self.a_bits)
         if self.weight_clip not in WEIGHT_CLIPS:
             raise ConfigError(f"weight_clip {self.weight_clip!r} is unknown; choose one of {', '.join(WEIGHT_CLIPS)}")
+        if self.conditioning is not None:
+            parse_scheme(self.conditioning)
         patterns = self.skip_patterns
+        if patterns is None:
+            return
         if not all(patterns):
             raise ConfigError(
                 f"skip_patterns must be a list of non-empty strings, e.g. ['pos_embed', 'norm']; got {patterns!r}"
@@ -68,17 +77,37 @@ class QuantConfig:
         return f"W{self.w_bits}A{self.a_bits}"
 
     def skips(self, name: str) -> bool:
-        """Whether the layer of this qualified name stays as it is."""
-        return any(_matches(pattern, name) for pattern in self.skip_patterns)
+        """Tell whether ``skip_patterns`` match this qualified name of a layer.
+
+        Raises:
+            ConfigError: ``skip_patterns`` is None, which means something only for a model.
+        """
+        if self.skip_patterns is None:
+            raise ConfigError("skip_patterns is None, which depends on the model; see quantization_plan(model)")
+        return any(matches(pattern, name) for pattern in self.skip_patterns)
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """Tell whether a skip pattern means the layer of this qualified name."""
     if pattern.startswith(REGULAR):
         return re.search(pattern.removeprefix(REGULAR), name) is not None
     if pattern.startswith("."):
         return f".{name}.".startswith(f"{pattern}.")
     return pattern in name
+
+
+def parse_scheme(scheme: str) -> tuple[int, int]:
+    """Read (w_bits, a_bits) from a scheme as "W8A16".
+
+    Raises:
+        ConfigError: it is no scheme, or no kernel runs it.
+    """
+    match = re.fullmatch(r"W(\d{1,2})A(\d{1,2})", scheme)
+    if match is None:
+        raise ConfigError(f"{scheme!r} is no scheme; give bits of weights and of activations, as 'W8A8' or 'W4A8'")
+    bits = int(match[1]), int(match[2])
+    check_bits(*bits)
+    return bits
 
 
 def check_bits(w_bits: int, a_bits: int) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,6 +58,7 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapper
 
+    _device_constructors()  # cached at the first call: torch.device("meta") knows no poisoned function
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 

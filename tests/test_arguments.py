@@ -228,6 +228,7 @@ RUN = {"num_inference_steps": P(STEPS), "guidance_scale": P(1.5, "0 1/2")}
 SEEDS, CALLBACK = P([7, 8], "None"), P(None, f"None {CALLABLES}")
 BITS = {"w_bits": P(8), "a_bits": P(8)}
 PATTERNS = P(["norm"], "[] () ['x'] array_[] array_text tensor_[]")
+SKIPPED = P(["norm"], "None [] () array_[] tensor_[]")
 TENSORS = "tensor tensor_0-d tensor_5-d tensor_[] tensor_huge tensor_nan"
 
 
@@ -371,12 +372,18 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "Preset.load": lambda: {"directory": P(saved("preset"))},
     "QandCConfig": lambda: {
         **BITS,
-        "skip_patterns": PATTERNS,
+        "skip_patterns": P(["norm"], f"None {PATTERNS.legal}"),
         "weight_clip": P("mse"),
+        "conditioning": P("W8A8", "None"),
         "layers": P({"x": "W8A8"}, "None"),
         "quant_method": P("qandc"),
     },
-    "QuantConfig": lambda: {**BITS, "skip_patterns": PATTERNS, "weight_clip": P("mse")},
+    "QuantConfig": lambda: {
+        **BITS,
+        "skip_patterns": P(["norm"], f"None {PATTERNS.legal}"),
+        "weight_clip": P("mse"),
+        "conditioning": P("W8A8", "None"),
+    },
     "QuantLinear": lambda: {
         "in_features": P(4, "0"),
         "out_features": P(4, "0"),
@@ -398,7 +405,10 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "scale": P(torch.tensor(1.0)),
         "zero_point": P(torch.tensor(1, dtype=torch.int32), "None tensor_0-d"),
     },
-    "QuantizationReport": lambda: {"layers": P(report().layers, "[] () array_[] tensor_[]")},
+    "QuantizationReport": lambda: {
+        "layers": P(report().layers, "[] () array_[] tensor_[]"),
+        "other_bytes": P(1, "0"),
+    },
     "QuantizedCheckpoint": lambda: {
         "model": P(quantized(), MODULES),
         "schedule": P(schedule(), "None"),
@@ -494,7 +504,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "input_hessians": lambda: {
         "model": P(dit()),
         "batches": batches(),
-        "skip_patterns": P(["norm"], f"{PATTERNS.legal} set()"),
+        "skip_patterns": P(["norm"], f"{SKIPPED.legal} set()"),
     },
     "load_pipeline": lambda: {
         "model": P(saved("pipeline"), "None"),
@@ -515,11 +525,18 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "timesteps": P(torch.tensor([9.0, 1.0]), "tensor tensor_[]"),
         "class_labels": P(torch.tensor([1, 2])),
     },
+    "quantization_plan": lambda: {
+        "model": P(dit(), "unet"),
+        **BITS,
+        "skip_patterns": SKIPPED,
+        "conditioning": P("W8A8", "None"),
+    },
     "quantization_report": lambda: {"model": P(dit(), MODULES)},
     "quantize_model": lambda: {
         "model": P(dit(), "unet"),
         **BITS,
-        "skip_patterns": PATTERNS,
+        "skip_patterns": SKIPPED,
+        "conditioning": P("W8A8", "None"),
         "weight_clip": P("mse"),
         "smoothing": P({}, "None {}"),
         "hessians": P({}, "None {}"),

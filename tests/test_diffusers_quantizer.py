@@ -99,7 +99,7 @@ def test_full_precision_weights_are_quantized_as_they_come(full, monkeypatch, se
     assert_same_model(expected, model)
     assert not any(p.requires_grad for layer in quant_layers(model).values() for p in layer.parameters())
     config = json.loads(model.to_json_string())["quantization_config"]
-    assert config == {"quant_method": "qandc", **QandCConfig(**settings).to_dict()}
+    assert config == QandCConfig(**{"skip_patterns": ["pos_embed", "norm"], **settings}).to_dict()
     assert config == json.loads(expected.to_json_string())["quantization_config"]
 
 
@@ -368,8 +368,9 @@ def test_a_loader_that_brings_no_weights(pre_quantized):
         ({"skip_patterns": "norm"}, "skip_patterns is 'norm'; give a list"),
         ({"bits": 8}, "QandCConfig got bits=8; it knows w_bits"),
         ({"quant_method": "quanto"}, "got quant_method='quanto'"),
-        ({"layers": {"proj": "int8"}}, "the scheme of proj is 'int8'; it must be as 'W4A8'"),
+        ({"layers": {"proj": "int8"}}, "the scheme of proj: 'int8' is no scheme; give bits"),
         ({"layers": {"proj": "W5A8"}}, "w_bits is 5"),
+        ({"conditioning": "int8"}, "'int8' is no scheme"),
         ({"layers": {}}, "layers must map names of layers to schemes"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qandc import ConfigError, DataError, QuantConfig
-from qandc.quantizer import activation_parameters, quantize_weight
+from qandc.quantizer import activation_parameters, parse_scheme, quantize_weight
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -106,5 +106,22 @@ def test_config_refuses(settings, message):
 def test_config_is_a_value():
     assert QuantConfig(skip_patterns=["norm"]) == QuantConfig(skip_patterns=("norm",))
     assert QuantConfig(w_bits=4).scheme == "W4A8"
-    assert QuantConfig().skips("transformer_blocks.0.norm1.linear")
-    assert not QuantConfig().skips("transformer_blocks.0.attn1.to_q")
+    config = QuantConfig(skip_patterns=("pos_embed", "norm"))
+    assert config.skips("transformer_blocks.0.norm1.linear")
+    assert not config.skips("transformer_blocks.0.attn1.to_q")
+    with pytest.raises(ConfigError, match="skip_patterns is None, which depends on the model"):
+        QuantConfig().skips("proj_out")
+
+
+def test_schemes_are_read():
+    assert parse_scheme("W4A8") == (4, 8)
+    for scheme, message in {
+        "W8": "'W8' is no scheme; give bits of weights and of activations, as 'W8A8'",
+        "W8A8 ": "is no scheme",
+        "W3A8": "w_bits is 3; allowed are 4 and 8",
+        "W8A99": "a_bits is 99; allowed are 4",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            parse_scheme(scheme)
+        with pytest.raises(ConfigError, match=message):
+            QuantConfig(conditioning=scheme)
