@@ -6,12 +6,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import nn
 
-from qandc.arguments import check_fields, checked
+from qandc.arguments import Between, check_fields, checked
 from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.linear import QuantLinear, check_finite, check_layer, skeleton_layer, smoothed_weight
@@ -218,7 +218,7 @@ class QuantizationReport:
     """
 
     layers: tuple[LayerReport, ...]
-    other_bytes: int = 0
+    other_bytes: Annotated[int, Between(0)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
