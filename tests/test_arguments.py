@@ -407,7 +407,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     },
     "QuantizationReport": lambda: {
         "layers": P(report().layers, "[] () array_[] tensor_[]"),
-        "other_bytes": P(1, "0 10**12"),
+        "other_bytes": P(1, "0 10**12 10**30 10**400"),
     },
     "QuantizedCheckpoint": lambda: {
         "model": P(quantized(), MODULES),
