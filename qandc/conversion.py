@@ -145,7 +145,9 @@ def quantize_model(
             parent.activation_relu_or_gelu = 0  # else its fast path, when compiled, passes by linear1 and linear2
     for _, tuner in tuner_layers(model):
         if isinstance(tuner.base_layer, QuantLinear):
-            tuner.merge = tuner.unmerge = refuse_merge
+            tuner.merge = refuse_merge
+            if getattr(tuner, "merged", False):
+                tuner.unmerge = refuse_merge
     reset_all_caches(model)  # what it holds are features of the full-precision model
     _note_for_diffusers(model, config)
     return model
@@ -165,8 +167,8 @@ def refuse_merge(*args: Any, **kwargs: Any) -> None:
         ModelError: always.
     """
     raise ModelError(
-        "quantized weights take no adapter in; keep it beside them, or merge it into the full-precision model before "
-        "quantize_model (nor do they give one back: unmerge it there as well)"
+        "quantized weights take no adapter in and give none back: leave it beside them (set_adapters scales it, "
+        "delete_adapters removes it), or merge it in full precision (fuse_lora) before quantize_model"
     )
 
 

@@ -34,7 +34,7 @@ def refuse_write(what: str) -> ModelError:
     return ModelError(
         f"{what} may change the weight of a QuantLinear, which is stored as integers and computed when it is read: the "
         "change would be lost. Merge updates into the full-precision model before quantize_model, or keep them beside "
-        "the layer (adapters of PEFT: qandc.lora.lora_for_quantized); change a copy, weight.clone(), freely"
+        "the layer (as adapters of PEFT are); change a copy, weight.clone(), freely"
     )
 
 

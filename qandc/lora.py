@@ -1,24 +1,34 @@
-"""LoRA adapters of PEFT on quantized layers: ``y = QuantLinear(x) + scaling · B A x``."""
+"""LoRA adapters of PEFT on quantized layers: ``y = QuantLinear(x) + scaling · B A x``.
+
+Nobody has to call anything here: :mod:`qandc.registration` extends PEFT and diffusers when they are imported, so that
+``pipe.load_lora_weights``, ``model.add_adapter`` and ``peft.get_peft_model`` take quantized models as they take others.
+Each extension looks for a :class:`qandc.QuantLinear` first, and leaves models without one to the function it extends.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import warnings
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from qandc.conversion import refuse_merge
+from torch import nn
+
+from qandc.conversion import quant_layers, refuse_merge
 from qandc.errors import ConfigError, ModelError
 from qandc.linear import QuantLinear
+from qandc.readers import tuner_layers
 
-__all__ = ["lora_for_quantized"]
+__all__ = ["extend_flux_loader", "extend_fuse_lora", "extend_peft", "lora_for_quantized"]
 
 INITS = (True, False, "gaussian")
 
 
 def lora_for_quantized(config: Any) -> Any:
-    """Have a ``peft.LoraConfig`` take :class:`qandc.QuantLinear` layers too, e.g. for ``peft.inject_adapter_in_model``.
+    """Have a ``peft.LoraConfig`` take :class:`qandc.QuantLinear` layers too, and check that it can.
 
-    Adapters stay beside the layers: blocks that have any run as diffusers wrote them, not fused.
+    PEFT and diffusers do this by themselves for models that hold such layers, once qandc is imported.
 
     Args:
         config: changed in place; ``target_modules`` names the layers, as always.
@@ -28,10 +38,10 @@ def lora_for_quantized(config: Any) -> Any:
 
     Raises:
         ModelError: peft is not installed.
-        ConfigError: an initialisation that would change the weights below the adapters.
+        ConfigError: an initialisation or a variant, as DoRA, that reads or changes the weights below the adapters.
     """
     try:
-        layer_class = _layer_class()
+        from qandc.lora_layer import LoraQuantLinear
     except ImportError as error:
         raise ModelError(f"LoRA adapters come from peft, which does not import ({error}); pip install peft") from error
     if config.init_lora_weights not in INITS:
@@ -39,26 +49,82 @@ def lora_for_quantized(config: Any) -> Any:
             f"init_lora_weights={config.init_lora_weights!r} may change the weights below the adapters, and those are "
             f"quantized; choose one of {', '.join(map(repr, INITS))}"
         )
-    config._register_custom_module({QuantLinear: layer_class})
+    variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    for name in dict.fromkeys(["use_dora", *variants]):
+        value = getattr(config, name, None)
+        if value:
+            raise ConfigError(
+                f"{name}={value!r} reads or changes the weights below the adapters, and those are quantized; take "
+                "plain LoRA, or merge this adapter into the full-precision model before quantize_model"
+            )
+    config._register_custom_module({QuantLinear: LoraQuantLinear})
     return config
 
 
-@functools.cache
-def _layer_class() -> Any:
-    from peft.tuners.lora.layer import Linear
+def extend_peft(module: ModuleType) -> None:
+    """Extend ``peft.tuners.lora.model``: its ``LoraModel`` adapts quantized layers, and refuses to merge into them."""
 
-    base: Any = Linear
+    def prepare(self: Any, peft_config: Any, model: nn.Module) -> None:
+        if quant_layers(model):
+            lora_for_quantized(peft_config)  # refuses before the first layer is replaced
+            targets = getattr(peft_config, "target_modules", None)
+            if isinstance(targets, str) and targets.lower() == "all-linear":  # PEFT's own list has nn.Linear only
+                peft_config.target_modules = _all_linear(model)
 
-    class LoraQuantLinear(base):
-        """PEFT's own layer, but for what would need the weight below it."""
+    _do_first(module.LoraModel, "_prepare_model", prepare)
+    _do_first(module.LoraModel, "_check_merge_allowed", lambda self: _check_merge(self.model))
 
-        lora_variants = {(): None}  # noqa: RUF012 (DoRA and others read or change the weight)
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Unsupported layer type")  # it is, from here on
-                super().__init__(*args, **kwargs)
+def extend_fuse_lora(module: ModuleType) -> None:
+    """Extend ``diffusers.loaders.peft``: ``model.fuse_lora`` refuses before it has scaled or merged any layer."""
+    _do_first(module.PeftAdapterMixin, "fuse_lora", lambda self, *args, **kwargs: _check_merge(self))
 
-        merge = unmerge = refuse_merge
 
-    return LoraQuantLinear
+def extend_flux_loader(module: ModuleType) -> None:
+    """Extend ``diffusers.loaders.lora_pipeline``: FLUX's loader finds the shapes of quantized weights too."""
+    loader = module.FluxLoraLoaderMixin
+    expand = loader.__dict__["_maybe_expand_lora_state_dict"].__func__
+
+    @functools.wraps(expand)
+    def extended(cls: Any, transformer: Any, lora_state_dict: Any) -> Any:
+        return expand(cls, _ShowsWeights(transformer) if quant_layers(transformer) else transformer, lora_state_dict)
+
+    loader._maybe_expand_lora_state_dict = classmethod(extended)
+
+
+class _ShowsWeights:
+    """Stand in for a model in code that looks weights up in its state dict, where quantized layers have none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {f"{name}.weight": layer.weight for name, layer in quant_layers(self._model).items()}
+        return {**self._model.state_dict(), **weights}
+
+
+def _do_first(owner: Any, name: str, action: Callable[..., None]) -> None:
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def extended(*args: Any, **kwargs: Any) -> Any:
+        action(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, extended)
+
+
+def _check_merge(model: nn.Module) -> None:
+    if any(isinstance(tuner.base_layer, QuantLinear) for _, tuner in tuner_layers(model)):
+        refuse_merge()
+
+
+def _all_linear(model: nn.Module) -> set[str]:
+    """Name all linear layers, quantized or not, with adapters or without."""
+    tuners = [name for name, _ in tuner_layers(model)]
+    inside = tuple(f"{name}." for name in tuners)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantLinear)}
+    return {name for name in linears if not name.startswith(inside)} | set(tuners)

@@ -1,7 +1,8 @@
-"""``quantization_config=QandCConfig(...)`` in diffusers, without importing diffusers for those who do not use it.
+"""Make diffusers and PEFT know quantized layers, without importing either for those who do not use it.
 
-diffusers looks methods up in two dictionaries of one module. Ours are added when that module has been imported,
-whoever imports it: before ``import qandc``, or later, through a finder on ``sys.meta_path``.
+``quantization_config=QandCConfig(...)``: diffusers looks methods up in two dictionaries of one module. LoRA adapters on
+quantized layers: :mod:`qandc.lora` extends a few methods. Both is done when the modules that hold them have been
+imported, whoever imports them: before ``import qandc``, or later, through a finder on ``sys.meta_path``.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
 from qandc.errors import ModelError
+from qandc.lora import extend_flux_loader, extend_fuse_lora, extend_peft
 
 __all__ = ["config_class", "register_when_imported"]
 
@@ -43,10 +45,11 @@ def config_class() -> Any:
 
 
 def register_when_imported() -> None:
-    """Register now if diffusers has its registry loaded, else when it loads it. Warns where it cannot."""
-    if REGISTRY in sys.modules:
-        _register_or_warn(sys.modules[REGISTRY])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Extend the modules in ``EXTENSIONS`` that are loaded, and the others when they are. Warns where it cannot."""
+    for name in EXTENSIONS:
+        if name in sys.modules:
+            _extend_or_warn(name, sys.modules[name])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -60,11 +63,16 @@ def _register(registry: ModuleType) -> None:
         raise ModelError(_what_is_missing(error)) from error
 
 
-def _register_or_warn(registry: ModuleType) -> None:
+def _extend_or_warn(name: str, module: ModuleType) -> None:
+    if getattr(module, EXTENDED, False):
+        return
     try:
-        _register(registry)
+        EXTENSIONS[name](module)
+        setattr(module, EXTENDED, True)
     except ModelError as error:  # diffusers itself works without us
         logger.warning("%s", error)
+    except (AttributeError, KeyError) as error:
+        logger.warning("%s", _no_lora(name, error))
 
 
 def _what_is_missing(error: Exception) -> str:
@@ -75,17 +83,36 @@ def _what_is_missing(error: Exception) -> str:
     )
 
 
+def _no_lora(name: str, error: Exception) -> str:
+    package = name.partition(".")[0]
+    version = getattr(sys.modules.get(package), "__version__", "of an unknown version")
+    return (
+        f"LoRA adapters may not load on quantized models: {name} of {package} {version} is not as we know it ({error}); "
+        f"install peft 0.21 or later and diffusers from {TESTED}"
+    )
+
+
+EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
+    REGISTRY: _register,
+    "diffusers.loaders.peft": extend_fuse_lora,
+    "diffusers.loaders.lora_pipeline": extend_flux_loader,
+    "peft.tuners.lora.model": extend_peft,
+}
+EXTENDED = "_qandc_extended"  # attribute of a module that has been
+
+
 class _Finder(MetaPathFinder):
-    """Finds the registry as Python does, with a loader that tells us."""
+    """Finds the modules in ``EXTENSIONS`` as Python does, with a loader that tells us."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != REGISTRY:
+        if fullname not in EXTENSIONS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or type(spec.loader) is not SourceFileLoader:
-            logger.warning("%s", _what_is_missing(ImportError(f"{REGISTRY} is no source file")))
+            error = ImportError(f"{fullname} is no source file")
+            logger.warning("%s", _what_is_missing(error) if fullname == REGISTRY else _no_lora(fullname, error))
             return None
         spec.loader = _Loader(fullname, spec.loader.path)
         return spec
@@ -94,4 +121,4 @@ class _Finder(MetaPathFinder):
 class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
-        _register_or_warn(module)
+        _extend_or_warn(module.__name__, module)
