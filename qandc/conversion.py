@@ -146,7 +146,7 @@ def quantize_model(
     for _, tuner in tuner_layers(model):
         if isinstance(tuner.base_layer, QuantLinear):
             tuner.merge = refuse_merge
-            if getattr(tuner, "merged", False):
+            if getattr(tuner, "merged", True):
                 tuner.unmerge = refuse_merge
     reset_all_caches(model)  # what it holds are features of the full-precision model
     _note_for_diffusers(model, config)

@@ -87,8 +87,8 @@ def _no_lora(name: str, error: Exception) -> str:
     package = name.partition(".")[0]
     version = getattr(sys.modules.get(package), "__version__", "of an unknown version")
     return (
-        f"LoRA adapters may not load on quantized models: {name} of {package} {version} is not as we know it ({error}); "
-        f"install peft 0.21 or later and diffusers from {TESTED}"
+        f"LoRA adapters may not load on quantized models: {name} of {package} {version} is not as we know it "
+        f"({error}); install peft 0.21 or later and diffusers from {TESTED}"
     )
 
 

@@ -1,10 +1,9 @@
-"""Living with the rest: compilers, offloading and dispatch by accelerate, adapters of PEFT, copies, other processes."""
+"""Living with the rest: compilers, offloading and dispatch by accelerate, copies, other processes."""
 
 from __future__ import annotations
 
 import copy
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import diffusers.models.modeling_utils
@@ -13,22 +12,17 @@ import torch
 from torch import nn
 
 from qandc import (
-    ConfigError,
     ModelError,
     QandCConfig,
     QuantLinear,
     apply_cache_to_dit,
     fuse_dit,
     load_pipeline,
-    lora,
     quantization_report,
     quantize_model,
-    remove_cache,
     save_quantized,
 )
 from qandc.conversion import quant_layers
-from qandc.fusable import why_not_block
-from qandc.lora import lora_for_quantized
 from tests.conftest import make_dit
 from tests.test_checkpoint import all_tensors, make_quantized, output
 
@@ -193,133 +187,6 @@ def test_an_offloaded_model_is_not_quantized():
     cpu_offload(model, torch.device("cpu"))
     with pytest.raises(ModelError, match="has hooks or a replaced forward, which would be lost; remove them first"):
         quantize_model(model)
-
-
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft", reason="peft is not installed (it needs transformers)")
-
-
-def with_adapters(peft, model, targets=("to_q", "net.2"), **changes):
-    """Random adapters, which change something from the start."""
-    config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **changes)
-    return peft.inject_adapter_in_model(lora_for_quantized(config), model).eval()
-
-
-@KINDS
-def test_lora_beside_a_quantized_layer(peft, w_bits, how, seeded):
-    model = make_quantized(w_bits, how=how)
-    plain = copy.deepcopy(model)
-    with_adapters(peft, model)
-    x = torch.randn(3, 7, 32, generator=seeded)
-    for name in ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.attn1.to_q"):
-        adapted, layer = model.get_submodule(name), plain.get_submodule(name)
-        a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
-        with torch.no_grad():
-            added = adapted.scaling["default"] * (x @ a.T @ b.T)
-            assert added.abs().max() > 0.01
-            torch.testing.assert_close(adapted(x), layer(x) + added)
-
-
-def test_lora_in_a_whole_model(peft, dit_inputs):
-    """With the cache, on and off; deleted, the model is as before."""
-    model = make_quantized(how=["static"])
-    expected = output(model, dit_inputs)
-    with_adapters(peft, model)
-    changed = output(model, dit_inputs)
-    assert not torch.allclose(changed, expected, atol=1e-2)
-    apply_cache_to_dit(model, 2)
-    assert torch.equal(output(model, dit_inputs), changed)
-    remove_cache(model)
-    for module in model.modules():
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-            module.enable_adapters(False)
-    assert torch.equal(output(model, dit_inputs), expected)
-
-
-def test_blocks_with_lora_are_not_fused(peft, dit_inputs):
-    model = make_quantized(how=["static"])
-    with_adapters(peft, model, targets=["transformer_blocks.1.attn1.to_q"])
-    reasons = [
-        why_not_block(block, f"transformer_blocks.{i}.", None) for i, block in enumerate(model.transformer_blocks)
-    ]
-    assert reasons == [None, "attn1.to_q is LoraQuantLinear, not a QuantLinear"]
-    changed = output(model, dit_inputs)
-    assert torch.equal(output(fuse_dit(model), dit_inputs), changed)
-
-
-@pytest.mark.gpu
-def test_lora_and_fusion_on_a_gpu(peft, dit_inputs):
-    model = with_adapters(peft, make_quantized(how=["static"]).cuda(), targets=["transformer_blocks.1.attn1.to_q"])
-    inputs = {name: tensor.cuda() for name, tensor in dit_inputs.items()}
-    changed = output(model, inputs)
-    torch.testing.assert_close(output(fuse_dit(model), inputs), changed, atol=0.05, rtol=0.05)
-
-
-def test_what_lora_cannot_do_here(peft):
-    model = with_adapters(peft, make_quantized())
-    layer = model.transformer_blocks[0].attn1.to_q
-    with pytest.raises(ModelError, match="quantized weights take no adapter in; keep it beside them"):
-        layer.merge()
-    with pytest.raises(ModelError, match="nor do they give one back"):
-        layer.unmerge()
-    with pytest.raises(ConfigError, match="init_lora_weights='pissa' may change the weights below"):
-        lora_for_quantized(peft.LoraConfig(target_modules=["to_q"], init_lora_weights="pissa"))
-    with pytest.raises(ValueError, match=r"(?i)dora"):
-        with_adapters(peft, make_quantized(), use_dora=True)
-
-
-def test_adapters_train_through_quantized_layers(peft, seeded):
-    """Those of the first layer too, whose gradient comes through the second: as with dequantized weights."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16))
-    quantize_model(model)
-    plain = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16))
-    for i in (0, 2):
-        plain[i].load_state_dict({"weight": model[i].weight, "bias": model[i].bias})
-    config = peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
-    peft.inject_adapter_in_model(lora_for_quantized(config), model)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["0", "2"]), plain)
-    ours = {name: p for name, p in model.named_parameters() if "lora" in name}
-    theirs = {name: p for name, p in plain.named_parameters() if "lora" in name}
-    x = torch.randn(16, 32, generator=seeded)
-    for name, parameter in theirs.items():
-        parameter.data.copy_(ours[name].data)
-    for network in (model, plain):
-        network(x).square().sum().backward()
-    for name, parameter in theirs.items():
-        assert parameter.grad.norm() > 0
-        assert (ours[name].grad - parameter.grad).norm() < 0.05 * parameter.grad.norm(), name
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_adapters_that_were_there_before(peft, merged, seeded):
-    """They stay beside the quantized layer, or in it, and neither way is one lost or counted twice later."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 32))
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), model).eval()
-    if merged:
-        model[0].merge()
-    x = torch.randn(16, 32, generator=seeded)
-    expected = model(x)
-    adapter = model[0].lora_A["default"]
-    quantize_model(model)
-    assert type(model[0].base_layer) is QuantLinear
-    assert model[0].lora_A["default"] is adapter
-    changed = model(x)
-    assert (changed - expected).norm() < 0.03 * expected.norm()
-    for change in (model[0].merge, model[0].unmerge, copy.deepcopy(model)[0].unmerge):
-        with pytest.raises(ModelError, match="quantized weights take no adapter in"):
-            change()
-    assert torch.equal(model(x), changed)
-
-
-def test_lora_without_peft(monkeypatch):
-    lora._layer_class.cache_clear()
-    monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setitem(sys.modules, "peft.tuners.lora.layer", None)
-    with pytest.raises(ModelError, match="LoRA adapters come from peft, which does not import"):
-        lora_for_quantized(object())
 
 
 @KINDS

@@ -75,7 +75,8 @@ LAYERS += [
     "affine_step",
 ]
 LAYERS += ["sampling", "pipelines", "pool", "trajectories", "schedule_calibration", "presets", "checkpoint"]
-LAYERS += ["calibration_settings", "pipeline_calibration", "diffusers_quantizer", "registration", "lora", "generate"]
+LAYERS += ["calibration_settings", "pipeline_calibration", "diffusers_quantizer"]
+LAYERS += ["lora_layer", "lora", "registration", "generate"]
 LAYERS += ["images", "inception", "extractors", "evaluation", "scores"]
 LAYERS += ["processes", "shards", "sharded_sampling", "experiment", "experiment_report"]
 LAYERS += ["options", "terminal", "cli_evaluate", "cli_scale", "cli"]
