@@ -43,6 +43,13 @@ pytestmark = [  # of PEFT, where a model gets a second adapter or loses the acti
 ROOT = Path(__file__).parents[1]
 FLUX = "FluxTransformer2DModel"
 TO_Q = "single_transformer_blocks.0.attn.to_q"
+COMMON = [
+    FLUX,
+    "SD3Transformer2DModel",
+    "QwenImageTransformer2DModel",
+    "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
+]
 WITHOUT_PEFT = {"DiTTransformer2DModel", "PixArtTransformer2DModel", "HunyuanDiT2DModel", "StableAudioDiTModel"}
 
 
@@ -123,8 +130,11 @@ def assert_same_state(found, expected):
         assert torch.equal(found[1][name], tensor), name
 
 
-@pytest.mark.parametrize("how", ["W8A8", "W4A8", "loaded"])
-@pytest.mark.parametrize("name", [name for name in TINY if name not in WITHOUT_PEFT])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, "W8A8") for name in TINY if name not in WITHOUT_PEFT]
+    + [(name, how) for name in COMMON for how in ("W4A8", "loaded")],
+)
 def test_an_adapter_loads_scales_and_goes(peft, name, how, tmp_path):
     """Each layer adds its product; the model is near that in full precision, and afterwards bit for bit as before."""
     inputs, full, model = inputs_of(name), make_tiny(name), make_tiny(name)
