@@ -66,7 +66,8 @@ def extend_peft(module: ModuleType) -> None:
 
     def prepare(self: Any, peft_config: Any, model: nn.Module) -> None:
         if quant_layers(model):
-            lora_for_quantized(peft_config)  # refuses before the first layer is replaced
+            _check_not_fused(model)
+            lora_for_quantized(peft_config)  # both refuse before the first layer is replaced
             targets = getattr(peft_config, "target_modules", None)
             if isinstance(targets, str) and targets.lower() == "all-linear":  # PEFT's own list has nn.Linear only
                 peft_config.target_modules = _all_linear(model)
@@ -120,6 +121,15 @@ def _do_first(owner: Any, name: str, action: Callable[..., None]) -> None:
 def _check_merge(model: nn.Module) -> None:
     if any(isinstance(tuner.base_layer, QuantLinear) for _, tuner in tuner_layers(model)):
         refuse_merge()
+
+
+def _check_not_fused(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False) and quant_layers(module):
+            raise ModelError(
+                f"{name} runs q, k and v as one fused product, which would leave their adapters out; call "
+                "unfuse_qkv_projections() first"
+            )
 
 
 def _all_linear(model: nn.Module) -> set[str]:

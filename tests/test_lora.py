@@ -321,6 +321,21 @@ def test_adapters_that_need_the_weights_are_refused(peft, settings, message):
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["to_q"]), model)  # plain ones go
 
 
+def test_fused_projections_would_leave_adapters_out(peft):
+    model, inputs = quantized_flux(), inputs_of(FLUX)
+    adapter = lora_of(model)
+    model.fuse_qkv_projections()
+    before = state_of(model)
+    with pytest.raises(ModelError, match=r"attn runs q, k and v as one fused.*call unfuse_qkv_projections\(\) first"):
+        model.load_lora_adapter(dict(adapter), adapter_name="style")
+    assert_same_state(state_of(model), before)
+    model.unfuse_qkv_projections()
+    model.load_lora_adapter(dict(adapter), adapter_name="style")
+    expected = quantized_flux()
+    expected.load_lora_adapter(dict(adapter), adapter_name="style")
+    assert torch.equal(output_of(model, inputs), output_of(expected, inputs))
+
+
 def test_a_file_with_dora_is_refused(peft):
     model, inputs = quantized_flux(), inputs_of(FLUX)
     plain, adapter = output_of(model, inputs), lora_of(model)
