@@ -22,12 +22,22 @@ __all__ = ["calibrate", "calibrate_steps", "input_hessians", "smoothing_factors"
 logger = logging.getLogger(__name__)
 
 
+def _quantizing_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Name to layer of those that quantize their inputs: weight-only layers have no range."""
+    return {name: layer for name, layer in quant_layers(model).items() if not layer.weight_only}
+
+
 def _observe(
     model: nn.Module, batches: Iterable[Any], config: RangeConfig, when: Callable[[Any], Any]
 ) -> dict[Any, dict[str, Histogram]]:
     """Run the batches with dynamic ranges and no cache; what each layer saw, for each value of ``when(batch)``."""
-    layers = quant_layers(model)
+    layers = _quantizing_layers(model)
     if not layers:
+        if quant_layers(model):
+            raise ModelError(
+                f"the quantized layers of {type(model).__name__} are weight-only (a_bits 16), inputs of which have no "
+                "range; there is nothing to calibrate"
+            )
         raise ModelError(f"{type(model).__name__} has no quantized layer; call quantize_model first")
     before = {name: (layer.act_scale, layer.act_zero_point) for name, layer in layers.items()}
     found: dict[Any, dict[str, Histogram]] = {}
@@ -59,7 +69,7 @@ def _observe(
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, symmetric: bool = False, ranges: RangeConfig | None = None
 ) -> nn.Module:
-    """Give every QuantLinear that the batches reach one static range (Q&C Eq. 2 and 3).
+    """Give every QuantLinear that the batches reach one static range (Q&C Eq. 2 and 3), weight-only ones excepted.
 
     The layers run with dynamic ranges meanwhile, also those that had static ones, and every step is computed, also if a
     feature cache is attached.
@@ -75,12 +85,12 @@ def calibrate(
         ``model``. A layer that no batch reached, or that saw zeros only, stays as it was and is logged.
 
     Raises:
-        ModelError: the model has no QuantLinear.
+        ModelError: the model has no QuantLinear that quantizes its inputs.
         DataError: there is no batch, no batch reaches a layer, or a layer saw NaN or inf. Ranges are unchanged then.
     """
     config = RangeConfig(symmetric=symmetric) if ranges is None else ranges
     (histograms,) = _observe(model, batches, config, lambda batch: None).values()
-    layers = quant_layers(model)
+    layers = _quantizing_layers(model)
     found = {
         name: _parameters(name, layers[name], seen, config) for name, seen in histograms.items() if seen.saw_values()
     }
@@ -124,7 +134,9 @@ def calibrate_steps(
         raise ConfigError(f"groups is {groups!r}; {len(timesteps)} timesteps can form 1 to {len(timesteps)}")
     group_of = [i * count // len(timesteps) for i in range(len(timesteps))]
     layers = {
-        name: layer for name, layer in quant_layers(model).items() if not any(part in name for part in skip_patterns)
+        name: layer
+        for name, layer in _quantizing_layers(model).items()
+        if not any(part in name for part in skip_patterns)
     }
     scales: dict[str, torch.Tensor] = {}
     zero_points: dict[str, torch.Tensor] = {}

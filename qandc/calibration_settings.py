@@ -28,7 +28,7 @@ class CalibrationSettings:
 
     Attributes:
         num_inference_steps, guidance_scale, scheduler: of the runs to come.
-        w_bits, a_bits: as :class:`qandc.QuantConfig`.
+        w_bits, a_bits: as :class:`qandc.QuantConfig`; a_bits from 4 to 8, whose ranges are found.
         rounding: of weights, ``nearest``, or ``gptq``, with error feedback; by default that with 4 bits. Weights are
             clipped with ``gptq`` (``mse`` of :class:`qandc.QuantConfig`), else not.
         ranges: how static ranges are found.
@@ -85,6 +85,10 @@ class CalibrationSettings:
             if chosen not in known:
                 allowed = ", ".join(option for option in known if option is not None)
                 raise ConfigError(f"{name} {chosen!r} is unknown; choose one of {allowed}")
+        if self.a_bits == 16:
+            raise ConfigError(
+                "a_bits is 16: activations that stay as they are have no ranges to calibrate; give 4 to 8"
+            )
         if not 0 <= self.vc_start < self.num_inference_steps:
             last = self.num_inference_steps - 1
             raise ConfigError(f"vc_start is {self.vc_start!r}; the run has steps 0 to {last}")

@@ -92,7 +92,7 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help=f"* {GUIDANCE} Default: 1.5.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="* ddpm or ddim. Default: ddpm.")] = None,
     w_bits: Annotated[int | None, typer.Option(help=f"* {W_BITS} Default: 8.")] = None,
-    a_bits: Annotated[int | None, typer.Option(help=f"* {A_BITS} Default: 8.")] = None,
+    a_bits: Annotated[int | None, typer.Option(help=f"* {A_BITS} 16 leaves them as they are. Default: 8.")] = None,
     cache_mode: Annotated[
         str | None,
         typer.Option(

@@ -72,7 +72,7 @@ def quantize_model(
     Args:
         model: any module; it must not be an ``nn.Linear`` itself (use ``QuantLinear.from_linear``).
         w_bits: 4 or 8.
-        a_bits: 4 to 8.
+        a_bits: 4 to 8; or 16, for activations that stay as they are (weight-only).
         skip_patterns: layers whose qualified name contains one of these substrings stay as they are; ``.proj_out`` is
             at the root only, ``re:...`` a regular expression. None: what fits the class of the model.
         conditioning: scheme of the modulation layers of the blocks, which see one row per sample: "W8A16" or "W4A16"
@@ -361,7 +361,7 @@ def _quantized_row(name: str, layer: QuantLinear, bytes_before: int, kernel: str
 def _kernel_of(layer: QuantLinear, device: torch.device) -> tuple[str, str]:
     """Name the kernel that runs a layer on a device, and say why."""
     backend, reason = select_backend(device)
-    return f"{backend} {'int8' if layer.w_bits == 8 else 'int4'}_linear", reason
+    return f"{backend} {'weight_only' if layer.weight_only else f'int{layer.w_bits}'}_linear", reason
 
 
 def _other_bytes(model: nn.Module) -> int:

@@ -47,6 +47,8 @@ def _touched(module: nn.Module) -> str | None:
 def _why_not_layer(name: str, layer: Any, prefix: str, ranges: StepRanges | None) -> str | None:
     if type(layer) is not QuantLinear:
         return f"{name} is {type(layer).__name__}, not a QuantLinear"
+    if layer.weight_only:
+        return f"{name} is weight-only (a_bits 16), fused kernels quantize activations to 8 bits"
     if layer.a_bits != 8:
         return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
     if _range_of(prefix + name, layer, ranges)[0] is None:

@@ -31,6 +31,8 @@ from qandc_kernels import (
 
 __all__ = ["FusedStep"]
 
+WITH_RANGES = ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # whose ranges a fused block uses
+
 
 class Product(NamedTuple):
     """The operands of a quantized linear layer, as the kernels take them."""
@@ -217,9 +219,8 @@ class FusedStep:
             if not fused[i]:
                 self.blocks.append(block)
                 continue
-            layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, QuantLinear)}
             prefix = f"transformer_blocks.{i}."
-            found = {name: self._ranges(prefix + name, layers[name]) for name in layers}
+            found = {name: self._ranges(prefix + name, block.get_submodule(name)) for name in WITH_RANGES}
             self.blocks.append(FusedBlock(block, found, self.nan_flags[i]))
         smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
         self.conditioning = Conditioning(transformer, fused, batched_conditioning, smoothing)

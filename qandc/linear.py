@@ -13,7 +13,7 @@ from qandc.arguments import Between, checked
 from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, check_hessian, quantize_weight, round_with_feedback
-from qandc_kernels import int4_linear, int8_linear, pack_int4, quantized_linear, reference
+from qandc_kernels import int4_linear, int8_linear, pack_int4, quantized_linear, reference, weight_only_linear
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
 __all__ = ["QuantLinear"]
@@ -32,6 +32,10 @@ class QuantLinear(nn.Module):
     Until static ranges are set (:func:`qandc.calibrate`) each input row is quantized with its own scale, found on the
     way (dynamic, per token). Afterwards one scale and zero point serve all inputs (static, per tensor). On a GPU
     the Triton kernels run; elsewhere the same integers are computed in plain torch.
+
+    With ``a_bits=16`` the layer is weight-only (W8A16, W4A16): ``y = (x / smoothing) · (s_w qweight)ᵀ + bias``, summed
+    in float32; inputs have no range then. This suits layers that see a few rows, as those of adaLN modulation do: they
+    take the time that it takes to read their weight.
 
     Attributes:
         qweight: ``[N, K] int8``, or ``[N, K/2] uint8`` for 4 bits (:mod:`qandc_kernels.packing`).
@@ -151,8 +155,15 @@ class QuantLinear(nn.Module):
         return module.train(linear.training)
 
     @property
+    def weight_only(self) -> bool:
+        """Whether activations are not quantized (``a_bits=16``)."""
+        return self.a_bits == 16
+
+    @property
     def scheme(self) -> str:
-        """E.g. "W8A8 static per-tensor"."""
+        """E.g. "W8A8 static per-tensor", "W8A16 weight-only"."""
+        if self.weight_only:
+            return f"W{self.w_bits}A16 weight-only"
         ranges = "dynamic per-token" if self.act_scale is None else "static per-tensor"
         return f"W{self.w_bits}A{self.a_bits} {ranges}"
 
@@ -175,6 +186,7 @@ class QuantLinear(nn.Module):
         """Quantize all inputs with this scale (0-d float) and zero point (0-d integer); None goes back to dynamic.
 
         Raises:
+            ConfigError: the layer is weight-only (a_bits is 16).
             DataError: the scale is not a finite number > 0, or the zero point not an integer of a_bits bits.
         """
         device = self.qweight.device
@@ -183,6 +195,11 @@ class QuantLinear(nn.Module):
                 raise DataError("a zero point needs a scale; give both, or None for dynamic ranges")
             self.act_scale = self.act_zero_point = None
             return
+        if self.weight_only:
+            raise ConfigError(
+                f"a W{self.w_bits}A16 layer does not quantize its inputs and takes no static range; quantize it with "
+                "a_bits from 4 to 8, or leave it out"
+            )
         act_scale = scale.detach().to(device, torch.float32, copy=True) if scale.ndim == 0 else None
         if act_scale is None or not (scale.is_floating_point() and torch.isfinite(act_scale) and act_scale > 0):
             raise DataError(
@@ -221,6 +238,8 @@ class QuantLinear(nn.Module):
         Values are read where there are any, but for those of ``qweight`` and ``weight_sum``.
         """
         dtypes, shape = self.tensor_forms()[name]
+        if self.weight_only and name in ("act_scale", "act_zero_point"):
+            return "given", "left out: inputs are not quantized"
         if tensor.dtype not in dtypes:
             return str(tensor.dtype), "stored as " + " or ".join(map(str, dtypes))
         if tensor.shape != shape:
@@ -262,6 +281,8 @@ class QuantLinear(nn.Module):
         return self._product(input)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
+        if self.weight_only:
+            return self._weight_only_product(input)
         if torch.compiler.is_compiling():
             return self._product_to_compile(input)
         held = self._buffers  # looked up like this, seven attributes take the time of one
@@ -281,6 +302,11 @@ class QuantLinear(nn.Module):
             _autocast_dtype(input),
             nan_flag,
         )
+
+    def _weight_only_product(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = _autocast_dtype(input) or input.dtype
+        x = input if self.smoothing is None else input.float() * (1.0 / self.smoothing)
+        return weight_only_linear(x.to(dtype), self.qweight, self.weight_scale, self.bias)
 
     def _product_to_compile(self, input: torch.Tensor) -> torch.Tensor:
         """Multiply activations that plain torch quantizes, so that a compiler joins it to the kernel before."""

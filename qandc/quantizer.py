@@ -21,7 +21,7 @@ __all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize
 
 REGULAR = "re:"  # begins a skip pattern that is a regular expression
 W_BITS = (4, 8)
-A_BITS = (4, 5, 6, 7, 8)
+A_BITS = (4, 5, 6, 7, 8, 16)
 WEIGHT_CLIPS = ("max", "mse")
 FEEDBACK_BLOCK = 128  # columns whose errors are gathered before the rest of the matrix sees them
 
@@ -32,7 +32,7 @@ class QuantConfig:
 
     Attributes:
         w_bits: 4 or 8, symmetric, per output channel.
-        a_bits: 4 to 8; fewer than 8 bits still run on the int8 kernels.
+        a_bits: 4 to 8, fewer than 8 still run on the int8 kernels; or 16: activations stay as they are (weight-only).
         skip_patterns: layers whose qualified name contains one of these substrings stay as they are. A leading dot
             stands for the root of the model (``.proj_out`` is ``proj_out`` and what lies in it, and no block's
             ``proj_out``), a leading ``re:`` for a regular expression that is searched in the name. None: what fits
@@ -115,7 +115,9 @@ def check_bits(w_bits: int, a_bits: int) -> None:
     if type(w_bits) is not int or w_bits not in W_BITS:
         raise ConfigError(f"w_bits is {w_bits!r}; allowed are {' and '.join(map(str, W_BITS))}")
     if type(a_bits) is not int or a_bits not in A_BITS:
-        raise ConfigError(f"a_bits is {a_bits!r}; allowed are {', '.join(map(str, A_BITS))}")
+        raise ConfigError(
+            f"a_bits is {a_bits!r}; allowed are {', '.join(map(str, A_BITS))} (16: activations are not quantized)"
+        )
 
 
 def quantize_weight(weight: torch.Tensor, bits: int, clip: str = "max") -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 from qandc_kernels.checks import INT8, UINT8, check_elements, check_tensor
 from qandc_kernels.errors import ArgumentError
 
-__all__ = ["pack_int4", "unpack_int4"]
+__all__ = ["pack_int4", "unpack_int4", "unpack_unchecked"]
 
 
 def pack_int4(q: torch.Tensor) -> torch.Tensor:
@@ -46,6 +46,11 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     check_elements("unpack_int4", "packed", packed.numel())
     if packed.ndim == 0:
         raise ArgumentError("unpack_int4 needs at least one dimension; got a tensor without")
+    return unpack_unchecked(packed)
+
+
+def unpack_unchecked(packed: torch.Tensor) -> torch.Tensor:
+    """Do what :func:`unpack_int4` does, for a tensor that has been checked; torch can compile it in a backward pass."""
     signed = packed.view(torch.int8)
     # an arithmetic shift right by 4 extends the sign of the high nibble; the low one is moved up first
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)

@@ -167,6 +167,21 @@ def test_model_that_is_not_quantized_is_refused():
         calibrate(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)])
 
 
+def test_weight_only_layers_have_no_range_and_no_warning(dit, caplog):
+    quantize_model(dit, a_bits=16, skip_patterns=["emb", "attn1", "ff", "proj_out"])
+    with pytest.raises(ModelError, match=r"weight-only \(a_bits 16\), .* nothing to calibrate"):
+        calibrate(dit, dit_batches([900]))
+    quantize_model(dit)
+    calibrate(dit, dit_batches([900]))
+    found = calibrate_steps(dit, dit_batches([900, 100]))
+    assert not any("norm" in name for name in found.scales)
+    assert len(found.scales) == 3 * 6 + 1
+    schemes = {name: layer.scheme for name, layer in quant_layers(dit).items()}
+    assert {scheme for name, scheme in schemes.items() if "norm" in name} == {"W8A16 weight-only"}
+    assert {scheme for name, scheme in schemes.items() if "norm" not in name} == {"W8A8 static per-tensor"}
+    assert not caplog.records
+
+
 # ---- estimators
 
 

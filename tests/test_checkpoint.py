@@ -105,6 +105,8 @@ def saved(tmp_path, static_model):
         (4, 6, [], torch.float32),
         (8, 8, ["static", "smoothing"], torch.float32),
         (4, 8, ["static", "GPTQ"], torch.float32),
+        (8, 16, [], torch.bfloat16),
+        (4, 16, ["GPTQ", "smoothing"], torch.float32),
         (4, 4, ["symmetric", "GPTQ", "smoothing"], torch.bfloat16),
     ],
     ids=lambda value: "+".join(value) or "dynamic" if isinstance(value, list) else str(value),

@@ -337,7 +337,7 @@ REFUSALS = {
     "cache mode": (["--cache-mode", "all"], "cache mode 'all' is unknown; choose one of block, branch, taylor"),
     "schedule": (["--schedule", "none.json"], "'none.json' is no schedule"),
     "weight bits": (["--w-bits", "3"], "w_bits is 3; allowed are 4 and 8"),
-    "activation bits": (["--a-bits", "16"], "a_bits is 16; allowed are"),
+    "activation bits": (["--a-bits", "9"], "a_bits is 9; allowed are"),
     "guidance": (["--guidance-scale", "-1"], "guidance_scale is -1.0; give a finite number >= 0"),
     "guidance nan": (["--guidance-scale", "nan"], "guidance_scale is nan"),
     "scheduler": (["--scheduler", "euler"], "scheduler 'euler' is unknown; choose one of ddpm, ddim"),

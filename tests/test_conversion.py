@@ -94,6 +94,15 @@ def test_report_tells_int4_and_half_precision(dit):
     assert layer.kernel == "reference int4_linear"
 
 
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_only(dit, dit_inputs, w_bits):
+    expected = dit(**dit_inputs).sample
+    quantize_model(dit, w_bits, a_bits=16)
+    assert 0 < ((dit(**dit_inputs).sample - expected).norm() / expected.norm()).item() < {8: 0.01, 4: 0.2}[w_bits]
+    for layer in quantization_report(dit).quantized:
+        assert (layer.scheme, layer.kernel) == (f"W{w_bits}A16 weight-only", "reference weight_only_linear")
+
+
 def test_skip_patterns_are_substrings_of_names(dit):
     quantize_model(dit, skip_patterns=["norm", "ff", "proj_out"])
     assert {layer.name.split(".")[2] for layer in quantization_report(dit).quantized} == {"attn1"}

@@ -160,9 +160,11 @@ def test_layers_with_bits_of_their_own(tmp_path):
     model = make_dit(num_layers=2)
     quantize_model(model, 4, skip_patterns=["norm", "pos_embed", "ff"])
     quantize_model(model, 8, 6, skip_patterns=["norm", "transformer_blocks.1"])
+    quantize_model(model, 8, 16, skip_patterns=["emb", "norm_out", "proj_out", "transformer_blocks.1"])
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert config["layers"][TO_Q] == "W4A8"
+    assert config["layers"]["transformer_blocks.0.norm1.linear"] == "W8A16"
     assert config["layers"]["transformer_blocks.0.ff.net.2"] == "W8A6"
     assert "transformer_blocks.1.ff.net.2" not in config["layers"]
     assert_same_model(model, load(tmp_path / "saved"))
@@ -363,7 +365,7 @@ def test_a_loader_that_brings_no_weights(pre_quantized):
     ("settings", "message"),
     [
         ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
-        ({"a_bits": 16}, "a_bits is 16; allowed"),
+        ({"a_bits": 12}, "a_bits is 12; allowed"),
         ({"weight_clip": "hinge"}, "weight_clip 'hinge' is unknown"),
         ({"skip_patterns": "norm"}, "skip_patterns is 'norm'; give a list"),
         ({"bits": 8}, "QandCConfig got bits=8; it knows w_bits"),
@@ -371,6 +373,7 @@ def test_a_loader_that_brings_no_weights(pre_quantized):
         ({"layers": {"proj": "int8"}}, "the scheme of proj: 'int8' is no scheme; give bits"),
         ({"layers": {"proj": "W5A8"}}, "w_bits is 5"),
         ({"conditioning": "int8"}, "'int8' is no scheme"),
+        ({"layers": {"proj": "W8A12"}}, "a_bits is 12"),
         ({"layers": {}}, "layers must map names of layers to schemes"),
     ],
 )

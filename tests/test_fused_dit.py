@@ -131,6 +131,20 @@ def assert_blocks_equal(model, inputs, bound):
 
 
 @pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_only_modulation_stays_quantized(fused_anywhere, w_bits):
+    model = make_quantized(num_layers=2)
+    quantize_model(model, w_bits, a_bits=16, skip_patterns=["pos_embed", "emb"])
+    assert model.transformer_blocks[0].norm1.linear.scheme == f"W{w_bits}A16 weight-only"
+    weight = model.transformer_blocks[0].norm1.linear.qweight
+    with torch.no_grad():
+        expected = model(**make_inputs()).sample
+        fuse_dit(model, cuda_graphs=False)
+        assert relative_error(model(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
+    assert all(reason is None for reason in model.__dict__[FUSED].reasons)
+    assert model.transformer_blocks[0].norm1.linear.qweight is weight
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
 @pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, symmetric):
@@ -380,6 +394,12 @@ def change_bits(model):
     return "6 bits"
 
 
+def change_to_weight_only(model):
+    linear = make_dit().transformer_blocks[1].ff.net[2]
+    model.transformer_blocks[1].ff.net[2] = QuantLinear.from_linear(linear, a_bits=16)
+    return "weight-only"
+
+
 def change_activation(model):
     model.transformer_blocks[1].ff.net[0].approximate = "none"
     return "tanh-GELU"
@@ -395,6 +415,7 @@ def change_activation(model):
         change_range,
         change_dynamic,
         change_bits,
+        change_to_weight_only,
         change_activation,
     ],
 )

@@ -27,9 +27,15 @@ def make(w_bits=8, bias=True, in_features=32, out_features=12, dtype=torch.float
     return linear, QuantLinear.from_linear(linear, w_bits=w_bits)
 
 
-def smoothed(w_bits=8):
+def smoothed(w_bits=8, a_bits=8):
     factors = torch.linspace(0.25, 4, 32)
-    return QuantLinear.from_linear(make()[0], w_bits=w_bits, smoothing=factors)
+    return QuantLinear.from_linear(make()[0], w_bits=w_bits, a_bits=a_bits, smoothing=factors)
+
+
+def weight_only(w_bits=8, smooth=False, **changes):
+    if smooth:
+        return smoothed(w_bits, 16)
+    return QuantLinear.from_linear(make(**changes)[0], w_bits=w_bits, a_bits=16)
 
 
 def static(layer: QuantLinear, zero_point: int | None = 9) -> QuantLinear:
@@ -311,8 +317,9 @@ def test_gradient_is_that_of_the_dequantized_product(w_bits, smooth, is_static, 
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
 
 
-def test_gradient_under_autocast_and_compiled(seeded):
-    layer = make()[1]
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_gradient_under_autocast_and_compiled(w_bits, seeded):
+    layer = make(w_bits)[1]
     plain = nn.Linear(32, 12)
     plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
     x = torch.randn(4, 32, generator=seeded)
@@ -424,3 +431,96 @@ def test_fewer_activation_bits_lose_more(seeded):
         calibrate(layer, [x])
         errors.append((layer(x) - linear(x)).norm().item())
     assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smooth", [False, True], ids=["", "smoothing"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_only_equals_its_definition(w_bits, bias, smooth, dtype, device, seeded):
+    """``x · dequantize(quantize(W))ᵀ + bias``: nothing but the weight is rounded."""
+    layer = weight_only(w_bits, smooth)
+    if not bias:
+        layer.bias = None
+    for shape in [(32,), (2, 5, 32), (40, 32), (0, 32)]:
+        x = torch.randn(shape, generator=seeded).to(dtype)
+        seen = (x.float() / layer.smoothing).to(dtype) if smooth else x
+        weight = layer.weight * layer.smoothing if smooth else layer.weight
+        expected = seen.double() @ weight.double().t() + (layer.bias.double() if bias else 0)
+        y = copy.deepcopy(layer).to(device, dtype)(x.to(device)).cpu()
+        assert (y.dtype, y.shape) == (dtype, (*shape[:-1], 12))
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), expected, atol=4 * unit + 2e-6, rtol=2 * unit + 2e-6)
+
+
+@pytest.mark.parametrize("smooth", [False, True], ids=["", "smoothing"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_only_rounds_outliers_of_the_input_no_more_than_others(w_bits, smooth, seeded):
+    """What quantized activations lose: a channel a thousand times as large as the others costs these nothing."""
+    layer, x = weight_only(w_bits, smooth), torch.randn(4, 32, generator=seeded)
+    x[:, 3] *= 1000
+    plain = nn.Linear(32, 12)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("smooth", [False, True], ids=["", "smoothing"])
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_only_compiles_and_passes_gradients_on(w_bits, smooth, autocast, device, seeded):
+    layer = weight_only(w_bits, smooth).to(device)
+    plain = nn.Linear(32, 12, device=device)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    layer.bias.requires_grad_()
+    x = torch.randn(3, 32, generator=seeded).to(device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    results = []
+    for module in (layer, compiled, plain):
+        given = x.clone().requires_grad_()
+        layer.bias.grad = None
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            y = module(given)
+        y.float().square().sum().backward()
+        bias = plain.bias.grad if module is plain else layer.bias.grad
+        results.append((y.detach(), given.grad, bias))
+    assert results[0][0].dtype == (torch.bfloat16 if autocast else torch.float32)
+    for eager, same, expected in zip(*results, strict=True):
+        torch.testing.assert_close(same, eager)
+        limit = {"atol": 0.1, "rtol": 0.02} if autocast else {"atol": 2e-5, "rtol": 1e-5}
+        torch.testing.assert_close(eager, expected, **limit)
+
+
+def test_weight_only_takes_no_range():
+    layer = weight_only(4)
+    layer.set_static_range(None)
+    with pytest.raises(ConfigError, match="a W4A16 layer does not quantize its inputs and takes no static range"):
+        static(layer)
+    assert layer.act_scale is None
+    assert "W4A16 weight-only" in repr(layer)
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_only_state_dicts(w_bits, seeded):
+    layer, other = weight_only(w_bits, smooth=True), QuantLinear(32, 12, w_bits=w_bits, a_bits=16)
+    state, x = layer.state_dict(), torch.randn(3, 32, generator=seeded)
+    assert state["bits"].tolist() == [w_bits, 16]
+    other.load_state_dict(state)
+    assert torch.equal(other(x), layer(x))
+    for w, a in ((w_bits, 8), (12 - w_bits, 16)):
+        with pytest.raises(RuntimeError, match=f"this layer is W{w}A{a}, the state dict is W{w_bits}A16"):
+            QuantLinear(32, 12, w_bits=w, a_bits=a).load_state_dict(state)
+    for name, value in (("act_scale", torch.tensor(0.1)), ("act_zero_point", torch.tensor(3, dtype=torch.int32))):
+        with pytest.raises(RuntimeError, match=f"{name} is given; in a W{w_bits}A16 layer it must be left out"):
+            other.load_state_dict({**state, "act_scale": torch.tensor(0.1), name: value})
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_weight_only_runs_on_the_meta_device(w_bits):
+    layer = weight_only(w_bits, smooth=True).to("meta", torch.bfloat16)
+    x = torch.randn(2, 8, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.device.type, y.shape, y.dtype, x.grad.shape) == ("meta", (2, 8, 12), torch.bfloat16, x.shape)

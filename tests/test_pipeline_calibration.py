@@ -341,6 +341,7 @@ REFUSALS = {
     "interval": ({"cache_interval": 0}, "cache_interval is 0; give an integer >= 1"),
     "weights": ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
     "activations": ({"a_bits": 9}, "a_bits is 9; allowed are"),
+    "activations as they are": ({"a_bits": 16}, "a_bits is 16: activations .* have no ranges to calibrate"),
 }
 
 

@@ -94,7 +94,8 @@ def test_empty_range_is_refused():
     ("settings", "message"),
     [
         ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
-        ({"a_bits": 16}, "a_bits is 16; allowed are 4, 5, 6, 7, 8"),
+        ({"a_bits": 9}, "a_bits is 9; allowed are 4, 5, 6, 7, 8, 16"),
+        ({"a_bits": 32}, "a_bits is 32; allowed are"),
         ({"skip_patterns": [""]}, "non-empty"),
     ],
 )
