@@ -16,7 +16,7 @@ from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.linear import QuantLinear, check_finite, check_layer, skeleton_layer, smoothed_weight
 from qandc.plan import assign, resolved
-from qandc.quantizer import QuantConfig
+from qandc.quantizer import COMPILED, QuantConfig
 from qandc.readers import kept_layers, tuner_layers
 from qandc_kernels import select_backend
 
@@ -184,6 +184,7 @@ def settings_to_save(config: QuantConfig) -> dict[str, Any]:
 
 def _note_for_diffusers(model: Any, config: QuantConfig) -> None:
     """Have ``save_pretrained`` of a diffusers model write what its ``from_pretrained`` has to know."""
+    model = getattr(model, COMPILED, model)
     register = getattr(model, "register_to_config", None)
     if register is None:
         return

@@ -18,7 +18,7 @@ from torch import nn
 
 from qandc.errors import ConfigError, ModelError
 from qandc.linear import QuantLinear
-from qandc.quantizer import QuantConfig, matches, parse_scheme
+from qandc.quantizer import COMPILED, QuantConfig, matches, parse_scheme
 from qandc.readers import kept_layers
 
 __all__ = ["Assignment", "Roles", "assign", "resolved", "roles_of"]
@@ -100,6 +100,7 @@ def _roles_of_blocks(blocks: str, sensitive: tuple[str, ...] = ()) -> Roles:
 
 def roles_of(model: nn.Module) -> Roles:
     """Find the roles of a model's layers: by its class, else by its repeated blocks; a model without any is plain."""
+    model = getattr(model, COMPILED, model)
     for name in (base.__name__ for base in type(model).__mro__):  # caches and fusion make it one of a subclass
         if name == "DiTTransformer2DModel":
             return DIT

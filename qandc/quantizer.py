@@ -20,6 +20,7 @@ from qandc_kernels.reference import SMALLEST_AMAX
 __all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight", "round_with_feedback"]
 
 REGULAR = "re:"  # begins a skip pattern that is a regular expression
+COMPILED = "_orig_mod"  # what torch.compile calls the model in its wrapper
 W_BITS = (4, 8)
 A_BITS = (4, 5, 6, 7, 8, 16)
 WEIGHT_CLIPS = ("max", "mse")
@@ -88,7 +89,8 @@ class QuantConfig:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Tell whether a skip pattern means the layer of this qualified name."""
+    """Tell whether a skip pattern means the layer of this qualified name, in a compiled model as in the model."""
+    name = name.removeprefix(f"{COMPILED}.")
     if pattern.startswith(REGULAR):
         return re.search(pattern.removeprefix(REGULAR), name) is not None
     if pattern.startswith("."):

@@ -282,6 +282,21 @@ def test_roles_survive_a_subclass():
     assert roles_of(model) == expected == planning.DIT
 
 
+def test_a_compiled_model_is_planned_as_the_model(tmp_path):
+    name = "FluxTransformer2DModel"
+    model = make_tiny(name)
+    compiled = torch.compile(model, backend="eager")
+    given = {"conditioning": "W4A8"}
+    rows = quantization_plan(compiled, **given).layers
+    assert [(row.name.removeprefix("_orig_mod."), row.scheme, row.reason) for row in rows] == [
+        (row.name, row.scheme, row.reason) for row in quantization_plan(model, **given).layers
+    ]
+    quantize_model(compiled, **given)
+    compiled.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(output_of(again, inputs_of(name)), output_of(model, inputs_of(name)))
+
+
 @pytest.mark.parametrize(
     ("model", "given", "error", "message"),
     [
