@@ -102,9 +102,9 @@ def test_unknown_classes_are_treated_as_known_ones(name, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "w_bits", "conditioning", "gigabytes"),
     [
-        ("FluxTransformer2DModel", 8, "W8A8", 12.4),
-        ("FluxTransformer2DModel", 4, "W4A8", 7.0),
-        ("QwenImageTransformer2DModel", 4, "W4A8", 11.0),
+        ("FluxTransformer2DModel", 8, "W8A16", 12.4),
+        ("FluxTransformer2DModel", 4, "W4A16", 7.0),
+        ("QwenImageTransformer2DModel", 4, "W4A16", 11.0),
     ],
 )
 def test_bytes_of_whole_models(name, w_bits, conditioning, gigabytes):
@@ -121,8 +121,8 @@ def test_bytes_of_whole_models(name, w_bits, conditioning, gigabytes):
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_planned_bytes_are_those_of_the_tensors(w_bits):
     model = make_tiny("FluxTransformer2DModel")
-    _, after = quantization_plan(model, w_bits, conditioning="W8A8").total_bytes
-    quantize_model(model, w_bits, conditioning="W8A8")
+    _, after = quantization_plan(model, w_bits, conditioning="W8A16").total_bytes
+    quantize_model(model, w_bits, conditioning="W8A16")
     tensors = [*model.parameters(), *model.buffers()]
     bits = 2 * len(quant_layers(model))  # a buffer of each layer beside its weight: two bytes
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == after + bits
@@ -131,10 +131,10 @@ def test_planned_bytes_are_those_of_the_tensors(w_bits):
 @pytest.mark.parametrize("name", TINY)
 def test_a_plan_comes_true(name):
     model = make_tiny(name)
-    plan = quantization_plan(model, 4, conditioning="W8A8")
+    plan = quantization_plan(model, 4, conditioning="W8A16")
     text = str(plan)
     assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}  # as it was
-    quantize_model(model, 4, conditioning="W8A8")
+    quantize_model(model, 4, conditioning="W8A16")
     report = quantization_report(model)
     assert report.other_bytes == plan.other_bytes
     assert report.quantized == plan.quantized
@@ -148,11 +148,11 @@ def test_a_model_stays_what_it_was(name, tmp_path):
     """Its output is close with the defaults, and comes back bit for bit."""
     inputs = inputs_of(name)
     expected = output_of(make_tiny(name), inputs)
-    for w_bits, conditioning, limit in ((8, None, 0.02), (8, "W8A8", 0.025), (4, None, 0.12)):
+    for w_bits, conditioning, limit in ((8, None, 0.02), (8, "W8A16", 0.025), (4, None, 0.12)):
         model = quantize_model(make_tiny(name), w_bits, conditioning=conditioning)
         found = output_of(model, inputs)
         assert (found - expected).norm() < limit * expected.norm()
-    quantize_model(model := make_tiny(name), conditioning="W4A8")
+    quantize_model(model := make_tiny(name), conditioning="W4A16")
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert quant_layers(again).keys() == quant_layers(model).keys()
@@ -160,7 +160,7 @@ def test_a_model_stays_what_it_was(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
-@pytest.mark.parametrize("conditioning", [None, "W4A8"])
+@pytest.mark.parametrize("conditioning", [None, "W4A16"])
 def test_loading_by_diffusers_quantizes_the_same(name, conditioning, tmp_path, monkeypatch):
     model, inputs = make_tiny(name), inputs_of(name)
     model.save_pretrained(tmp_path / "full")
