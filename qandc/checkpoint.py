@@ -33,6 +33,7 @@ from qandc.conversion import quant_layers, quantization_report
 from qandc.derived import original_class
 from qandc.errors import ConfigError, ModelError, OutputError
 from qandc.fusable import check_ranges
+from qandc.fused_projections import keep_fused_quantized
 from qandc.linear import OPTIONAL_BUFFERS, skeleton_layer
 from qandc.pipelines import resolve_device
 from qandc.ranges import StepRanges
@@ -173,6 +174,7 @@ def load_quantized(
         setattr(model.get_submodule(owner), buffer, tensors[name])
     if dtype is not None or target.type != "cpu":
         nn.Module.to(model, device=target, dtype=dtype)  # that of diffusers warns of layers it does not name
+    keep_fused_quantized(model)
     extras = manifest["files"].keys()
     return QuantizedCheckpoint(
         model.eval(),

@@ -14,6 +14,7 @@ from torch import nn
 from qandc.arguments import Between, check_fields, checked
 from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ConfigError, DataError, ModelError
+from qandc.fused_projections import keep_fused_quantized
 from qandc.linear import QuantLinear, check_finite, check_layer, skeleton_layer, smoothed_weight
 from qandc.plan import assign, resolved
 from qandc.quantizer import COMPILED, QuantConfig
@@ -148,6 +149,7 @@ def quantize_model(
             tuner.merge = refuse_merge
             if getattr(tuner, "merged", True):
                 tuner.unmerge = refuse_merge
+    keep_fused_quantized(model)
     reset_all_caches(model)  # what it holds are features of the full-precision model
     _note_for_diffusers(model, config)
     return model

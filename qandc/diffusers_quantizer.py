@@ -21,6 +21,7 @@ from torch import nn
 from qandc.arguments import checked
 from qandc.conversion import quant_layers, settings_to_save
 from qandc.errors import ConfigError, ModelError
+from qandc.fused_projections import keep_fused_quantized
 from qandc.linear import OPTIONAL_BUFFERS, QuantLinear, check_finite, check_layer, skeleton_layer
 from qandc.plan import assign, resolved
 from qandc.quantizer import QuantConfig, parse_scheme
@@ -230,6 +231,7 @@ class QandCQuantizer(DiffusersQuantizer):
                 raise ModelError(f"no weight came for {name}; load the model by from_pretrained of its directory")
             if layers[name].act_zero_point is not None and layers[name].act_scale is None:
                 raise ModelError(f"{name}.act_zero_point has no act_scale beside it; save the model again")
+        keep_fused_quantized(model)
         return model
 
     def _dequantize(self, model: Any) -> Any:

@@ -13,6 +13,7 @@ from qandc.arguments import Between, checked
 from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, check_hessian, quantize_weight, round_with_feedback
+from qandc.shared_products import Membership, shared_output
 from qandc_kernels import int4_linear, int8_linear, pack_int4, quantized_linear, reference, weight_only_linear
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
@@ -78,6 +79,8 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.w_bits, self.a_bits = w_bits, a_bits
         self.original_bytes = 0  # of the weight this layer was made from
+        self.membership = Membership()
+        self.storage_serial = 0  # another number each time the tensors below move to other memory unnoticed
         shape = (out_features, in_features // 2) if w_bits == 4 else (out_features, in_features)
         qdtype = torch.uint8 if w_bits == 4 else torch.int8
         self.register_buffer("qweight", torch.zeros(shape, dtype=qdtype, device=device))
@@ -278,6 +281,10 @@ class QuantLinear(nn.Module):
         if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             y = self._product(input.detach())
             return StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
+        if not torch.compiler.is_compiling():
+            shared = shared_output(self, input, autocast_dtype(input))
+            if shared is not None:
+                return shared
         return self._product(input)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
@@ -299,7 +306,7 @@ class QuantLinear(nn.Module):
             held["weight_sum"],
             held["smoothing"],
             self.a_bits,
-            _autocast_dtype(input),
+            autocast_dtype(input),
             nan_flag,
         )
 
@@ -325,7 +332,7 @@ class QuantLinear(nn.Module):
             self.bias,
             self.act_zero_point,
             self.weight_sum,
-            out_dtype=_autocast_dtype(input) or input.dtype,
+            out_dtype=autocast_dtype(input) or input.dtype,
         )
 
     def extra_repr(self) -> str:
@@ -337,6 +344,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         # .to(float16) must not round the scales: they are part of the integers' meaning
         scales = {name: getattr(self, name) for name in FP32_BUFFERS}
+        self.membership.forget_weights()
         super()._apply(fn, recurse)
         if self.nan_flag is not None:
             self.nan_flag = fn(self.nan_flag)
@@ -373,7 +381,7 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to products on the device of ``x``, or None where it is off."""
     device = x.device.type  # autocast does not know the meta device
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None

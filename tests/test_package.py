@@ -60,7 +60,8 @@ def test_import_takes_less_than_a_second_beyond_torch():
 
 LAYERS = ["errors", "arguments", "files", "npz", "pixels", "networks"]
 LAYERS += ["tap", "variance_compensation", "derived", "schedule", "timestep_watch", "features"]
-LAYERS += ["feature_cache", "ranges", "quantizer", "dequantized", "linear", "cache", "readers", "plan"]
+LAYERS += ["feature_cache", "ranges", "quantizer", "dequantized", "shared_products", "linear"]
+LAYERS += ["fused_projections", "cache", "readers", "plan"]
 LAYERS += ["conversion", "layer_inputs"]
 LAYERS += ["calibration", "metrics", "results"]
 LAYERS += [
