@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qandc.errors import ModelError
-from qandc.linear import QuantLinear, autocast_dtype
+from qandc.linear import QuantLinear, _autocast_dtype
 from qandc.shared_products import Placing, multiply_together, put_side_by_side
 
 __all__ = ["FusedProjection", "keep_fused_quantized"]
@@ -112,7 +112,7 @@ class FusedProjection(nn.Module):
             if operands is not None:
                 if self.placing.placed is not placed:
                     self._hold(operands)
-                return multiply_together(self.members[0], input, operands, autocast_dtype(input))
+                return multiply_together(self.members[0], input, operands, _autocast_dtype(input))
         return torch.cat([layer(input) for layer in self.members], -1)
 
     def _needs_grad(self, input: torch.Tensor) -> bool:
@@ -193,6 +193,11 @@ def _fused(name: str, layers: dict[str, Any]) -> nn.Module:
         whole.bias = None if bias[0] is None else nn.Parameter(torch.cat(bias))
         return whole
     schemes = [f"W{m.w_bits}A{m.a_bits}" if isinstance(m, QuantLinear) else "not quantized" for m in members]
+    if "W8A16" in schemes or "W4A16" in schemes:
+        raise ModelError(
+            f"{name} would be one product of weight-only layers ({schemes[0]}), of which there is none; "
+            "leave them unfused"
+        )
     if len(set(schemes)) == 1 and (members[0].qweight.is_meta or put_side_by_side(members) is not None):
         return FusedProjection(members)
     how = ", ".join(f"{member}: {scheme}" for member, scheme in zip(MEMBERS[name], schemes, strict=True))

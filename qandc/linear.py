@@ -282,7 +282,7 @@ class QuantLinear(nn.Module):
             y = self._product(input.detach())
             return StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
         if not torch.compiler.is_compiling():
-            shared = shared_output(self, input, autocast_dtype(input))
+            shared = shared_output(self, input, _autocast_dtype(input))
             if shared is not None:
                 return shared
         return self._product(input)
@@ -306,7 +306,7 @@ class QuantLinear(nn.Module):
             held["weight_sum"],
             held["smoothing"],
             self.a_bits,
-            autocast_dtype(input),
+            _autocast_dtype(input),
             nan_flag,
         )
 
@@ -332,7 +332,7 @@ class QuantLinear(nn.Module):
             self.bias,
             self.act_zero_point,
             self.weight_sum,
-            out_dtype=autocast_dtype(input) or input.dtype,
+            out_dtype=_autocast_dtype(input) or input.dtype,
         )
 
     def extra_repr(self) -> str:
@@ -381,7 +381,7 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to products on the device of ``x``, or None where it is off."""
     device = x.device.type  # autocast does not know the meta device
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None

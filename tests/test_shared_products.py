@@ -374,6 +374,31 @@ def test_memory_that_is_swapped_each_forward_is_left_alone(products, alone):
     assert moves < 10
 
 
+@pytest.mark.parametrize("forwards", [4, 30])
+@pytest.mark.parametrize("name", ["qweight", "weight_scale", "weight_sum", "bias"])
+def test_a_member_that_gets_other_memory_counts_at_once(name, forwards, alone):
+    attention = Attention()
+    for layer in attention.layers:
+        layer.set_static_range(torch.tensor(0.02), torch.tensor(5))
+    settle(attention, forwards)
+    tensor = getattr(attention.to_k, name)
+    tensor.data = -tensor.data if name != "weight_scale" else tensor.data * 2
+    with torch.no_grad():
+        for _ in range(4):
+            x = x_of(5)
+            assert equal(attention(x), alone(attention, x))
+
+
+def test_memory_is_not_held_before_it_has_stayed_for_a_while():
+    attention = Attention()
+    settle(attention, 5)
+    old = storages_of(attention)
+    for layer in attention.layers:
+        for t in (*layer.buffers(), layer.bias):
+            t.data = t.data.clone()
+    assert all(storage.expired() for storage in old)
+
+
 def test_a_model_under_accelerates_offload_computes_the_same(alone):
     accelerate = pytest.importorskip("accelerate")
     model, inputs = quantize_model(make_tiny("FluxTransformer2DModel")), inputs_of("FluxTransformer2DModel")
