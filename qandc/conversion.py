@@ -14,7 +14,7 @@ from torch import nn
 from qandc.arguments import Between, check_fields, checked
 from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ConfigError, DataError, ModelError
-from qandc.fused_projections import keep_fused_quantized
+from qandc.fused_projections import FusedProjection, keep_fused_quantized
 from qandc.linear import QuantLinear, check_finite, check_layer, skeleton_layer, smoothed_weight
 from qandc.plan import assign, resolved
 from qandc.quantizer import COMPILED, QuantConfig
@@ -373,6 +373,8 @@ def _other_bytes(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Linear | QuantLinear):
             own: list[torch.Tensor | None] = [module.bias]
+        elif isinstance(module, FusedProjection):  # holds the bytes of other layers
+            own = []
         else:
             own = [*module._parameters.values(), *module._buffers.values()]
         tensors |= {id(tensor): tensor for tensor in own if tensor is not None}
