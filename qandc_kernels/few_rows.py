@@ -68,7 +68,7 @@ def few_rows_start(
     (m, k), n = x.shape, w.shape[0]
     packed = w.shape[1] != k
     if tile is None:
-        tile = few_rows_tile(m, n, k, packed, x.device)
+        tile = few_rows_tile(m, k, packed, x.device)
     constants = {
         "K": k, "PACKED": packed,
         "BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "PARTS": tile.parts,
