@@ -6,7 +6,6 @@ Importing this package loads torch and nothing heavier; diffusers is imported by
 from typing import TYPE_CHECKING, Any
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
-from qandc.calibration import calibrate, calibrate_steps, input_hessians, smoothing_factors
 from qandc.calibration_settings import CalibrationSettings
 from qandc.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
 from qandc.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
@@ -24,6 +23,7 @@ from qandc.feature_cache import FeatureCache
 from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
 from qandc.linear import QuantLinear
 from qandc.model_graph import graph, ungraph
+from qandc.observe import calibrate, calibrate_steps, calibration, input_hessians, smoothing_factors
 from qandc.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.pipelines import fashion_dit_path, load_pipeline
 from qandc.pool import CandidatePool, record_pool
@@ -72,6 +72,7 @@ __all__ = [
     "calibrate_pipeline",
     "calibrate_schedule",
     "calibrate_steps",
+    "calibration",
     "cluster_pool",
     "compensated_scheduler",
     "decode_latents",

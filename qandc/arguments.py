@@ -17,7 +17,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, runtime_checkable
 
@@ -28,6 +28,7 @@ from torch import nn
 from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
 
 __all__ = [
+    "Batches",
     "Between",
     "Count",
     "Integers",
@@ -61,6 +62,7 @@ class Between:
 
 Count = Annotated[int, Between(1, 2**31 - 1)]
 Seed = Annotated[int, Between(0, 2**63 - 1)]
+Batches = Iterable[Any] | Callable[[], Any]  # inputs of a model, or a function that runs it
 Model = Annotated[Any, nn.Module]  # whose attributes a type checker does not know
 Steps = Annotated[int, Between(1, 10_000)]
 Share = Annotated[float, Between(0, 1)]
@@ -272,7 +274,7 @@ def _checked(hint: Any, value: Any) -> Any:
     if isinstance(hint, TypeVar):
         return value if hint.__bound__ is None else _checked(hint.__bound__, value)
     if origin is collections.abc.Callable:
-        return _instance_of_callable(value)
+        return _function(value, without_arguments=parts[0] == [])
     if origin in (collections.abc.Iterable, collections.abc.Iterator):
         return _iterable(value, parts[0])
     if origin in (collections.abc.Mapping, dict):
@@ -287,9 +289,16 @@ def _checked(hint: Any, value: Any) -> Any:
     return _instance(hint, value)
 
 
-def _instance_of_callable(value: Any) -> Any:
-    if not callable(value):
+def _function(value: Any, without_arguments: bool) -> Any:
+    if not callable(value) or isinstance(value, nn.Module):
         raise _Refused("a function")
+    if without_arguments:
+        try:
+            inspect.signature(value).bind()
+        except TypeError:
+            raise _Refused("a function without arguments") from None
+        except ValueError:  # a built-in one that does not tell
+            pass
     return value
 
 

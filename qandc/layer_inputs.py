@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qandc.arguments import Batches
 from qandc.cache import paused_cache
 from qandc.derived import eager
 from qandc.errors import DataError, QandCError
 
-__all__ = ["SharedInputs", "input_of_call", "watch_inputs"]
+__all__ = ["SharedInputs", "TokenLayers", "input_of_call", "run_batches", "watch_inputs"]
 
 
 def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = "input") -> torch.Tensor:
@@ -23,11 +25,11 @@ def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = 
     return found
 
 
-@torch.no_grad()
+@contextmanager
 def watch_inputs(
-    model: nn.Module, batches: Iterable[Any], layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]
-) -> None:
-    """Run the batches uncompiled, every step computed; call ``see(name, x)`` before each forward of a layer.
+    model: nn.Module, layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, x)`` before each forward of a layer inside the block; nothing compiled runs, no step is reused.
 
     Inputs without a value are left out: they tell nothing.
     """
@@ -45,11 +47,34 @@ def watch_inputs(
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with paused_cache(model), eager():
-            for batch in batches:
-                _call(model, batch)
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def run_batches(
+    model: nn.Module,
+    batches: Batches,
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Call the model with each batch, or call ``batches``, if it is a function that runs the model.
+
+    Raises:
+        DataError: there is no batch, or one is no input of the model.
+    """
+    if not isinstance(batches, Iterable):
+        batches()
+        after_each()
+        return
+    empty = True
+    for batch in batches:
+        empty = False
+        _call(model, batch)
+        after_each()
+    if empty:
+        raise DataError("the calibration set is empty; give at least one batch of model inputs")
 
 
 def _call(model: nn.Module, batch: Any) -> None:
@@ -67,6 +92,23 @@ def _call(model: nn.Module, batch: Any) -> None:
         raise DataError(
             f"a batch is no input of {type(model).__name__} ({cause}); give what the model takes"
         ) from error
+
+
+class TokenLayers:
+    """Tells layers that see tokens, ``[B, tokens, K]``, from those that see one row per sample, as modulation does."""
+
+    def __init__(self) -> None:
+        self._sees_tokens: dict[str, bool] = {}
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """Note the shape of an input of a layer."""
+        tokens = x.ndim > 2 and x.shape[1:-1].numel() > 1
+        self._sees_tokens[name] = tokens or self._sees_tokens.get(name, False)
+
+    def others(self) -> list[str]:
+        """Name the layers that saw one row per sample in every forward; none if no layer saw tokens."""
+        found = self._sees_tokens
+        return [name for name, tokens in found.items() if not tokens] if any(found.values()) else []
 
 
 class _Group:
@@ -105,12 +147,10 @@ class SharedInputs:
         self._groups: dict[str, _Group] = {}
         self._new: dict[Any, _Group] = {}  # by that tensor: those that have seen one in all
 
-    def each_forward(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, for :func:`watch_inputs`: between them layers part that have not seen the same."""
-        for batch in batches:
-            yield batch
-            for group in list(self._groups.values()):
-                self._part(group)
+    def end_forward(self) -> None:
+        """Part layers that have not seen the same since the last call; after the last forward this must be called."""
+        for group in list(self._groups.values()):
+            self._part(group)
 
     def see(self, name: str, x: torch.Tensor) -> None:
         """Add an input of a layer."""

@@ -20,13 +20,13 @@ import torch
 
 from qandc.arguments import Pipeline, check_fields, checked
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
-from qandc.calibration import calibrate, input_hessians
 from qandc.calibration_settings import NO_COMPENSATION, CalibrationSettings
 from qandc.checkpoint import check_target, save_quantized
 from qandc.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.errors import ModelError, OutputError
 from qandc.files import make_directory, write_json
 from qandc.metrics import psnr
+from qandc.observe import calibrate, input_hessians
 from qandc.pipelines import class_names
 from qandc.pool import CandidatePool, record_pool
 from qandc.presets import SETTINGS, Preset, is_finished

@@ -469,8 +469,8 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "batches": batches(),
         "groups": P(1, "None"),
         "ranges": ranges(),
-        "skip_patterns": PATTERNS,
     },
+    "calibration": lambda: {"model": P(quantized()), "symmetric": P(True, FLAG), "ranges": ranges()},
     "cluster_pool": lambda: {**features(), **choosing(), "method": P("kmeans")},
     "compensated_scheduler": lambda: {
         "scheduler": P(ddim()),
@@ -567,8 +567,9 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "smoothing_factors": lambda: {
         "model": P(dit()),
         "batches": batches(),
-        "names": P(["transformer_blocks.0.attn1.to_q"], "[] () set() array_[]"),
+        "names": P(["transformer_blocks.0.attn1.to_q"], "None [] () set() array_[]"),
         "alpha": P(0.5, "0 1/2"),
+        "skip_patterns": P(["norm"], f"{PATTERNS.legal} set()"),
     },
     "unfuse_dit": lambda: {"transformer": P(fused())},
     "ungraph": lambda: {"model": P(qandc.graph(dit()))},

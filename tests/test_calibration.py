@@ -16,6 +16,7 @@ from qandc import (
     RangeConfig,
     calibrate,
     calibrate_steps,
+    calibration,
     fuse_dit,
     quantize_model,
     smoothing_factors,
@@ -62,7 +63,7 @@ def test_a_layer_that_saw_zeros_only_stays_dynamic_and_is_logged(caplog):
     model, _ = model_and_batches()
     with torch.no_grad():
         model[0].bias.fill_(1.0)
-    with caplog.at_level("WARNING", "qandc.calibration"):
+    with caplog.at_level("WARNING", "qandc.observe"):
         calibrate(model, [torch.zeros(3, 8)])
     assert model[0].act_scale is None
     assert model[2].act_scale is not None
@@ -96,10 +97,115 @@ def test_symmetric_ranges_have_no_zero_point():
 def test_batches_may_be_mappings_sequences_or_tensors(dit, dit_inputs):
     quantize_model(dit)
     calibrate(dit, [dit_inputs])
-    assert all(m.act_scale is not None for m in dit.modules() if isinstance(m, QuantLinear))
+    dynamic = [name for name, layer in quant_layers(dit).items() if layer.act_scale is None]
+    assert dynamic == ["proj_out_1"]  # of the final modulation
     scale = dit.proj_out_2.act_scale.clone()
     calibrate(dit, [tuple(dit_inputs.values())])
     assert torch.equal(dit.proj_out_2.act_scale, scale)
+
+
+def test_any_code_may_run_the_model_inside_the_block():
+    model, batches = model_and_batches()
+    expected, _ = model_and_batches()
+    calibrate(expected, batches, ranges=RangeConfig("mse", symmetric=True))
+    by_function, _ = model_and_batches()
+    calibrate(by_function, lambda: [by_function(x) for x in batches], ranges=RangeConfig("mse", symmetric=True))
+    with calibration(model, ranges=RangeConfig("mse", symmetric=True)):
+        for x in batches:
+            assert model[0].act_scale is None
+            with torch.inference_mode():
+                model(input=x)
+    for index in (0, 2):
+        assert torch.equal(model[index].act_scale, expected[index].act_scale)
+        assert torch.equal(by_function[index].act_scale, expected[index].act_scale)
+        assert not model[index]._forward_pre_hooks
+
+
+def test_after_an_exception_inside_the_block_the_model_is_as_before():
+    model, batches = model_and_batches()
+    calibrate(model, batches)
+    before = [(model[i].act_scale.clone(), model[i].act_zero_point.clone()) for i in (0, 2)]
+    with pytest.raises(ValueError, match="agree in K"), calibration(model):
+        model(torch.cat([model(batches[0] * 10)] * 4))
+    with pytest.raises(DataError, match="run it inside the block"), calibration(model):
+        pass
+    assert [(model[i].act_scale, model[i].act_zero_point) for i in (0, 2)] == before
+    assert not model[0]._forward_pre_hooks
+
+
+def test_a_full_precision_model_is_told_what_comes_first():
+    with pytest.raises(ModelError, match="call quantize_model first"), calibration(nn.Sequential(nn.Linear(2, 2))):
+        pass
+
+
+class Modulated(nn.Module):
+    """A block in the small: tokens, and a modulation of one row per sample that follows the timestep."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, tokens, t):
+        sizes = torch.arange(1, 17) / 16
+        scale = self.time(torch.cos(t[:, None] * sizes) * (1 + t[:, None] / 50))
+        return self.down(torch.relu(self.up(tokens * (1 + torch.tanh(scale[:, None])))))
+
+
+def modulated_batches(timesteps):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(2, 6, 16, generator=generator), torch.full((2,), float(t))) for t in timesteps]
+
+
+def test_layers_that_see_one_row_per_sample_stay_dynamic(caplog):
+    """A range of the timestep layer that was found at other timesteps would be several times too wide or too narrow."""
+    model = quantize_model(Modulated(), skip_patterns=["nothing"])
+    reference, batches = Modulated(), modulated_batches([900, 500, 100])
+    model.time.set_static_range(torch.tensor(1.0))
+    with caplog.at_level("INFO", "qandc.observe"):
+        calibrate(model, batches)
+    assert caplog.text.count("1 layers keep dynamic ranges") == 1
+    assert "from step to step: time\n" in caplog.text
+    assert model.time.act_scale is None
+    assert model.up.act_scale is not None
+    assert model.down.act_scale is not None
+
+    def error(model):
+        elsewhere = modulated_batches([7, 3])
+        pairs = [(model(*batch), reference(*batch)) for batch in elsewhere]
+        return max(((found - exact).norm() / exact.norm()).item() for found, exact in pairs)
+
+    kept = error(model)
+    model.time.set_static_range(torch.tensor((1 + 900 / 50) / 127))  # the largest input that was seen
+    assert kept < 0.03
+    assert error(model) > 2 * kept
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8,), (5, 1, 8)], ids=["rows", "vector", "one token"])
+def test_layers_that_all_see_one_row_per_sample_get_static_ranges(shape):
+    torch.manual_seed(0)
+    model = quantize_model(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)))
+    calibrate(model, [torch.randn(shape)])
+    assert model[0].act_scale is not None
+    assert model[2].act_scale is not None
+
+
+@pytest.mark.parametrize("how", ["by name", "by position", "by function"])
+def test_the_timestep_is_found_by_the_signature(how):
+    model = quantize_model(Modulated(), skip_patterns=["nothing"])
+    batches = modulated_batches([900, 100])
+    as_given = {
+        "by name": [{"tokens": tokens, "t": t} for tokens, t in batches],
+        "by position": batches,
+        "by function": lambda: [model(*batch) for batch in batches],
+    }[how]
+    found = calibrate_steps(model, as_given)
+    assert found.timesteps.tolist() == [900, 100]
+    assert found.scales.keys() == {"up", "down"}
+    for i, batch in enumerate(batches):
+        calibrate(model, [batch])
+        assert found.scales["up"][i] == model.up.act_scale
+    assert not model._forward_pre_hooks
 
 
 def test_recalibration_forgets_the_old_ranges():
@@ -158,7 +264,7 @@ def test_empty_set_is_refused():
 
 def test_batches_without_rows_are_refused():
     model, _ = model_and_batches()
-    with pytest.raises(DataError, match="no calibration batch reached"):
+    with pytest.raises(DataError, match="no quantized layer of Sequential was given a value"):
         calibrate(model, [torch.zeros(0, 8)])
 
 
@@ -464,7 +570,12 @@ def test_fused_models_take_them(monkeypatch):
 @pytest.mark.parametrize(
     ("batches", "groups", "error", "message"),
     [
-        ([torch.zeros(1)], None, DataError, "mappings with a timestep"),
+        (
+            [torch.zeros(1, 4, 8, 8)],
+            None,
+            DataError,
+            "no argument of DiTTransformer2DModel that is named timestep, timesteps or t was",
+        ),
         ([{"timestep": torch.tensor([1, 2])}], None, DataError, "at one timestep"),
         ([], None, DataError, "calibration set is empty"),
         (None, 3, ConfigError, "groups is 3; 2 timesteps can form 1 to 2"),
@@ -541,7 +652,7 @@ def test_smoothing_is_checked():
     model = nn.Sequential(linear)
     with pytest.raises(ConfigError, match=r"'1' is no nn\.Linear"):
         smoothing_factors(model, [x], ["1"])
-    with pytest.raises(DataError, match="0 saw no input"):
+    with pytest.raises(DataError, match="calibration set is empty"):
         smoothing_factors(model, [], ["0"])
     with pytest.raises(DataError, match="0 saw no input, or NaN"):
         smoothing_factors(model, [x * float("nan")], ["0"])

@@ -63,7 +63,7 @@ LAYERS += ["tap", "variance_compensation", "derived", "schedule", "timestep_watc
 LAYERS += ["feature_cache", "ranges", "quantizer", "dequantized", "shared_products", "linear"]
 LAYERS += ["fused_projections", "cache", "readers", "plan"]
 LAYERS += ["conversion", "layer_inputs"]
-LAYERS += ["calibration", "metrics", "results"]
+LAYERS += ["observe", "metrics", "results"]
 LAYERS += [
     "conditioning",
     "fused_step",

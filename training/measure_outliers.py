@@ -1,0 +1,129 @@
+"""Measures what outliers in activations cost, and what smoothing wins back, on fashion-dit with planted outliers.
+
+python training/measure_outliers.py                    # on a CPU of two cores: some 20 minutes
+
+Four channels of what each block's modulated norms and its v give are multiplied, and the weights that read them are
+divided, so that the full-precision model computes the same as before. PSNR is to its images; every step is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import DiTPipeline
+from torch import nn
+
+from qandc import (
+    calibrate,
+    decode_latents,
+    fashion_dit_path,
+    input_hessians,
+    make_scheduler,
+    quantize_model,
+    sample_latents,
+    smoothing_factors,
+)
+from qandc.files import write_json
+from qandc.metrics import psnr
+from qandc.results import result_header
+
+CHANNELS = 4  # that hold outliers
+FIRST_SEED = 20_000_000  # of the samples to calibrate with; far from those of the images
+
+
+@torch.no_grad()
+def plant_outliers(transformer: Any, times: float, channels: int = CHANNELS) -> Any:
+    """Multiply channels of each block's modulated norms and of v of a DiT, in place; its output stays the same.
+
+    Each block has other channels. The modulation layer gives ``(1 + scale) · times`` and ``shift · times``; q, k, v and
+    the MLP's first layer are divided, and so is the attention's last one behind v.
+    """
+    for number, block in enumerate(transformer.transformer_blocks):
+        attention, feed_forward, modulation = block.attn1, block.ff.net, block.norm1.linear
+        width = modulation.out_features // 6
+        chosen = (torch.arange(channels) * (width // channels) + number) % width
+        shift_attention, scale_attention, _, shift_mlp, scale_mlp, _ = torch.arange(6 * width).view(6, width)[:, chosen]
+        _times(modulation, torch.cat([shift_attention, scale_attention, shift_mlp, scale_mlp]), times)
+        modulation.bias[torch.cat([scale_attention, scale_mlp])] += times - 1
+        for reader in (attention.to_q, attention.to_k, attention.to_v, feed_forward[0].proj):
+            reader.weight[:, chosen] /= times
+        _times(attention.to_v, chosen, times)
+        attention.to_out[0].weight[:, chosen] /= times
+    return transformer
+
+
+def _times(layer: nn.Linear, rows: torch.Tensor, times: float) -> None:
+    layer.weight[rows] *= times
+    layer.bias[rows] *= times
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration: how large the outliers are, and how the model is quantized."""
+
+    times: float
+    w_bits: int
+    ranges: str
+    alpha: float | None = None
+
+
+def configurations(outliers: list[float]) -> Iterator[Row]:
+    """All rows, those of one model behind each other."""
+    for times in outliers:
+        for w_bits in (8, 4):
+            yield Row(times, w_bits, "static")
+            yield Row(times, w_bits, "dynamic")
+            yield Row(times, w_bits, "dynamic", 0.5)
+            for alpha in (0.25, 0.5, 0.75):
+                yield Row(times, w_bits, "static", alpha)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/cpu/outliers.json"),
+    outliers: Annotated[str, typer.Option(help="Factors, separated by commas; 1 plants none.")] = "1,10,30,100",
+    images: Annotated[int, typer.Option(help="Of each row, one per class in turn.")] = 10,
+    steps: int = 50,
+    guidance_scale: float = 1.5,
+    device: str = "cpu",
+) -> None:
+    """Sample with every configuration; int8 weights are rounded to nearest, int4 weights with GPTQ."""
+    pipe = DiTPipeline.from_pretrained(fashion_dit_path()).to(device)
+    scheduler = make_scheduler("ddpm", pipe.scheduler.config)
+
+    def latents(model: nn.Module, first_seed: int = 0) -> torch.Tensor:
+        labels, seeds = [i % 10 for i in range(images)], list(range(first_seed, first_seed + images))
+        run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        return sample_latents(model, scheduler, labels, seeds=seeds, **run)
+
+    def draw(model: nn.Module) -> torch.Tensor:
+        return decode_latents(pipe.vae, latents(model))
+
+    full = draw(pipe.transformer)
+    rows = []
+    for row in configurations([float(part) for part in outliers.split(",")]):
+        model = plant_outliers(copy.deepcopy(pipe.transformer), row.times)
+
+        def run(model: nn.Module = model) -> torch.Tensor:
+            return latents(model, FIRST_SEED)
+
+        smoothing = None if row.alpha is None else smoothing_factors(model, run, alpha=row.alpha)
+        hessians = input_hessians(model, run) if row.w_bits == 4 else None
+        clip = "max" if hessians is None else "mse"
+        quantize_model(model, row.w_bits, weight_clip=clip, smoothing=smoothing, hessians=hessians)
+        if row.ranges == "static":
+            calibrate(model, run)
+        likeness = psnr(draw(model), full)
+        rows.append({**asdict(row), "psnr_to_fp": likeness.tolist()})
+        typer.echo(f"{row}: mean {likeness.mean():.2f} dB, median {likeness.median():.2f}")
+    settings = {"images": images, "steps": steps, "guidance_scale": guidance_scale, "device": device}
+    write_json(out, {**result_header({**settings, "scheduler": "ddpm"}), "rows": rows, "goals": []})
+
+
+if __name__ == "__main__":
+    typer.run(main)
