@@ -31,6 +31,7 @@ class CalibrationSettings:
         w_bits, a_bits: as :class:`qandc.QuantConfig`; a_bits from 4 to 8, whose ranges are found.
         rounding: of weights, ``nearest``, or ``gptq``, with error feedback; by default that with 4 bits. Weights are
             clipped with ``gptq`` (``mse`` of :class:`qandc.QuantConfig`), else not.
+        smoothing: move outliers from activations to weights (:func:`qandc.smoothing_factors`).
         ranges: how static ranges are found.
         cache_mode, cache_interval: of the cache the pool is recorded with; the schedule found later has as many compute
             steps.
@@ -56,6 +57,7 @@ class CalibrationSettings:
     w_bits: int = 8
     a_bits: int = 8
     rounding: str | None = None
+    smoothing: bool = True
     ranges: RangeConfig = field(default_factory=RangeConfig)
     cache_mode: str = "taylor"
     cache_interval: Steps = 3

@@ -1,4 +1,4 @@
-"""The whole method for one pipeline: pool, chosen samples, quantized weights, ranges, schedule, variance compensation.
+"""Calibrate one pipeline: pool, samples, smoothing, quantized weights, ranges, schedule, variance compensation.
 
 After Q&C (arXiv 2503.02508). What comes of it is a directory: a :class:`qandc.Preset`, the quantized model itself in
 ``quantized/`` (:func:`qandc.load_quantized`), and ``report.json``.
@@ -26,7 +26,7 @@ from qandc.conversion import QuantizationReport, quant_layers, quantization_repo
 from qandc.errors import ModelError, OutputError
 from qandc.files import make_directory, write_json
 from qandc.metrics import psnr
-from qandc.observe import calibrate, input_hessians
+from qandc.observe import calibrate, input_hessians, smoothing_factors
 from qandc.pipelines import class_names
 from qandc.pool import CandidatePool, record_pool
 from qandc.presets import SETTINGS, Preset, is_finished
@@ -285,7 +285,7 @@ class _Calibration:
             return pool.select(settings.samples, config, method=settings.select, seed=settings.seed)
 
     def quantize(self, pool: CandidatePool, chosen: np.ndarray) -> None:
-        """Weights, then static ranges."""
+        """Find smoothing factors, round weights, then find static ranges."""
         settings, config, model = self.settings, self.settings.quant_config, self.model
 
         def batches(stage: _Stage) -> Iterator[dict[str, Any]]:
@@ -293,7 +293,10 @@ class _Calibration:
             return stage.counted(found)
 
         count = -(-len(chosen) // BATCH_SIZE)
-        hessians = None
+        smoothing = hessians = None
+        if settings.smoothing:
+            with _Stage("smoothing", count, self.progress) as stage:
+                smoothing = smoothing_factors(model, batches(stage), skip_patterns=config.skip_patterns)
         if settings.error_feedback:
             with _Stage("inputs of layers", count, self.progress) as stage:
                 hessians = input_hessians(model, batches(stage), config.skip_patterns)
@@ -304,6 +307,7 @@ class _Calibration:
                 config.a_bits,
                 config.skip_patterns,
                 weight_clip=config.weight_clip,
+                smoothing=smoothing,
                 hessians=hessians,
             )
         with _Stage("ranges", count, self.progress) as stage:

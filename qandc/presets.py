@@ -1,4 +1,4 @@
-"""Calibrated settings of a model in one directory: activation ranges, cache schedule, variance compensation."""
+"""Keep calibrated settings of a model in a directory: ranges, smoothing, cache schedule, variance compensation."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from qandc.variance_compensation import Compensation
 
 __all__ = ["Preset", "fashion_dit_preset", "is_finished"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SETTINGS, RANGES, WEIGHTS = "preset.json", "ranges.safetensors", "weights.safetensors"
 SCHEDULE, COMPENSATION = "schedule.json", "compensation.safetensors"
 STRUCTURE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size")
-WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum", "smoothing")
+WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum")
 
 
 @checked
@@ -50,6 +50,7 @@ class Preset:
         config: bits, layers left out, how weights are clipped.
         scales: layer name to 0-d float32.
         zero_points: layer name to 0-d int32; a layer that is missing here is symmetric.
+        smoothing: layer name to ``[in_features]`` factors; a layer that is missing here has none.
         schedule: of the feature cache.
         compensation: fitted for the model with these ranges and this cache, or None.
         scheduler, guidance_scale: of the runs they are for; the steps are those of the schedule.
@@ -68,6 +69,7 @@ class Preset:
     structure: dict[str, int | None]
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     model: str | None = None
+    smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -97,7 +99,7 @@ class Preset:
             scheduler, guidance_scale: of the runs, the scheduler by its class name; by default those that the
                 compensation was fitted for.
             keep_weights: keep the quantized weights too. Those rounded with Hessians need it: they cannot be made again
-                without the samples. Smoothed ones are always kept.
+                without the samples.
             source: directory or hub id of the pipeline, None for fashion-dit.
 
         Raises:
@@ -109,7 +111,6 @@ class Preset:
         if scheduler is None or guidance_scale is None:
             raise ConfigError("settings without compensation need the scheduler and guidance_scale they are for")
         layers = quant_layers(model)
-        keep_weights |= any(layer.smoothing is not None for layer in layers.values())
         weights = {
             f"{name}.{buffer}": tensor
             for name, layer in layers.items()
@@ -127,6 +128,7 @@ class Preset:
             _structure(model),
             weights,
             source,
+            {name: layer.smoothing for name, layer in layers.items() if layer.smoothing is not None},
         )
 
     @property
@@ -143,6 +145,7 @@ class Preset:
         """Tells settings apart: of all tensors, the schedule and what runs they are for, hashed."""
         digest = hashlib.sha256(repr((self.config, self.schedule, self.scheduler, self.guidance_scale)).encode())
         tensors = {**self.scales, **{f"{name}.zero_point": t for name, t in self.zero_points.items()}, **self.weights}
+        tensors |= {f"{name}.smoothing": factors for name, factors in self.smoothing.items()}
         if self.compensation is not None:
             tensors |= {"gain": self.compensation.gain, "mean": self.compensation.mean}
             digest.update(f"{self.compensation.target} {self.compensation.fitted_for}".encode())
@@ -192,7 +195,12 @@ class Preset:
         self._check_structure(model)
         config = self.config
         clip = "max" if self.weights else config.weight_clip  # kept weights take the place of what is rounded here
-        quantize_model(model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip)
+        strangers = self.smoothing.keys() - dict(model.named_modules()).keys()
+        if strangers:
+            raise ModelError(f"these settings are of another model: it has no layer {min(strangers)!r} to smooth")
+        quantize_model(
+            model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip, smoothing=self.smoothing
+        )
         layers = quant_layers(model)
         strangers = self.scales.keys() - layers.keys()
         if strangers:
@@ -206,7 +214,7 @@ class Preset:
 
     def _install(self, name: str, layer: Any) -> None:
         state = {buffer: self.weights[key] for buffer in WEIGHT_BUFFERS if (key := f"{name}.{buffer}") in self.weights}
-        for buffer in ("qweight", "weight_scale", "weight_sum"):
+        for buffer in WEIGHT_BUFFERS:
             kept, own = state.get(buffer), getattr(layer, buffer)
             if kept is None or (kept.shape, kept.dtype) != (own.shape, own.dtype):
                 found = "nothing" if kept is None else f"{list(kept.shape)} {kept.dtype}"
@@ -236,6 +244,7 @@ class Preset:
             "a_bits": self.config.a_bits,
             "skip_patterns": None if self.config.skip_patterns is None else list(self.config.skip_patterns),
             "weight_clip": self.config.weight_clip,
+            "smoothing": bool(self.smoothing),
             "weights": bool(self.weights),
             "compensation": self.compensation is not None,
             "scheduler": self.scheduler,
@@ -245,6 +254,7 @@ class Preset:
         }
         tensors = {f"{name}.scale": scale.cpu() for name, scale in self.scales.items()}
         tensors |= {f"{name}.zero_point": zero_point.cpu() for name, zero_point in self.zero_points.items()}
+        tensors |= {f"{name}.smoothing": factors.cpu() for name, factors in self.smoothing.items()}
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -289,7 +299,7 @@ class Preset:
             structure = {name: settings["structure"][name] for name in STRUCTURE}
             tensors = load_file(directory / RANGES)
             weights = load_file(directory / WEIGHTS) if settings["weights"] else {}
-            model, compensated = settings["model"], settings["compensation"]
+            model, compensated, smoothed = settings["model"], settings["compensation"], settings["smoothing"]
         except ConfigError:
             raise
         except KeyError as error:
@@ -301,11 +311,16 @@ class Preset:
             raise ConfigError(
                 f"{str(directory)!r} holds no calibrated settings, or they are damaged: {type(error).__name__}: {error}"
             ) from error
-        ends = {end: len(end) for end in (".scale", ".zero_point")}
-        scales, zero_points = (
+        ends = {end: len(end) for end in (".scale", ".zero_point", ".smoothing")}
+        scales, zero_points, smoothing = (
             {name[:-length]: tensor for name, tensor in tensors.items() if name.endswith(end)}
             for end, length in ends.items()
         )
+        if bool(smoothing) is not smoothed:
+            raise ConfigError(
+                f"{str(directory)!r} is damaged: smoothing is {smoothed} in {SETTINGS}, but not in {RANGES}; make the "
+                "settings anew with qandc calibrate"
+            )
         schedule = CalibratedSchedule.load(directory / SCHEDULE)
         compensation = Compensation.load(directory / COMPENSATION) if compensated else None
         return cls(
@@ -319,6 +334,7 @@ class Preset:
             structure,
             weights,
             model,
+            smoothing,
         )
 
 

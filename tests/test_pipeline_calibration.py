@@ -67,6 +67,7 @@ def run(pipeline_dir, directory, *, overwrite=False, progress=lambda *done: None
 def same(first: Preset, second: Preset) -> bool:
     tensors = [
         {**p.scales, **{f"{k} zero": v for k, v in p.zero_points.items()}, **p.weights, "gain": p.compensation.gain}
+        | {f"{k} smoothing": s for k, s in p.smoothing.items()}
         for p in (first, second)
     ]
     values = [(p.config, p.schedule, p.scheduler, p.guidance_scale, p.structure, p.model) for p in (first, second)]
@@ -76,7 +77,7 @@ def same(first: Preset, second: Preset) -> bool:
 VARIANTS = {
     "W8A8": {},
     "W4A8 with error feedback": {"w_bits": 4},
-    "W8A6, no compensation": {"a_bits": 6, "vc": "none"},
+    "W8A6, no compensation, no smoothing": {"a_bits": 6, "vc": "none", "smoothing": False},
     "uniform block cache, ddim, of the noise": {
         "cache_mode": "block",
         "uniform": True,
@@ -114,7 +115,10 @@ def test_the_preset_draws_what_was_measured(tmp_path, pipeline_dir, changes):
         assert report.psnr_compensated is None
     else:
         assert torch.equal(psnr(draw(preset.compensation), full), report.psnr_compensated)
-    assert len(report.quantization.quantized) == len(preset.scales) == 20
+    assert len(report.quantization.quantized) == 20
+    layers = quant_layers(pipe.transformer).keys() - {"proj_out_1"}  # of the final modulation
+    assert preset.scales.keys() == layers
+    assert preset.smoothing.keys() == (layers if changes.get("smoothing", True) else set())
 
 
 def test_settings_reach_what_they_are_of(tmp_path, pipeline_dir):
@@ -130,7 +134,7 @@ def test_settings_reach_what_they_are_of(tmp_path, pipeline_dir):
 
 
 def test_weights_are_kept_only_if_rounded_with_error_feedback(tmp_path, pipeline_dir):
-    four = run(pipeline_dir, tmp_path / "4", w_bits=4, ranges=RangeConfig(symmetric=True)).preset
+    four = run(pipeline_dir, tmp_path / "4", w_bits=4, smoothing=False, ranges=RangeConfig(symmetric=True)).preset
     assert not four.zero_points
     assert four.config.weight_clip == "mse"
     assert (tmp_path / "4" / "weights.safetensors").exists()
@@ -140,7 +144,8 @@ def test_weights_are_kept_only_if_rounded_with_error_feedback(tmp_path, pipeline
     assert not torch.equal(four.weights[f"{name}.qweight"], layer.qweight)
     eight = run(pipeline_dir, tmp_path / "8").preset
     assert eight.config.weight_clip == "max"
-    assert not eight.weights
+    assert not eight.weights  # smoothed, they are made again
+    assert eight.smoothing
     assert not (tmp_path / "8" / "weights.safetensors").exists()
 
 
@@ -197,7 +202,7 @@ def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
 
         run(pipeline_dir, tmp_path, w_bits=4, overwrite=part != "new", progress=note)
         assert list(seen) == [
-            "candidate pool", "reference", "full precision", "choosing samples", "inputs of layers", "rounding weights",
+            "candidate pool", "reference", "full precision", "choosing samples", "smoothing", "inputs of layers", "rounding weights",
             "ranges", "schedule", "compensation", "without compensation", "with compensation",
         ]  # fmt: skip
         for stage, steps in seen.items():
