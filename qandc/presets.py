@@ -222,6 +222,8 @@ class Preset:
                     f"these settings are of another model: {name}.{buffer} must be {list(own.shape)} {own.dtype}; "
                     f"{WEIGHTS} holds {found}"
                 )
+        if layer.smoothing is not None:  # a state dict without it would take it away
+            state["smoothing"] = layer.smoothing
         layer.load_state_dict(state, strict=False)
 
     @checked

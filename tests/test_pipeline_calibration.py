@@ -202,8 +202,8 @@ def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
 
         run(pipeline_dir, tmp_path, w_bits=4, overwrite=part != "new", progress=note)
         assert list(seen) == [
-            "candidate pool", "reference", "full precision", "choosing samples", "smoothing", "inputs of layers", "rounding weights",
-            "ranges", "schedule", "compensation", "without compensation", "with compensation",
+            "candidate pool", "reference", "full precision", "choosing samples", "smoothing", "inputs of layers",
+            "rounding weights", "ranges", "schedule", "compensation", "without compensation", "with compensation",
         ]  # fmt: skip
         for stage, steps in seen.items():
             total = steps[0][1]
