@@ -91,6 +91,19 @@ def in_a_thread(function, *args, **kwargs):
         return pool.submit(function, *args, **kwargs).result()
 
 
+def recorded_calls(model, run):
+    """Arguments of each forward of the model while ``run()`` runs it."""
+    calls = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, dict(kwargs))), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls
+
+
 def make_dit(num_layers: int = 3, heads: int = 2, head_dim: int = 16, sample_size: int = 8, **changes):
     """A small random DiT whose every path carries signal (the library leaves nothing at zero, so neither do we)."""
     from diffusers import DiTTransformer2DModel

@@ -142,17 +142,18 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
     monkeypatch.setattr(qandc.pipeline_calibration, "calibrate_pipeline", note)
     arguments = (
         "--model", pipeline_dir, "--out", tmp_path / "x", "--steps", 5, "--guidance-scale", 3, "--scheduler", "ddim",
-        "--w-bits", 4, "--a-bits", 7, "--rounding", "nearest", "--ranges", "mse", "--symmetric", "--cache-mode",
-        "block", "--interval", 2, "--uniform", "--pool-images", 6, "--pool-without-cache", "--select", "kmeans",
-        "--samples", 7, "--clusters", 3, "--seed", 9, "--vc", "paper", "--vc-target", "noise", "--vc-start", 1,
+        "--w-bits", 4, "--a-bits", 7, "--rounding", "nearest", "--no-smoothing", "--ranges", "mse", "--symmetric",
+        "--cache-mode", "block", "--interval", 2, "--uniform", "--pool-images", 6, "--pool-without-cache",
+        "--select", "kmeans", "--samples", 7, "--clusters", 3, "--seed", 9, "--vc", "paper", "--vc-target", "noise", "--vc-start", 1,
         "--vc-samples", 8, "--device", "cpu", "--dtype", "bfloat16", "--overwrite",
     )  # fmt: skip
     assert run(capsys, "calibrate", *arguments)[0] == 130
     ranges = RangeConfig("mse", symmetric=True)
     settings = CalibrationSettings(
         num_inference_steps=5, guidance_scale=3, scheduler="ddim", w_bits=4, a_bits=7, rounding="nearest",
-        ranges=ranges, cache_mode="block", cache_interval=2, uniform=True, pool_images=6, pool_with_cache=False,
-        select="kmeans", samples=7, clusters=3, seed=9, vc="paper", vc_target="noise", vc_start=1, vc_samples=8,
+        smoothing=False, ranges=ranges, cache_mode="block", cache_interval=2, uniform=True, pool_images=6,
+        pool_with_cache=False, select="kmeans", samples=7, clusters=3, seed=9, vc="paper", vc_target="noise",
+        vc_start=1, vc_samples=8,
     )  # fmt: skip
     assert seen == [(torch.bfloat16, settings, tmp_path / "x", True, str(pipeline_dir))]
 
@@ -224,6 +225,7 @@ CONTRADICTIONS = {
     "scheduler": (["--scheduler", "ddpm"], "--scheduler is ddpm, but the settings in {} are for ddim"),
     "weights": (["--w-bits", "8"], "--w-bits is 8, but the settings in {} are for 4"),
     "activations": (["--a-bits", "4"], "--a-bits is 4, but the settings in {} are for 8"),
+    "smoothing": (["--no-smoothing"], "--smoothing is False, but the settings in {} are for True"),
     "mode": (["--cache-mode", "block"], "--cache-mode is block, but the settings in {} are for branch"),
     "interval": (["--cache-interval", "2"], "--cache-interval is 2, but the settings in {} are for a schedule of 2"),
     "schedule": (["--schedule", "x.json"], "--schedule is x.json, but the settings in {} are for a schedule of 2"),
@@ -246,8 +248,8 @@ def test_options_that_contradict_the_settings(capsys, tmp_path, settings_dir, op
 def test_options_that_repeat_the_settings(capsys, tmp_path, settings_dir):
     status, out, _ = run(
         capsys, "generate", "--settings", settings_dir, "--steps", 4, "--guidance-scale", 2, "--scheduler", "ddim",
-        "--w-bits", 4, "--a-bits", 8, "--cache-mode", "branch", "--classes", "3", "--device", "cpu", "-o",
-        tmp_path / "x.png",
+        "--w-bits", 4, "--a-bits", 8, "--smoothing", "--cache-mode", "branch", "--classes", "3", "--device", "cpu",
+        "-o", tmp_path / "x.png",
     )  # fmt: skip
     assert status == 0
     assert "W4A8 + branch 2/4 + VC" in out
@@ -314,13 +316,13 @@ def test_help(capsys):
     status, out, _ = run(capsys, "generate", "--help")
     assert status == 0
     for option in ("--model", "--classes", "--steps", "--guidance-scale", "--scheduler", "--w-bits", "--a-bits",
-                   "--cache-mode", "--cache-interval", "--schedule", "--settings", "--seed", "--device", "--dtype",
-                   "--out"):  # fmt: skip
+                   "--no-smoothing", "--cache-mode", "--cache-interval", "--schedule", "--settings", "--seed",
+                   "--device", "--dtype", "--out"):  # fmt: skip
         assert option in out
     status, out, _ = run(capsys, "calibrate", "--help")
     assert status == 0
-    for option in ("--out", "--model", "--rounding", "--ranges", "--interval", "--pool-images", "--pool-without-cache",
-                   "--select", "--samples", "--clusters", "--vc", "--overwrite"):  # fmt: skip
+    for option in ("--out", "--model", "--rounding", "--no-smoothing", "--ranges", "--interval", "--pool-images",
+                   "--pool-without-cache", "--select", "--samples", "--clusters", "--vc", "--overwrite"):  # fmt: skip
         assert option in out
 
 

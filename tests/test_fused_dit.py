@@ -15,17 +15,21 @@ from torch.nn.utils import parametrize
 
 import qandc.fused_dit
 from qandc import (
+    CacheConfig,
     ConfigError,
     ModelError,
     QuantLinear,
     StepRanges,
+    apply_cache_to_dit,
     calibrate,
+    calibrate_steps,
     fuse_dit,
     make_scheduler,
     prepare_run,
     quantization_report,
     quantize_model,
     sample_latents,
+    smoothing_factors,
     unfuse_dit,
 )
 from qandc.cache import FUSED
@@ -294,6 +298,29 @@ def test_ranges_of_each_step(fused_anywhere):
         expected = model(**inputs).sample
         results.append(fused(**inputs).sample)
         assert relative_error(results[-1], expected) <= MODEL_BOUND[torch.float32], timestep
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_smoothing_that_is_found_fits_every_block(fused_anywhere, w_bits):
+    """Layers of one input have common factors, so all blocks run fused, with ranges of each step and a cache too."""
+    model = make_dit()
+    batches = [make_inputs() | {"timestep": torch.tensor([timestep]).expand(4)} for timestep in (900, 100)]
+    factors = smoothing_factors(model, batches)
+    assert factors.keys() == {name for name, _ in model.named_modules() if name.endswith(BLOCK_LAYERS)} | {"proj_out_2"}
+    calibrate(quantize_model(model, w_bits, smoothing=factors), batches)
+    expected, actual = assert_blocks_equal(model, batches[0], BLOCK_BOUND[torch.float32])
+    assert relative_error(actual, expected) <= 2 * MODEL_BOUND[torch.float32]
+    of_steps = calibrate_steps(model, batches)
+    fused = fuse_dit(copy.deepcopy(model), step_ranges=of_steps)
+    for cached in (fused, model):
+        apply_cache_to_dit(cached, config=CacheConfig("taylor", interval=2))
+    for batch in batches:
+        for name, layer in quant_layers(model).items():
+            if name in of_steps.scales:
+                step = of_steps.timesteps.tolist().index(batch["timestep"][0])
+                layer.set_static_range(of_steps.scales[name][step], of_steps.zero_points[name][step])
+        assert relative_error(fused(**batch).sample, model(**batch).sample) <= 2 * MODEL_BOUND[torch.float32]
+    assert all(isinstance(block, FusedBlock) for block in fused.__dict__[FUSED].step(fused).blocks)
 
 
 FINE = {"proj_out_2": torch.ones(3)}

@@ -19,6 +19,7 @@ from qandc import (
     get_cache,
     load_pipeline,
 )
+from qandc.conversion import quant_layers
 from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes, quantized_name
 
 
@@ -117,6 +118,25 @@ def test_progress_counts_every_image_and_step(pipeline_dir):
 
     generate(load_pipeline(pipeline_dir), settings, Comparison(), count)
     assert done == {"FP": 12, "W8A8 + branch cache 3": 12}
+
+
+@pytest.mark.parametrize("smoothing", [True, False])
+def test_smoothing_is_on_by_default_and_found_with_other_noise(pipeline_dir, monkeypatch, smoothing):
+    import qandc.generate
+
+    seeds = []
+    original = qandc.generate.sample_latents
+    monkeypatch.setattr(
+        qandc.generate, "sample_latents", lambda *a, **k: seeds.append(list(k["seeds"])) or original(*a, **k)
+    )
+    pipe = load_pipeline(pipeline_dir)
+    settings = GenerateSettings((1, 2, 3), 4) if smoothing else GenerateSettings((1, 2, 3), 4, smoothing=False)
+    generate(pipe, settings, Comparison())
+    layers = quant_layers(pipe.transformer)
+    assert (layers["transformer_blocks.0.attn1.to_q"].smoothing is not None) is smoothing
+    assert layers["proj_out_1"].smoothing is None
+    others = [found for found in seeds if found != [0, 1, 2]]
+    assert others == ([[20_000_000, 20_000_001, 20_000_002]] if smoothing else [])
 
 
 def test_names_of_the_rows():

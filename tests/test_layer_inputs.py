@@ -264,3 +264,57 @@ def test_memory_is_that_of_what_is_shared(dit, dit_inputs):
     found = input_hessians(dit, [dit_inputs, dit_inputs])
     tensors = {id(hessian) for hessian in found.values()}
     assert len(found) - len(tensors) == 2 * len(dit.transformer_blocks)
+
+
+class CrossAttention(nn.Module):
+    """Self- and cross-attention and a gate by the timestep: three inputs, of which two are tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("to_q", "to_k", "to_v", "cross_q", "cross_k", "cross_v", "gate", "unused"):
+            setattr(self, name, nn.Linear(8, 8))
+
+    def forward(self, x, text, time):
+        x = x + self.to_q(x) + self.to_k(x) + self.to_v(x)
+        x = x + self.cross_q(x) + (self.cross_k(text) + self.cross_v(text)).mean(1, keepdim=True)
+        return x * self.gate(time)[:, None]
+
+
+@pytest.mark.parametrize("how", ["batches", "function"])
+def test_factors_by_default_are_of_what_sees_tokens_and_common_to_one_input(seeded, how, caplog):
+    model = CrossAttention()
+    batches = [
+        (torch.randn(2, 5, 8, generator=seeded), torch.randn(2, 3, 8, generator=seeded) * 9, torch.randn(2, 8))
+        for _ in range(2)
+    ]
+    given = batches if how == "batches" else lambda: [model(*batch) for batch in batches]
+    with caplog.at_level("INFO", "qandc.observe"):
+        factors = smoothing_factors(model, given)
+    assert list(factors) == ["to_q", "to_k", "to_v", "cross_q", "cross_k", "cross_v"]
+    assert "2 layers are not smoothed" in caplog.text
+    assert "tokens: gate, unused" in caplog.text
+    for names in (("to_q", "to_k", "to_v"), ("cross_k", "cross_v")):
+        assert all(torch.equal(factors[names[0]], factors[name]) for name in names)
+    text = torch.cat([batch[1] for batch in batches]).abs().amax((0, 1))
+    weight = torch.maximum(
+        *(model.get_submodule(name).weight.detach().abs().amax(0) for name in ("cross_k", "cross_v"))
+    )
+    torch.testing.assert_close(factors["cross_k"], (text / weight).sqrt())
+    assert not torch.equal(factors["cross_q"], factors["to_q"])
+    others = smoothing_factors(model, given, skip_patterns=["to_"])
+    assert list(others) == ["cross_q", "cross_k", "cross_v"]
+
+
+def test_hessians_of_a_function_that_runs_the_model(seeded):
+    model = CrossAttention()
+    del model.unused
+    batch = (torch.randn(2, 5, 8, generator=seeded), torch.randn(2, 3, 8, generator=seeded), torch.randn(2, 8))
+    expected = input_hessians(model, [batch])
+    found = input_hessians(model, lambda: model(*batch))
+    assert all(torch.equal(found[name], hessian) for name, hessian in expected.items())
+    assert found["cross_k"] is found["cross_v"]
+    assert found["cross_k"] is not found["cross_q"]
+    with pytest.raises(ZeroDivisionError):  # what is wrong with a function is told as it is
+        input_hessians(model, lambda: 1 / 0)
+    assert not model.to_q._forward_pre_hooks
