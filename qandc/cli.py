@@ -68,7 +68,7 @@ def _refuse_others(preset: Any, directory: Path, given: tuple[Any, ...]) -> None
         "--scheduler": preset.scheduler_name,
         "--w-bits": preset.config.w_bits,
         "--a-bits": preset.config.a_bits,
-        "--smoothing": bool(preset.smoothing),
+        "--no-smoothing": not preset.smoothing,
         "--cache-mode": preset.schedule.mode,
         "--cache-interval": found,
         "--schedule": found,
@@ -94,9 +94,9 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="* ddpm or ddim. Default: ddpm.")] = None,
     w_bits: Annotated[int | None, typer.Option(help=f"* {W_BITS} Default: 8.")] = None,
     a_bits: Annotated[int | None, typer.Option(help=f"* {A_BITS} 16 leaves them as they are. Default: 8.")] = None,
-    smoothing: Annotated[
-        bool | None, typer.Option(help="* Move outliers from activations to weights. Default: --smoothing.")
-    ] = None,
+    no_smoothing: Annotated[
+        bool, typer.Option("--no-smoothing", help="* Do not move outliers from activations to weights.")
+    ] = False,
     cache_mode: Annotated[
         str | None,
         typer.Option(
@@ -143,18 +143,24 @@ def generate(
     preset = None
     if settings is not None:
         preset = Preset.load(settings)
-        given = (steps, guidance_scale, scheduler, w_bits, a_bits, smoothing, cache_mode, cache_interval, schedule)
+        given = (
+            steps,
+            guidance_scale,
+            scheduler,
+            w_bits,
+            a_bits,
+            no_smoothing or None,
+            cache_mode,
+            cache_interval,
+            schedule,
+        )
         _refuse_others(preset, settings, given)
         model = preset.model if model is None else model
     steps, guidance_scale = 50 if steps is None else steps, 1.5 if guidance_scale is None else guidance_scale
     scheduler = "ddpm" if scheduler is None else scheduler
     as_shipped = (model, steps, guidance_scale, scheduler, config.a_bits) == (None, 50, 1.5, "ddpm", 8)
-    if (
-        preset is None
-        and calibrated
-        and as_shipped
-        and (cache_mode, cache_interval, schedule, smoothing) == (None,) * 4
-    ):
+    as_shipped &= (cache_mode, cache_interval, schedule) == (None, None, None) and not no_smoothing
+    if preset is None and calibrated and as_shipped:
         preset = fashion_dit_preset(config.w_bits)
     elif preset is None and calibrated:
         logger.info(
@@ -187,7 +193,7 @@ def generate(
     check_sampling(pipe.transformer, noise_schedule, labels, steps, guidance_scale)
     if preset is not None:
         preset.check(pipe.transformer, noise_schedule, steps, guidance_scale)
-    smoothed = smoothing is not False if preset is None else bool(preset.smoothing)
+    smoothed = not no_smoothing if preset is None else bool(preset.smoothing)
     drawn = GenerateSettings(labels, steps, guidance_scale, scheduler, config, cache, seed, preset, smoothed)
 
     result = Comparison()
@@ -228,7 +234,9 @@ def calibrate(
     rounding: Annotated[
         str | None, typer.Option(help="Of weights: nearest, or gptq. Default: gptq with 4 bits, nearest with 8.")
     ] = None,
-    smoothing: Annotated[bool, typer.Option(help="Move outliers from activations to weights.")] = True,
+    no_smoothing: Annotated[
+        bool, typer.Option("--no-smoothing", help="Do not move outliers from activations to weights.")
+    ] = False,
     ranges: Annotated[str, typer.Option(help="How static ranges are found: minmax, percentile or mse.")] = "minmax",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Ranges around zero, without zero points.")] = False,
     cache_mode: Annotated[str, typer.Option(help="What is kept: block, branch or taylor.")] = "taylor",
@@ -276,7 +284,7 @@ def calibrate(
         w_bits=w_bits,
         a_bits=a_bits,
         rounding=rounding,
-        smoothing=smoothing,
+        smoothing=not no_smoothing,
         ranges=RangeConfig(ranges, symmetric=symmetric),
         cache_mode=cache_mode,
         cache_interval=cache_interval,

@@ -163,7 +163,7 @@ def generate(
 
     preset, config = settings.preset, settings.config
     if preset is None:
-        smoothing = _smoothing(pipe, settings) if settings.smoothing else None
+        smoothing = _smoothing(pipe, settings) if settings.smoothing and config.a_bits < 16 else None
         quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns, smoothing=smoothing)
     else:
         preset.quantize(pipe.transformer)

@@ -273,7 +273,7 @@ def smoothing_factors(
     """
     layers: dict[str, nn.Linear] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    config = QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns))
+    config = _config(skip_patterns)
     if names is None:
         layers = _unquantized(model, config, "find smoothing factors")
     for name in names or ():
@@ -318,10 +318,16 @@ def input_hessians(
         ModelError: there is no linear layer to quantize.
         DataError: a layer saw no input, or NaN or inf.
     """
-    layers = _unquantized(model, QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns)), "gather Hessians")
+    layers = _unquantized(
+        model, QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns)), "gather Hessians"
+    )
     # in place: autocast, inside of a model, would make it one of half precision
     seen = SharedInputs(lambda x: x.new_zeros(x.shape[1], x.shape[1]).addmm_(x.T, x), torch.Tensor.add_)
     return _totals(seen, model, batches, layers)
+
+
+def _config(skip_patterns: Iterable[str] | None) -> QuantConfig:
+    return QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns))
 
 
 def _unquantized(model: nn.Module, config: QuantConfig, what: str) -> dict[str, nn.Linear]:

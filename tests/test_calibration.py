@@ -159,7 +159,7 @@ def modulated_batches(timesteps):
 
 def test_layers_that_see_one_row_per_sample_stay_dynamic(caplog):
     """A range of the timestep layer that was found at other timesteps would be many times too wide."""
-    model = quantize_model(Modulated(), skip_patterns=["nothing"])
+    model = quantize_model(Modulated())
     reference, batches = Modulated(), modulated_batches([900, 500, 100])
     model.time.set_static_range(torch.tensor(1.0))
     with caplog.at_level("INFO", "qandc.observe"):
@@ -192,7 +192,7 @@ def test_layers_that_all_see_one_row_per_sample_get_static_ranges(shape):
 
 @pytest.mark.parametrize("how", ["by name", "by position", "by function"])
 def test_the_timestep_is_found_by_the_signature(how):
-    model = quantize_model(Modulated(), skip_patterns=["nothing"])
+    model = quantize_model(Modulated())
     batches = modulated_batches([900, 100])
     as_given = {
         "by name": [{"tokens": tokens, "t": t} for tokens, t in batches],

@@ -144,8 +144,9 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
         "--model", pipeline_dir, "--out", tmp_path / "x", "--steps", 5, "--guidance-scale", 3, "--scheduler", "ddim",
         "--w-bits", 4, "--a-bits", 7, "--rounding", "nearest", "--no-smoothing", "--ranges", "mse", "--symmetric",
         "--cache-mode", "block", "--interval", 2, "--uniform", "--pool-images", 6, "--pool-without-cache",
-        "--select", "kmeans", "--samples", 7, "--clusters", 3, "--seed", 9, "--vc", "paper", "--vc-target", "noise", "--vc-start", 1,
-        "--vc-samples", 8, "--device", "cpu", "--dtype", "bfloat16", "--overwrite",
+        "--select", "kmeans", "--samples", 7, "--clusters", 3, "--seed", 9, "--vc", "paper",
+        "--vc-target", "noise", "--vc-start", 1, "--vc-samples", 8, "--device", "cpu",
+        "--dtype", "bfloat16", "--overwrite",
     )  # fmt: skip
     assert run(capsys, "calibrate", *arguments)[0] == 130
     ranges = RangeConfig("mse", symmetric=True)
@@ -225,7 +226,7 @@ CONTRADICTIONS = {
     "scheduler": (["--scheduler", "ddpm"], "--scheduler is ddpm, but the settings in {} are for ddim"),
     "weights": (["--w-bits", "8"], "--w-bits is 8, but the settings in {} are for 4"),
     "activations": (["--a-bits", "4"], "--a-bits is 4, but the settings in {} are for 8"),
-    "smoothing": (["--no-smoothing"], "--smoothing is False, but the settings in {} are for True"),
+    "smoothing": (["--no-smoothing"], "--no-smoothing is True, but the settings in {} are for False"),
     "mode": (["--cache-mode", "block"], "--cache-mode is block, but the settings in {} are for branch"),
     "interval": (["--cache-interval", "2"], "--cache-interval is 2, but the settings in {} are for a schedule of 2"),
     "schedule": (["--schedule", "x.json"], "--schedule is x.json, but the settings in {} are for a schedule of 2"),
@@ -248,7 +249,7 @@ def test_options_that_contradict_the_settings(capsys, tmp_path, settings_dir, op
 def test_options_that_repeat_the_settings(capsys, tmp_path, settings_dir):
     status, out, _ = run(
         capsys, "generate", "--settings", settings_dir, "--steps", 4, "--guidance-scale", 2, "--scheduler", "ddim",
-        "--w-bits", 4, "--a-bits", 8, "--smoothing", "--cache-mode", "branch", "--classes", "3", "--device", "cpu",
+        "--w-bits", 4, "--a-bits", 8, "--cache-mode", "branch", "--classes", "3", "--device", "cpu",
         "-o", tmp_path / "x.png",
     )  # fmt: skip
     assert status == 0
