@@ -444,6 +444,20 @@ def models_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def outliers_table(result: dict[str, Any]) -> list[str]:
+    """Decibels of predictions and of images, a line per configuration, a column per size of the outliers."""
+    sizes = sorted({row["times"] for row in result["rows"]})
+    found: dict[tuple[int, str], dict[float, str]] = {}
+    for row in result["rows"]:
+        name = row["ranges"] + ("" if row["alpha"] is None else f", smoothing with α = {row['alpha']:g}")
+        images = sum(row["psnr_to_fp"]) / len(row["psnr_to_fp"])
+        found.setdefault((row["w_bits"], name), {})[row["times"]] = f"{row['prediction_snr']:.1f} / {images:.1f}"
+    lines = ["| | ranges | " + " | ".join(f"x {size:g}" for size in sizes) + " |", "|---" * (len(sizes) + 2) + "|"]
+    for (bits, name), cells in found.items():
+        lines.append(f"| W{bits}A8 | {name} | " + " | ".join(cells[size] for size in sizes) + " |")
+    return lines
+
+
 def host_table(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if "median_us" in row]
     return ["| a call | µs of the host |", "|---|---|", *(f"| {r['candidate']} | {r['median_us']:.0f} |" for r in rows)]
@@ -452,6 +466,8 @@ def host_table(result: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/cpu/ablation.json": compensation_table,
+    "results/cpu/outliers.json": outliers_table,
+    "results/h100/outliers.json": outliers_table,
     "results/cpu/experiment.json": experiment_table,
     "results/cpu/large-model.json": large_model_table,
     "results/h100/large-model.json": large_model_table,
