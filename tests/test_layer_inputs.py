@@ -318,3 +318,17 @@ def test_hessians_of_a_function_that_runs_the_model(seeded):
     with pytest.raises(ZeroDivisionError):  # what is wrong with a function is told as it is
         input_hessians(model, lambda: 1 / 0)
     assert not model.to_q._forward_pre_hooks
+
+
+def test_layers_of_one_input_part_at_the_end_of_a_function(seeded):
+    """The second forward leaves one of them out."""
+    first, second = torch.randn(5, 8, generator=seeded), torch.randn(5, 8, generator=seeded)
+    model = Layers(lambda model, x, both: model.a(x) + (model.b(x) if both else 0), a=8, b=8)
+
+    def run():
+        model(first, True)
+        model(second, False)
+
+    found = input_hessians(model, run)
+    torch.testing.assert_close(found["a"], first.T @ first + second.T @ second)
+    torch.testing.assert_close(found["b"], first.T @ first)

@@ -4,8 +4,9 @@ python training/measure_outliers.py                                             
 python training/measure_outliers.py --images 5 --steps 10 --device cpu --out results/cpu/outliers.json
 
 Four channels of what each block's modulated norms and its v give are multiplied, and the weights that read them are
-divided, so that the full-precision model computes the same as before. PSNR is to its images. As single images may turn into another garment, the predictions of a run that
-nothing was calibrated on are compared too: signal over error of each forward, on average. Every step is computed.
+divided, so that the full-precision model computes the same as before. PSNR is to its images. Single images may turn
+into another garment, so predictions of a run that nothing was calibrated on are compared too: signal over error of each
+forward, on average. Every step is computed.
 """
 
 from __future__ import annotations
