@@ -110,6 +110,7 @@ def test_any_code_may_run_the_model_inside_the_block():
     calibrate(expected, batches, ranges=RangeConfig("mse", symmetric=True))
     by_function, _ = model_and_batches()
     calibrate(by_function, lambda: [by_function(x) for x in batches], ranges=RangeConfig("mse", symmetric=True))
+    calibrate(model, [100 * x for x in batches])  # ranges that must not be in the way of what comes
     with calibration(model, ranges=RangeConfig("mse", symmetric=True)):
         for x in batches:
             assert model[0].act_scale is None
