@@ -285,6 +285,7 @@ def test_weight_only_layers_have_no_range_and_no_warning(dit, caplog):
     assert len(found.scales) == 3 * 6 + 1
     schemes = {name: layer.scheme for name, layer in quant_layers(dit).items()}
     assert {scheme for name, scheme in schemes.items() if "norm" in name} == {"W8A16 weight-only"}
+    assert schemes.pop("proj_out_1") == "W8A8 dynamic per-token"  # it sees one row per sample
     assert {scheme for name, scheme in schemes.items() if "norm" not in name} == {"W8A8 static per-tensor"}
     assert not caplog.records
 
