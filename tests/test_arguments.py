@@ -569,7 +569,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "smoothing_factors": lambda: {
         "model": P(dit()),
         "batches": batches(),
-        "names": P(["transformer_blocks.0.attn1.to_q"], "None [] () set() array_[]"),
+        "names": P(None, "None [] () set() array_[]"),
         "alpha": P(0.5, "0 1/2"),
         "skip_patterns": P(["norm"], f"{SKIPPED.legal} set()"),
     },
