@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.goals import cache_goals, goals, host_goals, model_goals, models_goals, pipeline_goals
+from benchmarks.goals import cache_goals, goals, host_goals, model_goals, models_goals, pipeline_goals, products_goals
 from benchmarks.rivals import NotInstalled
 from qandc.files import write_json
 from qandc.results import result_header
@@ -26,6 +26,7 @@ OPS = {
     "pipeline": {"pipeline"},
     "models": {"models"},
     "host": {"host"},
+    "products": {"products"},
 }  # file name: rows that it holds
 GOALS = {
     "kernels": goals,
@@ -34,6 +35,7 @@ GOALS = {
     "pipeline": pipeline_goals,
     "models": models_goals,
     "host": host_goals,
+    "products": products_goals,
 }
 
 

@@ -12,18 +12,23 @@ __all__ = [
     "COMPUTE",
     "CUDNN",
     "EAGER",
+    "FP8",
     "FP32",
     "FULL_METHOD",
     "GATE",
     "GELU",
     "INT_MM",
     "INT_MM_COMPILED",
+    "LARGE_LAYERS",
+    "LARGE_ROWS",
     "OWN_ATTENTION",
+    "PER_TOKEN",
     "PIPELINE_COMPILED",
     "PIPELINE_EAGER",
     "PLAIN",
     "RUN",
     "SQUARE_LAYER",
+    "STATIC",
     "cache_goals",
     "goals",
     "host_goals",
@@ -31,8 +36,15 @@ __all__ = [
     "model_goals",
     "models_goals",
     "pipeline_goals",
+    "products_goals",
 ]
 
+FP8, STATIC, PER_TOKEN = "fp8 _scaled_mm rowwise", "W8A8", "W8A8 per token"
+LARGE_LAYERS = {  # (N, K) of FLUX.1, whose first four are Qwen-Image's as well
+    "qkv": (9216, 3072), "out": (3072, 3072), "fc1": (12288, 3072), "fc2": (3072, 12288),
+    "qkv + fc1": (21504, 3072), "out + fc2": (3072, 15360),
+}  # fmt: skip
+LARGE_ROWS = (512, 4096, 4608)
 BF16, FP32 = "bf16 F.linear", "fp32 F.linear"
 INT_MM, INT_MM_COMPILED = "torch._int_mm + dequantize", "torch._int_mm + dequantize, compiled"
 PLAIN, GELU, GATE = "W8A8, bf16 out", "W8A8 + GELU + requantize", "W8A8 + gate + residual"
@@ -194,6 +206,18 @@ def host_goals(rows: list[Row]) -> list[Row]:
         times = (median(rows, "host", "a call", HOST_ROWS, name) for name in (ours, theirs))
         name = f"host_{ours}_over_{theirs}".replace(", ", "_").replace(" ", "_")
         found.append({"name": name, "value": ratio(*times), "unit": "1", "better": "lower", "must": must, "goal": goal})
+    return found
+
+
+def products_goals(rows: list[Row]) -> list[Row]:
+    """Compare our products with torch's fp8 at the sizes of FLUX.1 and Qwen-Image."""
+    found: list[Row] = []
+    for layer in LARGE_LAYERS:
+        for m in LARGE_ROWS:
+            times = (median(rows, "products", layer, m, which) for which in (FP8, STATIC))
+            name = f"w8a8_over_fp8_{layer.replace(' ', '')}_{m}"
+            value = ratio(*times)
+            found.append({"name": name, "value": value, "unit": "1", "better": "higher", "must": 0.95, "goal": 1.05})
     return found
 
 

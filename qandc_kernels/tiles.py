@@ -95,7 +95,9 @@ def kernel_name(family: str, epilogue: Epilogue) -> str:
     """Under this name tables list a kernel: its operands ("int8", "int4a8", ...) and its epilogue."""
     if epilogue.out_scale is not None:
         return family + " gelu"
-    return family + (" gate" if epilogue.gate is not None else "")
+    if epilogue.gate is not None:
+        return family + " gate"
+    return family + (" token" if epilogue.x_scale is not None and epilogue.x_scale.ndim else "")
 
 
 @functools.cache
@@ -119,7 +121,8 @@ def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]
 
 @functools.lru_cache(maxsize=4096)
 def _choose(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
-    rows = tuned_tiles(gpu.name).get(kernel, {}).get((n, k), {})
+    tables = tuned_tiles(gpu.name)
+    rows = tables.get(kernel, {}).get((n, k), {}) or tables.get(kernel.removesuffix(" token"), {}).get((n, k), {})
     if rows:
         nearest = min(rows, key=lambda tuned: abs(math.log(tuned / m)))
         if nearest / 2 <= m <= nearest * 2:

@@ -38,7 +38,7 @@ logger = logging.getLogger("qandc_kernels.tune")
 
 DIT_XL_2 = [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)]  # (N, K): qkv, out, fc1, fc2
 ROWS = [16, 128, 512, 1024, 2048, 4096, 8192, 16384]
-KERNELS = [f"{family}{ending}" for family in ("int8", "int4a8") for ending in ("", " gelu", " gate")]
+KERNELS = [f"{family}{ending}" for family in ("int8", "int4a8") for ending in ("", " token", " gelu", " gate")]
 KERNELS += ["int8a16", "int4a16"]
 TOKENS = 256  # rows per sample, for the gate
 
@@ -131,7 +131,9 @@ def launcher(problem: Problem, copies: int) -> Callable[[GemmTile, int], torch.T
     one = torch.full((), 1e-4, device="cuda")
     vector = torch.randn(max(1, m // TOKENS), 6 * n, generator=generator, device="cuda", dtype=torch.bfloat16)
     epilogue = Epilogue(None if halves else one, torch.ones(n, device="cuda"), vector[0, :n])
-    if not halves:  # zero points, as static ranges usually have them: they need registers
+    if ending == "token":
+        epilogue = epilogue._replace(x_scale=torch.full((m,), 1e-4, device="cuda"))
+    elif not halves:  # zero points, as static ranges usually have them: they need registers
         integer = torch.zeros((), dtype=torch.int32, device="cuda")
         epilogue = epilogue._replace(x_zero_point=integer, w_sum=torch.zeros(n, dtype=torch.int32, device="cuda"))
     if ending == "gelu":
