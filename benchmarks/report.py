@@ -11,6 +11,7 @@ from benchmarks.goals import (
     COMPUTE,
     CUDNN,
     EAGER,
+    FP8,
     FP32,
     PIPELINE_COMPILED,
     PIPELINE_EAGER,
@@ -39,6 +40,7 @@ BASELINES = {
     "model": ((COMPILED, "ratio_to_compiled_bf16"),),
     "models": (("bf16 compiled", "ratio_to_compiled_bf16"), ("bf16 eager", "ratio_to_eager")),
     "host": (("F.linear", "ratio_to_f_linear"),),
+    "products": ((FP8, "ratio_to_fp8"), (BF16, "ratio_to_bf16")),
     "cache": ((COMPUTE, "ratio_to_compute_step"), (RUN, "ratio_to_no_cache")),
     "pipeline": ((PIPELINE_COMPILED, "ratio_to_compiled_bf16"), (PIPELINE_EAGER, "ratio_to_eager")),
 }
@@ -49,7 +51,17 @@ COUNTERPARTS = {
     "gemlite A8W4": "dynamic quantize + W4A8",
     "torchao int8dq, compiled": "dynamic quantize + W8A8",
 }
-THEIRS = ("F.linear", "bf16 ", "diffusers", "decoder", "simulated", "torch", "gemlite", ", then ")  # parts of names
+THEIRS = (
+    "F.linear",
+    "bf16 ",
+    "diffusers",
+    "decoder",
+    "simulated",
+    "torch",
+    "fp8 ",
+    "gemlite",
+    ", then ",
+)  # parts of names
 
 
 def ceilings(rows: list[Row]) -> dict[str, float]:
@@ -74,7 +86,7 @@ def complete(rows: list[Row]) -> None:
             time = median(rows, row["op"], row["layer"], row["m"], baseline)
             if time is not None:
                 row[key] = time / row["median_us"]
-        if row["op"] in ("model", "models", "host", "cache", "pipeline"):
+        if row["op"] in ("model", "models", "host", "products", "cache", "pipeline"):
             continue
         rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
         row["share_of_ceiling"] = None if ceiling is None else rate / ceiling

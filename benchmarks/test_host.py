@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.conftest import NO_GPU, Measure
-from benchmarks.goals import HOST_ROWS
+from benchmarks.goals import HOST_RIVALS, HOST_ROWS
 from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
 from qandc import QuantLinear
 from qandc_kernels import int4_linear, int8_linear, quantize_per_tensor, quantize_per_token
@@ -21,6 +23,7 @@ pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("de
 
 M, N, K = HOST_ROWS, 1024, 1024  # small: the GPU takes a few µs
 LAUNCHES = 500
+ROUNDS, CALLS = 60, 60  # of calls by turns
 
 
 @cache
@@ -54,7 +57,6 @@ def int_mm() -> Callable[[], torch.Tensor]:
 def of_layer(name: str, compiled: bool = False) -> Callable[[], torch.Tensor]:
     layer, x = operands()[name], operands()["x"]
     if compiled:
-        torch._dynamo.reset()
         layer = torch.compile(layer, fullgraph=True, dynamic=False)
     return lambda: layer(x)
 
@@ -98,6 +100,21 @@ CANDIDATES: dict[str, Callable[[], Callable[[], Any]]] = {
 }
 
 
+def by_turns(ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
+    """Median ratio of their costs in rounds so short that what else the machine does slows both alike."""
+    ratios = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for call in (ours, theirs):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
+
+
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_call(measure: Measure, name: str) -> None:
     row: dict[str, Any] = {"op": "host", "layer": "a call", "m": M, "n": N, "k": K, "candidate": name}
@@ -113,3 +130,6 @@ def test_call(measure: Measure, name: str) -> None:
         return Candidate(lambda i: call(), error, 0.2, LAUNCHES, wall_clock=True)
 
     measure(row, build, NO_GPU if DEVICE == "cpu" else None)
+    rival = HOST_RIVALS.get(name)
+    if "median_us" in row and rival is not None:
+        row["rival"], row["cost_over_rival"] = rival, by_turns(CANDIDATES[name](), CANDIDATES[rival]())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals, models, report
+from benchmarks import conftest, goals, models, report
 from benchmarks.timing import relative_error
 from tests.conftest import make_dit
 
@@ -79,6 +79,11 @@ def test_reached(rows):
     assert (goals.reached(gelu, "must"), goals.reached(gelu, "goal")) == (True, False)
     assert (goals.reached(w8a8, "must"), goals.reached(w8a8, "goal")) == (True, True)
     assert goals.reached(found["w4a8_over_bf16_out_4096"], "must") is None
+
+
+def test_every_kind_of_row_has_a_file_goals_and_a_baseline():
+    assert {op for ops in conftest.OPS.values() for op in ops} == set(report.BASELINES)
+    assert set(conftest.OPS) == set(conftest.GOALS)
 
 
 def test_rows_are_completed(rows):
