@@ -120,7 +120,9 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
     elif ending == "gate":
         parameters = parameters._replace(gate=torch.zeros(m // 256 + 1, n).bfloat16(), gate_stride=n, tokens=256)
     out = torch.zeros(m, n, dtype=torch.int8 if ending == "gelu" else torch.bfloat16)
-    if not halves:
+    if ending == "token":
+        parameters = parameters._replace(x_scale=torch.ones(m))
+    elif not halves:
         parameters = parameters._replace(x_zero_point=integer, w_sum=vector.int())
     kept = torch.zeros_like(out) if branch else None
     if family == "int8":
@@ -138,6 +140,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
             chosen = {tiles._choose(kernel, m, n, k, gpu) for gpu in gpus}
+            if m == 4096:  # all tiles that ship, whatever their layer is
+                tables = [tiles.tuned_tiles(gpu.name).get(kernel, {}) for gpu in gpus]
+                chosen |= {tile for table in tables for rows in table.values() for tile in rows.values()}
             if every_candidate:
                 chosen = set(tune.candidates(kernel, m))
             for tile in chosen:
