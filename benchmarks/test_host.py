@@ -100,9 +100,9 @@ CANDIDATES: dict[str, Callable[[], Callable[[], Any]]] = {
 }
 
 
-def by_turns(ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
-    """Median ratio of their costs in rounds so short that what else the machine does slows both alike."""
-    ratios = []
+def by_turns(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float, float]:
+    """Median ratio of their costs, and each one's in µs: in rounds so short that what else runs slows both alike."""
+    rounds = []
     for _ in range(ROUNDS):
         seconds = []
         for call in (ours, theirs):
@@ -111,8 +111,9 @@ def by_turns(ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
             for _ in range(CALLS):
                 call()
             seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios)
+        rounds.append((seconds[0] / seconds[1], *(s / CALLS * 1e6 for s in seconds)))
+    ratio, own, other = (statistics.median(values) for values in zip(*rounds, strict=True))
+    return ratio, own, other
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
@@ -132,4 +133,5 @@ def test_call(measure: Measure, name: str) -> None:
     measure(row, build, NO_GPU if DEVICE == "cpu" else None)
     rival = HOST_RIVALS.get(name)
     if "median_us" in row and rival is not None:
-        row["rival"], row["cost_over_rival"] = rival, by_turns(CANDIDATES[name](), CANDIDATES[rival]())
+        ratio, own, other = by_turns(CANDIDATES[name](), CANDIDATES[rival]())
+        row |= {"rival": rival, "cost_over_rival": ratio, "by_turns_us": own, "rival_by_turns_us": other}
