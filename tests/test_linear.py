@@ -465,6 +465,7 @@ def test_weight_only_rounds_outliers_of_the_input_no_more_than_others(w_bits, sm
     torch.testing.assert_close(layer(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("smooth", [False, True], ids=["", "smoothing"])
@@ -486,9 +487,9 @@ def test_weight_only_compiles_and_passes_gradients_on(w_bits, smooth, autocast, 
         bias = plain.bias.grad if module is plain else layer.bias.grad
         results.append((y.detach(), given.grad, bias))
     assert results[0][0].dtype == (torch.bfloat16 if autocast else torch.float32)
+    limit = {"atol": 0.1, "rtol": 0.02} if autocast else {"atol": 2e-5, "rtol": 1e-5}
     for eager, same, expected in zip(*results, strict=True):
-        torch.testing.assert_close(same, eager)
-        limit = {"atol": 0.1, "rtol": 0.02} if autocast else {"atol": 2e-5, "rtol": 1e-5}
+        torch.testing.assert_close(same, eager, **(limit if device == "cuda" else {}))  # inductor sums in another order
         torch.testing.assert_close(eager, expected, **limit)
 
 
