@@ -37,6 +37,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+HOPPER = (9, 0), 132  # capability and multiprocessors of an H200, and of most H100
+
+
 class GemmTile(NamedTuple):
     """Compile-time sizes of one GEMM launch.
 
@@ -121,8 +124,10 @@ def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]
 
 @functools.lru_cache(maxsize=4096)
 def _choose(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
-    tables = tuned_tiles(gpu.name)
-    rows = tables.get(kernel, {}).get((n, k), {}) or tables.get(kernel.removesuffix(" token"), {}).get((n, k), {})
+    names = [gpu.name] if gpu[1:] != HOPPER else [gpu.name, "nvidia-h200"]  # the same chip beside other memory
+    kernels = dict.fromkeys((kernel, kernel.removesuffix(" token")))
+    found = (tuned_tiles(name).get(which, {}).get((n, k)) for which in kernels for name in names)
+    rows = next(filter(None, found), {})
     if rows:
         nearest = min(rows, key=lambda tuned: abs(math.log(tuned / m)))
         if nearest / 2 <= m <= nearest * 2:

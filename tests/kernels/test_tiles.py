@@ -102,6 +102,20 @@ def test_scales_per_token_take_their_own_tile_or_that_of_static_ranges(tables):
     assert gemm_tile("int8", Epilogue(), 512, 96, 192, CPU) == GemmTile(*static)
 
 
+def test_an_h100_takes_what_was_measured_on_an_h200_alone():
+    flux = 9216, 3072
+    h100, h200 = (Gpu(name, (9, 0), 132) for name in ("nvidia-h100-80gb-hbm3", "nvidia-h200"))
+    assert flux not in tiles.tuned_tiles(h100.name)["int8"]
+    for kernel in ("int8", "int8 token"):
+        tile = tiles.tuned_tiles(h200.name)[kernel][flux][4096]
+        assert tiles._choose(kernel, 4096, *flux, h100) == tile
+        assert tiles._choose(kernel, 4096, *flux, h100._replace(multiprocessors=114)) == heuristic_tile(
+            "int8", 4096, *flux, h100
+        )
+    own = tiles.tuned_tiles(h100.name)["int8"][3456, 1152][4096]
+    assert tiles._choose("int8", 4096, 3456, 1152, h100) == own
+
+
 def test_the_table_that_ships_covers_the_layers_of_dit_xl_2(tables):
     table = tiles.tuned_tiles("nvidia-h200")
     for kernel in tune.KERNELS:
