@@ -104,7 +104,8 @@ class FusedProjection(nn.Module):
         """``[..., K]`` to the outputs of all layers, side by side in the last dimension."""
         if torch.compiler.is_compiling():
             if self.qweight.numel():
-                return QuantLinear._product_to_compile(self, input)  # type: ignore[arg-type]
+                weights = self.qweight, self.weight_scale, self.weight_sum, self.bias
+                return QuantLinear.product_to_compile(self, input, *weights)  # type: ignore[arg-type]
         elif not any(map(_has_hooks, self.members)) and not (torch.is_grad_enabled() and self._needs_grad(input)):
             self.placing.streak += 1
             placed = self.placing.placed

@@ -13,7 +13,7 @@ from qandc.arguments import Between, checked
 from qandc.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.errors import ConfigError, DataError
 from qandc.quantizer import check_bits, check_hessian, quantize_weight, round_with_feedback
-from qandc.shared_products import Membership, shared_output
+from qandc.shared_products import Membership, shared_output, shared_output_to_compile
 from qandc_kernels import int4_linear, int8_linear, pack_int4, quantized_linear, reference, weight_only_linear
 from qandc_kernels.checks import FLOAT_DTYPES, LARGEST_K
 
@@ -21,6 +21,7 @@ __all__ = ["QuantLinear"]
 
 Features = Annotated[int, Between(0, 2**31 - 1)]
 FP32_BUFFERS = ("weight_scale", "act_scale", "smoothing")
+STORED = ("qweight", "weight_scale", "weight_sum", "bias", "act_scale", "act_zero_point", "smoothing")
 OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "smoothing": torch.float32}
 
 
@@ -269,6 +270,8 @@ class QuantLinear(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise refuse_write("layer.weight = ...")
+        if name in STORED and "membership" in self.__dict__:
+            self.membership.forget_compiled()
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -281,17 +284,17 @@ class QuantLinear(nn.Module):
         if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             y = self._product(input.detach())
             return StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            shared = shared_output_to_compile(self, input)
+        else:
             shared = shared_output(self, input, _autocast_dtype(input))
-            if shared is not None:
-                return shared
-        return self._product(input)
+        return self._product(input) if shared is None else shared
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         if self.weight_only:
             return self._weight_only_product(input)
         if torch.compiler.is_compiling():
-            return self._product_to_compile(input)
+            return self.product_to_compile(input, self.qweight, self.weight_scale, self.weight_sum, self.bias)
         held = self._buffers  # looked up like this, seven attributes take the time of one
         nan_flag = self.nan_flag
         if nan_flag is not None and nan_flag.device != input.device:  # left behind by an offloading hook
@@ -315,7 +318,14 @@ class QuantLinear(nn.Module):
         x = input if self.smoothing is None else input.float() * (1.0 / self.smoothing)
         return weight_only_linear(x.to(dtype), self.qweight, self.weight_scale, self.bias)
 
-    def _product_to_compile(self, input: torch.Tensor) -> torch.Tensor:
+    def product_to_compile(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_sum: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Multiply activations that plain torch quantizes, so that a compiler joins it to the kernel before."""
         x = input if self.smoothing is None else input.float() * (1.0 / self.smoothing)
         if self.act_scale is None:
@@ -324,15 +334,9 @@ class QuantLinear(nn.Module):
             xq = _quantize_per_tensor(x, self.act_scale, self.act_zero_point, self.a_bits)
             x_scale = self.act_scale
         linear = int4_linear if self.w_bits == 4 else int8_linear
+        out_dtype = _autocast_dtype(input) or input.dtype
         return linear(
-            xq,
-            self.qweight,
-            x_scale,
-            self.weight_scale,
-            self.bias,
-            self.act_zero_point,
-            self.weight_sum,
-            out_dtype=_autocast_dtype(input) or input.dtype,
+            xq, weight, x_scale, weight_scale, bias, self.act_zero_point, weight_sum, out_dtype=out_dtype
         )
 
     def extra_repr(self) -> str:
@@ -371,6 +375,7 @@ class QuantLinear(nn.Module):
             return
         if faults:  # a refused state changes nothing
             return
+        self.membership.forget_compiled()
         if prefix + "qweight" in state_dict:
             # these may exist in one state and not in the other: take over which
             for name in OPTIONAL_BUFFERS:

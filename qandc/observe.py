@@ -19,6 +19,7 @@ from qandc.layer_inputs import SharedInputs, TokenLayers, run_batches, watch_inp
 from qandc.linear import QuantLinear
 from qandc.quantizer import QuantConfig, activation_parameters
 from qandc.ranges import Histogram, RangeConfig, StepRanges, estimate_range
+from qandc.shared_products import settle
 
 __all__ = ["calibrate", "calibrate_steps", "calibration", "input_hessians", "smoothing_factors"]
 
@@ -144,6 +145,7 @@ def _calibration(observer: _Observer, config: RangeConfig) -> Iterator[None]:
         observer.layers[name].set_static_range(None)
     for name, (scale, zero_point) in found.items():
         observer.layers[name].set_static_range(scale, zero_point)
+    settle(list(observer.layers.values()))
 
 
 @checked

@@ -22,7 +22,15 @@ import torch
 
 from qandc_kernels import quantized_linear
 
-__all__ = ["Membership", "Placing", "multiply_together", "put_side_by_side", "shared_output"]
+__all__ = [
+    "Membership",
+    "Placing",
+    "multiply_together",
+    "put_side_by_side",
+    "settle",
+    "shared_output",
+    "shared_output_to_compile",
+]
 
 Tensor = torch.Tensor
 MaybeTensor = torch.Tensor | None
@@ -62,13 +70,16 @@ class Membership:
 
     Attributes:
         patience: of the groups that it is the first of (:class:`_Group`).
+        compiled: what compiled code runs for the group, and the place of the layer in it; None where it runs alone.
     """
 
-    __slots__ = ("group", "patience")
+    __slots__ = ("compiled", "group", "patience", "place")
 
     def __init__(self) -> None:
         self.group: _Group | None = None
         self.patience = 1
+        self.compiled: _Compiled | None = None
+        self.place = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Membership, ()
@@ -77,6 +88,11 @@ class Membership:
         """Let go of the weights of the layer, which are about to move or be replaced."""
         if self.group is not None:
             self.group.restart()
+
+    def forget_compiled(self) -> None:
+        """Have compiled code run the layer alone, whose tensors are being replaced or filled anew."""
+        if self.group is not None:
+            self.group.forget_compiled()
 
 
 def shared_output(layer: Any, x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
@@ -103,6 +119,48 @@ def shared_output(layer: Any, x: Tensor, dtype: torch.dtype | None) -> Tensor | 
         output: Tensor | None = group.lead(layers, x, given, dtype)
         return output
     return group.follow(layer, x, version, dtype, before)
+
+
+class _Compiled:
+    """The product of a group in code that is compiled: nothing in it is weak, learned or counted.
+
+    Attributes:
+        wholes: weights, scales, sums and biases of all layers.
+        ends: of each layer's columns.
+        kept: what the layer called last was given and the product of all, while others have yet to ask for it.
+    """
+
+    def __init__(self, wholes: Sequence[MaybeTensor], sizes: Sequence[int]) -> None:
+        self.weight, self.weight_scale, self.weight_sum, self.bias = wholes
+        self.ends = tuple(itertools.accumulate(sizes))
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+
+def shared_output_to_compile(layer: Any, x: Tensor) -> Tensor | None:
+    """Return what :func:`shared_output` does, in code that a compiler traces."""
+    compiled, place = layer.membership.compiled, layer.membership.place
+    if compiled is None:
+        return None
+    kept = compiled.kept
+    if place == 0:
+        product = layer.product_to_compile(
+            x, compiled.weight, compiled.weight_scale, compiled.weight_sum, compiled.bias
+        )
+    elif kept is not None and kept[0] is x:
+        product = kept[1]
+    else:
+        return None
+    compiled.kept = (x, product) if place < len(compiled.ends) - 1 else None
+    end: int = compiled.ends[place]
+    output: Tensor = product[..., end - layer.out_features : end]
+    return output
+
+
+def settle(layers: Sequence[Any]) -> None:
+    """Put the weights of groups side by side for compiled code to read, now that ranges have been set."""
+    for group in dict.fromkeys(layer.membership.group for layer in layers):
+        if group is not None:
+            group.settle()
 
 
 def _join(before: Any, layer: Any) -> None:
@@ -195,6 +253,7 @@ class _Group(Placing):
 
     def add(self, layer: Any) -> None:
         """Append a layer that has just been given what the others were."""
+        self.forget_compiled()
         layer.membership.group = self
         self.layers = (*self.layers, weakref.ref(layer))
         self.reached = len(self.layers) - 1
@@ -202,6 +261,7 @@ class _Group(Placing):
 
     def keep(self, number: int) -> None:
         """Let all but the first ``number`` layers go; one alone is no group."""
+        self.forget_compiled()
         kept, gone = self.layers[: max(number, 1)], self.layers[max(number, 1) :]
         for ref in gone if len(kept) > 1 else self.layers:
             layer = ref()
@@ -214,6 +274,25 @@ class _Group(Placing):
     def restart(self, streak: int = 0) -> None:
         super().restart(streak)
         self.probe, self.stays = None, False
+        self.forget_compiled()
+
+    def forget_compiled(self) -> None:
+        for ref in self.layers:
+            layer = ref()
+            if layer is not None:
+                layer.membership.compiled = None
+
+    def settle(self) -> None:
+        """Have compiled code run the layers as one, if they were called together when they were called last."""
+        layers: list[Any] = [ref() for ref in self.layers]
+        if self.streak < self.patience or None in layers or _capturing(layers[0].qweight):
+            return
+        with _packing:
+            wholes = self.place(layers)
+        if wholes is not None:
+            compiled = _Compiled(wholes, [layer.out_features for layer in layers])
+            for place, layer in enumerate(layers):
+                layer.membership.compiled, layer.membership.place = compiled, place
 
     def no_use(self) -> None:
         super().no_use()

@@ -476,6 +476,81 @@ def test_layers_on_the_meta_device_and_of_other_kinds_run_alone():
     assert [layer.membership.group for layer in mixed.layers] == [None] * 3
 
 
+@pytest.fixture
+def compiled_products():
+    """Compile, and note the output widths of the products in each graph."""
+    graphs: list[list[int]] = []
+
+    def backend(graph, inputs):
+        ops = (torch.ops.qandc.int8_linear, torch.ops.qandc.int4_linear)
+        nodes = [node for node in graph.graph.nodes if node.target in ops]
+        graphs.append([node.meta["example_value"].shape[-1] for node in nodes])
+        return graph
+
+    def compile_(module):
+        torch._dynamo.reset()
+        return torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+
+    compile_.graphs = graphs
+    return compile_
+
+
+def calibrated(w_bits=8):
+    attention = Attention(w_bits=w_bits)
+    return calibrate(attention, [(torch.randn(2, 5, K),)])
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_compiled_code_runs_one_product_once_ranges_are_set(w_bits, compiled_products, alone, seeded):
+    attention, x = calibrated(w_bits), torch.randn(2, 5, K, generator=seeded)
+    expected = alone(attention, x)
+    compiled = compiled_products(attention)
+    for _ in range(2):
+        assert equal(compiled(x), expected)
+    assert compiled_products.graphs == [[40]]
+    assert attention.to_q.membership.compiled.kept is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.to_k.set_static_range(torch.tensor(0.5), torch.tensor(3)),
+        lambda a: a.load_state_dict({**a.state_dict(), "to_v.act_scale": torch.tensor(0.25)}),
+        lambda a: a.load_state_dict({**a.state_dict(), "to_v.weight_scale": torch.ones(24)}),
+        lambda a: a.to(torch.float16),
+        lambda a: setattr(a.to_q, "qweight", a.to_q.qweight.flip(0)),
+    ],
+    ids=["range", "loaded range", "loaded weight", "dtype", "weight"],
+)
+def test_compiled_code_notices_what_has_changed(change, compiled_products, alone, seeded):
+    attention, x = calibrated(), torch.randn(2, 5, K, generator=seeded)
+    compiled = compiled_products(attention)
+    before = compiled(x)
+    change(attention)
+    x = x.to(attention.to_q.bias.dtype)
+    result, expected = compiled(x), alone(attention, x)
+    assert equal(result, expected)
+    assert not equal(result, before)
+
+
+def test_compiled_layers_that_are_given_another_tensor_run_alone(compiled_products, alone, seeded):
+    attention, x = calibrated(), torch.randn(2, 5, K, generator=seeded)
+    attention.between = lambda x: x * 2
+    expected = alone(attention, x)
+    assert equal(compiled_products(attention)(x), expected)
+    assert compiled_products.graphs == [[40, 8, 24]]
+
+
+def test_compiled_gradients_pass_through_each_layer(compiled_products, seeded):
+    attention = calibrated()
+    gradients = []
+    for module in (attention, compiled_products(attention)):
+        x = torch.randn(2, 5, K, generator=seeded.manual_seed(3)).requires_grad_()
+        sum(y.square().sum() for y in module(x)).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("w_bits", [4, 8])
 @pytest.mark.parametrize("ranges", ["dynamic", "static"])
