@@ -335,9 +335,7 @@ class QuantLinear(nn.Module):
             x_scale = self.act_scale
         linear = int4_linear if self.w_bits == 4 else int8_linear
         out_dtype = _autocast_dtype(input) or input.dtype
-        return linear(
-            xq, weight, x_scale, weight_scale, bias, self.act_zero_point, weight_sum, out_dtype=out_dtype
-        )
+        return linear(xq, weight, x_scale, weight_scale, bias, self.act_zero_point, weight_sum, out_dtype=out_dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -496,7 +496,7 @@ def compiled_products():
 
 
 def calibrated(w_bits=8):
-    attention = Attention(w_bits=w_bits)
+    attention = Attention(w_bits=w_bits, smoothing=torch.linspace(0.5, 2, K))
     return calibrate(attention, [(torch.randn(2, 5, K),)])
 
 
@@ -519,8 +519,9 @@ def test_compiled_code_runs_one_product_once_ranges_are_set(w_bits, compiled_pro
         lambda a: a.load_state_dict({**a.state_dict(), "to_v.weight_scale": torch.ones(24)}),
         lambda a: a.to(torch.float16),
         lambda a: setattr(a.to_q, "qweight", a.to_q.qweight.flip(0)),
+        lambda a: a._apply(torch.clone).to_k.qweight.zero_(),
     ],
-    ids=["range", "loaded range", "loaded weight", "dtype", "weight"],
+    ids=["range", "loaded range", "loaded weight", "dtype", "weight", "other memory"],
 )
 def test_compiled_code_notices_what_has_changed(change, compiled_products, alone, seeded):
     attention, x = calibrated(), torch.randn(2, 5, K, generator=seeded)
