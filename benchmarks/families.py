@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.timing import DEVICE
 
-__all__ = ["FAMILIES", "OUTSIDE_OF_BLOCKS", "Family", "inputs", "model_of"]
+__all__ = ["FAMILIES", "Family", "inputs", "model_of"]
 
 Model = Any
 TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
@@ -131,7 +131,3 @@ def inputs(layer: str, timestep: float = 500.0) -> dict[str, Any]:
 
     arguments = FAMILIES[layer].inputs(noise, torch.tensor([timestep], device=DEVICE, dtype=torch.bfloat16))
     return {**arguments, "return_dict": False}
-
-
-OUTSIDE_OF_BLOCKS = (r"re:^(?!(single_)?transformer_blocks\.)", "norm", "img_mod", "txt_mod")
-"""Skip patterns: what is no part of a repeated block, or sees no tokens, as modulation does."""

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks.conftest import NO_GPU, Measure
-from benchmarks.families import FAMILIES, OUTSIDE_OF_BLOCKS, inputs, model_of
+from benchmarks.families import FAMILIES, inputs, model_of
 from benchmarks.models import tensor_bytes
 from benchmarks.rivals import library
 from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
-from qandc import QuantConfig, calibrate, graph, quantize_model
+from qandc import calibrate, graph, quantization_plan, quantize_model
 from qandc.linear import QuantLinear
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
@@ -34,20 +34,23 @@ def _compiled(model: Model) -> Model:
     return model
 
 
-def _quantized(model: Model, layer: str, w_bits: int) -> Model:
-    """Static ranges in the blocks; what is outside of them, and modulation, stays in bf16."""
-    quantized = quantize_model(copy.deepcopy(model), w_bits=w_bits, skip_patterns=OUTSIDE_OF_BLOCKS)
+def _quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None) -> Model:
+    """The default plan with static ranges; modulation stays in bf16, or its weights alone are quantized.
+
+    PixArt has none in its blocks.
+    """
+    quantized = quantize_model(copy.deepcopy(model), w_bits=w_bits, conditioning=conditioning)
     return calibrate(quantized, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
 
 
-def _fp8(model: Model, layer: str) -> Model:
+def _torchao(model: Model, config: str, per_row: bool = False) -> Model:
+    """The same layers as ours."""
     library("torchao")
     quantization = importlib.import_module("torchao.quantization")
-    model, skips = copy.deepcopy(model), QuantConfig(skip_patterns=OUTSIDE_OF_BLOCKS).skips
-    config = quantization.Float8DynamicActivationFloat8WeightConfig(
-        granularity=quantization.PerRow(), set_inductor_config=False
-    )
-    quantization.quantize_(model, config, filter_fn=lambda m, name: type(m) is torch.nn.Linear and not skips(name))
+    names = {row.name for row in quantization_plan(model).quantized}
+    options = {"granularity": quantization.PerRow()} if per_row else {}
+    chosen, model = getattr(quantization, config)(set_inductor_config=False, **options), copy.deepcopy(model)
+    quantization.quantize_(model, chosen, filter_fn=lambda module, name: name in names)
     return _compiled(model)
 
 
@@ -58,10 +61,21 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     "QuantLinear W8A8": (lambda model, layer: _quantized(model, layer, 8), 0.2),
     "QuantLinear W8A8, graph()": (lambda model, layer: graph(_quantized(model, layer, 8)), 0.2),
     "QuantLinear W8A8, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8)), 0.2),
-    "QuantLinear W8A8, compiled, graph()": (lambda model, layer: graph(_compiled(_quantized(model, layer, 8))), 0.2),
-    "QuantLinear W4A8": (lambda model, layer: _quantized(model, layer, 4), 0.6),
-    "QuantLinear W4A8, compiled, graph()": (lambda model, layer: graph(_compiled(_quantized(model, layer, 4))), 0.6),
-    "torchao fp8 rowwise, compiled": (_fp8, 0.3),
+    "QuantLinear W8A8 + W8A16, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8, "W8A16")), 0.2),
+    "QuantLinear W8A8 + W8A16, compiled, graph()": (
+        lambda model, layer: graph(_compiled(_quantized(model, layer, 8, "W8A16"))),
+        0.2,
+    ),
+    "QuantLinear W4A8 + W4A16": (lambda model, layer: _quantized(model, layer, 4, "W4A16"), 0.6),
+    "QuantLinear W4A8 + W4A16, compiled, graph()": (
+        lambda model, layer: graph(_compiled(_quantized(model, layer, 4, "W4A16"))),
+        0.6,
+    ),
+    "torchao fp8 rowwise, compiled": (
+        lambda model, layer: _torchao(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
+        0.3,
+    ),
+    "torchao int8dq, compiled": (lambda model, layer: _torchao(model, "Int8DynamicActivationInt8WeightConfig"), 0.3),
 }
 CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES]
 
@@ -94,11 +108,18 @@ def test_forward(measure: Measure, request: pytest.FixtureRequest, layer: str, n
     skip = NO_GPU if DEVICE == "cpu" else None
     if "torchao" in name and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
-    if skip is None:
-        torch.cuda.reset_peak_memory_stats()
     measure(row, lambda: candidate(layer, name), skip)
     if "median_us" not in row:
         return
     model = current["model"]
     row["model_bytes"] = tensor_bytes(model)
     row["quantized_layers"] = sum(isinstance(module, QuantLinear) for module in model.modules())
+    if "graph()" in name:  # its memory is its own, whether it runs or not
+        return
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        model(**inputs(layer))
+    torch.cuda.synchronize()
+    row["peak_bytes"] = row["model_bytes"] + torch.cuda.max_memory_allocated() - before
