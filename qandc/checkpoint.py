@@ -218,14 +218,15 @@ def _rename(partial: Path, directory: Path, replaced: Path) -> None:
 
 def _describe(model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The manifest but for its files, and all tensors; models that it would not build again are refused."""
-    from diffusers import DiTTransformer2DModel
+    from diffusers import DiTTransformer2DModel, ModelMixin
 
     dit_class: Any = DiTTransformer2DModel
     if original_class(model) is not dit_class:
-        raise ModelError(
-            f"a checkpoint holds diffusers' {DIT}; got {type(model).__name__} (of a pipeline, pass pipe.transformer; "
-            "of a compiled model, the model before torch.compile)"
-        )
+        name = type(model).__name__
+        advice = "of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile"
+        if isinstance(model, ModelMixin):
+            advice = f"save it by model.save_pretrained(directory), and load it by {name}.from_pretrained(directory)"
+        raise ModelError(f"save_quantized writes diffusers' {DIT} alone; got {name}: {advice}")
     layers = quant_layers(model)
     if not layers:
         raise ModelError(f"this {DIT} is not quantized; call quantize_model first, or model.save_pretrained instead")
@@ -299,7 +300,7 @@ def _check_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that do not fill ``model`` exactly; ranges and smoothing may be there or not."""
     ours, layers = {name: tensor.shape for name, tensor in _tensors(model).items()}, quant_layers(model)
     optional = {f"{name}.{buffer}" for name in layers for buffer in OPTIONAL_BUFFERS}
-    advice = f"a checkpoint holds the {DIT} that diffusers builds from its config (merge LoRA, remove parametrizations)"
+    advice = f"a checkpoint holds the {DIT} that diffusers builds from its config (remove LoRA, parametrizations)"
     for name, tensor in tensors.items():
         if name not in ours and name not in optional:
             raise ModelError(f"{name} is a tensor too many; {advice}")
@@ -320,7 +321,10 @@ def _read_manifest(directory: Path) -> Any:
     path = directory / MANIFEST
     if not path.is_file():
         what = f"lacks {MANIFEST}" if directory.is_dir() else "is no directory"
-        raise ConfigError(f"{str(directory)!r} is no checkpoint: it {what}; give one that save_quantized wrote")
+        advice = "give one that save_quantized wrote"
+        if any((directory / name).is_file() for name in ("config.json", "model_index.json")):
+            advice = "load what save_pretrained wrote by from_pretrained of its class"
+        raise ConfigError(f"{str(directory)!r} is no checkpoint: it {what}; {advice}")
     try:
         manifest = json.loads(path.read_bytes())
         version = manifest["version"]

@@ -191,11 +191,22 @@ def _note_for_diffusers(model: Any, config: QuantConfig) -> None:
     if register is None:
         return
     schemes = {name: f"W{layer.w_bits}A{layer.a_bits}" for name, layer in quant_layers(model).items()}
+    register(quantization_config=note_to_save(model, config, schemes))
+
+
+def note_to_save(model: nn.Module, config: QuantConfig, schemes: Mapping[str, str]) -> dict[str, Any]:
+    """Describe for ``config.json`` what is quantized: settings, and all layers where these do not tell them.
+
+    Adapters of PEFT are left out, and layers beside them called as they are without.
+    """
+    bases = {f"{name}.base_layer": name for name, _ in tuner_layers(model)}
+    inside = tuple(f"{name}." for name in bases.values())
     linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, QuantLinear)]
-    kept = kept_layers(model)
-    implied = {name: config.scheme for name in linears if not config.skips(name) and name not in kept}
+    linears = [bases.get(name, name) for name in linears if name in bases or not name.startswith(inside)]
+    schemes = {bases.get(name, name): scheme for name, scheme in schemes.items()}
     note = {"quant_method": "qandc", **settings_to_save(config)}
-    register(quantization_config=note if schemes == implied else {**note, "layers": schemes})
+    implied = {name: config.scheme for name in linears if not config.skips(name)}
+    return note if schemes == implied else {**note, "layers": schemes}
 
 
 @dataclass(frozen=True)

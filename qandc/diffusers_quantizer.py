@@ -6,7 +6,6 @@ empty layers; which ones, ``quantization_config`` in its ``config.json`` says.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from qandc.arguments import checked
-from qandc.conversion import quant_layers, settings_to_save
+from qandc.conversion import note_to_save, quant_layers, settings_to_save
 from qandc.errors import ConfigError, ModelError
 from qandc.fused_projections import keep_fused_quantized
 from qandc.linear import OPTIONAL_BUFFERS, QuantLinear, check_finite, check_layer, skeleton_layer
@@ -45,8 +44,8 @@ class QandCConfig(QuantizationConfigMixin):
         w_bits, a_bits, skip_patterns, weight_clip, conditioning: as :class:`qandc.QuantConfig`. What is saved holds the
             patterns that ``skip_patterns=None`` meant for the model.
         layers: qualified name to scheme ("W8A8") of every quantized layer. Saved only where w_bits, a_bits and
-            skip_patterns do not tell them, as with ``conditioning`` or after several calls of
-            :func:`qandc.quantize_model`; they then count instead.
+            skip_patterns do not tell them, as with ``conditioning``, after several calls of
+            :func:`qandc.quantize_model`, or if other code reads the weight of a layer; they then count instead.
         quant_method: "qandc".
 
     Raises:
@@ -115,6 +114,7 @@ class QandCQuantizer(DiffusersQuantizer):
     is_serializable = True
     is_trainable = False
     is_compileable = True
+    use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: QandCConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -132,14 +132,18 @@ class QandCQuantizer(DiffusersQuantizer):
                 "buffers; allow more memory on the GPU or the CPU (max_memory), or give device_map='cpu'"
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
+    ) -> Any:
         self.bits = self.config.bits_of_layers() or self._assigned(model)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, bits in self.bits.items():
             linear = modules.get(name)
             if type(linear) is not nn.Linear:
                 raise ModelError(f"quantization_config names {name}, no linear layer of {type(model).__name__}")
-            size, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+            size = (linear.in_features, linear.out_features)
+            exempt = not set(name.split(".")).isdisjoint(keep_in_fp32_modules)
+            dtype = torch.float32 if exempt else linear.weight.dtype
             check_layer(name, linear.in_features, dtype, bits[0])
             if self.pre_quantized:
                 layer = skeleton_layer(*size, bias=linear.bias is not None, bits=bits, dtype=dtype)
@@ -151,13 +155,10 @@ class QandCQuantizer(DiffusersQuantizer):
     def _assigned(self, model: Any) -> dict[str, tuple[int, int]]:
         """Choose the layers, and note what was chosen where ``save_pretrained`` finds it: not in the user's config."""
         settings = self.config.settings
-        # a saved list may hold patterns that never matched anything: it was quantized with them
-        bits = assign(model, settings, check_patterns=not self.pre_quantized).bits
+        bits = assign(model, settings, saved=self.pre_quantized).bits
         if not self.pre_quantized:
-            self.config = copy.copy(self.config)
-            self.config.skip_patterns = list(resolved(model, settings).skip_patterns or ())
-            if any(found != (settings.w_bits, settings.a_bits) for found in bits.values()):
-                self.config.layers = {name: "W{}A{}".format(*found) for name, found in bits.items()}
+            schemes = {name: "W{}A{}".format(*found) for name, found in bits.items()}
+            self.config = QandCConfig(**note_to_save(model, resolved(model, settings), schemes))
             self.quantization_config = self.config
             model.register_to_config(quantization_config=self.config)
         return bits

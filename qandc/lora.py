@@ -20,7 +20,7 @@ from qandc.errors import ConfigError, ModelError
 from qandc.linear import QuantLinear
 from qandc.readers import tuner_layers
 
-__all__ = ["extend_flux_loader", "extend_fuse_lora", "extend_peft", "lora_for_quantized"]
+__all__ = ["extend_flux_loader", "extend_fuse_lora", "extend_peft", "extend_saving", "lora_for_quantized"]
 
 INITS = (True, False, "gaussian")
 
@@ -81,6 +81,11 @@ def extend_fuse_lora(module: ModuleType) -> None:
     _do_first(module.PeftAdapterMixin, "fuse_lora", lambda self, *args, **kwargs: _check_merge(self))
 
 
+def extend_saving(module: ModuleType) -> None:
+    """Extend ``diffusers.models.modeling_utils``: ``save_pretrained`` refuses what could not be loaded again."""
+    _do_first(module.ModelMixin, "save_pretrained", lambda self, *args, **kwargs: _check_no_adapters(self))
+
+
 def extend_flux_loader(module: ModuleType) -> None:
     """Extend ``diffusers.loaders.lora_pipeline``: FLUX's loader finds the shapes of quantized weights too."""
     loader = module.FluxLoraLoaderMixin
@@ -121,6 +126,15 @@ def _do_first(owner: Any, name: str, action: Callable[..., None]) -> None:
 def _check_merge(model: nn.Module) -> None:
     if any(isinstance(tuner.base_layer, QuantLinear) for _, tuner in tuner_layers(model)):
         refuse_merge()
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    names = [name for name, _ in tuner_layers(model)]
+    if names and quant_layers(model):
+        raise ModelError(
+            f"a quantized model is saved without adapters, which {names[0]} and {len(names) - 1} other layers have; "
+            "save them by themselves (save_lora_adapter), call unload_lora(), save, and load them again"
+        )
 
 
 def _check_not_fused(model: nn.Module) -> None:

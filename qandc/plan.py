@@ -162,10 +162,11 @@ class Assignment:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def assign(model: nn.Module, config: QuantConfig, *, check_patterns: bool = True) -> Assignment:
+def assign(model: nn.Module, config: QuantConfig, *, saved: bool = False) -> Assignment:
     """Decide for each linear layer whether it is quantized, in which scheme, or why it stays.
 
-    Layers that :func:`qandc.readers.kept_layers` names stay as they are; a warning says which and why.
+    Layers that :func:`qandc.readers.kept_layers` names stay as they are; a warning says which and why. Settings that
+    were saved are taken at their word: a pattern may match nothing, and no layer is kept back.
 
     Raises:
         ConfigError: a skip pattern matches no module of the model, if these are checked.
@@ -173,14 +174,14 @@ def assign(model: nn.Module, config: QuantConfig, *, check_patterns: bool = True
     """
     roles, patterns = roles_of(model), config.skip_patterns
     if patterns is not None:
-        if check_patterns:
+        if not saved:
             _check_patterns(model, patterns)
         # given by hand they mean what they say; conditioning is told apart only where it gets a scheme of its own
         stays = {pattern: f"skip pattern {pattern!r}" for pattern in patterns}
         roles = Roles(stays, roles.conditioning if config.conditioning is not None else ())
     main = (config.w_bits, config.a_bits)
     conditioning = None if config.conditioning is None else parse_scheme(config.conditioning)
-    kept = kept_layers(model)
+    kept = {} if saved else kept_layers(model)
     linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
     found, kept_here = Assignment(), {}
     # a subclass may compute something else, or be read past its forward, as in nn.MultiheadAttention

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from qandc.errors import ModelError
-from qandc.lora import extend_flux_loader, extend_fuse_lora, extend_peft
+from qandc.lora import extend_flux_loader, extend_fuse_lora, extend_peft, extend_saving
 
 __all__ = ["config_class", "register_when_imported"]
 
@@ -95,6 +95,7 @@ def _no_lora(name: str, error: Exception) -> str:
 EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     REGISTRY: _register,
     "diffusers.loaders.peft": extend_fuse_lora,
+    "diffusers.models.modeling_utils": extend_saving,
     "diffusers.loaders.lora_pipeline": extend_flux_loader,
     "peft.tuners.lora.model": extend_peft,
 }

@@ -45,6 +45,7 @@ from qandc.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling
 from tests.conftest import FloatsMade, make_dit
 from tests.test_calibration import dit_batches
+from tests.tiny_models import make_tiny
 
 with torch.device("meta"):  # torch notes its constructors here, before the fixture that poisons torch.empty hides one
     torch.empty(0)
@@ -372,7 +373,10 @@ def test_other_paths_are_no_checkpoints(tmp_path, saved):
     for path in (tmp_path / "nothing", saved / "quantized.json"):
         with pytest.raises(ConfigError, match="is no checkpoint: it is no directory; give one that save_quantized"):
             load_quantized(path)
-    with pytest.raises(ConfigError, match=r"it lacks quantized\.json"):
+    with pytest.raises(ConfigError, match=r"it lacks quantized\.json; give one that"):
+        load_quantized(tmp_path)
+    make_quantized().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"lacks quantized\.json; load what save_pretrained wrote by from_pre"):
         load_quantized(tmp_path)
 
 
@@ -503,15 +507,22 @@ def with_a_tied_layer(model):
     ("change", "message"),
     [
         (lambda model: make_dit(), "this DiTTransformer2DModel is not quantized; call quantize_model first"),
-        (lambda model: QuantLinear(4, 4), r"holds diffusers' DiTTransformer2DModel; got QuantLinear"),
-        (lambda model: torch.compile(model), "got OptimizedModule .*the model before torch.compile"),
-        (with_parametrization, r"proj_out_1.parametrizations.*merge LoRA, remove parametrizations"),
-        (with_lora, rf"{QKV}.lora_A.weight is a tensor too many; .*merge LoRA"),
+        (
+            lambda model: QuantLinear(4, 4),
+            r"writes diffusers' DiTTransformer2DModel alone; got QuantLinear: of",
+        ),
+        (
+            lambda model: quantize_model(make_tiny("FluxTransformer2DModel")),
+            r"got FluxTrans\w+: save it by model.save_pretrained\(directory\), .* by FluxTrans\w+.from_pretrained\(",
+        ),
+        (lambda model: torch.compile(model), "got OptimizedModule: .*the model before torch.compile"),
+        (with_parametrization, r"proj_out_1.parametrizations.*remove LoRA, parametrizations"),
+        (with_lora, rf"{QKV}.lora_A.weight is a tensor too many; .*remove LoRA"),
         (around_a_layer, rf"{QKV}.0 is no linear layer"),
         (with_a_tied_layer, r"transformer_blocks.1.attn1.to_q.* is a tensor too many"),
         (lambda model: model.to("meta"), "is on the meta device and has no values"),
     ],
-    ids=["not quantized", "no DiT", "compiled", "parametrization", "LoRA", "wrapped", "tied", "meta"],
+    ids=["not quantized", "no DiT", "other class", "compiled", "parametrization", "LoRA", "wrapped", "tied", "meta"],
 )
 def test_models_that_cannot_be_saved(tmp_path, change, message):
     model = change(make_quantized())

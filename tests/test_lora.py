@@ -239,6 +239,41 @@ def test_saved_loaded_and_exchanged(peft, tmp_path, low_cpu_mem_usage):
     assert torch.equal(output_of(other, inputs), expected)
 
 
+def test_a_quantized_model_is_saved_without_adapters(peft, tmp_path):
+    """Those in layers of full precision too; diffusers would write what it cannot load."""
+    model, inputs = quantized_flux(skip_patterns=["single_transformer_blocks"]), inputs_of(FLUX)
+    plain, adapter = output_of(model, inputs), lora_of(quantized_flux(), parts=["single_transformer_blocks.0"])
+    pipe = flux_pipeline(model)
+    pipe.load_lora_weights(dict(adapter), adapter_name="style")
+    for save in (model.save_pretrained, pipe.save_pretrained):
+        with pytest.raises(
+            ModelError, match=r"_blocks\.0\.proj_mlp and 4 other .*save_lora_adapter\), call unload_lora"
+        ):
+            save(tmp_path / "saved")
+    adapted = output_of(model, inputs)
+    model.save_lora_adapter(tmp_path / "style", "style")
+    model.unload_lora()
+    model.save_pretrained(tmp_path / "saved")
+    again = FluxTransformer2DModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(output_of(again, inputs), plain)
+    again.load_lora_adapter(tmp_path / "style", prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    assert torch.equal(output_of(again, inputs), adapted)
+
+
+@pytest.mark.parametrize("conditioning", [None, "W8A16"])
+def test_quantized_with_adapters_and_saved_without_them(peft, conditioning, tmp_path):
+    """Where layers are listed by name, it is their name when the adapters are gone."""
+    model, adapter = make_tiny(FLUX), lora_of(quantized_flux())
+    model.load_lora_adapter(adapter)
+    quantize_model(model, conditioning=conditioning)
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    again = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(output_of(again, inputs_of(FLUX)), output_of(model, inputs_of(FLUX)))
+    notes = [each.config.quantization_config for each in (quantized_flux(conditioning=conditioning), model)]
+    assert notes[0].get("layers") == notes[1].get("layers")
+
+
 def test_compiled_blocks_with_adapters(peft):
     """``fullgraph``: no break; what is loaded, scaled or removed after compilation is seen."""
     torch._dynamo.reset()
