@@ -501,6 +501,8 @@ def test_graphs_notice_every_change_of_adapters(peft):
         "unload": model.unload_lora,
     }
     for name, change in changes.items():
+        for _ in range(3):  # layers that share a product find each other again
+            output_of(model, inputs_of(FLUX))
         watch = _Watch(model)
         output_of(model, inputs_of(FLUX))
         assert watch.unchanged(), name
