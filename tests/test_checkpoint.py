@@ -140,7 +140,8 @@ def test_another_dtype_leaves_the_scales_alone(tmp_path, dit_inputs):
     save_quantized(model, tmp_path / "saved")
     loaded = load_quantized(tmp_path / "saved", dtype=torch.bfloat16).model
     for layer in quant_layers(loaded).values():
-        assert layer.weight_scale.dtype == layer.act_scale.dtype == torch.float32
+        assert layer.weight_scale.dtype == torch.float32
+        assert layer.act_scale is None or layer.act_scale.dtype == torch.float32  # None where one row is seen
         assert layer.bias.dtype == layer.weight.dtype == torch.bfloat16
     assert_same_model(model.to(torch.bfloat16), loaded)
     assert quantization_report(loaded) == quantization_report(model)  # of the weights that were quantized
