@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the model card from the measured files under results/.
+"""Write the tables of README.md, docs/ and the model card from the measured files under results/.
 
 python docs/update_tables.py            # rewrite
 python docs/update_tables.py --check    # exit status 1 if a table is not what its file says
@@ -18,13 +18,7 @@ from typing import Any
 from qandc.experiment_report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    "README.md",
-    "docs/caching.md",
-    "docs/calibration.md",
-    "docs/kernel-notes.md",
-    "qandc/assets/fashion-dit/README.md",
-)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "qandc/assets/fashion-dit/README.md"]
 BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -510,13 +504,13 @@ def render(match: re.Match[str]) -> str:
 
 def main() -> int:
     stale = []
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text()
+    for document in DOCUMENTS:
+        text = document.read_text()
         fresh = BLOCK.sub(render, text)
         if fresh != text:
-            stale.append(name)
+            stale.append(document.relative_to(ROOT))
             if "--check" not in sys.argv:
-                (ROOT / name).write_text(fresh)
+                document.write_text(fresh)
     sys.stdout.write(
         "".join(f"{name}: tables {'differ' if '--check' in sys.argv else 'rewritten'}\n" for name in stale)
     )

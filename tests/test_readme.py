@@ -1,21 +1,26 @@
-"""README.md is executed: its snippet runs, its tables are what the measured files say."""
+"""README.md and docs/ are executed: their snippets run, their tables are what the measured files say."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tiny_models import inputs_of, make_tiny, output_of
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
-def snippet(kind: str = "") -> str:
-    return README.partition(f"<!-- snippet{kind} -->\n```python\n")[2].partition("```")[0]
+def snippet(kind: str = "", document: str = "README.md") -> str:
+    found = (ROOT / document).read_text().split(f"<!-- snippet{kind} -->\n```python\n")
+    assert len(found) == 2
+    return found[1].partition("```")[0]
 
 
 def run(code: str, changes: dict[str, str]) -> dict:
@@ -43,10 +48,51 @@ def test_snippet_runs_on_the_embedded_model():
     assert get_cache(names["pipe"].transformer).compute_steps == 3
 
 
+def test_snippet_for_any_transformer(monkeypatch, caplog):
+    """As printed, but for the backend of the compiler, with a small model in the place of FLUX.1 and its pipeline."""
+    import diffusers
+
+    from qandc.conversion import quant_layers
+
+    class Pipeline:
+        calls = 0
+
+        def __init__(self):
+            self.transformer = make_tiny("FluxTransformer2DModel")
+
+        @classmethod
+        def from_pretrained(cls, name, torch_dtype):
+            return cls()
+
+        def to(self, device):
+            return self
+
+        def __call__(self, prompt, num_inference_steps=1):
+            Pipeline.calls += num_inference_steps
+            for _ in range(num_inference_steps):
+                last = output_of(self.transformer, inputs_of("FluxTransformer2DModel"))
+            return types.SimpleNamespace(images=[last])
+
+    monkeypatch.setattr(diffusers, "FluxPipeline", Pipeline)
+    full = Pipeline()("").images[0]
+    names = run(snippet(": any"), {"fullgraph=True": 'fullgraph=True, backend="eager"'})
+    model = names["pipe"].transformer
+    layers = quant_layers(model)
+    q, modulation = (layers[f"transformer_blocks.1.{name}"] for name in ("attn.to_q", "norm1.linear"))
+    assert q.smoothing is not None
+    assert q.act_scale is not None
+    assert modulation.scheme.startswith("W8A16")
+    assert "transformer_blocks.1.attn.to_qkv" in dict(model.named_modules())
+    signal = full.square().mean() / (names["image"] - full).square().mean()
+    assert 10 * signal.log10() > 25
+    assert Pipeline.calls == 1 + 8 + 8 + 1
+
+
 def test_fuse_snippet_follows_the_first():
     """As printed, with fewer steps; on a CPU the model runs unfused."""
     from qandc import fashion_dit_path
     from qandc.cache import FUSED
+    from qandc.conversion import quant_layers
 
     changes = {
         '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
@@ -57,7 +103,8 @@ def test_fuse_snippet_follows_the_first():
     }
     names = run(snippet().partition("images = ")[0] + snippet(": fuse"), changes)
     assert names["images"][0].size == (32, 32)
-    assert len(names["batches"]) == 2
+    layers = quant_layers(names["pipe"].transformer)
+    assert all(layer.act_scale is not None for name, layer in layers.items() if name != "proj_out_1")
     assert FUSED in names["pipe"].transformer.__dict__
 
 
@@ -72,7 +119,7 @@ def test_cache_snippet_follows_the_first(tmp_path, monkeypatch, capsys):
         "num_inference_steps=50": "num_inference_steps=8",
         "computed_steps=17": "computed_steps=3",
     }
-    names = run(snippet().partition("images = ")[0] + snippet(": cache"), changes)
+    names = run(snippet().partition("images = ")[0] + snippet(": cache", "docs/caching.md"), changes)
     assert names["images"][0].size == (32, 32)
     cache = get_cache(names["pipe"].transformer)
     assert (cache.compute_steps, cache.reuse_steps) == (3, 5)
@@ -91,11 +138,11 @@ def test_tap_snippet_follows_the_first():
         "select(40": "select(9",
         "clusters=10": "clusters=3",
     }
-    names = run(snippet().partition("images = ")[0] + snippet(": tap"), changes)
+    names = run(snippet().partition("images = ")[0] + snippet(": tap", "docs/calibration.md"), changes)
     assert len(names["pool"]) == 4 * 8
     assert len(names["chosen"]) == 9
     layers = quant_layers(names["pipe"].transformer)
-    assert all(layer.act_scale is not None for layer in layers.values())
+    assert all(layer.act_scale is not None for name, layer in layers.items() if name != "proj_out_1")
 
 
 def test_diffusers_snippet(tmp_path, monkeypatch):
@@ -112,7 +159,10 @@ def test_vc_snippet(tmp_path, monkeypatch):
     from qandc import Compensation
 
     monkeypatch.chdir(tmp_path)
-    names = run(snippet(": vc"), {'"num_inference_steps": 50': '"num_inference_steps": 6', "range(50)": "range(4)"})
+    names = run(
+        snippet(": vc", "docs/calibration.md"),
+        {'"num_inference_steps": 50': '"num_inference_steps": 6', "range(50)": "range(4)"},
+    )
     assert names["images"][0].size == (32, 32)
     assert torch.equal(Compensation.load("vc.safetensors").gain, names["compensation"].gain)
     assert names["latents"].shape == (1, 4, 16, 16)
@@ -125,9 +175,7 @@ def test_tables_are_up_to_date():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/caching.md", "docs/calibration.md"]
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_linked_and_named_files_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
