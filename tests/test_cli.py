@@ -290,7 +290,7 @@ def test_classes_by_name():
 def test_ctrl_c_keeps_the_finished_row(capsys, tmp_path, pipeline_dir, monkeypatch):
     import qandc.generate
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(qandc.generate, "quantize_model", interrupt)
