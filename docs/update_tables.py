@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ def source(result: dict[str, Any], path: str) -> str:
     where = machine["gpu"] or f"{machine['cores']} CPU cores ({machine['processor']})"
     installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions[name])
     commit = (result["commit"] or "unknown")[:10]
-    return f"{where}, {installed}; `{result['command']}` at {commit}; [{path}](/{path})."
+    command = textwrap.shorten(result["command"], 200, placeholder=" ...")  # all of it is in the file
+    return f"{where}, {installed}; `{command}` at {commit}; [{path}](/{path})."
 
 
 def generate_table(result: dict[str, Any]) -> list[str]:
@@ -422,19 +424,24 @@ def compensation_table(result: dict[str, Any]) -> list[str]:
 
 
 def models_table(result: dict[str, Any]) -> list[str]:
+    """Cells of what was not measured stay empty."""
     rows = [row for row in result["rows"] if "median_us" in row]
     layers, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "candidate"))
-    ms = {(row["layer"], row["candidate"]): row["median_us"] / 1e3 for row in rows}
+    found = {(row["layer"], row["candidate"]): row for row in rows}
     lines = [f"| ms a forward, as called | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
-    for name in names:
-        cells = []
-        for layer in layers:
-            rival = ms[layer, "bf16 compiled" if "compiled" in name else "bf16 eager"]
-            cells.append(f"{ms[layer, name]:.1f} ({rival / ms[layer, name]:.2f}x)")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    sizes = {(row["layer"], row["candidate"]): row["model_bytes"] / 1e9 for row in rows}
-    for name in ("bf16 eager", "QuantLinear W8A8"):
-        lines.append(f"| GB of weights, {name} | {' | '.join(f'{sizes[layer, name]:.1f}' for layer in layers)} |")
+
+    def cell(layer: str, name: str) -> str:
+        row = found.get((layer, name))
+        if row is None:
+            return ""
+        rival = found[layer, "bf16 compiled" if "compiled" in name else "bf16 eager"]
+        return f"{row['median_us'] / 1e3:.1f} ({rival['median_us'] / row['median_us']:.2f}x)"
+
+    lines += [f"| {name} | {' | '.join(cell(layer, name) for layer in layers)} |" for name in names]
+    sizes = ("bf16 eager", "QuantLinear W8A8", *(name for name in names if name.endswith("A16, compiled, graph()")))
+    for name in sizes:
+        cells = [f"{found[layer, name]['model_bytes'] / 1e9:.1f}" if (layer, name) in found else "" for layer in layers]
+        lines.append(f"| GB of weights, {name.removesuffix(', compiled, graph()')} | {' | '.join(cells)} |")
     return lines
 
 
@@ -475,6 +482,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model-torchao.json goals": goals_table,
     "results/h200/models.json": models_table,
     "results/h200/models.json goals": goals_table,
+    "results/h200/models-cut.json": models_table,
     "results/h200/host.json": host_table,
     "results/h200/host.json goals": goals_table,
     "results/h200/pipeline.json": partial(pipeline_table, steps=50),
