@@ -14,11 +14,13 @@ from qandc.fused_dit import unfuse_dit
 from qandc.sampling import describe_run
 from qandc.variance_compensation import Compensation, FittedFor
 from qandc_kernels import Backend, guided_step
-from tests.test_fused_dit import make_quantized
+from tests.test_fused_dit import make_quantized, relative_error
 
 STEPS = 6
 CONFIG = {"num_train_timesteps": 1000, "clip_sample": False}
 targets = pytest.mark.parametrize("target", [None, "sample", "noise"])
+
+ROUNDING = 0.01  # of the latents' norm: what some roundings that fall otherwise can move
 
 
 def scheduler(**config):
@@ -108,12 +110,12 @@ def test_a_fused_model_draws_the_same_images(calls, target, guidance_scale, seed
     unfuse_dit(model)
     expected = sample_latents(model, scheduler(), [1, 2], **call)
     assert len(calls) == STEPS
-    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)  # a rounding that falls otherwise is a step
+    assert relative_error(actual, expected) < ROUNDING
     if target is not None:  # forced upon a run of fewer steps: the first ones
         call.update(num_inference_steps=STEPS - 1, force_compensation=True)
         expected = sample_latents(model, scheduler(), [1, 2], **call)
         actual = sample_latents(fuse_dit(model), scheduler(), [1, 2], **call)
-        torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+        assert relative_error(actual, expected) < ROUNDING
 
 
 def test_a_callback_may_write_to_the_latents(calls):
@@ -122,7 +124,7 @@ def test_a_callback_may_write_to_the_latents(calls):
     actual = sample_latents(model, scheduler(), [1], **call)
     assert len(calls) == STEPS
     expected = sample_latents(unfuse_dit(model), scheduler(), [1], **call)
-    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
+    assert relative_error(actual, expected) < ROUNDING
 
 
 def test_coefficients_are_made_on_the_cpu(seeded):

@@ -55,7 +55,9 @@ def test_flags_are_not_saved_and_move_along():
     sample_latents(model, DDIMScheduler(), [1], **RUN)
     layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
     assert set(model.state_dict()) == names
-    assert all(layer.nan_flag is not None and not layer.nan_flag.is_inference() for layer in layers)
+    static = [layer for layer in layers if layer.act_scale is not None]
+    assert len(static) == len(layers) - 1  # proj_out_1 sees a row per sample
+    assert all(layer.nan_flag is not None and not layer.nan_flag.is_inference() for layer in static)
     meta = layers[0].to("meta")
     assert meta.nan_flag.is_meta
     assert meta(torch.empty(2, meta.in_features, device="meta")).is_meta

@@ -109,7 +109,7 @@ def test_select_is_that_of_tap_over_looks_and_steps(dit, scheduler):
 def test_calibrates_a_model(dit, scheduler):
     pool = record(dit, scheduler)
     calibrate(quantize_model(dit), pool.batches(pool.select(10, method="random")))
-    assert all(layer.act_scale is not None for layer in quant_layers(dit).values())
+    assert [name for name, layer in quant_layers(dit).items() if layer.act_scale is None] == ["proj_out_1"]
 
 
 class Interrupted(Exception):  # noqa: N818
