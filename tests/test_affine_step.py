@@ -17,10 +17,9 @@ from qandc_kernels import Backend, guided_step
 from tests.test_fused_dit import make_quantized, relative_error
 
 STEPS = 6
+ROUNDING = 0.01  # of the latents' norm: what some roundings that fall otherwise can move
 CONFIG = {"num_train_timesteps": 1000, "clip_sample": False}
 targets = pytest.mark.parametrize("target", [None, "sample", "noise"])
-
-ROUNDING = 0.01  # of the latents' norm: what some roundings that fall otherwise can move
 
 
 def scheduler(**config):

@@ -586,7 +586,8 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
 # called in each step, by each layer, or by other parts of the package alone
 INTERNAL = {
     "CacheConfig.computes", "CacheConfig.stores", "Compensation.noise", "Compensation.sample", "QuantLinear.forward",
-    "QuantLinear.extra_repr", "QuantLinear.fault_of", "QuantLinear.make_optional", "QuantLinear.product_to_compile", "QuantConfig.skips",
+    "QuantLinear.extra_repr", "QuantLinear.fault_of", "QuantLinear.make_optional", "QuantConfig.skips",
+    "QuantLinear.product_to_compile",
     *(f"FeatureCache.{method}" for method in vars(qandc.FeatureCache)),
 }  # fmt: skip
 EXCEPTIONS = {
