@@ -82,7 +82,7 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
     assert q.smoothing is not None
     assert q.act_scale is not None
     assert modulation.scheme.startswith("W8A16")
-    assert "transformer_blocks.1.attn.to_qkv" in dict(model.named_modules())
+    assert q.membership.compiled is not None  # compiled code runs q, k and v as one
     signal = full.square().mean() / (names["image"] - full).square().mean()
     assert 10 * signal.log10() > 25
     assert Pipeline.calls == 1 + 8 + 8 + 1
