@@ -487,9 +487,9 @@ def compiled_products():
         graphs.append([node.meta["example_value"].shape[-1] for node in nodes])
         return graph
 
-    def compile_(module):
+    def compile_(module, dynamic=False):
         torch._dynamo.reset()
-        return torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+        return torch.compile(module, backend=backend, fullgraph=True, dynamic=dynamic)
 
     compile_.graphs = graphs
     return compile_
@@ -509,6 +509,15 @@ def test_compiled_code_runs_one_product_once_ranges_are_set(w_bits, compiled_pro
         assert equal(compiled(x), expected)
     assert compiled_products.graphs == [[40]]
     assert attention.to_q.membership.compiled.kept is None
+
+
+def test_one_graph_serves_all_batches(compiled_products, alone, seeded):
+    attention = calibrated()
+    compiled = compiled_products(attention, dynamic=True)
+    for batch, tokens in ((2, 5), (3, 5), (7, 4)):
+        x = torch.randn(batch, tokens, K, generator=seeded)
+        assert equal(compiled(x), alone(attention, x))
+    assert compiled_products.graphs == [[40]]
 
 
 @pytest.mark.parametrize(
