@@ -48,7 +48,7 @@ def _quantized(model: Model, layer: str, w_bits: int, conditioning: str | None =
 
 
 def _torchao(model: Model, config: str, per_row: bool = False) -> Model:
-    """The same layers as ours."""
+    """Quantize by torchao the layers that ``quantize_model`` would, and compile the blocks."""
     library("torchao")
     quantization = importlib.import_module("torchao.quantization")
     names = {row.name for row in quantization_plan(model).quantized}

@@ -45,7 +45,7 @@ def fp8(p: Problem) -> Launch:
 
 
 def static(bits: int, p: Problem) -> Launch:
-    """With a zero point, as calibration gives it."""
+    """Build our product with one scale and zero point for all rows, as calibration gives them."""
     w, scale = p.int8 if bits == 8 else p.int4
     op = int8_linear if bits == 8 else int4_linear
     low, high = p.x.aminmax()

@@ -87,17 +87,17 @@ class FusedProjection(nn.Module):
 
     @property
     def act_scale(self) -> torch.Tensor | None:
-        """That of the layers."""
+        """Return the activation scale that all fused layers have."""
         return self.members[0].act_scale
 
     @property
     def act_zero_point(self) -> torch.Tensor | None:
-        """That of the layers."""
+        """Return the zero point that all fused layers have."""
         return self.members[0].act_zero_point
 
     @property
     def smoothing(self) -> torch.Tensor | None:
-        """That of the layers."""
+        """Return the smoothing factors that all fused layers have."""
         return self.members[0].smoothing
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_only(self) -> bool:
-        """Whether activations are not quantized (``a_bits=16``)."""
+        """Tell whether the layer quantizes its weight alone (``a_bits=16``)."""
         return self.a_bits == 16
 
     @property

@@ -151,7 +151,7 @@ def resolved(model: nn.Module, config: QuantConfig) -> QuantConfig:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What becomes of each ``nn.Linear`` of a model, by qualified name.
+    """Say what becomes of each ``nn.Linear`` of a model, by qualified name.
 
     Attributes:
         bits: (w_bits, a_bits) of those that are quantized.

@@ -66,7 +66,7 @@ class _Waiting(NamedTuple):
 
 
 class Membership:
-    """What a layer knows of its group; copies and pickles of the layer begin without one.
+    """Tell a layer to which group it belongs; copies and pickles of the layer begin without one.
 
     Attributes:
         patience: of the groups that it is the first of (:class:`_Group`).
@@ -467,8 +467,7 @@ def put_side_by_side(layers: Sequence[Any]) -> list[MaybeTensor] | None:
 
     Values stay what they are, and tensors the same objects, as tools that offload know them. Waits for the device.
     """
-    columns: list[list[MaybeTensor]] = [[layer._buffers[name] for layer in layers] for name in WEIGHTS]
-    columns.append([layer._parameters["bias"] for layer in layers])
+    columns = _columns(layers)
     ranges = [[layer._buffers[name] for layer in layers] for name in RANGES]
     if not all(map(_alike, (*columns, *ranges))) or not all(map(_equal, ranges)):
         return None

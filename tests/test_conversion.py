@@ -40,7 +40,7 @@ def test_dit_xl_2_has_170_layers():
 
 
 def test_what_dit_saves_is_what_it_always_saved():
-    """So that checkpoints of today load into older versions, and theirs into this one."""
+    """Check that DiT's saved settings are those of older versions, so that either loads the other's checkpoints."""
     for given in ({}, {"skip_patterns": ["pos_embed", "norm"]}):
         model = quantize_model(make_dit(), **given)
         assert json.dumps(model.config.quantization_config) == (

@@ -457,7 +457,7 @@ def test_weight_only_equals_its_definition(w_bits, bias, smooth, dtype, device, 
 @pytest.mark.parametrize("smooth", [False, True], ids=["", "smoothing"])
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_weight_only_rounds_outliers_of_the_input_no_more_than_others(w_bits, smooth, seeded):
-    """What quantized activations lose: a channel a thousand times as large as the others costs these nothing."""
+    """Give one channel values a thousand times as large: quantized activations would lose the others, these do not."""
     layer, x = weight_only(w_bits, smooth), torch.randn(4, 32, generator=seeded)
     x[:, 3] *= 1000
     plain = nn.Linear(32, 12)

@@ -168,7 +168,7 @@ def test_an_adapter_loads_scales_and_goes(peft, name, how, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_PEFT))
 def test_classes_that_diffusers_gives_no_adapters_take_those_of_peft(peft, name):
-    """With nothing said about quantization."""
+    """Inject adapters by PEFT into a quantized model, with a config that says nothing of quantization."""
     inputs, full, model = inputs_of(name), make_tiny(name), quantize_model(make_tiny(name))
     plain = output_of(model, inputs)
     adapter = lora_of(model, prefix="")
@@ -183,7 +183,7 @@ def test_classes_that_diffusers_gives_no_adapters_take_those_of_peft(peft, name)
 
 
 def test_a_pipeline_of_flux_with_two_adapters(peft):
-    """Its loader looks up the shape of each weight, which a quantized layer stores none of."""
+    """Load a LoRA into quantized FLUX, whose loader looks up weight shapes that quantized layers do not store."""
     pipe, full = flux_pipeline(quantized_flux()), flux_pipeline(make_tiny(FLUX))
     before, plain = state_of(pipe.transformer), latents_of(pipe)
     styles = lora_of(pipe.transformer), lora_of(pipe.transformer, 2, rank=8, parts=["single_transformer_blocks"])
