@@ -64,13 +64,8 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     "bf16 compiled": (lambda model, layer: _compiled(copy.deepcopy(model)), 0.05),
     "QuantLinear W8A8": (lambda model, layer: _quantized(model, layer, 8), 0.2),
     "QuantLinear W8A8, not shared": (lambda model, layer: _quantized(model, layer, 8, shared=False), 0.2),
-    "QuantLinear W8A8, not shared, graph()": (
-        lambda model, layer: graph(_quantized(model, layer, 8, shared=False)),
-        0.2,
-    ),
     "QuantLinear W8A8, graph()": (lambda model, layer: graph(_quantized(model, layer, 8)), 0.2),
     "QuantLinear W8A8, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8)), 0.2),
-    "QuantLinear W8A8 + W8A16, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8, "W8A16")), 0.2),
     "QuantLinear W8A8 + W8A16, compiled, graph()": (
         lambda model, layer: graph(_compiled(_quantized(model, layer, 8, "W8A16"))),
         0.2,
