@@ -145,6 +145,7 @@ def model_goals(rows: list[Row]) -> list[Row]:
     add("w4a8_share_of_bf16_block_weight_bytes", ratio(*sizes), 0.20, None, "lower")
     for m, bounds in ((2, (1.0, 1.1)), (16, (1.05, 1.2)), (64, (1.25, 1.35))):
         add(f"compiled_quantlinear_over_compiled_bf16_{m}", over(m, COMPILED, DROP_IN), *bounds)
+        add(f"the_same_as_called_{m}", over(m, f"{COMPILED}, called", f"{DROP_IN}, called"), *bounds)
     for tokens, batch in ((256, 2), (256, 16), (256, 64), (1024, 2), (1024, 16)):
         times = (median(rows, "attention", f"{tokens} tokens", batch, which) for which in (CUDNN, OWN_ATTENTION))
         add(f"attention_over_cudnn_and_quantize_{tokens}_tokens_{batch}", ratio(*times), 1.0, None)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks.rivals import INDUCTOR_OPTIONS, NotInstalled, library
 from benchmarks.timing import DEVICE, Candidate, prepare
-from qandc import calibrate, fuse_dit, quantize_model
+from qandc import calibrate, fuse_dit, graph, quantize_model
 from qandc.linear import QuantLinear
 from qandc_kernels import int8_linear
 
@@ -170,7 +170,10 @@ CANDIDATES: dict[str, tuple[Callable[[Model], Model], float]] = {
     "bf16 compiled": (lambda model: compile_blocks(copy.deepcopy(model)), 0.02),
     "simulated W8A8, compiled": (lambda model: compile_blocks(_simulated(model)), 0.1),
     "QuantLinear W8A8": (lambda model: _calibrated(model, 8), 0.1),
+    "bf16 compiled, called": (lambda model: compile_blocks(copy.deepcopy(model)), 0.02),
     "QuantLinear W8A8, compiled": (lambda model: compile_blocks(_calibrated(model, 8)), 0.1),
+    "QuantLinear W8A8, compiled, called": (lambda model: compile_blocks(_calibrated(model, 8)), 0.1),
+    "QuantLinear W8A8, compiled, graph(), called": (lambda model: graph(compile_blocks(_calibrated(model, 8))), 0.1),
     "fused W8A8": (lambda model: _fused(model, 8, False), 0.1),
     "fused W4A8": (lambda model: _fused(model, 4, False), 0.5),
     "fused W8A8, prepared run": (lambda model: _fused(model, 8, False), 0.1),

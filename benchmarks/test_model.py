@@ -32,6 +32,7 @@ def base_of(layer: str) -> Any:
 def model_of(layer: str, name: str) -> Any:
     if current.get("key") != (layer, name):
         current.clear()
+        torch._dynamo.reset()  # blocks of other models would be looked through at each call
         torch.cuda.empty_cache()
         with torch.no_grad():
             current.update(key=(layer, name), model=CANDIDATES[name][0](base_of(layer)))
