@@ -16,7 +16,6 @@ from benchmarks.models import tensor_bytes
 from benchmarks.rivals import library
 from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
 from qandc import calibrate, graph, quantization_plan, quantize_model
-from qandc.conversion import quant_layers
 from qandc.linear import QuantLinear
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
@@ -35,15 +34,12 @@ def _compiled(model: Model) -> Model:
     return model
 
 
-def _quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None, shared: bool = True) -> Model:
+def _quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None) -> Model:
     """The default plan with static ranges; modulation stays in bf16, or its weights alone are quantized.
 
     PixArt has none in its blocks.
     """
     quantized = quantize_model(copy.deepcopy(model), w_bits=w_bits, conditioning=conditioning)
-    if not shared:  # each layer runs its own product: their patience with each other does not end
-        for linear in quant_layers(quantized).values():
-            linear.membership.patience = 1 << 62
     return calibrate(quantized, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
 
 
@@ -63,7 +59,6 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     "bf16 eager": (lambda model, layer: copy.deepcopy(model), 0.02),
     "bf16 compiled": (lambda model, layer: _compiled(copy.deepcopy(model)), 0.05),
     "QuantLinear W8A8": (lambda model, layer: _quantized(model, layer, 8), 0.2),
-    "QuantLinear W8A8, not shared": (lambda model, layer: _quantized(model, layer, 8, shared=False), 0.2),
     "QuantLinear W8A8, graph()": (lambda model, layer: graph(_quantized(model, layer, 8)), 0.2),
     "QuantLinear W8A8, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8)), 0.2),
     "QuantLinear W8A8 + W8A16, compiled, graph()": (

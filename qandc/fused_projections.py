@@ -17,7 +17,7 @@ from torch import nn
 
 from qandc.errors import ModelError
 from qandc.linear import QuantLinear, _autocast_dtype
-from qandc.shared_products import Placing, multiply_together, put_side_by_side
+from qandc.shared_products import Placing, put_side_by_side
 
 __all__ = ["FusedProjection", "keep_fused_quantized"]
 
@@ -113,7 +113,7 @@ class FusedProjection(nn.Module):
             if operands is not None:
                 if self.placing.placed is not placed:
                     self._hold(operands)
-                return multiply_together(self.members[0], input, operands, _autocast_dtype(input))
+                return self.members[0].multiply(input, operands, _autocast_dtype(input))
         return torch.cat([layer(input) for layer in self.members], -1)
 
     def _needs_grad(self, input: torch.Tensor) -> bool:

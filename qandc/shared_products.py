@@ -20,12 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qandc_kernels import quantized_linear
-
 __all__ = [
     "Membership",
     "Placing",
-    "multiply_together",
     "put_side_by_side",
     "settle",
     "shared_output",
@@ -326,7 +323,7 @@ class _Group(Placing):
         if operands is None:
             self.reached = 0
             return None
-        out = multiply_together(layers[0], x, operands, dtype)
+        out = layers[0].multiply(x, operands, dtype)
         # no views to autograd: what is done to them later does not depend on how they were made
         first, *others = torch.unsafe_split_with_sizes(out, [layer.out_features for layer in layers], -1)
         outputs = {layer.membership: output for layer, output in zip(layers[1:], others, strict=True)}
@@ -513,26 +510,3 @@ def _alike(tensors: Sequence[MaybeTensor]) -> bool:
 def _equal(tensors: Sequence[MaybeTensor]) -> bool:
     first = tensors[0]
     return first is None or all(t is first or (t is not None and torch.equal(t, first)) for t in tensors)
-
-
-def multiply_together(first: Any, x: Tensor, operands: Sequence[MaybeTensor], dtype: torch.dtype | None) -> Tensor:
-    """Quantize ``x`` as the layer ``first`` does, and multiply with the weights of several layers."""
-    qweight, weight_scale, weight_sum, bias = operands
-    assert qweight is not None
-    assert weight_scale is not None
-    held, nan_flag = first._buffers, first.nan_flag
-    if nan_flag is not None and nan_flag.device != x.device:  # left behind by an offloading hook
-        nan_flag = None
-    return quantized_linear(
-        x,
-        qweight,
-        weight_scale,
-        bias,
-        held["act_scale"],
-        held["act_zero_point"],
-        weight_sum,
-        held["smoothing"],
-        first.a_bits,
-        dtype,
-        nan_flag,
-    )

@@ -26,6 +26,7 @@ from qandc_kernels.quantize_ops import (
     quantize_per_tensor,
     quantize_per_token,
 )
+from qandc_kernels.repeated import RepeatedLinear
 from qandc_kernels.residual_ops import gated_sum, linear_gate_residual_
 from qandc_kernels.warmup import warm_up
 
@@ -34,6 +35,7 @@ __all__ = [
     "Backend",
     "DeviceError",
     "QandCError",
+    "RepeatedLinear",
     "adaln_quantize_per_tensor",
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",

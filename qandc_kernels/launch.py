@@ -17,7 +17,7 @@ from qandc_kernels.driver import DriverKernel, NotSupported, Operand, Tiles
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.tiles import GemmTile, gpu_of
 
-__all__ = ["Launches", "Start", "compile_time", "number_of_programs", "places", "product_start"]
+__all__ = ["Kept", "Launches", "Start", "compile_time", "number_of_programs", "places", "product_start"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,22 @@ def _usual() -> bool:
     return not (runtime.debug or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
+class Kept:
+    """Kernels to start one after the other on operands like those that they were started with before."""
+
+    def __init__(self, kernels: Sequence[DriverKernel], device: int) -> None:
+        self._kernels, self._device = kernels, device
+
+    def __call__(self, addresses: Sequence[int | None]) -> bool:
+        """Start them on operands at these addresses; False, and nothing is started, where Triton has to."""
+        if not self._kernels or self._device != torch._C._cuda_getDevice() or not _usual():
+            return False
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        for kernel in self._kernels:
+            kernel(stream, addresses)
+        return True
+
+
 class Launches:
     """The starts of one op so far, of one kernel or several, to start them again without Triton's ``JITFunction.run``.
 
@@ -60,7 +76,7 @@ class Launches:
     """
 
     def __init__(self) -> None:
-        self._ready: dict[tuple[Any, ...], tuple[DriverKernel, ...]] = {}  # none: Triton has to
+        self._ready: dict[tuple[Any, ...], Kept] = {}
 
     def __call__(
         self,
@@ -82,7 +98,25 @@ class Launches:
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self(operands, others, prepare)
-        addresses: list[Any] = []
+        key, addresses = self._key(operands, others)
+        kept = self._ready.get(key)
+        if kept is not None and kept(addresses):
+            return None
+        starts, views = prepare()
+        compiled = [start(views) for start in starts]
+        copied = [None if view is None else view.data_ptr() for view in views] != addresses
+        if kept is None and not copied and all(isinstance(kernel, CompiledKernel) for kernel in compiled):
+            self._keep(key, starts, compiled, len(addresses), device)
+        return None
+
+    def find(self, operands: Sequence[torch.Tensor | None], others: Hashable) -> Kept | None:
+        """Return what a call with such operands starts, if one has been kept."""
+        return self._ready.get(self._key(operands, others)[0])
+
+    def _key(
+        self, operands: Sequence[torch.Tensor | None], others: Hashable
+    ) -> tuple[tuple[Any, ...], list[int | None]]:
+        addresses: list[int | None] = []
         parts: list[Any] = [others]
         for tensor in operands:
             if tensor is None:
@@ -92,31 +126,22 @@ class Launches:
                 address = tensor.data_ptr()
                 addresses.append(address)
                 parts += (tensor.dtype, tensor.shape, tensor.stride(), address & 15, tensor.get_device())
-        key = tuple(parts)
-        kernels = self._ready.get(key)
-        if not kernels or not _usual():
-            starts, views = prepare()
-            compiled = [start(views) for start in starts]
-            copied = [None if view is None else view.data_ptr() for view in views] != addresses
-            if kernels is None and not copied and all(isinstance(kernel, CompiledKernel) for kernel in compiled):
-                self._keep(key, starts, compiled, len(addresses))
-            return None
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        for kernel in kernels:
-            kernel(stream, addresses)
-        return None
+        return tuple(parts), addresses
 
-    def _keep(self, key: tuple[Any, ...], starts: tuple[Start, ...], compiled: list[Any], number: int) -> None:
+    def _keep(
+        self, key: tuple[Any, ...], starts: tuple[Start, ...], compiled: list[Any], number: int, device: int
+    ) -> None:
         if len(self._ready) >= LARGEST_NUMBER:
             self._ready.clear()
         try:
-            self._ready[key] = tuple(
+            kernels = [
                 DriverKernel(kernel, start.grid, start.arrange(*places(number, start)))
                 for start, kernel in zip(starts, compiled, strict=True)
-            )
+            ]
         except NotSupported as reason:
-            self._ready[key] = ()
+            kernels = []
             _log_once(str(reason))
+        self._ready[key] = Kept(kernels, device)
 
 
 def places(number: int, start: Start) -> list[Operand | Tiles]:

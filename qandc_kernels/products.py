@@ -11,13 +11,13 @@ from qandc_kernels import reference
 from qandc_kernels.epilogue import Epilogue
 from qandc_kernels.few_rows import FEW_ROWS, few_rows_start
 from qandc_kernels.int8_gemm import int8_gemm_start
-from qandc_kernels.launch import Launches, Start
+from qandc_kernels.launch import Kept, Launches, Start
 from qandc_kernels.library import rows_of
 from qandc_kernels.mixed_gemm import mixed_gemm_start
 from qandc_kernels.op_checks import check_quantized_linear
 from qandc_kernels.quantize import per_tensor_start, per_token_start
 
-__all__ = ["multiply", "quantize_multiply"]
+__all__ = ["kept_starts", "multiply", "quantize_multiply"]
 
 Tensor = torch.Tensor
 MaybeTensor = torch.Tensor | None
@@ -99,10 +99,8 @@ def quantize_multiply(
     given = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, out_dtype, nan_flag)
     if act_zero_point is not None and w_sum is None:
         w_sum = reference.weight_sum(weight, w_scale)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
-    xq = x.new_empty(x.shape, dtype=torch.int8)
-    x_scale = x.new_empty(x.shape[:-1], dtype=torch.float32) if act_scale is None else act_scale
-    operands = (x, xq, x_scale, act_zero_point, nan_flag, smoothing, weight, out, w_scale, bias, w_sum)
+    operands = _operands(x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, out_dtype, nan_flag)
+    out: Tensor = operands[7]  # type: ignore[assignment]
     if not out.numel() or not x.numel():
         check_quantized_linear(*given)
         return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
@@ -113,6 +111,44 @@ def quantize_multiply(
 
     _QUANTIZED_LAUNCHES(operands, (bits, act_scale is None), prepare)
     return out
+
+
+def kept_starts(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: MaybeTensor,
+    act_scale: MaybeTensor,
+    act_zero_point: MaybeTensor,
+    w_sum: MaybeTensor,
+    smoothing: MaybeTensor,
+    bits: int,
+    out_dtype: torch.dtype | None,
+    nan_flag: MaybeTensor,
+) -> Kept | None:
+    """Return what :func:`quantize_multiply` starts for such arguments, on the addresses of ``_operands``."""
+    dtype = x.dtype if out_dtype is None else out_dtype
+    operands = _operands(x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, dtype, nan_flag)
+    return _QUANTIZED_LAUNCHES.find(operands, (bits, act_scale is None))
+
+
+def _operands(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: MaybeTensor,
+    act_scale: MaybeTensor,
+    act_zero_point: MaybeTensor,
+    w_sum: MaybeTensor,
+    smoothing: MaybeTensor,
+    out_dtype: torch.dtype,
+    nan_flag: MaybeTensor,
+) -> tuple[MaybeTensor, ...]:
+    """The operands of both kernels of a quantized layer, in their order, with memory for what they compute."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
+    xq = x.new_empty(x.shape, dtype=torch.int8)
+    x_scale = x.new_empty(x.shape[:-1], dtype=torch.float32) if act_scale is None else act_scale
+    return (x, xq, x_scale, act_zero_point, nan_flag, smoothing, weight, out, w_scale, bias, w_sum)
 
 
 def _starts(

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import qandc.linear
 import qandc.shared_products
+import qandc_kernels.repeated
 from qandc import calibrate, quantize_model
 from qandc.conversion import quant_layers
 from qandc.linear import QuantLinear
@@ -30,14 +30,13 @@ K = 16
 def products(monkeypatch):
     """The output widths of all products since the list was cleared."""
     widths: list[int] = []
-    multiply = qandc.linear.quantized_linear
+    multiply = qandc_kernels.repeated.quantized_linear
 
     def counted(x, weight, *others):
         widths.append(weight.shape[0])
         return multiply(x, weight, *others)
 
-    monkeypatch.setattr(qandc.linear, "quantized_linear", counted)
-    monkeypatch.setattr(qandc.shared_products, "quantized_linear", counted)
+    monkeypatch.setattr(qandc_kernels.repeated, "quantized_linear", counted)
     return widths
 
 

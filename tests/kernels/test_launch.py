@@ -62,6 +62,7 @@ def fake(monkeypatch):
     monkeypatch.setattr("qandc_kernels.launch.CompiledKernel", FakeCompiled)
     monkeypatch.setattr("qandc_kernels.launch.DriverKernel", FakeCompiled.ready)
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr("torch._C._cuda_getDevice", lambda: -1, raising=False)  # where tensors on a CPU are
     kernel, launches = FakeKernel(), Launches()
 
     def call(x: torch.Tensor, out: torch.Tensor | None = None, size: int = 8, copy: bool = False) -> None:
