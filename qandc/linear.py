@@ -82,7 +82,6 @@ class QuantLinear(nn.Module):
         self.original_bytes = 0  # of the weight this layer was made from
         self.membership = Membership()
         self.repeated = RepeatedLinear()
-        self.storage_serial = 0  # another number each time the tensors below move to other memory unnoticed
         shape = (out_features, in_features // 2) if w_bits == 4 else (out_features, in_features)
         qdtype = torch.uint8 if w_bits == 4 else torch.int8
         self.register_buffer("qweight", torch.zeros(shape, dtype=qdtype, device=device))

@@ -7,6 +7,7 @@ is an instance of a subclass of its own class (:mod:`qandc.derived`).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 from collections.abc import Hashable, Iterator
@@ -27,6 +28,7 @@ __all__ = ["graph", "ungraph"]
 logger = logging.getLogger(__name__)
 
 GRAPHED = "_qandc_graphed"  # the attribute that holds the graphs of a model
+_chain = itertools.chain.from_iterable
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -68,38 +70,41 @@ def _rebuilt(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
 class _Watch:
     """Notices that anything a forward can read from its modules was replaced: weights, settings, hooks, submodules.
 
-    Compares all attributes by identity, and those that are dictionaries or lists by what they hold. Writing into a
-    tensor needs no notice: a graph reads what is there.
+    Compares all attributes by identity, and those that are dictionaries or lists by what they hold, in passes that run
+    in C: some 40,000 objects. Writing into a tensor needs no notice: a graph reads what is there.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
+        attributes = [module.__dict__ for module in model.modules()]
+        values = list(_chain(map(dict.values, attributes)))
+        self.dicts: list[dict[Any, Any]] = [*attributes, *(value for value in values if isinstance(value, dict))]
+        self.filled = [held for held in self.dicts if held]
+        self.lists = [value for value in values if type(value) is list]
+        self.sizes = self._sizes()
         self.held = self._held()
+        tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
+        self.tensors = [t for t in tensors if t is not None]
         self.addresses = self._addresses()
 
+    def _sizes(self) -> list[int]:
+        return [*map(len, self.dicts), *map(len, self.lists)]
+
     def _held(self) -> list[Any]:
-        """All attributes, in one list; the objects themselves, whose ids nothing else can get meanwhile."""
-        found: list[Any] = []
-        for module in self.modules:
-            attributes = module.__dict__
-            found += attributes
-            found += attributes.values()
-            for value in attributes.values():
-                if type(value) is list:
-                    found += value
-                elif isinstance(value, dict):
-                    found += value
-                    found += value.values()
-        return found
+        """All that is held, in one list; the objects themselves, whose ids nothing else can get meanwhile."""
+        return [*_chain(self.filled), *_chain(map(dict.values, self.filled)), *_chain(self.lists)]
 
     def _addresses(self) -> list[int]:
-        # .to() changes what is behind a parameter, not the parameter
-        return [p.data_ptr() for m in self.modules for p in m._parameters.values() if p is not None]
+        return list(map(torch.Tensor.data_ptr, self.tensors))
+
+    def in_place(self) -> bool:
+        """Tell whether all memory that a graph reads is what it was; whether it still is what to read is left open.
+
+        .to() changes what is behind a parameter, not the parameter, and what shares a product moves its buffers.
+        """
+        return self._addresses() == self.addresses
 
     def unchanged(self) -> bool:
-        held = self._held()
-        same = len(held) == len(self.held) and all(map(operator.is_, held, self.held))
-        return same and self._addresses() == self.addresses
+        return self.in_place() and self._sizes() == self.sizes and all(map(operator.is_, self._held(), self.held))
 
 
 class _Graphed:
@@ -176,7 +181,9 @@ class _GraphedModel(nn.Module):
             reason = _why_not_now(self, tensors)
         except _UnknownError as error:
             reason = str(error)
-        if reason is None:
+        # a replay reads memory that is there, and is looked through while the GPU works
+        watch = graphed.watch if graphed.watch is not None and graphed.watch.in_place() else None
+        if reason is None and (watch is None or graphed.reason is not None):
             graphed.look(self)
             reason = graphed.reason
         if reason is not None:
@@ -188,7 +195,7 @@ class _GraphedModel(nn.Module):
             args, kwargs = _rebuilt(structure, iter(given))
             return forward(*args, **kwargs)
 
-        captures = graphed.graphs.captures
+        captures, replays = graphed.graphs.captures, graphed.graphs.replays
         with torch.inference_mode(False), torch.no_grad():
             output = graphed.graphs(function, tuple(tensors), kind=structure)
         if graphed.graphs.captures != captures:
@@ -196,6 +203,9 @@ class _GraphedModel(nn.Module):
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
                 graphed.graphs.keep_newest()
                 graphed.watch = _Watch(self)
+        elif watch is not None and graphed.graphs.replays != replays and not watch.unchanged():
+            graphed.drop()
+            return _GraphedModel.forward(self, *args, **kwargs)
         return output
 
 

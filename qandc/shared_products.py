@@ -36,7 +36,6 @@ WEIGHTS = ("qweight", "weight_scale", "weight_sum")  # and bias: parts of one te
 RANGES = ("act_scale", "act_zero_point", "smoothing")  # what must be equal: how the input is quantized
 LARGEST = 8  # layers of a group: their outputs are in memory together
 WORTH_IT = 8  # products that pay for putting the weights side by side
-_serials = itertools.count(1)
 _packing = threading.Lock()
 _latest = threading.local()  # of each thread: the layer called last, and what it was given
 _left_behind: list[
@@ -468,16 +467,10 @@ def put_side_by_side(layers: Sequence[Any]) -> list[MaybeTensor] | None:
     ranges = [[layer._buffers[name] for layer in layers] for name in RANGES]
     if not all(map(_alike, (*columns, *ranges))) or not all(map(_equal, ranges)):
         return None
-    wholes, moved = [], False
+    wholes = []
     for column in columns:
         whole = _joined(column)
-        if whole is False:
-            whole, moved = _join_memory([t for t in column if t is not None]), True
-        wholes.append(whole)
-    if moved:
-        serial = next(_serials)  # by which graphs of the model notice that they would read other memory
-        for layer in layers:
-            layer.storage_serial = serial
+        wholes.append(_join_memory([t for t in column if t is not None]) if whole is False else whole)
     return wholes
 
 

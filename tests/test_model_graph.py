@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qandc import ModelError, apply_cache_to_dit, graph, quantize_model, ungraph
-from qandc.model_graph import _rebuilt, _structure, _UnknownError
+from qandc.model_graph import _rebuilt, _structure, _UnknownError, _Watch
 from tests.conftest import make_dit
 
 GPU = pytest.mark.gpu
@@ -105,6 +105,30 @@ def test_refusals():
     apply_cache_to_dit(cached)
     with pytest.raises(ModelError, match="wrapped after graph"):
         ungraph(cached)
+
+
+@pytest.mark.parametrize(
+    ("change", "in_place"),
+    [
+        (lambda m: m.linear.weight.data.mul_(2), None),
+        (lambda m: setattr(m.linear, "weight", nn.Parameter(m.linear.weight * 2)), True),
+        (lambda m: setattr(m.linear.weight, "data", m.linear.weight * 2), False),
+        (lambda m: setattr(m.places, "data", m.places + 1), False),
+        (lambda m: setattr(m, "factor", 3.0), True),
+        (lambda m: setattr(m, "another", 3.0), True),
+        (lambda m: m.scaling.update(default=3.0), True),
+        (lambda m: m.scaling.update(another=3.0), True),
+        (lambda m: m.linear.register_forward_hook(lambda module, args, output: output), True),
+    ],
+    ids=["in place", "weight", "data", "buffer", "value", "attribute", "within a dict", "entry", "hook"],
+)
+def test_what_a_watch_notices(change, in_place):
+    model = Mixed()
+    model.register_buffer("places", torch.ones(3))
+    watch = _Watch(model)
+    change(model)
+    assert watch.unchanged() == (in_place is None)
+    assert watch.in_place() == (in_place is not False)
 
 
 # on a GPU

@@ -436,7 +436,7 @@ def test_layers_die_with_the_last_reference():
 
 
 def test_graphs_notice_that_weights_have_moved():
-    attention = Attention(bias=False)  # addresses of parameters are watched anyway
+    attention = Attention(bias=False)
     watch = _Watch(attention)
     with torch.no_grad():
         attention(x_of())
