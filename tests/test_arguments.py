@@ -587,7 +587,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
 INTERNAL = {
     "CacheConfig.computes", "CacheConfig.stores", "Compensation.noise", "Compensation.sample", "QuantLinear.forward",
     "QuantLinear.extra_repr", "QuantLinear.fault_of", "QuantLinear.make_optional", "QuantConfig.skips",
-    "QuantLinear.product_to_compile",
+    "QuantLinear.multiply", "QuantLinear.product_to_compile",
     *(f"FeatureCache.{method}" for method in vars(qandc.FeatureCache)),
 }  # fmt: skip
 EXCEPTIONS = {
