@@ -425,7 +425,7 @@ def compensation_table(result: dict[str, Any]) -> list[str]:
 
 def models_table(result: dict[str, Any]) -> list[str]:
     """Cells of what was not measured stay empty."""
-    rows = [row for row in result["rows"] if "median_us" in row]
+    rows = [row for row in result["rows"] if "median_us" in row and "not shared" not in row["candidate"]]
     layers, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "candidate"))
     found = {(row["layer"], row["candidate"]): row for row in rows}
     lines = [f"| ms a forward, as called | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
@@ -438,8 +438,8 @@ def models_table(result: dict[str, Any]) -> list[str]:
         return f"{row['median_us'] / 1e3:.1f} ({rival['median_us'] / row['median_us']:.2f}x)"
 
     lines += [f"| {name} | {' | '.join(cell(layer, name) for layer in layers)} |" for name in names]
-    sizes = ("bf16 eager", "QuantLinear W8A8", *(name for name in names if name.endswith("A16, compiled, graph()")))
-    for name in sizes:
+    kept = ("bf16 eager", "QuantLinear W8A8", *(name for name in names if name.endswith("A16, compiled, graph()")))
+    for name in kept:
         cells = [f"{found[layer, name]['model_bytes'] / 1e9:.1f}" if (layer, name) in found else "" for layer in layers]
         lines.append(f"| GB of weights, {name.removesuffix(', compiled, graph()')} | {' | '.join(cells)} |")
     return lines
@@ -464,6 +464,33 @@ def host_table(result: dict[str, Any]) -> list[str]:
     return ["| a call | µs of the host |", "|---|---|", *(f"| {r['candidate']} | {r['median_us']:.0f} |" for r in rows)]
 
 
+def drop_in_table(result: dict[str, Any]) -> list[str]:
+    """Milliseconds of a step and speed relative to compiled bf16 run the same way."""
+    rows = {(row["m"], row["candidate"]): row["median_us"] for row in result["rows"] if "median_us" in row}
+    counts = sorted({m for m, _ in rows})
+    lines = [f"| ms a step | {' | '.join(f'rows {m}' for m in counts)} |", "|---" * (1 + len(counts)) + "|"]
+    for name in dict.fromkeys(name for _, name in rows):
+        rival = "bf16 compiled, called" if name.endswith("called") else "bf16 compiled"
+        times = [(rows.get((m, name)), rows[m, rival]) for m in counts]
+        cells = ["" if own is None else f"{own / 1e3:.2f} ({other / own:.2f}x)" for own, other in times]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def products_table(result: dict[str, Any]) -> list[str]:
+    """Speed of ours over fp8's, and ours in TOP/s, by layer and rows."""
+    rows = {(row["layer"], row["m"], row["candidate"]): row for row in result["rows"] if "median_us" in row}
+    counts = sorted({m for _, m, _ in rows})
+    lines = [f"| N x K | {' | '.join(f'M {m}' for m in counts)} |", "|---" * (1 + len(counts)) + "|"]
+    for layer in dict.fromkeys(layer for layer, _, _ in rows):
+        cells = []
+        for m in counts:
+            ours, theirs = rows[layer, m, "W8A8"], rows[layer, m, "fp8 _scaled_mm rowwise"]
+            cells.append(f"{theirs['median_us'] / ours['median_us']:.2f}x ({ours['tops']:.0f} TOP/s)")
+        lines.append(f"| {ours['n']} x {ours['k']} | {' | '.join(cells)} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/cpu/ablation.json": compensation_table,
@@ -482,7 +509,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model-torchao.json goals": goals_table,
     "results/h200/models.json": models_table,
     "results/h200/models.json goals": goals_table,
-    "results/h200/models-cut.json": models_table,
+    "results/h200/models-fp8.json": models_table,
+    "results/h200/model-drop-in.json": drop_in_table,
+    "results/h200/model-drop-in.json goals": goals_table,
+    "results/h200/products.json": products_table,
     "results/h200/host.json": host_table,
     "results/h200/host.json goals": goals_table,
     "results/h200/pipeline.json": partial(pipeline_table, steps=50),
