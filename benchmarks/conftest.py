@@ -14,8 +14,8 @@ import torch
 from benchmarks import report, timing
 from benchmarks.goals import cache_goals, goals, host_goals, model_goals, models_goals, pipeline_goals, products_goals
 from benchmarks.rivals import NotInstalled
-from qandc.files import write_json
-from qandc.results import result_header
+from qandc.support.files import write_json
+from qandc.support.results import result_header
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "needs an NVIDIA GPU"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from benchmarks.rivals import INDUCTOR_OPTIONS, NotInstalled, library
 from benchmarks.timing import DEVICE, Candidate, prepare
 from qandc import calibrate, fuse_dit, graph, quantize_model
-from qandc.linear import QuantLinear
+from qandc.quantization.linear import QuantLinear
 from qandc_kernels import int8_linear
 
 __all__ = [

@@ -69,16 +69,16 @@ def quantize(static: bool) -> Callable[[], Any]:
 
 def started_by_triton() -> Callable[[], Any]:
     """Make the call where launches are watched, so that Triton's own start is taken."""
-    from qandc_kernels import launch
+    from qandc_kernels.triton import _launch
 
-    call, usual = quantize(True), launch._usual
+    call, usual = quantize(True), _launch._usual
 
     def watched() -> Any:
-        launch._usual = lambda: False
+        _launch._usual = lambda: False
         try:
             return call()
         finally:
-            launch._usual = usual
+            _launch._usual = usual
 
     return watched
 

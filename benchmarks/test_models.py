@@ -16,7 +16,7 @@ from benchmarks.models import tensor_bytes
 from benchmarks.rivals import library
 from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
 from qandc import calibrate, graph, quantization_plan, quantize_model
-from qandc.linear import QuantLinear
+from qandc.quantization.linear import QuantLinear
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 

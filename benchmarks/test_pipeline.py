@@ -30,8 +30,8 @@ from qandc import (
     remove_cache,
     sample_latents,
 )
-from qandc.graphs import GraphCache
-from qandc.sampling import describe_run
+from qandc.fusion.graphs import GraphCache
+from qandc.sampling.loop import describe_run
 from qandc.variance_compensation import FittedFor
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]

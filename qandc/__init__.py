@@ -6,9 +6,8 @@ Importing this package loads torch and nothing heavier; diffusers is imported by
 from typing import TYPE_CHECKING, Any
 
 from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
-from qandc.calibration_settings import CalibrationSettings
-from qandc.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
-from qandc.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
+from qandc.caching.feature_cache import FeatureCache
+from qandc.caching.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
 from qandc.errors import (
     CacheError,
     ConfigError,
@@ -19,27 +18,28 @@ from qandc.errors import (
     ProcessError,
     QandCError,
 )
-from qandc.feature_cache import FeatureCache
-from qandc.fused_dit import fuse_dit, prepare_run, unfuse_dit
-from qandc.linear import QuantLinear
-from qandc.model_graph import graph, ungraph
-from qandc.observe import calibrate, calibrate_steps, calibration, input_hessians, smoothing_factors
-from qandc.pipeline_calibration import CalibrationReport, calibrate_pipeline
-from qandc.pipelines import fashion_dit_path, load_pipeline
-from qandc.pool import CandidatePool, record_pool
-from qandc.presets import Preset, fashion_dit_preset
+from qandc.fusion.fused_dit import fuse_dit, prepare_run, unfuse_dit
+from qandc.fusion.model_graph import graph, ungraph
+from qandc.method.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
+from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
+from qandc.method.pool import CandidatePool, record_pool
+from qandc.method.presets import Preset, fashion_dit_preset
+from qandc.method.schedule_calibration import calibrate_schedule
+from qandc.method.settings import CalibrationSettings
+from qandc.quantization.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
+from qandc.quantization.linear import QuantLinear
+from qandc.quantization.observe import calibrate, calibrate_steps, calibration, input_hessians, smoothing_factors
+from qandc.quantization.ranges import RangeConfig, StepRanges
+from qandc.quantization.registration import config_class, register_when_imported
 from qandc.quantizer import QuantConfig
-from qandc.ranges import RangeConfig, StepRanges
-from qandc.registration import config_class, register_when_imported
-from qandc.sampling import decode_latents, make_scheduler, sample_latents
-from qandc.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
-from qandc.schedule_calibration import calibrate_schedule
+from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents
+from qandc.sampling.pipelines import fashion_dit_path, load_pipeline
+from qandc.sampling.trajectories import Trajectory, compensated_scheduler, fit_compensation, record_trajectory
 from qandc.tap import TapConfig, cluster_pool, select_samples
-from qandc.trajectories import Trajectory, compensated_scheduler, fit_compensation, record_trajectory
 from qandc.variance_compensation import Compensation
 
 if TYPE_CHECKING:
-    from qandc.diffusers_quantizer import QandCConfig
+    from qandc.quantization.diffusers_quantizer import QandCConfig
 
 __all__ = [
     "CacheConfig",

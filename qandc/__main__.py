@@ -1,3 +1,3 @@
-from qandc.cli import entry_point
+from qandc.cli.main import entry_point
 
 entry_point()

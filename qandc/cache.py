@@ -7,7 +7,7 @@ the output f of every attention and MLP before its gate, and a reuse step comput
 of its own timestep (FORA, arXiv 2407.01425); with ``taylor`` f is a forecast (TaylorSeer, arXiv 2503.06923).
 
 The model is not forked: while a cache is attached, the transformer, its blocks and their branches are instances of
-subclasses of their own classes (:mod:`qandc.derived`).
+subclasses of their own classes (:mod:`qandc.support.attach`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.arguments import Steps, checked
-from qandc.derived import class_before, derived_class, has_other_forward, original_class
+from qandc.caching.feature_cache import BRANCHES, TARGET, FeatureCache
+from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
-from qandc.feature_cache import BRANCHES, TARGET, FeatureCache
-from qandc.schedule import CacheConfig
+from qandc.support.arguments import Steps, checked
+from qandc.support.attach import class_before, derived_class, has_other_forward, original_class
 
 __all__ = ["FeatureCache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
 

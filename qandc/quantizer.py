@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qandc.arguments import check_fields
 from qandc.errors import ConfigError, DataError
+from qandc.support.arguments import check_fields
 from qandc_kernels.reference import SMALLEST_AMAX
 
 __all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight", "round_with_feedback"]
@@ -38,7 +38,7 @@ class QuantConfig:
             stands for the root of the model (``.proj_out`` is ``proj_out`` and what lies in it, and no block's
             ``proj_out``), a leading ``re:`` for a regular expression that is searched in the name. None: what fits
             the class of the model; of a class that is not known, all that lies outside the repeated blocks or sees no
-            tokens (:mod:`qandc.plan`).
+            tokens (:mod:`qandc.quantization.plan`).
         weight_clip: how the scale of a weight channel is found: ``max`` or ``mse`` (:func:`quantize_weight`).
         conditioning: scheme of the modulation layers in the blocks, as "W8A16" or "W4A16"; None leaves them in full
             precision.

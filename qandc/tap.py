@@ -16,8 +16,8 @@ from typing import Annotated
 
 import numpy as np
 
-from qandc.arguments import Between, Count, Share, check_fields, checked
 from qandc.errors import ConfigError, DataError
+from qandc.support.arguments import Between, Count, Share, check_fields, checked
 
 __all__ = [
     "METHODS",

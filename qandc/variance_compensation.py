@@ -3,7 +3,7 @@
 Quantization and caching change the variance of the samples ``x̂_t`` of a trajectory more than their mean (arXiv
 2503.02508, Fig. 3 and 4). Each is corrected by a gain per step and channel, ``x̃_t = μ_t + K_t (x̂_t - μ_t)``. Here are
 the gains as plain functions over tensors, and the dataclass that holds, applies, saves and checks them; how they are
-fitted over whole trajectories is in :mod:`qandc.trajectories`.
+fitted over whole trajectories is in :mod:`qandc.sampling.trajectories`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from qandc.arguments import check_fields, checked
 from qandc.errors import ConfigError, DataError
-from qandc.files import write_json, write_whole
+from qandc.support.arguments import check_fields, checked
+from qandc.support.files import write_json, write_whole
 
 __all__ = [
     "Compensation",

@@ -6,12 +6,12 @@ Triton.
 """
 
 from qandc_kernels import reference
-from qandc_kernels.attention_ops import attention_quantize_per_tensor
 from qandc_kernels.backend import Backend, select_backend
-from qandc_kernels.batched_ops import batched_linear
-from qandc_kernels.denoise_ops import guided_step
 from qandc_kernels.errors import ArgumentError, DeviceError, QandCError
-from qandc_kernels.linear_ops import (
+from qandc_kernels.ops.attention import attention_quantize_per_tensor
+from qandc_kernels.ops.batched import batched_linear
+from qandc_kernels.ops.denoise import guided_step
+from qandc_kernels.ops.linear import (
     int4_linear,
     int8_linear,
     int8_matmul,
@@ -19,16 +19,16 @@ from qandc_kernels.linear_ops import (
     quantized_linear,
     weight_only_linear,
 )
-from qandc_kernels.packing import pack_int4, unpack_int4
-from qandc_kernels.quantize_ops import (
+from qandc_kernels.ops.quantize import (
     adaln_quantize_per_tensor,
     adaln_quantize_per_token,
     quantize_per_tensor,
     quantize_per_token,
 )
-from qandc_kernels.repeated import RepeatedLinear
-from qandc_kernels.residual_ops import gated_sum, linear_gate_residual_
-from qandc_kernels.warmup import warm_up
+from qandc_kernels.ops.repeated import RepeatedLinear
+from qandc_kernels.ops.residual import gated_sum, linear_gate_residual_
+from qandc_kernels.packing import pack_int4, unpack_int4
+from qandc_kernels.tiles.warmup import warm_up
 
 __all__ = [
     "ArgumentError",

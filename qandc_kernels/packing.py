@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from qandc_kernels.checks import INT8, UINT8, check_elements, check_tensor
 from qandc_kernels.errors import ArgumentError
+from qandc_kernels.ops._operands import INT8, UINT8, check_elements, check_tensor
 
 __all__ = ["pack_int4", "unpack_int4", "unpack_unchecked"]
 

@@ -12,7 +12,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from qandc_kernels.op_checks import checked
+from qandc_kernels.ops._checks import checked
 from qandc_kernels.packing import unpack_int4
 
 __all__ = [

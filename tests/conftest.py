@@ -40,7 +40,7 @@ def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """A device on which the public ops launch Triton kernels: the GPU, or the CPU with kernels interpreted."""
     device = torch.device(request.param)
     if device.type == "cpu":
-        monkeypatch.setattr("qandc_kernels.library.use_triton", lambda x: True)
+        monkeypatch.setattr("qandc_kernels.ops._register.use_triton", lambda x: True)
         monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
     return device
 

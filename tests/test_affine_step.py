@@ -9,9 +9,9 @@ import torch
 
 import qandc
 from qandc import compensated_scheduler, fuse_dit, make_scheduler, sample_latents
-from qandc.affine_step import affine_coefficients, is_affine
-from qandc.fused_dit import unfuse_dit
-from qandc.sampling import describe_run
+from qandc.fusion.fused_dit import unfuse_dit
+from qandc.sampling.affine_step import affine_coefficients, is_affine
+from qandc.sampling.loop import describe_run
 from qandc.variance_compensation import Compensation, FittedFor
 from qandc_kernels import Backend, guided_step
 from tests.test_fused_dit import make_quantized, relative_error
@@ -90,7 +90,7 @@ def calls(monkeypatch):
         counted.append(args)
         return guided_step(*args)
 
-    monkeypatch.setattr(qandc.sampling, "guided_step", counting)
+    monkeypatch.setattr(qandc.sampling.loop, "guided_step", counting)
     return counted
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import qandc
 from qandc import DataError, ModelError, QandCError
-from qandc.arguments import Between, Seeds, checked
+from qandc.support.arguments import Between, Seeds, checked
 from qandc.variance_compensation import FittedFor
 from tests.conftest import make_dit
 

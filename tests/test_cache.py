@@ -19,7 +19,7 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
-from qandc.derived import class_before, derived_class
+from qandc.support.attach import class_before, derived_class
 from tests.conftest import make_dit
 
 LABELS = torch.tensor([1, 2, 1000, 1000])

@@ -11,7 +11,7 @@ import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import qandc.fused_dit
+import qandc.fusion.fused_dit
 from qandc import (
     CacheConfig,
     CacheError,
@@ -30,9 +30,9 @@ from qandc import (
     uniform_schedule,
 )
 from qandc.cache import FUSED
-from qandc.fused_step import FusedBlock
-from qandc.schedule import forecast_weights
-from qandc.schedule_calibration import _evenly, feature_gram
+from qandc.caching.schedule import forecast_weights
+from qandc.fusion.fused_step import FusedBlock
+from qandc.method.schedule_calibration import _evenly, feature_gram
 from qandc_kernels import Backend
 from tests.conftest import make_dit
 from tests.test_fused_dit import make_quantized, relative_error
@@ -671,7 +671,7 @@ def test_a_scheduler_that_calls_the_model_twice_a_step(mode, order):
 def test_a_calibrated_schedule_is_no_worse_than_an_even_one(monkeypatch):
     """Of order 2 not all schedules are tried; here none is but a bad one."""
     bad = (True, True, True, True, False, False, False, False)
-    monkeypatch.setattr("qandc.schedule_calibration.optimal_schedule", lambda gram, computed, **order: bad)
+    monkeypatch.setattr("qandc.method.schedule_calibration.optimal_schedule", lambda gram, computed, **order: bad)
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
     arguments = {"mode": "taylor", "order": 2, "computed_steps": 4, "num_inference_steps": 8}
     found = calibrate_schedule(make_dit(num_layers=2), scheduler, [1], **arguments)
@@ -705,7 +705,7 @@ def test_schedules_that_cannot_be_calibrated():
 
 @pytest.fixture
 def fused_anywhere(monkeypatch):
-    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
 
 
 BOUND = 3e-2  # of a whole forward in float32: roundings that differ, magnified by forecasts
@@ -729,7 +729,7 @@ def test_fused_equals_the_definition(fused_anywhere, monkeypatch, config, smooth
 @pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
 def test_fused_with_conditioning_ahead(fused_anywhere, monkeypatch, mode):
     """sample_latents prepares the run of a fused model; reuse steps look their gates up there."""
-    from qandc.conditioning import Conditioning
+    from qandc.fusion.conditioning import Conditioning
 
     config = CacheConfig(mode, interval=3)
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})

@@ -21,9 +21,9 @@ from qandc import (
     quantize_model,
     smoothing_factors,
 )
-from qandc.conversion import quant_layers
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.ranges import Histogram, _squared_errors, estimate_range
 from qandc.quantizer import activation_parameters, quantize_weight
-from qandc.ranges import Histogram, _squared_errors, estimate_range
 from tests.conftest import make_dit
 
 
@@ -63,7 +63,7 @@ def test_a_layer_that_saw_zeros_only_stays_dynamic_and_is_logged(caplog):
     model, _ = model_and_batches()
     with torch.no_grad():
         model[0].bias.fill_(1.0)
-    with caplog.at_level("WARNING", "qandc.observe"):
+    with caplog.at_level("WARNING", "qandc.quantization.observe"):
         calibrate(model, [torch.zeros(3, 8)])
     assert model[0].act_scale is None
     assert model[2].act_scale is not None
@@ -163,7 +163,7 @@ def test_layers_that_see_one_row_per_sample_stay_dynamic(caplog):
     model = quantize_model(Modulated())
     reference, batches = Modulated(), modulated_batches([900, 500, 100])
     model.time.set_static_range(torch.tensor(1.0))
-    with caplog.at_level("INFO", "qandc.observe"):
+    with caplog.at_level("INFO", "qandc.quantization.observe"):
         calibrate(model, batches)
     assert caplog.text.count("1 layers keep dynamic ranges") == 1
     assert "from step to step: time\n" in caplog.text
@@ -350,7 +350,7 @@ def test_bins_are_told_by_the_bits_of_a_value():
 
 def test_counts_are_exact_whatever_their_number(monkeypatch):
     """Above 2^24, where float32 cannot count, in one batch and in many, and when the reach grows afterwards."""
-    monkeypatch.setattr("qandc.ranges.CHUNK", 1 << 20)
+    monkeypatch.setattr("qandc.quantization.ranges.CHUNK", 1 << 20)
     batch = torch.full(((1 << 24) + 6,), 0.001)
     batch[:3] = 1.0
     histogram = seen_by(batch, batch, torch.tensor([5000.0]))
@@ -557,10 +557,10 @@ def test_groups_of_steps_share_a_range():
 
 
 def test_fused_models_take_them(monkeypatch):
-    import qandc.fused_dit
+    import qandc.fusion.fused_dit
     from qandc_kernels import Backend
 
-    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
     model = quantize_model(make_dit(num_layers=2))
     found = calibrate_steps(model, dit_batches([900, 100]), ranges=RangeConfig("mse"))
     fused = fuse_dit(calibrate(model, dit_batches([900, 100])), step_ranges=found)

@@ -40,8 +40,8 @@ from qandc import (
     smoothing_factors,
 )
 from qandc.cache import FUSED
-from qandc.checkpoint import _digest, _outline
-from qandc.conversion import quant_layers
+from qandc.method.checkpoint import _digest, _outline
+from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling
 from tests.conftest import FloatsMade, make_dit
 from tests.test_calibration import dit_batches

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qandc import CalibratedSchedule
-from qandc.cli import main
+from qandc.cli.main import main
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -130,7 +130,7 @@ def test_calibrate_without_compensation(capsys, tmp_path, pipeline_dir):
 
 
 def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir, monkeypatch):
-    import qandc.pipeline_calibration
+    import qandc.method.pipeline_calibration
     from qandc import CalibrationSettings, RangeConfig
 
     seen = []
@@ -139,7 +139,7 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
         seen.append((pipe.transformer.dtype, settings, directory, overwrite, source))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qandc.pipeline_calibration, "calibrate_pipeline", note)
+    monkeypatch.setattr(qandc.method.pipeline_calibration, "calibrate_pipeline", note)
     arguments = (
         "--model", pipeline_dir, "--out", tmp_path / "x", "--steps", 5, "--guidance-scale", 3, "--scheduler", "ddim",
         "--w-bits", 4, "--a-bits", 7, "--rounding", "nearest", "--no-smoothing", "--ranges", "mse", "--symmetric",
@@ -160,20 +160,20 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
 
 
 def test_calibrate_resumes_after_ctrl_c(capsys, tmp_path, pipeline_dir, monkeypatch):
-    import qandc.pipeline_calibration
-    import qandc.pool
+    import qandc.method.pipeline_calibration
+    import qandc.method.pool
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     arguments = ("calibrate", "--model", pipeline_dir, *TINY, "--vc", "none", "--out", tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(qandc.pipeline_calibration, "quantize_model", interrupt)
+        patched.setattr(qandc.method.pipeline_calibration, "quantize_model", interrupt)
         status, _, err = run(capsys, *arguments)
     assert status == 130
     assert "stopped early; the candidates that were recorded are kept, the same command goes on with them" in err
     assert err.splitlines()[-1] == "interrupted"
-    monkeypatch.setattr(qandc.pool, "sample_latents", interrupt)  # nothing is left to record
+    monkeypatch.setattr(qandc.method.pool, "sample_latents", interrupt)  # nothing is left to record
     assert run(capsys, *arguments)[0] == 0
 
 
@@ -280,7 +280,7 @@ def test_damaged_settings(capsys, tmp_path, settings_dir):
 
 
 def test_classes_by_name():
-    from qandc.cli import _parse_classes
+    from qandc.cli.main import _parse_classes
 
     names = {0: "T-shirt", 1: "Trouser", 2: "Bag"}
     assert _parse_classes(None, names) == (0, 1, 2)
@@ -288,12 +288,12 @@ def test_classes_by_name():
 
 
 def test_ctrl_c_keeps_the_finished_row(capsys, tmp_path, pipeline_dir, monkeypatch):
-    import qandc.generate
+    import qandc.experiments.generate
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qandc.generate, "quantize_model", interrupt)
+    monkeypatch.setattr(qandc.experiments.generate, "quantize_model", interrupt)
     target = tmp_path / "images.png"
     status, _, err = run(
         capsys, "generate", "--model", pipeline_dir, "--steps", 2, "--classes", "1", "--device", "cpu", "-o", target
@@ -458,12 +458,12 @@ def test_brackets_in_file_names_are_printed(capsys, tmp_path, pipeline_dir):
 
 
 def test_unexpected_errors_are_one_line_and_keep_what_is_finished(capsys, tmp_path, pipeline_dir, monkeypatch):
-    import qandc.generate
+    import qandc.experiments.generate
 
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    monkeypatch.setattr(qandc.generate, "apply_cache_to_dit", fail)
+    monkeypatch.setattr(qandc.experiments.generate, "apply_cache_to_dit", fail)
     target = tmp_path / "x.png"
     status, _, err = run(
         capsys, "generate", "--model", pipeline_dir, "--steps", 1, "--classes", "1", "--device", "cpu", "-o", target
@@ -475,12 +475,12 @@ def test_unexpected_errors_are_one_line_and_keep_what_is_finished(capsys, tmp_pa
 
 
 def test_files_that_the_system_refuses(capsys, tmp_path, monkeypatch):
-    import qandc.pipelines
+    import qandc.sampling.pipelines
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "model.safetensors")
 
-    monkeypatch.setattr(qandc.pipelines, "load_pipeline", refuse)
+    monkeypatch.setattr(qandc.sampling.pipelines, "load_pipeline", refuse)
     status, _, err = run(capsys, "generate", "--device", "cpu", "--out", tmp_path / "x.png")
     assert status == 2
     assert err == (
@@ -521,9 +521,9 @@ def test_json_output(capsys, tmp_path, pipeline_dir):
 
 
 def test_the_table_says_what_was_measured(capsys):
-    from qandc.conversion import LayerReport, QuantizationReport
-    from qandc.generate import Comparison, Row
-    from qandc.terminal import print_comparison
+    from qandc.cli.terminal import print_comparison
+    from qandc.experiments.generate import Comparison, Row
+    from qandc.quantization.conversion import LayerReport, QuantizationReport
 
     black = torch.full((2, 1, 4, 4), -1.0)
     grey = black + torch.tensor([0.2, 0.02])[:, None, None, None]  # 20 and 40 dB

@@ -22,7 +22,7 @@ from qandc import (
     quantize_model,
     save_quantized,
 )
-from qandc.conversion import quant_layers
+from qandc.quantization.conversion import quant_layers
 from tests.conftest import make_dit
 from tests.test_checkpoint import all_tensors, make_quantized, output
 

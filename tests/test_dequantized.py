@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qandc import ModelError, QuantLinear, quantize_model
-from qandc.dequantized import DequantizedWeight
+from qandc.quantization.dequantized import DequantizedWeight
 
 UPDATE = torch.full((12, 32), 0.5)
 
@@ -190,7 +190,7 @@ def test_views_read_right(layer):
 def test_a_look_computes_nothing(monkeypatch):
     layer = QuantLinear.from_linear(nn.Linear(1024, 1024, dtype=torch.bfloat16))
     with monkeypatch.context() as patch:
-        patch.setattr("qandc.linear.dequantize", lambda *_: pytest.fail("dequantized"))
+        patch.setattr("qandc.quantization.linear.dequantize", lambda *_: pytest.fail("dequantized"))
         weight = layer.weight
         assert (weight.dtype, weight.shape, weight.device.type) == (torch.bfloat16, (1024, 1024), "cpu")
         assert (weight.requires_grad, weight.is_leaf, weight.ndim, weight.numel()) == (False, True, 2, 1 << 20)

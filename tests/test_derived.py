@@ -22,7 +22,7 @@ from qandc import (
     make_scheduler,
     quantize_model,
 )
-from qandc.derived import derived_class, eager, original_class
+from qandc.support.attach import derived_class, eager, original_class
 from qandc.variance_compensation import FittedFor, epsilon_scaling
 from tests.conftest import make_dit
 

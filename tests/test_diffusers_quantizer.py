@@ -28,11 +28,11 @@ from qandc import (
     load_pipeline,
     load_quantized,
     quantize_model,
-    registration,
     save_quantized,
 )
-from qandc.conversion import quant_layers
-from qandc.diffusers_quantizer import QandCQuantizer
+from qandc.quantization import registration
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.diffusers_quantizer import QandCQuantizer
 from tests.conftest import FloatsMade, make_dit
 from tests.test_checkpoint import all_tensors, assert_same_model, make_quantized, output
 

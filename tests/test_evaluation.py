@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 
 from qandc import ConfigError, DataError, DeviceError
-from qandc.cli import main
-from qandc.evaluation import FASHION_MNIST, ReferenceStatistics, evaluate
-from qandc.extractors import Extractor, load_extractor
-from qandc.images import Images
-from qandc.metrics import FeatureStatistics, frechet_distance
+from qandc.cli.main import main
+from qandc.evaluation.compare import FASHION_MNIST, ReferenceStatistics, evaluate
+from qandc.evaluation.extractors import Extractor, load_extractor
+from qandc.evaluation.images import Images
+from qandc.evaluation.metrics import FeatureStatistics, frechet_distance
 
 ROOT = Path(__file__).parents[1]
 COUNT = 500

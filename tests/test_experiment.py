@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import qandc.experiment
-import qandc.sharded_sampling
+import qandc.experiments.ablation
+import qandc.experiments.many_images
 from qandc import (
     CalibrationSettings,
     ConfigError,
@@ -30,16 +30,16 @@ from qandc import (
     get_cache,
     load_pipeline,
 )
-from qandc.cli import main
-from qandc.conversion import quant_layers
-from qandc.experiment import ROWS, ExperimentSettings, run_experiment
-from qandc.extractors import load_extractor
-from qandc.files import locked
-from qandc.metrics import FashionClassifier
-from qandc.processes import Processes
-from qandc.scores import Scorer, load_images, scorer_for
-from qandc.sharded_sampling import sample_file
-from qandc.shards import ImageSet
+from qandc.cli.main import main
+from qandc.evaluation.extractors import load_extractor
+from qandc.evaluation.metrics import FashionClassifier
+from qandc.experiments.ablation import ROWS, ExperimentSettings, run_experiment
+from qandc.experiments.many_images import sample_file
+from qandc.experiments.processes import Processes
+from qandc.experiments.scores import Scorer, load_images, scorer_for
+from qandc.experiments.shards import ImageSet
+from qandc.quantization.conversion import quant_layers
+from qandc.support.files import locked
 from tests.conftest import in_a_thread
 
 CALIBRATION = CalibrationSettings(
@@ -119,7 +119,7 @@ def test_the_pipeline_stays_as_it_is(finished, pipeline_dir, tmp_path):
 def test_interrupted_anywhere_it_goes_on(finished, pipeline_dir, tmp_path, monkeypatch):
     """Ctrl-C at every fifth call that draws: what is finished is not made again, and the end is the same."""
     calls, drawn = 0, []
-    draw = qandc.sharded_sampling.ImageDrawer.__call__
+    draw = qandc.experiments.many_images.ImageDrawer.__call__
 
     def sometimes(self, labels, seeds):
         nonlocal calls
@@ -129,7 +129,7 @@ def test_interrupted_anywhere_it_goes_on(finished, pipeline_dir, tmp_path, monke
         drawn.append((id(self.model), tuple(seeds)))
         return draw(self, labels, seeds)
 
-    monkeypatch.setattr(qandc.sharded_sampling.ImageDrawer, "__call__", sometimes)
+    monkeypatch.setattr(qandc.experiments.many_images.ImageDrawer, "__call__", sometimes)
     for _ in range(10):
         try:
             experiment(pipeline_dir, tmp_path)
@@ -143,8 +143,8 @@ def test_interrupted_anywhere_it_goes_on(finished, pipeline_dir, tmp_path, monke
 
 def test_a_finished_experiment_is_only_read(finished, pipeline_dir, monkeypatch):
     directory, rows = finished
-    monkeypatch.setattr(qandc.experiment, "calibrate_pipeline", None)
-    monkeypatch.setattr(qandc.experiment, "draw_shards", None)
+    monkeypatch.setattr(qandc.experiments.ablation, "calibrate_pipeline", None)
+    monkeypatch.setattr(qandc.experiments.ablation, "draw_shards", None)
     assert experiment(pipeline_dir, directory) == rows
 
 
@@ -152,16 +152,18 @@ def test_images_are_not_drawn_again_if_only_the_figures_are_lost(finished, pipel
     def fails(*arguments):
         raise OSError(28, "No space left on device")
 
-    delete = qandc.experiment.delete_shards
-    monkeypatch.setattr(qandc.experiment, "delete_shards", fails)
+    delete = qandc.experiments.ablation.delete_shards
+    monkeypatch.setattr(qandc.experiments.ablation, "delete_shards", fails)
     with pytest.raises(OSError, match="No space"):
         experiment(pipeline_dir, tmp_path)
-    monkeypatch.setattr(qandc.experiment, "delete_shards", delete)
+    monkeypatch.setattr(qandc.experiments.ablation, "delete_shards", delete)
     (tmp_path / "fp.json").unlink()  # as if the disk had been full a moment before
     seen = []
-    draw = qandc.sharded_sampling.ImageDrawer.__call__
+    draw = qandc.experiments.many_images.ImageDrawer.__call__
     monkeypatch.setattr(
-        qandc.sharded_sampling.ImageDrawer, "__call__", lambda self, *given: seen.append(given) or draw(self, *given)
+        qandc.experiments.many_images.ImageDrawer,
+        "__call__",
+        lambda self, *given: seen.append(given) or draw(self, *given),
     )
     experiment(pipeline_dir, tmp_path)
     assert len(seen) == 10  # five rows of two shards
@@ -260,7 +262,7 @@ def test_the_classifier_scores_only_the_classes_it_knows(pipeline_dir, tmp_path)
 
 
 def test_the_distance_is_the_one_that_evaluate_finds(tmp_path):
-    from qandc.evaluation import evaluate
+    from qandc.evaluation.compare import evaluate
 
     generator = np.random.default_rng(2)
     ours, theirs = (generator.integers(0, 256, (40, 32, 32, 1), dtype=np.uint8) for _ in range(2))
@@ -372,7 +374,7 @@ def test_sample(capsys, pipeline_dir, tmp_path):
 
 def interrupted_sample(pipe, target, monkeypatch, **changes) -> None:
     """Ends in the second shard."""
-    draw, drawn = qandc.sharded_sampling.ImageDrawer.__call__, []
+    draw, drawn = qandc.experiments.many_images.ImageDrawer.__call__, []
 
     def once(self, labels, seeds):
         if drawn:
@@ -381,7 +383,7 @@ def interrupted_sample(pipe, target, monkeypatch, **changes) -> None:
         return draw(self, labels, seeds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(qandc.sharded_sampling.ImageDrawer, "__call__", once)
+        patch.setattr(qandc.experiments.many_images.ImageDrawer, "__call__", once)
         with pytest.raises(KeyboardInterrupt):
             sample_images(pipe, target, **changes)
 

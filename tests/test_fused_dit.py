@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.utils import parametrize
 
-import qandc.fused_dit
+import qandc.fusion.fused_dit
 from qandc import (
     CacheConfig,
     ConfigError,
@@ -33,9 +33,9 @@ from qandc import (
     unfuse_dit,
 )
 from qandc.cache import FUSED
-from qandc.conversion import quant_layers
-from qandc.fused_step import FusedBlock, FusedStep
-from qandc.graphs import GraphCache
+from qandc.fusion.fused_step import FusedBlock, FusedStep
+from qandc.fusion.graphs import GraphCache
+from qandc.quantization.conversion import quant_layers
 from qandc_kernels import Backend
 from tests.conftest import make_dit
 
@@ -89,7 +89,7 @@ def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False,
 @pytest.fixture
 def fused_anywhere(monkeypatch):
     """Take the fused path wherever the model is: with plain torch in the place of kernels on a CPU."""
-    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
 
 
 def relative_error(actual, expected):
@@ -165,7 +165,7 @@ def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monk
     size = {"heads": 6, "head_dim": 32, "sample_size": 16, "num_layers": 4} if on_gpu else {"num_layers": 1}
     if not on_gpu:
         for module in ("tiles", "launch", "adaln", "attention", "batched_gemm"):
-            from qandc_kernels.tiles import Gpu
+            from qandc_kernels.tiles.tables import Gpu
 
             monkeypatch.setattr(f"qandc_kernels.{module}.gpu_of", lambda device: Gpu("", (9, 0), 132))
     for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if on_gpu else [])):
@@ -224,7 +224,7 @@ def test_a_gradient_is_passed_on_unfused(fused_anywhere, caplog):
 @torch.no_grad()
 def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, rows_at_once):
     """The same modulations to rounding, those of its own step for each, and with the same ones the same output."""
-    monkeypatch.setattr("qandc.conditioning.ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr("qandc.fusion.conditioning.ROWS_AT_ONCE", rows_at_once)
     fused = fuse_dit(make_quantized(smoothing=smoothing))
     inputs = make_inputs()
     labels, timesteps = inputs["class_labels"], torch.tensor([999, 500, 20])
@@ -250,7 +250,7 @@ def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, row
     assert len(looked_up) == 4
     for other in ({"timestep": steps[1]}, {"timestep": prepared[1], "class_labels": labels.clone()}):
         assert torch.equal(fused(**inputs | other).sample, expected[1])
-    monkeypatch.setattr(qandc.fused_dit, "LARGEST_RUN", 1000)
+    monkeypatch.setattr(qandc.fusion.fused_dit, "LARGEST_RUN", 1000)
     prepared = prepare_run(fused, timesteps, labels)
     assert torch.equal(fused(**inputs | {"timestep": prepared[1]}).sample, expected[1])
     assert len(looked_up) == 4
@@ -454,7 +454,7 @@ def test_a_block_that_cannot_be_fused_runs_as_before(fused_anywhere, monkeypatch
     calls = fused_calls(monkeypatch)
     assert relative_error(fused(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
     assert len(calls) == 2
-    monkeypatch.setattr("qandc.conversion.select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr("qandc.quantization.conversion.select_backend", lambda device: Backend("triton", "as if"))
     report = {layer.name: layer for layer in quantization_report(fused).layers}
     assert report["transformer_blocks.0.ff.net.2"].kernel == "triton int8_linear, fused"
     layer = report["transformer_blocks.1.attn1.to_v"]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from qandc import ModelError, calibrate, quantization_report, quantize_model
-from qandc.conversion import quant_layers
-from qandc.fused_projections import FusedProjection
-from qandc.linear import QuantLinear
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.fused_projections import FusedProjection
+from qandc.quantization.linear import QuantLinear
 from tests.test_shared_products import alone, products  # noqa: F401 (fixtures)
 from tests.tiny_models import inputs_of, make_tiny, output_of
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-import qandc.generate
+import qandc.experiments.generate
 from qandc import (
     CacheConfig,
     CalibratedSchedule,
@@ -19,8 +19,16 @@ from qandc import (
     get_cache,
     load_pipeline,
 )
-from qandc.conversion import quant_layers
-from qandc.generate import Comparison, GenerateSettings, Row, draw_grid, generate, module_bytes, quantized_name
+from qandc.experiments.generate import (
+    Comparison,
+    GenerateSettings,
+    Row,
+    draw_grid,
+    generate,
+    module_bytes,
+    quantized_name,
+)
+from qandc.quantization.conversion import quant_layers
 
 
 def compare(pipeline_dir, **changes) -> Comparison:
@@ -88,13 +96,13 @@ def test_a_schedule_of_another_run_is_refused_before_any_work(pipeline_dir):
 
 def test_batches_continue_the_seeds(pipeline_dir, monkeypatch):
     together = images(pipeline_dir, class_labels=(1, 2, 3, 4, 5))
-    monkeypatch.setattr(qandc.generate, "BATCH_SIZE", 2)
+    monkeypatch.setattr(qandc.experiments.generate, "BATCH_SIZE", 2)
     for whole, split in zip(together, images(pipeline_dir, class_labels=(1, 2, 3, 4, 5)), strict=True):
         torch.testing.assert_close(split, whole, atol=2e-2, rtol=0)
 
 
 def test_an_interrupt_keeps_finished_batches(pipeline_dir, monkeypatch):
-    monkeypatch.setattr(qandc.generate, "BATCH_SIZE", 2)
+    monkeypatch.setattr(qandc.experiments.generate, "BATCH_SIZE", 2)
     result = Comparison()
     calls = []
 
@@ -122,12 +130,14 @@ def test_progress_counts_every_image_and_step(pipeline_dir):
 
 @pytest.mark.parametrize("smoothing", [True, False])
 def test_smoothing_is_on_by_default_and_found_with_other_noise(pipeline_dir, monkeypatch, smoothing):
-    import qandc.generate
+    import qandc.experiments.generate
 
     seeds = []
-    original = qandc.generate.sample_latents
+    original = qandc.experiments.generate.sample_latents
     monkeypatch.setattr(
-        qandc.generate, "sample_latents", lambda *a, **k: seeds.append(list(k["seeds"])) or original(*a, **k)
+        qandc.experiments.generate,
+        "sample_latents",
+        lambda *a, **k: seeds.append(list(k["seeds"])) or original(*a, **k),
     )
     pipe = load_pipeline(pipeline_dir)
     settings = GenerateSettings((1, 2, 3), 4) if smoothing else GenerateSettings((1, 2, 3), 4, smoothing=False)
@@ -169,7 +179,7 @@ def test_embedded_model_gives_the_same_images_on_gpu_and_cpu():
     but over 12 layers and 17 compute steps rounding decisions drift apart, for single images as far as quantization and
     cache move them; for most far less."""
     from qandc import fashion_dit_path
-    from qandc.metrics import psnr
+    from qandc.evaluation.metrics import psnr
 
     settings = GenerateSettings(tuple(range(10)))
     results = {}

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from qandc import ConfigError, DataError, QandCError
-from qandc.images import Images
+from qandc.evaluation.images import Images
 
 
 @pytest.fixture
@@ -388,10 +388,10 @@ def test_small_files_of_large_arrays(tmp_path, fortran, dtype):
 
 
 def test_batches_of_large_images_are_smaller(pixels, monkeypatch):
-    monkeypatch.setattr("qandc.images.AT_ONCE", 125)  # two of 60 bytes
+    monkeypatch.setattr("qandc.evaluation.images.AT_ONCE", 125)  # two of 60 bytes
     batches = list(Images.of(pixels).batches(5))
     assert [len(batch) for batch in batches] == [2, 2, 2, 1]
-    monkeypatch.setattr("qandc.images.AT_ONCE", 1)
+    monkeypatch.setattr("qandc.evaluation.images.AT_ONCE", 1)
     assert [len(batch) for batch in Images.of(pixels).batches(5)] == [1] * 7
 
 

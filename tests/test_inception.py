@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qandc import ConfigError, DataError
-from qandc.extractors import load_extractor
-from qandc.images import Images
-from qandc.inception import InceptionV3, load_inception
+from qandc.evaluation.extractors import load_extractor
+from qandc.evaluation.images import Images
+from qandc.evaluation.inception import InceptionV3, load_inception
 
 # torch-fidelity 0.4.0, FeatureExtractorInceptionV3 in float64, on random_weights() and random_image()
 FEATURES = [0.75697, 0.01826, 0.02791, 1.13513, 0.17851, 0.18006, 0.49386, 0.65642]  # every 256th
@@ -58,7 +58,7 @@ def test_names_say_whose_weights_they_are(weights, monkeypatch):
     extractor = load_extractor("inception", inception_weights=weights)
     assert extractor.name.startswith("inception-")
     assert extractor.description == "InceptionV3, not with the published FID weights"
-    monkeypatch.setattr("qandc.extractors.PUBLISHED", extractor.name.removeprefix("inception-"))
+    monkeypatch.setattr("qandc.evaluation.extractors.PUBLISHED", extractor.name.removeprefix("inception-"))
     assert load_extractor("inception", inception_weights=weights).description == "InceptionV3: FID, sFID, KID"
 
 

@@ -19,7 +19,7 @@ from qandc import (
     sample_latents,
     smoothing_factors,
 )
-from qandc.conversion import quant_layers
+from qandc.quantization.conversion import quant_layers
 from tests.conftest import make_dit
 from tests.test_calibration import dit_batches
 
@@ -289,7 +289,7 @@ def test_factors_by_default_are_of_what_sees_tokens_and_common_to_one_input(seed
         for _ in range(2)
     ]
     given = batches if how == "batches" else lambda: [model(*batch) for batch in batches]
-    with caplog.at_level("INFO", "qandc.observe"):
+    with caplog.at_level("INFO", "qandc.quantization.observe"):
         factors = smoothing_factors(model, given)
     assert list(factors) == ["to_q", "to_k", "to_v", "cross_q", "cross_k", "cross_v"]
     assert "2 layers are not smoothed" in caplog.text

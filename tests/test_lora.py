@@ -25,13 +25,13 @@ from qandc import (
     calibrate,
     fuse_dit,
     quantize_model,
-    registration,
     remove_cache,
 )
-from qandc.conversion import quant_layers
-from qandc.fusable import why_not_block
-from qandc.lora import lora_for_quantized
-from qandc.model_graph import _Watch
+from qandc.fusion.fusable import why_not_block
+from qandc.fusion.model_graph import _Watch
+from qandc.quantization import registration
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.lora import lora_for_quantized
 from tests.conftest import make_dit
 from tests.test_checkpoint import make_quantized, output
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
@@ -561,7 +561,7 @@ def test_nothing_is_extended_twice(peft):
 
 
 def test_lora_without_peft(monkeypatch):
-    monkeypatch.delitem(sys.modules, "qandc.lora_layer", raising=False)
+    monkeypatch.delitem(sys.modules, "qandc.quantization.lora_layer", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "peft.tuners.lora.layer", None)
     with pytest.raises(ModelError, match="LoRA adapters come from peft, which does not import"):

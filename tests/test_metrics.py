@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qandc import ConfigError, DataError, OutputError
-from qandc.metrics import (
+from qandc.evaluation.metrics import (
     EfficientNetFeatures,
     FeatureStatistics,
     RunningStatistics,

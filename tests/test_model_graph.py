@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qandc import ModelError, apply_cache_to_dit, graph, quantize_model, ungraph
-from qandc.model_graph import _rebuilt, _structure, _UnknownError, _Watch
+from qandc.fusion.model_graph import _rebuilt, _structure, _UnknownError, _Watch
 from tests.conftest import make_dit
 
 GPU = pytest.mark.gpu

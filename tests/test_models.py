@@ -17,9 +17,9 @@ from qandc import (
     quantize_model,
     ungraph,
 )
-from qandc import plan as planning
-from qandc.conversion import quant_layers
-from qandc.linear import QuantLinear
+from qandc.quantization import plan as planning
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.linear import QuantLinear
 from tests.test_checkpoint import assert_same_model
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
 

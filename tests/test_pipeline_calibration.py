@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-import qandc.pipeline_calibration
-import qandc.pool
+import qandc.method.pipeline_calibration
+import qandc.method.pool
 from qandc import (
     CacheConfig,
     CalibrationSettings,
@@ -30,9 +30,9 @@ from qandc import (
     quantize_model,
     sample_latents,
 )
-from qandc.conversion import quant_layers
-from qandc.metrics import psnr
-from qandc.pipeline_calibration import check_directory
+from qandc.evaluation.metrics import psnr
+from qandc.method.pipeline_calibration import check_directory
+from qandc.quantization.conversion import quant_layers
 
 STEPS = 4
 TINY = {"num_inference_steps": STEPS, "pool_images": 12, "samples": 20, "clusters": 3, "vc_samples": 4}
@@ -40,8 +40,8 @@ TINY = {"num_inference_steps": STEPS, "pool_images": 12, "samples": 20, "cluster
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    monkeypatch.setattr(qandc.pipeline_calibration, "SCHEDULE_IMAGES", 4)
-    monkeypatch.setattr(qandc.pipeline_calibration, "SHOWN_IMAGES", 2)
+    monkeypatch.setattr(qandc.method.pipeline_calibration, "SCHEDULE_IMAGES", 4)
+    monkeypatch.setattr(qandc.method.pipeline_calibration, "SHOWN_IMAGES", 2)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def pool_runs(monkeypatch) -> list[int]:
         runs.append(len(class_labels))
         return sample_latents(transformer, scheduler, class_labels, **run)
 
-    monkeypatch.setattr(qandc.pool, "sample_latents", counted)
+    monkeypatch.setattr(qandc.method.pool, "sample_latents", counted)
     return runs
 
 
@@ -271,7 +271,7 @@ def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_
     def full(*arguments, **named):
         raise OutputError("No space left on device")
 
-    monkeypatch.setattr(qandc.pipeline_calibration, "write_json", full)
+    monkeypatch.setattr(qandc.method.pipeline_calibration, "write_json", full)
     with pytest.raises(OutputError, match="No space"):
         run(pipeline_dir, tmp_path, vc="none", w_bits=4, overwrite=True)
     with pytest.raises(ConfigError, match="no calibrated settings"):

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from qandc import ConfigError, DeviceError, ModelError, fashion_dit_path, load_pipeline, quantize_model
-from qandc.conversion import quant_layers
-from qandc.metrics import (
+from qandc.evaluation.metrics import (
     class_accuracy,
     extract_features,
     fashion_classifier_path,
     load_fashion_classifier,
 )
-from qandc.pipelines import class_names, resolve_device, resolve_dtype
+from qandc.quantization.conversion import quant_layers
+from qandc.sampling.pipelines import class_names, resolve_device, resolve_dtype
 
 LABELS = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 

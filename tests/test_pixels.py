@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from qandc import DataError
-from qandc.generate import Row, draw_grid
-from qandc.images import Images
-from qandc.metrics import extract_features
-from qandc.pixels import to_uint8
-from qandc.shards import ImageSet, draw_shards, merge_shards
+from qandc.evaluation.images import Images
+from qandc.evaluation.metrics import extract_features
+from qandc.evaluation.pixels import to_uint8
+from qandc.experiments.generate import Row, draw_grid
+from qandc.experiments.shards import ImageSet, draw_shards, merge_shards
 
 # What a decoder may leave beside [-1, 1], and what a wrapped byte would make of it
 VALUES = torch.tensor([-3.0, -1.02, -1.0001, -1.0, -0.004, 0.0, 0.004, 1.0, 1.0001, 1.02, 1.5, 3.0])

@@ -17,9 +17,9 @@ from qandc import (
     quantization_report,
     quantize_model,
 )
-from qandc import plan as planning
-from qandc.conversion import quant_layers
-from qandc.plan import CONDITIONING, OUTSIDE, SENSITIVE, assign, roles_of
+from qandc.quantization import plan as planning
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.plan import CONDITIONING, OUTSIDE, SENSITIVE, assign, roles_of
 from tests.conftest import make_dit
 from tests.real_models import REAL, make_real
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of

@@ -25,7 +25,7 @@ from qandc import (
     remove_cache,
     select_samples,
 )
-from qandc.conversion import quant_layers
+from qandc.quantization.conversion import quant_layers
 
 RUN = {"num_inference_steps": 6, "guidance_scale": 2.0}
 LABELS = [3, 5, 8, 3, 1]

@@ -29,8 +29,8 @@ from qandc import (
     sample_latents,
     smoothing_factors,
 )
-from qandc.conversion import quant_layers
-from qandc.presets import is_finished
+from qandc.method.presets import is_finished
+from qandc.quantization.conversion import quant_layers
 from tests.conftest import make_dit
 from tests.test_calibration import dit_batches
 
@@ -308,7 +308,7 @@ def test_the_shipped_settings_fit_the_shipped_model(w_bits, computed):
     assert all(layer.smoothing is not None and layer.act_scale is not None for layer in layers.values())
     apply_cache_to_dit(model, config=preset.schedule.config())
     made = make_scheduler("ddpm", pipe.scheduler.config)
-    from qandc.sampling import describe_run
+    from qandc.sampling.loop import describe_run
 
     preset.check(load_pipeline().transformer, made, 50, 1.5)
     preset.compensation.check(describe_run(model, made, 1.5))

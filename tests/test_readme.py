@@ -52,7 +52,7 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
     """As printed, but for the backend of the compiler, with a small model in the place of FLUX.1 and its pipeline."""
     import diffusers
 
-    from qandc.conversion import quant_layers
+    from qandc.quantization.conversion import quant_layers
 
     class Pipeline:
         calls = 0
@@ -92,7 +92,7 @@ def test_fuse_snippet_follows_the_first():
     """As printed, with fewer steps; on a CPU the model runs unfused."""
     from qandc import fashion_dit_path
     from qandc.cache import FUSED
-    from qandc.conversion import quant_layers
+    from qandc.quantization.conversion import quant_layers
 
     changes = {
         '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
@@ -129,7 +129,7 @@ def test_cache_snippet_follows_the_first(tmp_path, monkeypatch, capsys):
 
 def test_tap_snippet_follows_the_first():
     from qandc import fashion_dit_path
-    from qandc.conversion import quant_layers
+    from qandc.quantization.conversion import quant_layers
 
     changes = {
         '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
@@ -146,7 +146,7 @@ def test_tap_snippet_follows_the_first():
 
 
 def test_diffusers_snippet(tmp_path, monkeypatch):
-    from qandc.conversion import quant_layers
+    from qandc.quantization.conversion import quant_layers
 
     monkeypatch.chdir(tmp_path)
     names = run(snippet(": diffusers"), {})

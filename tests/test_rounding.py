@@ -18,7 +18,7 @@ from qandc import (
     quantize_model,
     smoothing_factors,
 )
-from qandc.conversion import quant_layers
+from qandc.quantization.conversion import quant_layers
 from qandc.quantizer import quantize_weight, round_with_feedback
 from qandc_kernels import unpack_int4
 

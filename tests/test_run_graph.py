@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-import qandc.fused_dit
+import qandc.fusion.fused_dit
 from qandc import (
     CacheConfig,
     Compensation,
@@ -23,8 +23,8 @@ from qandc import (
     sample_latents,
 )
 from qandc.cache import FUSED, paused_cache
-from qandc.run_graph import why_no_run_graph
-from qandc.sampling import describe_run
+from qandc.fusion.run_graph import why_no_run_graph
+from qandc.sampling.loop import describe_run
 from qandc.variance_compensation import FittedFor
 from qandc_kernels import Backend
 from tests.test_fused_dit import make_quantized
@@ -90,7 +90,7 @@ def as_if_replayed(monkeypatch):
     """A fused model on the CPU whose runs go through :class:`AsIfReplayed`."""
     for module in ("fused_dit", "sampling"):
         monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
-    monkeypatch.setattr("qandc.sampling.why_no_run_graph", lambda transformer, labels: None)
+    monkeypatch.setattr("qandc.sampling.loop.why_no_run_graph", lambda transformer, labels: None)
     model = fuse_dit(make_quantized())
     model.__dict__[FUSED].run_graphs = AsIfReplayed()
     return model
@@ -119,7 +119,7 @@ def test_gains_that_were_written_to_are_others(as_if_replayed):
 
 
 def test_what_would_run_once_and_never_again_is_no_graph(monkeypatch):
-    monkeypatch.setattr(qandc.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
     model, labels = fuse_dit(make_quantized()), torch.tensor([1, 2])
     assert "CUDA graphs are off" in why_no_run_graph(model, labels)  # the last of the reasons, on a CPU
     for register in (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qandc import CacheConfig, CalibratedSchedule, ConfigError, OutputError, format_schedule, uniform_schedule
-from qandc.schedule import forecast_errors, forecast_weights, optimal_schedule, schedule_error
+from qandc.caching.schedule import forecast_errors, forecast_weights, optimal_schedule, schedule_error
 
 
 def stars(schedule) -> str:

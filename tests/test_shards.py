@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from qandc import ConfigError, DataError, OutputError, ProcessError
-from qandc.processes import Processes
-from qandc.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
+from qandc.experiments.processes import Processes
+from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from tests.conftest import in_a_thread
 
 IMAGES = ImageSet(10, classes=(3, 7, 8), first_seed=100, batch_size=4)

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import qandc.shared_products
-import qandc_kernels.repeated
+import qandc.quantization.shared_products
+import qandc_kernels.ops.repeated
 from qandc import calibrate, quantize_model
-from qandc.conversion import quant_layers
-from qandc.linear import QuantLinear
-from qandc.model_graph import _Watch
-from qandc.nan_flags import lower_nan_flags, raised_nan_flag
+from qandc.fusion.model_graph import _Watch
+from qandc.fusion.nan_flags import lower_nan_flags, raised_nan_flag
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.linear import QuantLinear
 from tests.tiny_models import inputs_of, make_tiny, output_of
 
 K = 16
@@ -30,13 +30,13 @@ K = 16
 def products(monkeypatch):
     """The output widths of all products since the list was cleared."""
     widths: list[int] = []
-    multiply = qandc_kernels.repeated.quantized_linear
+    multiply = qandc_kernels.ops.repeated.quantized_linear
 
     def counted(x, weight, *others):
         widths.append(weight.shape[0])
         return multiply(x, weight, *others)
 
-    monkeypatch.setattr(qandc_kernels.repeated, "quantized_linear", counted)
+    monkeypatch.setattr(qandc_kernels.ops.repeated, "quantized_linear", counted)
     return widths
 
 
@@ -46,7 +46,7 @@ def alone(monkeypatch):
 
     def run(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(qandc.linear, "shared_output", lambda *args: None)
+            patch.setattr(qandc.quantization.linear, "shared_output", lambda *args: None)
             return function(*args)
 
     return run

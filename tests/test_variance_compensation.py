@@ -160,7 +160,7 @@ def test_gains_are_fitted_on_what_the_earlier_ones_made():
         def sample(self, step, latents):
             return latents * 0.9
 
-    from qandc.trajectories import _Fitter
+    from qandc.sampling.trajectories import _Fitter
 
     fitter = _Fitter(reference, "sample", least_squares, 0, 0.0)
 

@@ -50,11 +50,11 @@ from qandc import (
     smoothing_factors,
     uniform_schedule,
 )
-from qandc.files import write_json
-from qandc.ranges import RangeConfig
-from qandc.results import result_header
-from qandc.schedule import optimal_schedule
-from qandc.schedule_calibration import feature_gram
+from qandc.caching.schedule import optimal_schedule
+from qandc.method.schedule_calibration import feature_gram
+from qandc.quantization.ranges import RangeConfig
+from qandc.support.files import write_json
+from qandc.support.results import result_header
 from qandc.variance_compensation import epsilon_scaling
 from quality import Judge, Sampler
 

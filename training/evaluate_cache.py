@@ -34,10 +34,10 @@ from qandc import (
     sample_latents,
     uniform_schedule,
 )
-from qandc.files import write_json
-from qandc.results import result_header
-from qandc.schedule import optimal_schedule, schedule_error
-from qandc.schedule_calibration import feature_gram
+from qandc.caching.schedule import optimal_schedule, schedule_error
+from qandc.method.schedule_calibration import feature_gram
+from qandc.support.files import write_json
+from qandc.support.results import result_header
 from quality import Judge, Sampler
 
 INTERVALS = (2, 3, 4, 5, 8)

@@ -15,8 +15,7 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
-from qandc.files import write_json
-from qandc.metrics import (
+from qandc.evaluation.metrics import (
     FashionClassifier,
     FeatureStatistics,
     class_accuracy,
@@ -25,8 +24,9 @@ from qandc.metrics import (
     inception_score,
     load_statistics,
 )
-from qandc.results import result_header
-from qandc.sampling import decode_latents, make_scheduler, sample_latents
+from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents
+from qandc.support.files import write_json
+from qandc.support.results import result_header
 
 
 def main(

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from qandc.files import write_json
-from qandc.results import result_header
+from qandc.support.files import write_json
+from qandc.support.results import result_header
 
 
 def make_pipeline(directory: Path) -> None:
@@ -44,8 +44,8 @@ def make_pipeline(directory: Path) -> None:
 
 def calibrate(model: Path, out: Path, device: str, settings: dict[str, Any]) -> dict[str, Any]:
     from qandc import CalibrationSettings, calibrate_pipeline, load_pipeline, save_quantized
-    from qandc.pipeline_calibration import CHECKPOINT
-    from qandc.pipelines import resolve_dtype
+    from qandc.method.pipeline_calibration import CHECKPOINT
+    from qandc.sampling.pipelines import resolve_dtype
 
     pipe = load_pipeline(model, device, resolve_dtype("auto", torch.device(device)))
     started = time.perf_counter()

@@ -32,9 +32,9 @@ from qandc import (
     sample_latents,
     smoothing_factors,
 )
-from qandc.files import write_json
-from qandc.metrics import psnr
-from qandc.results import result_header
+from qandc.evaluation.metrics import psnr
+from qandc.support.files import write_json
+from qandc.support.results import result_header
 
 CHANNELS = 4  # that hold outliers
 FIRST_SEED = 20_000_000  # of the samples to calibrate with; far from those of the images

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
-from qandc.metrics import (
+from qandc.evaluation.metrics import (
     EfficientNetFeatures,
     FeatureStatistics,
     class_accuracy,
@@ -20,7 +20,7 @@ from qandc.metrics import (
     load_statistics,
     psnr,
 )
-from qandc.sampling import Corrector, decode_latents
+from qandc.sampling.loop import Corrector, decode_latents
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fashion_mnist import DEFAULT_DIRECTORY, LABELS, load_split
-from qandc.metrics import FashionClassifier, FeatureStatistics, class_accuracy, extract_features
+from qandc.evaluation.metrics import FashionClassifier, FeatureStatistics, class_accuracy, extract_features
 
 NUM_CLASSES = 10
 NULL_CLASS = 1000  # DiTPipeline always passes this id for the unconditional rows

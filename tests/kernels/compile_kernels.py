@@ -21,11 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qandc_kernels import adaln, attention, batched_gemm, denoise, few_rows, launch, quantize, reuse, tiles, tune
-from qandc_kernels.driver import sizes as driver_sizes
-from qandc_kernels.epilogue import Epilogue
-from qandc_kernels.int8_gemm import int8_gemm_triton
-from qandc_kernels.mixed_gemm import mixed_gemm_triton
+from qandc_kernels.tiles import tables as tiles
+from qandc_kernels.tiles import tune
+from qandc_kernels.triton import _launch, adaln, attention, batched, denoise, few_rows, quantize, residual
+from qandc_kernels.triton._driver import sizes as driver_sizes
+from qandc_kernels.triton._epilogue import Epilogue
+from qandc_kernels.triton.int8_gemm import int8_gemm_triton
+from qandc_kernels.triton.mixed_gemm import mixed_gemm_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHAPES = [(m, n, k) for m in (1, 17, 128, 512, 1000, 2048, 4096, 8192, 16384) for n, k in tune.DIT_XL_2]
@@ -77,7 +79,7 @@ def _noting_parameters(start):
     def wrapper(self, operands):
         start(self, operands)
         binary = compiled[-1]
-        arguments = self.arrange(*launch.places(len(operands), self))
+        arguments = self.arrange(*_launch.places(len(operands), self))
         given.append(driver_sizes(list(binary.src.signature.values()), arguments))
 
     return wrapper
@@ -135,7 +137,7 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     shipped = ["nvidia-h200", "nvidia-h100-80gb-hbm3"] if arch == 90 else [f"sm_{arch}"]
     gpus = [tiles.Gpu(name, divmod(arch, 10), 132) for name in shipped]
     gpu = gpus[0]
-    tiles.gpu_of = launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched_gemm.gpu_of = lambda device: gpu
+    tiles.gpu_of = _launch.gpu_of = adaln.gpu_of = attention.gpu_of = batched.gpu_of = lambda device: gpu
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
@@ -185,7 +187,7 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             yield record(arch, "attention", [batch, tokens, width, flag is not None])
     for rows, inner, columns in ((2, 1152, 6912), (16, 256, 1152), (64, 1152, 6912), (5, 100, 70)):
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
-        batched_gemm.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
+        batched.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
         yield record(arch, "batched_linear", [rows, inner, columns])
     for packed, rows, columns, inner in itertools.product((False, True), (1, 2, 16), (18432, 577), (3072, 858)):
         x, out = torch.zeros(rows, inner).bfloat16(), torch.zeros(rows, columns).bfloat16()
@@ -204,7 +206,7 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         gates, scales = x[:, :2].transpose(0, 1).expand(28, -1, -1, -1), None
         if dtype == torch.int8:
             scales = torch.ones(1).expand(features.shape[:5])
-        reuse.gated_sum_triton(x, features, gates, torch.ones(sets) if sets > 1 else None, scales)
+        residual.gated_sum_triton(x, features, gates, torch.ones(sets) if sets > 1 else None, scales)
         yield record(arch, "gated_sum", [samples, sets, dtype.itemsize])
     latents, coefficients = torch.zeros(2, 4, 32, 32), torch.zeros(3, 4)
     for guidance_scale, rows in ((4.0, 4), (None, 2)):
@@ -224,7 +226,7 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
 
 if __name__ == "__main__":
     JITFunction.run = _compile_only(JITFunction.run)
-    launch.Start.__call__ = _noting_parameters(launch.Start.__call__)
+    _launch.Start.__call__ = _noting_parameters(_launch.Start.__call__)
     found = []
     for arch in json.loads(sys.argv[1]):
         driver.set_active(CompileOnly(arch))

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import adaln_quantize_per_tensor, adaln_quantize_per_token, reference
-from qandc_kernels.tiles import Gpu
+from qandc_kernels.tiles.tables import Gpu
 from tests.kernels.oracle import assert_close, assert_rounded, float_dtypes
 
 # numpy, under the interpreter, tells of infinities that are meant to happen
@@ -78,7 +78,7 @@ def test_strided_input(kernel_device, seeded):
 @pytest.mark.parametrize("shape", [(5, 9, 7), (29, 1, 16), (3, 15, 20), (2, 8, 33)], ids=str)
 def test_several_rows_per_program(kernel_device, monkeypatch, shape, seeded):
     """As on a GPU with one multiprocessor: programs of four rows, the last one with fewer, samples of any length."""
-    monkeypatch.setattr("qandc_kernels.adaln.gpu_of", lambda device: Gpu("small", (9, 0), 1))
+    monkeypatch.setattr("qandc_kernels.triton.adaln.gpu_of", lambda device: Gpu("small", (9, 0), 1))
     x, modulation = make(shape, seeded)
     k = shape[2]
     shift, scale = modulation[:, :k], modulation[:, k : 2 * k]

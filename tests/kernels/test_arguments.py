@@ -14,7 +14,8 @@ import torch
 
 import qandc
 import qandc_kernels
-from qandc_kernels import ArgumentError, linear_gate_residual_, op_checks, quantize_per_tensor, reference
+from qandc_kernels import ArgumentError, linear_gate_residual_, quantize_per_tensor, reference
+from qandc_kernels.ops import _checks as op_checks
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 DTYPES = (

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import attention_quantize_per_tensor, reference
-from qandc_kernels.tiles import Gpu
+from qandc_kernels.tiles.tables import Gpu
 from tests.kernels.oracle import assert_rounded, float_dtypes
 
 # numpy, under the interpreter, tells of infinities that are meant to happen
@@ -36,7 +36,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 @pytest.fixture(autouse=True)
 def _a_gpu(monkeypatch, kernel_device):
     if kernel_device.type == "cpu":
-        monkeypatch.setattr("qandc_kernels.attention.gpu_of", lambda device: Gpu("", (9, 0), 132))
+        monkeypatch.setattr("qandc_kernels.triton.attention.gpu_of", lambda device: Gpu("", (9, 0), 132))
 
 
 def make(shape, generator, dtype, device):
@@ -178,8 +178,8 @@ def test_a_captured_graph_follows_the_scale(seeded):
 
 @pytest.mark.parametrize("shape", [(3, 4, 1, 16), (1, 4, 3, 16)], ids=str)
 def test_more_samples_or_heads_than_a_grid_has_take_torchs_attention(kernel_device, monkeypatch, seeded, shape):
-    monkeypatch.setattr("qandc_kernels.attention_ops.LARGEST_GRID", 2)
-    monkeypatch.setattr("qandc_kernels.attention.attention_quantize_triton", None)
+    monkeypatch.setattr("qandc_kernels.ops.attention.LARGEST_GRID", 2)
+    monkeypatch.setattr("qandc_kernels.triton.attention.attention_quantize_triton", None)
     q, k, v = make(shape, seeded, torch.float16, kernel_device)
     out = attention_quantize_per_tensor(q, k, v, torch.tensor(SCALE, device=kernel_device))
     assert_quantized(out, q, k, v, zero_point=0)

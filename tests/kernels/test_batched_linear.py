@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import batched_linear
-from qandc_kernels.tiles import Gpu
+from qandc_kernels.tiles.tables import Gpu
 from tests.kernels.oracle import assert_summed, float_dtypes
 
 # (L, M, N, K)
@@ -19,7 +19,7 @@ LARGE_SHAPES = [(28, 2, 6912, 1152), (4, 16, 1152, 256), (5, 64, 6912, 1152)]
 @pytest.fixture(autouse=True)
 def _a_gpu(monkeypatch, kernel_device):
     if kernel_device.type == "cpu":
-        monkeypatch.setattr("qandc_kernels.batched_gemm.gpu_of", lambda device: Gpu("", (9, 0), 4))
+        monkeypatch.setattr("qandc_kernels.triton.batched.gpu_of", lambda device: Gpu("", (9, 0), 4))
 
 
 def assert_product(y, x, weight, bias):

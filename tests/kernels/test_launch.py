@@ -16,15 +16,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qandc_kernels import (
     int4_linear,
     int8_linear,
-    launch,
     pack_int4,
     quantize_per_tensor,
     quantize_per_token,
     reference,
 )
-from qandc_kernels.driver import DriverKernel, NotSupported, Operand, Tiles
 from qandc_kernels.errors import DeviceError
-from qandc_kernels.launch import Launches, Start
+from qandc_kernels.triton import _launch
+from qandc_kernels.triton._driver import DriverKernel, NotSupported, Operand, Tiles
+from qandc_kernels.triton._launch import Launches, Start
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
@@ -59,8 +59,8 @@ class FakeKernel:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr("qandc_kernels.launch.CompiledKernel", FakeCompiled)
-    monkeypatch.setattr("qandc_kernels.launch.DriverKernel", FakeCompiled.ready)
+    monkeypatch.setattr("qandc_kernels.triton._launch.CompiledKernel", FakeCompiled)
+    monkeypatch.setattr("qandc_kernels.triton._launch.DriverKernel", FakeCompiled.ready)
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda device: 7, raising=False)
     monkeypatch.setattr("torch._C._cuda_getDevice", lambda: -1, raising=False)  # where tensors on a CPU are
     kernel, launches = FakeKernel(), Launches()
@@ -134,7 +134,7 @@ def test_whoever_watches_launches_sees_them(fake, monkeypatch, knob):
 
 
 def test_starts_that_are_kept_are_bounded(fake, monkeypatch):
-    monkeypatch.setattr("qandc_kernels.launch.LARGEST_NUMBER", 3)
+    monkeypatch.setattr("qandc_kernels.triton._launch.LARGEST_NUMBER", 3)
     kernel, call = fake
     for size in (1, 2, 3, 4, 5, 1):
         call(torch.zeros(size))
@@ -145,8 +145,8 @@ def test_what_the_driver_cannot_start_triton_starts_and_a_warning_says_why(fake,
     def refuse(*arguments: object) -> None:
         raise NotSupported("a kernel of another kind")
 
-    launch._log_once.cache_clear()
-    monkeypatch.setattr(launch, "DriverKernel", refuse)
+    _launch._log_once.cache_clear()
+    monkeypatch.setattr(_launch, "DriverKernel", refuse)
     kernel, call = fake
     for _ in range(3):
         call(torch.zeros(4, 16))
@@ -215,7 +215,7 @@ SIZES = [128, 4, 4, 8, 8, 8, 4, 8, 8]  # the map with shape and strides, a point
 @pytest.mark.parametrize("launch_pdl", [False, True])
 def test_the_driver_is_given_what_the_kernel_takes(monkeypatch, scratch, launch_pdl):
     driver = FakeDriver(SIZES + [8] * scratch)
-    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: driver)
+    monkeypatch.setattr("qandc_kernels.triton._driver._driver", lambda: driver)
     start = DriverKernel(_compiled(launch_pdl), (7, 2, 1), _arguments())
     expected = []
     for addresses in ([11, None, 16, 13], [21, None, 32, 23], [31, None, 16, 33]):
@@ -228,7 +228,7 @@ def test_the_driver_is_given_what_the_kernel_takes(monkeypatch, scratch, launch_
 
 @pytest.mark.parametrize("sizes", [SIZES[:-1], [*SIZES, 4], [*SIZES, 8, 8, 8], [128, 4, 4, 8, 8, 8, 8, 8, 8]])
 def test_a_kernel_that_takes_something_else_is_refused(monkeypatch, sizes):
-    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: FakeDriver(sizes))
+    monkeypatch.setattr("qandc_kernels.triton._driver._driver", lambda: FakeDriver(sizes))
     with pytest.raises(NotSupported, match="parameters of"):
         DriverKernel(_compiled(), (1, 1, 1), _arguments())
 
@@ -237,7 +237,7 @@ def test_a_kernel_that_takes_something_else_is_refused(monkeypatch, sizes):
     "field", ["num_ctas", "launch_cooperative_grid", "global_scratch_size", "profile_scratch_size"]
 )
 def test_a_kernel_of_another_kind_is_refused(monkeypatch, field):
-    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: FakeDriver(SIZES))
+    monkeypatch.setattr("qandc_kernels.triton._driver._driver", lambda: FakeDriver(SIZES))
     compiled = _compiled()
     setattr(compiled.metadata, field, 2)
     with pytest.raises(NotSupported):
@@ -245,7 +245,7 @@ def test_a_kernel_of_another_kind_is_refused(monkeypatch, field):
 
 
 def test_what_the_driver_refuses_is_an_error(monkeypatch):
-    monkeypatch.setattr("qandc_kernels.driver._driver", lambda: FakeDriver(SIZES, code=700))
+    monkeypatch.setattr("qandc_kernels.triton._driver._driver", lambda: FakeDriver(SIZES, code=700))
     with pytest.raises(DeviceError, match="error 700"):
         DriverKernel(_compiled(), (1, 1, 1), _arguments())(5, [11, None, 16, 13])
 

@@ -19,9 +19,9 @@ from qandc_kernels import (
     unpack_int4,
     weight_only_linear,
 )
-from qandc_kernels.int8_gemm import int8_gemm_triton
-from qandc_kernels.mixed_gemm import mixed_gemm_triton
-from qandc_kernels.tiles import GemmTile
+from qandc_kernels.tiles.tables import GemmTile
+from qandc_kernels.triton.int8_gemm import int8_gemm_triton
+from qandc_kernels.triton.mixed_gemm import mixed_gemm_triton
 from tests.kernels.oracle import (
     assert_close,
     assert_rounded,

@@ -9,7 +9,8 @@ import pickle
 import pytest
 import torch
 
-from qandc_kernels import Backend, RepeatedLinear, pack_int4, quantized_linear, repeated
+from qandc_kernels import Backend, RepeatedLinear, pack_int4, quantized_linear
+from qandc_kernels.ops import repeated
 
 N, K = 96, 64
 
@@ -53,7 +54,7 @@ def kept(monkeypatch):
 
     monkeypatch.setattr(repeated, "_goes_straight", lambda x: True)
     monkeypatch.setattr(repeated, "backend_of", lambda device: Backend("triton", ""))
-    monkeypatch.setattr("qandc_kernels.products.kept_starts", keep)
+    monkeypatch.setattr("qandc_kernels.triton.linear.kept_starts", keep)
     return found
 
 

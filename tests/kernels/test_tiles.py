@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import qandc_kernels
-from qandc_kernels import tiles, tune
-from qandc_kernels.epilogue import Epilogue
-from qandc_kernels.tiles import GemmTile, Gpu, gemm_tile, heuristic_tile, kernel_name
+from qandc_kernels.tiles import tables as tiles
+from qandc_kernels.tiles import tune
+from qandc_kernels.tiles.tables import GemmTile, Gpu, gemm_tile, heuristic_tile, kernel_name
+from qandc_kernels.triton._epilogue import Epilogue
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KB
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def test_the_table_that_ships_covers_the_layers_of_dit_xl_2(tables):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
 def test_tuning_without_a_gpu_says_so():
-    done = subprocess.run([sys.executable, "-m", "qandc_kernels.tune"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "qandc_kernels.tiles.tune"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "tiles are measured on a GPU" in done.stderr
     assert "Traceback" not in done.stderr
@@ -214,7 +215,9 @@ def test_warm_up_without_kernels_does_nothing():
 
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_warm_up_runs_every_kernel(kernel_device, monkeypatch, w_bits):
-    monkeypatch.setattr("qandc_kernels.warmup.select_backend", lambda device: qandc_kernels.Backend("triton", "here"))
+    monkeypatch.setattr(
+        "qandc_kernels.tiles.warmup.select_backend", lambda device: qandc_kernels.Backend("triton", "here")
+    )
     qandc_kernels.warm_up([(48, 64)], [5, 12], torch.float16, w_bits, tokens=6, device=kernel_device)
 
 

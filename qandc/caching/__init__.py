@@ -1,0 +1,1 @@
+"""Decide when a feature cache computes, and keep what it reuses."""

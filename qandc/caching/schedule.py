@@ -1,0 +1,397 @@
+"""When a feature cache computes and when it reuses: decided before the denoising loop, as a tuple of booleans.
+
+True is a *compute step*, False a *reuse step*. This module knows no model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+
+from qandc.errors import ConfigError
+from qandc.support.arguments import Between, Steps, check_fields, checked
+from qandc.support.files import write_whole
+
+__all__ = [
+    "CacheConfig",
+    "CalibratedSchedule",
+    "Schedule",
+    "forecast_errors",
+    "forecast_weights",
+    "format_schedule",
+    "optimal_schedule",
+    "uniform_schedule",
+]
+
+Schedule = tuple[bool, ...]
+MODES = ("block", "branch", "taylor")
+STORAGE_DTYPES = ("float32", "bfloat16", "int8")
+LARGEST_ORDER = 2
+DEFAULT_INTERVAL = 5
+
+
+def _is_computed(step: int, interval: int, warm_up_steps: int) -> bool:
+    return step < warm_up_steps or (step - warm_up_steps + 1) % interval == 0
+
+
+@checked
+def uniform_schedule(
+    num_inference_steps: Steps, interval: Steps, *, warm_up_steps: Steps = 1, last_step_computed: bool = False
+) -> Schedule:
+    """Compute the first ``warm_up_steps``, then every ``interval``-th step (FORA, arXiv 2407.01425).
+
+    >>> "".join("C" if computed else "." for computed in uniform_schedule(8, 3))
+    'C..C..C.'
+    """
+    steps = [_is_computed(step, interval, warm_up_steps) for step in range(num_inference_steps)]
+    steps[-1] |= last_step_computed
+    return tuple(steps)
+
+
+@checked
+def format_schedule(schedule: Sequence[bool], timesteps: Sequence[float] | None = None) -> str:
+    """The steps (or their timesteps), compute steps with a star: ``981* 961 941 921* ...``"""
+    names = range(len(schedule)) if timesteps is None else timesteps
+    if len(names) != len(schedule):
+        raise ConfigError(f"{len(schedule)} steps of a schedule cannot be printed next to {len(names)} timesteps")
+    return " ".join(f"{int(name)}{'*' * computed}" for name, computed in zip(names, schedule, strict=True))
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a feature cache keeps and when it uses it.
+
+    Attributes:
+        mode: ``block`` keeps what all blocks together add to the residual stream, one tensor. ``branch`` keeps the
+            output of every attention and MLP before its gate, and applies the gate of the current step (FORA).
+            ``taylor`` forecasts these from the last ``order + 1`` compute steps (TaylorSeer, arXiv 2503.06923).
+        interval: every ``interval``-th step is computed; 5 if neither it nor a schedule is given.
+        schedule: instead of an interval, whether each step of a run is computed.
+        order: of the forecast, 1 or 2; only for ``taylor``.
+        warm_up_steps: how many first steps are computed; by default 1, for ``taylor`` ``order + 1``.
+        num_inference_steps: steps of a run, if the interval should be a schedule of that many.
+        last_step_computed: needs ``num_inference_steps``.
+        storage_dtype: ``float32``, ``bfloat16`` or ``int8`` (with a scale per token); None as the model computes.
+        timesteps: of the run that a schedule is for, one for each of its steps, none above the one before. A cache
+            refuses steps at others; None takes any. Configs that differ in nothing else are equal.
+
+    A step is a call of the model: a scheduler of second order takes 2 n - 1 of them for n inference steps.
+
+    Raises:
+        ConfigError: a value is not one of these, or they contradict each other.
+    """
+
+    mode: str = "block"
+    interval: Steps | None = None
+    schedule: Schedule | None = None
+    order: int = 1
+    warm_up_steps: Steps | None = None
+    num_inference_steps: Steps | None = None
+    last_step_computed: bool = False
+    storage_dtype: str | None = None
+    # which runs it is for, not what it does; str(config) is part of what compensations were fitted for
+    timesteps: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    _steps: Schedule | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.mode not in MODES:
+            raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if self.storage_dtype is not None and self.storage_dtype not in STORAGE_DTYPES:
+            allowed = ", ".join(STORAGE_DTYPES)
+            raise ConfigError(f"storage_dtype {self.storage_dtype!r} is unknown; choose one of {allowed}, or None")
+        if not 1 <= self.order <= LARGEST_ORDER:
+            raise ConfigError(f"order is {self.order}; give 1 or 2 (higher differences amplify quantization noise)")
+        if self.schedule is not None:
+            self._check_schedule(self.schedule)
+            self._check_timesteps()
+            return
+        object.__setattr__(self, "interval", DEFAULT_INTERVAL if self.interval is None else self.interval)
+        if self.warm_up_steps is None:
+            object.__setattr__(self, "warm_up_steps", self.history)
+        if self.last_step_computed and self.num_inference_steps is None:
+            raise ConfigError("last_step_computed needs num_inference_steps: which step is the last is not known else")
+        if self.num_inference_steps is not None:
+            assert self.interval is not None
+            assert self.warm_up_steps is not None
+            schedule = uniform_schedule(
+                self.num_inference_steps,
+                self.interval,
+                warm_up_steps=self.warm_up_steps,
+                last_step_computed=self.last_step_computed,
+            )
+            object.__setattr__(self, "_steps", schedule)
+        self._check_order()
+        self._check_timesteps()
+
+    def _check_timesteps(self) -> None:
+        if self.timesteps is None:
+            return
+        if self._steps is None:
+            raise ConfigError("timesteps need a schedule or num_inference_steps: an interval is for runs of any length")
+        timesteps = tuple(float(timestep) for timestep in self.timesteps)
+        if len(timesteps) != len(self._steps):
+            raise ConfigError(f"a schedule of {len(self._steps)} steps needs as many timesteps; got {len(timesteps)}")
+        rise = next((pair for pair in itertools.pairwise(timesteps) if pair[1] > pair[0]), None)
+        if rise is not None:  # a feature cache takes it for the begin of another run
+            raise ConfigError("timesteps rise from {:g} to {:g}; give those of a run whose never do".format(*rise))
+        object.__setattr__(self, "timesteps", timesteps)
+
+    def _check_schedule(self, schedule: Schedule) -> None:
+        for name in ("interval", "warm_up_steps", "num_inference_steps"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"give a schedule or {name}, not both: the schedule says which steps are computed")
+        if self.last_step_computed:
+            raise ConfigError("give a schedule or last_step_computed, not both: the schedule says it for the last step")
+        if not schedule:
+            raise ConfigError("schedule is empty; give whether each step is computed, one boolean per step")
+        if not schedule[0]:
+            raise ConfigError("the first step of the schedule is not computed, but there is nothing to reuse yet")
+        object.__setattr__(self, "_steps", self.schedule)
+        self._check_order()
+
+    def _check_order(self) -> None:
+        computed = next((step for step in range(self._horizon) if not self.computes(step)), self.history)
+        if computed < self.history:
+            raise ConfigError(
+                f"a forecast of order {self.order} needs {self.history} computed steps before the first reuse; this "
+                f"schedule has {computed} (compute more first steps, or lower the order)"
+            )
+
+    @property
+    def _horizon(self) -> int:
+        """So many steps show all that a schedule does."""
+        if self._steps is not None:
+            return len(self._steps)
+        assert self.interval is not None
+        assert self.warm_up_steps is not None
+        return self.warm_up_steps + self.interval
+
+    @property
+    def history(self) -> int:
+        """Compute steps whose features are kept."""
+        return self.order + 1 if self.mode == "taylor" else 1
+
+    @property
+    def length(self) -> int | None:
+        """Steps of a run; None if any number will do."""
+        return None if self._steps is None else len(self._steps)
+
+    def computes(self, step: int) -> bool:
+        if self._steps is not None:
+            return self._steps[step]
+        assert self.interval is not None
+        assert self.warm_up_steps is not None
+        return _is_computed(step, self.interval, self.warm_up_steps)
+
+    def stores(self, step: int) -> bool:
+        """Whether a later step will use the features of this compute step."""
+        if self._steps is None and self.interval == 1:
+            return False
+        computed = 1
+        for later in range(step + 1, len(self._steps) if self._steps is not None else step + 1 + self._horizon):
+            if not self.computes(later):
+                return True
+            computed += 1
+            if computed > self.history:
+                return False
+        return False
+
+    @checked
+    def of_steps(self, num_inference_steps: Steps) -> Schedule:
+        """The schedule of a run of so many steps.
+
+        Raises:
+            ConfigError: the schedule has another length.
+        """
+        if self._steps is not None and len(self._steps) != num_inference_steps:
+            raise ConfigError(
+                f"the cache schedule has {len(self._steps)} steps and the run {num_inference_steps}; give a schedule "
+                "of that length (one entry for each call of the model), or an interval"
+            )
+        return tuple(self.computes(step) for step in range(num_inference_steps))
+
+    @checked
+    def check_run(self, timesteps: Sequence[float]) -> None:
+        """Raise ConfigError for a run, given by its timesteps, that the schedule is not for; it names both."""
+        self.of_steps(len(timesteps))
+        for step, (expected, timestep) in enumerate(zip(self.timesteps or (), timesteps, strict=False)):
+            if abs(timestep - expected) >= 1:  # schedules may keep the whole part alone
+                raise ConfigError(
+                    f"the cache schedule is for runs with step {step + 1} at timestep {expected:g}; this one has it at "
+                    f"{timestep:g}: calibrate a schedule for this scheduler, or give an interval"
+                )
+
+
+def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[float]:
+    """The forecast at ``step`` as a weighted sum of the features at ``computed`` steps, newest first.
+
+    TaylorSeer (arXiv 2503.06923): ``F(s) = Σ_i Δ^i F · x^i / i!`` with x the steps since the newest, and
+    ``Δ^i = (Δ^(i-1) now - Δ^(i-1) at the computed step before) / d``, d the steps between these two.
+
+    >>> forecast_weights([6, 3], 8, 1)  # 2 of 3 steps further along the line
+    [1.6666666666666665, -0.6666666666666666]
+    """
+    order = min(order, len(computed) - 1)
+    since = step - computed[0]
+    weights = [1.0] + [0.0] * (len(computed) - 1)
+    if order >= 1:
+        last = computed[0] - computed[1]
+        weights[0] += since / last
+        weights[1] -= since / last
+    if order >= 2:
+        before = computed[1] - computed[2]
+        half = since**2 / 2 / last
+        weights[0] += half / last
+        weights[1] -= half * (1 / last + 1 / before)
+        weights[2] += half / before
+    return weights
+
+
+def forecast_errors(gram: np.ndarray, computed: Sequence[int], order: int) -> np.ndarray:
+    """``‖forecast - c_j‖ / ‖c_j‖`` of all steps j after the newest computed one: ``[S - 1 - newest]``.
+
+    ``gram [S, S, S]`` holds at ``[j, a, b]`` the product of what features of steps a and b contribute at step j:
+    ``‖Σ_k w_k c_k - c_j‖² = wᵀ G w - 2 wᵀ G_j + G_jj``.
+    """
+    at, kept = np.arange(computed[0] + 1, len(gram)), list(computed)
+    weights = np.array([forecast_weights(computed, int(j), order) for j in at]).reshape(len(at), len(kept))
+    between = gram[at[:, None, None], np.array(kept)[:, None], np.array(kept)]
+    with_truth = gram[at[:, None], np.array(kept), at[:, None]]
+    truth = gram[at, at, at]
+    squares = np.einsum("ja,jab,jb->j", weights, between, weights) - 2 * (weights * with_truth).sum(1) + truth
+    return np.sqrt(squares.clip(min=0) / truth)
+
+
+def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, warm_up_steps: int = 1) -> Schedule:
+    """The schedule with ``computed_steps`` compute steps whose summed relative error is least, by dynamic programming.
+
+    The state is the last ``order + 1`` computed steps, on which the forecasts until the next one depend.
+
+    Args:
+        gram: as :func:`forecast_errors`.
+        computed_steps: how many of the S steps are computed, ``warm_up_steps`` to S.
+        order: of the forecast; 0 repeats the newest features.
+        warm_up_steps: first steps that are computed in any case, at least ``order + 1``.
+    """
+    steps = len(gram)
+    if not order < warm_up_steps <= computed_steps <= steps:
+        raise ConfigError(
+            f"of {steps} steps {computed_steps} cannot be computed with {warm_up_steps} first ones and order {order}; "
+            f"allowed are {warm_up_steps} to {steps}, and at least order + 1 first ones"
+        )
+    # of order 2 there are too many histories; far longer gaps than the mean are never good there
+    longest = steps if order < 2 else 2 * -(-steps // computed_steps) + 2
+    sums: dict[tuple[int, ...], np.ndarray] = {}
+
+    def until(history: tuple[int, ...], stop: int) -> float:
+        """Error of all reuse steps before ``stop``."""
+        if history not in sums:
+            sums[history] = np.concatenate([[0.0], forecast_errors(gram, history, order).cumsum()])
+        return float(sums[history][stop - history[0] - 1])
+
+    start = tuple(range(warm_up_steps - 1, warm_up_steps - 2 - order, -1))
+    costs = {start: 0.0}
+    before: list[dict[tuple[int, ...], tuple[int, ...]]] = []
+    for _ in range(computed_steps - warm_up_steps):
+        best: dict[tuple[int, ...], float] = {}
+        origin: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for history, cost in costs.items():
+            for step in range(history[0] + 1, min(steps, history[0] + 1 + longest)):
+                total, following = cost + until(history, step), (step, *history[:-1])
+                if total < best.get(following, np.inf):
+                    best[following], origin[following] = total, history
+        costs = best
+        before.append(origin)
+    history = min(costs, key=lambda known: costs[known] + until(known, steps))
+    computed = set(range(warm_up_steps)) | {history[0]}
+    for origin in reversed(before):
+        history = origin[history]
+        computed.add(history[0])
+    return tuple(step in computed for step in range(steps))
+
+
+def schedule_error(gram: np.ndarray, schedule: Schedule, order: int) -> float:
+    """Summed relative error of the reuse steps of a schedule."""
+    computed = [step for step, chosen in enumerate(schedule) if chosen]
+    total = 0.0
+    for i, (step, following) in enumerate(itertools.pairwise([*computed, len(schedule)])):
+        history = tuple(reversed(computed[max(0, i - order) : i + 1]))
+        total += float(forecast_errors(gram, history, order)[: following - step - 1].sum())
+    return total
+
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CalibratedSchedule:
+    """A schedule found by :func:`qandc.calibrate_schedule`, with what it was found for; or a uniform one.
+
+    Attributes:
+        schedule: whether each step is computed, one entry for each call of the model.
+        timesteps: of these calls, whole parts.
+        mode, order: as in :class:`CacheConfig`; order 0 but for ``taylor``.
+        error, uniform_error: an estimate of the summed relative feature error of its reuse steps, and of those of an
+            evenly spaced schedule with as many compute steps (:func:`qandc.calibrate_schedule` says what of); None of a
+            uniform one, for which no features were compared.
+    """
+
+    schedule: Schedule
+    timesteps: tuple[int, ...]
+    mode: str
+    order: Annotated[int, Between(0, LARGEST_ORDER)]
+    error: Annotated[float, Between(0)] | None = None
+    uniform_error: Annotated[float, Between(0)] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.mode not in MODES:
+            raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if not self.schedule or len(self.schedule) != len(self.timesteps):
+            raise ConfigError(
+                f"a schedule needs steps, and as many timesteps as steps; got {len(self.timesteps)} and "
+                f"{len(self.schedule)}"
+            )
+
+    @checked
+    def config(self, storage_dtype: str | None = None) -> CacheConfig:
+        """The cache that follows it, in runs at its timesteps."""
+        config = CacheConfig(self.mode, schedule=self.schedule, order=max(1, self.order), storage_dtype=storage_dtype)
+        return replace(config, timesteps=self.timesteps)
+
+    @checked
+    def save(self, path: str | Path) -> None:
+        """Write as JSON; a file under this name is always whole."""
+        text = json.dumps({"version": FORMAT_VERSION, **asdict(self)}) + "\n"
+        write_whole(Path(path), lambda partial: partial.write_text(text))
+
+    @classmethod
+    @checked
+    def load(cls, path: str | Path) -> CalibratedSchedule:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: the file is not there, or no schedule of this version.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            version = values.pop("version")
+            if version != FORMAT_VERSION:
+                raise ConfigError(f"{str(path)!r} has version {version}, known is {FORMAT_VERSION}; update qandc")
+            values["schedule"], values["timesteps"] = tuple(values["schedule"]), tuple(values["timesteps"])
+            found = cls(**values)
+            if len(found.schedule) != len(found.timesteps):
+                raise ValueError("as many timesteps as steps are needed")
+            found.config()
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{str(path)!r} is no schedule: {error}; make one with calibrate_schedule") from error
+        return found

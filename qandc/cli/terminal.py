@@ -1,0 +1,168 @@
+"""What commands write: two consoles, progress bars, tables, and a check of files before they are written."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qandc.caching.schedule import format_schedule
+from qandc.errors import ConfigError, OutputError, QandCError
+
+if TYPE_CHECKING:  # they load what no other command needs
+    from qandc.evaluation.compare import Evaluation
+    from qandc.experiments.generate import Comparison
+    from qandc.method.pipeline_calibration import CalibrationReport
+
+__all__ = [
+    "check_output",
+    "err",
+    "out",
+    "print_calibration",
+    "print_comparison",
+    "print_evaluation",
+    "progress_bars",
+    "quiet_diffusers",
+    "stage_bars",
+]
+
+out = Console(highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
+
+
+def progress_bars() -> Progress:
+    """On stderr."""
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err)
+
+
+@contextmanager
+def stage_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Takes progress as ``(stage, completed, total)``: a bar for each stage at work, a line for each that is done."""
+    if not shown:
+        yield lambda stage, completed, total: None
+        return
+    tasks: dict[str, TaskID] = {}
+    with progress_bars() as bars:
+
+        def show(stage: str, completed: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            done = bars.tasks[tasks[stage]].finished
+            bars.update(tasks[stage], completed=completed)
+            if completed == total and not done:  # there may be more stages than a screen has lines
+                bars.update(tasks[stage], visible=False)
+                bars.console.print(f"{stage}: done")
+
+        yield show
+
+
+def check_output(path: Path, suffix: str) -> None:
+    """Refuse, before the work begins, a file that could not be written after it."""
+    try:
+        if path.is_dir():
+            name = path / f"images{suffix}"
+            raise OutputError(f"output {str(path)!r} is a directory; give a file name such as {name}")
+        if path.suffix.lower() != suffix:
+            raise ConfigError(f"output {str(path)!r} must end in {suffix}")
+        if not path.parent.is_dir():
+            raise OutputError(f"output folder {str(path.parent)!r} does not exist; create it or give another one")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except QandCError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"output {str(path)!r} cannot be written ({reason}); give another file") from None
+
+
+def quiet_diffusers() -> None:
+    """Keep diffusers' loading bars and hints out of our output."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    if not logging.getLogger("qandc").isEnabledFor(logging.DEBUG):
+        diffusers_logging.set_verbosity_error()
+
+
+def print_comparison(result: Comparison, dtype: str) -> None:
+    """The table of ``qandc generate``."""
+    assert result.report is not None
+    full, quantized = result.rows
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("", "s / image", "speed", "transformer", "PSNR to FP"):
+        table.add_column(header, justify="left" if not header else "right")
+    quality = f"{result.psnr.mean():.1f} dB (worst {result.psnr.min():.1f})"
+    for row, name, speed, decibel in (
+        (full, f"{full.name} ({dtype})", 1.0, ""),
+        (quantized, quantized.name, result.speed_ratio, quality),
+    ):
+        memory = f"{row.transformer_bytes / 1e6:.1f} MB"
+        table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
+    out.print(table)
+    layers = result.report.quantized
+    before, after = result.report.quantized_bytes
+    out.print(
+        f"{len(layers)} layers quantized ({layers[0].scheme}), their weights {before / 1e6:.1f} -> "
+        f"{after / 1e6:.1f} MB\n"
+        f"kernel: {layers[0].kernel} ({layers[0].reason})",
+        soft_wrap=True,
+    )
+
+
+def print_calibration(report: CalibrationReport, directory: Path) -> None:
+    """The table of ``qandc calibrate``."""
+    schedule = report.preset.schedule
+    layers = report.quantization.quantized
+    before, after = report.quantization.quantized_bytes
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("layers", f"{len(layers)} ({layers[0].scheme})")
+    table.add_row("their weights", f"{before / 1e6:.1f} -> {after / 1e6:.1f} MB")
+    table.add_row("computed steps", f"{sum(schedule.schedule)} of {len(schedule.schedule)} ({schedule.mode})")
+    for name, decibels in (
+        ("PSNR to FP", report.psnr_uncompensated),
+        ("PSNR to FP, with VC", report.psnr_compensated),
+    ):
+        if decibels is not None:
+            table.add_row(name, f"{decibels.mean():.1f} dB (worst {decibels.min():.1f})")
+    out.print(table)
+    if report.psnr_compensated is not None and report.psnr_compensated.mean() < report.psnr_uncompensated.mean():
+        out.print("VC made these images less like those of full precision; --vc none leaves it out")
+    out.print(format_schedule(schedule.schedule, schedule.timesteps), soft_wrap=True)
+    out.print(f"wrote {directory}\nnext: qandc generate --settings {shlex.quote(str(directory))}", soft_wrap=True)
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The table of ``qandc evaluate``."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    score = "inception score" if result.split is None else f"inception score, parts of {result.split}"
+    rows = (
+        ("Fréchet distance", result.frechet_distance),
+        (f"Fréchet distance, spatial ({result.spatial})", result.spatial_frechet_distance),
+        (score, result.inception_score),
+        ("precision", result.precision),
+        ("recall", result.recall),
+        ("kernel distance", result.kernel_distance),
+    )
+    for name, value in rows:
+        spread = (
+            f" ± {result.kernel_distance_std:.2g}" if name == "kernel distance" and result.kernel_distance_std else ""
+        )
+        table.add_row(name, "-" if value is None else f"{value:.5g}{spread}")
+    out.print(table)
+    counted = f"{result.reference_count} of" if result.reference_count else "an unknown number of"
+    out.print(
+        f"features: {result.extractor} ({result.description})\n"
+        f"{result.count} of {result.images} against {counted} {result.reference}",
+        soft_wrap=True,
+    )
+    for note in result.notes:
+        out.print(f"note: {note}", soft_wrap=True)

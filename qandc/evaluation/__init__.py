@@ -1,0 +1,1 @@
+"""Compare sets of images; knows no diffusion model."""

@@ -1,0 +1,1 @@
+"""Draw many images, and compare what drew them."""

@@ -1,0 +1,258 @@
+"""The main job: the same noise through the full-precision and through the quantized, cached model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from qandc.cache import apply_cache_to_dit, paused_cache, remove_cache
+from qandc.caching.schedule import CacheConfig
+from qandc.evaluation.metrics import psnr
+from qandc.evaluation.pixels import to_uint8
+from qandc.method.presets import Preset
+from qandc.quantization.conversion import QuantizationReport, quantization_report, quantize_model
+from qandc.quantization.observe import smoothing_factors
+from qandc.quantizer import QuantConfig
+from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents, set_timesteps
+from qandc.support.results import result_header
+from qandc.variance_compensation import Compensation
+
+__all__ = ["Comparison", "GenerateSettings", "Row", "comparison_record", "draw_grid", "generate", "quantized_name"]
+
+BATCH_SIZE = 32
+SMOOTHING_IMAGES, SMOOTHING_STEPS = 10, 10  # of the run that shows the outliers
+SMOOTHING_SEED = 20_000_000  # far from what anybody draws
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What ``qandc generate`` draws; validated by the functions that use each value."""
+
+    class_labels: tuple[int, ...]
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.5
+    scheduler: str = "ddpm"
+    config: QuantConfig = field(default_factory=QuantConfig)
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig("branch", interval=3))
+    seed: int = 0
+    preset: Preset | None = None
+    """Calibrated settings that ``config`` and ``cache`` are of; it adds smoothing, ranges, weights and compensation."""
+    smoothing: bool = True
+    """Move outliers from activations to weights; with a preset, whether that does."""
+
+
+@dataclass
+class Row:
+    """One model's images, batch by batch as they are finished, and the seconds these took."""
+
+    name: str
+    transformer_bytes: int
+    batches: list[torch.Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def images(self) -> torch.Tensor:
+        """``[B, C, H, W]`` in [-1, 1]."""
+        return torch.cat(self.batches)
+
+    @property
+    def seconds_per_image(self) -> float:
+        return self.seconds / len(self.images)
+
+
+@dataclass
+class Comparison:
+    """Rows in the order they were begun; ``report`` belongs to the quantized one."""
+
+    rows: list[Row] = field(default_factory=list)
+    report: QuantizationReport | None = None
+
+    @property
+    def speed_ratio(self) -> float:
+        """Seconds per image in full precision over those of the quantized model."""
+        full, quantized = self.rows
+        return full.seconds_per_image / quantized.seconds_per_image
+
+    @property
+    def psnr(self) -> torch.Tensor:
+        """Of each quantized image to the one of full precision, in dB."""
+        full, quantized = self.rows
+        return psnr(quantized.images, full.images)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def _sample(
+    pipe: Any,
+    settings: GenerateSettings,
+    row: Row,
+    progress: Callable[[int], None],
+    compensation: Compensation | None = None,
+) -> None:
+    """Add all images of one model to ``row``, decoding included in the clock."""
+
+    def batch(first: int, steps: int, progress: Callable[[int], None]) -> torch.Tensor:
+        labels = settings.class_labels[first : first + BATCH_SIZE]
+        latents = sample_latents(
+            pipe.transformer,
+            make_scheduler(settings.scheduler, pipe.scheduler.config),
+            labels,
+            num_inference_steps=steps,
+            guidance_scale=settings.guidance_scale,
+            seeds=[settings.seed + first + index for index in range(len(labels))],
+            callback=lambda step, timestep, latents: progress(len(labels)),
+            compensation=compensation if steps == settings.num_inference_steps else None,
+        )
+        return decode_latents(pipe.vae, latents)
+
+    # outside the clock: compilation and the loading of kernels belong to no image
+    with paused_cache(pipe.transformer):  # whose schedule may have another length
+        batch(0, 1, lambda done: None)
+    for first in range(0, len(settings.class_labels), BATCH_SIZE):
+        started = time.perf_counter()
+        row.batches.append(batch(first, settings.num_inference_steps, progress))
+        row.seconds += time.perf_counter() - started
+
+
+def _smoothing(pipe: Any, settings: GenerateSettings) -> dict[str, torch.Tensor]:
+    """Find smoothing factors on a short run of other noise than that of the images."""
+    labels = settings.class_labels[:SMOOTHING_IMAGES]
+
+    def run() -> torch.Tensor:
+        return sample_latents(
+            pipe.transformer,
+            make_scheduler(settings.scheduler, pipe.scheduler.config),
+            labels,
+            num_inference_steps=min(SMOOTHING_STEPS, settings.num_inference_steps),
+            guidance_scale=settings.guidance_scale,
+            seeds=range(SMOOTHING_SEED, SMOOTHING_SEED + len(labels)),
+        )
+
+    return smoothing_factors(pipe.transformer, run, skip_patterns=settings.config.skip_patterns)
+
+
+def generate(
+    pipe: Any,
+    settings: GenerateSettings,
+    result: Comparison,
+    progress: Callable[[str, int], None] = lambda row, done: None,
+) -> None:
+    """Sample in full precision, quantize ``pipe.transformer`` in place, attach the cache, sample the same noise again.
+
+    Args:
+        result: receives rows and images as they are finished, so that an interrupted run keeps them.
+        progress: called as ``progress(row name, images denoised by one step)``.
+
+    Raises:
+        ConfigError: before any work, the cache has a schedule for another run; or as :func:`qandc.sample_latents`.
+    """
+    scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
+    settings.cache.check_run(set_timesteps(scheduler, settings.num_inference_steps))
+    full = Row("FP", module_bytes(pipe.transformer))
+    result.rows.append(full)
+    _sample(pipe, settings, full, lambda done: progress(full.name, done))
+
+    preset, config = settings.preset, settings.config
+    if preset is None:
+        smoothing = _smoothing(pipe, settings) if settings.smoothing and config.a_bits < 16 else None
+        quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns, smoothing=smoothing)
+    else:
+        preset.quantize(pipe.transformer)
+    quantized = Row(quantized_name(settings), module_bytes(pipe.transformer))
+    result.rows.append(quantized)
+    result.report = quantization_report(pipe.transformer)
+    apply_cache_to_dit(pipe.transformer, config=settings.cache)
+    compensation = None if preset is None else preset.compensation
+    try:
+        _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done), compensation)
+    finally:
+        remove_cache(pipe.transformer)
+
+
+def quantized_name(settings: GenerateSettings) -> str:
+    """E.g. "W8A8 + branch cache 3", "W8A8" where every step is computed, "W8A8 + taylor 17/50 + VC" calibrated."""
+    cache = settings.cache
+    if settings.preset is not None and cache.schedule is not None:
+        compensated = "" if settings.preset.compensation is None else " + VC"
+        return f"{settings.config.scheme} + {cache.mode} {sum(cache.schedule)}/{len(cache.schedule)}{compensated}"
+    if cache.schedule is not None:
+        return f"{settings.config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
+    return settings.config.scheme + ("" if cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
+
+
+def comparison_record(result: Comparison, settings: GenerateSettings, device: str, dtype: str) -> dict[str, Any]:
+    """The finished comparison as a measured result (:mod:`qandc.support.results`)."""
+    assert result.report is not None
+    full, quantized = (
+        {
+            "name": row.name,
+            "images": len(row.images),
+            "seconds_per_image": row.seconds_per_image,
+            "transformer_bytes": row.transformer_bytes,
+        }
+        for row in result.rows
+    )
+    layers = result.report.quantized
+    before, after = result.report.quantized_bytes
+    quantized |= {
+        "speed_ratio": result.speed_ratio,
+        "psnr_mean": float(result.psnr.mean()),
+        "psnr_min": float(result.psnr.min()),
+        "layers_quantized": len(layers),
+        "quantized_bytes_before": before,
+        "quantized_bytes_after": after,
+        "kernel": layers[0].kernel,
+    }
+    described = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "preset"}
+    described |= {"config": asdict(settings.config), "cache": str(settings.cache)}
+    if settings.preset is not None:
+        compensation = settings.preset.compensation
+        described["compensation"] = None if compensation is None else compensation.form
+    header = result_header({**described, "device": device, "dtype": dtype})
+    return {**header, "rows": [full, quantized], "goals": []}
+
+
+def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) -> Image.Image:
+    """Draw one labelled picture: a line of images per row, class names above, row names at the left, a caption below.
+
+    Raises:
+        DataError: an image contains NaN or inf.
+    """
+    height, width = rows[0].images.shape[-2:]
+    zoom = max(1, 112 // width)
+    cell_h, cell_w, gap = height * zoom, width * zoom, 6
+    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max(int(measure.textlength(row.name, font)) for row in rows) + 3 * gap
+    top, bottom = 28, 30
+    caption_width = int(measure.textlength(caption, small)) + left + gap
+    canvas_size = (
+        max(left + len(column_names) * (cell_w + gap), caption_width),
+        top + len(rows) * (cell_h + gap) + bottom,
+    )
+    canvas = Image.new("RGB", canvas_size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, name in enumerate(column_names):
+        name = " ".join(name.split())
+        while name and measure.textlength(name, small) > cell_w:
+            name = name[:-1]
+        draw.text((left + column * (cell_w + gap) + cell_w / 2, top / 2), name, "black", small, anchor="mm")
+    for line, row in enumerate(rows):
+        y = top + line * (cell_h + gap)
+        draw.text((left - 2 * gap, y + cell_h / 2), row.name, "black", font, anchor="rm")
+        for column, image in enumerate(to_uint8(row.images, f"{row.name}: images")):
+            pixels = image.permute(1, 2, 0).numpy()
+            tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            tile = tile.resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left + column * (cell_w + gap), y))
+    draw.text((left, canvas_size[1] - bottom / 2), caption, "dimgray", small, anchor="lm")
+    return canvas

@@ -1,0 +1,173 @@
+"""One file of many images, of one model, drawn by any number of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qandc.cache import apply_cache_to_dit, get_cache, paused_cache, remove_cache
+from qandc.errors import OutputError, ProcessError
+from qandc.experiments.processes import Processes
+from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
+from qandc.fusion.fused_dit import fuse_dit
+from qandc.method.presets import Preset
+from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents
+from qandc.sampling.pipelines import fingerprint
+from qandc.support.files import keep_settings, locked
+from qandc.variance_compensation import Compensation
+
+__all__ = ["ImageDrawer", "check_new", "describe_pipeline", "sample_file"]
+
+SETTINGS = "settings.json"
+
+
+def describe_pipeline(pipe: Any, scheduler: Any, source: str | None) -> dict[str, Any]:
+    """What else than a command's options decides about images, for the file that a resumed run is compared with."""
+    model = pipe.transformer
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {
+        "model": source,
+        "weights": [fingerprint(model), fingerprint(pipe.vae)],
+        "scheduler_config": config,
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def check_new(path: Path) -> None:
+    """Refuse a file that is finished, with nothing of it left to do.
+
+    Raises:
+        OutputError: it is there.
+    """
+    if path.exists() and not _shards_of(path).exists():
+        raise OutputError(f"{str(path)!r} is there already; delete it, or give another file")
+
+
+def _shards_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.shards")
+
+
+class ImageDrawer:
+    """Labels and seeds to images ``[B, C, H, W]`` in [-1, 1], by one model in one kind of run."""
+
+    def __init__(
+        self, vae: Any, model: Any, scheduler: Any, run: dict[str, Any], compensation: Compensation | None = None
+    ) -> None:
+        self.vae, self.model, self.scheduler, self.run, self.compensation = vae, model, scheduler, run, compensation
+
+    def warm_up(self, images: int) -> None:
+        """Load kernels and capture graphs by drawing images for nobody, so that this belongs to no image's time.
+
+        In one step on a CPU; in a whole run on a GPU, which has graphs for each kind of step.
+        """
+        if self.model.device.type == "cuda":
+            self([0] * images, range(images))
+            return
+        with paused_cache(self.model):  # whose schedule may have another length
+            short = {**self.run, "num_inference_steps": 1}
+            latents = sample_latents(self.model, self.scheduler, [0] * images, seeds=range(images), **short)
+            decode_latents(self.vae, latents)
+
+    def __call__(self, labels: Any, seeds: Any) -> torch.Tensor:
+        latents = sample_latents(
+            self.model, self.scheduler, list(labels), seeds=list(seeds), compensation=self.compensation, **self.run
+        )
+        return decode_latents(self.vae, latents)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of cached features, and on a GPU the most that torch had since it was last asked to forget."""
+        cache, device = get_cache(self.model), self.model.device
+        found = {"cache_bytes": 0 if cache is None else cache.nbytes}
+        if device.type == "cuda":
+            found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        return found
+
+
+def sample_file(
+    pipe: Any,
+    path: Path,
+    image_set: ImageSet,
+    *,
+    steps: int,
+    guidance_scale: float,
+    scheduler: str,
+    preset: Preset | None = None,
+    source: str | None = None,
+    processes: Processes | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, completed, total: None,
+) -> float | None:
+    """Draw the images of a set and write them to one ``.npz``, as :func:`qandc.shards.merge_shards` does.
+
+    Shards are kept in ``<path>.shards`` until then; the same call goes on with those that are there.
+
+    Args:
+        pipe: a ``DiTPipeline`` in full precision; quantized in place and given a cache if there is a preset.
+        steps, guidance_scale, scheduler: of the run.
+        preset: bits, ranges, schedule and compensation; None draws in full precision.
+        source: where the pipeline came from.
+        processes: that share the images; all call this function.
+        progress: called as ``progress(stage, completed, total)``.
+
+    Returns:
+        Images drawn by this call in a second of all processes together, once each had loaded its kernels; None if there
+        was nothing left to draw, and in all processes but the first.
+
+    Raises:
+        ConfigError: shards of other settings are there, or the preset is for another run.
+        ModelError: the preset is for another model.
+        OutputError: the file is there already, another run is writing it, or it cannot be written.
+        ProcessError: a process has ended, or was told to.
+        DataError: images hold NaN, or a shard is damaged.
+    """
+    processes = Processes() if processes is None else processes
+    model, noise_schedule = pipe.transformer, make_scheduler(scheduler, pipe.scheduler.config)
+    check_sampling(model, noise_schedule, image_set.classes, steps, guidance_scale)
+    if preset is not None:
+        preset.check(model, noise_schedule, steps, guidance_scale)
+    shards = _shards_of(path)
+    with ExitStack() as stack:
+        if processes.first:
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+            check_new(path)
+            settings = {
+                **describe_pipeline(pipe, noise_schedule, source),
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "preset": None if preset is None else preset.digest(),
+                "classes": list(image_set.classes),
+                "count": image_set.count,
+                "first_seed": image_set.first_seed,
+                "batch_size": image_set.batch_size,
+            }
+            keep_settings(shards / SETTINGS, settings, "shards")
+        processes.meet("the folder of shards")
+        missing = sum(map(len, missing_shards(shards, image_set)))
+        if preset is not None:
+            preset.quantize(model)
+            if model.device.type == "cuda":
+                fuse_dit(model)
+            apply_cache_to_dit(model, config=preset.schedule.config())
+            stack.callback(remove_cache, model)
+        run = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        draw = ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)
+        if missing:
+            draw.warm_up(min(image_set.batch_size, image_set.count))
+        processes.meet("loading")
+        started = time.perf_counter()
+        draw_shards(shards, image_set, draw, processes, progress)
+        processes.meet("the last shard")
+        seconds = time.perf_counter() - started
+        if not processes.first:
+            return None
+        lacking = missing_shards(shards, image_set)
+        if lacking:
+            raise ProcessError(f"{len(lacking)} shards are not there; run the same command again")
+        merge_shards(shards, image_set, path)
+        delete_shards(shards)
+        return missing / seconds if missing else None

@@ -1,0 +1,1 @@
+"""Make one program of a model: fused kernels and CUDA graphs."""

@@ -1,0 +1,260 @@
+"""Which parts of a DiT can run on the fused kernels, and why others cannot."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from qandc.errors import ConfigError
+from qandc.quantization.linear import QuantLinear
+from qandc.quantization.ranges import StepRanges
+from qandc.support.attach import original_class
+
+__all__ = [
+    "BLOCK_LAYERS",
+    "Watch",
+    "check_ranges",
+    "is_batchable",
+    "is_graphable",
+    "is_plain_embedding",
+    "why_not_block",
+    "why_not_output",
+]
+
+QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward", "eps")
+BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+def _touched(module: nn.Module) -> str | None:
+    """What someone has put around a module that calling its weights directly would leave out."""
+    for name, part in module.named_modules():
+        where = name or type(part).__name__
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{where} has forward hooks"
+        if "forward" in part.__dict__:
+            return f"{where} has a replaced forward"
+        if parametrize.is_parametrized(part):
+            return f"{where} has parametrizations"
+    return None
+
+
+def _why_not_layer(name: str, layer: Any, prefix: str, ranges: StepRanges | None) -> str | None:
+    if type(layer) is not QuantLinear:
+        return f"{name} is {type(layer).__name__}, not a QuantLinear"
+    if layer.weight_only:
+        return f"{name} is weight-only (a_bits 16), fused kernels quantize activations to 8 bits"
+    if layer.a_bits != 8:
+        return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
+    if _range_of(prefix + name, layer, ranges)[0] is None:
+        return f"{name} has no static range (calibrate the model)"
+    return None
+
+
+def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
+
+
+def _plain_norm(norm: Any) -> bool:
+    """A LayerNorm without weights, exactly."""
+    return type(norm) is nn.LayerNorm and not norm.elementwise_affine
+
+
+def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | None:
+    """Why a block can't run on the fused kernels, or None. ``prefix`` is what its layers' names begin with."""
+    from diffusers.models.activations import GELU
+    from diffusers.models.attention import BasicTransformerBlock, FeedForward
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+    from diffusers.models.normalization import AdaLayerNormZero
+
+    if original_class(block) is not BasicTransformerBlock or block.norm_type != "ada_norm_zero":
+        return f"the block is {original_class(block).__name__}, not diffusers' adaLN-Zero block"
+    attention = block.attn1
+    plain = (
+        original_class(attention) is Attention
+        and type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
+        and not any(getattr(attention, name, None) for name in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+    )
+    if not plain:
+        return "its attention is not the plain one of DiT"
+    if block.attn2 is not None or block.pos_embed is not None or block._chunk_size is not None:
+        return "it has cross-attention, a position embedding or a chunked feed-forward"
+    if type(block.norm1) is not AdaLayerNormZero or not _plain_norm(block.norm1.norm) or not _plain_norm(block.norm3):
+        return "its norms are not those of DiT, without weights"
+    if (
+        original_class(block.ff) is not FeedForward
+        or type(block.ff.net[0]) is not GELU
+        or block.ff.net[0].approximate != "tanh"
+    ):
+        return "its activation is not tanh-GELU"
+    around = _touched(block)
+    if around is not None:
+        return around
+    for name in BLOCK_LAYERS:
+        reason = _why_not_layer(name, block.get_submodule(name), prefix, ranges)
+        if reason is not None:
+            return reason
+    q, k, v = (block.get_submodule(name) for name in QKV)
+    if not q.w_bits == k.w_bits == v.w_bits or len({layer.bias is None for layer in (q, k, v)}) > 1:
+        return "q, k and v have different bits or biases"
+    of_q, *others = (
+        (layer.smoothing, *_range_of(prefix + name, layer, ranges)) for name, layer in zip(QKV, (q, k, v), strict=True)
+    )
+    if not all(_equal(mine, theirs) for other in others for mine, theirs in zip(of_q, other, strict=True)):
+        return "q, k and v, which see one input, have different ranges for it"
+    return None
+
+
+def _range_of(
+    name: str, layer: QuantLinear, ranges: StepRanges | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if ranges is not None and name in ranges.scales:
+        return ranges.scales[name], ranges.zero_points.get(name)
+    return layer.act_scale, layer.act_zero_point
+
+
+def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
+    """Why the last norm and projection can't run fused, or None."""
+    if not _plain_norm(transformer.norm_out):
+        return "norm_out is not a LayerNorm without weights"
+    reason = _why_not_layer("proj_out_2", transformer.proj_out_2, "", ranges)
+    return reason or _touched(transformer.proj_out_2) or _touched(transformer.norm_out)
+
+
+def is_graphable(transformer: Any) -> bool:
+    """Whether all around the blocks is as diffusers made it: a graph would replay no Python of other modules."""
+    ends = (transformer.pos_embed, transformer.norm_out, transformer.proj_out_1, transformer.proj_out_2)
+    kinds = all(type(end) in (nn.Linear, QuantLinear) for end in ends[2:]) and type(ends[1]) is nn.LayerNorm
+    return kinds and is_plain_embedding(ends[0]) and all(_touched(end) is None for end in ends[1:])
+
+
+def is_plain_embedding(module: Any) -> bool:
+    """Whether it computes ``Conv2d(latents) + position`` and nothing else."""
+    from diffusers.models.embeddings import PatchEmbed
+
+    return (
+        type(module) is PatchEmbed
+        and type(module.proj) is nn.Conv2d
+        and module.flatten
+        and not module.layer_norm
+        and module.pos_embed is not None
+        and module.pos_embed_max_size is None
+        and _touched(module) is None
+    )
+
+
+def is_batchable(blocks: list[Any]) -> bool:
+    """Whether all embedders and adaLN layers are as diffusers made them, so that they can run as batched products."""
+    from diffusers.models.embeddings import (
+        CombinedTimestepLabelEmbeddings,
+        LabelEmbedding,
+        TimestepEmbedding,
+        Timesteps,
+    )
+    from diffusers.models.normalization import AdaLayerNormZero
+
+    def plain(norm: Any) -> bool:
+        if type(norm) is not AdaLayerNormZero or type(norm.emb) is not CombinedTimestepLabelEmbeddings:
+            return False
+        emb, time = norm.emb, norm.emb.timestep_embedder
+        parts = (type(emb.time_proj), type(time), type(emb.class_embedder), type(emb.class_embedder.embedding_table))
+        return (
+            parts == (Timesteps, TimestepEmbedding, LabelEmbedding, nn.Embedding)
+            and _touched(norm) is None
+            and all(
+                type(linear) is nn.Linear and linear.bias is not None
+                for linear in (norm.linear, time.linear_1, time.linear_2)
+            )
+            and type(norm.silu) is nn.SiLU
+            and type(time.act) is nn.SiLU
+            and time.cond_proj is None
+            and time.post_act is None
+            and emb.time_proj.flip_sin_to_cos
+            and emb.time_proj.num_channels % 2 == 0
+        )
+
+    norms = [getattr(block, "norm1", None) for block in blocks]
+    if not all(plain(norm) for norm in norms):
+        return False
+    projections = [norm.emb.time_proj for norm in norms if norm is not None]
+    alike = {(p.num_channels, p.downscale_freq_shift, p.scale) for p in projections}
+    return (
+        len(alike) == 1 and len({tuple(p.shape for p in norm.parameters()) for norm in norms if norm is not None}) == 1
+    )
+
+
+def check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:
+    """Refuse ranges of layers that are not there, or not one per timestep."""
+    steps = ranges.timesteps.shape
+    if len(steps) != 1 or steps[0] == 0 or not torch.isfinite(ranges.timesteps).all():
+        raise ConfigError(f"step_ranges.timesteps must be [S] finite numbers with S > 0; got shape {tuple(steps)}")
+    if not ranges.scales:
+        raise ConfigError("step_ranges has no scales; give those of at least one layer")
+    unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
+    if unknown:
+        raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
+    for name, values in (*ranges.scales.items(), *ranges.zero_points.items()):
+        if values.shape != steps or not torch.isfinite(values).all():
+            raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
+    if (
+        not all((scale > 0).all() for scale in ranges.scales.values())
+        or not ranges.zero_points.keys() <= ranges.scales.keys()
+    ):
+        raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
+    for name, values in ranges.zero_points.items():
+        if values.is_floating_point() or not (values.abs() <= 128).all() or (values == 128).any():
+            raise ConfigError(f"zero points of {name} in step_ranges must be integers from -128 to 127")
+
+
+class Watch:
+    """Notices that a module was replaced, or got other weights, ranges or hooks.
+
+    Compares identities, all of them in a few passes that run in C: some 1,000 modules for each forward.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        modules = list(transformer.modules())
+        held = [
+            values
+            for m in modules
+            for values in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
+        ]
+        # an instance gets an entry more when its forward is replaced; the transformer's own are for others to use
+        self.dicts: list[Any] = [*held, *(m.__dict__ for m in modules[1:])]
+        self.sizes = list(map(len, self.dicts))
+        self.filled = [values for values in held if values]
+        # the objects themselves: an id could be given to another once they are gone
+        self.objects = self._objects()
+        self.settings = [(m.__dict__, name) for m in modules for name in SETTINGS if name in m.__dict__]
+        self.values = self._settings()
+        self.parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        self.addresses = self._addresses()  # .to() of a part changes what is behind a parameter, not the parameter
+
+    def _objects(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(values.values() for values in self.filled))
+
+    def _settings(self) -> list[Any]:
+        return [where.get(name) for where, name in self.settings]
+
+    def _addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self.parameters))
+
+    def unchanged(self) -> bool:
+        if list(map(len, self.dicts)) != self.sizes:
+            return False
+        objects = self._objects()
+        return (
+            len(objects) == len(self.objects)
+            and all(map(operator.is_, objects, self.objects))
+            and self._settings() == self.values
+            and self._addresses() == self.addresses
+        )

@@ -1,0 +1,361 @@
+"""One forward of a quantized DiT on fused kernels: what is prepared once, and what runs each step.
+
+A block is seven launches: LayerNorm + modulate + quantize, one product for q, k and v, attention that stores int8, a
+product that adds gate · y to the residual stream; LayerNorm + modulate + quantize, a product that applies GELU and
+stores int8, a product that adds. Between two of them stand int8 activations, or q, k and v in 16 bits; never int32,
+never a 16-bit copy of something int8.
+
+Nothing here waits for the GPU once a step is built, so a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from qandc.caching.features import FeatureStore, Target
+from qandc.fusion.conditioning import Conditioning
+from qandc.quantization.linear import QuantLinear
+from qandc.quantization.ranges import StepRanges
+from qandc_kernels import (
+    adaln_quantize_per_tensor,
+    attention_quantize_per_tensor,
+    int4_linear,
+    int8_linear,
+    linear_gate_residual_,
+    linear_gelu_quantize,
+)
+
+__all__ = ["FusedStep"]
+
+WITH_RANGES = ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # whose ranges a fused block uses
+
+
+class Product(NamedTuple):
+    """The operands of a quantized linear layer, as the kernels take them."""
+
+    weight: torch.Tensor  # [N, K] int8, or [N, K/2] uint8
+    x_scale: torch.Tensor
+    w_scale: torch.Tensor
+    bias: torch.Tensor | None
+    x_zero_point: torch.Tensor | None
+    w_sum: torch.Tensor
+
+    def __call__(self, xq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        linear = int4_linear if self.weight.dtype == torch.uint8 else int8_linear
+        return linear(xq, *self, out_dtype=dtype)
+
+    def gelu_quantize(self, xq: torch.Tensor, following: Product, multiplier: torch.Tensor | None) -> torch.Tensor:
+        """int8 input of ``following``."""
+        return linear_gelu_quantize(
+            xq,
+            self.weight,
+            self.x_scale,
+            self.w_scale,
+            following.x_scale,
+            self.bias,
+            following.x_zero_point,
+            multiplier,
+            self.x_zero_point,
+            self.w_sum,
+        )
+
+    def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:
+        """``x += gate · y``; ``target`` takes y."""
+        branch = None if target is None else target.values
+        if target is not None and target.scales is not None:  # a token's scale needs all of it first
+            branch = torch.empty_like(x)
+        linear_gate_residual_(
+            x, xq, self.weight, self.x_scale, self.w_scale, gate, self.bias, self.x_zero_point, self.w_sum, branch
+        )
+        if target is not None and branch is not target.values:
+            assert branch is not None
+            target.store_(branch)
+
+
+class Kept(NamedTuple):
+    """Where a step keeps its features for later ones: a set of ``store``, of every branch or of all blocks together."""
+
+    store: FeatureStore
+    branches: bool
+    at: int = 0
+
+    def target(self, layer: int, branch: int) -> Target:
+        return self.store.target(self.at, layer, branch)
+
+
+class Ranges(NamedTuple):
+    """Where a layer finds its activation range: fixed, or a place in a vector that each step fills."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+
+
+class StepRangeTable:
+    """The ranges of all layers for all steps, ``[S, layers]``, and those of the current step, ``[layers]``."""
+
+    def __init__(self, ranges: StepRanges, device: torch.device) -> None:
+        names = list(ranges.scales)
+        no_shift = torch.zeros(ranges.timesteps.shape, dtype=torch.int32)
+        self.index = {name: i for i, name in enumerate(names)}
+        self.symmetric = set(names) - set(ranges.zero_points)
+        self.timesteps = ranges.timesteps.to(device, torch.float32)
+        self.scales = torch.stack([ranges.scales[name].to(device, torch.float32) for name in names], 1)
+        zero_points = [ranges.zero_points.get(name, no_shift).to(device, torch.int32) for name in names]
+        self.zero_points = torch.stack(zero_points, 1)
+        self.scale, self.zero_point = self.scales[0].clone(), self.zero_points[0].clone()
+
+    def select_(self, timestep: torch.Tensor) -> None:
+        row = (self.timesteps - timestep[0]).abs().argmin().reshape(1)
+        self.scale.copy_(self.scales.index_select(0, row)[0])
+        self.zero_point.copy_(self.zero_points.index_select(0, row)[0])
+
+    def of(self, name: str) -> Ranges:
+        i = self.index[name]
+        return Ranges(self.scale[i], None if name in self.symmetric else self.zero_point[i])
+
+
+def _product(layer: QuantLinear, ranges: Ranges) -> Product:
+    return Product(layer.qweight, ranges.scale, layer.weight_scale, layer.bias, ranges.zero_point, layer.weight_sum)
+
+
+def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> Product:
+    """q, k and v as one product; v divided by what the output layer would divide its input by."""
+    layers = (attention.to_q, attention.to_k, attention.to_v)
+    weight = torch.cat([layer.qweight for layer in layers])
+    for layer, part in zip(layers, weight.chunk(3), strict=True):
+        layer.qweight = part
+    w_scales = [layer.weight_scale for layer in layers]
+    biases = [layer.bias for layer in layers]
+    if out_smoothing is not None:
+        w_scales[2] = w_scales[2] / out_smoothing
+        biases[2] = None if biases[2] is None else biases[2].float() / out_smoothing
+    bias = None if biases[0] is None else torch.cat([b.float() for b in biases])
+    w_sum = torch.cat([layer.weight_sum for layer in layers])
+    return Product(weight, ranges.scale, torch.cat(w_scales), bias, ranges.zero_point, w_sum)
+
+
+class FusedBlock:
+    """A transformer block whose layers are all quantized with static ranges."""
+
+    def __init__(self, block: Any, ranges: dict[str, Ranges], nan_flag: torch.Tensor) -> None:
+        attention, feed_forward = block.attn1, block.ff.net
+        self.nan_flag = nan_flag  # of attention, whose NaN int8 would hide; that of the residual stream stays there
+        self.heads: int = attention.heads
+        self.eps = (block.norm1.norm.eps, block.norm3.eps)
+        self.out = _product(attention.to_out[0], ranges["attn1.to_out.0"])
+        self.qkv = _qkv(attention, ranges["attn1.to_q"], attention.to_out[0].smoothing)
+        self.fc1 = _product(feed_forward[0].proj, ranges["ff.net.0.proj"])
+        self.fc2 = _product(feed_forward[2], ranges["ff.net.2"])
+        fc2_smoothing = feed_forward[2].smoothing
+        self.fc2_multiplier = None if fc2_smoothing is None else 1 / fc2_smoothing
+        self.smoothing = (attention.to_q.smoothing, feed_forward[0].proj.smoothing)
+
+    def __call__(
+        self, x: torch.Tensor, modulation: torch.Tensor, targets: tuple[Target, Target] | None = None
+    ) -> torch.Tensor:
+        """``x [B, tokens, D]``, changed in place, ``modulation [B, 6 D]``; targets take what attention and MLP add."""
+        of_attn, of_mlp = targets or (None, None)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
+        xq = adaln_quantize_per_tensor(x, shift_attn, scale_attn, self.qkv.x_scale, self.qkv.x_zero_point, self.eps[0])
+        qkv = self.qkv(xq, x.dtype)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
+        xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point, self.nan_flag)
+        self.out.gate_residual_(x, xq.flatten(2), gate_attn, of_attn)
+        xq = adaln_quantize_per_tensor(x, shift_mlp, scale_mlp, self.fc1.x_scale, self.fc1.x_zero_point, self.eps[1])
+        self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.fc2_multiplier), gate_mlp, of_mlp)
+        return x
+
+
+class PatchEmbedding:
+    """``Conv2d(latents) + position``, as a product over patches and one addition in place."""
+
+    def __init__(self, module: Any) -> None:
+        self.patch = module.patch_size
+        self.tokens = (module.height, module.width)
+        self.sizes = (module.height * self.patch, module.width * self.patch)  # others need other positions
+        self.weight = module.proj.weight.flatten(1)
+        self.bias, self.position = module.proj.bias, module.pos_embed
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        batch, channels = latents.shape[:2]
+        (rows, columns), p = self.tokens, self.patch
+        patches = latents.view(batch, channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        x = F.linear(patches.reshape(batch, rows * columns, channels * p * p), self.weight, self.bias)
+        return x.add_(self.position)  # in float32, rounded once
+
+
+class FusedStep:
+    """What ``DiTTransformer2DModel.forward`` computes, block by block fused where it can be.
+
+    Args:
+        transformer: the model; its weights are used where they are, those of q, k, v and of the conditioning become
+            parts of larger tensors.
+        fused: for each block, whether it runs fused; else the module itself is called.
+        fused_output: whether the output projection runs fused.
+        batched_conditioning: whether the embedders and adaLN layers are plain linear layers of one shape.
+        plain_embedding: whether the patch embedding is that of DiT, with nothing wrapped around it.
+        ranges: of each step, instead of those in the layers.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        fused: Sequence[bool],
+        fused_output: bool,
+        batched_conditioning: bool,
+        plain_embedding: bool,
+        ranges: StepRanges | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.device = transformer.proj_out_1.bias.device
+        self.table = None if ranges is None else StepRangeTable(ranges, self.device)
+        self.blocks: list[Any] = []
+        self.nan_flags = torch.zeros(len(fused), dtype=torch.int32, device=self.device)  # one a block
+        for i, block in enumerate(transformer.transformer_blocks):
+            if not fused[i]:
+                self.blocks.append(block)
+                continue
+            prefix = f"transformer_blocks.{i}."
+            found = {name: self._ranges(prefix + name, block.get_submodule(name)) for name in WITH_RANGES}
+            self.blocks.append(FusedBlock(block, found, self.nan_flags[i]))
+        smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
+        self.conditioning = Conditioning(transformer, fused, batched_conditioning, smoothing)
+        self.embedding: PatchEmbedding | None = None
+        if plain_embedding:
+            self.embedding = PatchEmbedding(transformer.pos_embed)
+        self.fast = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+        self.output: Product | None = None
+        if fused_output:
+            self.output = _product(transformer.proj_out_2, self._ranges("proj_out_2", transformer.proj_out_2))
+
+    def _ranges(self, name: str, layer: QuantLinear) -> Ranges:
+        if self.table is not None and name in self.table.index:
+            return self.table.of(name)
+        assert layer.act_scale is not None
+        return Ranges(layer.act_scale, layer.act_zero_point)
+
+    def __call__(
+        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, kept: Kept | None = None
+    ) -> torch.Tensor:
+        """``[B, C, H, W]``, ``[B]``, ``[B]`` to the noise prediction ``[B, out_channels, H, W]``.
+
+        ``kept`` takes the features of the step. On a GPU the blocks run on a stream of higher priority, beside the
+        conditioning of the blocks behind them.
+        """
+        if self.fast is None:
+            portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
+            modulations = (m for modulations, _ in portions for m in modulations)
+            return self._run(latents, timestep, class_labels, modulations, kept)
+        here, fast = torch.cuda.current_stream(self.device), self.fast
+        fast.wait_stream(here)
+        portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
+
+        def as_they_come() -> Iterator[torch.Tensor]:
+            for modulations, event in portions:
+                if event is not None:
+                    fast.wait_event(event)
+                yield from modulations
+
+        with torch.cuda.stream(fast):
+            output = self._run(latents, timestep, class_labels, as_they_come(), kept)
+        here.wait_stream(fast)
+        output.record_stream(here)
+        return output
+
+    def prepared(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        modulations: torch.Tensor,
+        final: torch.Tensor,
+        kept: Kept | None = None,
+    ) -> torch.Tensor:
+        """The same, given modulations ``[L, B, 6 D]`` and ``[B, 2 D]`` of this step (:meth:`Conditioning.of_run`)."""
+        return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)), kept)
+
+    def _run(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        modulations: Iterator[torch.Tensor],
+        kept: Kept | None,
+    ) -> torch.Tensor:
+        if self.table is not None:
+            self.table.select_(timestep)
+        x, ours = self._embed(latents)
+        embedded = x.clone() if kept is not None and not kept.branches else None
+        for i, block in enumerate(self.blocks):
+            modulation = next(modulations)
+            if isinstance(block, FusedBlock):
+                # somebody may hold what a module has returned, and fused blocks write in place
+                x = x if ours else x.clone(memory_format=torch.contiguous_format)
+                targets = None if kept is None or not kept.branches else (kept.target(i, 0), kept.target(i, 1))
+                x, ours = block(x, modulation, targets), True
+            else:
+                x, ours = block(x, timestep=timestep, class_labels=class_labels), False
+        if kept is not None and embedded is not None:
+            kept.target(0, 0).store_(x - embedded)
+        return self._unpatchify(self._project(x, next(modulations)))
+
+    def reuse(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        kept: Kept,
+        weights: torch.Tensor | None,
+        modulations: torch.Tensor | None,
+        final: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A step that computes no block: ``kept`` has what they would add.
+
+        ``weights [S]`` of a forecast; ``modulations [L, B, 6 D]`` and ``final [B, 2 D]`` of this step are computed here
+        if they are not given.
+        """
+        gates = None
+        if final is None:
+            gates, final = self.conditioning.of_reuse(timestep, class_labels, latents.dtype, kept.branches)
+        elif kept.branches:
+            assert modulations is not None
+            layers, batch, width = modulations.shape
+            gates = modulations.view(layers, batch, 6, width // 6)[:, :, 2::3].transpose(1, 2)
+        if self.table is not None:
+            self.table.select_(timestep)
+        x, _ = self._embed(latents)
+        return self._unpatchify(self._project(kept.store.add_to(x, gates, weights), final))
+
+    def _embed(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """``[B, tokens, D]``, and whether nobody else can hold it."""
+        if self.embedding is not None and self.embedding.sizes == latents.shape[2:]:
+            return self.embedding(latents), True
+        return self.transformer.pos_embed(latents), False
+
+    def tokens_of(self, latents: torch.Tensor) -> tuple[int, int, int]:
+        """Shape of the residual stream, ``[B, tokens, D]``."""
+        patch = self.transformer.patch_size
+        return len(latents), (latents.shape[2] // patch) * (latents.shape[3] // patch), self.transformer.inner_dim
+
+    def _project(self, x: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+        """Normalize, modulate and project to patches ``[B, tokens, p · p · out_channels]``."""
+        transformer = self.transformer
+        shift, scale = final.chunk(2, dim=1)
+        if self.output is None:
+            return transformer.proj_out_2(transformer.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+        smoothing = transformer.proj_out_2.smoothing
+        if smoothing is not None:
+            shift, scale = shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
+        q_scale, zero_point = self.output.x_scale, self.output.x_zero_point
+        xq = adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, transformer.norm_out.eps)
+        return self.output(xq, x.dtype)
+
+    def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        side = int(patches.shape[1] ** 0.5)
+        p, channels = self.transformer.patch_size, self.transformer.out_channels
+        grid = patches.view(-1, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        return grid.reshape(-1, channels, side * p, side * p)

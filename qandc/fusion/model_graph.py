@@ -1,0 +1,266 @@
+"""CUDA graphs of the forward of any model whose shapes repeat, as those of diffusion transformers do.
+
+A forward of a large model is some thousand launches, each of which Python, torch and the driver work on for longer than
+a small kernel takes. A graph holds them all and is started once. As with the feature cache the model is not forked: it
+is an instance of a subclass of its own class (:mod:`qandc.support.attach`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Hashable, Iterator
+from typing import Annotated, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from qandc.cache import FUSED, get_cache
+from qandc.errors import ModelError
+from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
+from qandc.support.arguments import Between, checked
+from qandc.support.attach import class_before, derived_class
+
+__all__ = ["graph", "ungraph"]
+
+logger = logging.getLogger(__name__)
+
+GRAPHED = "_qandc_graphed"  # the attribute that holds the graphs of a model
+_chain = itertools.chain.from_iterable
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class _UnknownError(Exception):
+    """Tell why an argument can't be part of a key."""
+
+
+def _structure(value: Any, tensors: list[torch.Tensor]) -> Hashable:
+    """Describe ``value`` but for the contents of its tensors, which are added to ``tensors``."""
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        if kind not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided:
+            raise _UnknownError(f"an argument is a {kind.__name__} of layout {value.layout}")
+        tensors.append(value)
+        return torch.Tensor, value.requires_grad
+    if kind in (list, tuple):
+        return kind, *(_structure(part, tensors) for part in value)
+    if kind is dict:
+        return kind, *((_structure(key, tensors), _structure(part, tensors)) for key, part in value.items())
+    if kind not in PLAIN:
+        raise _UnknownError(f"an argument holds a {kind.__name__}")
+    return kind, value
+
+
+def _rebuilt(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """Undo :func:`_structure` with other tensors."""
+    kind, *parts = structure
+    if kind is torch.Tensor:
+        return next(tensors)
+    if kind is dict:
+        return {_rebuilt(key, tensors): _rebuilt(part, tensors) for key, part in parts}
+    if kind in (list, tuple):
+        return kind(_rebuilt(part, tensors) for part in parts)
+    return parts[0]
+
+
+class _Watch:
+    """Notices that anything a forward can read from its modules was replaced: weights, settings, hooks, submodules.
+
+    Compares all attributes by identity, and those that are dictionaries or lists by what they hold, in passes that run
+    in C: some 40,000 objects. Writing into a tensor needs no notice: a graph reads what is there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        attributes = [module.__dict__ for module in model.modules()]
+        values = list(_chain(map(dict.values, attributes)))
+        self.dicts: list[dict[Any, Any]] = [*attributes, *(value for value in values if isinstance(value, dict))]
+        self.filled = [held for held in self.dicts if held]
+        self.lists = [value for value in values if type(value) is list]
+        self.sizes = self._sizes()
+        self.held = self._held()
+        tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
+        self.tensors = [t for t in tensors if t is not None]
+        self.addresses = self._addresses()
+
+    def _sizes(self) -> list[int]:
+        return [*map(len, self.dicts), *map(len, self.lists)]
+
+    def _held(self) -> list[Any]:
+        """All that is held, in one list; the objects themselves, whose ids nothing else can get meanwhile."""
+        return [*_chain(self.filled), *_chain(map(dict.values, self.filled)), *_chain(self.lists)]
+
+    def _addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self.tensors))
+
+    def in_place(self) -> bool:
+        """Tell whether all memory that a graph reads is what it was; whether it still is what to read is left open.
+
+        .to() changes what is behind a parameter, not the parameter, and what shares a product moves its buffers.
+        """
+        return self._addresses() == self.addresses
+
+    def unchanged(self) -> bool:
+        return self.in_place() and self._sizes() == self.sizes and all(map(operator.is_, self._held(), self.held))
+
+
+class _Graphed:
+    """The graphs of a model, and what has been said about calls that take none."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.graphs = GraphCache(limit)
+        self.watch: _Watch | None = None
+        self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
+        self._said: set[str] = set()
+
+    def __deepcopy__(self, memo: Any) -> _Graphed:
+        return _Graphed(self.limit)  # a copy of the model captures its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Graphed, (self.limit,)
+
+    def say(self, reason: str) -> None:
+        """Log a reason once."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("no CUDA graph: %s", reason)
+
+    def drop(self) -> None:
+        """Forget all graphs; the next forward captures anew."""
+        self.watch = None
+        self.graphs.clear()
+
+    def look(self, model: nn.Module) -> None:
+        """Drop graphs of a model that has changed since they were captured."""
+        if self.watch is None or not self.watch.unchanged():
+            self.drop()
+            self.reason = _why_not_model(model)
+            self.watch = _Watch(model)
+
+
+def _why_not_model(model: nn.Module) -> str | None:
+    """Why no forward of a model can be a graph, or None: Python that a replay would leave out."""
+    for name, module in model.named_modules():
+        where = name or type(module).__name__
+        if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
+            return f"{where} has hooks or a forward of its own, which a graph would not run"
+        if FUSED in module.__dict__ or get_cache(module) is not None:
+            return f"{where} has a feature cache or is fused, which choose in Python what a step runs"
+    return None
+
+
+def _why_not_now(model: nn.Module, tensors: list[torch.Tensor]) -> str | None:
+    """Why this call can't be a graph, or None."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        where = ", ".join(sorted(map(str, devices))) or "none"
+        return f"all tensors among the arguments must be on one CUDA device; they are on: {where}"
+    if model.training:
+        return f"{type(model).__name__} is in training mode; call eval()"
+    if torch.is_grad_enabled():
+        return "gradients are enabled; call the model under torch.no_grad()"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on; convert the model to the dtype you want instead"
+    if _has_any_global_hook():
+        return "there are global hooks of modules, which a graph would not run"
+    return None
+
+
+class _GraphedModel(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        graphed: _Graphed = getattr(self, GRAPHED)
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return super().forward(*args, **kwargs)  # part of something larger
+        tensors: list[torch.Tensor] = []
+        try:
+            structure = _structure((args, kwargs), tensors)
+            reason = _why_not_now(self, tensors)
+        except _UnknownError as error:
+            reason = str(error)
+        # a replay reads memory that is there, and is looked through while the GPU works
+        watch = graphed.watch if graphed.watch is not None and graphed.watch.in_place() else None
+        if reason is None and (watch is None or graphed.reason is not None):
+            graphed.look(self)
+            reason = graphed.reason
+        if reason is not None:
+            graphed.say(reason)
+            return super().forward(*args, **kwargs)
+        forward = super().forward
+
+        def function(*given: torch.Tensor) -> Any:
+            args, kwargs = _rebuilt(structure, iter(given))
+            return forward(*args, **kwargs)
+
+        captures, replays = graphed.graphs.captures, graphed.graphs.replays
+        with torch.inference_mode(False), torch.no_grad():
+            output = graphed.graphs(function, tuple(tensors), kind=structure)
+        if graphed.graphs.captures != captures:
+            assert graphed.watch is not None
+            if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
+                graphed.graphs.keep_newest()
+                graphed.watch = _Watch(self)
+        elif watch is not None and graphed.graphs.replays != replays and not watch.unchanged():
+            graphed.drop()
+            return _GraphedModel.forward(self, *args, **kwargs)
+        return output
+
+
+@checked
+def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS) -> ModelT:
+    """Replay the forwards of ``model`` from CUDA graphs, one for each structure, shapes and plain values of arguments.
+
+    The first call of a kind runs the forward twice to compile and choose kernels, captures a graph, and replays it, as
+    later calls do. Tensors among the arguments, also in lists, tuples and dictionaries, are copied in; results are
+    copies that later calls leave alone. Quantized or not, with compiled blocks or not.
+
+    A call runs as before, and the reason is logged once, where its tensors are not on one CUDA device, with gradients,
+    autocast or training mode, with arguments of other types, where modules have hooks, and where the forward can't be
+    captured because it reads values back from the GPU. A model whose modules, weights or attributes were replaced
+    captures anew; writing into weights takes effect at once.
+
+    Args:
+        model: any module; changed in place. :func:`qandc.fuse_dit` has graphs of its own.
+        limit: graphs that are kept; of more the one used longest ago is given up. All share the memory of the largest.
+
+    Returns:
+        ``model``. :func:`ungraph` makes it again what it was.
+
+    Raises:
+        ModelError: not a module, graphed or fused already, compiled as a whole, or its ``forward`` was replaced on the
+            instance.
+        ConfigError: the limit is not an integer from 1 to 1024.
+    """
+    if GRAPHED in model.__dict__ or FUSED in model.__dict__:
+        raise ModelError(f"this {type(model).__name__} has graphs already; call ungraph or unfuse_dit first")
+    if "forward" in model.__dict__ or model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
+        raise ModelError(
+            f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
+            "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
+        )
+    setattr(model, GRAPHED, _Graphed(limit))
+    base: Any = type(model)
+    model.__class__ = derived_class(_GraphedModel, base)
+    return model
+
+
+@checked
+def ungraph(model: ModelT) -> ModelT:
+    """Undo :func:`graph`, and free the memory of its graphs.
+
+    Raises:
+        ModelError: the model is not graphed, or another tool has wrapped it since.
+    """
+    graphed = model.__dict__.get(GRAPHED)
+    if graphed is None:
+        raise ModelError(f"this {type(model).__name__} is not graphed")
+    before = class_before(model, _GraphedModel)
+    if before is None or "forward" in model.__dict__:
+        raise ModelError(f"this {type(model).__name__} was wrapped after graph (by a cache, say); undo that first")
+    model.__class__ = before
+    del model.__dict__[GRAPHED]
+    graphed.drop()
+    return model

@@ -1,0 +1,64 @@
+"""A whole denoising run of a fused transformer as one CUDA graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _has_any_global_hook
+
+from qandc.cache import FUSED, get_cache
+from qandc.fusion.fused_dit import why_not_now
+from qandc.support.attach import has_other_forward
+
+__all__ = ["run_as_graph", "why_no_run_graph"]
+
+
+def why_no_run_graph(transformer: Any, class_labels: torch.Tensor) -> str | None:
+    """Why many forwards of this transformer can't be one CUDA graph, or None."""
+    fused = transformer.__dict__.get(FUSED)
+    if fused is None:
+        return "the transformer is not fused (fuse_dit)"
+    cache = get_cache(transformer)
+    if cache is not None and cache.paused:
+        return "the feature cache is paused"
+    reason = why_not_now(transformer, class_labels, class_labels, class_labels, None)
+    if reason is not None:
+        return reason
+    hooked = transformer._forward_hooks or transformer._forward_pre_hooks or _has_any_global_hook()
+    if hooked or has_other_forward(transformer):
+        return "the transformer has hooks or a forward of its own, which would run once and never again"
+    with torch.inference_mode(False), torch.no_grad():
+        graphable = fused.cuda_graphs and fused.step(transformer) is not None and fused.graphable
+    if not graphable or not class_labels.is_cuda:
+        return "CUDA graphs are off, or parts of the model run unfused (quantization_report)"
+    return None
+
+
+def run_as_graph(
+    transformer: Any, run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], key: Hashable
+) -> torch.Tensor:
+    """``run(*inputs)``, which may call the fused transformer many times, as one CUDA graph per ``key`` and shapes.
+
+    ``run`` depends on nothing but ``inputs``, ``key`` and the transformer, where :func:`why_no_run_graph` finds no
+    reason against it. Its graph is given up when layers change, as that of a single forward is.
+    """
+    fused = getattr(transformer, FUSED)
+    cache = get_cache(transformer)
+    held: list[Any] = []
+
+    def function(*inputs: torch.Tensor) -> torch.Tensor:
+        held.clear()  # of a run to warm up
+        fused.launching = threading.get_ident()
+        try:
+            output = run(*inputs)
+        finally:
+            fused.launching = None
+        fused.run = None  # lies in memory of the graph, and would keep the run's labels alive
+        if cache is not None:
+            held[:] = cache.hand_over()
+        return output
+
+    return fused.run_graphs(function, inputs, kind=key, otherwise=run)

@@ -1,0 +1,1 @@
+"""Calibrate one pipeline by the method of the paper, and keep the outcome."""

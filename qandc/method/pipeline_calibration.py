@@ -1,0 +1,347 @@
+"""Calibrate one pipeline: pool, samples, smoothing, quantized weights, ranges, schedule, variance compensation.
+
+After Q&C (arXiv 2503.02508). What comes of it is a directory: a :class:`qandc.Preset`, the quantized model itself in
+``quantized/`` (:func:`qandc.load_quantized`), and ``report.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
+from qandc.caching.schedule import CacheConfig, CalibratedSchedule
+from qandc.errors import ModelError, OutputError
+from qandc.evaluation.metrics import psnr
+from qandc.method.checkpoint import check_target, save_quantized
+from qandc.method.pool import CandidatePool, record_pool
+from qandc.method.presets import SETTINGS, Preset, is_finished
+from qandc.method.schedule_calibration import calibrate_schedule
+from qandc.method.settings import NO_COMPENSATION, CalibrationSettings
+from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
+from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors
+from qandc.sampling.loop import check_dit, check_sampling, decode_latents, make_scheduler, sample_latents
+from qandc.sampling.pipelines import class_names
+from qandc.sampling.trajectories import Trajectory, fit_compensation, record_trajectory
+from qandc.support.arguments import Pipeline, check_fields, checked
+from qandc.support.files import make_directory, write_json
+from qandc.support.results import result_header
+from qandc.tap import TapConfig
+from qandc.variance_compensation import Compensation
+
+__all__ = ["CalibrationReport", "CalibrationSettings", "calibrate_pipeline", "check_directory"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+POOL, CHECKPOINT, REPORT = "pool", "quantized", "report.json"  # of a directory
+CLASSES = 10  # the first of the model, in turn
+FIRST_SEED = 20_000_000  # far from what anybody draws
+POOL_SEED, SCHEDULE_SEED = FIRST_SEED + 1_000_000, FIRST_SEED + 2_000_000
+POOL_BATCH = 10  # images of a shard: at most so many are sampled again after an interruption
+BATCH_SIZE = 50  # samples that layers see at once
+SCHEDULE_IMAGES = 30
+SHOWN_IMAGES = 10  # seeds from 0: those of qandc generate
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What came of it.
+
+    Attributes:
+        preset: as saved.
+        quantization: of all linear layers.
+        psnr_uncompensated, psnr_compensated: of images that nothing was calibrated on, to those of full precision,
+            ``[10]`` in dB; None without compensation.
+    """
+
+    preset: Preset
+    quantization: QuantizationReport
+    psnr_uncompensated: torch.Tensor
+    psnr_compensated: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @checked
+    def record(self, settings: CalibrationSettings, source: str | None) -> dict[str, Any]:
+        """As a measured result (:mod:`qandc.support.results`): settings, bytes, likeness."""
+        before, after = self.quantization.quantized_bytes
+        described = {name: value for name, value in asdict(settings).items() if name not in ("cache", "quant_config")}
+        likeness = {"without compensation": self.psnr_uncompensated, "with compensation": self.psnr_compensated}
+        row = {
+            "layers": len(self.quantization.quantized),
+            "quantized_bytes_before": before,
+            "quantized_bytes_after": after,
+            "computed_steps": sum(self.preset.schedule.schedule),
+            "psnr_to_fp": {name: psnrs.tolist() for name, psnrs in likeness.items() if psnrs is not None},
+        }
+        return {**result_header({**described, "model": source}), "rows": [row], "goals": []}
+
+
+def check_directory(directory: str | Path, overwrite: bool = False) -> None:
+    """Refuse, before the work begins, a directory that must not or cannot be written.
+
+    Raises:
+        OutputError: it holds a finished preset and is not to be overwritten, or cannot be written.
+    """
+    directory = Path(directory)
+    try:
+        if is_finished(directory) and not overwrite:
+            raise OutputError(f"{str(directory)!r} holds finished settings; give another directory, or --overwrite")
+        nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise OutputError(f"{str(nearest)!r} is a file; give a directory to write settings to")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+        check_target(directory / CHECKPOINT, overwrite=True)
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{str(directory)!r} cannot be written ({reason}); give another directory") from None
+
+
+@checked
+def calibrate_pipeline(
+    pipe: Pipeline,
+    settings: CalibrationSettings,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    source: str | None = None,
+    pool_directory: str | Path | None = None,
+    checkpoint: bool = True,
+    progress: Progress = lambda stage, completed, total: None,
+) -> CalibrationReport:
+    """Calibrate a pipeline; write a :class:`qandc.Preset`, the quantized model and a report.
+
+    The candidate pool is kept in ``directory/pool`` as it is recorded. The same call after an interruption goes on with
+    it, as does one with another choice of samples, other bits or another compensation.
+
+    Args:
+        pipe: a ``DiTPipeline`` in full precision, without a cache. Its transformer is quantized in place.
+        settings: of the calibration.
+        directory: to write to.
+        overwrite: replace a finished preset in it.
+        source: directory or hub id that the pipeline came from, noted in the preset; None for fashion-dit.
+        pool_directory: where the pool is kept instead, for several calibrations to share.
+        checkpoint: write the quantized model too.
+        progress: called as ``progress(stage, completed, total)``, first with 0, last with the total.
+
+    Raises:
+        OutputError: as :func:`check_directory`; a file cannot be written.
+        ModelError: the transformer is quantized or cached already, or cannot be quantized.
+        ConfigError: the model or its scheduler cannot be sampled so, or the directory holds another pool.
+        DataError: samples or features are NaN, infinite or do not vary.
+    """
+    directory, model = Path(directory), pipe.transformer
+    check_dit(model)
+    check_directory(directory, overwrite)
+    if quant_layers(model) or get_cache(model) is not None:
+        raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew to calibrate it")
+    work = _Calibration(pipe, settings, progress)
+    # first: it alone outlives an interruption
+    pool = work.record_pool(directory / POOL if pool_directory is None else Path(pool_directory))
+    reference = work.record_reference()
+    full = work.draw("full precision")
+    chosen = work.choose(pool)
+    work.quantize(pool, chosen)
+    schedule = work.find_schedule()
+    with _attached(model, schedule.config()):
+        compensation = work.compensate(reference)
+        plain = psnr(work.draw("without compensation"), full)
+        compensated = None
+        if compensation is not None:
+            compensated = psnr(work.draw("with compensation", compensation), full)
+    preset = Preset.of(
+        model,
+        settings.quant_config,
+        schedule,
+        compensation,
+        scheduler=type(work.scheduler).__name__,
+        guidance_scale=settings.guidance_scale,
+        keep_weights=settings.error_feedback,
+        source=source,
+    )
+    report = CalibrationReport(preset, quantization_report(model), plain, compensated)
+    make_directory(directory)
+    (directory / SETTINGS).unlink(missing_ok=True)  # what follows is not of the settings that were there
+    if not checkpoint:
+        shutil.rmtree(directory / CHECKPOINT, ignore_errors=True)
+    else:
+        save_quantized(model, directory / CHECKPOINT, overwrite=True, schedule=schedule, compensation=compensation)
+    write_json(directory / REPORT, report.record(settings, source))
+    preset.save(directory)  # last: with it the directory is finished
+    return report
+
+
+@contextmanager
+def _attached(model: Any, config: CacheConfig) -> Iterator[None]:
+    apply_cache_to_dit(model, config=config)
+    try:
+        yield
+    finally:
+        remove_cache(model)
+
+
+class _Stage:
+    """Counts what is done of one part of the work."""
+
+    def __init__(self, name: str, total: int, progress: Progress) -> None:
+        self.name, self.total, self.completed, self.progress = name, total, 0, progress
+
+    def __enter__(self) -> _Stage:
+        self.progress(self.name, 0, self.total)
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None and self.completed < self.total:  # parts that were there already
+            self.progress(self.name, self.total, self.total)
+
+    def add(self, count: int) -> None:
+        self.completed += count
+        self.progress(self.name, self.completed, self.total)
+
+    def step(self, step: int, timestep: int, latents: torch.Tensor) -> None:
+        """Callback of a denoising loop."""
+        self.add(len(latents))
+
+    def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, each counted when the next one is asked for."""
+        for batch in batches:
+            yield batch
+            self.add(1)
+
+
+class _Calibration:
+    """The parts of the work, in their order."""
+
+    def __init__(self, pipe: Any, settings: CalibrationSettings, progress: Progress) -> None:
+        self.pipe, self.settings, self.progress = pipe, settings, progress
+        self.model = pipe.transformer
+        self.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
+        self.classes = tuple(class_names(pipe))[:CLASSES]
+        steps, guidance_scale = settings.num_inference_steps, settings.guidance_scale
+        check_sampling(self.model, self.scheduler, self.classes, steps, guidance_scale)
+        self.run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+
+    def _noise(self, first_seed: int, count: int) -> dict[str, Any]:
+        """Class-balanced labels with a seed each."""
+        labels = [self.classes[i % len(self.classes)] for i in range(count)]
+        return {"class_labels": labels, "seeds": list(range(first_seed, first_seed + count)), **self.run}
+
+    def _stage(self, name: str, images: int) -> _Stage:
+        return _Stage(name, images * self.settings.num_inference_steps, self.progress)
+
+    def record_pool(self, directory: Path) -> CandidatePool:
+        count = self.settings.pool_images
+        attached = _attached(self.model, self.settings.cache) if self.settings.pool_with_cache else nullcontext()
+        with attached, self._stage("candidate pool", count) as stage:
+            return record_pool(
+                self.model,
+                self.scheduler,
+                batch_size=POOL_BATCH,
+                directory=directory,
+                callback=stage.step,
+                **self._noise(POOL_SEED, count),
+            )
+
+    def record_reference(self) -> Trajectory | None:
+        count = self.settings.vc_samples
+        if self.settings.vc == NO_COMPENSATION:
+            return None
+        with self._stage("reference", count) as stage:
+            return record_trajectory(self.model, self.scheduler, callback=stage.step, **self._noise(FIRST_SEED, count))
+
+    def draw(self, name: str, compensation: Compensation | None = None) -> torch.Tensor:
+        """Images of noise that nothing was calibrated on."""
+        with self._stage(name, SHOWN_IMAGES) as stage:
+            latents = sample_latents(
+                self.model,
+                self.scheduler,
+                compensation=compensation,
+                callback=stage.step,
+                **self._noise(0, SHOWN_IMAGES),
+            )
+            return decode_latents(self.pipe.vae, latents)
+
+    def choose(self, pool: CandidatePool) -> np.ndarray:
+        settings = self.settings
+        if settings.samples == len(pool):
+            logger.warning("all %d candidates of the pool are taken: there is nothing to choose", len(pool))
+        with _Stage("choosing samples", 1, self.progress):
+            config = TapConfig(settings.clusters)
+            return pool.select(settings.samples, config, method=settings.select, seed=settings.seed)
+
+    def quantize(self, pool: CandidatePool, chosen: np.ndarray) -> None:
+        """Find smoothing factors, round weights, then find static ranges."""
+        settings, config, model = self.settings, self.settings.quant_config, self.model
+
+        def batches(stage: _Stage) -> Iterator[dict[str, Any]]:
+            found = pool.batches(chosen, batch_size=BATCH_SIZE, device=model.device, dtype=model.dtype)
+            return stage.counted(found)
+
+        count = -(-len(chosen) // BATCH_SIZE)
+        smoothing = hessians = None
+        if settings.smoothing:
+            with _Stage("smoothing", count, self.progress) as stage:
+                smoothing = smoothing_factors(model, batches(stage), skip_patterns=config.skip_patterns)
+        if settings.error_feedback:
+            with _Stage("inputs of layers", count, self.progress) as stage:
+                hessians = input_hessians(model, batches(stage), config.skip_patterns)
+        with _Stage("rounding weights", 1, self.progress):
+            quantize_model(
+                model,
+                config.w_bits,
+                config.a_bits,
+                config.skip_patterns,
+                weight_clip=config.weight_clip,
+                smoothing=smoothing,
+                hessians=hessians,
+            )
+        with _Stage("ranges", count, self.progress) as stage:
+            calibrate(model, batches(stage), ranges=settings.ranges)
+
+    def find_schedule(self) -> CalibratedSchedule:
+        """As many compute steps as the uniform schedule has, where they serve the others best."""
+        cache = self.settings.cache
+        uniform = cache.of_steps(self.settings.num_inference_steps)
+        if self.settings.uniform or all(uniform):
+            self.scheduler.set_timesteps(self.settings.num_inference_steps)
+            timesteps = tuple(int(timestep) for timestep in self.scheduler.timesteps)
+            return CalibratedSchedule(uniform, timesteps, cache.mode, cache.history - 1)
+        with self._stage("schedule", SCHEDULE_IMAGES) as stage:
+            return calibrate_schedule(
+                self.model,
+                self.scheduler,
+                mode=cache.mode,
+                order=cache.order,
+                computed_steps=sum(uniform),
+                callback=stage.step,
+                **self._noise(SCHEDULE_SEED, SCHEDULE_IMAGES),
+            )
+
+    def compensate(self, reference: Trajectory | None) -> Compensation | None:
+        if reference is None:
+            return None
+        with self._stage("compensation", len(reference.seeds)) as stage:
+            return fit_compensation(
+                reference,
+                self.model,
+                self.scheduler,
+                form=self.settings.vc,
+                target=self.settings.vc_target,
+                start_step=self.settings.vc_start,
+                callback=stage.step,
+            )

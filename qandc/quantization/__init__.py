@@ -1,0 +1,1 @@
+"""Quantize any model: layers, plans, what layers are given, adapters, diffusers' formats."""

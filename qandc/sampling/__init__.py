@@ -1,0 +1,1 @@
+"""Run pipelines: find and load them, the denoising loop, the paths of runs."""

@@ -1,0 +1,395 @@
+"""The denoising loop: scheduler + transformer, guidance, one noise stream per image.
+
+``DiTPipeline`` draws the noise of a DDPM step from the global generator, so two of its runs cannot be compared image by
+image. This loop gives every image a generator of its own: image ``i`` is the same for any batch it is drawn in, and two
+models given the same seeds see the same noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+import torch
+
+from qandc.cache import get_cache
+from qandc.errors import ConfigError, DataError, ModelError
+from qandc.fusion.fused_dit import is_fused, prepare_run
+from qandc.fusion.nan_flags import lower_nan_flags, raised_nan_flag
+from qandc.fusion.run_graph import run_as_graph, why_no_run_graph
+from qandc.quantization.conversion import quant_layers
+from qandc.sampling.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
+from qandc.support.arguments import Between, Integers, Model, Scheduler, Seeds, Steps, checked
+from qandc.support.attach import original_class
+from qandc.variance_compensation import Compensation
+from qandc_kernels import guided_step, select_backend
+
+__all__ = ["SCHEDULERS", "Corrector", "Guidance", "decode_latents", "describe_run", "make_scheduler", "sample_latents"]
+
+logger = logging.getLogger(__name__)
+
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
+
+
+Guidance = Annotated[float, Between(0, 1e6)]
+
+
+@checked
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """A fresh diffusers scheduler, ``name`` "ddpm" or "ddim", with the noise schedule of ``config``.
+
+    Raises:
+        ConfigError: an unknown name, or a config that diffusers makes no scheduler of.
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise ConfigError(f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
+    changes = {}
+    if str(config.get("variance_type", "")).startswith("learned"):
+        # needs a predicted variance, which the loop below does not use
+        changes["variance_type"] = "fixed_small"
+        logger.info("variance_type %s is replaced by fixed_small", config["variance_type"])
+    try:
+        return getattr(diffusers, SCHEDULERS[name]).from_config(config, **changes)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"config is none of a scheduler ({error}); give that of one, pipe.scheduler.config"
+        ) from error
+
+
+@runtime_checkable
+class Corrector(Protocol):
+    """What may change a run at two points of every step."""
+
+    def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor: ...
+
+    def sample(self, step: int, latents: torch.Tensor) -> torch.Tensor: ...
+
+
+def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dict[str, Any]:
+    """What a compensation must be fitted for, by the names of ``FittedFor``; after ``scheduler.set_timesteps``."""
+    config, cache = transformer.config, get_cache(transformer)
+    schemes = sorted({layer.scheme for layer in quant_layers(transformer).values()})
+    parts = [f"{config.num_layers} blocks of {config.num_attention_heads * config.attention_head_dim}"]
+    parts += schemes or ["not quantized"]
+    parts.append("no cache" if cache is None else str(cache.config))
+    return {
+        "scheduler": type(scheduler).__name__,
+        "timesteps": tuple(int(timestep) for timestep in scheduler.timesteps),
+        "guidance_scale": float(guidance_scale),
+        "model": ", ".join(parts),
+    }
+
+
+def check_dit(transformer: Any) -> None:
+    """Refuse what is no DiT that can be sampled; it may be wrapped, as by ``torch.compile``.
+
+    Raises:
+        ModelError: no ``DiTTransformer2DModel``, or one without weights.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    dit: Any = DiTTransformer2DModel
+    found = next((part for part in transformer.modules() if isinstance(part, dit)), None)
+    if found is None or not hasattr(getattr(transformer, "config", None), "num_embeds_ada_norm"):
+        raise ModelError(
+            f"sampling knows diffusers' DiTTransformer2DModel; got {type(transformer).__name__} (of a pipeline, pass "
+            "pipe.transformer)"
+        )
+    if next(found.parameters()).is_meta:
+        raise ModelError("this DiTTransformer2DModel is on the meta device and has no weights; load them first")
+
+
+@checked
+def check_sampling(
+    transformer: Model,
+    scheduler: Scheduler,
+    class_labels: Integers,
+    num_inference_steps: Steps,
+    guidance_scale: Guidance,
+) -> list[int]:
+    """Refuse what :func:`sample_latents` cannot sample, before any work; returns the class ids as a list.
+
+    Raises:
+        ConfigError: class ids are no integers in one dimension, or a setting is out of range.
+        ModelError: no DiT, or no scheduler of one.
+    """
+    check_dit(transformer)
+    class_labels = list(class_labels)
+    if not class_labels:
+        raise ConfigError("no class ids given; give at least one")
+    num_classes = transformer.config.num_embeds_ada_norm
+    for label in class_labels:
+        if not 0 <= label < num_classes:
+            raise ConfigError(f"class id {label} is out of range; this model knows 0 to {num_classes - 1}")
+    limit = getattr(scheduler.config, "num_train_timesteps", None)
+    if not isinstance(limit, int) or not hasattr(scheduler, "init_noise_sigma"):
+        raise ModelError(f"{type(scheduler).__name__} makes no noise for a DiT; give a scheduler such as DDIMScheduler")
+    if not 1 <= num_inference_steps <= limit:
+        raise ConfigError(f"num_inference_steps is {num_inference_steps}; this scheduler allows 1 to {limit}")
+    return class_labels
+
+
+def set_timesteps(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
+    """Prepare a scheduler for a run; returns the timesteps, one for each call of the model.
+
+    A scheduler of second order calls the model twice a step: 2 n - 1 times for n inference steps.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    return tuple(float(timestep) for timestep in torch.as_tensor(scheduler.timesteps).tolist())
+
+
+def check_gains(compensation: Compensation, steps: int, channels: int) -> None:
+    """Refuse a compensation whose gains cannot be applied to a run, not even if it is forced upon it.
+
+    Raises:
+        ConfigError: the run has other channels, or more steps than there are gains.
+    """
+    known, of_channels = compensation.gain.shape
+    if of_channels != channels or known < steps:
+        raise ConfigError(
+            f"the variance compensation has gains for {known} steps and {of_channels} channels; this run has {steps} "
+            f"steps and {channels} channels (fit it for this run)"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """All steps of a run, from initial latents and labels to the last latents."""
+
+    transformer: Any
+    scheduler: Any
+    guidance_scale: float
+    compensation: Compensation | None
+    force_compensation: bool
+    custom: Corrector | None  # in place of a compensation
+    callback: Callable[[int, int, torch.Tensor], None] | None
+    generators: Sequence[torch.Generator]
+    device: torch.device
+
+    def why_no_graph(self, labels: torch.Tensor) -> str | None:
+        """Why these steps can't be replayed from one CUDA graph, or None."""
+        reason = why_not_plain_ddim(self.scheduler)
+        if reason is not None:
+            return reason
+        if self.callback is not None or self.custom is not None:
+            return "a callback or a corrector of your own runs in every step"
+        return why_no_run_graph(self.transformer, labels)
+
+    def key(self) -> Hashable:
+        """What a graph of these steps depends on beside shapes, labels, noise and the layers."""
+        cache = get_cache(self.transformer)
+        scheduler = self.scheduler
+        coefficients = (scheduler.alphas_cumprod.numpy().tobytes(), float(scheduler.final_alpha_cumprod))
+        run = (repr(sorted(scheduler.config.items())), tuple(scheduler.timesteps.tolist()), self.guidance_scale)
+        features = None if cache is None else cache.config
+        compensation = None if self.compensation is None else self.compensation.key()
+        return (*run, *coefficients, features, compensation, self.force_compensation)
+
+    # First asked for by a run that warms up, so these are on the device before a graph is captured, which keeps them.
+
+    @cached_property
+    def timesteps(self) -> torch.Tensor:
+        return self.scheduler.timesteps.to(self.device)
+
+    @cached_property
+    def corrector(self) -> Corrector | None:
+        if self.compensation is None:
+            return self.custom
+        return copy.deepcopy(self.compensation).to(self.device)
+
+    @cached_property
+    def coefficients(self) -> torch.Tensor | None:
+        """Of steps that one kernel takes: those of a fused model, where they are affine."""
+        fused = is_fused(self.transformer) and select_backend(self.device).name == "triton"
+        if not fused or self.custom is not None or not is_affine(self.scheduler):
+            return None
+        channels = self.transformer.config.in_channels
+        return affine_coefficients(self.scheduler, channels, self.compensation).to(self.device)
+
+    @cached_property
+    def step_kwargs(self) -> dict[str, Any]:
+        # a compensated scheduler takes what its original takes
+        step = vars(self.scheduler).get("step", original_class(self.scheduler).step)
+        return {"generator": self.generators} if "generator" in inspect.signature(step).parameters else {}
+
+    def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        transformer, scheduler = self.transformer, self.scheduler
+        if self.compensation is not None and not self.force_compensation:  # not in a replay, where nothing is new
+            self.compensation.check(describe_run(transformer, scheduler, self.guidance_scale))
+        dtype, guided = transformer.dtype, self.guidance_scale > 1
+        # a tensor of this run alone, by which caches and prepared conditioning know it
+        unconditional = torch.full_like(labels, transformer.config.num_embeds_ada_norm)
+        labels = torch.cat([labels, unconditional]) if guided else labels.clone()
+        if is_fused(transformer):
+            of_steps = prepare_run(transformer, self.timesteps, labels)
+        else:
+            of_steps = self.timesteps[:, None].expand(-1, len(labels)).unbind(0)
+        coefficients, model_input = self.coefficients, None
+        for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
+            if model_input is None:
+                model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
+                model_input = torch.cat([model_input, model_input]) if guided else model_input
+            noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
+            if coefficients is not None:
+                scale = self.guidance_scale if guided else None
+                latents, model_input = guided_step(noise_pred.to(dtype), latents, coefficients[step], scale)
+            else:
+                latents, model_input = self.step(step, timestep, noise_pred, latents), None
+            if self.callback is not None:
+                self.callback(step, int(timestep), latents)
+                model_input = None  # it may have written to the latents
+        return latents
+
+    def step(self, step: int, timestep: torch.Tensor, noise_pred: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        scheduler, corrector = self.scheduler, self.corrector
+        noise_pred = noise_pred[:, : latents.shape[1]].float()  # DiT-XL/2's variances are not used here
+        if self.guidance_scale > 1:
+            cond, uncond = noise_pred.chunk(2)
+            noise_pred = uncond + self.guidance_scale * (cond - uncond)
+        if corrector is not None:
+            noise_pred = corrector.noise(step, noise_pred)
+        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **self.step_kwargs)[0]
+        return latents if corrector is None else corrector.sample(step, latents)
+
+
+@checked
+@torch.inference_mode()
+def sample_latents(
+    transformer: Model,
+    scheduler: Annotated[Any, Scheduler],
+    class_labels: Integers,
+    *,
+    num_inference_steps: Steps = 50,
+    guidance_scale: Guidance = 1.5,
+    seeds: Seeds,
+    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    compensation: Compensation | None = None,
+    force_compensation: bool = False,
+    corrector: Corrector | None = None,
+    cuda_graph: bool = False,
+) -> torch.Tensor:
+    """Denoise one latent image per class label: ``[B, C, H, W] float32`` on the transformer's device.
+
+    Each step computes ``ε = ε_uncond + guidance_scale · (ε_cond - ε_uncond)`` (classifier-free guidance, Ho and
+    Salimans 2022; without the unconditional rows when ``guidance_scale <= 1``) and calls ``scheduler.step``. On a GPU a
+    fused model takes a step of a plain ``DDIMScheduler``, guidance and compensation included, in one kernel
+    (:func:`qandc_kernels.guided_step`), which is the same to rounding.
+
+    Args:
+        transformer: a diffusers ``DiTTransformer2DModel``, plain, quantized or cached.
+        scheduler: a diffusers scheduler; its step state is overwritten.
+        class_labels: class ids, ``[B]`` integers.
+        num_inference_steps: 1 to the scheduler's number of training timesteps. Where a scheduler calls the model more
+            than once a step (Heun), what counts steps counts calls: the callback, the schedule of a cache, gains.
+        guidance_scale: a finite number >= 0.
+        seeds: one per image; initial and step noise of image ``i`` come from ``seeds[i]`` alone.
+        callback: called as ``callback(step, timestep, latents)`` after every step.
+        compensation: variance compensation (:func:`qandc.fit_compensation`): applied to the guided noise prediction, or
+            to the latents that ``scheduler.step`` returns, before the next step sees them.
+        force_compensation: apply it also to a run it was not fitted for.
+        corrector: anything else that changes predictions and latents at these two points.
+        cuda_graph: replay all steps from one CUDA graph, which the first call with these settings captures (in the time
+            of a few runs; two graphs are kept). For a fused transformer and a plain ``DDIMScheduler``, without callback
+            or corrector of your own; otherwise the steps are taken as usual and the reason is logged. An attached
+            cache does not count the steps of a replay.
+
+    Raises:
+        ConfigError: a setting is outside the range above, the lengths of labels and seeds differ, the schedule of an
+            attached cache has another number of steps or other timesteps, or the compensation was fitted for another
+            run, has gains for other channels or, forced, for fewer steps.
+        DataError: the latents came out NaN or infinite; or a layer with a static range, in a block that is not
+            compiled, was given NaN.
+    """
+    class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    if len(seeds) != len(class_labels):
+        raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
+    timesteps = set_timesteps(scheduler, num_inference_steps)
+    cache = get_cache(transformer)
+    if cache is not None and not cache.paused:
+        cache.config.check_run(timesteps)
+    from diffusers.utils.torch_utils import randn_tensor
+
+    config = transformer.config
+    # diffusers' own property walks through all modules, which takes as long as a step; fused, all are in one place
+    device = next(transformer.parameters()).device if is_fused(transformer) else transformer.device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
+    latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    labels = torch.tensor(class_labels, device=device)
+
+    if compensation is not None:
+        if corrector is not None:
+            raise ConfigError("give compensation or corrector, not both: they change the same values")
+        check_gains(compensation, len(timesteps), config.in_channels)
+    latents = latents * scheduler.init_noise_sigma
+    loop = _Loop(
+        transformer,
+        scheduler,
+        guidance_scale,
+        compensation,
+        force_compensation,
+        corrector,
+        callback,
+        generators,
+        device,
+    )
+    why_no_graph = loop.why_no_graph(labels) if cuda_graph else None
+    if why_no_graph is not None:
+        logger.warning("the run is no CUDA graph: %s", why_no_graph)
+    lower_nan_flags(transformer)
+    if cuda_graph and why_no_graph is None:
+        latents = run_as_graph(transformer, loop, (latents, labels), loop.key())
+    else:
+        latents = loop(latents, labels)
+    if not torch.isfinite(latents).all():
+        raise DataError(
+            f"the latents hold NaN or inf after {num_inference_steps} steps with guidance_scale {guidance_scale} in "
+            f"{str(transformer.dtype).removeprefix('torch.')}; try a lower guidance_scale or another dtype, and check "
+            "the weights"
+        )
+    layer = raised_nan_flag(transformer)
+    if layer is not None:
+        raise DataError(
+            f"{layer} was given NaN, which its static range hides: the latents are finite and wrong; look for an "
+            f"overflow before it (in {str(transformer.dtype).removeprefix('torch.')}; try bfloat16 or float32)"
+        )
+    return latents
+
+
+def _placement(vae: Any) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype a decoder takes latents."""
+    first = getattr(vae, "post_quant_conv", None)
+    if first is None or any(hasattr(module, "_diffusers_hook") for module in (vae, first)):
+        return vae.device, vae.dtype
+    return first.weight.device, first.weight.dtype  # the same without a walk through all modules, as long as a step
+
+
+@checked
+@torch.inference_mode()
+def decode_latents(vae: Model, latents: torch.Tensor) -> torch.Tensor:
+    """``decode(latents / scaling_factor)``: images ``[B, channels, H, W] float32`` on the CPU, in [-1, 1].
+
+    Raises:
+        ModelError: no autoencoder of diffusers.
+        DataError: the latents are not ``[B, latent_channels, H, W]`` finite floating-point numbers.
+    """
+    channels = getattr(getattr(vae, "config", None), "latent_channels", None)
+    if channels is None or not hasattr(vae, "decode"):
+        raise ModelError(
+            f"latents are decoded by an autoencoder of diffusers; got {type(vae).__name__} (pass pipe.vae)"
+        )
+    shaped = latents.ndim == 4 and latents.shape[1] == channels and latents.numel()
+    if not shaped or not latents.is_floating_point() or not torch.isfinite(latents).all():
+        raise DataError(
+            f"latents must be [B, {channels}, H, W] finite floating-point numbers; got {list(latents.shape)} of "
+            f"{latents.dtype}, or NaN or inf among them"
+        )
+    latents = latents.to(*_placement(vae)) / vae.config.scaling_factor
+    return vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1).cpu()

@@ -1,0 +1,1 @@
+"""Check arguments, write files and results, attach to modules."""

@@ -1,0 +1,315 @@
+"""Check the arguments of each public op before any work: ``check_<op>`` takes what that op takes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from qandc_kernels.errors import ArgumentError
+from qandc_kernels.ops._operands import (
+    FLOAT32,
+    FLOAT_DTYPES,
+    INT8,
+    INT32,
+    LARGEST_K,
+    LARGEST_NUMBER,
+    SCALAR,
+    UINT8,
+    MaybeTensor,
+    Tensor,
+    check_activations,
+    check_devices,
+    check_dtype,
+    check_elements,
+    check_integer,
+    check_linear,
+    check_nan_flag,
+    check_number,
+    check_product,
+    check_rows,
+    check_scales,
+    check_tensor,
+    check_written,
+    check_zero_point,
+)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LINEAR_NAMES = "xq weight x_scale w_scale bias x_zero_point w_sum"
+QUANTIZED_NAMES = "x weight w_scale bias act_scale act_zero_point w_sum smoothing"
+GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier"
+RESIDUAL_NAMES = f"{LINEAR_NAMES} gate branch residual"
+
+
+def checked(definition: Function) -> Function:
+    """Return a function that calls ``check_<its name>``, then ``definition``, which stays there as ``__wrapped__``."""
+    check = globals()[f"check_{definition.__name__}"]
+
+    @functools.wraps(definition)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return definition(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def check_int8_matmul(xq: Tensor, wq: Tensor) -> None:
+    check_product("int8_matmul", xq, wq, INT8)
+    check_devices("int8_matmul", "xq wq", xq, wq)
+
+
+def check_int8_linear(
+    xq: Tensor,
+    wq: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: MaybeTensor = None,
+    x_zero_point: MaybeTensor = None,
+    w_sum: MaybeTensor = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    check_linear("int8_linear", xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, INT8)
+    check_devices("int8_linear", LINEAR_NAMES, xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum)
+    check_dtype("int8_linear", "out_dtype", out_dtype)
+
+
+def check_int4_linear(
+    xq: Tensor,
+    wq_packed: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: MaybeTensor = None,
+    x_zero_point: MaybeTensor = None,
+    w_sum: MaybeTensor = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    check_linear("int4_linear", xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, UINT8)
+    check_devices("int4_linear", LINEAR_NAMES, xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum)
+    check_dtype("int4_linear", "out_dtype", out_dtype)
+
+
+def check_linear_gelu_quantize(
+    xq: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_scale: Tensor,
+    bias: MaybeTensor = None,
+    out_zero_point: MaybeTensor = None,
+    multiplier: MaybeTensor = None,
+    x_zero_point: MaybeTensor = None,
+    w_sum: MaybeTensor = None,
+) -> None:
+    op = "linear_gelu_quantize"
+    check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+    check_tensor(op, "out_scale", out_scale, FLOAT32, SCALAR)
+    check_zero_point(op, "out_zero_point", out_zero_point)
+    if multiplier is not None:
+        check_tensor(op, "multiplier", multiplier, FLOAT32, ((weight.shape[0],),))
+    operands = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_scale, out_zero_point, multiplier)
+    check_devices(op, GELU_NAMES, *operands)
+
+
+def check_linear_gate_residual_(
+    residual: Tensor,
+    xq: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    gate: Tensor,
+    bias: MaybeTensor = None,
+    x_zero_point: MaybeTensor = None,
+    w_sum: MaybeTensor = None,
+    branch: MaybeTensor = None,
+) -> None:
+    op = "linear_gate_residual_"
+    check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+    if xq.ndim != 3:
+        raise ArgumentError(f"{op}: xq must be [samples, tokens, K]; got {tuple(xq.shape)}")
+    (samples, tokens, _), n = xq.shape, weight.shape[0]
+    check_tensor(op, "gate", gate, FLOAT_DTYPES, ((samples, n),))
+    check_tensor(op, "residual", residual, FLOAT_DTYPES, ((samples, tokens, n),))
+    inputs = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, gate)
+    if branch is not None:
+        check_tensor(op, "branch", branch, FLOAT_DTYPES, ((samples, tokens, n),))
+        check_written(op, "branch", branch, RESIDUAL_NAMES, *inputs)
+    check_written(op, "residual", residual, RESIDUAL_NAMES, *inputs, branch)
+    check_devices(op, RESIDUAL_NAMES, *inputs, branch, residual)
+
+
+def check_quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: MaybeTensor = None,
+    act_scale: MaybeTensor = None,
+    act_zero_point: MaybeTensor = None,
+    w_sum: MaybeTensor = None,
+    smoothing: MaybeTensor = None,
+    bits: int = 8,
+    out_dtype: torch.dtype | None = None,
+    nan_flag: MaybeTensor = None,
+) -> None:
+    op = "quantized_linear"
+    check_product(op, x, weight, (torch.int8, torch.uint8), "x", FLOAT_DTYPES)
+    check_scales(op, x, weight, w_scale, bias)
+    if act_scale is not None:
+        check_tensor(op, "act_scale", act_scale, FLOAT32, SCALAR)
+    elif act_zero_point is not None:
+        raise ArgumentError(f"{op}: act_zero_point needs an act_scale; give both, or neither for a scale per token")
+    check_zero_point(op, "act_zero_point", act_zero_point)
+    if w_sum is not None:
+        check_tensor(op, "w_sum", w_sum, FLOAT32 if w_scale.ndim == 2 else INT32, ((weight.shape[0],),))
+    if smoothing is not None:
+        check_tensor(op, "smoothing", smoothing, FLOAT32, ((x.shape[-1],),))
+    check_integer(op, "bits", bits, 2, 8)
+    if out_dtype is not None:
+        check_dtype(op, "out_dtype", out_dtype)
+    operands = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing)
+    check_nan_flag(op, nan_flag, QUANTIZED_NAMES, *operands)
+    check_devices(op, f"{QUANTIZED_NAMES} nan_flag", *operands, nan_flag)
+
+
+def check_weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor = None) -> None:
+    op = "weight_only_linear"
+    check_product(op, x, weight, (torch.int8, torch.uint8), "x", FLOAT_DTYPES)
+    check_scales(op, x, weight, w_scale, bias)
+    check_devices(op, "x weight w_scale bias", x, weight, w_scale, bias)
+
+
+def check_quantize_per_tensor(
+    x: Tensor, scale: Tensor, zero_point: MaybeTensor = None, bits: int = 8, nan_flag: MaybeTensor = None
+) -> None:
+    op = "quantize_per_tensor"
+    check_activations(op, x)
+    check_tensor(op, "scale", scale, FLOAT32, SCALAR)
+    check_zero_point(op, "zero_point", zero_point)
+    check_nan_flag(op, nan_flag, "x scale zero_point", x, scale, zero_point)
+    check_integer(op, "bits", bits, 2, 8)
+    check_devices(op, "x scale zero_point nan_flag", x, scale, zero_point, nan_flag)
+
+
+def check_quantize_per_token(x: Tensor, bits: int = 8, token_dims: int = 1) -> None:
+    check_activations("quantize_per_token", x, token_dims)
+    check_integer("quantize_per_token", "bits", bits, 2, 8)
+
+
+def _check_adaln(op: str, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
+    check_tensor(op, "x", x, FLOAT_DTYPES)
+    if x.ndim != 3 or not 0 < x.shape[2] <= LARGEST_K:
+        raise ArgumentError(f"{op}: x must be [samples, tokens, K] with K from 1 to {LARGEST_K}; got {tuple(x.shape)}")
+    check_rows(op, "x", x.shape[:-1].numel())
+    vectors = ((x.shape[0], x.shape[2]),)
+    check_tensor(op, "shift", shift, FLOAT_DTYPES, vectors)
+    check_tensor(op, "scale", scale, FLOAT_DTYPES, vectors)
+    check_number(op, "eps", eps, 0.0, "a finite number >= 0")
+
+
+def check_adaln_quantize_per_tensor(
+    x: Tensor, shift: Tensor, scale: Tensor, q_scale: Tensor, zero_point: MaybeTensor = None, eps: float = 1e-6
+) -> None:
+    op = "adaln_quantize_per_tensor"
+    _check_adaln(op, x, shift, scale, eps)
+    check_tensor(op, "q_scale", q_scale, FLOAT32, SCALAR)
+    check_zero_point(op, "zero_point", zero_point)
+    check_devices(op, "x shift scale q_scale zero_point", x, shift, scale, q_scale, zero_point)
+
+
+def check_adaln_quantize_per_token(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> None:
+    _check_adaln("adaln_quantize_per_token", x, shift, scale, eps)
+    check_devices("adaln_quantize_per_token", "x shift scale", x, shift, scale)
+
+
+def check_attention_quantize_per_tensor(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_scale: Tensor,
+    out_zero_point: MaybeTensor = None,
+    nan_flag: MaybeTensor = None,
+) -> None:
+    op = "attention_quantize_per_tensor"
+    check_tensor(op, "q", q, FLOAT_DTYPES)
+    if q.ndim != 4 or q.shape[3] == 0:
+        raise ArgumentError(f"{op}: q must be [batch, tokens, heads, D] with D > 0; got {tuple(q.shape)}")
+    check_rows(op, "q", q.shape[:3].numel())
+    dtypes, shapes = (q.dtype,), (tuple(q.shape),)
+    check_tensor(op, "k", k, dtypes, shapes)
+    check_tensor(op, "v", v, dtypes, shapes)
+    check_tensor(op, "out_scale", out_scale, FLOAT32, SCALAR)
+    check_zero_point(op, "out_zero_point", out_zero_point)
+    check_nan_flag(op, nan_flag, "q k v out_scale out_zero_point", q, k, v, out_scale, out_zero_point)
+    check_devices(op, "q k v out_scale out_zero_point nan_flag", q, k, v, out_scale, out_zero_point, nan_flag)
+
+
+def check_gated_sum(
+    x: Tensor, features: Tensor, gates: MaybeTensor = None, weights: MaybeTensor = None, scales: MaybeTensor = None
+) -> None:
+    op = "gated_sum"
+    check_tensor(op, "x", x, FLOAT_DTYPES)
+    check_tensor(op, "features", features, (*FLOAT_DTYPES, torch.int8))
+    if x.ndim != 3 or features.ndim != 6 or features.shape[3:] != x.shape:
+        raise ArgumentError(
+            f"{op}: x must be [samples, tokens, D] and features [S, L, K, samples, tokens, D]; "
+            f"got {tuple(x.shape)} and {tuple(features.shape)}"
+        )
+    check_rows(op, "x", x.shape[:-1].numel())
+    sets, layers, branches, samples, _, width = features.shape
+    if gates is not None:
+        check_tensor(op, "gates", gates, FLOAT_DTYPES, ((layers, branches, samples, width),))
+    if weights is not None:
+        check_tensor(op, "weights", weights, FLOAT32, ((sets,),))
+    if (features.dtype == torch.int8) != (scales is not None):
+        raise ArgumentError(f"{op}: int8 features need scales, and only they; got features of {features.dtype}")
+    if scales is not None:
+        check_tensor(op, "scales", scales, FLOAT32, (tuple(features.shape[:5]),))
+    for name, tensor in (("features", features), ("scales", scales), ("weights", weights)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ArgumentError(f"{op}: {name} must be contiguous; got strides {tensor.stride()}")
+    check_devices(op, "x features gates weights scales", x, features, gates, weights, scales)
+
+
+def check_guided_step(
+    prediction: Tensor, latents: Tensor, coefficients: Tensor, guidance_scale: float | None = None
+) -> None:
+    op = "guided_step"
+    check_tensor(op, "latents", latents, FLOAT32)
+    check_tensor(op, "prediction", prediction, FLOAT_DTYPES)
+    rows = latents.shape[0] * (1 if guidance_scale is None else 2) if latents.ndim else 0
+    if (
+        latents.ndim != 4
+        or prediction.ndim != 4
+        or prediction.shape[::2] != (rows, latents.shape[2])
+        or prediction.shape[3] != latents.shape[3]
+        or prediction.shape[1] < latents.shape[1]
+    ):
+        times = "B" if guidance_scale is None else "2 B"
+        raise ArgumentError(
+            f"{op}: latents must be [B, C, H, W] and prediction [{times}, C or more, H, W]; "
+            f"got {tuple(latents.shape)} and {tuple(prediction.shape)}"
+        )
+    check_rows(op, "prediction", prediction.shape[:-1].numel())
+    check_tensor(op, "coefficients", coefficients, FLOAT32, ((3, latents.shape[1]),))
+    if guidance_scale is not None:
+        check_number(op, "guidance_scale", guidance_scale, -LARGEST_NUMBER, "a finite number or None")
+    check_devices(op, "prediction latents coefficients", prediction, latents, coefficients)
+
+
+def check_batched_linear(x: Tensor, weight: Tensor, bias: Tensor, share: float = 1.0) -> None:
+    op = "batched_linear"
+    check_tensor(op, "x", x, FLOAT_DTYPES)
+    check_tensor(op, "weight", weight, (x.dtype,))
+    if x.ndim != 3 or weight.ndim != 3 or x.shape[::2] != weight.shape[::2] or not 0 < x.shape[2] <= LARGEST_K:
+        raise ArgumentError(
+            f"{op}: x must be [L, M, K] and weight [L, N, K] with K from 1 to {LARGEST_K}; "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    check_rows(op, "x", x.shape[:-1].numel())
+    check_elements(op, "the result", x.shape[:-1].numel() * weight.shape[1])
+    check_tensor(op, "bias", bias, (x.dtype,), (tuple(weight.shape[:2]),))
+    check_number(op, "share", share, math.ulp(0.0), "a finite number > 0")
+    check_devices(op, "x weight bias", x, weight, bias)

@@ -1,0 +1,184 @@
+"""Tile choice: a table tuned on the GPU where there is one, a closed form for all others. Nothing is tried at run time.
+
+A table is a JSON file named after its GPU, e.g. ``nvidia-h200.json``. It is looked for in the directory that the
+variable QANDC_TILES names (by default ``~/.cache/qandc_kernels``), where ``python -m qandc_kernels.tiles.tune``
+writes it, then among those that come with this package.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from qandc_kernels.triton._epilogue import Epilogue
+
+__all__ = [
+    "FewRowsTile",
+    "GemmTile",
+    "Gpu",
+    "few_rows_tile",
+    "gemm_tile",
+    "gpu_of",
+    "heuristic_tile",
+    "kernel_name",
+    "own_tables",
+    "tuned_tiles",
+]
+
+logger = logging.getLogger(__name__)
+
+
+HOPPER = (9, 0), 132  # capability and multiprocessors of an H200, and of most H100
+
+
+class GemmTile(NamedTuple):
+    """Compile-time sizes of one GEMM launch.
+
+    ``group_m`` rows of blocks share their weight tiles in the L2 cache. With ``programs_per_sm`` so many programs run
+    on each multiprocessor and take tile after tile; 0 means one program per tile. The sums are finished and stored in
+    ``subtiles`` pieces. ``tma`` is 0 where plain loads beat the tensor memory accelerator, as they do on short work.
+    With ``overlap`` a launch overlaps with the end of the one before (programmatic dependent launch, sm_90 on).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 0
+    subtiles: int = 1
+    tma: int = 1
+    overlap: int = 0
+
+
+class FewRowsTile(NamedTuple):
+    """Compile-time sizes of a launch for a few rows: each of ``parts`` warps has blocks of K of its own."""
+
+    block_n: int
+    block_k: int
+    parts: int
+    num_stages: int
+    overlap: int = 1
+
+
+class Gpu(NamedTuple):
+    """What tile choice knows of a device; ``name`` is that of its table."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Properties of a CUDA device; for the CPU, where kernels are only interpreted, those of an unnamed Hopper."""
+    if device.type != "cuda":
+        return Gpu("interpreter", (9, 0), 132)
+    properties = torch.cuda.get_device_properties(device)
+    name = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
+    return Gpu(name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+def own_tables() -> Path:
+    """Directory of the tables made on this machine."""
+    return Path(os.environ.get("QANDC_TILES") or os.path.expanduser("~/.cache/qandc_kernels"))
+
+
+def kernel_name(family: str, epilogue: Epilogue) -> str:
+    """Under this name tables list a kernel: its operands ("int8", "int4a8", ...) and its epilogue."""
+    if epilogue.out_scale is not None:
+        return family + " gelu"
+    if epilogue.gate is not None:
+        return family + " gate"
+    return family + (" token" if epilogue.x_scale is not None and epilogue.x_scale.ndim else "")
+
+
+@functools.cache
+def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]]]:
+    """Kernel, (N, K), M: tile. Empty without a table for this GPU; a broken one is logged and passed over."""
+    for directory in (own_tables(), Path(__file__).parent / "tuned"):
+        path = directory / f"{gpu}.json"
+        if not path.is_file():
+            continue
+        tables: dict[str, dict[tuple[int, int], dict[int, GemmTile]]] = {}
+        try:
+            for row in json.loads(path.read_text())["tiles"]:
+                layer = tables.setdefault(row["kernel"], {}).setdefault((row["n"], row["k"]), {})
+                layer[max(1, int(row["m"]))] = GemmTile(*row["tile"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning(
+                "%s is no table of tiles (%s); make a new one: python -m qandc_kernels.tiles.tune", path, error
+            )
+            continue
+        return tables
+    return {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
+    names = [gpu.name] if gpu[1:] != HOPPER else [gpu.name, "nvidia-h200"]  # the same chip beside other memory
+    kernels = dict.fromkeys((kernel, kernel.removesuffix(" token")))
+    found = (tuned_tiles(name).get(which, {}).get((n, k)) for which in kernels for name in names)
+    rows = next(filter(None, found), {})
+    if rows:
+        nearest = min(rows, key=lambda tuned: abs(math.log(tuned / m)))
+        if nearest / 2 <= m <= nearest * 2:
+            return rows[nearest]
+    return heuristic_tile(kernel.split()[0], m, n, k, gpu)
+
+
+def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: torch.device) -> GemmTile:
+    """The tile for an ``[M, K] x [N, K]`` product: tuned for this (N, K) and at most twice or half this M, or computed.
+
+    ``family`` is "int8" (W8A8), "int4a8", "int4a16" or "int8a16"; with a g behind it weights have scales per group.
+    """
+    return _choose(kernel_name(family, epilogue), m, n, k, gpu_of(device))
+
+
+def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
+    """A good tile without measurement.
+
+    wgmma (Hopper) takes blocks of at least 64 rows of the left operand, which is the weight unless both are int8. A
+    large product gets blocks of 128 x 128: two or three programs of one warpgroup share a Hopper multiprocessor, so
+    that the tensor cores work for one while another stores. A small one gets smaller blocks, until all multiprocessors
+    have one. Stages are bounded by shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on the others.
+    """
+    small_memory = gpu.capability[0] == 12 or (gpu.capability[0] == 8 and gpu.capability[1] != 0)
+    hopper = gpu.capability >= (9, 0) and not small_memory
+    large = math.ceil(m / 128) * math.ceil(n / 128) >= gpu.multiprocessors
+    if m <= 32:
+        block_m = 16 if m <= 16 else 32
+        return GemmTile(block_m, 64, 128, 1, 4, 4) if family == "int8" else GemmTile(block_m, 64, 64, 1, 4, 4)
+    if family.endswith("g"):  # two sets of sums, of the group and of all: larger blocks do not fit the registers
+        return GemmTile(64, 64, 64, 8, 4, 4)
+    if family != "int8":  # a stage holds a tile of the weight and one or two of the activations
+        if not hopper:
+            return GemmTile(128, 128, 64, 8, 8, 2 if small_memory else 3) if large else GemmTile(64, 64, 32, 8, 4, 4)
+        return GemmTile(128, 128, 64, 8, 4, 3) if large else GemmTile(64, 64, 64, 8, 4, 3)
+    if large and gpu.capability[0] == 9 and k < 2048:
+        return GemmTile(128, 128, 128, 8, 4, 2, programs_per_sm=3, subtiles=4)
+    if large and hopper:  # long sums hide the stores better, and want deeper prefetch
+        return GemmTile(128, 128, 128, 16, 4, 3, programs_per_sm=2, subtiles=4)
+    if large:
+        return GemmTile(128, 128, 64 if small_memory else 128, 8, 8, 4)
+    return GemmTile(64, 64, 128, 8, 4, 4)
+
+
+def few_rows_tile(m: int, k: int, packed: bool, device: torch.device) -> FewRowsTile:
+    """Choose the tile for at most 16 rows: the best of some twenty, measured on an H200."""
+    overlap = int(gpu_of(device).capability >= (9, 0))
+    if (k // 2 if packed else k) % 16:  # byte by byte: larger blocks spill
+        return FewRowsTile(32 if m <= 8 else 16, 64, 4, 4, overlap)
+    if packed and m > 8:  # two blocks of x a step: fewer programs read it
+        return FewRowsTile(32, 128, 4, 2, overlap)
+    return FewRowsTile(16, 128, 4, 3 if packed or m > 8 else 4, overlap)

@@ -1,0 +1,200 @@
+"""Activations to int8: with a given scale per tensor, or with a scale per token found on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qandc_kernels.reference import SMALLEST_AMAX
+from qandc_kernels.triton._epilogue import to_int8
+from qandc_kernels.triton._launch import Launches, Start
+
+__all__ = ["per_tensor_start", "per_token_start", "quantize_per_tensor_triton", "quantize_per_token_triton"]
+
+_PER_TENSOR, _PER_TOKEN = Launches(), Launches()
+
+
+@triton.jit
+def _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH: tl.constexpr):
+    """Offsets of ``[row // inner_rows, row % inner_rows, column // WIDTH, column % WIDTH]``: [rows, columns]."""
+    rows = rows.to(tl.int64)
+    row_offsets = rows // inner_rows * stride_0 + rows % inner_rows * stride_1
+    columns = columns.to(tl.int64)
+    column_offsets = columns // WIDTH * stride_2 + columns % WIDTH * stride_3
+    return row_offsets[:, None] + column_offsets[None, :]
+
+
+@triton.jit
+def _quantize_per_tensor_kernel(
+    x_ptr, q_ptr,
+    M, K, inner_rows,
+    stride_0, stride_1, stride_2, stride_3,
+    scale_ptr, zero_point_ptr, nan_flag_ptr, smoothing_ptr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    rows = tl.program_id(0) // blocks_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (rows[:, None] < M) & (columns[None, :] < K)
+    offsets = _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    if nan_flag_ptr is not None:  # all who store here store the same
+        tl.store(nan_flag_ptr, 1, mask=tl.max((x != x).to(tl.int32)) > 0)
+    y = x.to(tl.float32)
+    if smoothing_ptr is not None:
+        y *= tl.div_rn(1.0, tl.load(smoothing_ptr + columns % CHANNELS))[None, :]
+    y *= tl.div_rn(1.0, tl.load(scale_ptr))
+    y = tl.where(y == y, y, 0.0)
+    zero_point = 0
+    if zero_point_ptr is not None:
+        zero_point = tl.load(zero_point_ptr)
+    # clamped before rounded: the bounds are integers, and it keeps the rounding in range
+    shift = zero_point * 1.0
+    y = tl.minimum(tl.maximum(y, QMIN - shift), QMAX - shift)
+    q = ((y + 12582912.0).to(tl.int32, bitcast=True) + zero_point).to(tl.int8)  # as in to_int8
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=mask)
+
+
+@triton.jit
+def _quantize_per_token_kernel(
+    x_ptr, q_ptr, scale_ptr, smoothing_ptr,
+    M, K, inner_rows,
+    stride_0, stride_1, stride_2, stride_3,
+    QMAX: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_K)
+    mask = (rows[:, None] < M) & (columns[None, :] < K)
+    offsets = _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if smoothing_ptr is not None:
+        x *= tl.div_rn(1.0, tl.load(smoothing_ptr + columns, mask=columns < K, other=1.0))[None, :]
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_AMAX) * (1.0 / QMAX)  # [BLOCK_M]
+    # tl.max passes over NaN; a scale of NaN carries it to the output of the product
+    scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
+    y = x * tl.div_rn(1.0, scale)[:, None]
+    y = tl.where(y == y, y, 0.0)
+    q = to_int8(tl.minimum(tl.maximum(y, -QMAX), QMAX))
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=mask)
+    tl.store(scale_ptr + rows, scale, mask=rows < M)
+
+
+def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
+    """Size and stride of the fewest dimensions that walk the same elements in the same order."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def _as_matrix(x: torch.Tensor, token_dims: int) -> tuple[torch.Tensor, tuple[int, int, int, tuple[int, ...], int]]:
+    """``x`` and how to walk it: M, K, inner rows, four strides, width.
+
+    Rows and columns may have two strides each, which covers what attention returns; anything wilder is copied first.
+    """
+    split = x.ndim - token_dims
+    rows = _merge(list(x.shape[:split]), list(x.stride()[:split]))
+    columns = _merge(list(x.shape[split:]), list(x.stride()[split:]))
+    if len(rows) > 2 or len(columns) > 2:
+        return _as_matrix(x.contiguous(), token_dims)
+    (outer_rows, stride_0), (inner_rows, stride_1) = [(1, 0)] * (2 - len(rows)) + rows
+    (outer_columns, stride_2), (width, stride_3) = [(1, 0)] * (2 - len(columns)) + columns
+    strides = (stride_0, stride_1, stride_2, stride_3)
+    return x, (outer_rows * inner_rows, outer_columns * width, inner_rows, strides, width)
+
+
+def per_tensor_start(x: torch.Tensor, bits: int, channels: int) -> tuple[torch.Tensor, Start]:
+    """Return ``x``, or a copy with strides that the kernel can walk, and how the kernel is started on it.
+
+    Its operands are x, q, scale, zero_point, nan_flag and smoothing ``[channels]``.
+    """
+    view, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
+    block_k = min(triton.next_power_of_2(k), 1024)
+    block_m = 4096 // block_k
+
+    def arrange(x: Any, q: Any, scale: Any, zero_point: Any, nan_flag: Any, smoothing: Any) -> tuple[Any, ...]:
+        return (x, q, m, k, inner_rows, *strides, scale, zero_point, nan_flag, smoothing)
+
+    constants = {
+        "QMIN": -(1 << bits - 1),
+        "QMAX": (1 << bits - 1) - 1,
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "num_warps": 4,
+        "enable_fp_fusion": False,  # rounds as the reference does
+    }
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(k, block_k), 1, 1)
+    return view, Start(_quantize_per_tensor_kernel, grid, arrange, constants)
+
+
+def per_token_start(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tensor, Start]:
+    """Return ``x``, or a copy with strides that the kernel can walk, and how the kernel is started on it.
+
+    Its operands are x, q, scale and smoothing ``[K]``. Each element of ``x`` is read once.
+    """
+    view, (m, k, inner_rows, strides, width) = _as_matrix(x, token_dims)
+    block_k = triton.next_power_of_2(k)
+    block_m = max(1, 2048 // block_k)
+
+    def arrange(x: Any, q: Any, scale: Any, smoothing: Any) -> tuple[Any, ...]:
+        return (x, q, scale, smoothing, m, k, inner_rows, *strides)
+
+    constants = {
+        "QMAX": (1 << bits - 1) - 1,
+        "SMALLEST_AMAX": SMALLEST_AMAX,
+        "WIDTH": width,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "num_warps": min(8, max(1, block_k // 2048)),
+        "enable_fp_fusion": False,
+    }
+    return view, Start(_quantize_per_token_kernel, (triton.cdiv(m, block_m), 1, 1), arrange, constants)
+
+
+def quantize_per_tensor_triton(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bits: int = 8,
+    nan_flag: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launch on ``x`` of any shape and strides; the others hold one element on the device."""
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    if q.numel() == 0:
+        return q
+
+    def prepare() -> tuple[tuple[Start, ...], tuple[torch.Tensor | None, ...]]:
+        view, start = per_tensor_start(x, bits, 1)
+        return (start,), (view, q, scale, zero_point, nan_flag, None)
+
+    _PER_TENSOR((x, q, scale, zero_point, nan_flag, None), bits, prepare)
+    return q
+
+
+def quantize_per_token_triton(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch on ``x`` of any strides, whose last ``token_dims`` dimensions are one token."""
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[: x.ndim - token_dims], dtype=torch.float32, device=x.device)
+    if scale.numel() == 0:
+        return q, scale
+    if q.numel() == 0:
+        return q, scale.fill_(SMALLEST_AMAX * (1.0 / ((1 << bits - 1) - 1)))
+
+    def prepare() -> tuple[tuple[Start, ...], tuple[torch.Tensor | None, ...]]:
+        view, start = per_token_start(x, bits, token_dims)
+        return (start,), (view, q, scale, None)
+
+    _PER_TOKEN((x, q, scale, None), (bits, token_dims), prepare)
+    return q, scale
