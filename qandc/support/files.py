@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import logging
 import os
@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from qandc.errors import ConfigError, OutputError
 
 __all__ = ["keep_settings", "locked", "make_directory", "write_json", "write_whole"]
 
 logger = logging.getLogger(__name__)
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of file systems that have none
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -101,24 +105,26 @@ def _where_they_differ(*texts: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other runs out of what a file, which stays, stands for; the system lets go of it however this one ends.
+    """Hold an exclusive lock on the file ``path``; the operating system releases it when the process exits.
 
     Raises:
         OutputError: another run holds it, or it cannot be written.
     """
     directory = path.parent
     make_directory(directory)
+    lock = FileLock(path, timeout=0)
     try:
-        file = path.open("a")
-    except OSError as error:
-        raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another run is writing to {str(directory)!r}; wait for its end, or give another directory"
-            ) from None
-        except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): nothing keeps a second run out", path, error.strerror or error)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"another run is writing to {str(directory)!r}; wait for its end, or give another directory"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", errno.ENOSYS) not in WITHOUT_LOCKS:
+            raise OutputError(f"cannot write to {str(directory)!r}: {reason}") from error
+        logger.warning("%s cannot be locked (%s): nothing keeps a second run out", path, reason)
+    try:
         yield
+    finally:
+        lock.release()
