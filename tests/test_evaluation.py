@@ -22,6 +22,7 @@ from qandc.evaluation.compare import FASHION_MNIST, ReferenceStatistics, evaluat
 from qandc.evaluation.extractors import Extractor, load_extractor
 from qandc.evaluation.images import Images
 from qandc.evaluation.metrics import FeatureStatistics, frechet_distance
+from qandc.evaluation.pixels import to_float
 
 ROOT = Path(__file__).parents[1]
 COUNT = 500
@@ -82,7 +83,7 @@ class _Features(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # float64, or torchmetrics would sum the differences of a kernel distance in float32
-        return self.model(images.float() / 127.5 - 1)[self.output].double()
+        return self.model(to_float(images))[self.output].double()
 
 
 @pytest.mark.filterwarnings("ignore:Metric `:UserWarning", "ignore:std:UserWarning")  # that it keeps features; of one
@@ -125,9 +126,9 @@ def test_scikit_learn_agrees_on_precision_and_recall(sets, extractor, result):
 
 def test_spatial_distance_is_that_of_the_named_layer(sets, extractor, result):
     def spatial(images: np.ndarray) -> FeatureStatistics:
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
         with torch.no_grad():
-            return FeatureStatistics.of(extractor.model.body[:15](x)[:, :7].flatten(1))
+            return FeatureStatistics.of(extractor.model.body[:15](to_float(x))[:, :7].flatten(1))
 
     expected = frechet_distance(*(spatial(images) for images in sets))
     assert result.spatial_frechet_distance == pytest.approx(expected, rel=1e-4)

@@ -33,6 +33,7 @@ from qandc import (
 from qandc.cli.main import main
 from qandc.evaluation.extractors import load_extractor
 from qandc.evaluation.metrics import FashionClassifier
+from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.ablation import ROWS, ExperimentSettings, run_experiment
 from qandc.experiments.many_images import sample_file
 from qandc.experiments.processes import Processes
@@ -92,7 +93,7 @@ def test_full_precision_is_what_sampling_draws(finished, pipeline_dir):
     scheduler = make_scheduler("ddim", pipe.scheduler.config)
     run = {"num_inference_steps": 4, "guidance_scale": 2.0}
     drawn = decode_latents(pipe.vae, sample_latents(pipe.transformer, scheduler, [4, 5], seeds=[4, 5], **run))
-    expected = ((drawn / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    expected = to_uint8(drawn).permute(0, 2, 3, 1)
     assert np.array_equal(images_of(finished[0], ROWS[0])[4:], expected.numpy())
 
 
@@ -230,6 +231,15 @@ def test_scores_and_their_intervals():
         for score in (scorer, Scorer()):
             with pytest.raises(DataError, match="got"):
                 score(images, images, labels)
+
+
+def test_likeness_of_more_images_than_are_compared_at_a_time():
+    generator = np.random.default_rng(2)
+    ours, full = (generator.integers(0, 256, (501, 4, 6, 3), dtype=np.uint8) for _ in range(2))
+    ours[:3] = full[:3]
+    error = np.square(ours.astype(float) - full).mean((1, 2, 3))
+    expected = np.minimum(100, 10 * np.log10(255**2 / np.maximum(error, 1e-12)))
+    assert Scorer()(ours, full, np.arange(501))["psnr_to_fp"]["value"] == pytest.approx(expected.mean(), rel=1e-12)
 
 
 def test_images_of_a_run_that_are_damaged(tmp_path):

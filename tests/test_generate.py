@@ -19,6 +19,7 @@ from qandc import (
     get_cache,
     load_pipeline,
 )
+from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.generate import (
     Comparison,
     GenerateSettings,
@@ -203,10 +204,11 @@ def test_grid_shows_each_image_in_its_place():
     grid = draw_grid(rows, ["left", "right"], "caption")
     size = 32 * 3
     left = grid.width - 2 * (size + 6)
+    pixels = to_uint8(values)
     for line in range(2):
         for column in range(2):
             x, y = left + column * (size + 6), 28 + line * (size + 6)
-            grey = round((float(values[line, column]) / 2 + 0.5) * 255)
+            grey = int(pixels[line, column])
             for corner in ((x, y), (x + size - 1, y + size - 1)):
                 assert grid.getpixel(corner) == (grey,) * 3
             assert grid.getpixel((x + size, y)) == (255,) * 3

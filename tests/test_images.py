@@ -18,6 +18,7 @@ from PIL import Image
 
 from qandc import ConfigError, DataError, QandCError
 from qandc.evaluation.images import Images
+from qandc.evaluation.pixels import to_float
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_folder_of_grayscale_and_jpeg(tmp_path, pixels):
 
 def test_arrays_and_tensors(pixels):
     chw = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    for given in (pixels, chw, chw.float() / 127.5 - 1):
+    for given in (pixels, chw, to_float(chw)):
         images = Images.of(given)
         assert (images.count, images.shape) == (7, (5, 4, 3))
         assert np.array_equal(read(images), pixels)

@@ -23,6 +23,7 @@ from qandc.evaluation.metrics import (
     precision_recall,
     psnr,
 )
+from qandc.evaluation.pixels import to_float
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -82,6 +83,9 @@ def test_psnr():
     assert values[1].item() == pytest.approx(20, abs=1e-5)
     with pytest.raises(ConfigError, match="one shape"):
         psnr(images, reference[:1])
+    pixels = torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
+    assert psnr(pixels, pixels + 51).tolist() == pytest.approx([20 * np.log10(5)] * 2)  # of 255
+    assert psnr(pixels.float(), pixels + 51.0, peak=255).tolist() == psnr(pixels, pixels + 51).tolist()
 
 
 def test_shipped_classifier_and_statistics():
@@ -111,7 +115,7 @@ def test_float_images_and_their_bytes_are_one_to_a_network():
 
     images = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     extract_features(Network(1, 1), images)
-    extract_features(Network(1, 1), images.float() / 127.5 - 1)
+    extract_features(Network(1, 1), to_float(images))
     assert torch.equal(*seen)
 
 

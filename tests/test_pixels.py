@@ -10,7 +10,7 @@ from torch import nn
 from qandc import DataError
 from qandc.evaluation.images import Images
 from qandc.evaluation.metrics import extract_features
-from qandc.evaluation.pixels import to_uint8
+from qandc.evaluation.pixels import to_float, to_uint8
 from qandc.experiments.generate import Row, draw_grid
 from qandc.experiments.shards import ImageSet, draw_shards, merge_shards
 
@@ -23,9 +23,18 @@ PIXELS = [0, 0, 0, 0, 127, 128, 128, 255, 255, 255, 255, 255]
 def test_values_are_clamped_and_rounded(dtype):
     assert to_uint8(VALUES.to(dtype)[:, None]).flatten().tolist() == PIXELS
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
     assert to_uint8(levels) is levels
     assert to_uint8(torch.empty(0, 3, 2, 2, dtype=dtype)).shape == (0, 3, 2, 2)
+
+
+def test_bytes_become_floats():
+    levels = torch.arange(256, dtype=torch.uint8)
+    for centre in (127.5, 128.0):
+        values = to_float(levels, centre)
+        assert values.dtype == torch.float32
+        assert torch.equal(values, ((levels.double() - centre) / centre).float())
+    assert to_float(levels)[[0, 255]].tolist() == [-1, 1]
 
 
 def test_low_precision_is_rounded_once():
@@ -66,7 +75,7 @@ class Seen(nn.Module):
 def of_features(images: torch.Tensor) -> np.ndarray:
     model = Seen()
     extract_features(model, images, batch_size=5)
-    return ((torch.cat(model.batches)[:, 0, 5, 5] + 1) * 127.5).round().numpy()[:, None]
+    return to_uint8(torch.cat(model.batches)[:, 0, 5, 5]).numpy()[:, None]
 
 
 def test_all_who_make_bytes_make_the_same(tmp_path):

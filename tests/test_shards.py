@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qandc import ConfigError, DataError, OutputError, ProcessError
+from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.processes import Processes
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from tests.conftest import in_a_thread
@@ -32,7 +33,7 @@ class Drawer:
 
 def expected() -> np.ndarray:
     values = np.array([[(3, 7, 8)[i % 3], i] for i in range(10)]) / 100
-    pixels = np.round((values / 2 + 0.5) * 255).astype(np.uint8)
+    pixels = to_uint8(torch.from_numpy(values)).numpy()
     return np.broadcast_to(pixels[:, None, None], (10, 3, 5, 2))
 
 

@@ -24,6 +24,7 @@ from qandc.evaluation.metrics import (
     inception_score,
     load_statistics,
 )
+from qandc.evaluation.pixels import to_float
 from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents
 from qandc.support.files import write_json
 from qandc.support.results import result_header
@@ -72,7 +73,7 @@ def main(
     score("test images", test_images, test_labels)
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode():
-        chunk = test_images.float() / 127.5 - 1
+        chunk = to_float(test_images)
         decoded = [
             decode_latents(pipe.vae, pipe.vae.encode(part.to(device)).latent_dist.sample(generator))
             for part in chunk.split(1000)

@@ -28,6 +28,7 @@ from torch import nn
 
 from fashion_mnist import DEFAULT_DIRECTORY, LABELS, load_split
 from qandc.evaluation.metrics import FashionClassifier, FeatureStatistics, class_accuracy, extract_features
+from qandc.evaluation.pixels import to_float
 
 NUM_CLASSES = 10
 NULL_CLASS = 1000  # DiTPipeline always passes this id for the unconditional rows
@@ -202,10 +203,6 @@ def pick(generator: torch.Generator, images: torch.Tensor, count: int) -> torch.
 
 def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # cached casts do not outlive a capture
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 127.5 - 1
 
 
 def train_classifier(images: torch.Tensor, labels: torch.Tensor, settings: Settings, work: Path) -> nn.Module:

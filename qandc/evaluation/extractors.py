@@ -13,6 +13,7 @@ from qandc.errors import ConfigError, DeviceError
 from qandc.evaluation.images import Images
 from qandc.evaluation.inception import PUBLISHED, load_inception
 from qandc.evaluation.metrics import EfficientNetFeatures, load_fashion_classifier
+from qandc.evaluation.pixels import to_float
 
 __all__ = ["EXTRACTORS", "Activations", "Extractor", "load_extractor"]
 
@@ -86,8 +87,7 @@ class Extractor:
         hook = self.layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
         try:
             for batch in images.batches(self.batch_size):
-                pixels = (batch.to(self.device).float() - self.centre) / self.centre
-                features, logits = self.model(pixels)
+                features, logits = self.model(to_float(batch.to(self.device), self.centre))
                 yield Activations(features, logits, seen.pop()[:, :SPATIAL_CHANNELS].flatten(1))
         finally:
             hook.remove()

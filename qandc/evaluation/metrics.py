@@ -24,7 +24,7 @@ from qandc.evaluation.networks import (
     load_fashion_classifier,
 )
 from qandc.evaluation.npz import Npz
-from qandc.evaluation.pixels import to_uint8
+from qandc.evaluation.pixels import to_float, to_uint8
 from qandc.support.files import write_whole
 
 __all__ = [
@@ -65,7 +65,7 @@ def extract_features(
     features, logits = [], []
     for first in range(0, len(images), batch_size):
         batch = to_uint8(images[first : first + batch_size], first=first)
-        f, y = model(batch.to(device, torch.float32) / 127.5 - 1)
+        f, y = model(to_float(batch.to(device)))
         features.append(f.double().cpu())
         logits.append(y.double().cpu())
     return torch.cat(features), torch.cat(logits)
@@ -369,16 +369,16 @@ def class_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return float((rows.argmax(1) == labels.to(rows.device)).double().mean())
 
 
-def psnr(images: torch.Tensor, reference: torch.Tensor, peak: float = 2.0) -> torch.Tensor:
+def psnr(images: torch.Tensor, reference: torch.Tensor, peak: float | None = None) -> torch.Tensor:
     """Compute ``10 log10(peak² / MSE)`` in dB per image: ``[B, C, H, W]`` to ``[B]``; inf for equal images.
 
-    ``peak`` is the length of the value range: 2 for images in [-1, 1].
+    ``peak`` is the length of the value range; by default 255 for uint8 images, 2 for float images in [-1, 1].
 
     Raises:
         ConfigError: the shapes differ, or ``peak`` is no finite number > 0.
         DataError: there is no image, they are no such tensors, or contain NaN or inf.
     """
-    if not isinstance(peak, (int, float)) or not 0 < peak < float("inf"):
+    if peak is not None and (not isinstance(peak, (int, float)) or not 0 < peak < float("inf")):
         raise ConfigError(f"peak is {peak!r}; give the length of the value range, a finite number > 0")
     for given in (images, reference):
         if not _real(given) or given.ndim != 4 or 0 in given.shape:
@@ -388,4 +388,6 @@ def psnr(images: torch.Tensor, reference: torch.Tensor, peak: float = 2.0) -> to
     mse = (images.double() - reference.double()).square().flatten(1).mean(1)
     if not bool(mse.isfinite().all()):
         raise DataError("psnr: the images contain NaN or inf; look for the sampling run that made them")
+    if peak is None:
+        peak = 255 if images.dtype == torch.uint8 else 2
     return 10 * torch.log10(peak**2 / mse)

@@ -1,4 +1,4 @@
-"""Pixels of float images as 8 bits: one rule for every file that is written and every image that is compared."""
+"""Convert pixels between 8 bits and float: one rule for every file that is written and every image that is compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from qandc.errors import DataError
 
-__all__ = ["check_images", "to_uint8"]
+__all__ = ["check_images", "to_float", "to_uint8"]
 
 
 def to_uint8(images: torch.Tensor, name: str = "images", first: int = 0) -> torch.Tensor:
@@ -38,6 +38,11 @@ def to_uint8(images: torch.Tensor, name: str = "images", first: int = 0) -> torc
             "check its model, or lower the guidance"
         )
     return ((values / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_float(images: torch.Tensor, centre: float = 127.5) -> torch.Tensor:
+    """Map uint8 images to float32: ``centre`` becomes 0, and 0 becomes -1; by default 0 to 255 become -1 to 1."""
+    return (images.float() - centre) / centre
 
 
 def check_images(images: torch.Tensor, channels: tuple[int, ...], name: str) -> None:

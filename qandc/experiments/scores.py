@@ -16,13 +16,14 @@ from qandc.errors import ConfigError, DataError
 from qandc.evaluation.compare import FASHION_MNIST, reference_statistics
 from qandc.evaluation.extractors import EXTRACTORS, Extractor, load_extractor
 from qandc.evaluation.images import Images
-from qandc.evaluation.metrics import FeatureStatistics, class_accuracy, frechet_distance, inception_score
+from qandc.evaluation.metrics import FeatureStatistics, class_accuracy, frechet_distance, inception_score, psnr
 from qandc.evaluation.npz import AT_ONCE, Npz
 from qandc.sampling.pipelines import class_names, fashion_dit_path
 
 __all__ = ["Scorer", "load_images", "scorer_for"]
 
 RESAMPLES = 50
+AT_A_TIME = 500  # images compared at a time, in float64
 Z_95 = 1.96
 
 
@@ -116,7 +117,12 @@ class Scorer:
                 raise DataError(f"scores are those of uint8 arrays [N >= 1, H, W, C]; got {_described(given)}")
         if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise DataError(f"labels are an array of {len(images)} integers; got {_described(labels)}")
-        likeness = _psnr(images, full)
+        if images.shape != full.shape:
+            raise DataError(
+                f"images {list(images.shape)} and those of full precision {list(full.shape)} differ in shape"
+            )
+        pairs = zip(Images.of(images).batches(AT_A_TIME), Images.of(full).batches(AT_A_TIME), strict=True)
+        likeness = torch.cat([psnr(*pair) for pair in pairs]).clamp(max=100).numpy()
         found: dict[str, Callable[[Any], float]] = {"psnr_to_fp": lambda chosen: float(likeness[chosen].mean())}
         if self.extractor is not None:
             batches = [(found.features.cpu(), found.logits.cpu()) for found in self.extractor(Images.of(images))]
@@ -143,17 +149,3 @@ class Scorer:
 
 def _described(given: object) -> str:
     return f"{list(given.shape)} {given.dtype}" if isinstance(given, np.ndarray) else type(given).__name__
-
-
-def _psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Of each image, in dB, at most 100, in blocks that keep memory small."""
-    if images.shape != reference.shape:
-        raise DataError(
-            f"images {list(images.shape)} and those of full precision {list(reference.shape)} differ in shape"
-        )
-    found = []
-    for first in range(0, len(images), 500):
-        ours, theirs = (part[first : first + 500].astype(np.float64) for part in (images, reference))
-        error = np.square(ours - theirs).mean((1, 2, 3))
-        found.append(np.minimum(100, 10 * np.log10(255**2 / np.maximum(error, 1e-12))))
-    return np.concatenate(found)
