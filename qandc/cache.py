@@ -28,7 +28,6 @@ from qandc.support.attach import class_before, derived_class, has_other_forward,
 __all__ = ["FeatureCache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
 
 CACHE = "_qandc_cache"
-FUSED = "_qandc_fused"  # the attribute that holds what fuse_dit knows of a model
 POSITION = "_qandc_position"
 
 
@@ -171,21 +170,6 @@ def reset_all_caches(transformer: nn.Module) -> None:
     """Forget all cached features and counters; does nothing where no cache is attached."""
     cache = get_cache(transformer)
     if cache is not None:
-        cache.reset()
-
-
-@contextlib.contextmanager
-def paused_cache(model: nn.Module) -> Iterator[None]:
-    """Compute every step inside, whatever is attached, and forget all features afterwards."""
-    cache = get_cache(model)
-    if cache is None:
-        yield
-        return
-    cache.paused = True
-    try:
-        yield
-    finally:
-        cache.paused = False
         cache.reset()
 
 

@@ -18,7 +18,7 @@ with status 2; library callers catch ``QandCError``, or the builtin they would e
 
 from __future__ import annotations
 
-from qandc_kernels.errors import ArgumentError, DeviceError, QandCError
+from qandc_kernels import ArgumentError, DeviceError, QandCError
 
 __all__ = [
     "ArgumentError",

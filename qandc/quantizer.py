@@ -15,7 +15,7 @@ import torch
 
 from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields
-from qandc_kernels.reference import SMALLEST_AMAX
+from qandc_kernels import reference
 
 __all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight", "round_with_feedback"]
 
@@ -138,7 +138,7 @@ def quantize_weight(weight: torch.Tensor, bits: int, clip: str = "max") -> tuple
     qmax = (1 << bits - 1) - 1
     w = weight.detach().to(torch.float32)
     amax = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
-    scale = amax.clamp(min=SMALLEST_AMAX) / qmax
+    scale = amax.clamp(min=reference.SMALLEST_AMAX) / qmax
     if clip not in WEIGHT_CLIPS:
         raise ConfigError(f"weight_clip {clip!r} is unknown; choose one of {', '.join(WEIGHT_CLIPS)}")
     if clip == "mse":
@@ -242,9 +242,9 @@ def activation_parameters(
         raise DataError(f"activation range [{float(low)}, {float(high)}] is empty")
     qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
     if symmetric:
-        return torch.maximum(low.abs(), high.abs()).clamp(min=SMALLEST_AMAX) / qmax, None
+        return torch.maximum(low.abs(), high.abs()).clamp(min=reference.SMALLEST_AMAX) / qmax, None
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low).clamp(min=SMALLEST_AMAX) / (qmax - qmin)
+    scale = (high - low).clamp(min=reference.SMALLEST_AMAX) / (qmax - qmin)
     if not torch.isfinite(scale):
         raise DataError(f"activation range [{float(low)}, {float(high)}] is wider than float32 can hold")
     return scale, (qmin - low / scale).round().to(torch.int32)

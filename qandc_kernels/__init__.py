@@ -5,9 +5,10 @@ on Triton kernels, which run on NVIDIA GPUs from compute capability 8.0. Importi
 Triton.
 """
 
-from qandc_kernels import reference
+from qandc_kernels import packing, reference
 from qandc_kernels.backend import Backend, select_backend
 from qandc_kernels.errors import ArgumentError, DeviceError, QandCError
+from qandc_kernels.ops._operands import FLOAT_DTYPES, LARGEST_K
 from qandc_kernels.ops.attention import attention_quantize_per_tensor
 from qandc_kernels.ops.batched import batched_linear
 from qandc_kernels.ops.denoise import guided_step
@@ -31,6 +32,8 @@ from qandc_kernels.packing import pack_int4, unpack_int4
 from qandc_kernels.tiles.warmup import warm_up
 
 __all__ = [
+    "FLOAT_DTYPES",
+    "LARGEST_K",
     "ArgumentError",
     "Backend",
     "DeviceError",
@@ -48,6 +51,7 @@ __all__ = [
     "linear_gate_residual_",
     "linear_gelu_quantize",
     "pack_int4",
+    "packing",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantized_linear",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from qandc_kernels.errors import ArgumentError, DeviceError
+from qandc_kernels.tiles.tables import gpu_of, tuned_tiles
 
 __all__ = ["Backend", "backend_of", "select_backend"]
 
@@ -44,7 +45,7 @@ def backend_of(device: torch.device) -> Backend:
         if capability < OLDEST_CAPABILITY:
             chosen = Backend("reference", f"the kernels need sm_80 or newer, this GPU is {arch}")
         else:
-            return Backend("triton", arch)
+            return Backend("triton", arch if tuned_tiles(gpu_of(device).name) else f"{arch}, tiles by formula")
     # said once, aloud: on a CUDA device people expect the kernels
     logger.warning("qandc_kernels uses plain torch on %s: %s", device, chosen.reason)
     return chosen

@@ -82,7 +82,7 @@ def test_what_is_no_affine_step():
 @pytest.fixture
 def calls(monkeypatch):
     """On the CPU as if it had kernels; how often the kernel's op was called."""
-    for module in ("fused_dit", "sampling"):
+    for module in ("fusion.fused_dit", "sampling.loop"):
         monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
     counted = []
 

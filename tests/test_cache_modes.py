@@ -29,8 +29,8 @@ from qandc import (
     unfuse_dit,
     uniform_schedule,
 )
-from qandc.cache import FUSED
 from qandc.caching.schedule import forecast_weights
+from qandc.fusion.fused_dit import FUSED
 from qandc.fusion.fused_step import FusedBlock
 from qandc.method.schedule_calibration import _evenly, feature_gram
 from qandc_kernels import Backend

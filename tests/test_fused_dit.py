@@ -32,7 +32,7 @@ from qandc import (
     smoothing_factors,
     unfuse_dit,
 )
-from qandc.cache import FUSED
+from qandc.fusion.fused_dit import FUSED
 from qandc.fusion.fused_step import FusedBlock, FusedStep
 from qandc.fusion.graphs import GraphCache
 from qandc.quantization.conversion import quant_layers
@@ -164,7 +164,7 @@ def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monk
     on_gpu = kernel_device.type == "cuda"
     size = {"heads": 6, "head_dim": 32, "sample_size": 16, "num_layers": 4} if on_gpu else {"num_layers": 1}
     if not on_gpu:
-        for module in ("tiles", "launch", "adaln", "attention", "batched_gemm"):
+        for module in ("tiles.tables", "triton._launch", "triton.adaln", "triton.attention", "triton.batched"):
             from qandc_kernels.tiles.tables import Gpu
 
             monkeypatch.setattr(f"qandc_kernels.{module}.gpu_of", lambda device: Gpu("", (9, 0), 132))

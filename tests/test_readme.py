@@ -91,7 +91,7 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
 def test_fuse_snippet_follows_the_first():
     """As printed, with fewer steps; on a CPU the model runs unfused."""
     from qandc import fashion_dit_path
-    from qandc.cache import FUSED
+    from qandc.fusion.fused_dit import FUSED
     from qandc.quantization.conversion import quant_layers
 
     changes = {

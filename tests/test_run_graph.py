@@ -22,9 +22,10 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
-from qandc.cache import FUSED, paused_cache
+from qandc.fusion.fused_dit import FUSED
 from qandc.fusion.run_graph import why_no_run_graph
 from qandc.sampling.loop import describe_run
+from qandc.support.attach import paused
 from qandc.variance_compensation import FittedFor
 from qandc_kernels import Backend
 from tests.test_fused_dit import make_quantized
@@ -88,7 +89,7 @@ class AsIfReplayed:
 @pytest.fixture
 def as_if_replayed(monkeypatch):
     """A fused model on the CPU whose runs go through :class:`AsIfReplayed`."""
-    for module in ("fused_dit", "sampling"):
+    for module in ("fusion.fused_dit", "sampling.loop"):
         monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
     monkeypatch.setattr("qandc.sampling.loop.why_no_run_graph", lambda transformer, labels: None)
     model = fuse_dit(make_quantized())
@@ -134,7 +135,7 @@ def test_what_would_run_once_and_never_again_is_no_graph(monkeypatch):
     assert "forward of its own" in why_no_run_graph(model, labels)
     del model.forward
     apply_cache_to_dit(model, config=CONFIGS["branch"])
-    with paused_cache(model):
+    with paused(model):
         assert "paused" in why_no_run_graph(model, labels)
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in why_no_run_graph(model, labels)

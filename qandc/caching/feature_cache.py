@@ -16,6 +16,7 @@ from qandc.caching.schedule import CacheConfig, forecast_weights
 from qandc.caching.timestep_watch import TimestepWatch
 from qandc.errors import CacheError
 from qandc.support.arguments import checked
+from qandc.support.attach import Attachment
 
 __all__ = ["BRANCHES", "TARGET", "FeatureCache", "Plan"]
 
@@ -55,7 +56,7 @@ class Plan:
     weights: tuple[float, ...] = ()  # of each set in a forecast; empty for one set as it is
 
 
-class FeatureCache:
+class FeatureCache(Attachment):
     """State of one attached cache.
 
     A run is known by its ``class_labels``: a pipeline makes that tensor once per run, and it is over when the tensor is
@@ -76,7 +77,6 @@ class FeatureCache:
     @checked
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.paused = False
         self.active = False  # inside a forward of the transformer
         self.reset()
 

@@ -332,7 +332,6 @@ def info() -> None:
     from qandc.sampling.pipelines import fashion_dit_path
     from qandc.support.results import versions
     from qandc_kernels import reference, select_backend
-    from qandc_kernels.tiles.tables import gpu_of, tuned_tiles
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, version in versions().items():
@@ -342,13 +341,8 @@ def info() -> None:
     for device in devices:
         major, minor = torch.cuda.get_device_capability(device)
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        tiles = (
-            "tuned tiles"
-            if tuned_tiles(gpu_of(device).name)
-            else "tiles by formula (python -m qandc_kernels.tiles.tune)"
-        )
         name = torch.cuda.get_device_name(device)
-        table.add_row(str(device), f"{name}, sm_{major}{minor}, {memory:.0f} GiB, {tiles}")
+        table.add_row(str(device), f"{name}, sm_{major}{minor}, {memory:.0f} GiB")
     table.add_row("embedded model", str(fashion_dit_path()))
     out.print(table)
     out.print()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from qandc.cache import apply_cache_to_dit, paused_cache, remove_cache
+from qandc.cache import apply_cache_to_dit, remove_cache
 from qandc.caching.schedule import CacheConfig
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.pixels import to_uint8
@@ -20,6 +20,7 @@ from qandc.quantization.conversion import QuantizationReport, quantization_repor
 from qandc.quantization.observe import smoothing_factors
 from qandc.quantizer import QuantConfig
 from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents, set_timesteps
+from qandc.support.attach import paused
 from qandc.support.results import result_header
 from qandc.variance_compensation import Compensation
 
@@ -115,7 +116,7 @@ def _sample(
         return decode_latents(pipe.vae, latents)
 
     # outside the clock: compilation and the loading of kernels belong to no image
-    with paused_cache(pipe.transformer):  # whose schedule may have another length
+    with paused(pipe.transformer):  # whose schedule may have another length
         batch(0, 1, lambda done: None)
     for first in range(0, len(settings.class_labels), BATCH_SIZE):
         started = time.perf_counter()

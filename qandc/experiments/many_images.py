@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qandc.cache import apply_cache_to_dit, get_cache, paused_cache, remove_cache
+from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.errors import OutputError, ProcessError
 from qandc.experiments.processes import Processes
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
@@ -18,6 +18,7 @@ from qandc.fusion.fused_dit import fuse_dit
 from qandc.method.presets import Preset
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.sampling.pipelines import fingerprint
+from qandc.support.attach import paused
 from qandc.support.files import keep_settings, locked
 from qandc.variance_compensation import Compensation
 
@@ -69,7 +70,7 @@ class ImageDrawer:
         if self.model.device.type == "cuda":
             self([0] * images, range(images))
             return
-        with paused_cache(self.model):  # whose schedule may have another length
+        with paused(self.model):  # whose schedule may have another length
             short = {**self.run, "num_inference_steps": 1}
             latents = sample_latents(self.model, self.scheduler, [0] * images, seeds=range(images), **short)
             decode_latents(self.vae, latents)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.cache import FUSED, detached_cache, get_cache
+from qandc.cache import detached_cache, get_cache
 from qandc.caching.feature_cache import FeatureCache
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fusable import (
@@ -35,18 +35,20 @@ from qandc.fusion.graphs import GraphCache
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.ranges import StepRanges
 from qandc.support.arguments import Model, checked
-from qandc.support.attach import class_before, derived_class, original_class
+from qandc.support.attach import Attachment, class_before, derived_class, original_class
 from qandc_kernels import select_backend
 
-__all__ = ["fuse_dit", "is_fused", "prepare_run", "unfuse_dit", "why_not_now"]
+__all__ = ["FUSED", "fuse_dit", "is_fused", "prepare_run", "unfuse_dit", "why_not_now"]
 
 logger = logging.getLogger(__name__)
+
+FUSED = "_qandc_fused"  # the attribute that holds what fuse_dit knows of a model
 
 LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
 RUN_GRAPHS = 2  # each may hold that much, and the features of a cache
 
 
-class _Fused:
+class _Fused(Attachment):
     """The state of a fused transformer: a :class:`FusedStep` for the layers as they are now, and graphs of it."""
 
     def __init__(self, cuda_graphs: bool, ranges: StepRanges | None) -> None:
@@ -133,8 +135,12 @@ class _Fused:
         how = None if self._step is None else self.kernel_of(name)
         return how is not None and how[0] == "fused"
 
+    def kernels_of(self, model: nn.Module) -> dict[str, tuple[str, str]]:
+        self.inspect(model)
+        found = {name: self.kernel_of(name) for name in quant_layers(model)}
+        return {name: how for name, how in found.items() if how is not None}
+
     def kernel_of(self, name: str) -> tuple[str, str] | None:
-        """For the report: what runs the layer, and why."""
         parts = name.split(".", 2)
         if parts[0] == "transformer_blocks" and parts[2] in BLOCK_LAYERS:
             reason = self.reasons[int(parts[1])]

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qandc.cache import FUSED, get_cache
+from qandc.cache import get_cache
 from qandc.errors import ModelError
+from qandc.fusion.fused_dit import FUSED
 from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import class_before, derived_class

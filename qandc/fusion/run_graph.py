@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
-from qandc.cache import FUSED, get_cache
-from qandc.fusion.fused_dit import why_not_now
+from qandc.cache import get_cache
+from qandc.fusion.fused_dit import FUSED, why_not_now
 from qandc.support.attach import has_other_forward
 
 __all__ = ["run_as_graph", "why_no_run_graph"]

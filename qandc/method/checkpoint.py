@@ -39,7 +39,7 @@ from qandc.sampling.pipelines import resolve_device
 from qandc.support.arguments import check_fields, checked
 from qandc.support.attach import original_class
 from qandc.variance_compensation import Compensation
-from qandc_kernels.ops._operands import FLOAT_DTYPES
+from qandc_kernels import FLOAT_DTYPES
 
 __all__ = ["QuantizedCheckpoint", "load_quantized", "save_quantized"]
 

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.cache import paused_cache
 from qandc.caching.feature_cache import BRANCHES
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fused_dit import is_fused
 from qandc.sampling.loop import Guidance, check_sampling, sample_latents, set_timesteps
 from qandc.support.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
-from qandc.support.attach import eager
+from qandc.support.attach import eager, paused
 
 __all__ = ["calibrate_schedule", "feature_gram"]
 
@@ -113,7 +112,7 @@ def feature_gram(
     if is_fused(transformer):
         raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse_dit")
     class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    with paused_cache(transformer), eager():
+    with paused(transformer), eager():
         recorder = _Recorder(list(transformer.transformer_blocks), mode, seed=0)
         try:
             sample_latents(

@@ -11,7 +11,6 @@ from typing import Annotated, Any, TypeVar
 import torch
 from torch import nn
 
-from qandc.cache import FUSED, reset_all_caches
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.quantization.fused_projections import FusedProjection, keep_fused_quantized
 from qandc.quantization.linear import QuantLinear, check_finite, check_layer, skeleton_layer, smoothed_weight
@@ -19,6 +18,7 @@ from qandc.quantization.plan import assign, resolved
 from qandc.quantization.readers import kept_layers, tuner_layers
 from qandc.quantizer import COMPILED, QuantConfig
 from qandc.support.arguments import Between, check_fields, checked
+from qandc.support.attach import attachments
 from qandc_kernels import select_backend
 
 __all__ = [
@@ -150,7 +150,8 @@ def quantize_model(
             if getattr(tuner, "merged", True):
                 tuner.unmerge = refuse_merge
     keep_fused_quantized(model)
-    reset_all_caches(model)  # what it holds are features of the full-precision model
+    for attachment in attachments(model):  # what a cache holds are features of the full-precision model
+        attachment.reset()
     _note_for_diffusers(model, config)
     return model
 
@@ -345,23 +346,23 @@ def quantization_plan(
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
     kept = kept_layers(model)
-    fused = model.__dict__.get(FUSED)
-    if fused is not None:
-        fused.inspect(model)
+    instead: dict[str, tuple[str, str]] = {}
+    for attachment in attachments(model):
+        instead |= attachment.kernels_of(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
-    return QuantizationReport(tuple(_row(name, m, kept, fused) for name, m in linears.items()), _other_bytes(model))
+    rows = tuple(_row(name, m, kept, instead.get(name)) for name, m in linears.items())
+    return QuantizationReport(rows, _other_bytes(model))
 
 
-def _row(name: str, module: nn.Module, reasons: Mapping[str, str], fused: Any = None) -> LayerReport:
-    """Describe a layer as it is; ``reasons`` says why some are not quantized."""
+def _row(name: str, module: nn.Module, reasons: Mapping[str, str], how: tuple[str, str] | None = None) -> LayerReport:
+    """Describe a layer as it is; ``reasons`` says why some are not quantized, ``how`` what runs it in its place."""
     if not isinstance(module, QuantLinear):
         weight: Any = module.weight
         size, dtype = weight.numel() * weight.element_size(), str(weight.dtype).removeprefix("torch.")
         return LayerReport(name, False, dtype, size, size, "torch linear", reasons.get(name, "not quantized"))
     device = module.qweight.device
     kernel, reason = ("none", "on the meta device") if device.type == "meta" else _kernel_of(module, device)
-    how = fused.kernel_of(name) if fused is not None and kernel.startswith("triton") else None
-    if how is not None:
+    if how is not None and kernel.startswith("triton"):
         kernel, reason = f"{kernel}, {how[0]}", f"{reason}; {how[1]}"
     itemsize = module.weight_dtype_holder.element_size()
     before = module.original_bytes or module.in_features * module.out_features * itemsize

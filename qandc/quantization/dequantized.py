@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qandc.errors import ModelError
-from qandc_kernels.packing import unpack_unchecked
+from qandc_kernels import packing
 
 __all__ = ["DequantizedWeight", "StraightThrough", "dequantize", "refuse_write"]
 
@@ -22,7 +22,7 @@ def dequantize(
     qweight: torch.Tensor, scale: torch.Tensor, smoothing: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Compute ``[N, K]`` from integers ``[N, K] int8`` or ``[N, K/2] uint8``, scales ``[N]`` and smoothing ``[K]``."""
-    q = unpack_unchecked(qweight) if qweight.dtype == torch.uint8 else qweight
+    q = packing.unpack_unchecked(qweight) if qweight.dtype == torch.uint8 else qweight
     weight = q * scale[:, None]
     if smoothing is not None:
         weight = weight / smoothing

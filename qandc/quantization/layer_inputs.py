@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qandc.cache import paused_cache
 from qandc.errors import DataError, QandCError
 from qandc.support.arguments import Batches
-from qandc.support.attach import eager
+from qandc.support.attach import eager, paused
 
 __all__ = ["SharedInputs", "TokenLayers", "input_of_call", "run_batches", "watch_inputs"]
 
@@ -46,7 +45,7 @@ def watch_inputs(
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with paused_cache(model), eager():
+        with paused(model), eager():
             yield
     finally:
         for handle in handles:

@@ -14,8 +14,16 @@ from qandc.quantization.dequantized import DequantizedWeight, StraightThrough, d
 from qandc.quantization.shared_products import Membership, shared_output, shared_output_to_compile
 from qandc.quantizer import check_bits, check_hessian, quantize_weight, round_with_feedback
 from qandc.support.arguments import Between, checked
-from qandc_kernels import RepeatedLinear, int4_linear, int8_linear, pack_int4, reference, weight_only_linear
-from qandc_kernels.ops._operands import FLOAT_DTYPES, LARGEST_K
+from qandc_kernels import (
+    FLOAT_DTYPES,
+    LARGEST_K,
+    RepeatedLinear,
+    int4_linear,
+    int8_linear,
+    pack_int4,
+    reference,
+    weight_only_linear,
+)
 
 __all__ = ["QuantLinear"]
 

@@ -1,4 +1,4 @@
-"""Attaching to a module without forking it: for a while it is an instance of a subclass of its own class.
+"""Attach to a module without forking it: for a while it is an instance of a subclass of its own class.
 
 ``__class__`` changes and nothing else: attributes, parameters and state-dict keys stay, diffusers and other tools see
 the class that they know, and setting it back restores the module exactly.
@@ -14,11 +14,57 @@ from typing import Any
 
 import torch
 
-__all__ = ["class_before", "derived_class", "eager", "has_other_forward", "original_class"]
+__all__ = [
+    "Attachment",
+    "attachments",
+    "class_before",
+    "derived_class",
+    "eager",
+    "has_other_forward",
+    "original_class",
+    "paused",
+]
 
 _eager_lock = threading.Lock()
 _eager_users = 0
 _eager_stance = contextlib.ExitStack()
+
+
+class Attachment:
+    """What is attached to a model, as code that does not know what it is deals with it; an attribute of the model.
+
+    Attributes:
+        paused: every step is computed as if nothing were attached.
+    """
+
+    paused = False
+
+    def reset(self) -> None:
+        """Forget what was computed by the model as it was."""
+
+    def kernels_of(self, model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+        """Return by layer name what runs in the place of layers, and why."""
+        return {}
+
+
+def attachments(model: torch.nn.Module) -> list[Attachment]:
+    """List what is attached to a model, or to the model inside ``torch.compile(model)``."""
+    held = getattr(model, "_orig_mod", model).__dict__
+    return [value for value in held.values() if isinstance(value, Attachment)]
+
+
+@contextlib.contextmanager
+def paused(model: torch.nn.Module) -> Iterator[None]:
+    """Compute every step inside, whatever is attached, and forget all features afterwards."""
+    found = attachments(model)
+    for attachment in found:
+        attachment.paused = True
+    try:
+        yield
+    finally:
+        for attachment in found:
+            attachment.paused = False
+            attachment.reset()
 
 
 @functools.cache
