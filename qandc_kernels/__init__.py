@@ -6,7 +6,7 @@ Triton.
 """
 
 from qandc_kernels import packing, reference
-from qandc_kernels.backend import Backend, select_backend
+from qandc_kernels.backend import Backend, select_backend, use_backend
 from qandc_kernels.errors import ArgumentError, DeviceError, QandCError
 from qandc_kernels.ops._operands import FLOAT_DTYPES, LARGEST_K
 from qandc_kernels.ops.attention import attention_quantize_per_tensor
@@ -58,6 +58,7 @@ __all__ = [
     "reference",
     "select_backend",
     "unpack_int4",
+    "use_backend",
     "warm_up",
     "weight_only_linear",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,31 +35,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     params=[pytest.param("cpu", marks=pytest.mark.interpret), pytest.param("cuda", marks=pytest.mark.gpu)],
     ids=["interpreter", "cuda"],
 )
-def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def kernel_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """A device on which the public ops launch Triton kernels: the GPU, or the CPU with kernels interpreted."""
-    device = torch.device(request.param)
-    if device.type == "cpu":
-        monkeypatch.setattr("qandc_kernels.ops._register.use_triton", lambda x: True)
-        monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
-    return device
+    from qandc_kernels import use_backend  # here, since TRITON_INTERPRET is read when kernels are imported
+
+    with use_backend("triton"):
+        yield torch.device(request.param)
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors hold NaN (85 for integers), so that an element no kernel wrote shows up."""
-
-    def poisoned(empty):
-        def wrapper(*args, **kwargs):
-            tensor = empty(*args, **kwargs)
-            if tensor.is_meta or type(tensor) is not torch.Tensor or torch.compiler.is_compiling():
-                return tensor
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(85)
-
-        return wrapper
-
-    _device_constructors()  # cached at the first call: torch.device("meta") knows no poisoned function
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+@pytest.fixture(scope="session", autouse=True)
+def _filled_memory() -> Iterator[None]:
+    """New tensors hold NaN, or the largest integer, so that an element no kernel wrote shows up."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture

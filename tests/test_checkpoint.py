@@ -47,9 +47,6 @@ from tests.conftest import FloatsMade, make_dit
 from tests.test_calibration import dit_batches
 from tests.tiny_models import make_tiny
 
-with torch.device("meta"):  # torch notes its constructors here, before the fixture that poisons torch.empty hides one
-    torch.empty(0)
-
 QKV = "transformer_blocks.0.attn1.to_q"
 
 

@@ -25,7 +25,7 @@ def register(name: str, schema: str, launch: Callable[..., Any], fake: Callable[
     returns = not schema.endswith("-> ()")
 
     def implementation(*arguments: Any) -> Any:
-        result = (launch if use_triton(arguments[0]) else definition)(*arguments)
+        result = (launch if backend_of(arguments[0].device).name == "triton" else definition)(*arguments)
         return result if returns else None
 
     torch.library.define(f"qandc::{name}", schema)
@@ -33,10 +33,6 @@ def register(name: str, schema: str, launch: Callable[..., Any], fake: Callable[
     torch.library.register_fake(f"qandc::{name}", fake)
     # without this torch would mark results as differentiable and give zeros in the backward pass
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-
-
-def use_triton(x: torch.Tensor) -> bool:
-    return backend_of(x.device).name == "triton"
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qandc_kernels import reference
+from qandc_kernels.backend import launching_on
 from qandc_kernels.ops._checks import check_attention_quantize_per_tensor
 from qandc_kernels.ops._operands import HALF_DTYPES
 from qandc_kernels.ops._register import register
@@ -43,7 +44,7 @@ def _attention(
     from qandc_kernels.triton.attention import attention_quantize_triton
 
     q, k, v = (t if _aligned(t) else t.contiguous() for t in (q, k, v))
-    with torch.cuda.device(q.device):
+    with launching_on(q):
         return attention_quantize_triton(q, k, v, out_scale, out_zero_point, nan_flag)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qandc_kernels.backend import launching_on
 from qandc_kernels.ops._checks import check_batched_linear
 from qandc_kernels.ops._register import register
 
@@ -20,7 +21,7 @@ def _batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, s
     x = x if x.stride(2) == 1 else x.contiguous()
     weight = weight if weight.stride()[1:] == (weight.shape[2], 1) else weight.contiguous()
     bias = bias if bias.stride(1) == 1 else bias.contiguous()
-    with torch.cuda.device(x.device):
+    with launching_on(x):
         return batched_gemm_triton(x, weight, bias, share)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qandc_kernels.backend import launching_on
 from qandc_kernels.ops._checks import check_guided_step
 from qandc_kernels.ops._register import register
 
@@ -15,7 +16,7 @@ def _guided_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from qandc_kernels.triton.denoise import guided_step_triton
 
-    with torch.cuda.device(latents.device):
+    with launching_on(latents):
         return guided_step_triton(
             prediction.contiguous(), latents.contiguous(), coefficients.contiguous(), guidance_scale
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qandc_kernels.backend import launching_on
 from qandc_kernels.ops._checks import (
     check_adaln_quantize_per_tensor,
     check_adaln_quantize_per_token,
@@ -54,7 +55,7 @@ def _adaln(
     samples, tokens, k = x.shape
     rows = x.reshape(samples * tokens, k)  # a view where rows are evenly spaced
     rows, shift, scale = (t if t.stride(1) == 1 or k == 1 else t.contiguous() for t in (rows, shift, scale))
-    with torch.cuda.device(x.device):
+    with launching_on(x):
         q, token_scale = adaln_quantize_triton(rows, tokens, shift, scale, q_scale, zero_point, eps)
     return q.view(x.shape), None if token_scale is None else token_scale.view(samples, tokens)
 

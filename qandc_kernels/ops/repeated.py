@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qandc_kernels.backend import backend_of
+from qandc_kernels.backend import ASKED_FOR, backend_of
 from qandc_kernels.ops.linear import quantized_linear
 
 __all__ = ["RepeatedLinear"]
@@ -21,8 +21,8 @@ class RepeatedLinear:
 
     Of the tensors of a layer dtypes and shapes follow from those of its weight, so that an address says all that a
     start depends on, and a start that was kept under these addresses goes past torch's dispatcher. That is not done
-    where somebody listens: modes, subclasses, ``torch.func``, Triton's hooks. Each layer needs an object of its own;
-    copies and pickles begin anew.
+    where somebody listens: modes, subclasses, ``torch.func``, ``use_backend``, Triton's hooks. Each layer needs an
+    object of its own; copies and pickles begin anew.
     """
 
     __slots__ = ("_ready",)
@@ -90,4 +90,5 @@ def _goes_straight(x: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and ASKED_FOR.get() is None
     )

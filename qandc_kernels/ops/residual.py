@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qandc_kernels.backend import launching_on
 from qandc_kernels.ops._checks import check_gated_sum, check_linear_gate_residual_
 from qandc_kernels.ops._register import register
 
@@ -40,7 +41,7 @@ def _gated_sum(
 
     if gates is not None and gates.stride(3) != 1:
         gates = gates.contiguous()
-    with torch.cuda.device(x.device):
+    with launching_on(x):
         return gated_sum_triton(x.contiguous(), features, gates, weights, scales)
 
 

@@ -136,6 +136,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
     "pack_int4": {"q": tensor(2, 4, dtype=torch.int8, any_shape=True, legal=("meta",))},
     "unpack_int4": {"packed": tensor(2, 4, dtype=torch.uint8, any_shape=True, legal=("meta",))},
     "select_backend": {"device": Parameter("cpu", legal=(b"x",))},
+    "use_backend": {"name": Parameter("reference")},
     "warm_up": {
         "layers": Parameter([(64, 64)], legal=([],)),
         "rows": Parameter((8, 16), legal=([], {1})),
@@ -154,6 +155,7 @@ SCALARS = {
     "out_dtype": (torch.float64, torch.float8_e4m3fn, np.float16, "float16"),
     "dtype": (torch.float64, torch.float8_e4m3fn, np.float16, "float16"),
     "device": ("gpu", "cuda:-1", 10**30, 1.5),
+    "name": ("Triton", "cuda", ("triton",)),
     "w_bits": (3, 8.0, 0),
     "tokens": (0, 1.0, 2**40),
     "rows": ([0], [-1], [2**40], [8, 8.0], [True], [None], "88", b"88", np.array([8]), 8, {8: 8}, itertools.count(1)),

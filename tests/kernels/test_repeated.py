@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from qandc_kernels import Backend, RepeatedLinear, pack_int4, quantized_linear
+from qandc_kernels import Backend, RepeatedLinear, pack_int4, quantized_linear, use_backend
 from qandc_kernels.ops import repeated
 
 N, K = 96, 64
@@ -195,3 +195,21 @@ def test_nan_is_noticed_and_watchers_see_every_start(seeded):
     finally:
         knobs.runtime.launch_enter_hook.remove(seen.append)
     assert len(seen) == 2
+
+
+@pytest.mark.gpu
+def test_a_chosen_backend_is_never_gone_past(seeded, monkeypatch):
+    started: list[object] = []
+    monkeypatch.setattr(
+        "qandc_kernels.triton.linear.kept_starts", lambda *given: started.append
+    )  # refuses, as None does
+    layer = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in layer_of(seeded).items()
+    }
+    call, x = RepeatedLinear(), torch.randn(33, K, generator=seeded).cuda()
+    call(x, *layer.values())
+    expected = call(x, *layer.values())
+    assert len(started) == 1
+    with use_backend("reference"):
+        assert torch.equal(call(x, *layer.values()), expected)
+    assert len(started) == 1
