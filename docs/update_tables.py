@@ -33,6 +33,14 @@ def source(result: dict[str, Any], path: str) -> str:
     return f"{where}, {installed}; `{command}` at {commit}; [{path}](/{path})."
 
 
+def with_machine(lines: list[str], result: dict[str, Any]) -> list[str]:
+    """Name the card in the first cell of a table's head, since one page may show tables of several."""
+    gpu, cores = result["machine"]["gpu"], result["machine"]["cores"]
+    card = re.sub("^NVIDIA | 80GB HBM3$", "", gpu) if gpu else f"{cores} CPU cores"
+    first, rest = lines[0].removeprefix("|").split("|", 1)
+    return [f"| {card}{': ' if first.strip() else ''}{first.strip()} |{rest}", *lines[1:]]
+
+
 def generate_table(result: dict[str, Any]) -> list[str]:
     full, quantized = result["rows"]
     lines = ["| | speed | transformer | PSNR to FP |", "|---|---|---|---|"]
@@ -445,6 +453,29 @@ def models_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+SHORT = (  # candidates of the short table, the first of which the others are compared with
+    "bf16 compiled",
+    "QuantLinear W8A8, compiled",
+    "QuantLinear W8A8 + W8A16, compiled, graph()",
+    "QuantLinear W4A8 + W4A16, compiled, graph()",
+)
+
+
+def short_models_table(result: dict[str, Any]) -> list[str]:
+    """Speed over compiled bf16, weights and error of a forward: one cell per model and candidate, all compiled."""
+    found = {(row["layer"], row["candidate"]): row for row in result["rows"] if "median_us" in row}
+    models = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
+    lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+
+    def cell(model: str, name: str) -> str:
+        row, rival = found[model, name], found[model, SHORT[0]]
+        faster = rival["median_us"] / row["median_us"]
+        speed = f"{row['median_us'] / 1e3:.0f} ms" if row is rival else f"**{faster:.2f}x**"
+        return f"{speed}, {row['model_bytes'] / 1e9:.1f} GB, {row['error']:.1%}"
+
+    return [*lines, *(f"| {name} | {' | '.join(cell(model, name) for model in models)} |" for name in SHORT)]
+
+
 def outliers_table(result: dict[str, Any]) -> list[str]:
     """Decibels of predictions and of images, a line per configuration, a column per size of the outliers."""
     sizes = sorted({row["times"] for row in result["rows"]})
@@ -508,6 +539,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model.json breakdown": breakdown_table,
     "results/h200/model-torchao.json goals": goals_table,
     "results/h200/models.json": models_table,
+    "results/h200/models.json short": short_models_table,
     "results/h200/models.json goals": goals_table,
     "results/h200/models-fp8.json": models_table,
     "results/h200/model-drop-in.json": drop_in_table,
@@ -535,9 +567,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 def render(match: re.Match[str]) -> str:
     path = match["path"]
     result = json.loads((ROOT / path).read_text())
-    return "\n".join(
-        [match[1].rstrip(), *TABLES[path + (match["part"] or "")](result), "", source(result, path), match["end"]]
-    )
+    table = with_machine(TABLES[path + (match["part"] or "")](result), result)
+    return "\n".join([match[1].rstrip(), *table, "", source(result, path), match["end"]])
 
 
 def main() -> int:

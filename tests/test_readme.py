@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import inputs_of, make_tiny, output_of
+from tests.test_fused_projections import CLASSES as PROJECTIONS_FUSED
+from tests.test_lora import WITHOUT_PEFT
+from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -183,3 +186,27 @@ def test_linked_and_named_files_exist(document):
         assert (base / target.lstrip("/")).exists(), target
     for name in re.findall(r"`((?:qandc|qandc_kernels|tests|docs|training)/[\w./-]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
+    rooms = ("qandc", "qandc_kernels", "tests", "docs")
+    sources = [path.as_posix() for room in rooms for path in ROOT.glob(f"{room}/**/*.py")]
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / name).exists() or any(path.endswith(f"/{name}") for path in sources), name
+
+    for name in re.findall(r"`(qandc(?:_kernels)?(?:\.(?!png`)\w+)+)(?:\(.*?\))?`", text):
+        assert pkgutil.resolve_name(name) is not None
+
+
+def test_architecture_names_every_file():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for path in [*(ROOT / "qandc").rglob("*.py"), *(ROOT / "qandc_kernels").rglob("*.py")]:
+        assert path.name.startswith("__") or re.search(rf"\b{path.name}\b", text), path
+
+
+def test_the_table_of_models_says_what_is_tested():
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/models.md").read_text(), re.MULTILINE)
+    cells = {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
+    assert cells.keys() == TINY.keys()
+    for name, (_, whole, graphed, lora, fused, cached) in cells.items():
+        assert (whole, graphed) == ("yes", "yes")
+        assert lora == ("PEFT" if name in WITHOUT_PEFT else "diffusers")
+        assert fused == ("yes" if name in PROJECTIONS_FUSED else "")
+        assert cached == ("yes" if name == "DiTTransformer2DModel" else "")

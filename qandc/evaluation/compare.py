@@ -173,7 +173,7 @@ def evaluate(
             and fitting statistics, the latter decide the Fréchet distances, as in the ADM suite.
         extractor: one that is loaded, or its name (:func:`load_extractor`), which loads it on the CPU.
         allow_unequal: compare different numbers of images, or with statistics of an unknown number.
-        kernel_subsets, kernel_subset_size, seed: see :func:`qandc.metrics.kernel_distance`.
+        kernel_subsets, kernel_subset_size, seed: see :func:`qandc.evaluation.metrics.kernel_distance`.
         max_pixels: that one image of a file may have, see :meth:`Images.open`.
         progress: called with "images" or "reference", images done, images in all.
 

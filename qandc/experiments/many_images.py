@@ -103,7 +103,7 @@ def sample_file(
     processes: Processes | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, completed, total: None,
 ) -> float | None:
-    """Draw the images of a set and write them to one ``.npz``, as :func:`qandc.shards.merge_shards` does.
+    """Draw the images of a set and write them to one ``.npz``, as :func:`qandc.experiments.shards.merge_shards` does.
 
     Shards are kept in ``<path>.shards`` until then; the same call goes on with those that are there.
 

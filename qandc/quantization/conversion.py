@@ -44,7 +44,7 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def layers_to_quantize(model: nn.Module, config: QuantConfig) -> dict[str, nn.Linear]:
-    """Choose the linear layers that become :class:`QuantLinear`, by qualified name (:func:`qandc.plan.assign`)."""
+    """Choose the linear layers that become :class:`QuantLinear`, by qualified name, as :func:`assign` decides."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return {name: modules[name] for name in assign(model, config).bits}
 

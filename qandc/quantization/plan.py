@@ -165,8 +165,8 @@ class Assignment:
 def assign(model: nn.Module, config: QuantConfig, *, saved: bool = False) -> Assignment:
     """Decide for each linear layer whether it is quantized, in which scheme, or why it stays.
 
-    Layers that :func:`qandc.readers.kept_layers` names stay as they are; a warning says which and why. Settings that
-    were saved are taken at their word: a pattern may match nothing, and no layer is kept back.
+    Layers that :func:`kept_layers` names stay as they are; a warning says which and why. Settings that were saved are
+    taken at their word: a pattern may match nothing, and no layer is kept back.
 
     Raises:
         ConfigError: a skip pattern matches no module of the model, if these are checked.
