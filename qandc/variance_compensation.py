@@ -8,7 +8,6 @@ fitted over whole trajectories is in :mod:`qandc.sampling.trajectories`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
-from qandc.support.files import write_json, write_whole
+from qandc.support.files import read_json, read_tensors, reading, write_json, write_whole
 
 __all__ = [
     "Compensation",
@@ -214,27 +213,13 @@ class Compensation:
         Raises:
             ConfigError: a file is missing or no compensation of this version.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = _tensor_path(path)
-        try:
-            tensors, values = load_file(path), json.loads(path.with_suffix(".json").read_text())
-            if values["version"] != FORMAT_VERSION:
-                raise ConfigError(
-                    f"{str(path)!r} has version {values['version']}, known is {FORMAT_VERSION}; update qandc"
-                )
+        path, what, advice = _tensor_path(path), "compensation", "make one with fit_compensation"
+        tensors = read_tensors(path, what, advice)
+        values = read_json(path.with_suffix(".json"), what, advice, version=FORMAT_VERSION)
+        with reading(path, what, advice):
             known = {field.name: values[field.name] for field in fields(FittedFor)}
             known["timesteps"] = tuple(known["timesteps"])
             return cls(tensors["gain"], tensors["mean"], values["target"], values["form"], FittedFor(**known))
-        except ConfigError:
-            raise
-        except KeyError as error:
-            raise ConfigError(
-                f"{str(path)!r} is no compensation: it has no {error}; make one with fit_compensation"
-            ) from error
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise ConfigError(f"{str(path)!r} is no compensation: {error}; make one with fit_compensation") from error
 
 
 def _short(timesteps: tuple[int, ...]) -> str:

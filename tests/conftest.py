@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +81,22 @@ def in_a_thread(function, *args, **kwargs):
     """What the function returns or raises in a thread that is not the main one."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+@contextlib.contextmanager
+def in_time(seconds: int = 20):
+    """Raise TimeoutError if the block takes longer: a test of what could wait for ever fails instead."""
+
+    def late(signum, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def recorded_calls(model, run):

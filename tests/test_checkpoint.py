@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from qandc.fusion.fused_dit import FUSED
 from qandc.method.checkpoint import _digest, _outline
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling
-from tests.conftest import FloatsMade, make_dit
+from tests.conftest import FloatsMade, in_time, make_dit
 from tests.test_calibration import dit_batches
 from tests.tiny_models import make_tiny
 
@@ -349,7 +350,9 @@ def test_a_flipped_bit_is_noticed(tmp_path, saved, name, position):
     content = bytearray(path.read_bytes())
     content[int(position * len(content))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"{name}' (is not as it was written \(checksum\)|is damaged)"):
+    with pytest.raises(
+        ConfigError, match=rf"{name}' (is not as it was written \(checksum\)|is no part of a checkpoint)"
+    ):
         load_quantized(path.parent)
 
 
@@ -358,7 +361,9 @@ def test_truncated_and_missing_files(saved, name):
     path = saved / name
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-100])
-    message = f"holds {size - 100:,} of {size:,} bytes; copy it again" if "model" in name else "is damaged"
+    message = (
+        f"holds {size - 100:,} of {size:,} bytes; copy it again" if "model" in name else "is no part of a checkpoint"
+    )
     with pytest.raises(ConfigError, match=message):
         load_quantized(saved)
     path.unlink()
@@ -467,7 +472,49 @@ def test_a_newer_version(saved):
     with pytest.raises(ConfigError, match=r"quantized.json' has version 2, known is 1; update qandc"):
         load_quantized(saved)
     (saved / "quantized.json").write_text("[]")
-    with pytest.raises(ConfigError, match="is damaged"):
+    with pytest.raises(ConfigError, match="is no part of a checkpoint: it holds list, not an object"):
+        load_quantized(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m["files"].update({"../secret": m["files"]["model.safetensors"]}),
+            "names the file '../secret'; those",
+        ),
+        (lambda m: m["files"].update({"/dev/zero": m["files"]["model.safetensors"]}), "names the file '/dev/zero'"),
+        (lambda m: m["files"].update({"quantized.json": {}}), "names the file 'quantized.json'"),
+        (lambda m: m["files"].pop("model.safetensors"), "it has no 'model.safetensors'"),
+        (lambda m: m["files"].update({"compensation.safetensors": {}}), "it has no 'compensation.json'"),
+        (
+            lambda m: m["files"].update({"schedule.json": {"bytes": 1.0, "sha256": ""}}),
+            "of schedule.json must be a text",
+        ),
+        (lambda m: m.pop("files"), "it has no 'files'"),
+        (lambda m: m.update(files=[]), "must be objects"),
+        (lambda m: m["layers"].update({QKV: 1}), "must be an object"),
+        (lambda m: m["layers"][QKV].pop("in_features"), "it has no 'in_features'"),
+        (lambda m: m["layers"][QKV].update(dtype="nn"), "has dtype 'nn'"),
+        (lambda m: m["layers"][QKV].update(dtype=[]), "has dtype []"),
+        (lambda m: m["config"].update(num_layers=1_000_000), "num_layers is 1000000; there are"),
+        (lambda m: m["config"].update(num_layers="2"), "num_layers is 2; there are"),
+        (lambda m: m["config"].update(patch_size=0), ""),
+        (lambda m: m["config"].update(in_channels=-1), ""),
+        (lambda m: m["config"].update(num_attention_heads="x"), ""),
+    ],
+)
+def test_a_manifest_that_was_never_written(saved, change, message):
+    rewrite(saved, change)
+    with pytest.raises(ConfigError, match=f"quantized.json' is no part of a checkpoint: .*{re.escape(message)}"):
+        load_quantized(saved)
+
+
+@pytest.mark.parametrize("name", ["quantized.json", "model.safetensors"])
+def test_a_part_that_is_no_regular_file(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with in_time(), pytest.raises(ConfigError, match=r"no regular file|lacks quantized\.json"):
         load_quantized(saved)
 
 

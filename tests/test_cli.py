@@ -276,7 +276,7 @@ def test_damaged_settings(capsys, tmp_path, settings_dir):
     status, _, err = run(capsys, "generate", "--settings", broken, "--device", "cpu", "-o", tmp_path / "x.png")
     assert status == 2
     assert len(err.splitlines()) == 1
-    assert "holds no calibrated settings, or they are damaged" in err
+    assert "is no part of calibrated settings" in err
 
 
 def test_classes_by_name():

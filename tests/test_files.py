@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import filelock
 import pytest
+import torch
 
-from qandc.errors import OutputError
-from qandc.support.files import locked
+from qandc import CalibratedSchedule, Compensation, ConfigError, DataError, OutputError, Preset, QuantConfig
+from qandc.experiments.scores import load_images
+from qandc.experiments.shards import ImageSet, merge_shards
+from qandc.method import pool
+from qandc.support.files import keep_settings, locked, read_json, write_json
+from qandc.variance_compensation import FittedFor
+from tests.conftest import in_time
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,3 +97,133 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), locked(tmp_path / ".lock"):
         pass
     assert "cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
+
+
+RUN = FittedFor("DDPMScheduler", (667, 334), 1.5, "a model")
+FOUND = CalibratedSchedule((True, False), (667, 334), "branch", 0)
+STRUCTURE = dict.fromkeys(
+    ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size"), 1
+)
+
+
+def preset(**changes) -> Preset:
+    values = {"scales": {"a": torch.tensor(1.0)}, "zero_points": {"a": torch.tensor(-3, dtype=torch.int32)}}
+    stored = Compensation(torch.ones(2, 4), torch.zeros(2, 4), "sample", "least_squares", RUN)
+    values |= {"schedule": FOUND, "compensation": stored, "scheduler": "DDPMScheduler", "guidance_scale": 1.5}
+    return Preset(**{"config": QuantConfig(), **values, "structure": STRUCTURE, **changes})
+
+
+def load_preset(path: Path) -> Preset:
+    return Preset.load(path.parent)
+
+
+READERS = {  # of every JSON file of this package: its name, what reads it
+    "schedule.json": CalibratedSchedule.load,
+    "compensation.json": lambda path: Compensation.load(path.with_suffix(".safetensors")),
+    "preset.json": load_preset,
+    "pool.json": lambda path: keep_settings(path, {"version": 1}, "a pool"),
+}
+TENSORS = {
+    "ranges.safetensors": load_preset,
+    "compensation.safetensors": Compensation.load,
+    "pool-000000.safetensors": pool._read,
+}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """One with every kind of file."""
+    preset().save(tmp_path)
+    write_json(tmp_path / "pool.json", {"version": 1})
+    shutil.copy(tmp_path / "ranges.safetensors", tmp_path / "pool-000000.safetensors")
+    return tmp_path
+
+
+def nested(depth: int) -> bytes:
+    return b'{"version": 1, "a": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+def huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)  # takes no room
+
+
+BROKEN = {
+    "missing": (lambda path: None, "No such file"),
+    "directory": (Path.mkdir, "it is a directory, no regular file"),
+    "FIFO": (os.mkfifo, "it is a FIFO, no regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, no regular file"),
+}
+BROKEN_JSON = {
+    **BROKEN,
+    "empty": (lambda path: path.write_bytes(b""), "Expecting value"),
+    "list": (lambda path: path.write_bytes(b"[1]"), "it holds list, not an object"),
+    "number": (lambda path: path.write_bytes(b"1"), "it holds int, not an object"),
+    "too deep": (lambda path: path.write_bytes(nested(100_000)), "it is nested too deeply"),
+    "a little too deep": (lambda path: path.write_bytes(nested(32)), "it is nested too deeply"),
+    "UTF-16": (lambda path: path.write_bytes('{"version": 1}'.encode("utf-16")), "it is not UTF-8"),
+    "too large": (huge, "it has more than 67,108,864 bytes"),
+    "many digits": (
+        lambda path: path.write_bytes(b'{"version": ' + b"1" * 5000 + b"}"),
+        "limit|version is|has version",
+    ),
+}
+
+
+BEGUN_ANEW = {("pool.json", "missing"), ("preset.json", "missing"), ("pool-000000.safetensors", "missing")}
+
+
+@pytest.mark.parametrize(("name", "how"), sorted({*itertools.product(READERS, BROKEN_JSON)} - BEGUN_ANEW))
+def test_json_files_that_are_none(directory, name, how):
+    make, message = BROKEN_JSON[how]
+    path = directory / name
+    path.unlink()
+    make(path)
+    with in_time(), pytest.raises(ConfigError, match=rf"'.*' (is no|has) .*({message}).*; \w+"):
+        READERS[name](path)
+
+
+@pytest.mark.parametrize("version", ["1", True, 1.0, None, [1]])
+@pytest.mark.parametrize("name", [name for name in READERS if name != "pool.json"])
+def test_versions_that_are_none(directory, name, version):
+    path = directory / name
+    write_json(path, {**json.loads(path.read_text()), "version": version})
+    with pytest.raises(ConfigError, match=r"is no .*: its version is .*, not an integer; \w+"):
+        READERS[name](path)
+    write_json(path, {name: value for name, value in json.loads(path.read_text()).items() if name != "version"})
+    with pytest.raises(ConfigError, match="it has no 'version'"):
+        READERS[name](path)
+    write_json(path, {**json.loads(path.read_text()), "version": 99})
+    with pytest.raises(ConfigError, match=r"has version 99, known is \d; update qandc"):
+        READERS[name](path)
+
+
+def test_what_is_at_the_limits(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(nested(31))
+    assert read_json(path, "file", "write it")["version"] == 1
+    path.write_bytes(b'{"a": "' + b"x" * (2**26 - 9) + b'"}')
+    assert len(read_json(path, "file", "write it")["a"]) == 2**26 - 9
+    with pytest.raises(DataError, match=r"a.json' is no file: it has no 'b'; write it"):
+        read_json(path, "file", "write it", names=("a", "b"), error=DataError)
+
+
+@pytest.mark.parametrize(("name", "how"), sorted({*itertools.product(TENSORS, [*BROKEN, "garbage"])} - BEGUN_ANEW))
+def test_tensor_files_that_are_none(directory, name, how):
+    make, message = {**BROKEN, "garbage": (lambda path: path.write_bytes(b"?" * 99), "header")}[how]
+    path = directory / name
+    path.unlink()
+    make(path)
+    error = DataError if "pool" in name else ConfigError
+    with in_time(), pytest.raises(error, match=rf"safetensors' is no .*({message}).*; \w+"):
+        TENSORS[name](path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_shards_and_arrays_that_are_no_regular_files(tmp_path, make):
+    make(tmp_path / "images-0000000.safetensors")
+    make(tmp_path / "x.npz")
+    with in_time(), pytest.raises(DataError, match=r"missing or damaged .*no regular file"):
+        merge_shards(tmp_path, ImageSet(2, (1,)), tmp_path / "out.npz")
+    with in_time(), pytest.raises(DataError, match="no regular file"):
+        load_images(tmp_path / "x.npz")

@@ -307,7 +307,7 @@ def test_a_damaged_shard_is_named(tmp_path, pipeline_dir):
     run(pipeline_dir, tmp_path, vc="none")
     shard = tmp_path / "pool" / "pool-000010.safetensors"
     shard.write_bytes(shard.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"pool-000010.safetensors' is damaged"):
+    with pytest.raises(DataError, match=r"pool-000010.safetensors' is no shard of a pool"):
         run(pipeline_dir, tmp_path, vc="none", overwrite=True)
 
 

@@ -185,7 +185,7 @@ def test_a_pool_whose_settings_or_shards_lack_something_is_refused(dit, schedule
         with pytest.raises(ConfigError, match=f"another version of qandc: pool.json has no '{name}'"):
             record(dit, scheduler, directory=tmp_path)
     path.write_text("[1]")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is no record of settings"):
         record(dit, scheduler, directory=tmp_path)
     path.write_text(json.dumps(values))
     shard = min(tmp_path.glob("*.safetensors"))
@@ -217,10 +217,10 @@ def test_damaged_and_unwritable(dit, scheduler, tmp_path):
     record(dit, scheduler, directory=tmp_path / "pool")
     shard = min((tmp_path / "pool").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"is damaged .* delete it"):
+    with pytest.raises(DataError, match=r"is no shard of a pool: .* delete it"):
         record(dit, scheduler, directory=tmp_path / "pool")
     (tmp_path / "pool" / "pool.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is no record of settings"):
         record(dit, scheduler, directory=tmp_path / "pool")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):

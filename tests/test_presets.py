@@ -193,7 +193,7 @@ def test_versions_and_folders_are_checked(tmp_path):
         with pytest.raises(ConfigError, match=f"has version {version}, known is 3; {what}"):
             Preset.load(tmp_path)
     (tmp_path / "preset.json").write_text("[]")
-    with pytest.raises(ConfigError, match="no calibrated settings, or they are damaged"):
+    with pytest.raises(ConfigError, match="is no part of calibrated settings: it holds list, not an object"):
         Preset.load(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write to"):
@@ -215,10 +215,10 @@ def test_a_setting_that_is_missing_is_named(tmp_path):
     assert set(values) == set(SETTINGS)
     for name in SETTINGS:
         path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
-        with pytest.raises(ConfigError, match=f"preset.json' has no '{name}': .* make the settings anew"):
+        with pytest.raises(ConfigError, match=f"preset.json' is no .*: it has no '{name}'; make them anew"):
             Preset.load(tmp_path)
     path.write_text(json.dumps({**values, "structure": {"num_layers": 2}}))
-    with pytest.raises(ConfigError, match=r"preset.json' has no 'num_attention_heads'"):
+    with pytest.raises(ConfigError, match=r"preset.json' is no .*: it has no 'num_attention_heads'"):
         Preset.load(tmp_path)
     path.write_text(json.dumps(values))
     Preset.load(tmp_path)

@@ -53,7 +53,7 @@ from qandc import (
 from qandc.caching.schedule import optimal_schedule
 from qandc.method.schedule_calibration import feature_gram
 from qandc.quantization.ranges import RangeConfig
-from qandc.support.files import write_json
+from qandc.support.files import read_json, write_json
 from qandc.support.results import result_header
 from qandc.variance_compensation import epsilon_scaling
 from quality import Judge, Sampler
@@ -310,7 +310,7 @@ def main(
 ) -> None:
     """Sample with every configuration and score."""
     if merge:
-        files = [json.loads(path.read_text()) for path in merge]
+        files = [read_json(path, "result", "leave it out", names=("rows",)) for path in merge]
         rows = list({row_key(row): row for file in files for row in file["rows"]}.values())
         order = [(part, asdict(row)) for part in PARTS for row in configurations(part, samples)]
         rows.sort(key=lambda row: (row["repeat"], row["part"] != "FP" and order.index((row["part"], row["row"]))))
@@ -334,7 +334,7 @@ def main(
     }
     rows: list[dict[str, Any]] = []
     if out.exists():
-        before = json.loads(out.read_text())
+        before = read_json(out, "result", "give another --out", names=("settings", "rows"))
         if before["settings"] != settings:
             raise typer.BadParameter(f"{out} was made with {before['settings']}; give another file or the same")
         rows = before["rows"]

@@ -12,7 +12,6 @@ that is there already is continued.
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from qandc import (
 )
 from qandc.caching.schedule import optimal_schedule, schedule_error
 from qandc.method.schedule_calibration import feature_gram
-from qandc.support.files import write_json
+from qandc.support.files import read_json, write_json
 from qandc.support.results import result_header
 from quality import Judge, Sampler
 
@@ -130,7 +129,7 @@ def main(
         "ranges": "static per tensor, min-max, from one run without cache",
     }
     if out.exists():
-        before = json.loads(out.read_text())
+        before = read_json(out, "result", "give another --out", names=("settings", "rows"))
         if before["settings"] != settings:
             raise typer.BadParameter(
                 f"{out} was made with {before['settings']}; give another file or the same settings"

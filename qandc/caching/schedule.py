@@ -16,7 +16,7 @@ import numpy as np
 
 from qandc.errors import ConfigError
 from qandc.support.arguments import Between, Steps, check_fields, checked
-from qandc.support.files import write_whole
+from qandc.support.files import read_json, reading, write_whole
 
 __all__ = [
     "CacheConfig",
@@ -380,18 +380,11 @@ class CalibratedSchedule:
         Raises:
             ConfigError: the file is not there, or no schedule of this version.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-            version = values.pop("version")
-            if version != FORMAT_VERSION:
-                raise ConfigError(f"{str(path)!r} has version {version}, known is {FORMAT_VERSION}; update qandc")
+        path, what, advice = Path(path), "schedule", "make one with calibrate_schedule"
+        values = read_json(path, what, advice, version=FORMAT_VERSION)
+        del values["version"]
+        with reading(path, what, advice):
             values["schedule"], values["timesteps"] = tuple(values["schedule"]), tuple(values["timesteps"])
             found = cls(**values)
-            if len(found.schedule) != len(found.timesteps):
-                raise ValueError("as many timesteps as steps are needed")
             found.config()
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{str(path)!r} is no schedule: {error}; make one with calibrate_schedule") from error
         return found

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qandc.errors import DataError, QandCError
+from qandc.support.files import regular_size
 
 __all__ = ["AT_ONCE", "ArrayHeader", "Npz", "decoding"]
 
@@ -65,11 +66,13 @@ class Npz:
         advice: ends it: what to do then.
 
     Raises:
-        DataError: it is no zip file.
+        DataError: it is no zip file, or no regular one.
     """
 
     def __init__(self, path: str | Path, failure: str, advice: str) -> None:
         self.path, self.failure, self.advice = Path(path), failure, advice
+        with decoding(failure, advice):
+            regular_size(self.path)
         with decoding(failure, advice), zipfile.ZipFile(self.path) as archive:
             self.names = tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +40,7 @@ from qandc.method.settings import CalibrationSettings
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import check_sampling, make_scheduler
 from qandc.sampling.pipelines import class_names
-from qandc.support.files import keep_settings, locked, make_directory, write_json
+from qandc.support.files import keep_settings, locked, make_directory, read_json, write_json
 from qandc.variance_compensation import Compensation
 
 __all__ = ["ROWS", "ExperimentSettings", "RowKind", "check_experiment", "run_experiment"]
@@ -309,7 +308,5 @@ class _Experiment:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r} is damaged ({error}); delete it and run the same command again") from error
+    names, advice = ("seconds_per_image",), "delete it and run the same command again"
+    return read_json(path, "record of a row", advice, names=names, error=DataError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from qandc.evaluation.images import Images
 from qandc.evaluation.metrics import FeatureStatistics, class_accuracy, frechet_distance, inception_score, psnr
 from qandc.evaluation.npz import AT_ONCE, Npz
 from qandc.sampling.pipelines import class_names, fashion_dit_path
+from qandc.support.files import read_json
 
 __all__ = ["Scorer", "load_images", "scorer_for"]
 
@@ -59,7 +59,7 @@ def scorer_for(
     """
     if features not in ("auto", "none", *EXTRACTORS):
         raise ConfigError(f"--features {features!r} is unknown; choose one of auto, none, {', '.join(EXTRACTORS)}")
-    known = json.loads((fashion_dit_path() / "model_index.json").read_text())["id2label"]
+    known = read_json(fashion_dit_path() / "model_index.json", "pipeline", "install qandc anew")["id2label"]
     ours = class_names(pipe) == {int(label): name for label, name in known.items()}
     if features == "auto":
         features = EXTRACTORS[0] if ours else "none"

@@ -24,7 +24,7 @@ import torch
 from qandc.errors import ConfigError, DataError, ProcessError
 from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.processes import Processes, finish_on_terminate
-from qandc.support.files import write_whole
+from qandc.support.files import regular_size, write_whole
 
 __all__ = ["Draw", "ImageSet", "delete_shards", "draw_shards", "merge_shards", "missing_shards"]
 
@@ -164,6 +164,7 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, 
                 for shard in image_set.shards():
                     source = _path(directory, shard)
                     try:
+                        regular_size(source)
                         with safe_open(source, "np") as tensors:
                             images = tensors.get_tensor("images")
                             for name, value in tensors.metadata().items():

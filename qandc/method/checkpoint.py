@@ -38,6 +38,7 @@ from qandc.quantization.ranges import StepRanges
 from qandc.sampling.pipelines import resolve_device
 from qandc.support.arguments import check_fields, checked
 from qandc.support.attach import original_class
+from qandc.support.files import read_json, read_tensors, reading, regular_size
 from qandc.variance_compensation import Compensation
 from qandc_kernels import FLOAT_DTYPES
 
@@ -46,10 +47,12 @@ __all__ = ["QuantizedCheckpoint", "load_quantized", "save_quantized"]
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS = "quantized.json", "model.safetensors"
 SCHEDULE, COMPENSATION, STEP_RANGES = "schedule.json", "compensation.safetensors", "step_ranges.safetensors"
-FILES = (MANIFEST, WEIGHTS, SCHEDULE, COMPENSATION, "compensation.json", STEP_RANGES)
+COMPENSATION_JSON = "compensation.json"
+FILES = (MANIFEST, WEIGHTS, SCHEDULE, COMPENSATION, COMPENSATION_JSON, STEP_RANGES)
 HOLDER = "weight_dtype_holder"  # empty; its dtype is in the manifest
 UNSAVED = (HOLDER, "nan_flag")  # the latter there since the model was sampled with
 DIT = "DiTTransformer2DModel"
+PART, AGAIN = "part of a checkpoint", "save the model again"
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,6 @@ def load_quantized(
         ModelError: the diffusers that is installed builds another model from its config.
         DeviceError: the device is not here.
     """
-    from safetensors.torch import load_file
-
     if dtype is not None and dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(known) for known in FLOAT_DTYPES)
         raise ConfigError(f"dtype is {dtype}; allowed are {allowed} (leave it out to keep the one that was saved)")
@@ -163,9 +164,10 @@ def load_quantized(
     manifest = _read_manifest(directory)
     for name, entry in manifest["files"].items():
         _check_file(directory / name, entry)
-    tensors = load_file(directory / WEIGHTS)
+    tensors = read_tensors(directory / WEIGHTS, PART, AGAIN)
     _check_tensors(tensors, manifest["tensors"])
-    model = _skeleton(manifest["config"], manifest["layers"])
+    with reading(directory / MANIFEST, PART, AGAIN):
+        model = _skeleton(manifest["config"], manifest["layers"])
     _check_names(model, tensors)
     transient = _tensors(model).keys() - model.state_dict().keys()
     model.load_state_dict({name: t for name, t in tensors.items() if name not in transient}, assign=True)
@@ -180,7 +182,7 @@ def load_quantized(
         model.eval(),
         CalibratedSchedule.load(directory / SCHEDULE) if SCHEDULE in extras else None,
         Compensation.load(directory / COMPENSATION) if COMPENSATION in extras else None,
-        _step_ranges(load_file(directory / STEP_RANGES)) if STEP_RANGES in extras else None,
+        _load_step_ranges(directory / STEP_RANGES) if STEP_RANGES in extras else None,
     )
 
 
@@ -325,26 +327,51 @@ def _read_manifest(directory: Path) -> Any:
         if any((directory / name).is_file() for name in ("config.json", "model_index.json")):
             advice = "load what save_pretrained wrote by from_pretrained of its class"
         raise ConfigError(f"{str(directory)!r} is no checkpoint: it {what}; {advice}")
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["version"]
-        if version != FORMAT_VERSION:
-            raise ConfigError(f"{str(path)!r} has version {version}, known is {FORMAT_VERSION}; update qandc")
+    manifest = read_json(path, PART, AGAIN, version=FORMAT_VERSION)
+    with reading(path, PART, AGAIN):
         whole = manifest.pop("sha256") == _digest(manifest)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{str(path)!r} is damaged ({type(error).__name__}: {error}); save the model again"
-        ) from error
+        if whole:
+            _check_manifest(manifest)
     if not whole:
         raise ConfigError(f"{str(path)!r} is not as it was written (checksum); copy it or save the model again")
     return manifest
 
 
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Refuse what :func:`save_quantized` never writes, by the exceptions that :func:`reading` expects.
+
+    Files have the names of a checkpoint: none outside of its directory is opened, none is believed unchecked.
+    """
+    config, layers, tensors, files = parts = [manifest[name] for name in ("config", "layers", "tensors", "files")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise TypeError("config, layers, tensors and files must be objects")
+    if not all(isinstance(entry, dict) for entry in (*layers.values(), *files.values())):
+        raise TypeError("each entry of layers and files must be an object")
+    strangers = files.keys() - set(FILES[1:])
+    if strangers:
+        raise ValueError(f"it names the file {min(strangers)!r}; those of a checkpoint are {', '.join(FILES[1:])}")
+    pair = {COMPENSATION, COMPENSATION_JSON}
+    missing = ({WEIGHTS} | (pair if pair & files.keys() else set())) - files.keys()
+    if missing:
+        raise KeyError(min(missing))
+    for name, entry in files.items():
+        if not isinstance(entry["sha256"], str) or type(entry["bytes"]) is not int:
+            raise TypeError(f"the checksum of {name} must be a text and its size an integer")
+    blocks = config.get("num_layers", 0)
+    if type(blocks) is not int or blocks > len(tensors):  # diffusers would build them all
+        raise ValueError(f"num_layers is {str(blocks)[:40]}; there are {len(tensors)} tensors")
+    known = [_dtype_name(dtype) for dtype in FLOAT_DTYPES]
+    for name, entry in layers.items():
+        if entry["dtype"] not in known or type(entry["bytes_before"]) is not int:
+            raise ValueError(
+                f"the layer {name} has dtype {entry['dtype']!r} and {entry['bytes_before']!r} bytes_before"
+            )
+
+
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
     try:
-        found = _file_entry(path)
+        size = regular_size(path)
+        found = _file_entry(path) if size == entry["bytes"] else {"bytes": size}
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(
@@ -380,11 +407,14 @@ def _flat(ranges: StepRanges) -> dict[str, torch.Tensor]:
     return {"timesteps": ranges.timesteps, **scales, **zero_points}
 
 
-def _step_ranges(tensors: Mapping[str, torch.Tensor]) -> StepRanges:
+def _load_step_ranges(path: Path) -> StepRanges:
+    tensors = read_tensors(path, PART, AGAIN)
+
     def ending(end: str) -> dict[str, torch.Tensor]:
         return {name.removesuffix(end): tensor for name, tensor in tensors.items() if name.endswith(end)}
 
-    return StepRanges(tensors["timesteps"], ending(".scale"), ending(".zero_point"))
+    with reading(path, PART, AGAIN):
+        return StepRanges(tensors["timesteps"], ending(".scale"), ending(".zero_point"))
 
 
 def _outline(tensor: torch.Tensor) -> str:

@@ -21,7 +21,7 @@ from qandc.sampling.loop import Guidance, check_sampling, describe_run, sample_l
 from qandc.sampling.pipelines import fingerprint
 from qandc.support.arguments import Between, Count, Integers, Model, Scheduler, Seeds, Steps, check_fields, checked
 from qandc.support.attach import eager
-from qandc.support.files import keep_settings, write_whole
+from qandc.support.files import keep_settings, read_tensors, write_whole
 from qandc.tap import TapConfig, select_samples
 
 __all__ = ["CandidatePool", "record_pool"]
@@ -198,15 +198,9 @@ def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> 
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.exists():
         return None
-    try:
-        found: dict[str, torch.Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{str(path)!r} is damaged ({error}); delete it to have it sampled again") from error
+    found = read_tensors(path, "shard of a pool", "delete it to have it sampled again", error=DataError)
     missing = {field.name for field in fields(CandidatePool)} - {"null_label"} - found.keys()
     if missing:
         raise DataError(f"{str(path)!r} has no {min(missing)}; delete it to have it sampled again")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from qandc.quantization.plan import resolved
 from qandc.quantizer import QuantConfig, check_bits
 from qandc.sampling.loop import SCHEDULERS, Guidance, set_timesteps
 from qandc.support.arguments import Scheduler, Steps, check_fields, checked
-from qandc.support.files import write_json, write_whole
+from qandc.support.files import read_json, read_tensors, reading, write_json, write_whole
 from qandc.variance_compensation import Compensation
 
 __all__ = ["Preset", "fashion_dit_preset", "is_finished"]
@@ -280,39 +279,23 @@ class Preset:
         Raises:
             ConfigError: a file is missing, damaged or not of this version.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         directory = Path(directory)
+        what, advice = "part of calibrated settings", "make them anew with qandc calibrate"
         if not is_finished(directory):
             raise ConfigError(
                 f"{str(directory)!r} holds no calibrated settings: there is no {SETTINGS}; make them with "
                 f"qandc calibrate --out {directory}"
             )
-        try:
-            settings = json.loads((directory / SETTINGS).read_text())
-            version = settings["version"]
-            if version != FORMAT_VERSION:
-                what = "update qandc" if version > FORMAT_VERSION else "make them anew with qandc calibrate"
-                raise ConfigError(f"{str(directory)!r} has version {version}, known is {FORMAT_VERSION}; {what}")
+        settings = read_json(directory / SETTINGS, what, advice, version=FORMAT_VERSION)
+        with reading(directory / SETTINGS, what, advice):
             names = ("w_bits", "a_bits", "skip_patterns", "weight_clip")
             config = QuantConfig(**{name: settings[name] for name in names})
             scheduler, guidance_scale = str(settings["scheduler"]), float(settings["guidance_scale"])
             structure = {name: settings["structure"][name] for name in STRUCTURE}
-            tensors = load_file(directory / RANGES)
-            weights = load_file(directory / WEIGHTS) if settings["weights"] else {}
             model, compensated, smoothed = settings["model"], settings["compensation"], settings["smoothing"]
-        except ConfigError:
-            raise
-        except KeyError as error:
-            raise ConfigError(
-                f"{str(directory / SETTINGS)!r} has no {error}: it is damaged, or of another version; make the "
-                "settings anew with qandc calibrate"
-            ) from error
-        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-            raise ConfigError(
-                f"{str(directory)!r} holds no calibrated settings, or they are damaged: {type(error).__name__}: {error}"
-            ) from error
+            weighted = settings["weights"]
+        tensors = read_tensors(directory / RANGES, what, advice)
+        weights = read_tensors(directory / WEIGHTS, what, advice) if weighted else {}
         ends = {end: len(end) for end in (".scale", ".zero_point", ".smoothing")}
         scales, zero_points, smoothing = (
             {name[:-length]: tensor for name, tensor in tensors.items() if name.endswith(end)}

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and directories that belong to one run."""
+"""Write files that are whole or not there, read JSON and tensors back with one error, lock directories for one run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,42 @@ import errno
 import json
 import logging
 import os
+import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from qandc.errors import ConfigError, OutputError
+from qandc.errors import ConfigError, OutputError, QandCError
 
-__all__ = ["keep_settings", "locked", "make_directory", "write_json", "write_whole"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "keep_settings",
+    "locked",
+    "make_directory",
+    "read_json",
+    "read_tensors",
+    "reading",
+    "regular_size",
+    "write_json",
+    "write_whole",
+]
 
 logger = logging.getLogger(__name__)
+
+LARGEST_JSON = 1 << 26  # bytes
+DEEPEST_JSON = 32  # objects and lists within each other
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of file systems that have none
 
@@ -50,6 +74,106 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda partial: partial.write_text(text))
 
 
+def regular_size(path: Path) -> int:
+    """Return the bytes of a regular file, without opening it: a FIFO would wait for a writer, a device might not end.
+
+    Raises:
+        OSError: there is no such file, or it is a directory, FIFO, device or socket.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(found.st_mode), 'special')}, no regular file")
+    return found.st_size
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str, advice: str, error: type[QandCError] = ConfigError) -> Iterator[None]:
+    """Turn what goes wrong inside the block, where a file is read, into one error: ``path is no what: why; advice``.
+
+    Errors of this package pass.
+    """
+    try:
+        yield
+    except QandCError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as cause:
+        reason: Any = getattr(cause, "strerror", None) or cause
+        if isinstance(cause, KeyError):
+            reason = f"it has no {cause}"
+        elif isinstance(cause, RecursionError):
+            reason = "it is nested too deeply"
+        elif isinstance(cause, UnicodeDecodeError):
+            reason = "it is not UTF-8"
+        raise error(f"{str(path)!r} is no {what}: {reason}; {advice}") from cause
+
+
+def read_json(
+    path: Path,
+    what: str,
+    advice: str,
+    *,
+    version: int | None = None,
+    names: Iterable[str] = (),
+    error: type[QandCError] = ConfigError,
+) -> dict[str, Any]:
+    """Read a JSON file that this package wrote: an object, at most 64 MiB of UTF-8.
+
+    Args:
+        path: the file.
+        what: it should be, for messages: "schedule".
+        advice: ends the messages: what to do about it.
+        version: the one that is known, by default files of this kind have none.
+        names: that it must have.
+        error: the class of the errors.
+
+    Raises:
+        ConfigError: or ``error``: no such file or no regular one, too large, no JSON, no object, nested too deeply, of
+            another version, or without one of the names.
+    """
+    with reading(path, what, advice, error):
+        if regular_size(path) > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+        with path.open("rb") as file:
+            found = json.loads(file.read(LARGEST_JSON).decode())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}, not an object")
+        if _depth(found) > DEEPEST_JSON:
+            raise RecursionError
+        if version is not None and type(found["version"]) is not int:
+            raise ValueError(f"its version is {str(found['version'])[:40]!r}, not an integer")
+    if version is not None and found["version"] != version:
+        what_to_do = "update qandc" if found["version"] > version else advice
+        raise error(f"{str(path)!r} has version {found['version']}, known is {version}; {what_to_do}")
+    for name in names:
+        if name not in found:
+            raise error(f"{str(path)!r} is no {what}: it has no {name!r}; {advice}")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """Count how many objects and lists are within each other."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+    return depth
+
+
+def read_tensors(
+    path: Path, what: str, advice: str, *, error: type[QandCError] = ConfigError
+) -> dict[str, torch.Tensor]:
+    """Read all tensors of a safetensors file; arguments and errors as :func:`read_json`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with reading(path, what, advice, error):
+        regular_size(path)
+        try:
+            return load_file(path)
+        except SafetensorError as cause:
+            raise ValueError(str(cause)) from cause
+
+
 def make_directory(path: Path) -> None:
     """With its parents, if it is not there.
 
@@ -71,10 +195,7 @@ def keep_settings(path: Path, settings: dict[str, Any], what: str) -> None:
     """
     settings = json.loads(json.dumps(settings))
     if path.exists():
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{str(path)!r} cannot be read ({error}); give another directory") from error
+        before = read_json(path, "record of settings", "give another directory")
         for name in settings:
             if name not in before:
                 raise ConfigError(
