@@ -95,7 +95,7 @@ class FittedFor:
     """The runs that a compensation was fitted for: it is right for no others."""
 
     scheduler: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     guidance_scale: float
     model: str
 
@@ -222,8 +222,8 @@ class Compensation:
             return cls(tensors["gain"], tensors["mean"], values["target"], values["form"], FittedFor(**known))
 
 
-def _short(timesteps: tuple[int, ...]) -> str:
-    return f"{timesteps[0]} .. {timesteps[-1]}" if timesteps else "none"
+def _short(timesteps: tuple[float, ...]) -> str:
+    return f"{timesteps[0]:g} .. {timesteps[-1]:g}" if timesteps else "none"
 
 
 def _tensor_path(path: str | Path) -> Path:

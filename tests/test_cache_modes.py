@@ -415,6 +415,30 @@ def test_timesteps_that_arrive_later_from_a_gpu_are_compared_then(arrivals):
     assert list(steps_of_a_gpu(cache, model, (600, 300, 0), labels)) == kinds  # nothing is left of it
 
 
+@pytest.mark.parametrize("expected", [(0.75, 0.5, 0.25), (999.5, 999.25, 999)])
+def test_fractions_of_timesteps_are_compared(expected):
+    model = make_dit(num_layers=1)
+    cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=expected))
+    x, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
+    for timestep in expected:
+        with cache.step(model, x, torch.tensor([timestep]), labels):
+            pass
+    off = torch.tensor([expected[1]])
+    with pytest.raises(CacheError, match=rf"at timestep {expected[0]}; this run has it at {expected[1]}"):
+        cache.step(model, x, off, torch.tensor([1])).__enter__()
+
+
+def test_timesteps_in_the_precision_of_the_model_are_those_of_the_schedule():
+    """981 is 980 in bfloat16, 0.7 is 0.69922."""
+    model = make_dit(num_layers=1)
+    cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=(981, 0.7, 0.25)))
+    x, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
+    for timestep in (981, 0.7, 0.25):
+        with cache.step(model, x, torch.tensor([timestep], dtype=torch.bfloat16), labels):
+            pass
+    assert (cache.compute_steps, cache.reuse_steps) == (2, 1)
+
+
 def test_the_next_run_tells_what_came_after_the_last_step(arrivals):
     model = make_dit(num_layers=1)
     cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=(600, 300, 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,20 @@ def test_batches_of_one_timestep_each(dit, scheduler):
     assert sum(len(batch["timestep"]) for batch in batches) == 2 * len(pool)
     ranges = calibrate_steps(quantize_model(dit), batches, groups=2)
     assert len(ranges.timesteps) == 6
+
+
+def test_fractions_of_timesteps_are_kept(dit, tmp_path):
+    from diffusers import EulerDiscreteScheduler
+
+    euler = EulerDiscreteScheduler(num_train_timesteps=4)
+    run = {"num_inference_steps": 3, "guidance_scale": 1.0, "directory": tmp_path}
+    pool = record(dit, euler, **run)
+    assert sorted(set(pool.timesteps.tolist()), reverse=True) == [3, 1.5, 0]
+    assert torch.equal(record(dit, euler, **run).timesteps, pool.timesteps)
+    batches = list(pool.batches(by_timestep=True, batch_size=9))
+    assert [batch["timestep"].unique().tolist() for batch in batches] == [[0], [1.5], [3]]
+    with pytest.raises(DataError, match=r"timesteps of a pool of 15 samples are \[15\] finite numbers"):
+        replace(pool, timesteps=pool.timesteps / 0)
 
 
 def test_select_is_that_of_tap_over_looks_and_steps(dit, scheduler):

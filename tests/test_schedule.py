@@ -69,7 +69,8 @@ def test_timesteps_say_which_runs_it_is_for_and_not_what_it_does():
 def test_runs_at_other_timesteps_are_refused():
     config = CacheConfig(schedule=(True, False, True), timesteps=(981, 661, 321))
     config.check_run((981, 661, 321))
-    config.check_run((981.4, 661.9, 321.0))  # whole parts were kept
+    with pytest.raises(ConfigError, match=r"step 2 at timestep 661; this one has it at 661\.9"):
+        config.check_run((981, 661.9, 321))
     CacheConfig(schedule=(True, False, True)).check_run((5, 4, 3))
     CacheConfig(interval=2).check_run((5, 4, 3, 2))
     with pytest.raises(ConfigError, match="step 2 at timestep 661; this one has it at 660"):
@@ -107,8 +108,17 @@ def test_a_run_of_another_length_is_refused():
         CacheConfig(schedule=(True, False, True)).of_steps(4)
 
 
+def test_timesteps_that_differ_in_their_fraction_are_told_apart():
+    """Those of flow matching may all lie between 0 and 1."""
+    config = CacheConfig(schedule=(True, False, True), timesteps=(0.75, 0.5, 0.25))
+    config.check_run((0.75, 0.5 + 1e-8, 0.25))
+    with pytest.raises(ConfigError, match=r"step 2 at timestep 0\.5; this one has it at 0\.3"):
+        config.check_run((0.75, 0.3, 0.25))
+
+
 def test_a_schedule_next_to_its_timesteps():
     assert format_schedule((True, False, True), (981, 961, 941)) == "981* 961 941*"
+    assert format_schedule((True, False, True), (981.0, 0.5, 0.25)) == "981* 0.5 0.25*"
     assert format_schedule((True, False)) == "0* 1"
     with pytest.raises(ConfigError, match="2 steps of a schedule"):
         format_schedule((True, False), (1,))
@@ -224,6 +234,8 @@ def test_saved_and_loaded(tmp_path):
     assert CalibratedSchedule.load(path) == FOUND
     assert FOUND.config("int8") == CacheConfig("taylor", schedule=(True, True, False), storage_dtype="int8")
     assert FOUND.config().timesteps == FOUND.timesteps
+    dataclasses.replace(FOUND, timesteps=(999.5, 999.25, 1)).save(path)
+    assert CalibratedSchedule.load(path).timesteps == (999.5, 999.25, 1)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -346,6 +346,46 @@ def test_forced_upon_other_channels_it_is_refused():
         compensated.step(torch.zeros(1, 4, 2, 2), 500, torch.zeros(1, 4, 2, 2))
 
 
+def test_a_compensated_scheduler_tells_fractions_of_timesteps_apart():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=2)
+    timesteps = (2.0, 1.75, 1.5, 1.25, 1.0)
+    gain = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]]).expand(5, 4).contiguous()
+    fitted_for = FittedFor("FlowMatchEulerDiscreteScheduler", timesteps, 1.5, "a model")
+    compensation = Compensation(gain, torch.zeros(5, 4), "sample", "least_squares", fitted_for)
+    compensated = compensated_scheduler(flow, compensation)
+    compensated.set_timesteps(5)
+    x = torch.ones(1, 4, 2, 2)
+    still = torch.zeros_like(x)  # without a velocity a step changes nothing but by its gain
+    for i in (1, 2, 3, 4):  # from the second step on, as of an image that is given
+        x = compensated.step(still, compensated.timesteps[i], x).prev_sample
+    assert torch.equal(x, torch.full_like(x, 2 * 3 * 4 * 5))
+    other = replace(compensation, fitted_for=replace(fitted_for, timesteps=(2, 1.75, 1.5, 1.25, 1.125)))
+    with pytest.raises(
+        ConfigError, match=r"fitted for timesteps 5 steps, 2 \.\. 1\.125; this run has 5 steps, 2 \.\. 1 "
+    ):
+        compensated_scheduler(flow, other).set_timesteps(5)
+    with pytest.raises(ConfigError, match=r"timestep 0\.3 is none of the 5 of this run"):
+        compensated.step(still, 0.3, x)
+
+
+def test_runs_at_fractions_of_timesteps_are_described_by_them(tmp_path):
+    from diffusers import EulerDiscreteScheduler
+
+    euler = EulerDiscreteScheduler(num_train_timesteps=1000)
+    model, seen = make_dit(num_layers=1), []
+    run = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    reference = record_trajectory(model, euler, [1, 2], **run, callback=lambda step, t, x: seen.append(t))
+    assert seen == [999, 666, 333, 0]
+    assert all(type(t) is int for t in seen)
+    reference = record_trajectory(model, euler, [1, 2], **{**run, "num_inference_steps": 5})
+    found = fit_compensation(reference, model, euler)
+    assert found.fitted_for.timesteps == (999, 749.25, 499.5, 249.75, 0)
+    found.save(tmp_path / "gains.safetensors")
+    assert Compensation.load(tmp_path / "gains.safetensors").fitted_for == found.fitted_for
+
+
 def heun():
     from diffusers import HeunDiscreteScheduler
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ __all__ = [
     "optimal_schedule",
     "uniform_schedule",
 ]
+
+SAME_TIMESTEP = 1e-6  # relative difference up to which machines may round one timestep differently
 
 Schedule = tuple[bool, ...]
 MODES = ("block", "branch", "taylor")
@@ -60,7 +63,7 @@ def format_schedule(schedule: Sequence[bool], timesteps: Sequence[float] | None 
     names = range(len(schedule)) if timesteps is None else timesteps
     if len(names) != len(schedule):
         raise ConfigError(f"{len(schedule)} steps of a schedule cannot be printed next to {len(names)} timesteps")
-    return " ".join(f"{int(name)}{'*' * computed}" for name, computed in zip(names, schedule, strict=True))
+    return " ".join(f"{name:g}{'*' * computed}" for name, computed in zip(names, schedule, strict=True))
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ class CacheConfig:
         """Raise ConfigError for a run, given by its timesteps, that the schedule is not for; it names both."""
         self.of_steps(len(timesteps))
         for step, (expected, timestep) in enumerate(zip(self.timesteps or (), timesteps, strict=False)):
-            if abs(timestep - expected) >= 1:  # schedules may keep the whole part alone
+            if not math.isclose(timestep, expected, rel_tol=SAME_TIMESTEP):
                 raise ConfigError(
                     f"the cache schedule is for runs with step {step + 1} at timestep {expected:g}; this one has it at "
                     f"{timestep:g}: calibrate a schedule for this scheduler, or give an interval"
@@ -336,7 +339,7 @@ class CalibratedSchedule:
 
     Attributes:
         schedule: whether each step is computed, one entry for each call of the model.
-        timesteps: of these calls, whole parts.
+        timesteps: of these calls.
         mode, order: as in :class:`CacheConfig`; order 0 but for ``taylor``.
         error, uniform_error: an estimate of the summed relative feature error of its reuse steps, and of those of an
             evenly spaced schedule with as many compute steps (:func:`qandc.calibrate_schedule` says what of); None of a
@@ -344,7 +347,7 @@ class CalibratedSchedule:
     """
 
     schedule: Schedule
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     mode: str
     order: Annotated[int, Between(0, LARGEST_ORDER)]
     error: Annotated[float, Between(0)] | None = None

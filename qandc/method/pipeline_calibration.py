@@ -29,7 +29,7 @@ from qandc.method.schedule_calibration import calibrate_schedule
 from qandc.method.settings import NO_COMPENSATION, CalibrationSettings
 from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors
-from qandc.sampling.loop import check_dit, check_sampling, decode_latents, make_scheduler, sample_latents
+from qandc.sampling.loop import check_dit, check_sampling, decode_latents, make_scheduler, sample_latents, set_timesteps
 from qandc.sampling.pipelines import class_names
 from qandc.sampling.trajectories import Trajectory, fit_compensation, record_trajectory
 from qandc.support.arguments import Pipeline, check_fields, checked
@@ -213,7 +213,7 @@ class _Stage:
         self.completed += count
         self.progress(self.name, self.completed, self.total)
 
-    def step(self, step: int, timestep: int, latents: torch.Tensor) -> None:
+    def step(self, step: int, timestep: float, latents: torch.Tensor) -> None:
         """Callback of a denoising loop."""
         self.add(len(latents))
 
@@ -318,8 +318,7 @@ class _Calibration:
         cache = self.settings.cache
         uniform = cache.of_steps(self.settings.num_inference_steps)
         if self.settings.uniform or all(uniform):
-            self.scheduler.set_timesteps(self.settings.num_inference_steps)
-            timesteps = tuple(int(timestep) for timestep in self.scheduler.timesteps)
+            timesteps = set_timesteps(self.scheduler, self.settings.num_inference_steps)
             return CalibratedSchedule(uniform, timesteps, cache.mode, cache.history - 1)
         with self._stage("schedule", SCHEDULE_IMAGES) as stage:
             return calibrate_schedule(

@@ -36,7 +36,8 @@ class CandidatePool:
 
     Attributes:
         hidden_states: x_t, ``[N, C, H, W] float32``.
-        timesteps, steps, class_labels: ``[N] int64``; steps count from 0.
+        timesteps: ``[N]``, int64 where all are whole, else floating point.
+        steps, class_labels: ``[N] int64``; steps count from 0.
         null_label: of the unconditional rows, or None if the runs had none (guidance <= 1).
     """
 
@@ -53,9 +54,13 @@ class CandidatePool:
             raise DataError(f"hidden_states of a pool are [N, C, H, W] floating-point numbers; got {found}")
         for name in ("timesteps", "steps", "class_labels"):
             values = getattr(self, name)
-            if values.shape != (len(self),) or values.is_floating_point():
+            numbers = "finite numbers" if name == "timesteps" else "integers"
+            fits = values.shape == (len(self),)  # before values are read: a view can have any size
+            if fits:
+                fits = bool(torch.isfinite(values).all()) if name == "timesteps" else not values.is_floating_point()
+            if not fits:
                 found = f"{list(values.shape)} of {values.dtype}"
-                raise DataError(f"{name} of a pool of {len(self)} samples are [{len(self)}] integers; got {found}")
+                raise DataError(f"{name} of a pool of {len(self)} samples are [{len(self)}] {numbers}; got {found}")
 
     def __len__(self) -> int:
         return len(self.hidden_states)
@@ -125,7 +130,7 @@ def record_pool(
     seeds: Seeds | None = None,
     batch_size: Count = 50,
     directory: str | Path | None = None,
-    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, float, torch.Tensor], None] | None = None,
 ) -> CandidatePool:
     """Sample, and keep every input of the transformer: ``images · steps`` candidates.
 
@@ -188,7 +193,9 @@ def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> 
             sample_latents(transformer, scheduler, labels, **run)
     finally:
         handle.remove()
-    timesteps = torch.as_tensor(scheduler.timesteps).cpu().long()
+    timesteps = torch.as_tensor(scheduler.timesteps).cpu()
+    if (timesteps == timesteps.floor()).all():
+        timesteps = timesteps.long()
     return {
         "hidden_states": torch.cat(seen),
         "timesteps": timesteps.repeat_interleave(len(labels)),

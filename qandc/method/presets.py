@@ -163,7 +163,7 @@ class Preset:
             ConfigError: another scheduler, other timesteps or guidance.
         """
         self._check_structure(transformer)
-        timesteps = tuple(int(timestep) for timestep in set_timesteps(scheduler, num_inference_steps))
+        timesteps = set_timesteps(scheduler, num_inference_steps)
         for name, ours, theirs in (
             ("scheduler", self.scheduler, type(scheduler).__name__),
             ("num_inference_steps", self.num_inference_steps, num_inference_steps),

@@ -102,7 +102,7 @@ def feature_gram(
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
     seeds: Seeds | None = None,
-    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, float, torch.Tensor], None] | None = None,
 ) -> np.ndarray:
     """Sample without cache and compare, for all steps a, b and j, what the features of a and b add at step j.
 
@@ -145,7 +145,7 @@ def calibrate_schedule(
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
     seeds: Seeds | None = None,
-    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, float, torch.Tensor], None] | None = None,
 ) -> CalibratedSchedule:
     """Choose the ``computed_steps`` steps whose features serve the others best.
 
@@ -175,7 +175,7 @@ def calibrate_schedule(
         DataError: features are NaN or infinite, or nothing is added at all.
     """
     check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    timesteps = tuple(int(timestep) for timestep in set_timesteps(scheduler, num_inference_steps))
+    timesteps = set_timesteps(scheduler, num_inference_steps)
     steps = len(timesteps)
     config = CacheConfig(mode, schedule=(True,) * steps, order=order, timesteps=timesteps)
     order = config.history - 1

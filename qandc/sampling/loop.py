@@ -81,7 +81,7 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
     parts.append("no cache" if cache is None else str(cache.config))
     return {
         "scheduler": type(scheduler).__name__,
-        "timesteps": tuple(int(timestep) for timestep in scheduler.timesteps),
+        "timesteps": timesteps_of(scheduler),
         "guidance_scale": float(guidance_scale),
         "model": ", ".join(parts),
     }
@@ -142,7 +142,18 @@ def set_timesteps(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]
     A scheduler of second order calls the model twice a step: 2 n - 1 times for n inference steps.
     """
     scheduler.set_timesteps(num_inference_steps)
-    return tuple(float(timestep) for timestep in torch.as_tensor(scheduler.timesteps).tolist())
+    return timesteps_of(scheduler)
+
+
+def timesteps_of(scheduler: Any) -> tuple[float, ...]:
+    """Read the timesteps of a scheduler that is prepared for a run: whole ones as int, others as float."""
+    return tuple(plain_timestep(timestep) for timestep in torch.as_tensor(scheduler.timesteps).tolist())
+
+
+def plain_timestep(timestep: Any) -> float:
+    """Convert a timestep to an int if it is whole, else to a float: equal values are equal, as is their text."""
+    value = float(timestep)
+    return int(value) if value.is_integer() else value
 
 
 def check_gains(compensation: Compensation, steps: int, channels: int) -> None:
@@ -169,7 +180,7 @@ class _Loop:
     compensation: Compensation | None
     force_compensation: bool
     custom: Corrector | None  # in place of a compensation
-    callback: Callable[[int, int, torch.Tensor], None] | None
+    callback: Callable[[int, float, torch.Tensor], None] | None
     generators: Sequence[torch.Generator]
     device: torch.device
 
@@ -243,7 +254,7 @@ class _Loop:
             else:
                 latents, model_input = self.step(step, timestep, noise_pred, latents), None
             if self.callback is not None:
-                self.callback(step, int(timestep), latents)
+                self.callback(step, plain_timestep(timestep), latents)
                 model_input = None  # it may have written to the latents
         return latents
 
@@ -269,7 +280,7 @@ def sample_latents(
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
     seeds: Seeds,
-    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, float, torch.Tensor], None] | None = None,
     compensation: Compensation | None = None,
     force_compensation: bool = False,
     corrector: Corrector | None = None,
@@ -290,7 +301,7 @@ def sample_latents(
             than once a step (Heun), what counts steps counts calls: the callback, the schedule of a cache, gains.
         guidance_scale: a finite number >= 0.
         seeds: one per image; initial and step noise of image ``i`` come from ``seeds[i]`` alone.
-        callback: called as ``callback(step, timestep, latents)`` after every step.
+        callback: called as ``callback(step, timestep, latents)`` after every step; a whole timestep is an int.
         compensation: variance compensation (:func:`qandc.fit_compensation`): applied to the guided noise prediction, or
             to the latents that ``scheduler.step`` returns, before the next step sees them.
         force_compensation: apply it also to a run it was not fitted for.

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from qandc.errors import ConfigError, DataError
-from qandc.sampling.loop import Guidance, check_gains, check_sampling, describe_run, sample_latents, set_timesteps
+from qandc.sampling.loop import (
+    Guidance,
+    check_gains,
+    check_sampling,
+    describe_run,
+    plain_timestep,
+    sample_latents,
+    set_timesteps,
+    timesteps_of,
+)
 from qandc.support.arguments import Integers, Scheduler, Seed, Seeds, Share, Steps, check_fields, checked
 from qandc.support.attach import derived_class
 from qandc.variance_compensation import FORMS, Compensation, FittedFor, compensate, least_squares
@@ -77,7 +86,7 @@ def record_trajectory(
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
     seeds: Seeds | None = None,
-    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, float, torch.Tensor], None] | None = None,
 ) -> Trajectory:
     """Sample, and keep every step: the reference of :func:`fit_compensation`, taken before the model is quantized.
 
@@ -145,7 +154,7 @@ def fit_compensation(
     target: str = "sample",
     start_step: int = 0,
     shrinkage: Share = 0.0,
-    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, float, torch.Tensor], None] | None = None,
 ) -> Compensation:
     """Run the quantized, cached model from the noise of ``reference`` and find the gain of every step on the way.
 
@@ -205,7 +214,7 @@ class _CompensatedScheduler:
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
         compensation, forced = getattr(self, COMPENSATION)
-        timesteps = tuple(int(t) for t in self.timesteps)  # type: ignore[attr-defined]
+        timesteps = timesteps_of(self)
         if not forced:
             compensation.check({"timesteps": timesteps})
         check_gains(compensation, len(timesteps), compensation.gain.shape[1])
@@ -214,8 +223,13 @@ class _CompensatedScheduler:
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         compensation, _ = getattr(self, COMPENSATION)
-        steps, following, at = self.__dict__["_qandc_steps"], self.__dict__["_qandc_next"], int(timestep)
+        steps, following, at = self.__dict__["_qandc_steps"], self.__dict__["_qandc_next"], plain_timestep(timestep)
         check_gains(compensation, len(steps), sample.shape[1])
+        if at not in steps:
+            raise ConfigError(
+                f"timestep {at:g} is none of the {len(steps)} of this run, {steps[0]:g} to {steps[-1]:g}; give one of "
+                "scheduler.timesteps"
+            )
         step = steps.index(at, following if at in steps[following:] else 0)  # the second order has a timestep twice
         self.__dict__["_qandc_next"] = step + 1
         output = super().step(compensation.noise(step, model_output), timestep, sample, *args, **kwargs)  # type: ignore[misc]
