@@ -18,7 +18,7 @@ from qandc.evaluation.metrics import (
     load_fashion_classifier,
 )
 from qandc.quantization.conversion import quant_layers
-from qandc.sampling.pipelines import class_names, resolve_device, resolve_dtype
+from qandc.sampling.pipelines import class_names, fingerprint, resolve_device, resolve_dtype
 
 LABELS = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
@@ -165,3 +165,45 @@ def test_weights_of_a_cast_pipeline_are_rounded_once(dtype):
             assert (layer.weight + exact.get_submodule(name).weight).abs().max() < 0.02 * layer.weight.abs().max()
         else:
             assert torch.equal(layer.qweight, exact.get_submodule(name).qweight), name
+
+
+def holding(tensor, name="weight"):
+    module = torch.nn.Module()
+    module.register_buffer(name, tensor)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
+def test_a_fingerprint_sees_the_order_of_rows_and_columns(dtype):
+    weight = torch.arange(64).reshape(8, 8).to(dtype)
+    orders = ([1, 0, *range(2, 8)], [2, 1, 0, *range(3, 8)], [3, 2, 1, 0, 7, 6, 5, 4], list(range(7, -1, -1)))
+    variants = [weight, weight.t(), *(weight[order] for order in orders), *(weight[:, order] for order in orders)]
+    assert len({fingerprint(holding(variant)) for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.bool, torch.float32])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_a_fingerprint_is_that_of_the_values_wherever_they_lie(dtype, offset):
+    values = torch.arange(20).remainder(3)
+    flat = torch.zeros(offset + 8, dtype=dtype)
+    flat[offset:] = values[:8]
+    assert fingerprint(holding(flat[offset:].view(2, 4))) == fingerprint(holding(values[:8].to(dtype).view(2, 4)))
+    every_other = torch.zeros(offset + 16, dtype=dtype)[offset::2]
+    every_other[:] = values[:8]
+    assert fingerprint(holding(every_other)) == fingerprint(holding(values[:8].to(dtype)))
+
+
+def test_a_fingerprint_sees_names_shapes_and_dtypes():
+    zeros = torch.zeros(4)
+    variants = [zeros, zeros.view(2, 2), zeros.int(), zeros[:0], zeros[0]]
+    found = [fingerprint(holding(variant)) for variant in variants] + [fingerprint(holding(zeros, "other"))]
+    assert len(set(found)) == len(found)
+
+
+def test_a_fingerprint_means_what_it_meant():
+    """It is stored in files: another rule would refuse to go on with them."""
+    model = torch.nn.Linear(2, 2).bfloat16()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        model.bias.zero_()
+    assert fingerprint(model) == "6a7dad323a31d2bd"

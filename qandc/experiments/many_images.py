@@ -33,7 +33,7 @@ def describe_pipeline(pipe: Any, scheduler: Any, source: str | None) -> dict[str
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {
         "model": source,
-        "weights": [fingerprint(model), fingerprint(pipe.vae)],
+        "weights_sha256": [fingerprint(model), fingerprint(pipe.vae)],
         "scheduler_config": config,
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -156,7 +156,7 @@ def record_pool(
         scheduler.set_timesteps(num_inference_steps)
         run = describe_run(transformer, scheduler, guidance_scale)
         settings = {"version": FORMAT_VERSION, **run, "class_labels": labels, "seeds": seeds, "batch_size": batch_size}
-        settings |= {"scheduler_config": dict(scheduler.config), "weights": fingerprint(transformer)}
+        settings |= {"scheduler_config": dict(scheduler.config), "weights_sha256": fingerprint(transformer)}
         keep_settings(Path(directory) / SETTINGS, settings, "a pool")
     shards = []
     for first in range(0, len(labels), batch_size):
