@@ -101,7 +101,8 @@ def finish_on_terminate() -> Iterator[Callable[[], bool]]:
     """Defer SIGTERM inside the block; yields a function that says whether it was received.
 
     ``torchrun`` sends it to all processes when one has ended, half a minute before it kills them. Python lets the main
-    thread alone handle signals: in another one SIGTERM does what it did before, and the function says False.
+    thread alone handle signals: in another one SIGTERM does what it did before, and the function says False. So it does
+    where a handler was installed outside of Python, which could not be put back. The reason is logged.
     """
     came = False
 
@@ -109,8 +110,13 @@ def finish_on_terminate() -> Iterator[Callable[[], bool]]:
         nonlocal came
         came = True
 
+    reason = None
     if threading.current_thread() is not threading.main_thread():
-        logger.info("SIGTERM is not deferred: only the main thread can handle signals")
+        reason = "only the main thread can handle signals"
+    elif signal.getsignal(signal.SIGTERM) is None:
+        reason = "its handler was not installed by Python"
+    if reason is not None:
+        logger.info("SIGTERM is not deferred: %s", reason)
         yield lambda: False
         return
     before = signal.signal(signal.SIGTERM, note)
