@@ -142,6 +142,42 @@ def test_layers_that_no_kernel_can_run_are_refused_before_any_change(linear, mes
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    ("what", "tensor", "message"),
+    [
+        ("weight", torch.zeros(3, 4), r"1\.weight is \[3, 4\]; .* needs a dense tensor \[4, 4\]"),
+        ("weight", torch.zeros(4), r"1\.weight is \[4\]"),
+        ("weight", torch.eye(4).to_sparse(), r"1\.weight is sparse_coo"),
+        ("weight", nn.UninitializedParameter(), r"1\.weight is not initialized"),
+        ("weight", None, r"1\.weight is NoneType"),
+        ("bias", torch.zeros(1), r"1\.bias is \[1\]; .* needs a dense tensor \[4\]"),
+        ("bias", torch.zeros(4, dtype=torch.float64), r"1\.bias is float64; allowed are float16, bfloat16, float32"),
+    ],
+)
+@pytest.mark.parametrize("given", [{}, {"hessians": {"0": torch.eye(4)}}, {"smoothing": {"0": torch.ones(4)}}])
+def test_parameters_that_do_not_fit_their_layer_are_refused_before_any_change(what, tensor, message, given):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    is_parameter = tensor is None or isinstance(tensor, nn.Parameter)
+    setattr(model[1], what, tensor if is_parameter else nn.Parameter(tensor))
+    with pytest.raises((ConfigError, DataError), match=message):
+        quantize_model(model, **given)
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+def test_changed_sizes_are_refused_before_any_change():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].in_features = 6
+    with pytest.raises(DataError, match=r"1\.weight is \[4, 4\]; a layer with in_features 6"):
+        quantize_model(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_scripted_parts_stay():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.ReLU()))
+    quantize_model(model)
+    assert type(model[0]) is QuantLinear
+
+
 def test_a_bad_bias_is_named_and_nothing_changes(dit):
     with torch.no_grad():
         dit.proj_out_2.bias[3] = float("nan")

@@ -13,7 +13,14 @@ from torch import nn
 
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.quantization.fused_projections import FusedProjection, keep_fused_quantized
-from qandc.quantization.linear import QuantLinear, check_finite, check_layer, skeleton_layer, smoothed_weight
+from qandc.quantization.linear import (
+    QuantLinear,
+    check_finite,
+    check_layer,
+    check_parameters,
+    skeleton_layer,
+    smoothed_weight,
+)
 from qandc.quantization.plan import assign, resolved
 from qandc.quantization.readers import kept_layers, tuner_layers
 from qandc.quantizer import COMPILED, QuantConfig
@@ -91,7 +98,8 @@ def quantize_model(
         ConfigError: unknown bits, scheme or clip, a pattern that matches no module, factors for a layer that is not
             quantized here, or a layer that no kernel can run (:meth:`QuantLinear.from_linear`).
         ModelError: nothing is left to quantize, or a layer has hooks or a replaced ``forward``, which would be lost.
-        DataError: a weight or bias holds NaN or inf, or factors or a Hessian are not what ``from_linear`` takes.
+        DataError: a weight or bias holds NaN or inf or is not of its layer's size, or factors or a Hessian are not what
+            ``from_linear`` takes.
 
     After any of them the model is unchanged. Subclasses of ``nn.Linear`` stay as they are, and so do, with a warning,
     layers whose weight other code reads past their forward, and adapters of PEFT: these stay beside their quantized
@@ -111,6 +119,7 @@ def quantize_model(
             raise ConfigError(f"{what} names {strangers[0]!r}, which is no layer that is quantized here")
     for name in chosen:  # before the first change: a refused model stays whole
         linear = linears[name]
+        check_parameters(name, linear)
         check_layer(name, linear.in_features, linear.weight.dtype, bits[name][0])
         if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
             raise ModelError(f"{name} has hooks or a replaced forward, which would be lost; remove them first")
@@ -121,12 +130,14 @@ def quantize_model(
     inputs = {id(linears[name]): value for name, value in hessians.items()}
     converted: dict[int, QuantLinear] = {}  # a layer registered under two names stays one layer
 
+    def stored(name: str, linear: nn.Linear) -> torch.Tensor | None:
+        return _unrounded(linear.weight, exact.get(f"{name}.weight"))
+
     def convert(name: str, linear: nn.Linear) -> None:
         key = id(linear)
         if key not in converted:
-            stored = _unrounded(linear.weight, exact.get(f"{name}.weight"))
             converted[key] = QuantLinear.from_linear(
-                linear, *bits[name], factors.get(key), weight_clip, inputs.get(key), stored
+                linear, *bits[name], factors.get(key), weight_clip, inputs.get(key), stored(name, linear)
             )
 
     for name in dict.fromkeys((*smoothing, *hessians)):
@@ -134,7 +145,8 @@ def quantize_model(
             if name in hessians:  # whether it can be used is known when it has been: these are converted first
                 convert(name, linears[name])
             else:
-                smoothed_weight(linears[name].weight, smoothing[name])
+                exact_weight = stored(name, linears[name])
+                smoothed_weight(linears[name].weight if exact_weight is None else exact_weight, smoothing[name])
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
     for name in chosen:

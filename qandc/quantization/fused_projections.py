@@ -134,7 +134,8 @@ def keep_fused_quantized(model: nn.Module) -> None:
     quantized. A class, not each attention: a method stored in a module would be copied and pickled with it.
     """
     for module in model.modules():
-        if any(isinstance(module._modules.get(name), QuantLinear) for name in ("to_q", "to_k", "add_k_proj")):
+        layers = dict(module.named_children())  # scripted modules have no other mapping
+        if any(isinstance(layers.get(name), QuantLinear) for name in ("to_q", "to_k", "add_k_proj")):
             for owner in type(module).__mro__:
                 method = vars(owner).get("fuse_projections")
                 if inspect.isfunction(method) and not hasattr(method, "_qandc_original"):

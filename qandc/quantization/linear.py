@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from qandc.errors import ConfigError, DataError
 from qandc.quantization.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
@@ -132,9 +133,10 @@ class QuantLinear(nn.Module):
 
         Raises:
             ConfigError: unknown bits, 4 bits with an odd ``in_features``, in_features > 65535, or float64.
-            DataError: the weight or bias holds NaN or inf, smoothing is not ``[K]`` finite numbers > 0, or the hessian
-                is not ``[K, K]`` and positive.
+            DataError: the weight or bias holds NaN or inf or is not of the layer's size, smoothing is not ``[K]``
+                finite numbers > 0, or the hessian is not ``[K, K]`` and positive.
         """
+        check_parameters("", linear)
         weight, bias = linear.weight if weight is None else weight, linear.bias
         check_finite(bias, "bias")
         if weight.shape != (linear.out_features, linear.in_features):
@@ -450,11 +452,16 @@ def skeleton_layer(
     return layer
 
 
-def check_layer(name: str, in_features: int, dtype: torch.dtype, w_bits: int) -> None:
-    """Refuse layers that no kernel can run."""
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuse a dtype that no kernel takes."""
     if dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise ConfigError(f"{name} is {str(dtype).removeprefix('torch.')}; allowed are {allowed} (convert the model)")
+
+
+def check_layer(name: str, in_features: int, dtype: torch.dtype, w_bits: int) -> None:
+    """Refuse layers that no kernel can run."""
+    check_dtype(name, dtype)
     if in_features > LARGEST_K:
         raise ConfigError(
             f"{name} has in_features {in_features}; int32 accumulators are exact up to {LARGEST_K} "
@@ -465,6 +472,37 @@ def check_layer(name: str, in_features: int, dtype: torch.dtype, w_bits: int) ->
             f"int4 weights are packed in pairs and need an even in_features; {name} has {in_features} "
             "(skip it with skip_patterns, or use w_bits=8)"
         )
+
+
+def check_parameters(name: str, linear: nn.Linear) -> None:
+    """Refuse a layer whose weight or bias was replaced by something that its sizes do not allow.
+
+    Raises:
+        ConfigError: a parameter has a dtype that no kernel takes.
+        DataError: a parameter is no dense tensor of the layer's size.
+    """
+    prefix = f"{name}." if name else ""
+    shape = (linear.out_features, linear.in_features)
+    for what, tensor, wanted in (("weight", linear.weight, shape), ("bias", linear.bias, shape[:1])):
+        if tensor is None and what == "bias":
+            continue
+        found = None
+        if not isinstance(tensor, torch.Tensor):
+            found = type(tensor).__name__
+        elif is_lazy(tensor):
+            found = "not initialized"
+        elif tensor.layout is not torch.strided:
+            found = str(tensor.layout).removeprefix("torch.")
+        elif tensor.shape != wanted:
+            found = str(list(tensor.shape))
+        if found is not None:
+            raise DataError(
+                f"{prefix}{what} is {found}; a layer with in_features {linear.in_features} and out_features "
+                f"{linear.out_features} needs a dense tensor {list(wanted)} (or skip it with skip_patterns)"
+            )
+    check_dtype(name or "this layer", linear.weight.dtype)
+    if linear.bias is not None:
+        check_dtype(f"{prefix}bias", linear.bias.dtype)
 
 
 def check_finite(tensor: torch.Tensor | None, name: str) -> None:
