@@ -5,7 +5,7 @@ Importing this package loads torch and nothing heavier; diffusers is imported by
 
 from typing import TYPE_CHECKING, Any
 
-from qandc.cache import apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
+from qandc.cache import apply_cache, apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
 from qandc.caching.feature_cache import FeatureCache
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
 from qandc.errors import (
@@ -67,6 +67,7 @@ __all__ = [
     "StepRanges",
     "TapConfig",
     "Trajectory",
+    "apply_cache",
     "apply_cache_to_dit",
     "calibrate",
     "calibrate_pipeline",

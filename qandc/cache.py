@@ -1,4 +1,4 @@
-"""Feature caching for diffusers' DiT: what the blocks compute is kept and reused on later denoising steps.
+"""Feature caching: what the blocks of a transformer compute is kept and reused on later denoising steps.
 
 A run is a sequence of *compute steps* and *reuse steps*, fixed before it begins (:class:`qandc.CacheConfig`). With
 ``block`` a compute step keeps ``r = Σ_l (block_l(x_l) - x_l)``, one tensor for the whole stack, since residuals of
@@ -14,54 +14,61 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from qandc.caching.feature_cache import BRANCHES, TARGET, FeatureCache
+from qandc.caching.feature_cache import TARGET, Action, FeatureCache
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
+from qandc.models import FAMILIES, Family, family_of
+from qandc.models.family import arguments_of
 from qandc.support.arguments import Steps, checked
 from qandc.support.attach import class_before, derived_class, has_other_forward, original_class
 
-__all__ = ["FeatureCache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
+__all__ = ["FeatureCache", "apply_cache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
 
 CACHE = "_qandc_cache"
-POSITION = "_qandc_position"
+ENDS = "_qandc_ends"
+
+
+class _Ends(NamedTuple):
+    """Tell whether a block is the first or the last of its stack."""
+
+    first: bool
+    last: bool
 
 
 class _CachedTransformer(nn.Module):
     gradient_checkpointing: bool
+    transformer_blocks: nn.ModuleList
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            raise CacheError("a cached DiT cannot recompute its blocks: disable gradient checkpointing, or use no_grad")
+            raise CacheError(
+                "a cached model cannot recompute its blocks: disable gradient checkpointing, or use no_grad"
+            )
         cache: FeatureCache = getattr(self, CACHE)
-        with cache.step(self, hidden_states, timestep, class_labels):
-            return super().forward(hidden_states, timestep, class_labels, *args, **kwargs)
+        family, call = _known(self), arguments_of(self, args, kwargs)
+        latents, timestep, key = call["hidden_states"], call.get("timestep"), call.get(family.run_key)
+        with cache.step(family, list(self.transformer_blocks), latents, timestep, key):
+            return super().forward(*args, **kwargs)
 
 
 class _CachedBlock(nn.Module):
     # not forward: what is decided here stays outside of a compiled block, and a reuse step does not enter it
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         cache: FeatureCache = getattr(self, CACHE)
-        position: str = getattr(self, POSITION)
-        if cache.plan.kind == "reuse":
-            if "first" in position:
-                return cache.reuse(hidden_states, kwargs.get("timestep"), kwargs.get("class_labels"))
-            return hidden_states
-        if "first" in position:
+        ends: _Ends = getattr(self, ENDS)
+        if cache.plan.action is Action.REUSE:
+            if not ends.first:
+                return hidden_states
+            return cache.reuse(hidden_states, arguments_of(self, (hidden_states, *args), kwargs))
+        if ends.first:
             cache.first_block_input(hidden_states)
         output = super().__call__(hidden_states, *args, **kwargs)
-        if "last" in position:
+        if ends.last:
             cache.last_block_output(output)
         return output
 
@@ -88,16 +95,16 @@ def get_cache(transformer: nn.Module) -> FeatureCache | None:
 
 
 @checked
-def apply_cache_to_dit(
+def apply_cache(
     transformer: nn.Module, cache_interval: Steps | None = None, *, config: CacheConfig | None = None
 ) -> FeatureCache:
-    """Attach a feature cache to a ``DiTTransformer2DModel``; the unmodified ``DiTPipeline`` then uses it.
+    """Attach a feature cache to a transformer of diffusers, DiT or PixArt; the unmodified pipeline then uses it.
 
     Blocks that ``block.compile()`` has compiled stay so. A fused transformer (:func:`qandc.fuse_dit`) runs compute and
     reuse steps as CUDA graphs of their own.
 
     Args:
-        transformer: a diffusers DiT, plain, quantized or fused.
+        transformer: plain, quantized or fused.
         cache_interval: every ``cache_interval``-th step is computed (by default the fifth), the others reuse what all
             blocks together added (``block``); short for ``config=CacheConfig("block", cache_interval)``.
         config: any other cache.
@@ -108,7 +115,7 @@ def apply_cache_to_dit(
 
     Raises:
         ConfigError: the interval is not an integer >= 1, or it is given and a ``config`` too.
-        CacheError: not a DiT, a cache is attached already, or another tool has replaced ``forward``.
+        CacheError: no DiT or PixArt, a cache is attached already, or another tool has replaced ``forward``.
     """
     if config is None:
         config = CacheConfig(interval=cache_interval)
@@ -119,19 +126,25 @@ def apply_cache_to_dit(
     return cache
 
 
-def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
-    from diffusers import DiTTransformer2DModel
+apply_cache_to_dit = apply_cache  # its name before other models could have one
 
-    dit_class: Any = DiTTransformer2DModel
-    if not isinstance(transformer, dit_class):
+
+def _known(transformer: Any) -> Family:
+    family = family_of(transformer)
+    if family is None:
         raise CacheError(
-            f"the cache knows diffusers' DiTTransformer2DModel; got {type(transformer).__name__} "
+            f"the cache knows diffusers' {' and '.join(FAMILIES)}; got {type(transformer).__name__} "
             "(of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile)"
         )
+    return family
+
+
+def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
+    family = _known(transformer)
     if get_cache(transformer) is not None:
         raise CacheError("a cache is attached already; call remove_cache(transformer) first")
     blocks = list(transformer.transformer_blocks)
-    branches = [getattr(block, name) for block in blocks for name in BRANCHES]
+    branches = [getattr(block, name) for block in blocks for name in family.branches if hasattr(block, name)]
     for module in (transformer, *blocks, *branches):
         if hasattr(module, "_orig_mod"):
             raise CacheError(
@@ -147,14 +160,14 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
         raise CacheError("the whole transformer was compiled; compile its blocks instead, each with block.compile()")
     if cache.config.mode != "block":
         for block in blocks:
-            if getattr(block, "norm_type", None) != "ada_norm_zero" or block.attn2 is not None or block._chunk_size:
+            reason = family.why_not(block)
+            if reason is not None:
                 raise CacheError(
-                    f"cache mode {cache.config.mode!r} needs DiT's blocks (adaLN-Zero, no cross-attention, no chunked "
-                    f"feed-forward); got a {original_class(block).__name__} that is different; use mode 'block'"
+                    f"cache mode {cache.config.mode!r} {reason}; got a {original_class(block).__name__} that is "
+                    "different; use mode 'block'"
                 )
     for index, block in enumerate(blocks):
-        ends = [name for name, at in (("first", 0), ("last", len(blocks) - 1)) if index == at]
-        _attach(block, _CachedBlock, **{CACHE: cache, POSITION: " and ".join(ends)})
+        _attach(block, _CachedBlock, **{CACHE: cache, ENDS: _Ends(index == 0, index == len(blocks) - 1)})
     for branch in branches if cache.config.mode != "block" else ():
         _attach(branch, _CachedBranch, **{TARGET: None})
     _attach(transformer, _CachedTransformer, **{CACHE: cache})
@@ -200,10 +213,7 @@ def remove_cache(transformer: nn.Module) -> None:
     blocks = list(transformer.get_submodule("transformer_blocks").children())
     modules = [(transformer, _CachedTransformer), *((block, _CachedBlock) for block in blocks)]
     for block in blocks:
-        for name in BRANCHES:
-            branch: Any = getattr(block, name)
-            if TARGET in branch.__dict__:
-                modules.append((branch, _CachedBranch))
+        modules += [(branch, _CachedBranch) for branch in block.children() if TARGET in branch.__dict__]
     for module, mixin in modules:
         if has_other_forward(module) or class_before(module, mixin) is None:
             raise CacheError(
@@ -212,5 +222,5 @@ def remove_cache(transformer: nn.Module) -> None:
             )
     for module, mixin in modules:
         module.__class__ = class_before(module, mixin)
-        for name in (CACHE, POSITION, TARGET):
+        for name in (CACHE, ENDS, TARGET):
             module.__dict__.pop(name, None)

@@ -442,10 +442,9 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "seeds": P((1, 2)),
         **RUN,
     },
-    "apply_cache_to_dit": lambda: {
-        "transformer": P(dit()),
-        "cache_interval": P(2, "None"),
-        "config": P(None, "None"),
+    **{
+        name: lambda: {"transformer": P(dit()), "cache_interval": P(2, "None"), "config": P(None, "None")}
+        for name in ("apply_cache", "apply_cache_to_dit")
     },
     "calibrate": lambda: {
         "model": P(quantized()),

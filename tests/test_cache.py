@@ -19,6 +19,8 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
+from qandc.caching.feature_cache import Action
+from qandc.models.dit import DIT
 from qandc.support.attach import class_before, derived_class
 from tests.conftest import make_dit
 
@@ -245,8 +247,8 @@ def test_latents_of_another_kind_begin_a_new_run(change):
     latents = inputs(0)["hidden_states"]
     labels = LABELS.clone()
     for step, x in enumerate((latents, latents, change(latents))):
-        with cache.step(model, x, torch.tensor([900 - 20 * step]), labels):
-            assert (cache.plan.kind == "reuse") == (step == 1)
+        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([900 - 20 * step]), labels):
+            assert (cache.plan.action is Action.REUSE) == (step == 1)
 
 
 def test_ctrl_c_inside_a_block_leaves_nothing_behind():
@@ -455,7 +457,7 @@ def test_attaching_twice_is_refused():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(CacheError, match="DiTTransformer2DModel; got Linear"):
+    with pytest.raises(CacheError, match="PixArtTransformer2DModel; got Linear"):
         apply_cache_to_dit(nn.Linear(2, 2))
 
 

@@ -29,10 +29,12 @@ from qandc import (
     unfuse_dit,
     uniform_schedule,
 )
+from qandc.caching.feature_cache import Action
 from qandc.caching.schedule import forecast_weights
 from qandc.fusion.fused_dit import FUSED
 from qandc.fusion.fused_step import FusedBlock
 from qandc.method.schedule_calibration import _evenly, feature_gram
+from qandc.models.dit import DIT
 from qandc_kernels import Backend
 from tests.conftest import make_dit
 from tests.test_fused_dit import make_quantized, relative_error
@@ -396,8 +398,8 @@ def arrivals(monkeypatch):
 def steps_of_a_gpu(cache, model, timesteps, labels):
     x = torch.zeros(1, 4, 8, 8)
     for timestep in timesteps:
-        with cache.step(model, x, torch.tensor([timestep]).as_subclass(OnTheWay), labels):
-            yield cache.plan.kind
+        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([timestep]).as_subclass(OnTheWay), labels):
+            yield cache.plan.action
 
 
 def test_timesteps_that_arrive_later_from_a_gpu_are_compared_then(arrivals):
@@ -405,11 +407,11 @@ def test_timesteps_that_arrive_later_from_a_gpu_are_compared_then(arrivals):
     config = CacheConfig("branch", schedule=(True, False, True), timesteps=(600, 300, 0))
     cache = apply_cache_to_dit(model, config=config)
     kinds = list(steps_of_a_gpu(cache, model, (600, 300, 0), torch.tensor([1])))
-    assert kinds == ["store", "reuse", "plain"]
+    assert kinds == [Action.STORE, Action.REUSE, Action.COMPUTE]
     arrivals["here"] = True
     labels = torch.tensor([1])
     late = steps_of_a_gpu(cache, model, (600, 200, 0), labels)
-    assert [next(late), next(late)] == ["store", "reuse"]
+    assert [next(late), next(late)] == [Action.STORE, Action.REUSE]
     with pytest.raises(CacheError, match="of 3 steps, with step 2 at timestep 300; this run has it at 200"):
         next(late)
     assert list(steps_of_a_gpu(cache, model, (600, 300, 0), labels)) == kinds  # nothing is left of it
@@ -736,7 +738,7 @@ BOUND = 3e-2  # of a whole forward in float32: roundings that differ, magnified 
 
 
 @all_configs
-@pytest.mark.parametrize("smoothing", [False, True], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("smoothing", [False, True], ids=[Action.COMPUTE, "smoothing"])
 def test_fused_equals_the_definition(fused_anywhere, monkeypatch, config, smoothing):
     model = make_quantized(smoothing=smoothing)
     expected = by_definition(model, config)

@@ -67,6 +67,7 @@ ROOMS = [  # a room imports from itself and from those before it
     "quantizer",
     "caching",
     "quantization",
+    "models",
     "cache",
     "fusion",
     "evaluation",

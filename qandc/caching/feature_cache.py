@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +19,27 @@ from qandc.errors import CacheError
 from qandc.support.arguments import checked
 from qandc.support.attach import Attachment
 
-__all__ = ["BRANCHES", "TARGET", "FeatureCache", "Plan"]
+__all__ = ["TARGET", "Action", "FeatureCache", "Plan"]
 
 logger = logging.getLogger(__name__)
 
 TARGET = "_qandc_target"  # where a branch writes its output
 LIVE_RUNS = 2  # a run and one that is interleaved with it
-BRANCHES = ("attn1", "ff")
+
+
+class Action(enum.Enum):
+    """What a step does: compute, compute and keep features, or reuse them."""
+
+    COMPUTE = enum.auto()
+    STORE = enum.auto()
+    REUSE = enum.auto()
 
 
 @dataclass(eq=False)  # a run is itself alone
 class _Run:
-    """The steps of one denoising run so far. It lasts as long as its labels tensor and the shape of its latents."""
+    """The steps of one denoising run so far. It lasts as long as its key and the shape of its latents."""
 
-    labels: Any  # a weak reference, or None where there are no labels
+    key: Any  # a weak reference to the tensor that all steps of the run share, or None where there is none
     version: int | None
     signature: tuple[Any, ...]
     watch: TimestepWatch
@@ -41,17 +49,17 @@ class _Run:
     store: FeatureStore | None = None
 
     def is_over(self) -> bool:
-        return self.labels is not None and self.labels() is None
+        return self.key is not None and self.key() is None
 
-    def is_of(self, class_labels: torch.Tensor | None) -> bool:
-        return class_labels is None if self.labels is None else self.labels() is class_labels is not None
+    def is_of(self, key: torch.Tensor | None) -> bool:
+        return key is None if self.key is None else self.key() is key is not None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the current step does: ``kind`` is "plain", "store" or "reuse"."""
+    """Say what the current step does."""
 
-    kind: str = "plain"
+    action: Action = Action.COMPUTE
     at: int = 0  # which set of features a compute step writes
     weights: tuple[float, ...] = ()  # of each set in a forecast; empty for one set as it is
 
@@ -59,15 +67,16 @@ class Plan:
 class FeatureCache(Attachment):
     """State of one attached cache.
 
-    A run is known by its ``class_labels``: a pipeline makes that tensor once per run, and it is over when the tensor is
-    gone. Steps are counted; the first step of a run is computed whatever was before. A loop of your own passes one
-    tensor to all steps of a run, and another to the next run, or calls :func:`reset_all_caches` between them. Two runs
-    may take turns. Labels that were written to, other latents (shape, dtype, device) or timesteps that rise begin a run
-    anew. Timesteps that are not those of ``config.timesteps`` are an error. On a GPU nothing waits for timesteps: there
-    a rise is an error too, and both are raised a step or more later, by the next run at the latest.
+    A run is known by a tensor that a pipeline makes once per run, ``class_labels`` or ``encoder_hidden_states``; it is
+    over when the tensor is gone. Steps are counted; the first step of a run is computed whatever was before. A loop of
+    your own passes one tensor to all steps of a run, and another to the next run, or calls :func:`reset_all_caches`
+    between them. Two runs may take turns. A tensor that was written to, other latents (shape, dtype, device) or
+    timesteps that rise begin a run anew. Timesteps that are not those of ``config.timesteps`` are an error. On a GPU
+    nothing waits for timesteps: there a rise is an error too, and both are raised a step or more later, by the next run
+    at the latest.
 
     Memory is one :class:`qandc.features.FeatureStore` per run, made once: one tensor ``[rows, tokens, hidden]`` for
-    ``block``, one per branch for ``branch`` (2 a block), ``order + 1`` per branch for ``taylor``.
+    ``block``, one per branch for ``branch`` (2 a block of DiT, 3 of PixArt), ``order + 1`` per branch for ``taylor``.
 
     Attributes:
         config: what it does when.
@@ -98,6 +107,7 @@ class FeatureCache(Attachment):
 
     def _leave(self) -> None:
         self._run: _Run | None = None
+        self._family: Any = None
         self._blocks: list[Any] = []
         self._input: torch.Tensor | None = None
         self._aimed = False
@@ -109,9 +119,14 @@ class FeatureCache(Attachment):
 
     @contextlib.contextmanager
     def step(
-        self, transformer: Any, hidden_states: torch.Tensor, timestep: Any, class_labels: torch.Tensor | None
+        self, family: Any, blocks: list[Any], hidden_states: torch.Tensor, timestep: Any, key: torch.Tensor | None
     ) -> Iterator[None]:
-        """One forward of the transformer; an exception inside, Ctrl-C included, leaves nothing of its run behind."""
+        """Run one forward of the transformer inside; an exception, Ctrl-C included, leaves nothing of its run behind.
+
+        Args:
+            family: what is known of the model (:class:`qandc.models.Family`).
+            key: what all steps of a run share.
+        """
         if self.active:
             raise CacheError(
                 "two threads are inside this cached transformer at once, and its features would mix; give each thread "
@@ -120,8 +135,8 @@ class FeatureCache(Attachment):
         self.active = True
         try:
             if not self.paused:
-                self._blocks = list(transformer.transformer_blocks)
-                self._begin(hidden_states, timestep, class_labels)
+                self._family, self._blocks = family, blocks
+                self._begin(hidden_states, timestep, key)
             yield
         except BaseException:
             if self._run in self._runs:
@@ -133,12 +148,12 @@ class FeatureCache(Attachment):
             self.active, self.plan = False, Plan()
             self._leave()
 
-    def _begin(self, hidden_states: torch.Tensor, timestep: Any, class_labels: torch.Tensor | None) -> None:
+    def _begin(self, hidden_states: torch.Tensor, timestep: Any, key: torch.Tensor | None) -> None:
         """Decide what this step does."""
         if timestep is None:
-            raise CacheError("a cached DiT needs timestep: pass the timestep of this denoising step")
+            raise CacheError("a cached model needs timestep: pass the timestep of this denoising step")
         signature = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
-        run = self._run = self._run_of(signature, class_labels)
+        run = self._run = self._run_of(signature, key)
         timestep = torch.as_tensor(timestep).reshape(-1)
         if run.watch.rises(timestep):
             self._restart(run)
@@ -146,25 +161,24 @@ class FeatureCache(Attachment):
         if self.config.length is not None and run.step >= self.config.length:
             raise CacheError(
                 f"the cache schedule has {self.config.length} steps, and this is one more; give a schedule of the "
-                "right length, or call reset_all_caches(transformer) between runs that share one labels tensor"
+                "right length, or call reset_all_caches(transformer) between runs that share one "
+                f"{self._family.run_key} tensor"
             )
         if not self.config.computes(run.step):
             self.reuse_steps += 1
-            self.plan = Plan("reuse", weights=self._forecast(run))
+            self.plan = Plan(Action.REUSE, weights=self._forecast(run))
             return
         self.compute_steps += 1
         if self.config.stores(run.step):
-            self.plan = Plan("store", at=run.stored % self.config.history)
+            self.plan = Plan(Action.STORE, at=run.stored % self.config.history)
             run.stored += 1
             run.computed = [run.step, *run.computed][: self.config.history]
 
-    def _run_of(self, signature: tuple[Any, ...], class_labels: torch.Tensor | None) -> _Run:
+    def _run_of(self, signature: tuple[Any, ...], key: torch.Tensor | None) -> _Run:
         """The run that this step belongs to, a new one if there is none."""
-        version = None
-        if class_labels is not None and not class_labels.is_inference():
-            version = class_labels._version  # writing to the tensor changes it
+        version = None if key is None or key.is_inference() else key._version  # writing to the tensor changes it
         for run in self._runs:
-            if run.is_of(class_labels):
+            if run.is_of(key):
                 self._runs.remove(run)
                 self._runs.append(run)
                 if (run.version, run.signature) != (version, signature):
@@ -177,9 +191,9 @@ class FeatureCache(Attachment):
             logger.info("a run at step %d is given up: features of %d are kept", free[0].step, LIVE_RUNS)
         if free and free[-1].step == 0 and self.config.stores(0):
             self._say(
-                "the feature cache begins a run anew because class_labels is another tensor than in the steps before; "
-                "if this is a denoising loop of your own, make it once and pass the same tensor to every step "
-                "(conditional and unconditional rows in one batch), or nothing is ever reused"
+                f"the feature cache begins a run anew because {self._family.run_key} is another tensor than in the "
+                "steps before; if this is a denoising loop of your own, make it once and pass the same tensor to every "
+                "step (conditional and unconditional rows in one batch), or nothing is ever reused"
             )
         reusable = next((run.store for run in free if run.signature == signature), None)
         for run in free:
@@ -188,9 +202,9 @@ class FeatureCache(Attachment):
             if run.is_over():
                 self._note_length(run)
             run.watch.settle()
-        labels = None if class_labels is None else weakref.ref(class_labels)
+        known_by = None if key is None else weakref.ref(key)
         watch = TimestepWatch(self.config.timesteps)
-        self._runs.append(_Run(labels, version, signature, watch, store=reusable))
+        self._runs.append(_Run(known_by, version, signature, watch, store=reusable))
         return self._runs[-1]
 
     def _restart(self, run: _Run) -> None:
@@ -242,9 +256,11 @@ class FeatureCache(Attachment):
         run = self._run
         assert run is not None
         if run.store is None or run.store.made_for != (shape, dtype, device):
-            if self.plan.kind == "reuse":
+            if self.plan.action is Action.REUSE:
                 raise CacheError("the cache holds no features of this shape; call reset_all_caches and start again")
-            layers, branches = (1, 1) if self.config.mode == "block" else (len(self._blocks), len(BRANCHES))
+            layers, branches = len(self._blocks), len(self._family.branches)
+            if self.config.mode == "block":
+                layers = branches = 1
             run.store = None  # its memory first
             run.store = FeatureStore(
                 self.config.history, layers, branches, shape, dtype, device, self.config.storage_dtype
@@ -263,13 +279,13 @@ class FeatureCache(Attachment):
         """Let every branch write its output to its place in ``store``, or none."""
         self._aimed = store is not None
         for layer, block in enumerate(self._blocks):
-            for branch, name in enumerate(BRANCHES):
+            for branch, name in enumerate(self._family.branches):
                 target = None if store is None else store.target(self.plan.at, layer, branch)
                 getattr(block, name).__dict__[TARGET] = target
 
     def first_block_input(self, x: torch.Tensor) -> None:
         """Get ready to store what a compute step makes of ``x``."""
-        if self.plan.kind == "store":
+        if self.plan.action is Action.STORE:
             store = self.store(tuple(x.shape), x.dtype, x.device)
             if self.config.mode == "block":
                 self._input = x
@@ -281,21 +297,11 @@ class FeatureCache(Attachment):
             store = self.store(tuple(x.shape), x.dtype, x.device)
             store.target(0, 0, 0).store_(x - self._input)
 
-    def reuse(self, x: torch.Tensor, timestep: Any, class_labels: Any) -> torch.Tensor:
-        """What all blocks together make of ``x`` on a reuse step."""
+    @torch.no_grad()
+    def reuse(self, x: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
+        """Return what all blocks together make of ``x`` on a reuse step; ``call`` is what the first block is given."""
         store = self.store(tuple(x.shape), x.dtype, x.device)
         if self.config.mode == "block":
             return store.add_to(x)
-        return store.add_to(x, _gates(self._blocks, x.dtype, timestep, class_labels), self.weights(x.device))
-
-
-@torch.no_grad()
-def _gates(blocks: list[Any], dtype: torch.dtype, timestep: Any, class_labels: Any) -> torch.Tensor:
-    """What multiplies the branches of all blocks at this timestep: ``[L, 2, B, D]``."""
-    gates = []
-    for block in blocks:
-        norm = block.norm1
-        embedding = norm.emb(timestep, class_labels, hidden_dtype=dtype)
-        _, _, attention, _, _, mlp = norm.linear(norm.silu(embedding)).chunk(6, 1)
-        gates.append(torch.stack([attention, mlp]))
-    return torch.stack(gates)
+        gates = torch.stack([self._family.gates(block, call) for block in self._blocks])  # [L, branches, B, D]
+        return store.add_to(x, gates, self.weights(x.device))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qandc.cache import detached_cache, get_cache
-from qandc.caching.feature_cache import FeatureCache
+from qandc.caching.feature_cache import Action, FeatureCache
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fusable import (
     BLOCK_LAYERS,
@@ -186,7 +186,7 @@ class _FusedTransformer(nn.Module):
         else:
             # weights prepared in inference mode could not be used outside of it
             with torch.inference_mode(False), torch.no_grad():
-                step = fused.step(self, cache is not None and cache.plan.kind == "reuse")
+                step = fused.step(self, cache is not None and cache.plan.action is Action.REUSE)
             if step is not None and cache is not None and not fused.graphable:
                 fused.say("the model runs unfused: with a feature cache all of it must be fusable")
                 step = None
@@ -266,10 +266,10 @@ def _function(
 ) -> tuple[tuple[Any, ...], Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]:
     """What to run, a key for its graph, and its inputs beside latents, timestep and labels."""
     kept, weights = None, None
-    if cache is not None and cache.plan.kind != "plain":
+    if cache is not None and cache.plan.action is not Action.COMPUTE:
         store = cache.store(step.tokens_of(latents), latents.dtype, latents.device)
         kept, weights = Kept(store, cache.config.mode != "block", cache.plan.at), cache.weights(latents.device)
-    if cache is None or kept is None or cache.plan.kind == "store":
+    if cache is None or kept is None or cache.plan.action is Action.STORE:
         key = (ahead is not None, kept and (kept.store.serial, kept.at))
         function = step if ahead is None else step.prepared
         return key, function if kept is None else functools.partial(function, kept=kept), ahead or ()

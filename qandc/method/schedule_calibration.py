@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.caching.feature_cache import BRANCHES
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fused_dit import is_fused
+from qandc.models import Family, family_of
+from qandc.models.family import arguments_of
 from qandc.sampling.loop import Guidance, check_sampling, sample_latents, set_timesteps
 from qandc.support.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
 from qandc.support.attach import eager, paused
@@ -30,8 +31,8 @@ class _Recorder:
     What a feature adds is its product with the gate, place by place, so errors at these places estimate those at all.
     """
 
-    def __init__(self, blocks: Sequence[Any], mode: str, seed: int) -> None:
-        self.mode, self.seed = mode, seed
+    def __init__(self, family: Family, blocks: Sequence[Any], mode: str, seed: int) -> None:
+        self.family, self.mode, self.seed = family, mode, seed
         self.features: list[torch.Tensor] = []  # [S] of [L · K, B, P]
         self.gates: list[torch.Tensor] = []
         self._of_step: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
@@ -42,8 +43,8 @@ class _Recorder:
         else:
             handles = [blocks[0].register_forward_pre_hook(self._begin)]
             for block in blocks:
-                handles.append(block.norm1.register_forward_hook(self._gate))
-                handles += [getattr(block, name).register_forward_hook(self._feature) for name in BRANCHES]
+                handles.append(block.register_forward_pre_hook(self._gate, with_kwargs=True))
+                handles += [getattr(block, name).register_forward_hook(self._feature) for name in family.branches]
         self.handles = handles
 
     def _at(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,9 +75,9 @@ class _Recorder:
         self.features.append(self._at(output - self._input)[None])
         self.gates.append(torch.ones_like(self.features[-1]))
 
-    def _gate(self, norm: Any, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+    def _gate(self, block: Any, args: Any, kwargs: Any) -> None:
         assert self._places is not None
-        for gate in (output[1], output[4]):  # of attention and MLP
+        for gate in self.family.gates(block, arguments_of(block, args, kwargs)):
             self._of_step[1].append(gate[:, self._places[1]].float())
 
     def _feature(self, branch: Any, args: Any, output: torch.Tensor) -> None:
@@ -113,7 +114,9 @@ def feature_gram(
         raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse_dit")
     class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
     with paused(transformer), eager():
-        recorder = _Recorder(list(transformer.transformer_blocks), mode, seed=0)
+        family = family_of(transformer)
+        assert family is not None  # as only DiT can be sampled here
+        recorder = _Recorder(family, list(transformer.transformer_blocks), mode, seed=0)
         try:
             sample_latents(
                 transformer,
