@@ -114,8 +114,10 @@ def test_of_another_model_it_is_refused(changes, message):
 def test_ranges_of_a_layer_that_is_not_there_are_refused():
     preset, _ = make_preset()
     other = dataclasses.replace(preset, scales={**preset.scales, "attention": torch.tensor(1.0)})
+    model = make_dit(num_layers=2)
     with pytest.raises(ModelError, match="it has no quantized layer 'attention'"):
-        other.quantize(make_dit(num_layers=2))
+        other.quantize(model)
+    assert not quant_layers(model)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +134,10 @@ def test_weights_that_do_not_fit_are_refused(change, message):
     name = "transformer_blocks.1.attn1.to_q.qweight"
     kept = {**preset.weights, name: change(preset.weights[name])}
     other = dataclasses.replace(preset, weights={key: value for key, value in kept.items() if value is not None})
+    model = make_dit(num_layers=2)
     with pytest.raises(ModelError, match=message):
-        other.quantize(make_dit(num_layers=2))
+        other.quantize(model)
+    assert not quant_layers(model)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import nn
 
 from qandc.caching.schedule import CalibratedSchedule
 from qandc.errors import ConfigError, DataError, ModelError, OutputError
-from qandc.quantization.conversion import quant_layers, quantize_model
+from qandc.quantization.conversion import layers_to_quantize, quant_layers, quantize_model
+from qandc.quantization.linear import skeleton_layer
 from qandc.quantization.plan import resolved
 from qandc.quantizer import QuantConfig, check_bits
 from qandc.sampling.loop import SCHEDULERS, Guidance, set_timesteps
@@ -189,10 +190,11 @@ class Preset:
         """``quantize_model`` with these settings, and static ranges; kept weights are installed bit for bit.
 
         Raises:
-            ModelError: the model has another structure than the one these settings were made for.
+            ModelError: the model has another structure than the one these settings were made for. It is unchanged then.
         """
         self._check_structure(model)
         config = self.config
+        self._check_layers(model)
         clip = "max" if self.weights else config.weight_clip  # kept weights take the place of what is rounded here
         strangers = self.smoothing.keys() - dict(model.named_modules()).keys()
         if strangers:
@@ -201,9 +203,6 @@ class Preset:
             model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip, smoothing=self.smoothing
         )
         layers = quant_layers(model)
-        strangers = self.scales.keys() - layers.keys()
-        if strangers:
-            raise ModelError(f"these settings are of another model: it has no quantized layer {min(strangers)!r}")
         if self.weights:
             for name, layer in layers.items():
                 self._install(name, layer)
@@ -211,16 +210,26 @@ class Preset:
             layers[name].set_static_range(scale, self.zero_points.get(name))
         return model
 
+    def _check_layers(self, model: nn.Module) -> None:
+        """Refuse ranges and weights that the layers to be quantized do not take."""
+        linears, bits = layers_to_quantize(model, self.config), (self.config.w_bits, self.config.a_bits)
+        strangers = self.scales.keys() - linears.keys()
+        if strangers:
+            raise ModelError(f"these settings are of another model: it has no quantized layer {min(strangers)!r}")
+        for name, linear in linears.items() if self.weights else ():
+            sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+            layer = skeleton_layer(*sizes, bias=False, bits=bits, dtype=dtype)
+            for buffer in WEIGHT_BUFFERS:
+                kept, own = self.weights.get(f"{name}.{buffer}"), getattr(layer, buffer)
+                if kept is None or (kept.shape, kept.dtype) != (own.shape, own.dtype):
+                    found = "nothing" if kept is None else f"{list(kept.shape)} {kept.dtype}"
+                    raise ModelError(
+                        f"these settings are of another model: {name}.{buffer} must be {list(own.shape)} {own.dtype}; "
+                        f"{WEIGHTS} holds {found}"
+                    )
+
     def _install(self, name: str, layer: Any) -> None:
-        state = {buffer: self.weights[key] for buffer in WEIGHT_BUFFERS if (key := f"{name}.{buffer}") in self.weights}
-        for buffer in WEIGHT_BUFFERS:
-            kept, own = state.get(buffer), getattr(layer, buffer)
-            if kept is None or (kept.shape, kept.dtype) != (own.shape, own.dtype):
-                found = "nothing" if kept is None else f"{list(kept.shape)} {kept.dtype}"
-                raise ModelError(
-                    f"these settings are of another model: {name}.{buffer} must be {list(own.shape)} {own.dtype}; "
-                    f"{WEIGHTS} holds {found}"
-                )
+        state = {buffer: self.weights[f"{name}.{buffer}"] for buffer in WEIGHT_BUFFERS}
         if layer.smoothing is not None:  # a state dict without it would take it away
             state["smoothing"] = layer.smoothing
         layer.load_state_dict(state, strict=False)
