@@ -423,11 +423,11 @@ def test_fractions_of_timesteps_are_compared(expected):
     cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=expected))
     x, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
     for timestep in expected:
-        with cache.step(model, x, torch.tensor([timestep]), labels):
+        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([timestep]), labels):
             pass
     off = torch.tensor([expected[1]])
     with pytest.raises(CacheError, match=rf"at timestep {expected[0]}; this run has it at {expected[1]}"):
-        cache.step(model, x, off, torch.tensor([1])).__enter__()
+        cache.step(DIT, list(model.transformer_blocks), x, off, torch.tensor([1])).__enter__()
 
 
 def test_timesteps_in_the_precision_of_the_model_are_those_of_the_schedule():
@@ -436,7 +436,7 @@ def test_timesteps_in_the_precision_of_the_model_are_those_of_the_schedule():
     cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=(981, 0.7, 0.25)))
     x, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
     for timestep in (981, 0.7, 0.25):
-        with cache.step(model, x, torch.tensor([timestep], dtype=torch.bfloat16), labels):
+        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([timestep], dtype=torch.bfloat16), labels):
             pass
     assert (cache.compute_steps, cache.reuse_steps) == (2, 1)
 
