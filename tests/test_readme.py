@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qandc.models import FAMILIES
 from tests.test_fused_projections import CLASSES as PROJECTIONS_FUSED
 from tests.test_lora import WITHOUT_PEFT
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
@@ -205,8 +206,9 @@ def test_the_table_of_models_says_what_is_tested():
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/models.md").read_text(), re.MULTILINE)
     cells = {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
     assert cells.keys() == TINY.keys()
-    for name, (_, whole, graphed, lora, fused, cached) in cells.items():
+    for name, (_, whole, graphed, lora, projections, cached, fused) in cells.items():
         assert (whole, graphed) == ("yes", "yes")
         assert lora == ("PEFT" if name in WITHOUT_PEFT else "diffusers")
-        assert fused == ("yes" if name in PROJECTIONS_FUSED else "")
-        assert cached == ("yes" if name == "DiTTransformer2DModel" else "")
+        assert projections == ("yes" if name in PROJECTIONS_FUSED else "")
+        assert cached == ("yes" if name in FAMILIES else "")
+        assert fused == ("yes" if name == "DiTTransformer2DModel" else "")
