@@ -631,6 +631,7 @@ def test_the_table_is_complete():
             assert set(parameter.legal.replace("_", " ").split()) <= set(" ".join(VALUES).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch: nested and compressed tensors are beta
 def test_bad_values_are_refused(name, tmp_path, monkeypatch):
@@ -682,6 +683,7 @@ def test_what_is_meant_is_converted(given, expected):
     assert all(type(value) in (int, list, tuple) for value in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [

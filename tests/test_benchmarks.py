@@ -148,6 +148,7 @@ def test_pipeline_goals():
     assert len(found) == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_keeps_its_rows(tmp_path):
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "kernels.json"
@@ -169,6 +170,7 @@ def test_a_run_that_is_cut_keeps_its_rows(tmp_path):
     assert [r for r in json.loads(path.read_text())["rows"] if "median_us" in r]
 
 
+@pytest.mark.slow
 def test_run_on_a_cpu(tmp_path):
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "folder" / "kernels.json"

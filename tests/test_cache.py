@@ -440,6 +440,7 @@ def test_own_loop_reuses(pipeline_dir):
     assert (cache.compute_steps, cache.reuse_steps) == (4, 12)
 
 
+@pytest.mark.slow
 def test_blocks_may_be_compiled():
     model = make_dit()
     expected = run(apply(make_dit(), 2), 4)

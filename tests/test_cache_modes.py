@@ -476,6 +476,7 @@ def test_blocks_of_another_kind_are_refused():
     assert get_cache(model) is None
 
 
+@pytest.mark.slow
 @all_configs
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled_blocks(config, compiler):
@@ -497,6 +498,7 @@ def test_compiled_blocks(config, compiler):
         assert counter.frame_count <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "taylor"])
 def test_a_compiled_transformer(mode):
     """torch.compile around a model that has a cache: right, whatever of it is compiled."""
@@ -533,6 +535,7 @@ def test_copies_and_pickles_have_an_empty_cache_of_their_own(config):
         assert type(other) is type(make_dit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("mode", ["branch", "taylor"])
@@ -654,6 +657,7 @@ def test_each_branch_is_compared_through_its_own_gate(branch):
         assert record_gram(model) != pytest.approx(before, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "branch"])
 def test_features_of_compiled_blocks_that_have_run(mode):
     expected = record_gram(make_dit(num_layers=2), mode)

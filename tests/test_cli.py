@@ -59,6 +59,7 @@ def test_a_calibrated_schedule(capsys, tmp_path, pipeline_dir):
     assert "schedule has 4 steps and the run 5" in err
 
 
+@pytest.mark.slow
 def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
     target = tmp_path / "images.png"
     status, out, _ = run(capsys, "generate", "--classes", "bag", "--w-bits", 4, "--device", "cpu", "-o", target)

@@ -39,6 +39,7 @@ def _nothing_compiled_stays():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", [False, True], ids=["quantized", "loaded by diffusers"])
 def test_a_static_model_compiles_without_graph_break(tmp_path, dit_inputs, loaded):
     """The drop-in path; that of dynamic ranges is in test_conversion."""
@@ -51,6 +52,7 @@ def test_a_static_model_compiles_without_graph_break(tmp_path, dit_inputs, loade
     torch.testing.assert_close(output(compiled, dit_inputs), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_in_place_share_their_graphs(dit_inputs):
     """As ``compile_repeated_blocks`` of diffusers does it."""
     model = make_quantized(8, how=["static"], num_layers=4)
@@ -222,6 +224,7 @@ def outputs_elsewhere(model, directory, inputs):
     return [sample.numpy() for sample in sent]
 
 
+@pytest.mark.slow
 def test_a_spawned_process(tmp_path, dit_inputs):
     """The model by pickle, fused and with a cache as it is; and by the path where it was saved."""
     model = make_quantized(4, how=["static", "smoothing"])

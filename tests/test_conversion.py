@@ -398,6 +398,7 @@ def test_a_shared_layer_stays_if_one_of_its_names_is_skipped():
     assert isinstance(model.c, QuantLinear)
 
 
+@pytest.mark.slow
 def test_whole_quantized_model_compiles_without_graph_break(dit, dit_inputs):
     quantize_model(dit)
     compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")

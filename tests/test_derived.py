@@ -143,6 +143,7 @@ def run(model, batch):
     return model(**{**batch, "class_labels": batch["class_labels"].clone()}).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize(
     ("kind", "compiled"),
@@ -172,6 +173,7 @@ def _answer(model, batch, answers):
     answers.put(run(model, batch).numpy())
 
 
+@pytest.mark.slow
 def test_in_another_process(dit_inputs):
     """Where no class was derived yet."""
     model = compile_blocks(cached_and_fused(make_dit(num_layers=1)))

@@ -221,6 +221,7 @@ def images(pipe):
     return pipe([3], guidance_scale=1.5, num_inference_steps=2, output_type="np").images
 
 
+@pytest.mark.slow
 def test_the_embedded_pipeline(embedded):
     pipe, directory = embedded
     assert len(quant_layers(pipe.transformer)) == 74
@@ -239,6 +240,7 @@ print(sum(int(buffer.long().sum()) for name, buffer in transformer.named_buffers
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ["import qandc", "import diffusers.quantizers.auto; import qandc"])
 def test_importing_qandc_is_enough(embedded, imports):
     """Before diffusers or after it, in a process that knows nothing else of qandc."""
@@ -413,6 +415,7 @@ def test_a_registry_that_is_not_where_we_know_it(monkeypatch, caplog):
         _ = qandc.QandConfig
 
 
+@pytest.mark.slow
 def test_another_diffusers_still_imports(tmp_path):
     """One that has renamed its mappings: one warning when it is imported, and it works as without us."""
     package = tmp_path / "diffusers" / "quantizers"

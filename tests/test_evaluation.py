@@ -86,6 +86,7 @@ class _Features(nn.Module):
         return self.model(to_float(images))[self.output].double()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Metric `:UserWarning", "ignore:std:UserWarning")  # that it keeps features; of one
 def test_torchmetrics_agrees(sets, extractor, result):
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -108,6 +109,7 @@ def test_torchmetrics_agrees(sets, extractor, result):
     assert result.inception_score == pytest.approx(score.compute()[0].item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_scikit_learn_agrees_on_precision_and_recall(sets, extractor, result):
     from sklearn.neighbors import NearestNeighbors
 
@@ -124,6 +126,7 @@ def test_scikit_learn_agrees_on_precision_and_recall(sets, extractor, result):
     assert result.recall == pytest.approx(covered(theirs, ours), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_spatial_distance_is_that_of_the_named_layer(sets, extractor, result):
     def spatial(images: np.ndarray) -> FeatureStatistics:
         x = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -152,6 +155,7 @@ def test_published_figures_of_the_test_images(caplog, extractor, monkeypatch):
     assert not caplog.records  # 10,000 are enough
 
 
+@pytest.mark.slow
 def test_efficientnet_by_name(caplog):
     found = evaluate(Images.of(draw(0, 8, 3)), Images.of(draw(1, 8, 3)), "efficientnet-lite0")
     assert (found.extractor, found.spatial) == ("efficientnet-lite0", "block 10")
@@ -175,6 +179,7 @@ def test_statistics_in_the_place_of_images(tmp_path, sets, extractor, result):
     assert again.frechet_distance == found.frechet_distance
 
 
+@pytest.mark.slow
 def test_a_file_of_images_and_statistics(tmp_path, sets, extractor, result):
     """As those of the ADM suite: statistics of many images, and some of them. They decide the Fréchet distances."""
     mean, covariance = np.ones(128), np.eye(128)
@@ -246,6 +251,7 @@ def test_sets_that_are_refused(tmp_path, extractor):
         evaluate(images, tmp_path / "nothing", extractor)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_size_that_fills_the_memory(tmp_path, extractor):
     """13,000 features are declared, and would be 1.3 GB of zeros in a file of some megabytes."""
     path = tmp_path / "x.npz"
@@ -313,6 +319,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_the_command(capsys, tmp_path, sets):
     ours, theirs, saved = tmp_path / "ours.npz", tmp_path / "theirs.npz", tmp_path / "saved.npz"
     np.savez(ours, sets[0])

@@ -65,6 +65,7 @@ def images_of(directory, kind) -> np.ndarray:
         return data["arr_0"]
 
 
+@pytest.mark.slow
 def test_rows(finished):
     directory, rows = finished
     assert [row["row"] for row in rows] == [kind.name for kind in ROWS]
@@ -86,6 +87,7 @@ def test_rows(finished):
     assert not (directory / "fp.shards").exists()
 
 
+@pytest.mark.slow
 def test_full_precision_is_what_sampling_draws(finished, pipeline_dir):
     from qandc import decode_latents, make_scheduler, sample_latents
 
@@ -97,6 +99,7 @@ def test_full_precision_is_what_sampling_draws(finished, pipeline_dir):
     assert np.array_equal(images_of(finished[0], ROWS[0])[4:], expected.numpy())
 
 
+@pytest.mark.slow
 def test_in_another_thread(finished, pipeline_dir, tmp_path):
     """As a notebook's executor or a web server runs it: the same images, the same refusals."""
     directory, _ = finished
@@ -108,6 +111,7 @@ def test_in_another_thread(finished, pipeline_dir, tmp_path):
         in_a_thread(experiment, pipeline_dir, tmp_path, dataclasses.replace(SETTINGS, images=8))
 
 
+@pytest.mark.slow
 def test_the_pipeline_stays_as_it_is(finished, pipeline_dir, tmp_path):
     pipe = load_pipeline(pipeline_dir)
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
@@ -117,6 +121,7 @@ def test_the_pipeline_stays_as_it_is(finished, pipeline_dir, tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_it_goes_on(finished, pipeline_dir, tmp_path, monkeypatch):
     """Ctrl-C at every fifth call that draws: what is finished is not made again, and the end is the same."""
     calls, drawn = 0, []
@@ -149,6 +154,7 @@ def test_a_finished_experiment_is_only_read(finished, pipeline_dir, monkeypatch)
     assert experiment(pipeline_dir, directory) == rows
 
 
+@pytest.mark.slow
 def test_images_are_not_drawn_again_if_only_the_figures_are_lost(finished, pipeline_dir, tmp_path, monkeypatch):
     def fails(*arguments):
         raise OSError(28, "No space left on device")
@@ -298,6 +304,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_ablate(capsys, pipeline_dir, tmp_path):
     arguments = ("ablate", "--model", pipeline_dir, "--out", tmp_path, *TINY)
     status, out, _ = run(capsys, *arguments, "--steps", "4,3")
@@ -318,6 +325,7 @@ def test_ablate(capsys, pipeline_dir, tmp_path):
     assert "holds an ablation of w_bits 8; this one would have 4" in err
 
 
+@pytest.mark.slow
 def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tmp_path):
     small = ("--pool-images", "3", "--samples", "6", "--clusters", "2", "--vc-samples", "4", "--device", "cpu")
     wanted = ("--steps", "3", "--scheduler", "ddim", "--guidance-scale", "2", "--w-bits", "4", "--cache-mode", "branch")
@@ -470,6 +478,7 @@ def workers_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_processes_share_the_images_and_a_killed_one_loses_nothing(pipeline_dir, tmp_path):
     """Two processes; one is killed; three finish: the images are those of one process alone."""
     common = ["sample", "-n", 60, "--batch-size", 1, "--steps", 40, "--model", pipeline_dir, "--full-precision"]

@@ -158,6 +158,7 @@ def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, symmetric):
     assert relative_error(actual, expected) <= 2 * MODEL_BOUND[torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, w_bits):
     """In Triton's interpreter with one small block, on the GPU with blocks of the embedded model's size."""
@@ -589,6 +590,7 @@ def norm_of_another_kind(model):
     model.transformer_blocks[1].norm3 = torch.nn.RMSNorm(model.inner_dim, 1e-6, elementwise_affine=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     "change",

@@ -359,6 +359,7 @@ def test_declared_sizes_are_limited(tmp_path, pixels):
     assert Images.open(large, max_pixels=20_000**2).shape == (20_000, 20_000, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fortran", [False, True])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_small_files_of_large_arrays(tmp_path, fortran, dtype):

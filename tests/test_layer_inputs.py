@@ -60,6 +60,7 @@ LEARN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["blocks in place", "blocks wrapped", "model in place", "model wrapped", "forwards"])
 @pytest.mark.parametrize("what", LEARN)
 def test_compiled_models_that_have_run_hide_nothing(what, how):

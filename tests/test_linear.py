@@ -404,6 +404,7 @@ def test_a_zero_point_without_a_scale_is_refused():
         make()[1].load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_strided_input_compiles_with_inductor(seeded):
     _, layer = make()
     x = torch.randn(32, 6, generator=seeded).t()
@@ -465,6 +466,7 @@ def test_weight_only_rounds_outliers_of_the_input_no_more_than_others(w_bits, sm
     torch.testing.assert_close(layer(x), plain(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TensorFloat32")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])

@@ -78,6 +78,7 @@ def test_error_against_full_precision(name):
         assert bound / 20 < error < bound, (scheme, error)
 
 
+@pytest.mark.slow
 @CLASSES
 @pytest.mark.parametrize("way", WAYS)
 def test_a_saved_model_comes_back(name, way, tmp_path, monkeypatch):
@@ -98,6 +99,7 @@ def test_a_saved_model_comes_back(name, way, tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.slow
 @CLASSES
 def test_diffusers_quantizes_the_same(name, tmp_path):
     """By a pipeline or not; rounded to another dtype are the modules that it rounds in full precision."""

@@ -67,6 +67,7 @@ def test_planting_changes_no_output_and_many_inputs(plant_outliers, recorded):
     assert all(largest[1][name] > 10 * value for name, value in largest[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "at_least"), [(1, -1), (100, 20)])
 def test_what_smoothing_gains(plant_outliers, recorded, times, at_least):
     """W8A8 with static ranges: more than 20 dB beside outliers, and at most one less without any."""

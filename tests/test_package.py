@@ -45,11 +45,13 @@ def test_import_loads_nothing_heavy(package):
     assert not modules_after(f"import {package}") & set(HEAVY)
 
 
+@pytest.mark.slow
 def test_import_needs_no_triton():
     blocked = "import sys; sys.modules['triton'] = None; import qandc, qandc_kernels"
     assert "qandc" in modules_after(blocked)
 
 
+@pytest.mark.slow
 def test_import_takes_less_than_a_second_beyond_torch():
     code = "import torch, time; t = time.perf_counter(); import qandc; print(time.perf_counter() - t)"
     seconds = min(

@@ -90,6 +90,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_the_preset_draws_what_was_measured(tmp_path, pipeline_dir, changes):
     report = run(pipeline_dir, tmp_path, **changes)

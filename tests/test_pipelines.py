@@ -32,6 +32,7 @@ def test_embedded_files_are_small_and_plain():
     assert sum(path.stat().st_size for path in classifier) <= 2e6
 
 
+@pytest.mark.slow
 def test_unmodified_diffusers_runs_the_embedded_pipeline():
     """Ten images by DiTPipeline alone: our classifier recognises the classes that were asked for."""
     from diffusers import DiTPipeline

@@ -65,6 +65,7 @@ def test_the_tables_name_the_same_classes():
     assert planning.SENSITIVE_LAYERS.keys() < planning.BLOCKS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_roles_at_real_size(name):
     model = make_real(name)
@@ -87,6 +88,7 @@ def test_roles_at_real_size(name):
     assert all(schemes[layer.name] == layer.scheme for layer in plan.layers if layer not in conditioning)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in REAL if not name.startswith(("DiT", "UNet"))])
 def test_unknown_classes_are_treated_as_known_ones(name, monkeypatch):
     """Whose blocks are found by looking at the lists of modules, with which the table must agree."""

@@ -52,6 +52,7 @@ def test_snippet_runs_on_the_embedded_model():
     assert get_cache(names["pipe"].transformer).compute_steps == 3
 
 
+@pytest.mark.slow
 def test_snippet_for_any_transformer(monkeypatch, caplog):
     """As printed, but for the backend of the compiler, with a small model in the place of FLUX.1 and its pipeline."""
     import diffusers
@@ -112,6 +113,7 @@ def test_fuse_snippet_follows_the_first():
     assert FUSED in names["pipe"].transformer.__dict__
 
 
+@pytest.mark.slow
 def test_cache_snippet_follows_the_first(tmp_path, monkeypatch, capsys):
     from qandc import CalibratedSchedule, fashion_dit_path, get_cache
 
@@ -159,6 +161,7 @@ def test_diffusers_snippet(tmp_path, monkeypatch):
     assert len(layers) == 12 * 6 + 2
 
 
+@pytest.mark.slow
 def test_vc_snippet(tmp_path, monkeypatch):
     from qandc import Compensation
 

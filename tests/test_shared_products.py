@@ -519,6 +519,7 @@ def test_one_graph_serves_all_batches(compiled_products, alone, seeded):
     assert compiled_products.graphs == [[40]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

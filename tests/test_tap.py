@@ -215,6 +215,7 @@ def test_random_has_nothing_of_tap():
     assert np.array_equal(chosen, select_samples(features * 0, times * 0, 20, method="random", seed=1))
 
 
+@pytest.mark.slow
 def test_ten_thousand_samples_in_a_minute_and_two_gigabytes():
     """The paper's size: 10,000 samples of 1024 features, 800 of 100 clusters; in a process of its own."""
     code = (

@@ -32,6 +32,7 @@ def exact(x, shift, scale):
     return y * (1 + scale.double()[:, None]) + shift.double()[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
 def test_against_float64(kernel_device, shape, seeded):
     if kernel_device.type == "cpu" and shape in LARGE_SHAPES:
@@ -137,6 +138,7 @@ def test_nan_and_infinities(kernel_device):
     assert token_scale.isnan().cpu().tolist() == [[False, True, True, False]]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     samples=st.integers(1, 3), tokens=st.integers(1, 20), k=st.integers(1, 200),

@@ -41,6 +41,7 @@ def of(compiled: list[dict], arch: int, *families: str) -> list[dict]:
     return records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_use_the_tensor_cores(compiled, arch, family):
@@ -57,6 +58,7 @@ def test_products_use_the_tensor_cores(compiled, arch, family):
         assert wanted & set(record["instructions"]), f"sm_{arch}, {record['kernel']} {record['tile']}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_attention_uses_the_tensor_cores(compiled, arch):
     wanted = {"wgmma 16"} if arch == 90 else {"mma 16", "tcgen05"} if arch == 100 else {"mma 16"}

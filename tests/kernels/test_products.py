@@ -213,6 +213,7 @@ def test_weight_only_linear_of_few_rows(kernel_device, size, rows, bits, seeded)
         assert_summed(actual, x.double() @ weight.t() + bias, terms, size[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
 def test_weight_only_linear_of_every_value(kernel_device, bits):
     """Each integer that a weight can be, by itself: what it becomes on its way to the product is exact."""
@@ -335,6 +336,7 @@ TILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, t)))
 @pytest.mark.parametrize("n", [140, 144], ids=["pointers", "tma"])
 def test_every_tile_gives_the_same(kernel_device, tile, n, seeded):

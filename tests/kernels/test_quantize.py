@@ -108,6 +108,7 @@ def test_extreme_values(kernel_device):
     assert torch.equal(actual.cpu(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("shape", [(5, 33), (300, 100), (2, 9, 4, 24)], ids=str)
 @pytest.mark.parametrize("quantize", [quantize_per_tensor, reference.quantize_per_tensor], ids=["op", "reference"])

@@ -69,6 +69,7 @@ def test_gated_sum(kernel_device, shape, gated, integers, seeded):
     check(kernel_device, shape, seeded, gated=gated, integers=integers)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (3, 3, 2, 3, 70, 150))),
