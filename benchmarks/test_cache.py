@@ -13,8 +13,8 @@ from benchmarks.goals import COMPUTE, RUN
 from benchmarks.models import CANDIDATES, dit_xl_2, inputs
 from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
 from qandc import CacheConfig, apply_cache_to_dit, make_scheduler, prepare_run, remove_cache, sample_latents
-from qandc.cache import FUSED
 from qandc.caching.features import FeatureStore
+from qandc.fusion.fused_dit import FUSED
 from qandc.fusion.fused_step import FusedStep, Kept
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
