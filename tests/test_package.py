@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -113,6 +114,13 @@ def test_errors_are_what_people_expect_to_catch():
     assert issubclass(qandc.CacheError, qandc.ModelError)
     for name in ("CacheError", "ConfigError", "DataError", "DeviceError", "ModelError", "OutputError", "ProcessError"):
         assert issubclass(getattr(qandc, name), qandc.QandCError)
+
+
+def test_the_command_is_where_it_is_installed_from():
+    module, name = re.search(
+        r'^qandc = "([\w.]+):(\w+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    ).groups()
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_module_entry_point():
