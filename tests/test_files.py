@@ -57,7 +57,7 @@ with locked(pathlib.Path({str(path)!r})):
 
 
 def test_a_lock_without_fcntl(tmp_path):
-    """As on systems that are not POSIX: the package can be imported, and a second run is kept out."""
+    """Import the package and lock a directory where there is no fcntl, as on systems that are not POSIX."""
     code = f"""
 import sys, warnings
 sys.modules["fcntl"] = None

@@ -1,4 +1,4 @@
-"""What tests are given as new memory: nothing that could pass for a result."""
+"""Test that torch fills new memory in tests with nothing that could pass for a result."""
 
 from __future__ import annotations
 

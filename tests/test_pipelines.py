@@ -202,7 +202,7 @@ def test_a_fingerprint_sees_names_shapes_and_dtypes():
 
 
 def test_a_fingerprint_means_what_it_meant():
-    """It is stored in files: another rule would refuse to go on with them."""
+    """Pin the fingerprint of a small model: files store it, and another rule would refuse to go on with them."""
     model = torch.nn.Linear(2, 2).bfloat16()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))

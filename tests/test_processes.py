@@ -1,4 +1,4 @@
-"""What processes share: deferring SIGTERM, in the main thread and outside of it."""
+"""Test that processes defer SIGTERM, in the main thread and outside of it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_outside_of_the_main_thread_nothing_is_deferred(handler, caplog):
 
 
 def test_a_handler_that_python_cannot_put_back_stays(handler, caplog, monkeypatch):
-    """Of such a one getsignal tells nothing, and signal.signal(..., None) is a TypeError."""
+    """Leave a handler that was not set from Python: getsignal gives None for it, which signal.signal refuses."""
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     with caplog.at_level(logging.INFO, "qandc"), finish_on_terminate() as told_to_end:
         with pytest.raises(EndedError):

@@ -109,7 +109,7 @@ def test_a_run_of_another_length_is_refused():
 
 
 def test_timesteps_that_differ_in_their_fraction_are_told_apart():
-    """Those of flow matching may all lie between 0 and 1."""
+    """Compare timesteps of flow matching by value: they may all lie between 0 and 1."""
     config = CacheConfig(schedule=(True, False, True), timesteps=(0.75, 0.5, 0.25))
     config.check_run((0.75, 0.5 + 1e-8, 0.25))
     with pytest.raises(ConfigError, match=r"step 2 at timestep 0\.5; this one has it at 0\.3"):

@@ -28,7 +28,7 @@ LIVE_RUNS = 2  # a run and one that is interleaved with it
 
 
 class Action(enum.Enum):
-    """What a step does: compute, compute and keep features, or reuse them."""
+    """Name what a step does: compute, compute and keep features, or reuse them."""
 
     COMPUTE = enum.auto()
     STORE = enum.auto()

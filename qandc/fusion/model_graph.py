@@ -17,12 +17,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qandc.cache import get_cache
 from qandc.errors import ModelError
 from qandc.fusion.fused_dit import FUSED
 from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
 from qandc.support.arguments import Between, checked
-from qandc.support.attach import class_before, derived_class
+from qandc.support.attach import attachments, class_before, derived_class
 
 __all__ = ["graph", "ungraph"]
 
@@ -149,7 +148,7 @@ def _why_not_model(model: nn.Module) -> str | None:
         where = name or type(module).__name__
         if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
             return f"{where} has hooks or a forward of its own, which a graph would not run"
-        if FUSED in module.__dict__ or get_cache(module) is not None:
+        if attachments(module):
             return f"{where} has a feature cache or is fused, which choose in Python what a step runs"
     return None
 

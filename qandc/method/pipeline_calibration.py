@@ -75,7 +75,7 @@ class CalibrationReport:
 
     @checked
     def record(self, settings: CalibrationSettings, source: str | None) -> dict[str, Any]:
-        """As a measured result (:mod:`qandc.support.results`): settings, bytes, likeness."""
+        """Write the calibration as a measured result (:mod:`qandc.support.results`): settings, bytes, likeness."""
         before, after = self.quantization.quantized_bytes
         described = {name: value for name, value in asdict(settings).items() if name not in ("cache", "quant_config")}
         likeness = {"without compensation": self.psnr_uncompensated, "with compensation": self.psnr_compensated}

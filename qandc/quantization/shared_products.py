@@ -38,9 +38,8 @@ LARGEST = 8  # layers of a group: their outputs are in memory together
 WORTH_IT = 8  # products that pay for putting the weights side by side
 _packing = threading.Lock()
 _latest = threading.local()  # of each thread: the layer called last, and what it was given
-_left_behind: list[
-    Tensor
-] = []  # memory that weights were in, until the next call: another thread may be about to read it
+# memory that weights were in, until the next call: another thread may be about to read it
+_left_behind: list[Tensor] = []
 
 
 class _Given(NamedTuple):

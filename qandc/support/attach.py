@@ -31,7 +31,7 @@ _eager_stance = contextlib.ExitStack()
 
 
 class Attachment:
-    """What is attached to a model, as code that does not know what it is deals with it; an attribute of the model.
+    """Stand for something attached to a model, an attribute of it, to code that does not know what it is.
 
     Attributes:
         paused: every step is computed as if nothing were attached.

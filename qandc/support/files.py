@@ -175,7 +175,7 @@ def read_tensors(
 
 
 def make_directory(path: Path) -> None:
-    """With its parents, if it is not there.
+    """Make a directory with its parents, if it is not there.
 
     Raises:
         OutputError: it cannot be made.

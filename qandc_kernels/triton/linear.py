@@ -144,7 +144,7 @@ def _operands(
     out_dtype: torch.dtype,
     nan_flag: MaybeTensor,
 ) -> tuple[MaybeTensor, ...]:
-    """The operands of both kernels of a quantized layer, in their order, with memory for what they compute."""
+    """Return the operands of both kernels of a quantized layer, in order, with memory for what they compute."""
     out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
     xq = x.new_empty(x.shape, dtype=torch.int8)
     x_scale = x.new_empty(x.shape[:-1], dtype=torch.float32) if act_scale is None else act_scale

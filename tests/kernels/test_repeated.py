@@ -45,7 +45,7 @@ class Recorded:
 
 @pytest.fixture
 def kept(monkeypatch):
-    """What is kept for each kind of call, where the kernels are kept on a CPU too."""
+    """List the starts that a RepeatedLinear keeps, as if the CPU had kernels."""
     found: list[Recorded] = []
 
     def keep(*given):
