@@ -8,14 +8,16 @@ writes it, then among those that come with this package.
 from __future__ import annotations
 
 import functools
-import json
+import hashlib
 import logging
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import msgspec
 import torch
 
 if TYPE_CHECKING:
@@ -25,17 +27,24 @@ __all__ = [
     "FewRowsTile",
     "GemmTile",
     "Gpu",
+    "TunedTile",
+    "checksum",
     "few_rows_tile",
     "gemm_tile",
     "gpu_of",
     "heuristic_tile",
     "kernel_name",
     "own_tables",
+    "read_table",
     "tuned_tiles",
 ]
 
 logger = logging.getLogger(__name__)
 
+LARGEST_TABLE = 1 << 26  # bytes
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Block = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+Few = Annotated[int, msgspec.Meta(ge=0, le=32)]
 
 HOPPER = (9, 0), 132  # capability and multiprocessors of an H200, and of most H100
 
@@ -49,16 +58,32 @@ class GemmTile(NamedTuple):
     With ``overlap`` a launch overlaps with the end of the one before (programmatic dependent launch, sm_90 on).
     """
 
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int = 0
-    subtiles: int = 1
-    tma: int = 1
-    overlap: int = 0
+    block_m: Block
+    block_n: Block
+    block_k: Block
+    group_m: Block
+    num_warps: Few
+    num_stages: Few
+    programs_per_sm: Few = 0
+    subtiles: Few = 1
+    tma: Few = 1
+    overlap: Few = 0
+
+
+class TunedTile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A row of a table: the fastest tile for a kernel and sizes, and the microseconds that its launch took."""
+
+    kernel: str
+    m: Size
+    n: Size
+    k: Size
+    tile: GemmTile
+    us: float = 0.0
+
+
+class _Table(msgspec.Struct):
+    tiles: list[TunedTile]
+    sha256: str = ""
 
 
 class FewRowsTile(NamedTuple):
@@ -103,19 +128,37 @@ def kernel_name(family: str, epilogue: Epilogue) -> str:
     return family + (" token" if epilogue.x_scale is not None and epilogue.x_scale.ndim else "")
 
 
+def checksum(rows: Sequence[TunedTile]) -> str:
+    """Return the SHA-256 of rows, which their table holds."""
+    return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()
+
+
+def read_table(path: Path) -> list[TunedTile]:
+    """Read the rows of a table.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, is no table of tiles, or has changed since.
+    """
+    if not path.is_file() or path.stat().st_size > LARGEST_TABLE:
+        raise ValueError(f"it is no file of at most {LARGEST_TABLE:,} bytes")
+    table = msgspec.json.decode(path.read_bytes(), type=_Table)
+    if table.sha256 != checksum(table.tiles):
+        raise ValueError("it is not as it was written (checksum)")
+    return table.tiles
+
+
 @functools.cache
 def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]]]:
     """Kernel, (N, K), M: tile. Empty without a table for this GPU; a broken one is logged and passed over."""
     for directory in (own_tables(), Path(__file__).parent / "tuned"):
         path = directory / f"{gpu}.json"
-        if not path.is_file():
+        if not path.exists():
             continue
         tables: dict[str, dict[tuple[int, int], dict[int, GemmTile]]] = {}
         try:
-            for row in json.loads(path.read_text())["tiles"]:
-                layer = tables.setdefault(row["kernel"], {}).setdefault((row["n"], row["k"]), {})
-                layer[max(1, int(row["m"]))] = GemmTile(*row["tile"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            for row in read_table(path):
+                tables.setdefault(row.kernel, {}).setdefault((row.n, row.k), {})[row.m] = row.tile
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning(
                 "%s is no table of tiles (%s); make a new one: python -m qandc_kernels.tiles.tune", path, error
             )

@@ -23,16 +23,17 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from qandc_kernels.backend import select_backend
 from qandc_kernels.errors import ArgumentError
 from qandc_kernels.ops._operands import check_integer, check_layers, check_list, check_sizes
-from qandc_kernels.tiles.tables import GemmTile, gpu_of, own_tables
+from qandc_kernels.tiles.tables import GemmTile, TunedTile, checksum, gpu_of, own_tables, read_table
 
-__all__ = ["Problem", "candidates", "main", "time_launches", "tune"]
+__all__ = ["Problem", "candidates", "main", "time_launches", "tune", "write_table"]
 
 logger = logging.getLogger("qandc_kernels.tiles.tune")
 
@@ -204,7 +205,7 @@ def _fastest(problem: Problem) -> tuple[GemmTile, float]:
     return tile, seconds
 
 
-def tune(layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int) -> list[dict[str, object]]:
+def tune(layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int) -> list[TunedTile]:
     """Return the fastest tile of every kernel for every (N, K) and M, with its time.
 
     Raises:
@@ -219,10 +220,10 @@ def tune(layers: list[tuple[int, int]], rows: list[int], kernels: list[str], pro
         for done, job in enumerate(jobs, 1):
             job.result()
             logger.info("compiled %d of %d groups", done, len(jobs))
-    entries: list[dict[str, object]] = []
+    entries = []
     for (n, k), m, kernel in itertools.product(layers, rows, kernels):
         tile, seconds = _fastest(Problem(kernel, m, n, k))
-        entries.append({"kernel": kernel, "m": m, "n": n, "k": k, "tile": list(tile), "us": round(seconds * 1e6, 2)})
+        entries.append(TunedTile(kernel, m, n, k, tile, round(seconds * 1e6, 2)))
         logger.info("%s %d x %d x %d: %s, %.1f us", kernel, m, n, k, tuple(tile), seconds * 1e6)
     return entries
 
@@ -235,6 +236,15 @@ def _layer(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no layer; give out_features x in_features, e.g. 3456x1152"
         ) from None
+
+
+def write_table(path: Path, header: dict[str, Any], rows: list[TunedTile]) -> None:
+    """Write a table with a row to a line, and its checksum, beside its name, then rename."""
+    partial = path.with_suffix(".partial")
+    lines = ",\n".join("  " + msgspec.json.encode(row).decode() for row in rows)
+    head = json.dumps({**header, "sha256": checksum(rows)})[:-1]
+    partial.write_text(f'{head}, "tiles": [\n{lines}\n]}}\n')
+    partial.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -259,13 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
     path = (options.out or own_tables()) / f"{gpu.name}.json"
     try:  # before the hours that tuning takes
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = json.loads(path.read_text())["tiles"] if path.exists() else []
-        old = {(e["kernel"], e["m"], e["n"], e["k"]): e for e in entries}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        old = {(row.kernel, row.m, row.n, row.k): row for row in (read_table(path) if path.exists() else ())}
+    except (OSError, ValueError, RecursionError) as error:
         parser.error(f"{path} cannot be made or is no table of tiles ({error}); give another --out, or remove it")
     tuned = tune(options.layers, options.rows, options.kernels, options.processes)
-    new = {(e["kernel"], e["m"], e["n"], e["k"]) for e in tuned}
-    tuned += [entry for key, entry in old.items() if key not in new]
+    new = {(row.kernel, row.m, row.n, row.k) for row in tuned}
+    tuned += [row for key, row in old.items() if key not in new]
     import triton
 
     header = {
@@ -273,8 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
     }
-    lines = ",\n".join("  " + json.dumps(entry) for entry in tuned)
-    path.write_text(json.dumps(header)[:-1] + ', "tiles": [\n' + lines + "\n]}\n")
+    write_table(path, header, tuned)
     logger.info("%s", path)
     return 0
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -15,6 +19,7 @@ from qandc_kernels.tiles import tables as tiles
 from qandc_kernels.tiles import tune
 from qandc_kernels.tiles.tables import GemmTile, Gpu, gemm_tile, heuristic_tile, kernel_name
 from qandc_kernels.triton._epilogue import Epilogue
+from tests.conftest import in_time
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KB
 CPU = torch.device("cpu")
@@ -52,7 +57,7 @@ def test_every_multiprocessor_gets_work():
 
 
 def write_table(directory, rows, name="interpreter"):
-    (directory / f"{name}.json").write_text(json.dumps({"tiles": rows}))
+    tune.write_table(directory / f"{name}.json", {}, msgspec.convert(rows, list[tiles.TunedTile]))
 
 
 def test_a_table_of_ones_own_wins(tables):
@@ -75,13 +80,36 @@ def test_the_nearest_row_count_counts(tables):
     assert gemm_tile("int8", Epilogue(), 150, 96, 192, CPU).num_stages == 2
 
 
-@pytest.mark.parametrize("text", ["{", '{"tiles": [{"kernel": "int8"}]}', '{"tiles": [{"kernel": "int8", "m": 1, '
-                                  '"n": 1, "k": 1, "tile": [1]}]}', "[]"])  # fmt: skip
-def test_a_broken_table_is_passed_over(tables, text, caplog):
+ROW = {"kernel": "int8", "m": 512, "n": 96, "k": 192, "tile": [64, 64, 32, 1, 4, 2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "truncated"),
+        ("[]", "Expected `object`, got `array`"),
+        ('{"tiles": [{"kernel": "int8"}]}', "missing required field"),
+        (json.dumps({"tiles": [{**ROW, "tile": [1]}]}), "length 6 to 10"),
+        (json.dumps({"tiles": [{**ROW, "tile": [64, 64, 32, 1, 4, 10**6]}]}), "<= 32"),
+        (json.dumps({"tiles": [{**ROW, "m": "512"}]}), "Expected `int`, got `str`"),
+        (json.dumps({"tiles": [ROW]}), "not as it was written"),
+        ('{"tiles": ' + "[" * 100_000 + "]" * 100_000 + "}", "got `array`|recursion"),
+        ('{"tiles": [], "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "recursion"),
+    ],
+)
+def test_a_broken_table_is_passed_over(tables, text, message, caplog):
     (tables / "interpreter.json").write_text(text)
     with caplog.at_level(logging.WARNING):
         gemm_tile("int8", Epilogue(), 512, 96, 192, CPU)
-    assert "interpreter.json is no table of tiles" in caplog.text
+    assert re.search(rf"interpreter.json is no table of tiles \(.*({message}).*\); make a new one", caplog.text)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_a_table_that_is_no_regular_file_is_not_opened(tables, make, caplog):
+    make(tables / "interpreter.json")
+    with in_time(), caplog.at_level(logging.WARNING):
+        gemm_tile("int8", Epilogue(), 512, 96, 192, CPU)
+    assert "it is no file of at most" in caplog.text
 
 
 def test_names_of_kernels():
