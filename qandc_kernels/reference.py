@@ -1,7 +1,7 @@
-"""Plain-torch definition of every op: what the kernels must equal, the CPU path, and a baseline for benchmarks.
+"""Define every op in plain torch: what the kernels must equal, the CPU path, and a baseline for benchmarks.
 
-The functions carry the names and signatures of the public ops, and check their arguments as those do. Like the kernels
-they are for inference: no result carries a gradient.
+The public ops have their names, signatures and docstrings from here. These functions check arguments as the ops do.
+Like the kernels they are for inference: no result carries a gradient.
 """
 
 from __future__ import annotations
@@ -48,7 +48,26 @@ def quantize_per_tensor(
     bits: int = 8,
     nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``q = clip(round(x · (1/s)) + z, -2^(b-1), 2^(b-1) - 1)``, rounding half to even; NaN becomes ``z``."""
+    """Quantize with one given scale: ``q = clip(round(x · (1/s)) + z, -2^(b-1), 2^(b-1) - 1)``.
+
+    Source: Q&C (arXiv 2503.02508) Eq. 1, with the division written as a product so that all devices round alike.
+    Rounding is half to even. NaN becomes the zero point; infinities saturate.
+
+    Args:
+        x: ``[..., K]`` float16, bfloat16 or float32, K <= 65535. Any strides: the transposed output of attention is
+            read as it is.
+        scale: 0-d float32 tensor on the device of ``x``, > 0. Read on the device: no synchronization.
+        zero_point: 0-d int32 tensor within -2^(b-1)..2^(b-1) - 1, or None for symmetric quantization.
+        bits: 2 to 8; fewer than 8 still fill an int8 tensor.
+        nan_flag: one int32 element on the device of ``x``, shape ``[]`` or ``[1]``: becomes 1 if ``x`` holds NaN, which
+            the integers do not show; is left alone otherwise.
+
+    Returns:
+        int8, shape of ``x``, contiguous.
+
+    Raises:
+        ArgumentError: a dtype, shape, device or bit width is not one of the above.
+    """
     _tell_nan(x, nan_flag)
     qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
     shift = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
@@ -66,9 +85,19 @@ def _tell_nan(x: torch.Tensor, nan_flag: torch.Tensor | None) -> None:
 @checked
 @torch.no_grad()
 def quantize_per_token(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """``s = max|x| / qmax`` over the last dimensions, ``q = round(x · (1/s))``: int8 as ``x``, float32 ``[...]``.
+    """Quantize each token with its own scale: ``s = max|x| / qmax``, ``q = round(x · (1/s))``, qmax = 2^(b-1) - 1.
 
-    A token with NaN gets the scale NaN, so that the NaN reaches the output of the product.
+    Args:
+        x: ``[..., K]`` float16, bfloat16 or float32, any strides, K <= 65535.
+        bits: 2 to 8.
+        token_dims: how many trailing dimensions make one token: 1, or 2 for ``[batch, tokens, heads, head_dim]``.
+
+    Returns:
+        ``q`` int8, shape of ``x``, contiguous, and ``scale`` float32, shape of ``x`` without the dimensions of a token.
+        A row of zeros gets zeros and a tiny positive scale, a row with NaN the scale NaN.
+
+    Raises:
+        ArgumentError: a dtype, shape or bit width is not one of the above.
     """
     return _per_token(x, bits, token_dims)
 
@@ -106,7 +135,25 @@ def adaln_quantize_per_tensor(
     zero_point: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """LayerNorm, modulation, quantization with one given scale."""
+    """Normalize, modulate and quantize with one given scale, reading ``x`` once.
+
+    ``y = (x - mean) / √(variance + eps) · (1 + scale) + shift`` over the last dimension (adaLN-Zero: DiT, arXiv
+    2212.09748, Section 3.2), then ``clip(round(y / q_scale + z), -128, 127)``. NaN becomes -128. Outputs equal those
+    of float64 except where it comes within about 1e-3 of a rounding boundary.
+
+    Args:
+        x: ``[samples, tokens, K]`` float16, bfloat16 or float32; a copy is made if rows are not evenly spaced.
+        shift, scale: ``[samples, K]`` floating point, e.g. chunks of one ``[samples, 6 K]`` tensor.
+        q_scale: 0-d float32 tensor, > 0, read on the device.
+        zero_point: 0-d int32 tensor in -128..127, or None for symmetric quantization.
+        eps: added to the variance.
+
+    Returns:
+        int8, shape of ``x``, contiguous.
+
+    Raises:
+        ArgumentError: a dtype, shape or device is not one of the above.
+    """
     return _quantize_static(_adaln(x, shift, scale, eps), 1.0 / q_scale, zero_point)
 
 
@@ -115,7 +162,14 @@ def adaln_quantize_per_tensor(
 def adaln_quantize_per_token(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm, modulation, quantization of each token with its own scale."""
+    """Normalize and modulate as :func:`adaln_quantize_per_tensor`, quantize as :func:`quantize_per_token`.
+
+    Returns:
+        ``q`` int8, shape of ``x``, contiguous, and its scales ``[samples, tokens] float32``.
+
+    Raises:
+        ArgumentError: as :func:`adaln_quantize_per_tensor`.
+    """
     return _per_token(_adaln(x, shift, scale, eps), 8, 1)
 
 
@@ -138,9 +192,27 @@ def attention_quantize_per_tensor(
     out_zero_point: torch.Tensor | None = None,
     nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)`` of ``[batch, tokens, heads, D]``, in float32.
+    """Compute attention without a mask as int8, per head: ``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)``.
 
-    NaN becomes -128.
+    On Triton kernels the sums are float32, the softmax is rounded to the inputs' dtype before it meets v, as in
+    FlashAttention-2 (arXiv 2307.08691), and nothing but the integers is written. That needs 16-bit inputs, a D that is
+    a multiple of 8 from 16 to 128, and more than one token; others take torch's ``scaled_dot_product_attention``, then
+    :func:`quantize_per_tensor`. NaN becomes -128.
+
+    Args:
+        q, k, v: ``[batch, tokens, heads, D]`` float16, bfloat16 or float32, all of one shape, e.g. the three parts of
+            ``[batch, tokens, 3, heads, D]``, which are read where they are. Copied if a head does not begin at a
+            multiple of 16 bytes.
+        out_scale: 0-d float32 tensor, > 0, read on the device.
+        out_zero_point: 0-d int32 tensor in -128..127, or None for symmetric quantization.
+        nan_flag: one int32 element on the device of ``q``, shape ``[]`` or ``[1]``: becomes 1 if there is NaN in what
+            is quantized; is left alone otherwise.
+
+    Returns:
+        int8 ``[batch, tokens, heads, D]``, contiguous.
+
+    Raises:
+        ArgumentError: a dtype, shape or device is not one of the above.
     """
     y = attention(*(t.to(torch.float32) for t in (q, k, v))).contiguous()
     _tell_nan(y, nan_flag)
@@ -150,14 +222,42 @@ def attention_quantize_per_tensor(
 @checked
 @torch.no_grad()
 def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, share: float = 1.0) -> torch.Tensor:
-    """``y[l] = x[l] weight[l]ᵀ + bias[l]``; ``share`` says how much of a GPU to take."""
+    """Compute one layer of L blocks at once, a few rows each: ``y[l] = x[l] weight[l]ᵀ + bias[l]``.
+
+    The time is that of reading the weights. A kernel that fills the GPU would keep everything beside it waiting; this
+    one takes a share of the multiprocessors, one small program on each, and so can run beside other work. On Triton
+    kernels for 16-bit inputs of at most 64 rows; others take ``torch.baddbmm``.
+
+    Args:
+        x: ``[L, M, K]`` float16, bfloat16 or float32; a stride of 0 along L is read as it is. K <= 65535.
+        weight: ``[L, N, K]`` of that dtype, any stride along L.
+        bias: ``[L, N]`` of that dtype.
+        share: programs per multiprocessor, > 0.
+
+    Returns:
+        ``[L, M, N]``, contiguous, dtype of ``x``; summed in float32, cast last.
+
+    Raises:
+        ArgumentError: a dtype, shape, device or share is not one of the above.
+    """
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
 @checked
 @torch.no_grad()
 def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
-    """``acc[..., n] = Σ_k xq[..., k] · wq[n, k]``, exact: int8 ``[..., K]`` and ``[N, K]`` to int32 ``[..., N]``."""
+    """Compute the exact accumulators ``acc[..., n] = Σ_k xq[..., k] · wq[n, k]``.
+
+    Args:
+        xq: ``[..., K] int8``, K <= 65535.
+        wq: ``[N, K] int8``.
+
+    Returns:
+        int32 ``[..., N]``.
+
+    Raises:
+        ArgumentError: a dtype, shape or device is not one of the above.
+    """
     return _exact_sums(xq, wq)
 
 
@@ -174,7 +274,7 @@ def _exact_sums(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
 
 
 def weight_sum(weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """What a zero point is multiplied with: ``Σ_k q`` int32, or with groups ``Σ_k q · s_w`` float32."""
+    """Sum a weight along K, for zero points: ``Σ_k q`` int32, or with groups ``Σ_k q · s_w`` float32."""
     wq = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
     if w_scale.ndim == 1:
         return wq.sum(1, dtype=torch.int32)
@@ -230,7 +330,27 @@ def int8_linear(
     w_sum: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """``y = (Σ_k xq wq - z Σ_k wq) · s_x · s_w + bias``, int32 inside, scaled in fp32, cast last."""
+    """Compute a W8A8 linear layer: ``y[..., n] = (Σ_k xq wq - z Σ_k wq) · s_x · s_w[n] + bias[n]``.
+
+    The sum is exact in int32, scaled in float32 and cast last. The zero point of asymmetric activations costs nothing
+    in the loop: ``Σ_k (xq - z) wq = Σ_k xq wq - z Σ_k wq``, and ``Σ_k wq`` is a constant of the layer.
+
+    Args:
+        xq: ``[..., K] int8`` activations, any strides, K <= 65535.
+        wq: ``[N, K] int8`` weight.
+        x_scale: float32, 0-d (per tensor; read on the device) or ``[...]`` (per token).
+        w_scale: ``[N] float32``, per output channel.
+        bias: ``[N]`` float16, bfloat16 or float32.
+        x_zero_point: 0-d int32 in -128..127, per tensor.
+        w_sum: ``[N] int32``, ``wq.sum(1)``; computed here if a zero point is given without it.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``, contiguous.
+
+    Raises:
+        ArgumentError: a dtype, shape or device is not one of the above.
+    """
     return _linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum).to(out_dtype)
 
 
@@ -245,7 +365,18 @@ def int4_linear(
     w_sum: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """:func:`int8_linear` of the unpacked weight, with scales per channel or per group."""
+    """Compute a W4A8 linear layer, :func:`int8_linear` with a weight packed by :func:`qandc_kernels.pack_int4`.
+
+    The weight is unpacked in registers, on its way to the tensor cores. With scales per group the integer sums of the
+    groups are scaled and added in float32.
+
+    Args:
+        wq_packed: ``[N, K/2] uint8``; the layout is drawn in :mod:`qandc_kernels.packing`.
+        w_scale: float32 ``[N]``, or ``[N, K/G]`` for groups of G = 32, 64 or 128 along K (then K a multiple of 64).
+        w_sum: ``[N] int32``, the sums of the unpacked weight; with groups ``[N] float32``, sums of ``q · s_w``.
+
+    All else is as in :func:`int8_linear`.
+    """
     return _linear(xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum).to(out_dtype)
 
 
@@ -263,7 +394,23 @@ def linear_gelu_quantize(
     x_zero_point: torch.Tensor | None = None,
     w_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``clip(round(gelu(y) · multiplier / s_out + z_out))`` of the linear layer's ``y``."""
+    """Compute a linear layer, GELU and int8 for the next layer: ``clip(round(gelu(y) · multiplier / s_out + z_out))``.
+
+    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32; GELU is the tanh form. Outputs equal those
+    of float64 except where it comes within 1e-3 of a rounding boundary. NaN becomes -128.
+
+    Args:
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        out_scale: 0-d float32 tensor, > 0, read on the device.
+        out_zero_point: 0-d int32 tensor in -128..127.
+        multiplier: ``[N] float32``, one factor per output channel, e.g. of smoothing.
+
+    Returns:
+        ``[..., N] int8``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
+
+    Raises:
+        ArgumentError: a dtype, shape or device is not one of the above.
+    """
     y = F.gelu(_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum), approximate="tanh")
     factor = 1.0 / out_scale
     return _quantize_static(y, factor if multiplier is None else multiplier * factor, out_zero_point)
@@ -281,12 +428,29 @@ def linear_gate_residual_(
     bias: torch.Tensor | None = None,
     x_zero_point: torch.Tensor | None = None,
     w_sum: torch.Tensor | None = None,
-    branch: torch.Tensor | None = None,
+    out_branch: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``residual += gate · y``, one gate per sample, ``gate · y`` cast before it is added; ``branch`` becomes ``y``."""
+    """Add a gated linear layer to the residual, in place: ``residual += gate · y``, one gate per sample (adaLN-Zero).
+
+    ``y`` is that of :func:`int8_linear` or :func:`int4_linear`, in float32. ``gate · y`` is cast to the dtype of the
+    residual, then added, on sm_90 and newer in the L2 cache; kernels on older GPUs add in float32 and cast last.
+
+    Args:
+        residual: ``[samples, tokens, N]`` float16, bfloat16 or float32, contiguous; changed in place.
+        xq: ``[samples, tokens, K] int8``.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        gate: ``[samples, N]`` floating point, e.g. a chunk of one ``[samples, 6 N]`` tensor.
+        out_branch: takes ``y``, what a feature cache keeps: as ``residual``, of any of those dtypes.
+
+    Returns:
+        ``residual``. All else as :func:`int8_linear` and :func:`int4_linear`.
+
+    Raises:
+        ArgumentError: a dtype, shape, stride or device is not one of the above.
+    """
     y = _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
-    if branch is not None:
-        branch.copy_(y)
+    if out_branch is not None:
+        out_branch.copy_(y)
     return residual.add_((y * gate.to(torch.float32)[:, None]).to(residual.dtype))
 
 
@@ -299,7 +463,26 @@ def gated_sum(
     weights: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x + Σ_s weights[s] Σ_(l, k) gates[l, k] · features[s, l, k] · scales[s, l, k]`` in float32, cast last."""
+    """Compute a reuse step of a feature cache: ``y = x + Σ_s w_s Σ_(l, k) gate_(l, k) · f_(s, l, k)``, in one pass.
+
+    f are the branch outputs of L blocks at S computed steps, K branches a block; the gates are those of the current
+    step, the weights those of a forecast (FORA, arXiv 2407.01425: S = 1; TaylorSeer, arXiv 2503.06923). Summed
+    in float32, cast last. Features whose weight is 0 are not read.
+
+    Args:
+        x: ``[samples, tokens, D]`` float16, bfloat16 or float32.
+        features: ``[S, L, K, samples, tokens, D]``, one of those dtypes or int8, contiguous.
+        gates: ``[L, K, samples, D]`` floating point, e.g. parts of ``[L, samples, 6 D]``; None for all 1.
+        weights: ``[S] float32``; None for all 1.
+        scales: ``[S, L, K, samples, tokens] float32``, contiguous, that int8 features are multiplied with.
+
+    Returns:
+        ``[samples, tokens, D]``, contiguous, dtype of ``x``.
+
+    Raises:
+        ArgumentError: a dtype, shape, stride or device is not one of the above, or only one of int8 features
+            and scales is there.
+    """
     y = x.to(torch.float32, copy=True)
     for s in range(features.shape[0]):
         if weights is not None and not weights.is_meta and weights[s] == 0:
@@ -319,7 +502,26 @@ def gated_sum(
 def guided_step(
     prediction: torch.Tensor, latents: torch.Tensor, coefficients: torch.Tensor, guidance_scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``a · x + b · ε + d`` per channel, with the guided ε; and that for each row of the prediction, in its dtype."""
+    """Take a deterministic step of a first-order sampler, ``x' = a · x + b · ε + d``; give the next forward's input.
+
+    ``ε = ε_uncond + guidance_scale · (ε_cond - ε_uncond)`` (classifier-free guidance, Ho and Salimans 2022), or the
+    prediction itself. A DDIM step (Song et al. 2021, Eq. 12, η = 0) has ``a = √(ᾱ'/ᾱ)`` and
+    ``b = √(1 - ᾱ') - a √(1 - ᾱ)``; variance compensation (Q&C, arXiv 2503.02508, Sec. 3.2) is a gain and a mean per
+    channel, which a, b and d take in. In float32.
+
+    Args:
+        prediction: ``[2 B, C', H, W]`` float16, bfloat16 or float32, conditional rows first; ``[B, C', H, W]`` without
+            guidance. Channels beyond the C of the latents are not read.
+        latents: x, ``[B, C, H, W] float32``.
+        coefficients: a, b and d, ``[3, C] float32``.
+        guidance_scale: finite; None for no guidance.
+
+    Returns:
+        ``x'`` as ``latents``, contiguous; and the same in the dtype of ``prediction``, once for each of its rows.
+
+    Raises:
+        ArgumentError: a dtype, shape, device or scale is not one of the above.
+    """
     epsilon = prediction[:, : latents.shape[1]].to(torch.float32)
     if guidance_scale is not None:
         cond, uncond = epsilon.chunk(2)
@@ -344,7 +546,27 @@ def quantized_linear(
     out_dtype: torch.dtype | None = None,
     nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x · (1/smoothing)`` quantized per token, or with one given scale, then multiplied as in ``int8_linear``."""
+    """Quantize activations and multiply: all that a quantized layer does, in one call.
+
+    ``x · (1/smoothing)`` is quantized with a scale per token (:func:`quantize_per_token`) or, where there is an
+    ``act_scale``, with that (:func:`quantize_per_tensor`), and multiplied as in :func:`int8_linear` or
+    :func:`int4_linear`. On a GPU this costs the host half of what the two calls cost.
+
+    Args:
+        x: ``[..., K]`` float16, bfloat16 or float32, any strides, K <= 65535.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        act_scale, act_zero_point: 0-d float32 and int32, read on the device; None for a scale per token.
+        smoothing: ``[K] float32``, > 0.
+        bits: 2 to 8, of the activations.
+        out_dtype: float16, bfloat16 or float32; None for that of ``x``.
+        nan_flag: one element int32, set to 1 if NaN in ``x`` meets an ``act_scale``, which hides it.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
+
+    Raises:
+        ArgumentError: a dtype, shape, device or bit width is not one of the above.
+    """
     dtype = x.dtype if out_dtype is None else out_dtype
     y = x if smoothing is None else x.to(torch.float32) * (1.0 / smoothing)
     if act_scale is None:
@@ -359,5 +581,21 @@ def quantized_linear(
 def weight_only_linear(
     x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``y = Σ_k x · wq · s_w + bias`` with activations as they are, summed in fp32, cast last."""
+    """Compute a W8A16 or W4A16 linear layer, for activations that must stay precise: ``y = Σ_k x wq · s_w + bias``.
+
+    The weight is converted in registers, products are summed in float32 and cast last. There is no kernel for float32
+    activations: torch multiplies them with a float32 copy of the weight, which lives as long as the call.
+
+    Args:
+        x: ``[..., K]`` float16, bfloat16 or float32, any strides, K <= 65535.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+        w_scale: float32 ``[N]``, or for int4 ``[N, K/G]``, groups as in :func:`int4_linear`.
+        bias: ``[N]`` float16, bfloat16 or float32.
+
+    Returns:
+        ``[..., N]`` of the dtype of ``x``, contiguous.
+
+    Raises:
+        ArgumentError: a dtype, shape or device is not one of the above.
+    """
     return _linear(x, weight, None, w_scale, bias).to(x.dtype)

@@ -321,18 +321,9 @@ class QuantLinear(nn.Module):
         if nan_flag is not None and nan_flag.device != input.device:  # left behind by an offloading hook
             nan_flag = None
         weight, weight_scale, weight_sum, bias = weights
+        scale, zero_point, smoothing = held["act_scale"], held["act_zero_point"], held["smoothing"]
         return self.repeated(
-            input,
-            weight,  # type: ignore[arg-type]
-            weight_scale,  # type: ignore[arg-type]
-            bias,
-            held["act_scale"],
-            held["act_zero_point"],
-            weight_sum,
-            held["smoothing"],
-            self.a_bits,
-            dtype,
-            nan_flag,
+            input, weight, weight_scale, bias, scale, zero_point, weight_sum, smoothing, self.a_bits, dtype, nan_flag
         )
 
     def _weight_only_product(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Check the arguments of each public op before any work: ``check_<op>`` takes what that op takes."""
+"""Check the arguments of each public op before any work: ``check_<op>`` takes what that op takes, or anything else."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from qandc_kernels.ops._operands import (
     LARGEST_NUMBER,
     SCALAR,
     UINT8,
-    MaybeTensor,
-    Tensor,
     check_activations,
     check_devices,
     check_dtype,
@@ -42,7 +40,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LINEAR_NAMES = "xq weight x_scale w_scale bias x_zero_point w_sum"
 QUANTIZED_NAMES = "x weight w_scale bias act_scale act_zero_point w_sum smoothing"
 GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier"
-RESIDUAL_NAMES = f"{LINEAR_NAMES} gate branch residual"
+RESIDUAL_NAMES = f"{LINEAR_NAMES} gate out_branch residual"
 
 
 def checked(definition: Function) -> Function:
@@ -57,53 +55,29 @@ def checked(definition: Function) -> Function:
     return wrapper  # type: ignore[return-value]
 
 
-def check_int8_matmul(xq: Tensor, wq: Tensor) -> None:
+def check_int8_matmul(xq, wq):
     check_product("int8_matmul", xq, wq, INT8)
     check_devices("int8_matmul", "xq wq", xq, wq)
 
 
-def check_int8_linear(
-    xq: Tensor,
-    wq: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    bias: MaybeTensor = None,
-    x_zero_point: MaybeTensor = None,
-    w_sum: MaybeTensor = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> None:
+def check_int8_linear(xq, wq, x_scale, w_scale, bias=None, x_zero_point=None, w_sum=None, out_dtype=torch.bfloat16):
     check_linear("int8_linear", xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum, INT8)
     check_devices("int8_linear", LINEAR_NAMES, xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum)
     check_dtype("int8_linear", "out_dtype", out_dtype)
 
 
 def check_int4_linear(
-    xq: Tensor,
-    wq_packed: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    bias: MaybeTensor = None,
-    x_zero_point: MaybeTensor = None,
-    w_sum: MaybeTensor = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> None:
+    xq, wq_packed, x_scale, w_scale, bias=None, x_zero_point=None, w_sum=None, out_dtype=torch.bfloat16
+):
     check_linear("int4_linear", xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum, UINT8)
     check_devices("int4_linear", LINEAR_NAMES, xq, wq_packed, x_scale, w_scale, bias, x_zero_point, w_sum)
     check_dtype("int4_linear", "out_dtype", out_dtype)
 
 
 def check_linear_gelu_quantize(
-    xq: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    out_scale: Tensor,
-    bias: MaybeTensor = None,
-    out_zero_point: MaybeTensor = None,
-    multiplier: MaybeTensor = None,
-    x_zero_point: MaybeTensor = None,
-    w_sum: MaybeTensor = None,
-) -> None:
+    xq, weight, x_scale, w_scale, out_scale, bias=None, out_zero_point=None, multiplier=None, x_zero_point=None,
+    w_sum=None,
+):  # fmt: skip
     op = "linear_gelu_quantize"
     check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
     check_tensor(op, "out_scale", out_scale, FLOAT32, SCALAR)
@@ -115,17 +89,8 @@ def check_linear_gelu_quantize(
 
 
 def check_linear_gate_residual_(
-    residual: Tensor,
-    xq: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    gate: Tensor,
-    bias: MaybeTensor = None,
-    x_zero_point: MaybeTensor = None,
-    w_sum: MaybeTensor = None,
-    branch: MaybeTensor = None,
-) -> None:
+    residual, xq, weight, x_scale, w_scale, gate, bias=None, x_zero_point=None, w_sum=None, out_branch=None
+):
     op = "linear_gate_residual_"
     check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
     if xq.ndim != 3:
@@ -134,26 +99,17 @@ def check_linear_gate_residual_(
     check_tensor(op, "gate", gate, FLOAT_DTYPES, ((samples, n),))
     check_tensor(op, "residual", residual, FLOAT_DTYPES, ((samples, tokens, n),))
     inputs = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, gate)
-    if branch is not None:
-        check_tensor(op, "branch", branch, FLOAT_DTYPES, ((samples, tokens, n),))
-        check_written(op, "branch", branch, RESIDUAL_NAMES, *inputs)
-    check_written(op, "residual", residual, RESIDUAL_NAMES, *inputs, branch)
-    check_devices(op, RESIDUAL_NAMES, *inputs, branch, residual)
+    if out_branch is not None:
+        check_tensor(op, "out_branch", out_branch, FLOAT_DTYPES, ((samples, tokens, n),))
+        check_written(op, "out_branch", out_branch, RESIDUAL_NAMES, *inputs)
+    check_written(op, "residual", residual, RESIDUAL_NAMES, *inputs, out_branch)
+    check_devices(op, RESIDUAL_NAMES, *inputs, out_branch, residual)
 
 
 def check_quantized_linear(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    bias: MaybeTensor = None,
-    act_scale: MaybeTensor = None,
-    act_zero_point: MaybeTensor = None,
-    w_sum: MaybeTensor = None,
-    smoothing: MaybeTensor = None,
-    bits: int = 8,
-    out_dtype: torch.dtype | None = None,
-    nan_flag: MaybeTensor = None,
-) -> None:
+    x, weight, w_scale, bias=None, act_scale=None, act_zero_point=None, w_sum=None, smoothing=None, bits=8,
+    out_dtype=None, nan_flag=None,
+):  # fmt: skip
     op = "quantized_linear"
     check_product(op, x, weight, (torch.int8, torch.uint8), "x", FLOAT_DTYPES)
     check_scales(op, x, weight, w_scale, bias)
@@ -174,16 +130,14 @@ def check_quantized_linear(
     check_devices(op, f"{QUANTIZED_NAMES} nan_flag", *operands, nan_flag)
 
 
-def check_weight_only_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bias: MaybeTensor = None) -> None:
+def check_weight_only_linear(x, weight, w_scale, bias=None):
     op = "weight_only_linear"
     check_product(op, x, weight, (torch.int8, torch.uint8), "x", FLOAT_DTYPES)
     check_scales(op, x, weight, w_scale, bias)
     check_devices(op, "x weight w_scale bias", x, weight, w_scale, bias)
 
 
-def check_quantize_per_tensor(
-    x: Tensor, scale: Tensor, zero_point: MaybeTensor = None, bits: int = 8, nan_flag: MaybeTensor = None
-) -> None:
+def check_quantize_per_tensor(x, scale, zero_point=None, bits=8, nan_flag=None):
     op = "quantize_per_tensor"
     check_activations(op, x)
     check_tensor(op, "scale", scale, FLOAT32, SCALAR)
@@ -193,12 +147,12 @@ def check_quantize_per_tensor(
     check_devices(op, "x scale zero_point nan_flag", x, scale, zero_point, nan_flag)
 
 
-def check_quantize_per_token(x: Tensor, bits: int = 8, token_dims: int = 1) -> None:
+def check_quantize_per_token(x, bits=8, token_dims=1):
     check_activations("quantize_per_token", x, token_dims)
     check_integer("quantize_per_token", "bits", bits, 2, 8)
 
 
-def _check_adaln(op: str, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
+def _check_adaln(op, x, shift, scale, eps):
     check_tensor(op, "x", x, FLOAT_DTYPES)
     if x.ndim != 3 or not 0 < x.shape[2] <= LARGEST_K:
         raise ArgumentError(f"{op}: x must be [samples, tokens, K] with K from 1 to {LARGEST_K}; got {tuple(x.shape)}")
@@ -209,9 +163,7 @@ def _check_adaln(op: str, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -
     check_number(op, "eps", eps, 0.0, "a finite number >= 0")
 
 
-def check_adaln_quantize_per_tensor(
-    x: Tensor, shift: Tensor, scale: Tensor, q_scale: Tensor, zero_point: MaybeTensor = None, eps: float = 1e-6
-) -> None:
+def check_adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point=None, eps=1e-6):
     op = "adaln_quantize_per_tensor"
     _check_adaln(op, x, shift, scale, eps)
     check_tensor(op, "q_scale", q_scale, FLOAT32, SCALAR)
@@ -219,19 +171,12 @@ def check_adaln_quantize_per_tensor(
     check_devices(op, "x shift scale q_scale zero_point", x, shift, scale, q_scale, zero_point)
 
 
-def check_adaln_quantize_per_token(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> None:
+def check_adaln_quantize_per_token(x, shift, scale, eps=1e-6):
     _check_adaln("adaln_quantize_per_token", x, shift, scale, eps)
     check_devices("adaln_quantize_per_token", "x shift scale", x, shift, scale)
 
 
-def check_attention_quantize_per_tensor(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out_scale: Tensor,
-    out_zero_point: MaybeTensor = None,
-    nan_flag: MaybeTensor = None,
-) -> None:
+def check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point=None, nan_flag=None):
     op = "attention_quantize_per_tensor"
     check_tensor(op, "q", q, FLOAT_DTYPES)
     if q.ndim != 4 or q.shape[3] == 0:
@@ -246,9 +191,7 @@ def check_attention_quantize_per_tensor(
     check_devices(op, "q k v out_scale out_zero_point nan_flag", q, k, v, out_scale, out_zero_point, nan_flag)
 
 
-def check_gated_sum(
-    x: Tensor, features: Tensor, gates: MaybeTensor = None, weights: MaybeTensor = None, scales: MaybeTensor = None
-) -> None:
+def check_gated_sum(x, features, gates=None, weights=None, scales=None):
     op = "gated_sum"
     check_tensor(op, "x", x, FLOAT_DTYPES)
     check_tensor(op, "features", features, (*FLOAT_DTYPES, torch.int8))
@@ -273,9 +216,7 @@ def check_gated_sum(
     check_devices(op, "x features gates weights scales", x, features, gates, weights, scales)
 
 
-def check_guided_step(
-    prediction: Tensor, latents: Tensor, coefficients: Tensor, guidance_scale: float | None = None
-) -> None:
+def check_guided_step(prediction, latents, coefficients, guidance_scale=None):
     op = "guided_step"
     check_tensor(op, "latents", latents, FLOAT32)
     check_tensor(op, "prediction", prediction, FLOAT_DTYPES)
@@ -299,7 +240,7 @@ def check_guided_step(
     check_devices(op, "prediction latents coefficients", prediction, latents, coefficients)
 
 
-def check_batched_linear(x: Tensor, weight: Tensor, bias: Tensor, share: float = 1.0) -> None:
+def check_batched_linear(x, weight, bias, share=1.0):
     op = "batched_linear"
     check_tensor(op, "x", x, FLOAT_DTYPES)
     check_tensor(op, "weight", weight, (x.dtype,))

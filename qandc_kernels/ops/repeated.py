@@ -11,8 +11,6 @@ from qandc_kernels.ops.linear import quantized_linear
 
 __all__ = ["RepeatedLinear"]
 
-Tensor = torch.Tensor
-MaybeTensor = torch.Tensor | None
 MOST = 64  # starts that a layer keeps: weights that are moved get another address each time
 
 
@@ -33,22 +31,9 @@ class RepeatedLinear:
     def __reduce__(self) -> tuple[Any, ...]:
         return RepeatedLinear, ()
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        w_scale: Tensor,
-        bias: MaybeTensor,
-        act_scale: MaybeTensor,
-        act_zero_point: MaybeTensor,
-        w_sum: MaybeTensor,
-        smoothing: MaybeTensor,
-        bits: int,
-        out_dtype: torch.dtype | None,
-        nan_flag: MaybeTensor,
-    ) -> Tensor:
-        """Take what :func:`quantized_linear` takes, and return what it returns."""
-        given = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, out_dtype, nan_flag)
+    def __call__(self, *given: Any) -> torch.Tensor:
+        """Take all that :func:`quantized_linear` takes, by position, and return what it returns."""
+        x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, out_dtype, nan_flag = given
         if not _goes_straight(x):
             return quantized_linear(*given)
         address, device, shape = x.data_ptr(), x.get_device(), x.shape
@@ -57,9 +42,10 @@ class RepeatedLinear:
         layer = (bits, out_dtype, weight.shape, weight.stride(), None if bias is None else bias.dtype)
         key = (x.dtype, shape, x.stride(), address & 15, device, *layer, *addresses)
         kept = self._ready.get(key)
-        if kept is None:
+        if not kept:
             y = quantized_linear(*given)
-            self._keep(key, given)
+            if kept is None:
+                self._keep(key, given)
             return y
         out = x.new_empty((*shape[:-1], weight.shape[0]), dtype=out_dtype)
         xq = x.new_empty(shape, dtype=torch.int8)
@@ -75,17 +61,15 @@ class RepeatedLinear:
             return
         from qandc_kernels.triton.linear import kept_starts
 
-        kept = kept_starts(*given)
-        if kept is not None:
-            if len(self._ready) >= MOST:
-                self._ready.clear()
-            self._ready[key] = kept
+        if len(self._ready) >= MOST:
+            self._ready.clear()
+        self._ready[key] = kept_starts(*given) or False  # operands that are copied have none, however often one asks
 
 
-def _goes_straight(x: Tensor) -> bool:
+def _goes_straight(x: torch.Tensor) -> bool:
     """Tell whether torch's dispatcher would do nothing with an op on ``x`` but call its CUDA kernel."""
     return (
-        type(x) is Tensor
+        type(x) is torch.Tensor
         and x.is_cuda
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()

@@ -79,57 +79,31 @@ def _start(operands: Sequence[MaybeTensor], tokens: int) -> tuple[tuple[Start], 
     return (start,), (x, weight, out, branch, groups, *epilogue[:-2])
 
 
-def quantize_multiply(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    bias: MaybeTensor,
-    act_scale: MaybeTensor,
-    act_zero_point: MaybeTensor,
-    w_sum: MaybeTensor,
-    smoothing: MaybeTensor,
-    bits: int,
-    out_dtype: torch.dtype,
-    nan_flag: MaybeTensor,
-) -> Tensor:
+def quantize_multiply(*given: Any) -> Tensor:
     """Launch both kernels of a quantized layer, that of the activations and the product.
 
-    Operands of a kind not seen before are checked here.
+    Takes the arguments of :func:`qandc_kernels.quantized_linear` by position. Operands of a new kind are checked.
     """
-    given = (x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, bits, out_dtype, nan_flag)
-    if act_zero_point is not None and w_sum is None:
-        w_sum = reference.weight_sum(weight, w_scale)
-    operands = _operands(x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, out_dtype, nan_flag)
-    out: Tensor = operands[7]  # type: ignore[assignment]
-    if not out.numel() or not x.numel():
+    operands, settings = _operands(*given)
+    out, w_sum, zero_point = operands[7], operands[10], operands[3]
+    if zero_point is not None and w_sum is None:
+        operands = (*operands[:10], reference.weight_sum(given[1], given[2]))
+    if not out.numel() or not given[0].numel():
         check_quantized_linear(*given)
+        bias = operands[9]
         return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
 
     def prepare() -> tuple[tuple[Start, ...], Sequence[MaybeTensor]]:
         check_quantized_linear(*given)
-        return _starts(operands, bits, act_scale is None)
+        return _starts(operands, *settings)
 
-    _QUANTIZED_LAUNCHES(operands, (bits, act_scale is None), prepare)
+    _QUANTIZED_LAUNCHES(operands, settings, prepare)
     return out
 
 
-def kept_starts(
-    x: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    bias: MaybeTensor,
-    act_scale: MaybeTensor,
-    act_zero_point: MaybeTensor,
-    w_sum: MaybeTensor,
-    smoothing: MaybeTensor,
-    bits: int,
-    out_dtype: torch.dtype | None,
-    nan_flag: MaybeTensor,
-) -> Kept | None:
+def kept_starts(*given: Any) -> Kept | None:
     """Return what :func:`quantize_multiply` starts for such arguments, on the addresses of ``_operands``."""
-    dtype = x.dtype if out_dtype is None else out_dtype
-    operands = _operands(x, weight, w_scale, bias, act_scale, act_zero_point, w_sum, smoothing, dtype, nan_flag)
-    return _QUANTIZED_LAUNCHES.find(operands, (bits, act_scale is None))
+    return _QUANTIZED_LAUNCHES.find(*_operands(*given))
 
 
 def _operands(
@@ -141,14 +115,16 @@ def _operands(
     act_zero_point: MaybeTensor,
     w_sum: MaybeTensor,
     smoothing: MaybeTensor,
-    out_dtype: torch.dtype,
+    bits: int,
+    out_dtype: torch.dtype | None,
     nan_flag: MaybeTensor,
-) -> tuple[MaybeTensor, ...]:
-    """Return the operands of both kernels of a quantized layer, in order, with memory for what they compute."""
-    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
+) -> tuple[tuple[Any, ...], tuple[int, bool]]:
+    """Return the operands of both kernels of a quantized layer, with memory for what they compute; and settings."""
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
     xq = x.new_empty(x.shape, dtype=torch.int8)
     x_scale = x.new_empty(x.shape[:-1], dtype=torch.float32) if act_scale is None else act_scale
-    return (x, xq, x_scale, act_zero_point, nan_flag, smoothing, weight, out, w_scale, bias, w_sum)
+    operands = (x, xq, x_scale, act_zero_point, nan_flag, smoothing, weight, out, w_scale, bias, w_sum)
+    return operands, (bits, act_scale is None)
 
 
 def _starts(

@@ -85,7 +85,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "weight": WQ,
         **LINEAR,
         "gate": tensor(2, 5, dtypes=FLOATS),
-        "branch": tensor(2, 3, 5, dtypes=FLOATS, optional=True),
+        "out_branch": tensor(2, 3, 5, dtypes=FLOATS, optional=True),
     },
     "gated_sum": {
         "x": tensor(2, 3, 64, dtypes=FLOATS),
@@ -305,8 +305,8 @@ def test_outputs_share_no_memory(call, dtype):
     (behind,) = views(memory, (2, 3, 5), offset=30)
     (overlapping,) = views(memory, (2, 3, 5), offset=29)
     for changes in (
-        {"branch": residual},
-        {"branch": overlapping},
+        {"out_branch": residual},
+        {"out_branch": overlapping},
         {"gate": gate},
         {"gate": memory[29:39].view(2, 5)},
         {"gate": memory[20:].as_strided((2, 5), (40, 1))},
@@ -314,16 +314,16 @@ def test_outputs_share_no_memory(call, dtype):
     ):
         with pytest.raises(ArgumentError, match=f"shares memory with {next(iter(changes))}; clone it"):
             call(**{**good, "residual": residual, **changes})
-    with pytest.raises(ArgumentError, match="branch is written to and shares memory with gate"):
-        call(**{**good, "branch": residual, "gate": gate})
+    with pytest.raises(ArgumentError, match="out_branch is written to and shares memory with gate"):
+        call(**{**good, "out_branch": residual, "gate": gate})
     assert not memory.any()  # refused before any work
-    call(**{**good, "residual": residual, "branch": behind, "gate": memory[60:70].view(2, 5)})
+    call(**{**good, "residual": residual, "out_branch": behind, "gate": memory[60:70].view(2, 5)})
     for expanded in (
         torch.zeros(5).expand(2, 3, 5),
         torch.zeros(()).expand(2, 3, 5),
         torch.zeros(5, 3, 2).permute(2, 1, 0),
     ):
-        for name in ("residual", "branch"):
+        for name in ("residual", "out_branch"):
             with pytest.raises(ArgumentError, match=f"{name} must be contiguous"):
                 call(**{**good, name: expanded})
 
@@ -331,7 +331,7 @@ def test_outputs_share_no_memory(call, dtype):
 @pytest.mark.parametrize("call", [linear_gate_residual_, reference.linear_gate_residual_])
 def test_outputs_have_no_gradient_to_lose(call):
     good = fresh("linear_gate_residual_")
-    for name in ("residual", "branch"):
+    for name in ("residual", "out_branch"):
         arguments = {**good, name: good[name].clone().requires_grad_()}
         with pytest.raises(ArgumentError, match=f"{name} requires a gradient"):
             call(**arguments)

@@ -92,6 +92,15 @@ def test_kernels_that_cannot_start_now_leave_it_to_the_op(seeded, kept):
     assert len(kept) == 1
 
 
+def test_whether_there_are_kernels_to_keep_is_asked_once(seeded, kept, monkeypatch):
+    asked: list[object] = []
+    monkeypatch.setattr("qandc_kernels.triton.linear.kept_starts", lambda *given: asked.append(given))
+    layer, call, x = layer_of(seeded), RepeatedLinear(), torch.randn(5, K, generator=seeded)
+    for _ in range(3):
+        assert torch.equal(call(x, *layer.values()), quantized_linear(x, *layer.values()))
+    assert len(asked) == 1
+
+
 CHANGES = {
     "dtype": lambda x, layer: (x.double().to(torch.bfloat16), layer),
     "shape": lambda x, layer: (x[:3], layer),

@@ -136,7 +136,7 @@ def test_refusals(change, message):
 @pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
 @pytest.mark.parametrize("shape", [(2, 64, 48, 64), (3, 35, 40, 96), (2, 1, 33, 32), (2, 256, 1152, 1152)], ids=str)
 def test_a_product_leaves_its_branch(kernel_device, shape, bits, seeded):
-    """``branch`` takes y before its gate; the residual is what it is without it."""
+    """``out_branch`` takes y before its gate; the residual is what it is without it."""
     if kernel_device.type == "cpu" and shape[2] == 1152:
         pytest.skip("too large for the interpreter")
     samples, tokens, n, _ = shape
@@ -148,12 +148,12 @@ def test_a_product_leaves_its_branch(kernel_device, shape, bits, seeded):
         for kept in {dtype, torch.float32}:
             actual = residual.to(kernel_device, copy=True)
             branch = torch.empty(y.shape, dtype=kept, device=kernel_device)
-            linear_gate_residual_(actual, gate=gate.to(kernel_device), **to(kernel_device, p), branch=branch)
+            linear_gate_residual_(actual, gate=gate.to(kernel_device), **to(kernel_device, p), out_branch=branch)
             assert_close(branch, y)
             assert_close(actual, expected, size=(gate.double().abs()[:, None] * y.abs()).max().item())
             if y.numel() < 1e5:
                 on_cpu, branch = residual.clone(), torch.empty(y.shape, dtype=kept)
-                reference.linear_gate_residual_(on_cpu, gate=gate, **p, branch=branch)
+                reference.linear_gate_residual_(on_cpu, gate=gate, **p, out_branch=branch)
                 assert_close(branch, y)
                 assert_close(on_cpu, expected, size=(gate.double().abs()[:, None] * y.abs()).max().item())
 
@@ -161,7 +161,7 @@ def test_a_product_leaves_its_branch(kernel_device, shape, bits, seeded):
 def test_a_branch_must_fit(seeded):
     p, _ = make_layer((2, 3, 8, 16), seeded)
     arguments = {"residual": torch.zeros(2, 3, 8), "gate": torch.ones(2, 8), **p}
-    with pytest.raises(ValueError, match=r"branch must have shape \(2, 3, 8\)"):
-        linear_gate_residual_(**arguments, branch=torch.zeros(2, 3, 7))
-    with pytest.raises(ValueError, match="branch must be contiguous"):
-        linear_gate_residual_(**arguments, branch=torch.zeros(2, 8, 3).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"out_branch must have shape \(2, 3, 8\)"):
+        linear_gate_residual_(**arguments, out_branch=torch.zeros(2, 3, 7))
+    with pytest.raises(ValueError, match="out_branch must be contiguous"):
+        linear_gate_residual_(**arguments, out_branch=torch.zeros(2, 8, 3).transpose(1, 2))
