@@ -14,8 +14,9 @@ from benchmarks.models import CANDIDATES, dit_xl_2, inputs
 from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
 from qandc import CacheConfig, apply_cache_to_dit, make_scheduler, prepare_run, remove_cache, sample_latents
 from qandc.caching.features import FeatureStore
-from qandc.fusion.fused_dit import FUSED
-from qandc.fusion.fused_step import FusedStep, Kept
+from qandc.fusion.fuse import FUSED
+from qandc.models.dit.fused import FusedStep
+from qandc.models.family import Kept
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
@@ -61,7 +62,7 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
     if ahead:
         prepare_run(model(), timestep[:1], labels)
         run = model().__dict__[FUSED].run
-        conditioning = {"modulations": run.modulations[0], "final": run.final[0]}
+        conditioning = {"modulations": run.tables[0][0], "final": run.tables[1][0]}
     compute = step.prepared if ahead else step
     timestep = timestep.float()
     with torch.no_grad():
@@ -71,7 +72,7 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
         what, _, form = kind.partition(" ")
         mode, sets, storage_dtype = FORMS[form]
         layers, branches = (1, 1) if mode == "block" else (len(step.blocks), 2)
-        shape = step.tokens_of(latents)
+        shape = step.residual_shape(latents)
         store = FeatureStore(sets, layers, branches, shape, latents.dtype, latents.device, storage_dtype)
         nbytes = store.nbytes
         places = [Kept(store, mode != "block", at) for at in range(sets)]
@@ -83,7 +84,7 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
         else:  # features of this very step in all sets, weights that add up to one: it must equal the compute step
             weights = torch.tensor([4 / 3, -1 / 3], device=DEVICE) if sets > 1 else None
             given = {"modulations": None, "final": None, **conditioning}
-            launch = lambda i: step.reuse(latents, timestep, labels, places[0], weights, **given)  # noqa: E731
+            launch = lambda i: step.reused(latents, timestep, labels, places[0], weights, **given)  # noqa: E731
 
     def error(y: torch.Tensor, i: int) -> float:
         return relative_error(y, expected)

@@ -18,7 +18,7 @@ from qandc.errors import (
     ProcessError,
     QandCError,
 )
-from qandc.fusion.fused_dit import fuse_dit, prepare_run, unfuse_dit
+from qandc.fusion.fuse import fuse, fuse_dit, prepare_run, unfuse, unfuse_dit
 from qandc.fusion.model_graph import graph, ungraph
 from qandc.method.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
 from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
@@ -81,6 +81,7 @@ __all__ = [
     "fashion_dit_preset",
     "fit_compensation",
     "format_schedule",
+    "fuse",
     "fuse_dit",
     "get_cache",
     "graph",
@@ -100,6 +101,7 @@ __all__ = [
     "save_quantized",
     "select_samples",
     "smoothing_factors",
+    "unfuse",
     "unfuse_dit",
     "ungraph",
     "uniform_schedule",

@@ -9,7 +9,7 @@ import torch
 
 import qandc
 from qandc import compensated_scheduler, fuse_dit, make_scheduler, sample_latents
-from qandc.fusion.fused_dit import unfuse_dit
+from qandc.fusion.fuse import unfuse_dit
 from qandc.sampling.affine_step import affine_coefficients, is_affine
 from qandc.sampling.loop import describe_run
 from qandc.variance_compensation import Compensation, FittedFor
@@ -82,7 +82,7 @@ def test_what_is_no_affine_step():
 @pytest.fixture
 def calls(monkeypatch):
     """On the CPU as if it had kernels; how often the kernel's op was called."""
-    for module in ("fusion.fused_dit", "sampling.loop"):
+    for module in ("fusion.fuse", "sampling.loop"):
         monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
     counted = []
 

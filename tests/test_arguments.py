@@ -495,6 +495,11 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "schedule": P([True], "[True] array_bool tensor_bool"),
         "timesteps": P([5], "None [-1] [10**30] tensor array"),
     },
+    "fuse": lambda: {
+        "transformer": P(quantized(calibrated=True)),
+        "cuda_graphs": P(True, FLAG),
+        "step_ranges": P(None, "None"),
+    },
     "fuse_dit": lambda: {
         "transformer": P(quantized(calibrated=True)),
         "cuda_graphs": P(True, FLAG),
@@ -524,7 +529,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "prepare_run": lambda: {
         "transformer": P(fused()),
         "timesteps": P(torch.tensor([9.0, 1.0]), "tensor tensor_[]"),
-        "class_labels": P(torch.tensor([1, 2])),
+        "conditions": P(torch.tensor([1, 2])),
     },
     "quantization_plan": lambda: {
         "model": P(dit(), "unet"),
@@ -572,6 +577,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "alpha": P(0.5, "0 1/2"),
         "skip_patterns": P(["norm"], f"{SKIPPED.legal} set()"),
     },
+    "unfuse": lambda: {"transformer": P(fused())},
     "unfuse_dit": lambda: {"transformer": P(fused())},
     "ungraph": lambda: {"model": P(qandc.graph(dit()))},
     "uniform_schedule": lambda: {

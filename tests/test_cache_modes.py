@@ -11,7 +11,7 @@ import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import qandc.fusion.fused_dit
+import qandc.fusion.fuse
 from qandc import (
     CacheConfig,
     CacheError,
@@ -31,10 +31,10 @@ from qandc import (
 )
 from qandc.caching.feature_cache import Action
 from qandc.caching.schedule import forecast_weights
-from qandc.fusion.fused_dit import FUSED
-from qandc.fusion.fused_step import FusedBlock
+from qandc.fusion.fuse import FUSED
 from qandc.method.schedule_calibration import _evenly, feature_gram
 from qandc.models.dit import DIT
+from qandc.models.dit.fused import FusedBlock
 from qandc_kernels import Backend
 from tests.conftest import make_dit
 from tests.test_fused_dit import make_quantized, relative_error
@@ -726,7 +726,7 @@ def test_schedules_that_cannot_be_calibrated():
         calibrate_schedule(model, DDIMInverseScheduler(steps_offset=0), [1], computed_steps=1, num_inference_steps=10)
     with pytest.raises(ConfigError, match="mode 'x' is unknown"):
         calibrate_schedule(model, scheduler, [1], mode="x", computed_steps=1, num_inference_steps=10)
-    with pytest.raises(ModelError, match="before fuse_dit"):
+    with pytest.raises(ModelError, match="before fuse"):
         calibrate_schedule(fuse_dit(make_quantized()), scheduler, [1], computed_steps=5, num_inference_steps=10)
 
 
@@ -735,7 +735,7 @@ def test_schedules_that_cannot_be_calibrated():
 
 @pytest.fixture
 def fused_anywhere(monkeypatch):
-    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
 
 
 BOUND = 3e-2  # of a whole forward in float32: roundings that differ, magnified by forecasts
@@ -759,7 +759,7 @@ def test_fused_equals_the_definition(fused_anywhere, monkeypatch, config, smooth
 @pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
 def test_fused_with_conditioning_ahead(fused_anywhere, monkeypatch, mode):
     """sample_latents prepares the run of a fused model; reuse steps look their gates up there."""
-    from qandc.fusion.conditioning import Conditioning
+    from qandc.models.dit.conditioning import Conditioning
 
     config = CacheConfig(mode, interval=3)
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})

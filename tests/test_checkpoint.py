@@ -40,7 +40,7 @@ from qandc import (
     save_quantized,
     smoothing_factors,
 )
-from qandc.fusion.fused_dit import FUSED
+from qandc.fusion.fuse import FUSED
 from qandc.method.checkpoint import _digest, _outline
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.utils import parametrize
 
-import qandc.fusion.fused_dit
+import qandc.fusion.fuse
 from qandc import (
     CacheConfig,
     ConfigError,
@@ -32,9 +32,9 @@ from qandc import (
     smoothing_factors,
     unfuse_dit,
 )
-from qandc.fusion.fused_dit import FUSED
-from qandc.fusion.fused_step import FusedBlock, FusedStep
+from qandc.fusion.fuse import FUSED
 from qandc.fusion.graphs import GraphCache
+from qandc.models.dit.fused import FusedBlock, FusedStep
 from qandc.quantization.conversion import quant_layers
 from qandc_kernels import Backend
 from tests.conftest import make_dit
@@ -89,7 +89,7 @@ def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False,
 @pytest.fixture
 def fused_anywhere(monkeypatch):
     """Take the fused path wherever the model is: with plain torch in the place of kernels on a CPU."""
-    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
 
 
 def relative_error(actual, expected):
@@ -144,7 +144,7 @@ def test_weight_only_modulation_stays_quantized(fused_anywhere, w_bits):
         expected = model(**make_inputs()).sample
         fuse_dit(model, cuda_graphs=False)
         assert relative_error(model(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
-    assert all(reason is None for reason in model.__dict__[FUSED].reasons)
+    assert not any(model.__dict__[FUSED].step(model).reasons.values())
     assert model.transformer_blocks[0].norm1.linear.qweight is weight
 
 
@@ -225,7 +225,7 @@ def test_a_gradient_is_passed_on_unfused(fused_anywhere, caplog):
 @torch.no_grad()
 def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, rows_at_once):
     """The same modulations to rounding, those of its own step for each, and with the same ones the same output."""
-    monkeypatch.setattr("qandc.fusion.conditioning.ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr("qandc.models.dit.conditioning.ROWS_AT_ONCE", rows_at_once)
     fused = fuse_dit(make_quantized(smoothing=smoothing))
     inputs = make_inputs()
     labels, timesteps = inputs["class_labels"], torch.tensor([999, 500, 20])
@@ -251,12 +251,12 @@ def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, row
     assert len(looked_up) == 4
     for other in ({"timestep": steps[1]}, {"timestep": prepared[1], "class_labels": labels.clone()}):
         assert torch.equal(fused(**inputs | other).sample, expected[1])
-    monkeypatch.setattr(qandc.fusion.fused_dit, "LARGEST_RUN", 1000)
+    monkeypatch.setattr("qandc.models.dit.fused.LARGEST_RUN", 1000)
     prepared = prepare_run(fused, timesteps, labels)
     assert torch.equal(fused(**inputs | {"timestep": prepared[1]}).sample, expected[1])
     assert len(looked_up) == 4
     assert [t.shape for t in prepare_run(fused, timesteps, labels[:0])] == [(0,)] * 3
-    with pytest.raises(ModelError, match="call fuse_dit first"):
+    with pytest.raises(ModelError, match="call fuse first"):
         prepare_run(make_dit(), timesteps, labels)
 
 
@@ -355,7 +355,7 @@ def test_on_a_cpu_the_model_runs_as_before_and_says_so(caplog):
         for _ in range(2):
             assert torch.equal(fused(**make_inputs()).sample, expected)
     assert [r.message for r in caplog.records if "unfused" in r.message] == [
-        "fuse_dit: the model runs unfused: on cpu there are no fused kernels "
+        "fuse: the model runs unfused: on cpu there are no fused kernels "
         "(plain torch: the kernels need a CUDA device, this is cpu)"
     ]
 
@@ -652,13 +652,13 @@ def test_no_graph_of_what_has_hooks(fused_anywhere, end):
     model = make_quantized()
     fused = fuse_dit(model)
     fused(**make_inputs())
-    assert fused.__dict__[FUSED].graphable
+    assert fused.__dict__[FUSED].step(fused).graphable
     kept = []
     model.get_submodule(end).register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
     inputs = make_inputs()
     inputs["hidden_states"] = inputs["hidden_states"].to(memory_format=torch.channels_last)
     fused(**inputs)
-    assert not fused.__dict__[FUSED].graphable
+    assert not fused.__dict__[FUSED].step(fused).graphable
     assert torch.equal(*kept[0])
 
 

@@ -27,8 +27,8 @@ from qandc import (
     quantize_model,
     remove_cache,
 )
-from qandc.fusion.fusable import why_not_block
 from qandc.fusion.model_graph import _Watch
+from qandc.models.dit.fusable import why_not_block
 from qandc.quantization import registration
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.lora import lora_for_quantized

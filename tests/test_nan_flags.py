@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import qandc.fusion.fused_dit
+import qandc.fusion.fuse
 from qandc import DataError, calibrate, fuse_dit, graph, quantize_model, sample_latents
 from qandc.quantization.linear import QuantLinear
 from qandc_kernels import Backend
@@ -65,10 +65,10 @@ def test_flags_are_not_saved_and_move_along():
 
 def test_attention_of_a_fused_block(monkeypatch):
     """The only place of a fused block where int8 hides NaN."""
-    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
     model = fuse_dit(make_static())
     expected = sample_latents(model, DDIMScheduler(), [1], **RUN)
-    original = qandc.fusion.fused_step.attention_quantize_per_tensor
+    original = qandc.models.dit.fused.attention_quantize_per_tensor
     calls = []
 
     def attention(q, k, v, *others):
@@ -78,7 +78,7 @@ def test_attention_of_a_fused_block(monkeypatch):
             v[0, 0, 0, 0] = float("nan")
         return original(q, k, v, *others)
 
-    monkeypatch.setattr(qandc.fusion.fused_step, "attention_quantize_per_tensor", attention)
+    monkeypatch.setattr(qandc.models.dit.fused, "attention_quantize_per_tensor", attention)
     with pytest.raises(DataError, match=r"^transformer_blocks\.1\.attn1\.to_out\.0 was given NaN"):
         sample_latents(model, DDIMScheduler(), [1], **RUN)
     assert torch.equal(sample_latents(model, DDIMScheduler(), [1], **RUN), expected)

@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-import qandc.fusion.fused_dit
+import qandc.fusion.fuse
 from qandc import (
     CacheConfig,
     Compensation,
@@ -22,7 +22,7 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
-from qandc.fusion.fused_dit import FUSED
+from qandc.fusion.fuse import FUSED
 from qandc.fusion.run_graph import why_no_run_graph
 from qandc.sampling.loop import describe_run
 from qandc.support.attach import paused
@@ -89,9 +89,9 @@ class AsIfReplayed:
 @pytest.fixture
 def as_if_replayed(monkeypatch):
     """A fused model on the CPU whose runs go through :class:`AsIfReplayed`."""
-    for module in ("fusion.fused_dit", "sampling.loop"):
+    for module in ("fusion.fuse", "sampling.loop"):
         monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
-    monkeypatch.setattr("qandc.sampling.loop.why_no_run_graph", lambda transformer, labels: None)
+    monkeypatch.setattr("qandc.sampling.loop.why_no_run_graph", lambda transformer, device: None)
     model = fuse_dit(make_quantized())
     model.__dict__[FUSED].run_graphs = AsIfReplayed()
     return model
@@ -120,26 +120,26 @@ def test_gains_that_were_written_to_are_others(as_if_replayed):
 
 
 def test_what_would_run_once_and_never_again_is_no_graph(monkeypatch):
-    monkeypatch.setattr(qandc.fusion.fused_dit, "select_backend", lambda device: Backend("triton", "as if"))
-    model, labels = fuse_dit(make_quantized()), torch.tensor([1, 2])
-    assert "CUDA graphs are off" in why_no_run_graph(model, labels)  # the last of the reasons, on a CPU
+    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
+    model, device = fuse_dit(make_quantized()), torch.device("cpu")
+    assert "CUDA graphs are off" in why_no_run_graph(model, device)  # the last of the reasons, on a CPU
     for register in (
         model.register_forward_hook,
         model.register_forward_pre_hook,
         torch.nn.modules.module.register_module_forward_hook,
     ):
         handle = register(lambda *args: None)
-        assert "hooks" in why_no_run_graph(model, labels)
+        assert "hooks" in why_no_run_graph(model, device)
         handle.remove()
     model.forward = lambda *args, **kwargs: None
-    assert "forward of its own" in why_no_run_graph(model, labels)
+    assert "forward of its own" in why_no_run_graph(model, device)
     del model.forward
     apply_cache_to_dit(model, config=CONFIGS["branch"])
     with paused(model):
-        assert "paused" in why_no_run_graph(model, labels)
+        assert "paused" in why_no_run_graph(model, device)
     with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in why_no_run_graph(model, labels)
-    assert "training" in why_no_run_graph(model.train(), labels)
+        assert "autocast" in why_no_run_graph(model, device)
+    assert "training" in why_no_run_graph(model.train(), device)
 
 
 def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):

@@ -33,7 +33,7 @@ from qandc.experiments.many_images import ImageDrawer, describe_pipeline
 from qandc.experiments.processes import Processes
 from qandc.experiments.scores import Scorer, load_images
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
-from qandc.fusion.fused_dit import fuse_dit
+from qandc.fusion.fuse import fuse
 from qandc.method.pipeline_calibration import calibrate_pipeline
 from qandc.method.presets import Preset, is_finished
 from qandc.method.settings import CalibrationSettings
@@ -274,7 +274,7 @@ class _Experiment:
             model = preset.quantize(copy.deepcopy(model))
             if self.device.type == "cuda":
                 torch.nn.Module.to(self.pipe.transformer, "cpu")  # so that it does not count as memory of this row
-                fuse_dit(model)
+                fuse(model)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         if kind.cached:

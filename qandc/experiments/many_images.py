@@ -14,7 +14,7 @@ from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.errors import OutputError, ProcessError
 from qandc.experiments.processes import Processes
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
-from qandc.fusion.fused_dit import fuse_dit
+from qandc.fusion.fuse import fuse
 from qandc.method.presets import Preset
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.sampling.pipelines import fingerprint
@@ -152,7 +152,7 @@ def sample_file(
         if preset is not None:
             preset.quantize(model)
             if model.device.type == "cuda":
-                fuse_dit(model)
+                fuse(model)
             apply_cache_to_dit(model, config=preset.schedule.config())
             stack.callback(remove_cache, model)
         run = {"num_inference_steps": steps, "guidance_scale": guidance_scale}

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.errors import ModelError
-from qandc.fusion.fused_dit import FUSED
+from qandc.fusion.fuse import FUSED
 from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import attachments, class_before, derived_class
@@ -235,7 +235,7 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS
         ConfigError: the limit is not an integer from 1 to 1024.
     """
     if GRAPHED in model.__dict__ or FUSED in model.__dict__:
-        raise ModelError(f"this {type(model).__name__} has graphs already; call ungraph or unfuse_dit first")
+        raise ModelError(f"this {type(model).__name__} has graphs already; call ungraph or unfuse first")
     if "forward" in model.__dict__ or model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
         raise ModelError(
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qandc.fusion.fused_dit import FUSED
+from qandc.fusion.fuse import FUSED
 from qandc.quantization.conversion import quant_layers
 
 __all__ = ["lower_nan_flags", "raised_nan_flag"]

@@ -10,29 +10,29 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.cache import get_cache
-from qandc.fusion.fused_dit import FUSED, why_not_now
+from qandc.fusion.fuse import FUSED, why_not_here
 from qandc.support.attach import has_other_forward
 
 __all__ = ["run_as_graph", "why_no_run_graph"]
 
 
-def why_no_run_graph(transformer: Any, class_labels: torch.Tensor) -> str | None:
-    """Why many forwards of this transformer can't be one CUDA graph, or None."""
+def why_no_run_graph(transformer: Any, device: torch.device) -> str | None:
+    """Say why many forwards of this transformer can't be one CUDA graph, or None."""
     fused = transformer.__dict__.get(FUSED)
     if fused is None:
-        return "the transformer is not fused (fuse_dit)"
+        return "the transformer is not fused (fuse)"
     cache = get_cache(transformer)
     if cache is not None and cache.paused:
         return "the feature cache is paused"
-    reason = why_not_now(transformer, class_labels, class_labels, class_labels, None)
+    reason = why_not_here(transformer, device)
     if reason is not None:
         return reason
     hooked = transformer._forward_hooks or transformer._forward_pre_hooks or _has_any_global_hook()
     if hooked or has_other_forward(transformer):
         return "the transformer has hooks or a forward of its own, which would run once and never again"
     with torch.inference_mode(False), torch.no_grad():
-        graphable = fused.cuda_graphs and fused.step(transformer) is not None and fused.graphable
-    if not graphable or not class_labels.is_cuda:
+        step = fused.step(transformer) if fused.cuda_graphs and device.type == "cuda" else None
+    if step is None or not step.graphable:
         return "CUDA graphs are off, or parts of the model run unfused (quantization_report)"
     return None
 

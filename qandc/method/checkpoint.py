@@ -30,11 +30,10 @@ from torch import nn
 
 from qandc.caching.schedule import CalibratedSchedule
 from qandc.errors import ConfigError, ModelError, OutputError
-from qandc.fusion.fusable import check_ranges
 from qandc.quantization.conversion import quant_layers, quantization_report
 from qandc.quantization.fused_projections import keep_fused_quantized
 from qandc.quantization.linear import OPTIONAL_BUFFERS, skeleton_layer
-from qandc.quantization.ranges import StepRanges
+from qandc.quantization.ranges import StepRanges, check_step_ranges
 from qandc.sampling.pipelines import resolve_device
 from qandc.support.arguments import check_fields, checked
 from qandc.support.attach import original_class
@@ -63,7 +62,7 @@ class QuantizedCheckpoint:
         model: the quantized transformer, in eval mode.
         schedule: for ``apply_cache_to_dit(model, config=schedule.config())``, or None.
         compensation: for ``sample_latents`` and ``compensated_scheduler``, or None.
-        step_ranges: for ``fuse_dit(model, step_ranges=...)``, or None.
+        step_ranges: for ``fuse(model, step_ranges=...)``, or None.
     """
 
     model: nn.Module
@@ -110,7 +109,7 @@ def save_quantized(
     if schedule is not None:
         schedule.config()  # refuses what could not be loaded
     if step_ranges is not None:
-        check_ranges(step_ranges, quant_layers(model))
+        check_step_ranges(step_ranges, quant_layers(model))
     partial, replaced = (
         directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.{end}") for end in ("new", "old")
     )

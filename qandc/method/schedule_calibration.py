@@ -11,7 +11,7 @@ import torch
 
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
 from qandc.errors import ConfigError, DataError, ModelError
-from qandc.fusion.fused_dit import is_fused
+from qandc.fusion.fuse import is_fused
 from qandc.models import Family, family_of
 from qandc.models.family import arguments_of
 from qandc.sampling.loop import Guidance, check_sampling, sample_latents, set_timesteps
@@ -111,7 +111,7 @@ def feature_gram(
     :func:`qandc.schedule.optimal_schedule` takes it; modes "branch" and "taylor" have the same.
     """
     if is_fused(transformer):
-        raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse_dit")
+        raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse")
     class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
     with paused(transformer), eager():
         family = family_of(transformer)

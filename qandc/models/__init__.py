@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from qandc.models.dit import DIT
+from qandc.models.dit import DIT, takes_class_labels
 from qandc.models.family import Family
 from qandc.models.pixart import PIXART
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "takes_class_labels"]
 
 FAMILIES = {family.transformer: family for family in (DIT, PIXART)}
 

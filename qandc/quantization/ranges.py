@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from qandc.errors import ConfigError
 from qandc.support.arguments import check_fields
 
-__all__ = ["ESTIMATORS", "Histogram", "RangeConfig", "StepRanges", "estimate_range"]
+__all__ = ["ESTIMATORS", "Histogram", "RangeConfig", "StepRanges", "check_step_ranges", "estimate_range"]
 
 ESTIMATORS = ("minmax", "percentile", "mse")
 MOST_STEPS = 10_000
@@ -53,6 +53,24 @@ class StepRanges:
         for name, values in (*self.scales.items(), *self.zero_points.items()):
             if values.shape != steps:
                 raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
+
+
+def check_step_ranges(ranges: StepRanges, layers: Collection[str]) -> None:
+    """Refuse ranges that kernels cannot take, or of layers that are not among ``layers``."""
+    if not ranges.scales:
+        raise ConfigError("step_ranges has no scales; give those of at least one layer")
+    unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
+    if unknown:
+        raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
+    for name, values in (*ranges.scales.items(), *ranges.zero_points.items()):
+        if not torch.isfinite(values).all():
+            raise ConfigError(f"step_ranges of {name} must be finite numbers")
+    positive = all((scale > 0).all() for scale in ranges.scales.values())
+    if not positive or not ranges.zero_points.keys() <= ranges.scales.keys():
+        raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
+    for name, values in ranges.zero_points.items():
+        if values.is_floating_point() or not (values.abs() <= 128).all() or (values == 128).any():
+            raise ConfigError(f"zero points of {name} in step_ranges must be integers from -128 to 127")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 from qandc.cache import get_cache
 from qandc.errors import ConfigError, DataError, ModelError
-from qandc.fusion.fused_dit import is_fused, prepare_run
+from qandc.fusion.fuse import is_fused, prepare_run
 from qandc.fusion.nan_flags import lower_nan_flags, raised_nan_flag
 from qandc.fusion.run_graph import run_as_graph, why_no_run_graph
 from qandc.quantization.conversion import quant_layers
@@ -184,14 +184,14 @@ class _Loop:
     generators: Sequence[torch.Generator]
     device: torch.device
 
-    def why_no_graph(self, labels: torch.Tensor) -> str | None:
+    def why_no_graph(self) -> str | None:
         """Why these steps can't be replayed from one CUDA graph, or None."""
         reason = why_not_plain_ddim(self.scheduler)
         if reason is not None:
             return reason
         if self.callback is not None or self.custom is not None:
             return "a callback or a corrector of your own runs in every step"
-        return why_no_run_graph(self.transformer, labels)
+        return why_no_run_graph(self.transformer, self.device)
 
     def key(self) -> Hashable:
         """What a graph of these steps depends on beside shapes, labels, noise and the layers."""
@@ -351,7 +351,7 @@ def sample_latents(
         generators,
         device,
     )
-    why_no_graph = loop.why_no_graph(labels) if cuda_graph else None
+    why_no_graph = loop.why_no_graph() if cuda_graph else None
     if why_no_graph is not None:
         logger.warning("the run is no CUDA graph: %s", why_no_graph)
     lower_nan_flags(transformer)

@@ -10,14 +10,28 @@ Nothing here waits for the GPU once a step is built, so a CUDA graph can hold it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from qandc.caching.features import FeatureStore, Target
-from qandc.fusion.conditioning import Conditioning
+from qandc.caching.features import Target
+from qandc.errors import DataError
+from qandc.models.dit.conditioning import Conditioning
+from qandc.models.dit.fusable import (
+    BLOCK_LAYERS,
+    OUTPUT,
+    Watch,
+    is_batchable,
+    is_graphable,
+    is_plain_embedding,
+    why_not_block,
+    why_not_output,
+)
+from qandc.models.family import Call, Kept, Launch
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc_kernels import (
@@ -31,6 +45,10 @@ from qandc_kernels import (
 
 __all__ = ["FusedStep"]
 
+logger = logging.getLogger(__name__)
+
+LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
+ARGUMENTS = ("hidden_states", "timestep", "class_labels")
 WITH_RANGES = ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # whose ranges a fused block uses
 
 
@@ -74,17 +92,6 @@ class Product(NamedTuple):
         if target is not None and branch is not target.values:
             assert branch is not None
             target.store_(branch)
-
-
-class Kept(NamedTuple):
-    """Where a step keeps its features for later ones: a set of ``store``, of every branch or of all blocks together."""
-
-    store: FeatureStore
-    branches: bool
-    at: int = 0
-
-    def target(self, layer: int, branch: int) -> Target:
-        return self.store.target(self.at, layer, branch)
 
 
 class Ranges(NamedTuple):
@@ -189,48 +196,117 @@ class PatchEmbedding:
 
 
 class FusedStep:
-    """What ``DiTTransformer2DModel.forward`` computes, block by block fused where it can be.
+    """Compute what ``DiTTransformer2DModel.forward`` does, block by block fused where it can be.
 
     Args:
         transformer: the model; its weights are used where they are, those of q, k, v and of the conditioning become
             parts of larger tensors.
-        fused: for each block, whether it runs fused; else the module itself is called.
-        fused_output: whether the output projection runs fused.
-        batched_conditioning: whether the embedders and adaLN layers are plain linear layers of one shape.
-        plain_embedding: whether the patch embedding is that of DiT, with nothing wrapped around it.
         ranges: of each step, instead of those in the layers.
     """
 
-    def __init__(
-        self,
-        transformer: Any,
-        fused: Sequence[bool],
-        fused_output: bool,
-        batched_conditioning: bool,
-        plain_embedding: bool,
-        ranges: StepRanges | None = None,
-    ) -> None:
+    def __init__(self, transformer: Any, ranges: StepRanges | None = None) -> None:
+        self.reasons: Mapping[str, str | None] = self.why_not(transformer, ranges)
+        blocks = list(transformer.transformer_blocks)
+        fused = [self.reasons[f"transformer_blocks.{i}.{BLOCK_LAYERS[0]}"] is None for i in range(len(blocks))]
+        batched = is_batchable(blocks)
+        self.graphable = all(fused) and batched and is_graphable(transformer)
         self.transformer = transformer
         self.device = transformer.proj_out_1.bias.device
         self.table = None if ranges is None else StepRangeTable(ranges, self.device)
         self.blocks: list[Any] = []
-        self.nan_flags = torch.zeros(len(fused), dtype=torch.int32, device=self.device)  # one a block
-        for i, block in enumerate(transformer.transformer_blocks):
+        self.flags = torch.zeros(len(blocks), dtype=torch.int32, device=self.device)  # one a block, of NaN
+        for i, block in enumerate(blocks):
             if not fused[i]:
                 self.blocks.append(block)
                 continue
             prefix = f"transformer_blocks.{i}."
             found = {name: self._ranges(prefix + name, block.get_submodule(name)) for name in WITH_RANGES}
-            self.blocks.append(FusedBlock(block, found, self.nan_flags[i]))
+            self.blocks.append(FusedBlock(block, found, self.flags[i]))
         smoothing = [block.smoothing if isinstance(block, FusedBlock) else (None, None) for block in self.blocks]
-        self.conditioning = Conditioning(transformer, fused, batched_conditioning, smoothing)
+        self.conditioning = Conditioning(transformer, fused, batched, smoothing)
         self.embedding: PatchEmbedding | None = None
-        if plain_embedding:
+        if is_plain_embedding(transformer.pos_embed):
             self.embedding = PatchEmbedding(transformer.pos_embed)
         self.fast = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
-        self.output: Product | None = None
-        if fused_output:
-            self.output = _product(transformer.proj_out_2, self._ranges("proj_out_2", transformer.proj_out_2))
+        self.projection: Product | None = None
+        if self.reasons[OUTPUT] is None:
+            self.projection = _product(transformer.proj_out_2, self._ranges(OUTPUT, transformer.proj_out_2))
+        self._watch = Watch(transformer)  # only now: building has moved some weights together
+
+    @staticmethod
+    def why_not(transformer: Any, ranges: StepRanges | None) -> dict[str, str | None]:
+        reasons: dict[str, str | None] = {}
+        for i, block in enumerate(transformer.transformer_blocks):
+            prefix = f"transformer_blocks.{i}."
+            reasons |= dict.fromkeys((prefix + name for name in BLOCK_LAYERS), why_not_block(block, prefix, ranges))
+        no_block = None if None in reasons.values() else "no block runs fused"
+        return {**reasons, OUTPUT: no_block or why_not_output(transformer, ranges)}
+
+    @staticmethod
+    def why_not_call(call: Call) -> str | None:
+        latents, timestep, labels = (call.get(name) for name in ("hidden_states", "timestep", "class_labels"))
+        others = {name for name, value in call.items() if value is not None} - {*ARGUMENTS, "return_dict"}
+        if latents is None or timestep is None or labels is None or others:
+            return f"it was called without {', '.join(ARGUMENTS)}, or with {', '.join(sorted(others)) or 'others'}"
+        batch = len(latents)
+        if labels.dtype not in (torch.int32, torch.int64) or labels.shape not in ((batch,), (1,)):
+            return f"class_labels are {labels.dtype} {tuple(labels.shape)}, not one integer per row"
+        if not isinstance(timestep, torch.Tensor) or timestep.shape not in ((batch,), (1,)):
+            return "timestep is no tensor with one value, or one per row"
+        return None
+
+    @staticmethod
+    def check_conditions(conditions: torch.Tensor) -> None:
+        if conditions.ndim != 1 or conditions.is_floating_point():
+            found = f"{list(conditions.shape)} of {conditions.dtype}"
+            raise DataError(f"class labels of a run are [B] integers; got {found}")
+
+    def unchanged(self) -> bool:
+        return self._watch.unchanged()
+
+    def inputs(self, call: Call) -> tuple[torch.Tensor, ...]:
+        latents, timestep, labels = (call[name] for name in ARGUMENTS)
+        batch = len(latents)
+        # float32 as the embedder makes of it; expanded as broadcasting would
+        timestep = timestep.to(latents.device, torch.float32).expand(batch)
+        return latents, timestep, labels.to(torch.int64).expand(batch)
+
+    def compute(self, ahead: tuple[torch.Tensor, ...], kept: Kept | None) -> Launch:
+        kind = (bool(ahead), kept and (kept.store.serial, kept.at))
+        function = self.prepared if ahead else self
+        return Launch(kind, function if kept is None else functools.partial(function, kept=kept), ahead)
+
+    def reuse(self, ahead: tuple[torch.Tensor, ...], kept: Kept, weights: torch.Tensor | None) -> Launch:
+        modulations, final = ahead or (None, None)
+        named = {"weights": weights, "modulations": modulations if kept.branches else None, "final": final}
+        given = {name: tensor for name, tensor in named.items() if tensor is not None}
+
+        def function(
+            latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, *extra: torch.Tensor
+        ) -> torch.Tensor:
+            return self.reused(latents, timestep, labels, kept, **dict(zip(given, extra, strict=True)))
+
+        return Launch(("reuse", kept.store.serial, *given), function, tuple(given.values()))
+
+    def prepare(self, timesteps: torch.Tensor, conditions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dtype = self.transformer.dtype
+        needed = self.conditioning.bytes_of_run(len(timesteps), len(conditions), dtype)
+        if needed > LARGEST_RUN:
+            logger.info("conditioning of this run would take %.1f GiB: computed step by step", needed / 2**30)
+            return ()
+        return self.conditioning.of_run(timesteps, conditions, dtype)
+
+    def output(self, prediction: torch.Tensor) -> Any:
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=prediction)
+
+    def nan_flags(self) -> dict[str, torch.Tensor]:
+        return {
+            f"transformer_blocks.{i}.attn1.to_out.0": block.nan_flag
+            for i, block in enumerate(self.blocks)
+            if isinstance(block, FusedBlock)
+        }
 
     def _ranges(self, name: str, layer: QuantLinear) -> Ranges:
         if self.table is not None and name in self.table.index:
@@ -303,17 +379,17 @@ class FusedStep:
             kept.target(0, 0).store_(x - embedded)
         return self._unpatchify(self._project(x, next(modulations)))
 
-    def reuse(
+    def reused(
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         kept: Kept,
-        weights: torch.Tensor | None,
-        modulations: torch.Tensor | None,
-        final: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
+        modulations: torch.Tensor | None = None,
+        final: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A step that computes no block: ``kept`` has what they would add.
+        """Take a step that computes no block: ``kept`` has what they would add.
 
         ``weights [S]`` of a forecast; ``modulations [L, B, 6 D]`` and ``final [B, 2 D]`` of this step are computed here
         if they are not given.
@@ -336,8 +412,7 @@ class FusedStep:
             return self.embedding(latents), True
         return self.transformer.pos_embed(latents), False
 
-    def tokens_of(self, latents: torch.Tensor) -> tuple[int, int, int]:
-        """Shape of the residual stream, ``[B, tokens, D]``."""
+    def residual_shape(self, latents: torch.Tensor) -> tuple[int, int, int]:
         patch = self.transformer.patch_size
         return len(latents), (latents.shape[2] // patch) * (latents.shape[3] // patch), self.transformer.inner_dim
 
@@ -345,14 +420,14 @@ class FusedStep:
         """Normalize, modulate and project to patches ``[B, tokens, p · p · out_channels]``."""
         transformer = self.transformer
         shift, scale = final.chunk(2, dim=1)
-        if self.output is None:
+        if self.projection is None:
             return transformer.proj_out_2(transformer.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
         smoothing = transformer.proj_out_2.smoothing
         if smoothing is not None:
             shift, scale = shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
-        q_scale, zero_point = self.output.x_scale, self.output.x_zero_point
+        q_scale, zero_point = self.projection.x_scale, self.projection.x_zero_point
         xq = adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, transformer.norm_out.eps)
-        return self.output(xq, x.dtype)
+        return self.projection(xq, x.dtype)
 
     def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         side = int(patches.shape[1] ** 0.5)

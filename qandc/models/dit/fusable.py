@@ -10,15 +10,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from qandc.errors import ConfigError
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc.support.attach import original_class
 
 __all__ = [
     "BLOCK_LAYERS",
+    "OUTPUT",
     "Watch",
-    "check_ranges",
     "is_batchable",
     "is_graphable",
     "is_plain_embedding",
@@ -28,6 +27,7 @@ __all__ = [
 
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward", "eps")
+OUTPUT = "proj_out_2"
 BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
@@ -126,7 +126,7 @@ def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
     """Why the last norm and projection can't run fused, or None."""
     if not _plain_norm(transformer.norm_out):
         return "norm_out is not a LayerNorm without weights"
-    reason = _why_not_layer("proj_out_2", transformer.proj_out_2, "", ranges)
+    reason = _why_not_layer(OUTPUT, transformer.proj_out_2, "", ranges)
     return reason or _touched(transformer.proj_out_2) or _touched(transformer.norm_out)
 
 
@@ -190,29 +190,6 @@ def is_batchable(blocks: list[Any]) -> bool:
     return (
         len(alike) == 1 and len({tuple(p.shape for p in norm.parameters()) for norm in norms if norm is not None}) == 1
     )
-
-
-def check_ranges(ranges: StepRanges, layers: dict[str, QuantLinear]) -> None:
-    """Refuse ranges of layers that are not there, or not one per timestep."""
-    steps = ranges.timesteps.shape
-    if len(steps) != 1 or steps[0] == 0 or not torch.isfinite(ranges.timesteps).all():
-        raise ConfigError(f"step_ranges.timesteps must be [S] finite numbers with S > 0; got shape {tuple(steps)}")
-    if not ranges.scales:
-        raise ConfigError("step_ranges has no scales; give those of at least one layer")
-    unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
-    if unknown:
-        raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
-    for name, values in (*ranges.scales.items(), *ranges.zero_points.items()):
-        if values.shape != steps or not torch.isfinite(values).all():
-            raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
-    if (
-        not all((scale > 0).all() for scale in ranges.scales.values())
-        or not ranges.zero_points.keys() <= ranges.scales.keys()
-    ):
-        raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
-    for name, values in ranges.zero_points.items():
-        if values.is_floating_point() or not (values.abs() <= 128).all() or (values == 128).any():
-            raise ConfigError(f"zero points of {name} in step_ranges must be integers from -128 to 127")
 
 
 class Watch:

@@ -1,0 +1,335 @@
+"""Run a quantized, calibrated transformer on the fused kernels of its family and CUDA graphs: :func:`fuse`.
+
+As with the feature cache, the model is not forked: while fused it is an instance of a subclass of its own class that
+overrides ``forward``. Attributes, parameters and state-dict keys stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qandc.cache import detached_cache, get_cache
+from qandc.caching.feature_cache import Action, FeatureCache
+from qandc.errors import ConfigError, DataError, ModelError
+from qandc.fusion.graphs import GraphCache
+from qandc.models import FAMILIES, Family, family_of, takes_class_labels
+from qandc.models.family import Kept, Program, arguments_of, forward_of
+from qandc.quantization.conversion import quant_layers
+from qandc.quantization.ranges import StepRanges, check_step_ranges
+from qandc.support.arguments import Model, checked
+from qandc.support.attach import Attachment, class_before, derived_class
+from qandc_kernels import select_backend
+
+__all__ = ["FUSED", "fuse", "fuse_dit", "is_fused", "prepare_run", "unfuse", "unfuse_dit", "why_not_here"]
+
+logger = logging.getLogger(__name__)
+
+FUSED = "_qandc_fused"  # the attribute that holds what fuse knows of a model
+
+LONGEST = 1 << 20  # steps, and samples, of a run whose conditioning is computed ahead
+RUN_GRAPHS = 2  # each may hold conditioning of that run, and the features of a cache
+
+
+class _Fused(Attachment):
+    """Hold the state of a fused transformer: a program for the layers as they are now, and graphs of it."""
+
+    def __init__(self, family: Family, cuda_graphs: bool, ranges: StepRanges | None) -> None:
+        self.family = family
+        self.cuda_graphs = cuda_graphs
+        self.ranges = ranges
+        self.graphs = GraphCache()
+        self.run_graphs = GraphCache(RUN_GRAPHS, self.graphs.turn)
+        self.launching: int | None = None  # the thread that launches kernels one by one, within a graph of a whole run
+        self.run: _Run | None = None
+        self._step: Program | None = None
+        self._said: set[str] = set()
+
+    @property
+    def program(self) -> type[Program]:
+        assert self.family.program is not None  # fuse has seen to it
+        return self.family.program
+
+    def __deepcopy__(self, memo: Any) -> _Fused:
+        return _Fused(self.family, self.cuda_graphs, self.ranges)  # a copy of the model builds its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Fused, (self.family, self.cuda_graphs, self.ranges)
+
+    def say(self, reason: str) -> None:
+        """Log a reason once."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("fuse: %s", reason)
+
+    def drop(self) -> None:
+        """Forget what was built; the next forward builds it again."""
+        self._step = self.run = None
+        self.graphs.clear()
+        self.run_graphs.clear()
+
+    def step(self, transformer: Any, reusing: bool = False) -> Any:
+        """Return the program, built anew whenever layers have changed since; None where no layer can run fused.
+
+        Reuse steps of a cache take the program of their compute step and do not look for changes.
+        """
+        if self._step is not None and (reusing or self._step.unchanged()):
+            return self._step
+        self.drop()
+        reasons = self.program.why_not(transformer, self.ranges)
+        for reason, count in Counter(reasons.values()).items():
+            if reason is not None:
+                self.say(f"{count} layers run unfused: {reason}")
+        if None not in reasons.values():
+            return None
+        self._step = self.program(transformer, self.ranges)
+        if self.cuda_graphs and not self._step.graphable:
+            self.say("no CUDA graphs, as parts of the model run unfused")
+        return self._step
+
+    def nan_flags(self) -> dict[str, torch.Tensor]:
+        """Map names of layers to the flag of the fused kernel that feeds them, for the program that is built."""
+        return {} if self._step is None else self._step.nan_flags()
+
+    def covers_all(self) -> bool:
+        """Tell whether fused kernels run every quantized layer."""
+        step = self._step
+        return step is not None and step.graphable and not any(step.reasons.values())
+
+    def runs(self, name: str) -> bool:
+        """Tell whether fused kernels run the layer of this name."""
+        return self._step is not None and self._step.reasons.get(name, "") is None
+
+    def kernels_of(self, model: nn.Module) -> dict[str, tuple[str, str]]:
+        reasons, layers = self.program.why_not(model, self.ranges), quant_layers(model)
+        found = {name: reasons[name] for name in layers if name in reasons}
+        return {name: ("unfused", why) if why else ("fused", "in a fused program") for name, why in found.items()}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Hold what was computed ahead for the steps whose timestep and conditions are these very tensors."""
+
+    timesteps: tuple[torch.Tensor, ...]
+    conditions: torch.Tensor
+    tables: tuple[torch.Tensor, ...]  # [S, ...] each
+
+    def find(self, timestep: Any, conditions: Any, batch: int) -> tuple[torch.Tensor, ...]:
+        """Return the part of a step, or nothing."""
+        if conditions is self.conditions and batch == len(conditions):
+            for i, known in enumerate(self.timesteps):
+                if timestep is known:
+                    return tuple(table[i] for table in self.tables)
+        return ()
+
+
+class _FusedTransformer(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        fused: _Fused = getattr(self, FUSED)
+        cache, call = get_cache(self), arguments_of(self, args, kwargs)
+        latents = call.get("hidden_states")
+        if not isinstance(latents, torch.Tensor):
+            return super().forward(*args, **kwargs)  # which says what is missing
+        reason = why_not_here(self, latents.device) or fused.program.why_not_call(call)
+        if reason is None and torch.is_grad_enabled() and latents.requires_grad:
+            reason = "its input carries a gradient, which fused kernels do not pass on"
+        step = None
+        # weights prepared in inference mode could not be used outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            if reason is None:
+                step = fused.step(self, cache is not None and cache.plan.action is Action.REUSE)
+            if step is not None and cache is not None and not step.graphable:
+                step, reason = None, "with a feature cache all of it must be fusable"
+            if step is not None:
+                output = _run(fused, step, call, cache)
+        if step is None:
+            if reason is not None:
+                fused.say(f"the model runs unfused: {reason}")
+            return super().forward(*args, **kwargs)
+        return step.output(output) if call.get("return_dict", True) else (output,)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        getattr(self, FUSED).drop()  # .to() replaces tensors that the program and its graphs hold
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        getattr(self, FUSED).drop()  # called also where a module that holds this one is loaded
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def why_not_here(transformer: Any, device: torch.device) -> str | None:
+    """Say why no forward can run fused on this device as things are, or None."""
+    backend = select_backend(device)
+    if backend.name != "triton":
+        return f"on {device} there are no fused kernels ({backend.reason})"
+    if transformer.training:
+        return "it is in training mode; call eval()"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on; convert the model to the dtype you want instead"
+    return None
+
+
+def _run(fused: _Fused, step: Program, call: Any, cache: FeatureCache | None) -> torch.Tensor:
+    inputs = step.inputs(call)
+    latents = inputs[0]
+    ahead: tuple[torch.Tensor, ...] = ()
+    if fused.run is not None:
+        ahead = fused.run.find(call["timestep"], call[fused.family.run_key], len(latents))
+    if cache is None or cache.plan.action is Action.COMPUTE:
+        launch = step.compute(ahead, None)
+    else:
+        store = cache.store(step.residual_shape(latents), latents.dtype, latents.device)
+        kept, weights = Kept(store, cache.config.mode != "block", cache.plan.at), cache.weights(latents.device)
+        reusing = cache.plan.action is Action.REUSE
+        launch = step.reuse(ahead, kept, weights) if reusing else step.compute(ahead, kept)
+    inputs = (*inputs, *launch.extra)
+    graphs = latents.is_cuda and fused.cuda_graphs and step.graphable and len(latents) > 0
+    graphs = graphs and fused.launching != threading.get_ident()
+    if graphs and not torch.cuda.is_current_stream_capturing():
+        return fused.graphs(launch.function, inputs, kind=launch.kind)
+    with torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext():
+        return launch.function(*inputs)
+
+
+@checked
+def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
+    """Run a quantized, calibrated transformer of diffusers, a DiT, on fused kernels, in the unmodified pipeline too.
+
+    A block becomes seven launches without an int32 or a 16-bit copy of int8 data in between, the conditioning of all
+    blocks a few batched products, a forward one CUDA graph for each batch size and resolution (at most 8 are kept).
+    Results equal those of the unfused model to rounding. Weights are used where they are, those of q, k, v and of the
+    adaLN layers become parts of larger tensors; no weight is stored twice.
+
+    A block that can't run fused (a layer is not quantized or has no static range, activations of fewer than 8 bits,
+    hooks, LoRA, parametrizations, another attention processor) runs as before, then without CUDA graphs, and
+    ``quantization_report`` says why. On a CPU, under autocast and in training mode the whole model does, and logs it.
+    Changes to modules, hooks, ranges, dtype or device are noticed; writing into a tensor of a layer need not be, unless
+    ``load_state_dict`` of the transformer, or of a module that holds it, does so.
+
+    Args:
+        transformer: a diffusers DiT after :func:`qandc.quantize_model` and :func:`qandc.calibrate`; changed in place.
+        cuda_graphs: False launches kernels one by one.
+        step_ranges: activation ranges that change from step to step, instead of those in the layers.
+
+    Returns:
+        ``transformer``. :func:`unfuse` makes it again what it was.
+
+    Raises:
+        ModelError: there are no fused kernels for this class, it is not quantized, no block is calibrated, it is in
+            training mode, or fused already.
+        ConfigError: ``step_ranges`` names layers that are not there, or not one range per timestep.
+    """
+    family = family_of(transformer)
+    if family is None or family.program is None:
+        known = " and ".join(name for name, family in FAMILIES.items() if family.program is not None)
+        raise ModelError(
+            f"there are fused kernels for diffusers' {known}; got {type(transformer).__name__} "
+            "(of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile)"
+        )
+    if FUSED in transformer.__dict__:
+        raise ModelError("this transformer is fused already; call unfuse(transformer) first")
+    if "forward" in transformer.__dict__:
+        raise ModelError(
+            "forward of this transformer was replaced (by accelerate's offload hooks, for example); fuse first"
+        )
+    if forward_of(transformer).__qualname__ != f"{family.transformer}.forward":
+        raise ModelError(f"{type(transformer).__name__} has a forward of its own, which fuse does not know")
+    if transformer.training:
+        raise ModelError("this transformer is in training mode; call transformer.eval() first")
+    layers = quant_layers(transformer)
+    if not layers:
+        raise ModelError("this transformer is not quantized; call quantize_model and calibrate first")
+    if step_ranges is not None:
+        check_step_ranges(step_ranges, layers)
+    reasons = family.program.why_not(transformer, step_ranges)
+    if None not in reasons.values():
+        raise ModelError(f"no block of this transformer can run fused: {next(iter(reasons.values()))}")
+    for name in () if step_ranges is None else step_ranges.scales:
+        why = reasons.get(name, "it runs as it is in any case")
+        if why is not None:
+            raise ConfigError(f"step_ranges names {name}, which does not run fused ({why}); leave it out")
+    fused = _Fused(family, cuda_graphs, step_ranges)
+    with detached_cache(transformer):  # fusion is the inner of the two
+        base: Any = type(transformer)
+        setattr(transformer, FUSED, fused)
+        transformer.__class__ = derived_class(_FusedTransformer, base)
+    return transformer
+
+
+fuse_dit = fuse  # its name before other models could have fused kernels
+
+
+def is_fused(transformer: nn.Module) -> bool:
+    """Tell whether :func:`fuse` was called for this transformer."""
+    return FUSED in transformer.__dict__
+
+
+@takes_class_labels
+@checked
+def prepare_run(transformer: Model, timesteps: torch.Tensor, conditions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Compute the conditioning of a whole denoising run ahead, in a few large products instead of some in each step.
+
+    :func:`qandc.sample_latents` does so by itself. Otherwise a step computes its own, in part beside its first blocks.
+
+    Args:
+        transformer: a fused DiT.
+        timesteps: ``[S]``, of the steps to come, in any order, on any device.
+        conditions: class ids ``[B]`` on the device of the model.
+
+    Returns:
+        S tensors ``[B]``. A step looks its conditioning up if its timestep is one of them and its class ids the tensor
+        given here, both by identity; they must not be written to. Kept until the next run; at most 2 GiB
+        (S · B · 0.4 MB for DiT-XL/2 in bf16), beyond which nothing is prepared.
+
+    Raises:
+        ModelError: the transformer is not fused.
+        DataError: timesteps or conditions are not what is said above.
+    """
+    fused = transformer.__dict__.get(FUSED)
+    if fused is None:
+        raise ModelError(f"this {type(transformer).__name__} is not fused; call fuse first")
+    fused.program.check_conditions(conditions)
+    if timesteps.ndim != 1 or max(len(timesteps), len(conditions)) > LONGEST:
+        found = f"{list(timesteps.shape)} and {list(conditions.shape)}"
+        raise DataError(f"timesteps [S] and conditions [B] of at most {LONGEST} are needed; got {found}")
+    if timesteps.is_cpu and not torch.isfinite(timesteps).all():  # elsewhere looking would wait
+        raise DataError("timesteps hold NaN or inf; give those of the steps to come")
+    with torch.inference_mode(False), torch.no_grad():
+        on_device = timesteps.to(conditions.device, torch.float32)
+        steps = tuple(on_device[:, None].repeat(1, len(conditions)).unbind(0))
+        fused.run = None
+        if steps and len(conditions) and why_not_here(transformer, conditions.device) is None:
+            step = fused.step(transformer)
+            tables = () if step is None else step.prepare(on_device, conditions)
+            fused.run = _Run(steps, conditions, tables) if tables else None
+    return steps
+
+
+@checked
+def unfuse(transformer: nn.Module) -> Any:
+    """Undo :func:`fuse`.
+
+    Raises:
+        ModelError: the transformer is not fused, or another tool has wrapped it since.
+    """
+    if FUSED not in transformer.__dict__:
+        raise ModelError(f"this {type(transformer).__name__} is not fused")
+    with detached_cache(transformer):
+        before = class_before(transformer, _FusedTransformer)
+        if "forward" in transformer.__dict__ or before is None:
+            raise ModelError(
+                "this transformer was wrapped after fuse (by accelerate's offload hooks, for example); undo that first"
+            )
+        transformer.__class__ = before
+        transformer.__dict__.pop(FUSED).drop()  # a graph of a run holds what holds it
+    return transformer
+
+
+unfuse_dit = unfuse
