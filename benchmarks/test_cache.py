@@ -14,9 +14,9 @@ from benchmarks.models import CANDIDATES, dit_xl_2, inputs
 from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
 from qandc import CacheConfig, apply_cache_to_dit, make_scheduler, prepare_run, remove_cache, sample_latents
 from qandc.caching.features import FeatureStore
+from qandc.caching.plan import Action, Plan
 from qandc.fusion.fuse import FUSED
 from qandc.models.dit.fused import FusedStep
-from qandc.models.family import Kept
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
@@ -71,20 +71,19 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
     if kind != COMPUTE:
         what, _, form = kind.partition(" ")
         mode, sets, storage_dtype = FORMS[form]
-        layers, branches = (1, 1) if mode == "block" else (len(step.blocks), 2)
-        shape = step.residual_shape(latents)
-        store = FeatureStore(sets, layers, branches, shape, latents.dtype, latents.device, storage_dtype)
+        store = FeatureStore(CacheConfig(mode, order=max(1, sets - 1), storage_dtype=storage_dtype))
+        store.make(len(step.blocks), 2, step.residual_shape(latents), latents.dtype, latents.device)
         nbytes = store.nbytes
-        places = [Kept(store, mode != "block", at) for at in range(sets)]
+        plans = [Plan(Action.STORE, store, at) for at in range(sets)]
         with torch.no_grad():
-            for kept in places:
-                compute(latents, timestep, labels, **conditioning, kept=kept)
+            for plan in plans:
+                compute(latents, timestep, labels, **conditioning, plan=plan)
         if what == "keeping":
-            launch = lambda i: compute(latents, timestep, labels, **conditioning, kept=places[i % sets])  # noqa: E731
+            launch = lambda i: compute(latents, timestep, labels, **conditioning, plan=plans[i % sets])  # noqa: E731
         else:  # features of this very step in all sets, weights that add up to one: it must equal the compute step
             weights = torch.tensor([4 / 3, -1 / 3], device=DEVICE) if sets > 1 else None
             given = {"modulations": None, "final": None, **conditioning}
-            launch = lambda i: step.reused(latents, timestep, labels, places[0], weights, **given)  # noqa: E731
+            launch = lambda i: step.reused(latents, timestep, labels, store, weights, **given)  # noqa: E731
 
     def error(y: torch.Tensor, i: int) -> float:
         return relative_error(y, expected)

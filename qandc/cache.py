@@ -13,13 +13,15 @@ subclasses of their own classes (:mod:`qandc.support.attach`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from qandc.caching.feature_cache import TARGET, Action, FeatureCache
+from qandc.caching.feature_cache import FeatureCache
+from qandc.caching.features import FeatureStore
+from qandc.caching.plan import Action, Plan
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.models import FAMILIES, Family, family_of
@@ -30,19 +32,32 @@ from qandc.support.attach import class_before, derived_class, has_other_forward,
 __all__ = ["FeatureCache", "apply_cache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
 
 CACHE = "_qandc_cache"
-ENDS = "_qandc_ends"
+PLACE = "_qandc_place"
+TARGET = "_qandc_target"  # where a branch writes its output
 
 
-class _Ends(NamedTuple):
-    """Tell whether a block is the first or the last of its stack."""
+class _Place(NamedTuple):
+    """Tell a block which one of which stack it is."""
 
-    first: bool
-    last: bool
+    cache: FeatureCache
+    family: Family
+    blocks: list[Any]
+    layer: int
+
+    def store(self, plan: Plan, x: torch.Tensor) -> FeatureStore:
+        return plan.make(len(self.blocks), len(self.family.branches), tuple(x.shape), x.dtype, x.device)
+
+    @torch.no_grad()
+    def reuse(self, plan: Plan, x: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
+        """Return what all blocks together make of ``x``; ``call`` is what the first block is given."""
+        store, gates = self.store(plan, x), None
+        if store.per_branch:
+            gates = torch.stack([self.family.gates(block, call) for block in self.blocks])  # [L, branches, B, D]
+        return store.add_to(x, gates, plan.weights)
 
 
 class _CachedTransformer(nn.Module):
     gradient_checkpointing: bool
-    transformer_blocks: nn.ModuleList
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -50,30 +65,42 @@ class _CachedTransformer(nn.Module):
                 "a cached model cannot recompute its blocks: disable gradient checkpointing, or use no_grad"
             )
         cache: FeatureCache = getattr(self, CACHE)
-        family, call = _known(self), arguments_of(self, args, kwargs)
-        latents, timestep, key = call["hidden_states"], call.get("timestep"), call.get(family.run_key)
-        with cache.step(family, list(self.transformer_blocks), latents, timestep, key):
+        call = arguments_of(self, args, kwargs)
+        with cache.step(call["hidden_states"], call.get("timestep"), call.get(_known(self).run_key)):
             return super().forward(*args, **kwargs)
 
 
 class _CachedBlock(nn.Module):
     # not forward: what is decided here stays outside of a compiled block, and a reuse step does not enter it
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        cache: FeatureCache = getattr(self, CACHE)
-        ends: _Ends = getattr(self, ENDS)
-        if cache.plan.action is Action.REUSE:
-            if not ends.first:
+        place: _Place = getattr(self, PLACE)
+        plan = place.cache.plan
+        if plan.action is Action.COMPUTE:
+            return super().__call__(hidden_states, *args, **kwargs)
+        if plan.action is Action.REUSE:
+            if place.layer > 0:
                 return hidden_states
-            return cache.reuse(hidden_states, arguments_of(self, (hidden_states, *args), kwargs))
-        if ends.first:
-            cache.first_block_input(hidden_states)
-        output = super().__call__(hidden_states, *args, **kwargs)
-        if ends.last:
-            cache.last_block_output(output)
-        return output
+            return place.reuse(plan, hidden_states, arguments_of(self, (hidden_states, *args), kwargs))
+        store = place.store(plan, hidden_states)
+        if not store.per_branch:
+            if place.layer == 0:
+                store.enter(hidden_states)
+            output = super().__call__(hidden_states, *args, **kwargs)
+            if place.layer == len(place.blocks) - 1:
+                store.leave(output)
+            return output
+        branches = [getattr(self, name) for name in place.family.branches]
+        for index, branch in enumerate(branches):
+            branch.__dict__[TARGET] = store.target(plan.at, place.layer, index)
+        try:
+            return super().__call__(hidden_states, *args, **kwargs)
+        finally:
+            for branch in branches:
+                branch.__dict__[TARGET] = None
 
 
 class _CachedBranch(nn.Module):
+    # no forward hook: torch.compile guards on the class of a module inside of compiled code, not on its having no hooks
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         output = super().forward(*args, **kwargs)
         target = getattr(self, TARGET)  # an attribute of each branch, so that one compiled block serves all
@@ -166,8 +193,8 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                     f"cache mode {cache.config.mode!r} {reason}; got a {original_class(block).__name__} that is "
                     "different; use mode 'block'"
                 )
-    for index, block in enumerate(blocks):
-        _attach(block, _CachedBlock, **{CACHE: cache, ENDS: _Ends(index == 0, index == len(blocks) - 1)})
+    for layer, block in enumerate(blocks):
+        _attach(block, _CachedBlock, **{PLACE: _Place(cache, family, blocks, layer)})
     for branch in branches if cache.config.mode != "block" else ():
         _attach(branch, _CachedBranch, **{TARGET: None})
     _attach(transformer, _CachedTransformer, **{CACHE: cache})
@@ -222,5 +249,5 @@ def remove_cache(transformer: nn.Module) -> None:
             )
     for module, mixin in modules:
         module.__class__ = class_before(module, mixin)
-        for name in (CACHE, ENDS, TARGET):
+        for name in (CACHE, PLACE, TARGET):
             module.__dict__.pop(name, None)

@@ -19,8 +19,8 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
-from qandc.caching.feature_cache import Action
-from qandc.models.dit import DIT
+from qandc.caching.features import FeatureStore
+from qandc.caching.plan import Action
 from qandc.support.attach import class_before, derived_class
 from tests.conftest import make_dit
 
@@ -40,6 +40,13 @@ def run(model, steps: int, seed: int = 0, labels: torch.Tensor | None = None, **
     labels = LABELS.clone() if labels is None else labels
     with torch.no_grad():
         return [model(**inputs(step, seed, **shape), class_labels=labels).sample for step in range(steps)]
+
+
+def stores_of_steps(model) -> list[FeatureStore]:
+    """A list that takes where each step to come keeps its features, or finds them."""
+    stores: list[FeatureStore] = []
+    model.proj_out_2.register_forward_hook(lambda *_: stores.append(get_cache(model).plan.store))
+    return stores
 
 
 class SlowCache:
@@ -247,8 +254,8 @@ def test_latents_of_another_kind_begin_a_new_run(change):
     latents = inputs(0)["hidden_states"]
     labels = LABELS.clone()
     for step, x in enumerate((latents, latents, change(latents))):
-        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([900 - 20 * step]), labels):
-            assert (cache.plan.action is Action.REUSE) == (step == 1)
+        with cache.step(x, torch.tensor([900 - 20 * step]), labels) as plan:
+            assert (plan.action is Action.REUSE) == (step == 1)
 
 
 def test_ctrl_c_inside_a_block_leaves_nothing_behind():
@@ -295,9 +302,9 @@ def test_gradient_checkpointing_is_refused():
 
 def test_features_carry_no_gradient():
     model = apply(make_dit(), 3)
-    model(**inputs(0), class_labels=LABELS)
-    (run_now,) = get_cache(model)._runs
-    assert not run_now.store.values.requires_grad
+    stores = stores_of_steps(model)
+    assert model(**inputs(0), class_labels=LABELS).sample.requires_grad
+    assert not stores[0].values.requires_grad
 
 
 def test_calibration_sees_every_block_and_quantizing_drops_the_features():
@@ -338,7 +345,7 @@ def test_labels_made_anew_every_step_are_never_mixed_and_warned_about(caplog):
             assert torch.equal(model(**inputs(step), class_labels=LABELS.clone()).sample, wanted)
     assert cache.reuse_steps == 0
     assert len(caplog.records) == 1
-    assert "class_labels is another tensor" in caplog.text
+    assert "another tensor of labels or of the prompt" in caplog.text
 
 
 def test_rows_never_mix():
@@ -384,11 +391,13 @@ def test_cached_features_do_not_alias_the_output():
     model = apply(make_dit(), 2)
     labels = LABELS.clone()
     with torch.no_grad():
+        stores = stores_of_steps(model)
         model(**inputs(0), class_labels=labels).sample.zero_()
-        store = get_cache(model)._runs[0].store
-        stored = store.values.clone()
+        stored = stores[0].values.clone()
+        assert stored.any()
         model(**inputs(1), class_labels=labels).sample.zero_()
-    assert torch.equal(store.values, stored)
+    assert stores[1] is stores[0]
+    assert torch.equal(stores[0].values, stored)
 
 
 def test_memory_is_one_tensor_for_the_whole_model():

@@ -29,14 +29,14 @@ from qandc import (
     unfuse_dit,
     uniform_schedule,
 )
-from qandc.caching.feature_cache import Action
+from qandc.caching.plan import Action
 from qandc.caching.schedule import forecast_weights
 from qandc.fusion.fuse import FUSED
 from qandc.method.schedule_calibration import _evenly, feature_gram
-from qandc.models.dit import DIT
 from qandc.models.dit.fused import FusedBlock
 from qandc_kernels import Backend
 from tests.conftest import make_dit
+from tests.test_cache import stores_of_steps
 from tests.test_fused_dit import make_quantized, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -259,14 +259,14 @@ def test_storage(mode, storage_dtype, bound):
 def test_memory_is_made_once():
     model = make_dit()
     cache = apply_cache_to_dit(model, config=CacheConfig("branch", interval=2))
-    labels = make_labels()
+    labels, stores = make_labels(), stores_of_steps(model)
     run(model, 2, labels=labels)
-    store = cache._runs[0].store
+    serial = stores[0].serial
     run(model, 6, labels=labels)
-    assert cache._runs[0].store is store
     del labels
     run(model, 3)  # the next run takes over its memory, and with it what was captured for it
-    assert cache._runs[0].store is store
+    assert all(store is stores[0] for store in stores)
+    assert stores[0].serial == serial
     assert cache.nbytes == 6 * 4 * 16 * 32 * 4
     reset_all_caches(model)
     assert cache.nbytes == 0
@@ -398,8 +398,8 @@ def arrivals(monkeypatch):
 def steps_of_a_gpu(cache, model, timesteps, labels):
     x = torch.zeros(1, 4, 8, 8)
     for timestep in timesteps:
-        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([timestep]).as_subclass(OnTheWay), labels):
-            yield cache.plan.action
+        with cache.step(x, torch.tensor([timestep]).as_subclass(OnTheWay), labels) as plan:
+            yield plan.action
 
 
 def test_timesteps_that_arrive_later_from_a_gpu_are_compared_then(arrivals):
@@ -423,11 +423,11 @@ def test_fractions_of_timesteps_are_compared(expected):
     cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=expected))
     x, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
     for timestep in expected:
-        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([timestep]), labels):
+        with cache.step(x, torch.tensor([timestep]), labels):
             pass
     off = torch.tensor([expected[1]])
     with pytest.raises(CacheError, match=rf"at timestep {expected[0]}; this run has it at {expected[1]}"):
-        cache.step(DIT, list(model.transformer_blocks), x, off, torch.tensor([1])).__enter__()
+        cache.step(x, off, torch.tensor([1])).__enter__()
 
 
 def test_timesteps_in_the_precision_of_the_model_are_those_of_the_schedule():
@@ -436,7 +436,7 @@ def test_timesteps_in_the_precision_of_the_model_are_those_of_the_schedule():
     cache = apply_cache_to_dit(model, config=CacheConfig(schedule=(True, False, True), timesteps=(981, 0.7, 0.25)))
     x, labels = torch.zeros(1, 4, 8, 8), torch.tensor([1])
     for timestep in (981, 0.7, 0.25):
-        with cache.step(DIT, list(model.transformer_blocks), x, torch.tensor([timestep], dtype=torch.bfloat16), labels):
+        with cache.step(x, torch.tensor([timestep], dtype=torch.bfloat16), labels):
             pass
     assert (cache.compute_steps, cache.reuse_steps) == (2, 1)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from qandc.caching.schedule import CacheConfig
 from qandc_kernels import gated_sum, quantize_per_token
 
 __all__ = ["FeatureStore", "Target"]
@@ -33,33 +34,55 @@ class Target(NamedTuple):
 class FeatureStore:
     """Buffers ``[S, L, K, B, tokens, D]``: of S compute steps, L blocks and K branches a block.
 
+    Where features are those of all blocks together, L and K are 1.
+
     Attributes:
-        serial: of this process, never given again: what was captured with other buffers is recognised by it.
+        per_branch: whether they are of each branch, before its gate.
+        values, scales: the buffers, from the first :meth:`make` on.
+        serial: unique id of the buffers; part of CUDA graph keys, so graphs captured on other buffers are not replayed.
         nbytes: memory taken, for as long as the store lives.
     """
 
-    def __init__(
-        self,
-        sets: int,
-        layers: int,
-        branches: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        storage_dtype: str | None,
-    ) -> None:
-        self.serial = next(_serials)
-        self.made_for = (shape, dtype, device)
-        stored = DTYPES[storage_dtype] if storage_dtype is not None else dtype
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    serial: int
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.per_branch = config.mode != "block"
+        self.nbytes = 0
+        self._config = config
+        self._made_for: tuple[Any, ...] | None = None
+        self._input: torch.Tensor | None = None
+
+    def make(
+        self, layers: int, branches: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        """Make the buffers, unless there are such for features ``[B, tokens, D]`` already; return whether it did."""
+        if not self.per_branch:
+            layers = branches = 1
+        made_for = (layers, branches, shape, dtype, device)
+        if made_for == self._made_for:
+            return False
+        self.__dict__.pop("values", None)  # its memory first
+        stored = dtype if self._config.storage_dtype is None else DTYPES[self._config.storage_dtype]
         with torch.inference_mode(False):  # else only inference mode could write to them
-            self.values = torch.zeros(sets, layers, branches, *shape, dtype=stored, device=device)
-            self.scales: torch.Tensor | None = None
+            self.values = torch.zeros(self._config.history, layers, branches, *shape, dtype=stored, device=device)
+            self.scales = None
             if stored == torch.int8:
                 self.scales = torch.zeros(self.values.shape[:-1], dtype=torch.float32, device=device)
+        self.nbytes = sum(t.nbytes for t in (self.values, self.scales) if t is not None)
+        self.serial, self._made_for = next(_serials), made_for
+        return True
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.values, self.scales) if t is not None)
+    def enter(self, x: torch.Tensor) -> None:
+        """Note what the first block is given."""
+        self._input = x
+
+    def leave(self, x: torch.Tensor) -> None:
+        """Keep what all blocks together have added, ``x`` being what the last one returns."""
+        assert self._input is not None
+        self.target(0, 0, 0).store_(x - self._input)
+        self._input = None
 
     def target(self, at: int, layer: int, branch: int) -> Target:
         return Target(self.values[at, layer, branch], None if self.scales is None else self.scales[at, layer, branch])

@@ -1,4 +1,4 @@
-"""Notices that timesteps rise, or are not those of a schedule, without waiting for the GPU."""
+"""Notice that timesteps rise, or are not those of a schedule, without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TimestepWatch"]
 
 
 class TimestepWatch:
-    """Compares the timesteps of the steps of one run: at once on the CPU, on a GPU when they have arrived from there.
+    """Compare the timesteps of the steps of one run: at once on the CPU, on a GPU when they have arrived from there.
 
     Args:
         expected: the timestep of each step, where a schedule says it.
@@ -23,26 +23,24 @@ class TimestepWatch:
 
     def __init__(self, expected: Sequence[float] | None = None) -> None:
         self._expected = expected
-        self._step = -1
         self._last: torch.Tensor | None = None
         self._on_the_way: deque[tuple[int, torch.Tensor, Any]] = deque()
 
-    def rises(self, timestep: torch.Tensor) -> bool:
-        """Note the timesteps ``[B]`` of a step; whether a row rises, which begins a run anew, with this step its first.
+    def rises(self, step: int, timestep: torch.Tensor) -> bool:
+        """Note the timesteps ``[B]`` of a step and tell whether a row rises: then this step is the first of a run.
 
         Those on a GPU are compared by later calls.
 
         Raises:
             CacheError: a timestep is not the one expected, or one that came from a GPU rises.
         """
-        self._step += 1
         if not timestep.is_cuda:
-            return self._compare(self._step, timestep.detach().clone())
+            return self._compare(step, timestep.detach().clone())
         self.settle()
         if not torch.cuda.is_current_stream_capturing():
             copy = torch.empty(timestep.shape, dtype=timestep.dtype, pin_memory=True)
             copy.copy_(timestep, non_blocking=True)
-            self._on_the_way.append((self._step, copy, torch.cuda.current_stream(timestep.device).record_event()))
+            self._on_the_way.append((step, copy, torch.cuda.current_stream(timestep.device).record_event()))
         return False
 
     def settle(self) -> None:
@@ -56,7 +54,7 @@ class TimestepWatch:
             if self._compare(step, timestep):
                 raise CacheError(
                     "timesteps rose within one run, so features of another run were reused since; give every run a "
-                    "class_labels tensor of its own, or call reset_all_caches(transformer) before each"
+                    "tensor of labels or of the prompt of its own, or call reset_all_caches(transformer) before each"
                 )
 
     def _compare(self, step: int, timestep: torch.Tensor) -> bool:
@@ -65,7 +63,7 @@ class TimestepWatch:
         if last is not None and (last.shape == timestep.shape or 1 in (last.numel(), timestep.numel())):
             rises = bool((timestep > last).any())
         if rises:
-            step = self._step = 0
+            step = 0
         if self._expected is not None and step < len(self._expected):
             expected = self._expected[step]
             # models are often called in half precision, timestep included

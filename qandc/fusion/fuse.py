@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from qandc.cache import detached_cache, get_cache
-from qandc.caching.feature_cache import Action, FeatureCache
+from qandc.caching.plan import Action, Plan
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.graphs import GraphCache
 from qandc.models import FAMILIES, Family, family_of, takes_class_labels
-from qandc.models.family import Kept, Program, arguments_of, forward_of
+from qandc.models.family import Program, arguments_of, forward_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.ranges import StepRanges, check_step_ranges
 from qandc.support.arguments import Model, checked
@@ -134,6 +134,7 @@ class _FusedTransformer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fused: _Fused = getattr(self, FUSED)
         cache, call = get_cache(self), arguments_of(self, args, kwargs)
+        plan = Plan() if cache is None else cache.plan
         latents = call.get("hidden_states")
         if not isinstance(latents, torch.Tensor):
             return super().forward(*args, **kwargs)  # which says what is missing
@@ -144,11 +145,11 @@ class _FusedTransformer(nn.Module):
         # weights prepared in inference mode could not be used outside of it
         with torch.inference_mode(False), torch.no_grad():
             if reason is None:
-                step = fused.step(self, cache is not None and cache.plan.action is Action.REUSE)
+                step = fused.step(self, plan.action is Action.REUSE)
             if step is not None and cache is not None and not step.graphable:
                 step, reason = None, "with a feature cache all of it must be fusable"
             if step is not None:
-                output = _run(fused, step, call, cache)
+                output = _run(self, fused, step, call, plan)
         if step is None:
             if reason is not None:
                 fused.say(f"the model runs unfused: {reason}")
@@ -176,19 +177,16 @@ def why_not_here(transformer: Any, device: torch.device) -> str | None:
     return None
 
 
-def _run(fused: _Fused, step: Program, call: Any, cache: FeatureCache | None) -> torch.Tensor:
+def _run(transformer: Any, fused: _Fused, step: Program, call: Any, plan: Plan) -> torch.Tensor:
     inputs = step.inputs(call)
     latents = inputs[0]
     ahead: tuple[torch.Tensor, ...] = ()
     if fused.run is not None:
         ahead = fused.run.find(call["timestep"], call[fused.family.run_key], len(latents))
-    if cache is None or cache.plan.action is Action.COMPUTE:
-        launch = step.compute(ahead, None)
-    else:
-        store = cache.store(step.residual_shape(latents), latents.dtype, latents.device)
-        kept, weights = Kept(store, cache.config.mode != "block", cache.plan.at), cache.weights(latents.device)
-        reusing = cache.plan.action is Action.REUSE
-        launch = step.reuse(ahead, kept, weights) if reusing else step.compute(ahead, kept)
+    if plan.action is not Action.COMPUTE:
+        layers, branches = len(transformer.transformer_blocks), len(fused.family.branches)
+        plan.make(layers, branches, step.residual_shape(latents), latents.dtype, latents.device)
+    launch = step.reuse(ahead, plan) if plan.action is Action.REUSE else step.compute(ahead, plan)
     inputs = (*inputs, *launch.extra)
     graphs = latents.is_cuda and fused.cuda_graphs and step.graphable and len(latents) > 0
     graphs = graphs and fused.launching != threading.get_ident()

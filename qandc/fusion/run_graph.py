@@ -58,7 +58,7 @@ def run_as_graph(
             fused.launching = None
         fused.run = None  # lies in memory of the graph, and would keep the run's labels alive
         if cache is not None:
-            held[:] = cache.hand_over()
+            held[:] = cache.take_finished()
         return output
 
     return fused.run_graphs(function, inputs, kind=key, otherwise=run)

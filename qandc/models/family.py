@@ -9,23 +9,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from qandc.caching.features import FeatureStore, Target
+from qandc.caching.plan import Plan
 from qandc.quantization.ranges import StepRanges
 
-__all__ = ["Call", "Family", "Kept", "Launch", "Program", "arguments_of"]
+__all__ = ["Call", "Family", "Launch", "Program", "arguments_of"]
 
 Call = Mapping[str, Any]  # the arguments of a forward, by name
-
-
-class Kept(NamedTuple):
-    """Say where a step keeps its features for later ones: a set of ``store``, of every branch or of all blocks."""
-
-    store: FeatureStore
-    branches: bool
-    at: int = 0
-
-    def target(self, layer: int, branch: int) -> Target:
-        return self.store.target(self.at, layer, branch)
 
 
 class Launch(NamedTuple):
@@ -70,11 +59,11 @@ class Program(Protocol):
     def residual_shape(self, latents: torch.Tensor) -> tuple[int, int, int]:
         """Return the shape of the residual stream, ``[B, tokens, D]``."""
 
-    def compute(self, ahead: tuple[torch.Tensor, ...], kept: Kept | None) -> Launch:
+    def compute(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
         """Prepare a step that computes the blocks; ``ahead`` is its part of :meth:`prepare`, or empty."""
 
-    def reuse(self, ahead: tuple[torch.Tensor, ...], kept: Kept, weights: torch.Tensor | None) -> Launch:
-        """Prepare a step that adds what is kept in the place of the blocks; ``weights [S]`` of a forecast."""
+    def reuse(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
+        """Prepare a step that adds the features of its plan in the place of the blocks."""
 
     def prepare(self, timesteps: torch.Tensor, conditions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute tensors ``[S, ...]`` for the steps of a run ahead; none where they would be too large."""

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from qandc.caching.features import Target
+from qandc.caching.features import FeatureStore, Target
+from qandc.caching.plan import Action, Plan
 from qandc.errors import DataError
 from qandc.models.dit.conditioning import Conditioning
 from qandc.models.dit.fusable import (
@@ -31,7 +32,7 @@ from qandc.models.dit.fusable import (
     why_not_block,
     why_not_output,
 )
-from qandc.models.family import Call, Kept, Launch
+from qandc.models.family import Call, Launch
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc_kernels import (
@@ -271,22 +272,26 @@ class FusedStep:
         timestep = timestep.to(latents.device, torch.float32).expand(batch)
         return latents, timestep, labels.to(torch.int64).expand(batch)
 
-    def compute(self, ahead: tuple[torch.Tensor, ...], kept: Kept | None) -> Launch:
-        kind = (bool(ahead), kept and (kept.store.serial, kept.at))
+    def compute(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
         function = self.prepared if ahead else self
-        return Launch(kind, function if kept is None else functools.partial(function, kept=kept), ahead)
+        if plan.action is Action.COMPUTE:
+            return Launch((bool(ahead),), function, ahead)
+        assert plan.store is not None
+        kind = (bool(ahead), plan.store.serial, plan.at)
+        return Launch(kind, functools.partial(function, plan=plan), ahead)
 
-    def reuse(self, ahead: tuple[torch.Tensor, ...], kept: Kept, weights: torch.Tensor | None) -> Launch:
-        modulations, final = ahead or (None, None)
-        named = {"weights": weights, "modulations": modulations if kept.branches else None, "final": final}
+    def reuse(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
+        store, (modulations, final) = plan.store, ahead or (None, None)
+        assert store is not None
+        named = {"weights": plan.weights, "modulations": modulations if store.per_branch else None, "final": final}
         given = {name: tensor for name, tensor in named.items() if tensor is not None}
 
         def function(
             latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, *extra: torch.Tensor
         ) -> torch.Tensor:
-            return self.reused(latents, timestep, labels, kept, **dict(zip(given, extra, strict=True)))
+            return self.reused(latents, timestep, labels, store, **dict(zip(given, extra, strict=True)))
 
-        return Launch(("reuse", kept.store.serial, *given), function, tuple(given.values()))
+        return Launch((Action.REUSE, store.serial, *given), function, tuple(given.values()))
 
     def prepare(self, timesteps: torch.Tensor, conditions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dtype = self.transformer.dtype
@@ -315,17 +320,16 @@ class FusedStep:
         return Ranges(layer.act_scale, layer.act_zero_point)
 
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, kept: Kept | None = None
+        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, plan: Plan | None = None
     ) -> torch.Tensor:
         """``[B, C, H, W]``, ``[B]``, ``[B]`` to the noise prediction ``[B, out_channels, H, W]``.
 
-        ``kept`` takes the features of the step. On a GPU the blocks run on a stream of higher priority, beside the
-        conditioning of the blocks behind them.
+        On a GPU the blocks run on a stream of higher priority, beside the conditioning of the blocks behind them.
         """
         if self.fast is None:
             portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
             modulations = (m for modulations, _ in portions for m in modulations)
-            return self._run(latents, timestep, class_labels, modulations, kept)
+            return self._run(latents, timestep, class_labels, modulations, plan)
         here, fast = torch.cuda.current_stream(self.device), self.fast
         fast.wait_stream(here)
         portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
@@ -337,7 +341,7 @@ class FusedStep:
                 yield from modulations
 
         with torch.cuda.stream(fast):
-            output = self._run(latents, timestep, class_labels, as_they_come(), kept)
+            output = self._run(latents, timestep, class_labels, as_they_come(), plan)
         here.wait_stream(fast)
         output.record_stream(here)
         return output
@@ -349,10 +353,10 @@ class FusedStep:
         class_labels: torch.Tensor,
         modulations: torch.Tensor,
         final: torch.Tensor,
-        kept: Kept | None = None,
+        plan: Plan | None = None,
     ) -> torch.Tensor:
         """The same, given modulations ``[L, B, 6 D]`` and ``[B, 2 D]`` of this step (:meth:`Conditioning.of_run`)."""
-        return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)), kept)
+        return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)), plan)
 
     def _run(
         self,
@@ -360,23 +364,27 @@ class FusedStep:
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         modulations: Iterator[torch.Tensor],
-        kept: Kept | None,
+        plan: Plan | None,
     ) -> torch.Tensor:
         if self.table is not None:
             self.table.select_(timestep)
         x, ours = self._embed(latents)
-        embedded = x.clone() if kept is not None and not kept.branches else None
+        store = plan.store if plan is not None and plan.action is Action.STORE else None
+        if store is not None and not store.per_branch:
+            store.enter(x.clone())
         for i, block in enumerate(self.blocks):
             modulation = next(modulations)
             if isinstance(block, FusedBlock):
                 # somebody may hold what a module has returned, and fused blocks write in place
                 x = x if ours else x.clone(memory_format=torch.contiguous_format)
-                targets = None if kept is None or not kept.branches else (kept.target(i, 0), kept.target(i, 1))
+                targets = None
+                if plan is not None and store is not None and store.per_branch:
+                    targets = store.target(plan.at, i, 0), store.target(plan.at, i, 1)
                 x, ours = block(x, modulation, targets), True
             else:
                 x, ours = block(x, timestep=timestep, class_labels=class_labels), False
-        if kept is not None and embedded is not None:
-            kept.target(0, 0).store_(x - embedded)
+        if store is not None and not store.per_branch:
+            store.leave(x)
         return self._unpatchify(self._project(x, next(modulations)))
 
     def reused(
@@ -384,27 +392,27 @@ class FusedStep:
         latents: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
-        kept: Kept,
+        store: FeatureStore,
         weights: torch.Tensor | None = None,
         modulations: torch.Tensor | None = None,
         final: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Take a step that computes no block: ``kept`` has what they would add.
+        """Take a step that computes no block: ``store`` has what they would add.
 
         ``weights [S]`` of a forecast; ``modulations [L, B, 6 D]`` and ``final [B, 2 D]`` of this step are computed here
         if they are not given.
         """
         gates = None
         if final is None:
-            gates, final = self.conditioning.of_reuse(timestep, class_labels, latents.dtype, kept.branches)
-        elif kept.branches:
+            gates, final = self.conditioning.of_reuse(timestep, class_labels, latents.dtype, store.per_branch)
+        elif store.per_branch:
             assert modulations is not None
             layers, batch, width = modulations.shape
             gates = modulations.view(layers, batch, 6, width // 6)[:, :, 2::3].transpose(1, 2)
         if self.table is not None:
             self.table.select_(timestep)
         x, _ = self._embed(latents)
-        return self._unpatchify(self._project(kept.store.add_to(x, gates, weights), final))
+        return self._unpatchify(self._project(store.add_to(x, gates, weights), final))
 
     def _embed(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """``[B, tokens, D]``, and whether nobody else can hold it."""

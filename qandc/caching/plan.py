@@ -1,0 +1,87 @@
+"""What a step of a run does, by its place in the schedule, and with which features."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+
+from qandc.caching.features import FeatureStore
+from qandc.caching.schedule import CacheConfig, forecast_weights
+from qandc.errors import CacheError
+
+__all__ = ["Action", "Plan", "Position"]
+
+
+class Action(enum.Enum):
+    """Name what a step does: compute, compute and keep features, or reuse them."""
+
+    COMPUTE = enum.auto()
+    STORE = enum.auto()
+    REUSE = enum.auto()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what one step does; whoever has a part in the step reads it here.
+
+    Attributes:
+        store: where features of the run are kept.
+        at: which of its sets a step that stores writes.
+        weights: of each set in the forecast of a step that reuses, ``[S]`` on the device of the latents, or None for
+            one set as it is.
+    """
+
+    action: Action = Action.COMPUTE
+    store: FeatureStore | None = None
+    at: int = 0
+    weights: torch.Tensor | None = None
+
+    def make(
+        self, layers: int, branches: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> FeatureStore:
+        """Return the store, with buffers made for features ``shape [rows, tokens, hidden]`` of every branch.
+
+        Raises:
+            CacheError: a step that reuses asks for features that no step has stored.
+        """
+        assert self.store is not None
+        if self.store.make(layers, branches, shape, dtype, device) and self.action is Action.REUSE:
+            raise CacheError("the cache holds no features of this shape; call reset_all_caches and start again")
+        return self.store
+
+
+@dataclass
+class Position:
+    """Count the steps of one run, and tell what each does."""
+
+    config: CacheConfig
+    step: int = -1
+    stored: int = 0
+    computed: list[int] = field(default_factory=list)  # steps whose features are kept, newest first
+
+    def advance(self) -> Action:
+        """Go on to the next step of the schedule, which must have one."""
+        self.step += 1
+        if not self.config.computes(self.step):
+            return Action.REUSE
+        if not self.config.stores(self.step):
+            return Action.COMPUTE
+        self.stored += 1
+        self.computed = [self.step, *self.computed][: self.config.history]
+        return Action.STORE
+
+    @property
+    def newest(self) -> int:
+        """The set that holds the features stored last."""
+        return (self.stored - 1) % self.config.history
+
+    def forecast(self) -> tuple[float, ...]:
+        """Weights of each set for the features of this step; none where one set is taken as it is."""
+        if self.config.mode != "taylor":
+            return ()
+        weights = [0.0] * self.config.history
+        for age, weight in enumerate(forecast_weights(self.computed, self.step, self.config.order)):
+            weights[(self.newest - age) % self.config.history] = weight
+        return tuple(weights)

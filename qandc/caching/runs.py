@@ -1,0 +1,119 @@
+"""Which denoising run a step belongs to: known by a tensor that all steps of the run share."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qandc.caching.features import FeatureStore
+from qandc.caching.plan import Position
+from qandc.caching.schedule import CacheConfig
+from qandc.caching.timestep_watch import TimestepWatch
+
+__all__ = ["Run", "Runs"]
+
+logger = logging.getLogger(__name__)
+
+LIVE_RUNS = 2  # a run and one that is interleaved with it
+
+
+@dataclass(eq=False)  # a run is itself alone
+class Run:
+    """One denoising run so far. It lasts as long as its key and the shape of its latents."""
+
+    key: Any  # a weak reference to the tensor that all steps of the run share, or None where there is none
+    kind: tuple[Any, ...]  # version of that tensor; shape, dtype and device of the latents
+    position: Position
+    watch: TimestepWatch
+    store: FeatureStore
+
+    def is_over(self) -> bool:
+        return self.key is not None and self.key() is None
+
+    def is_of(self, key: torch.Tensor | None) -> bool:
+        return key is None if self.key is None else self.key() is key is not None
+
+
+class Runs:
+    """The runs that are going on, and the memory of those that are over until another takes it."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self._config = config
+        self._runs: list[Run] = []  # the one used last at the end
+        self._said: set[str] = set()
+
+    def of(self, key: torch.Tensor | None, latents: torch.Tensor) -> Run:
+        """Return the run that a step belongs to, a new one if there is none."""
+        version = None if key is None or key.is_inference() else key._version  # writing to the tensor changes it
+        kind = (version, latents.shape, latents.dtype, latents.device)
+        for run in self._runs:
+            if run.is_of(key):
+                self._runs.remove(run)
+                self._runs.append(run)
+                if run.kind != kind:
+                    self.restart(run)
+                    run.kind, run.watch = kind, TimestepWatch(self._config.timesteps)
+                return run
+        store = self._free(kind) or FeatureStore(self._config)
+        known_by = None if key is None else weakref.ref(key)
+        run = Run(known_by, kind, Position(self._config), TimestepWatch(self._config.timesteps), store)
+        self._runs.append(run)
+        return run
+
+    def _free(self, kind: tuple[Any, ...]) -> FeatureStore | None:
+        """Give up runs that are over, or the oldest of too many, and return memory that serves a new run."""
+        free = [run for run in self._runs if run.is_over()]
+        if not free and len(self._runs) >= LIVE_RUNS:
+            free = self._runs[:1]
+            logger.info("a run at step %d is given up: features of %d are kept", free[0].position.step, LIVE_RUNS)
+        if free and free[-1].position.step == 0 and self._config.stores(0):
+            self._say(
+                "the feature cache begins a run anew because the model was given another tensor of labels or of the "
+                "prompt than in the steps before; if this is a denoising loop of your own, make it once and pass the "
+                "same tensor to every step (conditional and unconditional rows in one batch), or nothing is ever reused"
+            )
+        for run in free:
+            self._runs.remove(run)
+        for run in free:
+            if run.is_over():
+                self._note_length(run)
+            run.watch.settle()
+        return next((run.store for run in free if run.kind[1:] == kind[1:]), None)
+
+    def restart(self, run: Run) -> None:
+        """Let the next step of a run be its first."""
+        self._note_length(run)
+        run.position = Position(self._config)
+
+    def drop(self, run: Run) -> None:
+        """Forget a run and its features."""
+        self._runs = [other for other in self._runs if other is not run]
+
+    def stores(self) -> list[FeatureStore]:
+        """List the memory of all runs, of those that are over too."""
+        return [run.store for run in self._runs]
+
+    def take_finished(self) -> list[FeatureStore]:
+        """Forget the runs that are over and return their memory: a captured graph of one may go on to use it."""
+        over = [run for run in self._runs if run.is_over()]
+        self._runs = [run for run in self._runs if not run.is_over()]
+        return [run.store for run in over]
+
+    def _note_length(self, run: Run) -> None:
+        """Warn of a run that ended early: without timesteps nothing else tells that its schedule is too long."""
+        length, taken = self._config.length, run.position.step + 1
+        if length is not None and 1 < taken < length:
+            self._say(
+                f"the feature cache has a schedule of {length} steps, but a run ended after {taken}; unless it was "
+                f"interrupted, give a schedule for {taken} steps, or an interval"
+            )
+
+    def _say(self, warning: str) -> None:
+        """Log a warning once."""
+        if warning not in self._said:
+            self._said.add(warning)
+            logger.warning(warning)
