@@ -35,8 +35,8 @@ class QuantConfig:
         w_bits: 4 or 8, symmetric, per output channel.
         a_bits: 4 to 8, fewer than 8 still run on the int8 kernels; or 16: activations stay as they are (weight-only).
         skip_patterns: layers whose qualified name contains one of these substrings stay as they are. A leading dot
-            stands for the root of the model (``.proj_out`` is ``proj_out`` and what lies in it, and no block's
-            ``proj_out``), a leading ``re:`` for a regular expression that is searched in the name. None: what fits
+            stands for the root of the model (``.norm_out`` is ``norm_out`` and what lies in it, and no block's
+            ``norm_out``), a leading ``re:`` for a regular expression that is searched in the name. None: what fits
             the class of the model; of a class that is not known, all that lies outside the repeated blocks or sees no
             tokens (:mod:`qandc.quantization.plan`).
         weight_clip: how the scale of a weight channel is found: ``max`` or ``mse`` (:func:`quantize_weight`).

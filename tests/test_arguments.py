@@ -233,7 +233,7 @@ TENSORS = "tensor tensor_0-d tensor_5-d tensor_[] tensor_huge tensor_nan"
 
 
 def sampling(**changes: P) -> dict[str, P]:
-    return {"transformer": P(dit()), "scheduler": P(ddim()), "class_labels": P([1, 2]), **RUN, **changes}
+    return {"transformer": P(dit()), "scheduler": P(ddim()), "conditions": P([1, 2]), **RUN, **changes}
 
 
 def batches() -> P:
@@ -316,7 +316,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "hidden_states": P(torch.ones(2, 4, 4, 4)),
         "timesteps": P(torch.tensor([5, 5])),
         "steps": P(torch.tensor([0, 0])),
-        "class_labels": P(torch.tensor([1, 1])),
+        "conditions": P(torch.tensor([1, 1])),
         "null_label": P(10, "None 0"),
     },
     "CandidatePool.select": lambda: {"self": P(pool()), "count": P(2), **choosing()},
@@ -438,7 +438,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "Trajectory": lambda: {
         "samples": P(trajectory().samples),
         "noises": P(trajectory().noises),
-        "class_labels": P((1, 2)),
+        "conditions": P((1, 2)),
         "seeds": P((1, 2)),
         **RUN,
     },

@@ -33,7 +33,7 @@ from qandc.quantization.conversion import quant_layers
 
 
 def compare(pipeline_dir, **changes) -> Comparison:
-    settings = GenerateSettings(**{"class_labels": (1, 2, 3), "num_inference_steps": 3, **changes})
+    settings = GenerateSettings(**{"conditions": (1, 2, 3), "num_inference_steps": 3, **changes})
     result = Comparison()
     pipe = load_pipeline(pipeline_dir)
     generate(pipe, settings, result)
@@ -89,16 +89,16 @@ def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir):
 def test_a_schedule_of_another_run_is_refused_before_any_work(pipeline_dir):
     result = Comparison()
     cache = CalibratedSchedule((True, True, False), (901, 501, 101), "taylor", 1).config()
-    settings = GenerateSettings(class_labels=(1,), num_inference_steps=3, cache=cache)
+    settings = GenerateSettings(conditions=(1,), num_inference_steps=3, cache=cache)
     with pytest.raises(ConfigError, match="step 1 at timestep 901; this one has it at 666"):
         generate(load_pipeline(pipeline_dir), settings, result)
     assert result.rows == []
 
 
 def test_batches_continue_the_seeds(pipeline_dir, monkeypatch):
-    together = images(pipeline_dir, class_labels=(1, 2, 3, 4, 5))
+    together = images(pipeline_dir, conditions=(1, 2, 3, 4, 5))
     monkeypatch.setattr(qandc.experiments.generate, "BATCH_SIZE", 2)
-    for whole, split in zip(together, images(pipeline_dir, class_labels=(1, 2, 3, 4, 5)), strict=True):
+    for whole, split in zip(together, images(pipeline_dir, conditions=(1, 2, 3, 4, 5)), strict=True):
         torch.testing.assert_close(split, whole, atol=2e-2, rtol=0)
 
 

@@ -49,7 +49,7 @@ def test_holds_every_input_of_every_run(dit, scheduler):
         shard, first = (i // 2, i % 2)
         size = min(2, len(LABELS) - 2 * shard)
         of_image = [shard * 12 + step * size + first for step in range(6)]
-        assert pool.class_labels[of_image].tolist() == [label] * 6
+        assert pool.conditions[of_image].tolist() == [label] * 6
         assert pool.steps[of_image].tolist() == list(range(6))
         assert pool.timesteps[of_image].tolist() == scheduler.timesteps.tolist()
         # the input of a step is what the step before it ended with
@@ -85,7 +85,7 @@ def test_batches_are_inputs_of_the_transformer(dit, scheduler):
     assert torch.equal(first["hidden_states"][:3], pool.hidden_states[[29, 0, 7]].bfloat16())
     assert torch.equal(first["hidden_states"][:3], first["hidden_states"][3:])
     assert torch.equal(first["timestep"], pool.timesteps[[29, 0, 7, 29, 0, 7]])
-    assert first["class_labels"].tolist() == [*pool.class_labels[[29, 0, 7]].tolist(), 1000, 1000, 1000]
+    assert first["class_labels"].tolist() == [*pool.conditions[[29, 0, 7]].tolist(), 1000, 1000, 1000]
     dit.bfloat16()(**first)
 
 
@@ -148,7 +148,7 @@ def test_an_interrupted_recording_goes_on(dit, scheduler, tmp_path):
     assert len(steps) == 12
     again = record(dit, scheduler, directory=tmp_path / "pool", callback=lambda *_: pytest.fail("sampled again"))
     for pool in (found, again):
-        for name in ("hidden_states", "timesteps", "steps", "class_labels"):
+        for name in ("hidden_states", "timesteps", "steps", "conditions"):
             assert torch.equal(getattr(pool, name), getattr(expected, name))
     assert not [name for name in os.listdir(tmp_path / "pool") if name.endswith("partial")]
 
@@ -226,7 +226,7 @@ def test_labels_and_seeds_are_checked_before_any_work(dit, scheduler, tmp_path):
     expected = record(dit, scheduler)
     found = record_pool(dit, scheduler, labels, batch_size=2, **RUN)
     assert torch.equal(found.hidden_states, expected.hidden_states)
-    assert torch.equal(found.class_labels, expected.class_labels)
+    assert torch.equal(found.conditions, expected.conditions)
 
 
 def test_damaged_and_unwritable(dit, scheduler, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from qandc import (
     ConfigError,
+    Trajectory,
     calibrate_schedule,
     decode_latents,
     fit_compensation,
@@ -127,26 +128,42 @@ def test_labels_and_seeds_of_any_integers(pipe, given):
     assert torch.equal(sample_latents(model, ddim, given([1, 2]), **run), expected)
     reference = record_trajectory(model, ddim, given([1, 2]), **run)
     assert torch.equal(reference.samples[-1], expected)
-    assert (reference.class_labels, reference.seeds) == ((1, 2), (3, 4))
+    assert (reference.conditions, reference.seeds) == ((1, 2), (3, 4))
     fit_compensation(reference, model, ddim)
-    fit_compensation(dataclasses.replace(reference, class_labels=given([1, 2]), seeds=given([3, 4])), model, ddim)
-    assert record_pool(model, ddim, given([1, 2]), **run).class_labels.tolist() == [1, 2] * 2
+    fit_compensation(dataclasses.replace(reference, conditions=given([1, 2]), seeds=given([3, 4])), model, ddim)
+    assert record_pool(model, ddim, given([1, 2]), **run).conditions.tolist() == [1, 2] * 2
     found = calibrate_schedule(model, ddim, given([1, 2]), computed_steps=1, **run)
     assert found == calibrate_schedule(model, ddim, [1, 2], computed_steps=1, **{**run, "seeds": [3, 4]})
+
+
+def test_class_labels_are_conditions_by_their_older_name(pipe):
+    model, run = pipe.transformer, {"num_inference_steps": 2, "seeds": [3, 4]}
+    ddim = make_scheduler("ddim", pipe.scheduler.config)
+    expected = record_trajectory(model, ddim, [1, 2], **run)
+    assert torch.equal(sample_latents(model, ddim, class_labels=[1, 2], **run), expected.samples[-1])
+    found = record_trajectory(model, ddim, class_labels=[1, 2], **run)
+    assert found.class_labels == found.conditions == (1, 2)
+    older = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    older["class_labels"] = older.pop("conditions")
+    assert Trajectory(**older).conditions == (1, 2)
+    pool = record_pool(model, ddim, class_labels=[1, 2], **run)
+    assert torch.equal(pool.class_labels, pool.conditions)
+    found = calibrate_schedule(model, ddim, class_labels=[1, 2], computed_steps=1, **run)
+    assert found == calibrate_schedule(model, ddim, [1, 2], computed_steps=1, **run)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_labels": [1000]}, "class id 1000 is out of range; this model knows 0 to 999"),
-        ({"class_labels": [-1]}, "class id -1"),
-        ({"class_labels": [], "seeds": []}, "no class ids"),
+        ({"conditions": [1000]}, "class id 1000 is out of range; this model knows 0 to 999"),
+        ({"conditions": [-1]}, "class id -1"),
+        ({"conditions": [], "seeds": []}, "no class ids"),
         ({"seeds": [1, 2]}, "1 class ids need as many seeds; got 2"),
         ({"num_inference_steps": 1001}, "allows 1 to 1000"),
     ],
 )
 def test_refusals(pipe, changes, message):
-    arguments = {"class_labels": [1], "seeds": [0], "num_inference_steps": 2, **changes}
+    arguments = {"conditions": [1], "seeds": [0], "num_inference_steps": 2, **changes}
     with pytest.raises(ConfigError, match=message):
         sample_latents(pipe.transformer, make_scheduler("ddpm", pipe.scheduler.config), **arguments)
 

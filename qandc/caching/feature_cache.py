@@ -21,8 +21,8 @@ __all__ = ["FeatureCache"]
 class FeatureCache(Attachment):
     """State of one attached cache.
 
-    A run is known by a tensor that a pipeline makes once per run, ``class_labels`` or ``encoder_hidden_states``; it is
-    over when the tensor is gone. Steps are counted; the first step of a run is computed whatever was before. A loop of
+    A run is known by a tensor that a pipeline makes once per run, of class ids or of what the prompt means; it is over
+    when the tensor is gone. Steps are counted; the first step of a run is computed whatever was before. A loop of
     your own passes one tensor to all steps of a run, and another to the next run, or calls :func:`reset_all_caches`
     between them. Two runs may take turns. A tensor that was written to, other latents (shape, dtype, device) or
     timesteps that rise begin a run anew. Timesteps that are not those of ``config.timesteps`` are an error. On a GPU

@@ -35,7 +35,7 @@ SMOOTHING_SEED = 20_000_000  # far from what anybody draws
 class GenerateSettings:
     """What ``qandc generate`` draws; validated by the functions that use each value."""
 
-    class_labels: tuple[int, ...]
+    conditions: tuple[int, ...]
     num_inference_steps: int = 50
     guidance_scale: float = 1.5
     scheduler: str = "ddpm"
@@ -102,7 +102,7 @@ def _sample(
     """Add all images of one model to ``row``, decoding included in the clock."""
 
     def batch(first: int, steps: int, progress: Callable[[int], None]) -> torch.Tensor:
-        labels = settings.class_labels[first : first + BATCH_SIZE]
+        labels = settings.conditions[first : first + BATCH_SIZE]
         latents = sample_latents(
             pipe.transformer,
             make_scheduler(settings.scheduler, pipe.scheduler.config),
@@ -118,7 +118,7 @@ def _sample(
     # outside the clock: compilation and the loading of kernels belong to no image
     with paused(pipe.transformer):  # whose schedule may have another length
         batch(0, 1, lambda done: None)
-    for first in range(0, len(settings.class_labels), BATCH_SIZE):
+    for first in range(0, len(settings.conditions), BATCH_SIZE):
         started = time.perf_counter()
         row.batches.append(batch(first, settings.num_inference_steps, progress))
         row.seconds += time.perf_counter() - started
@@ -126,7 +126,7 @@ def _sample(
 
 def _smoothing(pipe: Any, settings: GenerateSettings) -> dict[str, torch.Tensor]:
     """Find smoothing factors on a short run of other noise than that of the images."""
-    labels = settings.class_labels[:SMOOTHING_IMAGES]
+    labels = settings.conditions[:SMOOTHING_IMAGES]
 
     def run() -> torch.Tensor:
         return sample_latents(

@@ -20,7 +20,7 @@ from qandc.cache import detached_cache, get_cache
 from qandc.caching.plan import Action, Plan
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.graphs import GraphCache
-from qandc.models import FAMILIES, Family, family_of, takes_class_labels
+from qandc.models import FAMILIES, Family, family_of, older_names
 from qandc.models.family import Program, arguments_of, forward_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.ranges import StepRanges, check_step_ranges
@@ -269,7 +269,7 @@ def is_fused(transformer: nn.Module) -> bool:
     return FUSED in transformer.__dict__
 
 
-@takes_class_labels
+@older_names
 @checked
 def prepare_run(transformer: Model, timesteps: torch.Tensor, conditions: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Compute the conditioning of a whole denoising run ahead, in a few large products instead of some in each step.

@@ -27,9 +27,10 @@ from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.presets import SETTINGS, Preset, is_finished
 from qandc.method.schedule_calibration import calibrate_schedule
 from qandc.method.settings import NO_COMPENSATION, CalibrationSettings
+from qandc.models import class_conditional
 from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors
-from qandc.sampling.loop import check_dit, check_sampling, decode_latents, make_scheduler, sample_latents, set_timesteps
+from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents, set_timesteps
 from qandc.sampling.pipelines import class_names
 from qandc.sampling.trajectories import Trajectory, fit_compensation, record_trajectory
 from qandc.support.arguments import Pipeline, check_fields, checked
@@ -146,7 +147,7 @@ def calibrate_pipeline(
         DataError: samples or features are NaN, infinite or do not vary.
     """
     directory, model = Path(directory), pipe.transformer
-    check_dit(model)
+    class_conditional(model)
     check_directory(directory, overwrite)
     if quant_layers(model) or get_cache(model) is not None:
         raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew to calibrate it")
@@ -239,7 +240,7 @@ class _Calibration:
     def _noise(self, first_seed: int, count: int) -> dict[str, Any]:
         """Class-balanced labels with a seed each."""
         labels = [self.classes[i % len(self.classes)] for i in range(count)]
-        return {"class_labels": labels, "seeds": list(range(first_seed, first_seed + count)), **self.run}
+        return {"conditions": labels, "seeds": list(range(first_seed, first_seed + count)), **self.run}
 
     def _stage(self, name: str, images: int) -> _Stage:
         return _Stage(name, images * self.settings.num_inference_steps, self.progress)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from qandc.errors import ConfigError, DataError
+from qandc.models import DIT, class_conditional, older_names
 from qandc.quantization.layer_inputs import input_of_call
 from qandc.sampling.loop import Guidance, check_sampling, describe_run, sample_latents
 from qandc.sampling.pipelines import fingerprint
@@ -30,6 +31,7 @@ FORMAT_VERSION = 1
 SETTINGS = "pool.json"
 
 
+@older_names
 @dataclass(frozen=True)
 class CandidatePool:
     """Samples ``(x_t, t, label)``, on the CPU.
@@ -37,14 +39,14 @@ class CandidatePool:
     Attributes:
         hidden_states: x_t, ``[N, C, H, W] float32``.
         timesteps: ``[N]``, int64 where all are whole, else floating point.
-        steps, class_labels: ``[N] int64``; steps count from 0.
+        steps, conditions: ``[N] int64``; steps count from 0, conditions are class ids.
         null_label: of the unconditional rows, or None if the runs had none (guidance <= 1).
     """
 
     hidden_states: torch.Tensor
     timesteps: torch.Tensor
     steps: torch.Tensor
-    class_labels: torch.Tensor
+    conditions: torch.Tensor
     null_label: Annotated[int, Between(0, 2**31 - 1)] | None
 
     def __post_init__(self) -> None:
@@ -52,7 +54,7 @@ class CandidatePool:
         if self.hidden_states.ndim != 4 or not self.hidden_states.is_floating_point():
             found = f"{list(self.hidden_states.shape)} of {self.hidden_states.dtype}"
             raise DataError(f"hidden_states of a pool are [N, C, H, W] floating-point numbers; got {found}")
-        for name in ("timesteps", "steps", "class_labels"):
+        for name in ("timesteps", "steps", "conditions"):
             values = getattr(self, name)
             numbers = "finite numbers" if name == "timesteps" else "integers"
             fits = values.shape == (len(self),)  # before values are read: a view can have any size
@@ -110,20 +112,21 @@ class CandidatePool:
         if by_timestep:
             parts = [chosen[self.timesteps[chosen] == t] for t in torch.unique(self.timesteps[chosen])]
         for part in (part for of_time in parts for part in of_time.split(batch_size)):
-            x, t, labels = (
-                values[part].to(device) for values in (self.hidden_states, self.timesteps, self.class_labels)
+            x, t, conditions = (
+                values[part].to(device) for values in (self.hidden_states, self.timesteps, self.conditions)
             )
             if self.null_label is not None:
                 x, t = torch.cat([x, x]), torch.cat([t, t])
-                labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
-            yield {"hidden_states": x.to(dtype), "timestep": t, "class_labels": labels}
+                conditions = torch.cat([conditions, torch.full_like(conditions, self.null_label)])
+            yield {"hidden_states": x.to(dtype), "timestep": t, DIT.run_key: conditions}
 
 
+@older_names
 @checked
 def record_pool(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Integers,
+    conditions: Integers,
     *,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
@@ -136,7 +139,7 @@ def record_pool(
 
     Args:
         transformer: as it is to be calibrated: with its cache attached (the paper), or without one (the control).
-        scheduler, class_labels, num_inference_steps, guidance_scale, callback: as :func:`qandc.sample_latents`.
+        scheduler, conditions, num_inference_steps, guidance_scale, callback: as :func:`qandc.sample_latents`.
         seeds: one per label, 0, 1, 2, ... by default.
         batch_size: images sampled at once.
         directory: where each batch is stored as soon as it is finished. What is there already is read, not sampled
@@ -148,25 +151,25 @@ def record_pool(
     """
     from safetensors.torch import save_file
 
-    labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    seeds = list(range(len(labels)) if seeds is None else seeds)
-    if len(seeds) != len(labels):
-        raise ConfigError(f"{len(labels)} class ids need as many seeds; got {len(seeds)}")
+    conditions = check_sampling(transformer, scheduler, conditions, num_inference_steps, guidance_scale)
+    seeds = list(range(len(conditions)) if seeds is None else seeds)
+    if len(seeds) != len(conditions):
+        raise ConfigError(f"{len(conditions)} class ids need as many seeds; got {len(seeds)}")
     if directory is not None:
         scheduler.set_timesteps(num_inference_steps)
         run = describe_run(transformer, scheduler, guidance_scale)
-        settings = {"version": FORMAT_VERSION, **run, "class_labels": labels, "seeds": seeds, "batch_size": batch_size}
+        settings = {"version": FORMAT_VERSION, **run, DIT.run_key: conditions, "seeds": seeds, "batch_size": batch_size}
         settings |= {"scheduler_config": dict(scheduler.config), "weights_sha256": fingerprint(transformer)}
         keep_settings(Path(directory) / SETTINGS, settings, "a pool")
     shards = []
-    for first in range(0, len(labels), batch_size):
+    for first in range(0, len(conditions), batch_size):
         path = None if directory is None else Path(directory) / f"pool-{first:06d}.safetensors"
         shard = None if path is None else _read(path)
         if shard is None:
             shard = _record(
                 transformer,
                 scheduler,
-                labels[first : first + batch_size],
+                conditions[first : first + batch_size],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 seeds=seeds[first : first + batch_size],
@@ -175,22 +178,22 @@ def record_pool(
             if path is not None:
                 write_whole(path, functools.partial(save_file, shard))
         shards.append(shard)
-    null_label = transformer.config.num_embeds_ada_norm if guidance_scale > 1 else None
+    null_label = class_conditional(transformer)[1] if guidance_scale > 1 else None
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    return CandidatePool(**tensors, null_label=null_label)
+    return CandidatePool(conditions=tensors.pop(DIT.run_key), null_label=null_label, **tensors)
 
 
-def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> dict[str, torch.Tensor]:
+def _record(transformer: Any, scheduler: Any, conditions: list[int], **run: Any) -> dict[str, torch.Tensor]:
     seen: list[torch.Tensor] = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = input_of_call(args, kwargs, "hidden_states")
-        seen.append(x[: len(labels)].detach().float().cpu())
+        seen.append(x[: len(conditions)].detach().float().cpu())
 
     handle = transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with eager():
-            sample_latents(transformer, scheduler, labels, **run)
+            sample_latents(transformer, scheduler, conditions, **run)
     finally:
         handle.remove()
     timesteps = torch.as_tensor(scheduler.timesteps).cpu()
@@ -198,9 +201,9 @@ def _record(transformer: Any, scheduler: Any, labels: list[int], **run: Any) -> 
         timesteps = timesteps.long()
     return {
         "hidden_states": torch.cat(seen),
-        "timesteps": timesteps.repeat_interleave(len(labels)),
-        "steps": torch.arange(len(timesteps)).repeat_interleave(len(labels)),
-        "class_labels": torch.tensor(labels).repeat(len(timesteps)),
+        "timesteps": timesteps.repeat_interleave(len(conditions)),
+        "steps": torch.arange(len(timesteps)).repeat_interleave(len(conditions)),
+        DIT.run_key: torch.tensor(conditions).repeat(len(timesteps)),
     }
 
 
@@ -208,7 +211,7 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
     if not path.exists():
         return None
     found = read_tensors(path, "shard of a pool", "delete it to have it sampled again", error=DataError)
-    missing = {field.name for field in fields(CandidatePool)} - {"null_label"} - found.keys()
+    missing = {"hidden_states", "timesteps", "steps", DIT.run_key} - found.keys()
     if missing:
         raise DataError(f"{str(path)!r} has no {min(missing)}; delete it to have it sampled again")
     return found

@@ -12,7 +12,7 @@ import torch
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
-from qandc.models import Family, family_of
+from qandc.models import Family, family_of, older_names
 from qandc.models.family import arguments_of
 from qandc.sampling.loop import Guidance, check_sampling, sample_latents, set_timesteps
 from qandc.support.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
@@ -97,7 +97,7 @@ class _Recorder:
 def feature_gram(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Integers,
+    conditions: Integers,
     *,
     mode: str,
     num_inference_steps: Steps = 50,
@@ -112,7 +112,7 @@ def feature_gram(
     """
     if is_fused(transformer):
         raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse")
-    class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    conditions = check_sampling(transformer, scheduler, conditions, num_inference_steps, guidance_scale)
     with paused(transformer), eager():
         family = family_of(transformer)
         assert family is not None  # as only DiT can be sampled here
@@ -121,10 +121,10 @@ def feature_gram(
             sample_latents(
                 transformer,
                 scheduler,
-                class_labels,
+                conditions,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                seeds=range(len(class_labels)) if seeds is None else seeds,
+                seeds=range(len(conditions)) if seeds is None else seeds,
                 callback=callback,
             )
         finally:
@@ -136,11 +136,12 @@ def feature_gram(
     return gram
 
 
+@older_names
 @checked
 def calibrate_schedule(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Integers,
+    conditions: Integers,
     *,
     mode: str = "branch",
     order: int = 1,
@@ -164,7 +165,7 @@ def calibrate_schedule(
         transformer: a DiT, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache is
             paused, compiled modules run uncompiled.
         scheduler: of the runs to come.
-        class_labels: classes of the samples, ``[B]`` integers, a few dozen.
+        conditions: classes of the samples, ``[B]`` integers, a few dozen.
         mode, order: of the cache, as in :class:`qandc.CacheConfig`.
         computed_steps: e.g. ``sum(uniform_schedule(num_inference_steps, 3))``. Counts calls of the model, as the
             schedule does: a scheduler of second order (Heun) makes 2 n - 1 for n inference steps.
@@ -177,7 +178,7 @@ def calibrate_schedule(
         ModelError: the transformer is fused.
         DataError: features are NaN or infinite, or nothing is added at all.
     """
-    check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
+    check_sampling(transformer, scheduler, conditions, num_inference_steps, guidance_scale)
     timesteps = set_timesteps(scheduler, num_inference_steps)
     steps = len(timesteps)
     config = CacheConfig(mode, schedule=(True,) * steps, order=order, timesteps=timesteps)
@@ -190,7 +191,7 @@ def calibrate_schedule(
     gram = feature_gram(
         transformer,
         scheduler,
-        class_labels,
+        conditions,
         mode=mode,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,

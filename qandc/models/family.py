@@ -88,6 +88,8 @@ class Family:
         gates: gives for a block and the arguments of its forward the gates ``[branches, B, D]``.
         why_not: says why the branches of a block can't be reused on their own, or None.
         program: runs it on fused kernels; None where there are none.
+        classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
+            None where images are of other things.
     """
 
     transformer: str
@@ -96,6 +98,7 @@ class Family:
     gates: Callable[[Any, Call], torch.Tensor]
     why_not: Callable[[Any], str | None]
     program: type[Program] | None = None
+    classes: Callable[[Any], int] | None = None
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}  # class of a module: the arguments of its forward

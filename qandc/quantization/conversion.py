@@ -81,7 +81,7 @@ def quantize_model(
         model: any module; it must not be an ``nn.Linear`` itself (use ``QuantLinear.from_linear``).
         w_bits: 4 or 8.
         a_bits: 4 to 8; or 16, for activations that stay as they are (weight-only).
-        skip_patterns: layers whose qualified name contains one of these substrings stay as they are; ``.proj_out`` is
+        skip_patterns: layers whose qualified name contains one of these substrings stay as they are; ``.norm_out`` is
             at the root only, ``re:...`` a regular expression. None: what fits the class of the model.
         conditioning: scheme of the modulation layers of the blocks, which see one row per sample: "W8A16" or "W4A16"
             (weights alone are quantized), or as "W8A8". None leaves them in full precision. They are 15 to 33 % of

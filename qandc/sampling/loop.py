@@ -22,6 +22,7 @@ from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused, prepare_run
 from qandc.fusion.nan_flags import lower_nan_flags, raised_nan_flag
 from qandc.fusion.run_graph import run_as_graph, why_no_run_graph
+from qandc.models import class_conditional, older_names
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
 from qandc.support.arguments import Between, Integers, Model, Scheduler, Seeds, Steps, checked
@@ -87,30 +88,11 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
     }
 
 
-def check_dit(transformer: Any) -> None:
-    """Refuse what is no DiT that can be sampled; it may be wrapped, as by ``torch.compile``.
-
-    Raises:
-        ModelError: no ``DiTTransformer2DModel``, or one without weights.
-    """
-    from diffusers import DiTTransformer2DModel
-
-    dit: Any = DiTTransformer2DModel
-    found = next((part for part in transformer.modules() if isinstance(part, dit)), None)
-    if found is None or not hasattr(getattr(transformer, "config", None), "num_embeds_ada_norm"):
-        raise ModelError(
-            f"sampling knows diffusers' DiTTransformer2DModel; got {type(transformer).__name__} (of a pipeline, pass "
-            "pipe.transformer)"
-        )
-    if next(found.parameters()).is_meta:
-        raise ModelError("this DiTTransformer2DModel is on the meta device and has no weights; load them first")
-
-
 @checked
 def check_sampling(
     transformer: Model,
     scheduler: Scheduler,
-    class_labels: Integers,
+    conditions: Integers,
     num_inference_steps: Steps,
     guidance_scale: Guidance,
 ) -> list[int]:
@@ -120,12 +102,11 @@ def check_sampling(
         ConfigError: class ids are no integers in one dimension, or a setting is out of range.
         ModelError: no DiT, or no scheduler of one.
     """
-    check_dit(transformer)
-    class_labels = list(class_labels)
-    if not class_labels:
+    _, num_classes = class_conditional(transformer)
+    conditions = list(conditions)
+    if not conditions:
         raise ConfigError("no class ids given; give at least one")
-    num_classes = transformer.config.num_embeds_ada_norm
-    for label in class_labels:
+    for label in conditions:
         if not 0 <= label < num_classes:
             raise ConfigError(f"class id {label} is out of range; this model knows 0 to {num_classes - 1}")
     limit = getattr(scheduler.config, "num_train_timesteps", None)
@@ -133,7 +114,7 @@ def check_sampling(
         raise ModelError(f"{type(scheduler).__name__} makes no noise for a DiT; give a scheduler such as DDIMScheduler")
     if not 1 <= num_inference_steps <= limit:
         raise ConfigError(f"num_inference_steps is {num_inference_steps}; this scheduler allows 1 to {limit}")
-    return class_labels
+    return conditions
 
 
 def set_timesteps(scheduler: Any, num_inference_steps: int) -> tuple[float, ...]:
@@ -230,24 +211,25 @@ class _Loop:
         step = vars(self.scheduler).get("step", original_class(self.scheduler).step)
         return {"generator": self.generators} if "generator" in inspect.signature(step).parameters else {}
 
-    def __call__(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, latents: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         transformer, scheduler = self.transformer, self.scheduler
         if self.compensation is not None and not self.force_compensation:  # not in a replay, where nothing is new
             self.compensation.check(describe_run(transformer, scheduler, self.guidance_scale))
         dtype, guided = transformer.dtype, self.guidance_scale > 1
         # a tensor of this run alone, by which caches and prepared conditioning know it
-        unconditional = torch.full_like(labels, transformer.config.num_embeds_ada_norm)
-        labels = torch.cat([labels, unconditional]) if guided else labels.clone()
+        family, null = class_conditional(transformer)
+        conditions = torch.cat([conditions, torch.full_like(conditions, null)]) if guided else conditions.clone()
         if is_fused(transformer):
-            of_steps = prepare_run(transformer, self.timesteps, labels)
+            of_steps = prepare_run(transformer, self.timesteps, conditions)
         else:
-            of_steps = self.timesteps[:, None].expand(-1, len(labels)).unbind(0)
+            of_steps = self.timesteps[:, None].expand(-1, len(conditions)).unbind(0)
         coefficients, model_input = self.coefficients, None
         for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
             if model_input is None:
                 model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
                 model_input = torch.cat([model_input, model_input]) if guided else model_input
-            noise_pred = transformer(model_input, timestep=timesteps, class_labels=labels, return_dict=False)[0]
+            given = {"timestep": timesteps, family.run_key: conditions}
+            noise_pred = transformer(model_input, **given, return_dict=False)[0]
             if coefficients is not None:
                 scale = self.guidance_scale if guided else None
                 latents, model_input = guided_step(noise_pred.to(dtype), latents, coefficients[step], scale)
@@ -270,12 +252,13 @@ class _Loop:
         return latents if corrector is None else corrector.sample(step, latents)
 
 
+@older_names
 @checked
 @torch.inference_mode()
 def sample_latents(
     transformer: Model,
     scheduler: Annotated[Any, Scheduler],
-    class_labels: Integers,
+    conditions: Integers,
     *,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
@@ -296,7 +279,7 @@ def sample_latents(
     Args:
         transformer: a diffusers ``DiTTransformer2DModel``, plain, quantized or cached.
         scheduler: a diffusers scheduler; its step state is overwritten.
-        class_labels: class ids, ``[B]`` integers.
+        conditions: class ids, ``[B]`` integers.
         num_inference_steps: 1 to the scheduler's number of training timesteps. Where a scheduler calls the model more
             than once a step (Heun), what counts steps counts calls: the callback, the schedule of a cache, gains.
         guidance_scale: a finite number >= 0.
@@ -318,9 +301,9 @@ def sample_latents(
         DataError: the latents came out NaN or infinite; or a layer with a static range, in a block that is not
             compiled, was given NaN.
     """
-    class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    if len(seeds) != len(class_labels):
-        raise ConfigError(f"{len(class_labels)} class ids need as many seeds; got {len(seeds)}")
+    conditions = check_sampling(transformer, scheduler, conditions, num_inference_steps, guidance_scale)
+    if len(seeds) != len(conditions):
+        raise ConfigError(f"{len(conditions)} class ids need as many seeds; got {len(seeds)}")
     timesteps = set_timesteps(scheduler, num_inference_steps)
     cache = get_cache(transformer)
     if cache is not None and not cache.paused:
@@ -331,9 +314,9 @@ def sample_latents(
     # diffusers' own property walks through all modules, which takes as long as a step; fused, all are in one place
     device = next(transformer.parameters()).device if is_fused(transformer) else transformer.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
+    shape = (len(conditions), config.in_channels, config.sample_size, config.sample_size)
     latents = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-    labels = torch.tensor(class_labels, device=device)
+    ids = torch.tensor(conditions, device=device)
 
     if compensation is not None:
         if corrector is not None:
@@ -356,9 +339,9 @@ def sample_latents(
         logger.warning("the run is no CUDA graph: %s", why_no_graph)
     lower_nan_flags(transformer)
     if cuda_graph and why_no_graph is None:
-        latents = run_as_graph(transformer, loop, (latents, labels), loop.key())
+        latents = run_as_graph(transformer, loop, (latents, ids), loop.key())
     else:
-        latents = loop(latents, labels)
+        latents = loop(latents, ids)
     if not torch.isfinite(latents).all():
         raise DataError(
             f"the latents hold NaN or inf after {num_inference_steps} steps with guidance_scale {guidance_scale} in "

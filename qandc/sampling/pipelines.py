@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 
 from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCError
+from qandc.models import class_conditional
 from qandc.quantization.conversion import EXACT_WEIGHTS, quant_layers
 from qandc.support.arguments import checked
 
@@ -202,4 +203,4 @@ def class_names(pipe: Any) -> dict[int, str]:
         for name, label in pipe.labels.items():
             names.setdefault(label, name)
         return dict(sorted(names.items()))
-    return {label: str(label) for label in range(pipe.transformer.config.num_embeds_ada_norm)}
+    return {label: str(label) for label in range(class_conditional(pipe.transformer)[1])}

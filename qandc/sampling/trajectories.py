@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qandc.errors import ConfigError, DataError
+from qandc.models import older_names
 from qandc.sampling.loop import (
     Guidance,
     check_gains,
@@ -30,6 +31,7 @@ __all__ = ["Trajectory", "compensated_scheduler", "fit_compensation", "record_tr
 COMPENSATION = "_qandc_compensation"
 
 
+@older_names
 @dataclass(frozen=True)
 class Trajectory:
     """What a model made of some noise, step by step.
@@ -37,19 +39,19 @@ class Trajectory:
     Attributes:
         samples: the latents after each step, ``[S, B, C, H, W] float32``; S counts calls of the model.
         noises: the guided noise predictions, likewise.
-        class_labels, seeds, num_inference_steps, guidance_scale: of the run, to repeat it with another model.
+        conditions, seeds, num_inference_steps, guidance_scale: of the run, to repeat it with another model.
     """
 
     samples: torch.Tensor
     noises: torch.Tensor
-    class_labels: tuple[int, ...]
+    conditions: tuple[int, ...]
     seeds: tuple[Seed, ...]
     num_inference_steps: Steps
     guidance_scale: Guidance
 
     def __post_init__(self) -> None:
         check_fields(self)
-        shape, images = tuple(self.samples.shape), len(self.class_labels)
+        shape, images = tuple(self.samples.shape), len(self.conditions)
         if len(shape) != 5 or self.noises.shape != shape or not images == len(self.seeds) == shape[1]:
             raise DataError(
                 "a trajectory is samples and noises [S, B, C, H, W] with B class ids and seeds; got "
@@ -77,11 +79,12 @@ class _Recorder:
         return latents
 
 
+@older_names
 @checked
 def record_trajectory(
     transformer: nn.Module,
     scheduler: Scheduler,
-    class_labels: Integers,
+    conditions: Integers,
     *,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
@@ -93,13 +96,13 @@ def record_trajectory(
     Arguments and errors: as :func:`qandc.sample_latents`; seeds are 0, 1, 2, ... by default. Memory: twice the latents
     of all steps, on the device of the model.
     """
-    class_labels = check_sampling(transformer, scheduler, class_labels, num_inference_steps, guidance_scale)
-    seeds = tuple(range(len(class_labels)) if seeds is None else seeds)
+    conditions = check_sampling(transformer, scheduler, conditions, num_inference_steps, guidance_scale)
+    seeds = tuple(range(len(conditions)) if seeds is None else seeds)
     recorder = _Recorder()
     sample_latents(
         transformer,
         scheduler,
-        class_labels,
+        conditions,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         seeds=seeds,
@@ -109,7 +112,7 @@ def record_trajectory(
     return Trajectory(
         torch.stack(recorder.samples),
         torch.stack(recorder.noises),
-        tuple(class_labels),
+        tuple(conditions),
         seeds,
         num_inference_steps,
         guidance_scale,
@@ -184,7 +187,7 @@ def fit_compensation(
     if not 0 <= start_step < steps:
         raise ConfigError(f"start_step is {start_step!r}; the run has steps 0 to {steps - 1}")
     check_sampling(
-        transformer, scheduler, reference.class_labels, reference.num_inference_steps, reference.guidance_scale
+        transformer, scheduler, reference.conditions, reference.num_inference_steps, reference.guidance_scale
     )
     calls = len(set_timesteps(scheduler, reference.num_inference_steps))
     if calls != steps:
@@ -196,7 +199,7 @@ def fit_compensation(
     sample_latents(
         transformer,
         scheduler,
-        reference.class_labels,
+        reference.conditions,
         num_inference_steps=reference.num_inference_steps,
         guidance_scale=reference.guidance_scale,
         seeds=reference.seeds,

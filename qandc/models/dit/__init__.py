@@ -10,7 +10,7 @@ import torch
 from qandc.models.dit.fused import FusedStep
 from qandc.models.family import Call, Family
 
-__all__ = ["DIT", "takes_class_labels"]
+__all__ = ["DIT", "older_names"]
 
 T = TypeVar("T")
 
@@ -28,21 +28,25 @@ def _why_not(block: Any) -> str | None:
     return "needs DiT's blocks (adaLN-Zero, no cross-attention, no chunked feed-forward)"
 
 
-DIT = Family("DiTTransformer2DModel", "class_labels", ("attn1", "ff"), _gates, _why_not, FusedStep)
+def _classes(transformer: Any) -> int:
+    return int(transformer.config.num_embeds_ada_norm)
 
 
-def takes_class_labels(function: T) -> T:
-    """Let a function, or a dataclass, take ``class_labels=`` for ``conditions=``, as it was called for DiT alone."""
+DIT = Family("DiTTransformer2DModel", "class_labels", ("attn1", "ff"), _gates, _why_not, FusedStep, _classes)
+
+
+def older_names(function: T) -> T:
+    """Let a function, or a dataclass, take ``class_labels=`` for ``conditions=``: its name when DiT was alone."""
     named: Any = function
     if isinstance(named, type):
-        named.__init__ = takes_class_labels(named.__init__)  # type: ignore[misc]
+        named.__init__ = older_names(named.__init__)  # type: ignore[misc]
         named.class_labels = property(lambda self: self.conditions)  # type: ignore[attr-defined]
         return function
 
     @functools.wraps(named)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if "class_labels" in kwargs:
-            return named(*args, conditions=kwargs.pop("class_labels"), **kwargs)
+            kwargs["conditions"] = kwargs.pop("class_labels")
         return named(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
