@@ -122,6 +122,15 @@ def check_bits(w_bits: int, a_bits: int) -> None:
         )
 
 
+def fault_of_divisor(values: torch.Tensor) -> str | None:
+    """Say why inputs can't be multiplied with ``1 / values`` in float32, or None."""
+    if not (torch.isfinite(values) & (values > 0)).all():
+        return "not finite or not > 0"
+    smallest = torch.finfo(torch.float32).tiny  # a GPU takes denormal numbers for zero
+    fits = (values >= smallest) & (values <= 1 / smallest)
+    return None if fits.all() else f"smaller than {smallest:.1e} or larger than {1 / smallest:.1e}"
+
+
 def quantize_weight(weight: torch.Tensor, bits: int, clip: str = "max") -> tuple[torch.Tensor, torch.Tensor]:
     """``s_n = max_k |w_nk| / qmax``, ``q = round(w / s)``, qmax = 2^(b-1) - 1 (Eq. 1, symmetric, per output channel).
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qandc import ConfigError, DataError, QuantLinear, calibrate
+from qandc import ConfigError, DataError, QuantLinear, calibrate, quantize_model, smoothing_factors
 from qandc.quantizer import quantize_weight
 from qandc_kernels import reference, unpack_int4
 
@@ -235,10 +235,31 @@ def test_refuses_odd_width_at_four_bits():
         QuantLinear.from_linear(nn.Linear(33, 4), w_bits=4)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-40, 2e38])
 def test_refuses_a_static_scale_that_is_no_scale(scale):
     with pytest.raises(DataError, match="one finite number > 0"):
         make()[1].set_static_range(torch.tensor(scale))
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan"), float("inf"), 1e-40, 2e38])
+def test_refuses_smoothing_without_a_reciprocal(factor):
+    factors = torch.ones(32)
+    factors[3] = factor
+    with pytest.raises(DataError, match="smoothing must be 32 finite float32 numbers > 0 whose reciprocals are such"):
+        QuantLinear.from_linear(nn.Linear(32, 4), smoothing=factors)
+    layer = smoothed()
+    with pytest.raises(RuntimeError, match="smoothing is (not finite or not > 0|smaller than 1.2e-38 or larger)"):
+        layer.load_state_dict({**layer.state_dict(), "smoothing": factors})
+
+
+def test_smoothing_factors_have_reciprocals(seeded):
+    """Inputs or weights near the smallest float32 leave their channel unsmoothed."""
+    x = torch.randn(8, 32, generator=seeded)
+    x[:, 5] = 1e-44
+    for alpha in (0.5, 1.0):
+        model = nn.Sequential(nn.Linear(32, 4))
+        quantize_model(model, smoothing=smoothing_factors(model, [x], alpha=alpha))
+        assert torch.isfinite(model(x)).all()
 
 
 @pytest.mark.parametrize(

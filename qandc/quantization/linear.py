@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from qandc.errors import ConfigError, DataError
 from qandc.quantization.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.quantization.shared_products import Membership, shared_output, shared_output_to_compile
-from qandc.quantizer import check_bits, check_hessian, quantize_weight, round_with_feedback
+from qandc.quantizer import check_bits, check_hessian, fault_of_divisor, quantize_weight, round_with_feedback
 from qandc.support.arguments import Between, checked
 from qandc_kernels import (
     FLOAT_DTYPES,
@@ -216,9 +216,10 @@ class QuantLinear(nn.Module):
                 "a_bits from 4 to 8, or leave it out"
             )
         act_scale = scale.detach().to(device, torch.float32, copy=True) if scale.ndim == 0 else None
-        if act_scale is None or not (scale.is_floating_point() and torch.isfinite(act_scale) and act_scale > 0):
+        if act_scale is None or not scale.is_floating_point() or fault_of_divisor(act_scale) is not None:
             raise DataError(
-                f"act_scale must be one finite number > 0 (a 0-d float tensor); got {scale.flatten()[:4].tolist()}"
+                "act_scale must be one finite number > 0 whose reciprocal is such (a 0-d float tensor); got "
+                f"{scale.flatten()[:4].tolist()}"
             )
         if zero_point is not None:
             limit = 1 << self.a_bits - 1
@@ -270,8 +271,8 @@ class QuantLinear(nn.Module):
             return None if inside else (str(int(tensor)), f"an integer from {-limit} to {limit - 1}")
         if name == "bias":
             return None if torch.isfinite(tensor).all() else ("not finite", "finite numbers")
-        positive = (torch.isfinite(tensor) & (tensor > 0)).all()
-        return None if positive else ("not finite or not > 0", "finite numbers > 0")
+        fault = fault_of_divisor(tensor)
+        return None if fault is None else (fault, "finite numbers > 0 whose reciprocals are such")
 
     def make_optional(self, name: str) -> None:
         """Make room for one of ``OPTIONAL_BUFFERS``, to be filled from a state dict."""
@@ -418,15 +419,16 @@ def smoothed_weight(weight: torch.Tensor, smoothing: torch.Tensor) -> tuple[torc
     """Multiply ``[N, K]`` with factors ``[K]``; gives a float32 copy of the factors and the product in float32.
 
     Raises:
-        DataError: the factors are not ``[K]`` finite numbers > 0, or the product is not finite.
+        DataError: the factors are not ``[K]`` finite numbers > 0 with such reciprocals, or the product is not finite.
     """
     k = weight.shape[1]
     fits = smoothing.shape == (k,)
     factors = smoothing.detach().to(weight.device, torch.float32, copy=True) if fits else smoothing
-    if not fits or not (torch.isfinite(factors) & (factors > 0)).all():
+    fault = fault_of_divisor(factors) if fits else f"of shape {tuple(smoothing.shape)}"
+    if fault is not None:
         raise DataError(
-            f"smoothing must be {k} finite float32 numbers > 0, one per input channel; got shape "
-            f"{tuple(smoothing.shape)} (leave it out for none)"
+            f"smoothing must be {k} finite float32 numbers > 0 whose reciprocals are such, one per input channel; it "
+            f"is {fault} (leave it out for none)"
         )
     product = weight.detach().float() * factors
     check_finite(product, "weight times smoothing")

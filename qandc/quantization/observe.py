@@ -294,7 +294,9 @@ def smoothing_factors(
     for name, x in largest.items():
         w = weights[id(x)]
         factor = x**alpha / w.clamp(min=1e-30) ** (1 - alpha)
-        factors[name] = torch.where((x > 0) & (w > 0), factor, torch.ones_like(factor))
+        smallest = torch.finfo(factor.dtype).tiny  # inputs are multiplied with the reciprocal
+        usable = (x > 0) & (w > 0) & (factor >= smallest) & (factor <= 1 / smallest)
+        factors[name] = torch.where(usable, factor, torch.ones_like(factor))
     return factors
 
 
