@@ -248,7 +248,7 @@ def test_refuses_smoothing_without_a_reciprocal(factor):
     with pytest.raises(DataError, match="smoothing must be 32 finite float32 numbers > 0 whose reciprocals are such"):
         QuantLinear.from_linear(nn.Linear(32, 4), smoothing=factors)
     layer = smoothed()
-    with pytest.raises(RuntimeError, match="smoothing is (not finite or not > 0|smaller than 1.2e-38 or larger)"):
+    with pytest.raises(RuntimeError, match=r"smoothing is (not finite or not > 0|smaller than 1\.2e-38 or larger)"):
         layer.load_state_dict({**layer.state_dict(), "smoothing": factors})
 
 

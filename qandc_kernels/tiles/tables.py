@@ -29,6 +29,7 @@ __all__ = [
     "Gpu",
     "TunedTile",
     "checksum",
+    "choose_tile",
     "few_rows_tile",
     "gemm_tile",
     "gpu_of",
@@ -168,7 +169,9 @@ def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
+def choose_tile(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
+    """Look the tile of a kernel up; no rows take that of one."""
+    m = max(m, 1)
     names = [gpu.name] if gpu[1:] != HOPPER else [gpu.name, "nvidia-h200"]  # the same chip beside other memory
     kernels = dict.fromkeys((kernel, kernel.removesuffix(" token")))
     found = (tuned_tiles(name).get(which, {}).get((n, k)) for which in kernels for name in names)
@@ -185,7 +188,7 @@ def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: t
 
     ``family`` is "int8" (W8A8), "int4a8", "int4a16" or "int8a16"; with a g behind it weights have scales per group.
     """
-    return _choose(kernel_name(family, epilogue), m, n, k, gpu_of(device))
+    return choose_tile(kernel_name(family, epilogue), m, n, k, gpu_of(device))
 
 
 def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:

@@ -141,7 +141,7 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     seen = set()
     for kernel in tune.KERNELS:
         for m, n, k in SHAPES:
-            chosen = {tiles._choose(kernel, m, n, k, gpu) for gpu in gpus}
+            chosen = {tiles.choose_tile(kernel, m, n, k, gpu) for gpu in gpus}
             if m == 4096:  # all tiles that ship, whatever their layer is
                 tables = [tiles.tuned_tiles(gpu.name).get(kernel, {}) for gpu in gpus]
                 chosen |= {tile for table in tables for rows in table.values() for tile in rows.values()}

@@ -29,10 +29,10 @@ CPU = torch.device("cpu")
 def tables(tmp_path, monkeypatch):
     monkeypatch.setenv("QANDC_TILES", str(tmp_path))
     tiles.tuned_tiles.cache_clear()
-    tiles._choose.cache_clear()
+    tiles.choose_tile.cache_clear()
     yield tmp_path
     tiles.tuned_tiles.cache_clear()
-    tiles._choose.cache_clear()
+    tiles.choose_tile.cache_clear()
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY, ids=str)
@@ -137,12 +137,17 @@ def test_an_h100_takes_what_was_measured_on_an_h200_alone():
     assert flux not in tiles.tuned_tiles(h100.name)["int8"]
     for kernel in ("int8", "int8 token"):
         tile = tiles.tuned_tiles(h200.name)[kernel][flux][4096]
-        assert tiles._choose(kernel, 4096, *flux, h100) == tile
-        assert tiles._choose(kernel, 4096, *flux, h100._replace(multiprocessors=114)) == heuristic_tile(
+        assert tiles.choose_tile(kernel, 4096, *flux, h100) == tile
+        assert tiles.choose_tile(kernel, 4096, *flux, h100._replace(multiprocessors=114)) == heuristic_tile(
             "int8", 4096, *flux, h100
         )
     own = tiles.tuned_tiles(h100.name)["int8"][3456, 1152][4096]
-    assert tiles._choose("int8", 4096, 3456, 1152, h100) == own
+    assert tiles.choose_tile("int8", 4096, 3456, 1152, h100) == own
+
+
+def test_no_rows_take_the_tile_of_one():
+    gpu = Gpu("nvidia-h200", (9, 0), 132)  # which has a table for this N and K
+    assert tiles.choose_tile("int8", 0, 3456, 1152, gpu) == tiles.choose_tile("int8", 1, 3456, 1152, gpu)
 
 
 def test_the_table_that_ships_covers_the_layers_of_dit_xl_2(tables):
@@ -231,7 +236,7 @@ def test_tuning_one_layer(tables):
     (entry,) = json.loads(path.read_text())["tiles"]
     assert entry["us"] > 0
     tiles.tuned_tiles.cache_clear()
-    tiles._choose.cache_clear()
+    tiles.choose_tile.cache_clear()
     assert list(gemm_tile("int8", Epilogue(), 64, 64, 128, torch.device("cuda", 0))) == entry["tile"]
 
 
