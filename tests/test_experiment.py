@@ -37,6 +37,7 @@ from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.ablation import ROWS, ExperimentSettings, run_experiment
 from qandc.experiments.many_images import sample_file
 from qandc.experiments.processes import Processes
+from qandc.experiments.report import measure_rows
 from qandc.experiments.scores import Scorer, load_images, scorer_for
 from qandc.experiments.shards import ImageSet
 from qandc.quantization.conversion import quant_layers
@@ -535,3 +536,32 @@ def test_variables_that_are_no_numbers(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="must be numbers"), Processes.joined():
         pass
+
+
+def test_rows_are_written_one_by_one_and_measured_once(tmp_path, caplog):
+    path, rows, measured = tmp_path / "new" / "result.json", [{"name": name} for name in "abc"], []
+
+    def measure(row):
+        if row["name"] == "b" and len(measured) < 2:
+            measured.append("interrupted")
+            raise KeyboardInterrupt
+        measured.append(row["name"])
+        return {"length": 2.5}
+
+    def run(settings=None, **changes):
+        goals = changes.pop("goals", lambda rows: [{"name": "count", "value": len(rows)}])
+        return measure_rows(path, settings or {"steps": 3}, rows, measure, goals=goals, **changes)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    kept = json.loads(path.read_text())
+    assert kept["rows"] == [{"name": "a", "length": 2.5}]
+    assert kept["goals"] == [{"name": "count", "value": 1}]
+    assert kept["settings"] == {"steps": 3}
+    assert run(seconds=-1) == kept["rows"]
+    assert "out of time" in caplog.text
+    assert [row["name"] for row in run()] == ["a", "b", "c"]
+    assert measured == ["a", "interrupted", "b", "c"]
+    assert json.loads(path.read_text())["goals"][0]["value"] == 3
+    with pytest.raises(ConfigError, match="was measured with"):
+        run({"steps": 4})

@@ -22,6 +22,7 @@ from qandc.evaluation.metrics import (
     load_statistics,
     precision_recall,
     psnr,
+    snr,
 )
 from qandc.evaluation.pixels import to_float
 
@@ -86,6 +87,15 @@ def test_psnr():
     pixels = torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
     assert psnr(pixels, pixels + 51).tolist() == pytest.approx([20 * np.log10(5)] * 2)  # of 255
     assert psnr(pixels.float(), pixels + 51.0, peak=255).tolist() == psnr(pixels, pixels + 51).tolist()
+
+
+def test_snr():
+    expected = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]])
+    actual = expected + torch.tensor([[[0.0, 0.5]], [[0.0, 0.0]]])
+    assert snr(actual, expected).tolist() == pytest.approx([20, float("inf")])
+    for other in (expected[:1], expected[0, 0, 0]):
+        with pytest.raises(ConfigError, match="one shape"):
+            snr(other, expected if other.ndim else other)
 
 
 def test_shipped_classifier_and_statistics():

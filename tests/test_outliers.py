@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qandc import calibrate, load_pipeline, make_scheduler, quantize_model, sample_latents, smoothing_factors
+from qandc.evaluation.metrics import snr
 from tests.conftest import recorded_calls
 
 
@@ -39,16 +40,10 @@ def outputs(model, calls):
     return torch.stack([model(*args, **kwargs)[0] for args, kwargs in calls])
 
 
-def decibels(actual, expected):
-    """Signal over error of each step's prediction, on average."""
-    errors = (actual - expected).flatten(1).square().mean(1) / expected.flatten(1).square().mean(1)
-    return -10 * errors.log10().mean().item()
-
-
 def test_planting_changes_no_output_and_many_inputs(plant_outliers, recorded):
     model, _, others, expected = recorded
     planted = plant_outliers(copy.deepcopy(model), 100)
-    assert decibels(outputs(planted, others), expected) > 90
+    assert snr(outputs(planted, others), expected).mean() > 90
     largest = []
     for block in (model.transformer_blocks[5], planted.transformer_blocks[5]):
         seen = {}
@@ -81,6 +76,6 @@ def test_what_smoothing_gains(plant_outliers, recorded, times, at_least):
 
         quantize_model(planted, smoothing=smoothing_factors(planted, run) if smooth else None)
         calibrate(planted, run)
-        found[smooth] = decibels(outputs(planted, others), expected)
+        found[smooth] = snr(outputs(planted, others), expected).mean().item()
     assert found[True] > 30
     assert found[True] - found[False] > at_least, found

@@ -1,4 +1,4 @@
-"""Measures what calibration, TAP and variance compensation are worth on fashion-dit, quantized and cached.
+"""Measure what calibration, TAP and variance compensation are worth on fashion-dit, quantized and cached.
 
 python training/ablate_fashion_dit.py                                                    # on a GPU: some 20 minutes
 python training/ablate_fashion_dit.py --images 40 --steps 10 --pool-images 20 --samples 40 --repeats 0 --device cpu
@@ -15,18 +15,16 @@ import copy
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from diffusers import DiTPipeline
 from threadpoolctl import threadpool_limits
 
 from qandc import (
@@ -34,29 +32,25 @@ from qandc import (
     CandidatePool,
     Compensation,
     TapConfig,
-    apply_cache_to_dit,
     calibrate,
     calibrate_steps,
-    fashion_dit_path,
     fit_compensation,
     fuse_dit,
     input_hessians,
-    make_scheduler,
     quantize_model,
     record_pool,
     record_trajectory,
-    remove_cache,
     select_samples,
     smoothing_factors,
     uniform_schedule,
 )
 from qandc.caching.schedule import optimal_schedule
+from qandc.experiments.report import measure_rows
 from qandc.method.schedule_calibration import feature_gram
 from qandc.quantization.ranges import RangeConfig
 from qandc.support.files import read_json, write_json
-from qandc.support.results import result_header
 from qandc.variance_compensation import epsilon_scaling
-from quality import Judge, Sampler
+from quality import Bench, Images, Out, Seconds, cached, command
 
 MODES, INTERVALS = ("block", "branch"), (3, 5)
 SELECTIONS = ("uniform", "kmeans", "agglomerative", "dbscan")
@@ -71,10 +65,12 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 FIRST_SEED = 20_000_000  # of pools and fits; far from those of the images
 STEP_GROUPS = 10
+RANGES = {"static, symmetric": RangeConfig(symmetric=True), "static, least squared error": RangeConfig("mse")}
+FP = "FP"  # the part of a repeat's full-precision images, which the others are compared with
 
 
 @dataclass(frozen=True)
-class Row:
+class Configuration:
     """One configuration; the defaults are the naive one."""
 
     w_bits: int = 8
@@ -89,16 +85,16 @@ class Row:
     smoothing: bool = False
     compensation: str = "none"
 
-    def model(self) -> Row:
+    def model(self) -> Configuration:
         """What the calibrated model depends on: not the schedule nor the compensation; of the cache only the pool."""
         ours = replace(self, schedule="uniform", compensation="none")
         return replace(ours, mode="none", interval=1) if self.pool == "uncached" else ours
 
 
-def configurations(part: str, samples: int, intervals: Sequence[int] = INTERVALS) -> Iterator[Row]:
-    """The rows of one part, those of one model behind each other."""
+def configurations(part: str, samples: int, intervals: Sequence[int] = INTERVALS) -> Iterator[Configuration]:
+    """Give the rows of one part, those of one model behind each other."""
     for w_bits in (8, 4):
-        plain = Row(w_bits, samples=samples, rounding="gptq" if w_bits == 4 else "nearest")
+        plain = Configuration(w_bits, samples=samples, rounding="gptq" if w_bits == 4 else "nearest")
         for mode in MODES:
             for interval in intervals:
                 cached = replace(plain, mode=mode, interval=interval)
@@ -134,12 +130,7 @@ def configurations(part: str, samples: int, intervals: Sequence[int] = INTERVALS
 PARTS = ("ranges", *MODES, *(f"{what} {mode}" for what in ("compensation", "selection") for mode in MODES))
 
 
-def row_key(row: dict[str, Any]) -> str:
-    """What a measured row is known by."""
-    return json.dumps({name: row[name] for name in ("part", "repeat", "row")}, sort_keys=True)
-
-
-def importance(part: str, repeat: int, row: Row) -> int:
+def importance(part: str, repeat: int, row: Configuration) -> int:
     """What comes first, should time run out: the smaller."""
     if part in MODES:
         return 0 if row.w_bits == 8 else 1 if repeat == 0 else 2
@@ -147,7 +138,7 @@ def importance(part: str, repeat: int, row: Row) -> int:
 
 
 def select(*args: Any, **kwargs: Any) -> np.ndarray:
-    """In a process of its own, on few threads: there are as many processes as cores allow."""
+    """Choose samples in a process of its own, on few threads: there are as many processes as cores allow."""
     with threadpool_limits(limits=2):
         return select_samples(*args, **kwargs)
 
@@ -194,53 +185,47 @@ def ablation_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"unit": "1", "goal": None, **goal} for goal in goals]
 
 
-class Bench:
-    """The full-precision model and all that is made from it once."""
+class Method(Bench):
+    """Hold the full-precision model and all that is made from it once."""
 
-    def __init__(self, device: str, steps: int, guidance_scale: float, pool_images: int, fit_images: int) -> None:
-        self.device, self.dtype = device, torch.bfloat16 if device.startswith("cuda") else torch.float32
-        pipe = DiTPipeline.from_pretrained(fashion_dit_path()).to(device)
-        self.base, self.vae = pipe.transformer.to(self.dtype).eval(), pipe.vae
-        self.scheduler = make_scheduler("ddpm", pipe.scheduler.config)
-        self.run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    def __init__(self, *args: Any, pool_images: int, fit_images: int, **others: Any) -> None:
+        super().__init__(*args, **others)
         self.pool_images, self.fit_images = pool_images, fit_images
+        self.settings |= {"pool_images": pool_images, "fit_images": fit_images}
         self.grams: dict[tuple[int, str], np.ndarray] = {}  # of the first model of these bits, to find schedules
         self.executor = ProcessPoolExecutor(6, multiprocessing.get_context("spawn"))
 
+    def runs(self, images: int, first: int = FIRST_SEED) -> tuple[list[int], range]:
+        """Give labels and seeds of runs to calibrate with."""
+        return [i % 10 for i in range(images)], range(first, first + images)
+
     @cache  # noqa: B019
     def pool(self, mode: str, interval: int) -> CandidatePool:
-        """Of the full-precision model, with a cache or ("none") without."""
-        labels = [i % 10 for i in range(self.pool_images)]
-        seeds = range(FIRST_SEED, FIRST_SEED + len(labels))
-        if mode != "none":
-            apply_cache_to_dit(self.base, config=CacheConfig(mode, interval=interval))
-        try:
+        """Record candidates of the full-precision model, with a cache or ("none") without."""
+        labels, seeds = self.runs(self.pool_images)
+        with cached(self.base, None if mode == "none" else CacheConfig(mode, interval=interval)):
             return record_pool(self.base, self.scheduler, labels, seeds=seeds, batch_size=len(labels), **self.run)
-        finally:
-            if mode != "none":
-                remove_cache(self.base)
 
     @cache  # noqa: B019
     def chosen(self, mode: str, interval: int, selection: str, samples: int, seed: int) -> Future[np.ndarray]:
-        """Indices into the pool; in a process of its own, as clustering takes seconds."""
+        """Choose indices into the pool, in a process of its own, as clustering takes seconds."""
         pool = self.pool(mode, interval)
         config = TapConfig(clusters=min(100, max(2, samples // 8)))
         features, times = pool.hidden_states.flatten(1).numpy(), pool.steps.numpy()
         return self.executor.submit(select, features, times, samples, config, method=selection, seed=seed)
 
-    def choose(self, row: Row, repeat: int) -> tuple[CandidatePool, Future[np.ndarray]]:
+    def choose(self, row: Configuration, repeat: int) -> tuple[CandidatePool, Future[np.ndarray]]:
         of = ("none", 1) if row.pool == "uncached" else (row.mode, row.interval)
         return self.pool(*of), self.chosen(*of, row.selection, row.samples, repeat)
 
     @cache  # noqa: B019
-    def reference(self) -> Any:
-        """Trajectories of the full-precision model that compensations are fitted to."""
-        labels = [i % 10 for i in range(self.fit_images)]
-        first = FIRST_SEED + 1_000_000
-        return record_trajectory(self.base, self.scheduler, labels, seeds=range(first, first + len(labels)), **self.run)
+    def trajectories(self) -> Any:
+        """Record the trajectories of the full-precision model that compensations are fitted to."""
+        labels, seeds = self.runs(self.fit_images, FIRST_SEED + 1_000_000)
+        return record_trajectory(self.base, self.scheduler, labels, seeds=seeds, **self.run)
 
-    def quantized(self, row: Row, repeat: int) -> Any:
-        """The model of a row, fused if its ranges are static."""
+    def quantized(self, row: Configuration, repeat: int) -> Any:
+        """Make the model of a row, fused if its ranges are static."""
         pool, future = self.choose(row, repeat)
         indices = future.result()
 
@@ -260,28 +245,30 @@ class Bench:
         clip = "max" if row.rounding == "nearest" else "mse"
         model = copy.deepcopy(self.base)
         quantize_model(model, row.w_bits, weight_clip=clip, smoothing=smoothing, hessians=hessians)
-        ranges = {
-            "static, symmetric": RangeConfig(symmetric=True),
-            "static, least squared error": RangeConfig("mse"),
-        }.get(row.ranges, RangeConfig())
         if row.ranges == "dynamic, per token":
             return model
-        calibrate(model, batches(), ranges=ranges)
+        calibrate(model, batches(), ranges=RANGES.get(row.ranges, RangeConfig()))
         of_steps = None
         if "groups" in row.ranges:
             of_steps = calibrate_steps(model, batches(by_timestep=True), groups=STEP_GROUPS)
         if row.mode != "none" and (row.w_bits, row.mode) not in self.grams:
-            labels = [i % 10 for i in range(30)]
-            first = FIRST_SEED + 2_000_000
-            seeds = range(first, first + len(labels))
-            self.grams[row.w_bits, row.mode] = feature_gram(
-                model, self.scheduler, labels, mode=row.mode, seeds=seeds, **self.run
-            )
+            labels, seeds = self.runs(30, FIRST_SEED + 2_000_000)
+            gram = feature_gram(model, self.scheduler, labels, mode=row.mode, seeds=seeds, **self.run)
+            self.grams[row.w_bits, row.mode] = gram
         return fuse_dit(model, step_ranges=of_steps)
+
+    def cache_of(self, row: Configuration) -> CacheConfig | None:
+        if row.mode == "none":
+            return None
+        if row.schedule == "uniform":
+            return CacheConfig(row.mode, interval=row.interval)
+        computed = sum(uniform_schedule(self.run["num_inference_steps"], row.interval))
+        gram = self.grams[row.w_bits, row.mode]
+        return CacheConfig(row.mode, schedule=optimal_schedule(gram, computed, order=0, warm_up_steps=1))
 
     def compensation(self, model: Any, form: str) -> Compensation:
         start = self.run["num_inference_steps"] // 2 if form.endswith("later half") else 0
-        fitted = fit_compensation(self.reference(), model, self.scheduler, start_step=start, **FORMS[form])
+        fitted = fit_compensation(self.trajectories(), model, self.scheduler, start_step=start, **FORMS[form])
         if form == "epsilon scaling":
             scale = 1 / float(fitted.gain.mean())
             fitted = epsilon_scaling(scale, fitted.gain.shape[1], fitted.fitted_for)
@@ -289,8 +276,8 @@ class Bench:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/h100/ablation.json"),
-    images: Annotated[int, typer.Option(min=20, help="Samples of a row, class-balanced.")] = 10_000,
+    out: Out = Path("results/h100/ablation.json"),
+    images: Images = 10_000,
     repeats: Annotated[str, typer.Option(help="Numbers of the repeats, in the order they are measured.")] = "0,1,2",
     batch: int = 2500,
     steps: int = 50,
@@ -304,106 +291,69 @@ def main(
         Path | None, typer.Option(help="Its statistics of the training images, .npz; made if missing.")
     ] = None,
     references: Annotated[Path | None, typer.Option(help="Directory that keeps the full-precision images.")] = None,
-    seconds: Annotated[float, typer.Option(help="Begin no row after so long.")] = 1e9,
+    seconds: Seconds = 1e9,
     merge: Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")] = None,
     device: str = "cuda",
 ) -> None:
     """Sample with every configuration and score."""
     if merge:
         files = [read_json(path, "result", "leave it out", names=("rows",)) for path in merge]
-        rows = list({row_key(row): row for file in files for row in file["rows"]}.values())
+        known = ("part", "repeat", "row")
+        joined = {
+            json.dumps([row[name] for name in known], sort_keys=True): row for file in files for row in file["rows"]
+        }
         order = [(part, asdict(row)) for part in PARTS for row in configurations(part, samples)]
-        rows.sort(key=lambda row: (row["repeat"], row["part"] != "FP" and order.index((row["part"], row["row"]))))
+        rows = sorted(
+            joined.values(),
+            key=lambda row: (row["repeat"], row["part"] != FP and order.index((row["part"], row["row"]))),
+        )
         write_json(out, {**files[0], "rows": rows, "goals": ablation_goals(rows)})
         return
-    started = time.perf_counter()
-    torch.set_float32_matmul_precision("high")
-    bench = Bench(device, steps, guidance_scale, pool_images, fit_images)
-    sample = Sampler(bench.vae, bench.scheduler, images, batch, steps, guidance_scale, device)
-    judges = {True: Judge(device, efficientnet), False: Judge(device)}
-    settings = {
-        "images": images,
-        "batch": batch,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "scheduler": "ddpm",
-        "pool_images": pool_images,
-        "fit_images": fit_images,
-        "features": ["fashion-classifier"] + (["EfficientNet-Lite0 at 112 x 112"] if efficientnet else []),
-        "dtype": str(bench.dtype).removeprefix("torch."),
-    }
-    rows: list[dict[str, Any]] = []
-    if out.exists():
-        before = read_json(out, "result", "give another --out", names=("settings", "rows"))
-        if before["settings"] != settings:
-            raise typer.BadParameter(f"{out} was made with {before['settings']}; give another file or the same")
-        rows = before["rows"]
-    header = result_header(settings)
-    done = {row_key(row) for row in rows}
-
-    def add(part: str, repeat: int, row: dict[str, Any], pixels: torch.Tensor, reference: torch.Tensor) -> None:
-        rows.append(
-            {"part": part, "repeat": repeat, "row": row, **judges[repeat == 0](pixels, sample.labels, reference)}
-        )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**header, "rows": rows, "goals": ablation_goals(rows)})
-        said = " ".join(str(value) for value in row.values())
-        numbers = " ".join(f"{value:.3f}" for value in list(rows[-1].values())[3:])
-        typer.echo(f"{time.perf_counter() - started:5.0f} s  {part} {repeat}: {said}: {numbers}")
-
+    bench = Method(
+        device, images, batch, steps, guidance_scale,
+        pool_images=pool_images, fit_images=fit_images, efficientnet=efficientnet,
+    )  # fmt: skip
+    numbers = [int(repeat) for repeat in repeats.split(",")]
     work = [
         (part, repeat, row)
         for part in parts.split(",")
-        for repeat in map(int, repeats.split(","))
+        for repeat in numbers
         for row in configurations(part, samples, [int(n) for n in intervals.split(",")])
-        if row_key({"part": part, "repeat": repeat, "row": asdict(row)}) not in done
     ]
     work.sort(key=lambda what: importance(*what))
     for _, repeat, row in work:
         bench.choose(row, repeat)  # clustering begins beside the GPU's work
 
     @cache
-    def reference(repeat: int) -> torch.Tensor:
+    def full_precision(repeat: int) -> torch.Tensor:
         path = None if references is None else references / f"{repeat}.pt"
         if path is not None and path.exists():
-            pixels = torch.load(path, weights_only=True)
-        else:
-            pixels, _ = sample(bench.base, 1000 * repeat)
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(pixels, path.with_suffix(f".{os.getpid()}"))
-                os.replace(path.with_suffix(f".{os.getpid()}"), path)
-        name = {"w_bits": 16}
-        if row_key({"part": "FP", "repeat": repeat, "row": name}) not in done:
-            add("FP", repeat, name, pixels, pixels)
+            return torch.load(path, weights_only=True)
+        pixels, _ = bench.sample(bench.base, 1000 * repeat)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(pixels, path.with_suffix(f".{os.getpid()}"))
+            os.replace(path.with_suffix(f".{os.getpid()}"), path)
         return pixels
 
-    key: Any = None
-    model: Any = None
-    for part, repeat, row in work:
-        if time.perf_counter() - started > seconds:
-            typer.echo("out of time")
-            break
-        expected = reference(repeat)
-        if key != (row.model(), repeat):
-            key, model = (row.model(), repeat), None
-            model = bench.quantized(row, repeat)
-        config = None
-        if row.mode != "none":
-            config = CacheConfig(row.mode, interval=row.interval)
-            if row.schedule == "calibrated":
-                computed, gram = sum(uniform_schedule(steps, row.interval)), bench.grams[row.w_bits, row.mode]
-                config = CacheConfig(row.mode, schedule=optimal_schedule(gram, computed, order=0, warm_up_steps=1))
-            apply_cache_to_dit(model, config=config)
-        try:
+    quantized = lru_cache(1)(bench.quantized)
+
+    def draw(row: Configuration, repeat: int) -> torch.Tensor:
+        model = quantized(row.model(), repeat)
+        with cached(model, bench.cache_of(row)):
             corrector = None if row.compensation == "none" else bench.compensation(model, row.compensation)
-            pixels, _ = sample(model, 1000 * repeat, corrector)
-        finally:
-            if config is not None:
-                remove_cache(model)
-        add(part, repeat, asdict(row), pixels, expected)
+            return bench.sample(model, 1000 * repeat, corrector)[0]
+
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
+        repeat, full = row["repeat"], full_precision(row["repeat"])
+        pixels = full if row["part"] == FP else draw(Configuration(**row["row"]), repeat)
+        return bench.score(pixels, full, second=repeat == 0)
+
+    rows = [{"part": FP, "repeat": repeat, "row": {"w_bits": 16}} for repeat in numbers]
+    rows += [{"part": part, "repeat": repeat, "row": asdict(row)} for part, repeat, row in work]
+    measure_rows(out, bench.settings, rows, measure, goals=ablation_goals, seconds=seconds)
     bench.executor.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -1,6 +1,6 @@
-"""Measures fashion-dit unquantized (float32, TF32 products): Fréchet distance, inception score, class accuracy, floors.
+"""Measure fashion-dit unquantized (float32, TF32 products): Fréchet distance, inception score, class accuracy, floors.
 
-python training/evaluate_fashion_dit.py --assets qandc/assets --out results/h200/fashion-dit.json
+python training/evaluate_fashion_dit.py --out results/h200/fashion-dit.json
 """
 
 from __future__ import annotations
@@ -11,32 +11,30 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import DiTPipeline
-from safetensors.torch import load_file
 
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
-from qandc.evaluation.metrics import (
-    FashionClassifier,
-    FeatureStatistics,
-    class_accuracy,
-    extract_features,
-    frechet_distance,
-    inception_score,
-    load_statistics,
-)
 from qandc.evaluation.pixels import to_float
-from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents
-from qandc.support.files import write_json
-from qandc.support.results import result_header
+from qandc.experiments.report import measure_rows
+from qandc.sampling.loop import decode_latents, make_scheduler
+from quality import Bench, Images, Out, command
+
+TEST, AUTOENCODED = "test images", "test images, autoencoded"
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("ddim", {}),
+    ("ddpm", {"timestep_spacing": "trailing"}),
+    ("ddpm", {"variance_type": "fixed_large"}),
+)
+GOALS: tuple[dict[str, Any], ...] = (
+    {"name": "frechet_distance", "unit": "1", "better": "lower", "must": 0.535, "goal": 0.45},
+    {"name": "class_accuracy", "unit": "1", "better": "higher", "must": 0.95, "goal": 0.95},
+)
 
 
 def main(
-    assets: Annotated[Path, typer.Option(help="Directory with fashion-dit and fashion-classifier.")] = Path(
-        "qandc/assets"
-    ),
+    assets: Annotated[Path, typer.Option(help="Directory with fashion-dit.")] = Path("qandc/assets"),
     data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/h200/fashion-dit.json"),
-    images: Annotated[int, typer.Option(min=20, help="Number of samples, class-balanced.")] = 10_000,
+    out: Out = Path("results/h200/fashion-dit.json"),
+    images: Images = 10_000,
     batch: int = 2500,
     steps: int = 50,
     guidance_scale: float = 1.5,
@@ -45,83 +43,39 @@ def main(
     device: str = "cuda",
 ) -> None:
     """Sample class-balanced images and score them."""
-    torch.set_float32_matmul_precision("high")
-    pipe = DiTPipeline.from_pretrained(assets / "fashion-dit").to(device)
-    classifier = FashionClassifier().eval().to(device)
-    classifier.load_state_dict(load_file(assets / "fashion-classifier" / "classifier.safetensors"))
-    train = load_statistics(assets / "fashion-classifier" / "train-statistics.npz")
-    rows: list[dict[str, Any]] = []
-
-    def score(name: str, pixels: torch.Tensor, labels: torch.Tensor, **extra: Any) -> None:
-        features, logits = extract_features(classifier, pixels)
-        rows.append(
-            {
-                "name": name,
-                "count": len(pixels),
-                "frechet_distance": frechet_distance(FeatureStatistics.of(features), train),
-                "inception_score": inception_score(logits),
-                "class_accuracy": class_accuracy(logits, labels),
-                **extra,
-            }
-        )
-        typer.echo(
-            "{name:28} n {count:6} frechet {frechet_distance:.4f} IS {inception_score:.3f} accuracy "
-            "{class_accuracy:.4f}".format(**rows[-1])
-        )
-
-    test_images, test_labels = load_split(data, "t10k")
-    score("test images", test_images, test_labels)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.inference_mode():
-        chunk = to_float(test_images)
-        decoded = [
-            decode_latents(pipe.vae, pipe.vae.encode(part.to(device)).latent_dist.sample(generator))
-            for part in chunk.split(1000)
-        ]
-    score("test images, autoencoded", torch.cat(decoded), test_labels)
-
-    base = pipe.scheduler.config
+    dit = assets / "fashion-dit"
+    bench = Bench(device, images, batch, steps, guidance_scale, dtype=torch.float32, pipeline=dit)
     runs = [("ddpm", {}, 1_000_000 * repeat) for repeat in range(seeds)]
-    if variants:
-        runs += [("ddim", {}, 0), ("ddpm", {"timestep_spacing": "trailing"}, 0)]
-        runs += [("ddpm", {"variance_type": "fixed_large"}, 0)]
-    labels = torch.arange(images) % 10
-    for scheduler_name, changes, first_seed in runs:
-        started = time.perf_counter()
-        pixels = []
-        for part in torch.arange(images).split(batch):
-            latents = sample_latents(
-                pipe.transformer,
-                make_scheduler(scheduler_name, {**base, **changes}),
-                labels[part].tolist(),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                seeds=[first_seed + int(i) for i in part],
-            )
-            pixels.append(decode_latents(pipe.vae, latents))
-        name = " ".join([scheduler_name, str(steps), *(str(v) for v in changes.values())])
-        seconds = time.perf_counter() - started
-        score(name, torch.cat(pixels), labels, first_seed=first_seed, guidance_scale=guidance_scale, seconds=seconds)
+    runs += [(*variant, 0) for variant in VARIANTS if variants]
+    names = [" ".join([scheduler, str(steps), *map(str, changes.values())]) for scheduler, changes, _ in runs]
+    drawn = [{"name": name, "first_seed": first} for name, (*_, first) in zip(names, runs, strict=True)]
 
-    main_rows = [row for row in rows if row["name"] == f"ddpm {steps}"]
-    goals = [
-        {"name": "frechet_distance", "unit": "1", "better": "lower", "must": 0.535, "goal": 0.45},
-        {"name": "class_accuracy", "unit": "1", "better": "higher", "must": 0.95, "goal": 0.95},
-    ]
-    for goal in goals:
-        goal["value"] = sum(row[goal["name"]] for row in main_rows) / len(main_rows)
-    settings = {
-        "images": images,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "features": "fashion-classifier",
-        "batch": batch,
-        "seeds": seeds,
-        "dtype": "float32, products in TF32",
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**result_header(settings), "rows": rows, "goals": goals})
+    @torch.inference_mode()
+    def autoencoded(pixels: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        parts = to_float(pixels).split(1000)
+        latents = (bench.vae.encode(part.to(device)).latent_dist.sample(generator) for part in parts)
+        return torch.cat([decode_latents(bench.vae, part) for part in latents])
+
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
+        if row["name"] in (TEST, AUTOENCODED):
+            pixels, labels = load_split(data, "t10k")
+            pixels = autoencoded(pixels) if row["name"] == AUTOENCODED else pixels
+            return {"count": len(pixels), **bench.score(pixels, labels=labels)}
+        name, changes, first_seed = runs[drawn.index(row)]
+        started = time.perf_counter()
+        scheduler = make_scheduler(name, {**bench.scheduler.config, **changes})
+        pixels, _ = bench.sample(bench.base, first_seed, scheduler=scheduler)
+        seconds = time.perf_counter() - started
+        return {"count": images, **bench.score(pixels), "guidance_scale": guidance_scale, "seconds": seconds}
+
+    def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        ours = [row for row in rows if row["name"] == f"ddpm {steps}"]
+        return [{**goal, "value": sum(row[goal["name"]] for row in ours) / len(ours)} for goal in GOALS if ours]
+
+    settings = {**bench.settings, "seeds": seeds, "dtype": "float32, products in TF32"}
+    measure_rows(out, settings, [{"name": TEST}, {"name": AUTOENCODED}, *drawn], measure, goals=goals)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

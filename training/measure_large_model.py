@@ -1,4 +1,4 @@
-"""Time and memory of calibrating, saving and loading DiT-XL/2 (random weights, the structure of facebook/DiT-XL-2-256).
+"""Measure time and memory of calibrating, saving and loading DiT-XL/2 (random weights, as facebook/DiT-XL-2-256).
 
 python training/measure_large_model.py                       # on a GPU
 python training/measure_large_model.py --device cpu --steps 2 --uniform --pool-images 2 --samples 4 --vc-samples 2
@@ -8,6 +8,7 @@ Each part runs in a process of its own, so that its peak memory is its own.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import resource
 import tempfile
@@ -18,9 +19,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-
-from qandc.support.files import write_json
-from qandc.support.results import result_header
 
 
 def make_pipeline(directory: Path) -> None:
@@ -94,7 +92,9 @@ def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/h100/large-model.json"),
+    out: Annotated[Path, typer.Option(help="JSON file to write; one that is there is continued.")] = Path(
+        "results/h100/large-model.json"
+    ),
     device: str = "cuda",
     steps: int = 50,
     pool_images: int = 20,
@@ -104,22 +104,30 @@ def main(
     uniform: Annotated[bool, typer.Option("--uniform", help="Do not search for a schedule.")] = False,
 ) -> None:
     """Measure."""
-    rows = []
-    run = {"num_inference_steps": steps, "guidance_scale": 4.0, "scheduler": "ddim", "uniform": uniform}
+    from qandc.experiments.report import measure_rows  # here, so that a part's process holds what it needs alone
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = {
+        "num_inference_steps": steps, "guidance_scale": 4.0, "scheduler": "ddim", "uniform": uniform,
+        "pool_images": pool_images, "samples": samples, "vc_samples": vc_samples,
+        "clusters": min(50, max(2, samples // 8)),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_pipeline(model)
-        for bits in map(int, w_bits.split(",")):
-            settings = {**run, "w_bits": bits, "pool_images": pool_images, "samples": samples, "vc_samples": vc_samples}
-            settings["clusters"] = min(50, max(2, samples // 8))
-            where = Path(folder) / f"w{bits}"
-            rows.append({"part": "calibrate", "w_bits": bits, **alone(calibrate, model, where, device, settings)})
-            rows.append({"part": "load", "w_bits": bits, **alone(load, where, device)})
-            for row in rows[-2:]:
-                typer.echo(" ".join(f"{name} {value}" for name, value in row.items()))
-    header = result_header({**settings, "device": device, "model": "DiT-XL/2-256, random weights"})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**header, "rows": rows, "goals": []})
+
+        def measure(row: dict[str, Any]) -> dict[str, Any]:
+            where = Path(folder) / f"w{row['w_bits']}"
+            bits = {**settings, "w_bits": row["w_bits"]}
+            if row["part"] == "calibrate":
+                return alone(calibrate, model, where, device, bits)
+            if not where.exists():  # measured by an earlier run
+                alone(calibrate, model, where, device, bits)
+            return alone(load, where, device)
+
+        rows = [{"part": part, "w_bits": int(bits)} for bits in w_bits.split(",") for part in ("calibrate", "load")]
+        noted = {**settings, "device": device, "model": "DiT-XL/2-256, random weights"}
+        measure_rows(out, noted, rows, measure)
 
 
 if __name__ == "__main__":

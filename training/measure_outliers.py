@@ -1,4 +1,4 @@
-"""Measures what outliers in activations cost, and what smoothing wins back, on fashion-dit with planted outliers.
+"""Measure what outliers in activations cost, and what smoothing wins back, on fashion-dit with planted outliers.
 
 python training/measure_outliers.py                                                            # on a GPU
 python training/measure_outliers.py --images 5 --steps 10 --device cpu --out results/cpu/outliers.json
@@ -12,8 +12,6 @@ forward, on average. Every step is computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +30,9 @@ from qandc import (
     sample_latents,
     smoothing_factors,
 )
-from qandc.evaluation.metrics import psnr
-from qandc.support.files import write_json
-from qandc.support.results import result_header
+from qandc.evaluation.metrics import psnr, snr
+from qandc.experiments.report import measure_rows
+from quality import Out, command
 
 CHANNELS = 4  # that hold outliers
 FIRST_SEED = 20_000_000  # of the samples to calibrate with; far from those of the images
@@ -61,34 +59,22 @@ def plant_outliers(transformer: Any, times: float, channels: int = CHANNELS) -> 
     return transformer
 
 
-def _times(layer: nn.Linear, rows: torch.Tensor, times: float) -> None:
-    layer.weight[rows] *= times
-    layer.bias[rows] *= times
+def _times(layer: nn.Linear, channels: torch.Tensor, times: float) -> None:
+    layer.weight[channels] *= times
+    layer.bias[channels] *= times
 
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration: how large the outliers are, and how the model is quantized."""
-
-    times: float
-    w_bits: int
-    ranges: str
-    alpha: float | None = None
-
-
-def configurations(outliers: list[float]) -> Iterator[Row]:
-    """All rows, those of one model behind each other."""
-    for times in outliers:
-        for w_bits in (8, 4):
-            yield Row(times, w_bits, "static")
-            yield Row(times, w_bits, "dynamic")
-            yield Row(times, w_bits, "dynamic", 0.5)
-            for alpha in (0.25, 0.5, 0.75):
-                yield Row(times, w_bits, "static", alpha)
+CONFIGURATIONS = [  # those of one model behind each other
+    {"w_bits": w_bits, "ranges": ranges, "alpha": alpha}
+    for w_bits in (8, 4)
+    for ranges, alpha in (
+        ("static", None), ("dynamic", None), ("dynamic", 0.5), ("static", 0.25), ("static", 0.5), ("static", 0.75)
+    )
+]  # fmt: skip
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/h100/outliers.json"),
+    out: Out = Path("results/h100/outliers.json"),
     outliers: Annotated[str, typer.Option(help="Factors, separated by commas; 1 plants none.")] = "1,10,30,100",
     images: Annotated[int, typer.Option(help="Of each row, one per class in turn.")] = 10,
     steps: int = 50,
@@ -104,14 +90,11 @@ def main(
         run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         return sample_latents(model, scheduler, labels, seeds=seeds, **run)
 
-    def draw(model: nn.Module) -> torch.Tensor:
-        return decode_latents(pipe.vae, latents(model))
-
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, dict(kwargs))), with_kwargs=True
     )
-    full = draw(pipe.transformer)
+    full = decode_latents(pipe.vae, latents(pipe.transformer))
     handle.remove()
 
     @torch.no_grad()
@@ -119,27 +102,27 @@ def main(
         return torch.stack([model(*args, **kwargs)[0] for args, kwargs in calls])
 
     expected = predictions(pipe.transformer)
-    rows = []
-    for row in configurations([float(part) for part in outliers.split(",")]):
-        model = plant_outliers(copy.deepcopy(pipe.transformer), row.times)
 
-        def run(model: nn.Module = model) -> torch.Tensor:
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
+        model = plant_outliers(copy.deepcopy(pipe.transformer), row["times"])
+
+        def run() -> torch.Tensor:
             return latents(model, FIRST_SEED)
 
-        smoothing = None if row.alpha is None else smoothing_factors(model, run, alpha=row.alpha)
-        hessians = input_hessians(model, run) if row.w_bits == 4 else None
+        smoothing = None if row["alpha"] is None else smoothing_factors(model, run, alpha=row["alpha"])
+        hessians = input_hessians(model, run) if row["w_bits"] == 4 else None
         clip = "max" if hessians is None else "mse"
-        quantize_model(model, row.w_bits, weight_clip=clip, smoothing=smoothing, hessians=hessians)
-        if row.ranges == "static":
+        quantize_model(model, row["w_bits"], weight_clip=clip, smoothing=smoothing, hessians=hessians)
+        if row["ranges"] == "static":
             calibrate(model, run)
-        likeness = psnr(draw(model), full)
-        error = (predictions(model) - expected).flatten(1).square().mean(1) / expected.flatten(1).square().mean(1)
-        signal = float(-10 * error.log10().mean())
-        rows.append({**asdict(row), "psnr_to_fp": likeness.tolist(), "prediction_snr": signal})
-        typer.echo(f"{row}: images {likeness.mean():.1f} dB, predictions {signal:.1f} dB")
+        likeness = psnr(decode_latents(pipe.vae, latents(model)), full)
+        signal = snr(predictions(model), expected).mean()
+        return {"psnr_to_fp": likeness.tolist(), "prediction_snr": float(signal)}
+
+    rows = [{"times": float(times), **row} for times in outliers.split(",") for row in CONFIGURATIONS]
     settings = {"images": images, "steps": steps, "guidance_scale": guidance_scale, "device": device}
-    write_json(out, {**result_header({**settings, "scheduler": "ddpm"}), "rows": rows, "goals": []})
+    measure_rows(out, {**settings, "scheduler": "ddpm"}, rows, measure)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -1,14 +1,21 @@
-"""What the evaluating scripts share: sampling many images of the same noise, and scoring them."""
+"""Draw many images of the same noise with variants of fashion-dit, and score them."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
+from diffusers import DiTPipeline
 
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
+from qandc import CacheConfig, apply_cache, fashion_dit_path, remove_cache
+from qandc.caching.feature_cache import FeatureCache
 from qandc.evaluation.metrics import (
     EfficientNetFeatures,
     FeatureStatistics,
@@ -20,95 +27,138 @@ from qandc.evaluation.metrics import (
     load_statistics,
     psnr,
 )
-from qandc.sampling.loop import Corrector, decode_latents
+from qandc.sampling.loop import Corrector, decode_latents, make_scheduler
+
+Out = Annotated[Path, typer.Option(help="JSON file to write; one that is there is continued.")]
+Images = Annotated[int, typer.Option(min=20, help="Samples of a row, class-balanced.")]
+Seconds = Annotated[float, typer.Option(help="Begin no row after so long.")]
 
 
-@torch.no_grad()
-def denoise(
-    transformer: Any,
-    scheduler: Any,
-    labels: torch.Tensor,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    corrector: Corrector | None = None,
-) -> torch.Tensor:
-    """As ``qandc.sample_latents``, with one generator for the batch instead of one per image, which is faster."""
-    device, config = transformer.device, transformer.config
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-    latents = torch.randn(shape, generator=generator, device=device)
-    both = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)]).to(device)
-    scheduler.set_timesteps(steps)
-    for step, timestep in enumerate(scheduler.timesteps):
-        x = latents.to(transformer.dtype)
-        rows = timestep.to(device).expand(len(both))
-        noise = transformer(torch.cat([x, x]), timestep=rows, class_labels=both, return_dict=False)[0].float()
-        cond, uncond = noise.chunk(2)
-        noise = uncond + guidance_scale * (cond - uncond)
-        if corrector is not None:
-            noise = corrector.noise(step, noise)
-        latents = scheduler.step(noise, timestep, latents, generator=generator, return_dict=False)[0]
-        if corrector is not None:
-            latents = corrector.sample(step, latents)
-    return latents
+class Bench:
+    """Hold fashion-dit, and draw the same ``images``, class-balanced, with any transformer.
 
+    The noise of a batch, of the start and of every step, comes from one generator, which is faster than one per image
+    and depends on ``first_seed`` alone.
 
-class Sampler:
-    """Draws the same ``images``, class-balanced, with any transformer; noise depends on ``first_seed`` alone."""
+    Args:
+        efficientnet: file of EfficientNet-Lite0's statistics of the training images, for a second opinion. One that is
+            not there is made: seconds on a GPU, half an hour on a CPU.
+    """
 
     def __init__(
-        self, vae: Any, scheduler: Any, images: int, batch: int, steps: int, guidance_scale: float, device: str
+        self,
+        device: str,
+        images: int,
+        batch: int,
+        steps: int,
+        guidance_scale: float,
+        scheduler: str = "ddpm",
+        *,
+        dtype: torch.dtype | None = None,
+        pipeline: Path | None = None,
+        efficientnet: Path | None = None,
     ) -> None:
-        self.vae, self.scheduler, self.batch = vae, scheduler, batch
-        self.steps, self.guidance_scale = steps, guidance_scale
+        torch.set_float32_matmul_precision("high")
+        self.device, self.batch = device, batch
+        self.dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        pipe = DiTPipeline.from_pretrained(pipeline or fashion_dit_path()).to(device)
+        self.base, self.vae = pipe.transformer.to(self.dtype).eval(), pipe.vae
+        self.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+        self.run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         self.labels = torch.arange(images) % 10
-        self.synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        self.classifier, self.train = load_fashion_classifier(device), load_statistics()
+        self.second: tuple[torch.nn.Module, FeatureStatistics] | None = None
+        if efficientnet is not None:
+            model = EfficientNetFeatures().to(device)
+            if not efficientnet.exists():
+                pixels, _ = load_split(DEFAULT_DIRECTORY, "train")
+                FeatureStatistics.of(extract_features(model, pixels)[0]).save(efficientnet)
+            self.second = model, load_statistics(efficientnet)
+        self.settings: dict[str, Any] = {
+            "images": images,
+            "batch": batch,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "scheduler": scheduler,
+            "features": ["fashion-classifier"] + (["EfficientNet-Lite0 at 112 x 112"] if efficientnet else []),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
-    def __call__(
-        self, transformer: Any, first_seed: int = 0, corrector: Corrector | None = None
+    @torch.no_grad()
+    def denoise(
+        self, transformer: Any, labels: torch.Tensor, seed: int, corrector: Corrector | None, scheduler: Any
+    ) -> torch.Tensor:
+        device, config = transformer.device, transformer.config
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        latents = torch.randn(shape, generator=generator, device=device)
+        both = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)]).to(device)
+        scheduler.set_timesteps(self.run["num_inference_steps"])
+        for step, timestep in enumerate(scheduler.timesteps):
+            x = latents.to(transformer.dtype)
+            timesteps = timestep.to(device).expand(len(both))
+            noise = transformer(torch.cat([x, x]), timestep=timesteps, class_labels=both, return_dict=False)[0].float()
+            cond, uncond = noise.chunk(2)
+            noise = uncond + self.run["guidance_scale"] * (cond - uncond)
+            if corrector is not None:
+                noise = corrector.noise(step, noise)
+            latents = scheduler.step(noise, timestep, latents, generator=generator, return_dict=False)[0]
+            if corrector is not None:
+                latents = corrector.sample(step, latents)
+        return latents
+
+    def sample(
+        self, transformer: Any, first_seed: int = 0, corrector: Corrector | None = None, scheduler: Any = None
     ) -> tuple[torch.Tensor, float]:
-        """Images ``[N, 1, H, W]`` in [-1, 1] on the CPU, and seconds per image of all batches but the first."""
+        """Draw images ``[N, 1, H, W]`` in [-1, 1] on the CPU; and seconds per image of all batches but the first."""
         pixels, times = [], []
+        synchronize = torch.cuda.synchronize if self.device.startswith("cuda") else lambda: None
         for i, part in enumerate(self.labels.split(self.batch)):
-            self.synchronize()
+            synchronize()
             begun = time.perf_counter()
-            latents = denoise(
-                transformer, self.scheduler, part, self.steps, self.guidance_scale, first_seed + i, corrector
-            )
-            self.synchronize()
+            latents = self.denoise(transformer, part, first_seed + i, corrector, scheduler or self.scheduler)
+            synchronize()
             times.append((time.perf_counter() - begun) / len(part))
             pixels.append(decode_latents(self.vae, latents))
         return torch.cat(pixels), sum(times[1:]) / len(times[1:]) if len(times) > 1 else times[0]
 
-
-class Judge:
-    """Scores images with the shipped classifier, and with EfficientNet-Lite0 if a file of its statistics is named.
-
-    A file that is not there is made from the training images of Fashion-MNIST: seconds on a GPU, half an hour on a CPU.
-    """
-
-    def __init__(self, device: str, efficientnet_statistics: Path | None = None) -> None:
-        self.classifier, self.train = load_fashion_classifier(device), load_statistics()
-        self.second: tuple[torch.nn.Module, FeatureStatistics] | None = None
-        if efficientnet_statistics is not None:
-            model = EfficientNetFeatures().to(device)
-            if not efficientnet_statistics.exists():
-                images, _ = load_split(DEFAULT_DIRECTORY, "train")
-                FeatureStatistics.of(extract_features(model, images)[0]).save(efficientnet_statistics)
-            self.second = model, load_statistics(efficientnet_statistics)
-
-    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-        """Distances to the training images, IS, class accuracy, and PSNR to the ``reference`` images of equal noise."""
+    def score(
+        self,
+        pixels: torch.Tensor,
+        reference: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        second: bool = False,
+    ) -> dict[str, float]:
+        """Compute distances to the training images, IS, class accuracy, and PSNR to ``reference``, if there is one."""
         features, logits = extract_features(self.classifier, pixels)
         found = {
             "frechet_distance": frechet_distance(FeatureStatistics.of(features), self.train),
             "inception_score": inception_score(logits),
-            "class_accuracy": class_accuracy(logits, labels),
-            "psnr_to_fp": float(psnr(pixels, reference).clamp(max=100).mean()),
+            "class_accuracy": class_accuracy(logits, self.labels if labels is None else labels),
         }
-        if self.second is not None:
+        if reference is not None:
+            found["psnr_to_fp"] = float(psnr(pixels, reference).clamp(max=100).mean())
+        if second and self.second is not None:
             model, train = self.second
             statistics = FeatureStatistics.of(extract_features(model, pixels)[0])
             found["frechet_distance_efficientnet"] = frechet_distance(statistics, train)
         return found
+
+
+@contextlib.contextmanager
+def cached(model: Any, config: CacheConfig | None) -> Iterator[FeatureCache | None]:
+    """Attach a cache for the block; None attaches none."""
+    if config is None:
+        yield None
+        return
+    try:
+        yield apply_cache(model, config=config)
+    finally:
+        remove_cache(model)
+
+
+def command(main: Callable[..., None]) -> None:
+    """Run a script's ``main`` with options of the command line; each row is told as it is measured."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    typer.run(main)

@@ -42,6 +42,7 @@ __all__ = [
     "load_statistics",
     "precision_recall",
     "psnr",
+    "snr",
 ]
 
 
@@ -367,6 +368,20 @@ def class_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     if not 0 <= int(labels.min()) <= int(labels.max()) < rows.shape[1]:
         raise DataError(f"labels are {int(labels.min())} to {int(labels.max())}; give 0 to {rows.shape[1] - 1}")
     return float((rows.argmax(1) == labels.to(rows.device)).double().mean())
+
+
+def snr(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Compute ``10 log10(Σ expected² / Σ (actual - expected)²)`` in dB per sample: ``[B, ...]`` to ``[B]``.
+
+    Raises:
+        ConfigError: the shapes differ.
+    """
+    if actual.shape != expected.shape or not actual.ndim:
+        raise ConfigError(
+            f"snr compares tensors of one shape [B, ...]; got {tuple(actual.shape)}, {tuple(expected.shape)}"
+        )
+    signal, error = (t.double().square().flatten(1).sum(1) for t in (expected, actual - expected))
+    return 10 * torch.log10(signal / error)
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor, peak: float | None = None) -> torch.Tensor:

@@ -1,19 +1,25 @@
-"""What an experiment is told as: one JSON file, one Markdown table, one figure."""
+"""Write measured rows to one JSON file, and an experiment as JSON, a Markdown table and a figure."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from qandc.errors import ConfigError
 from qandc.experiments.scores import load_images
-from qandc.support.files import write_json, write_whole
+from qandc.support.files import make_directory, read_json, write_json, write_whole
 from qandc.support.results import result_header
 
-__all__ = ["METRICS", "markdown_table", "write_report"]
+__all__ = ["METRICS", "markdown_table", "measure_rows", "write_report"]
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
 
 METRICS = {  # name: heading, digits, factor
     "frechet_distance": ("Fréchet distance", 3, 1.0),
@@ -22,6 +28,55 @@ METRICS = {  # name: heading, digits, factor
     "psnr_to_fp": ("PSNR to FP, dB", 1, 1.0),
 }
 SHOWN = 10
+
+
+def measure_rows(
+    path: Path,
+    settings: dict[str, Any],
+    rows: Iterable[Row],
+    measure: Callable[[Row], Row],
+    *,
+    goals: Callable[[list[Row]], list[Row]] = lambda rows: [],
+    seconds: float = math.inf,
+) -> list[Row]:
+    """Measure one row after the other, and write a result file after each; a file that is there is continued.
+
+    Args:
+        path: JSON file to write (:mod:`qandc.support.results`).
+        settings: of all rows, noted in the file.
+        rows: what each row is known by. Those that the file holds are not measured again.
+        measure: gives the figures of a row, which are added to it.
+        goals: makes the goals of all rows so far.
+        seconds: begin no row after so long.
+
+    Returns:
+        All rows of the file.
+
+    Raises:
+        ConfigError: the file was measured with other settings.
+        OutputError: it is no result, or cannot be written.
+    """
+    started, measured = time.perf_counter(), []
+    if path.exists():
+        before = read_json(path, "result", "give another file", names=("settings", "rows"))
+        if before["settings"] != settings:
+            raise ConfigError(f"{str(path)!r} was measured with {before['settings']}; give another file or the same")
+        measured = before["rows"]
+    make_directory(path.parent)
+    for row in rows:
+        if any({name: done.get(name) for name in row} == row for done in measured):
+            continue
+        if time.perf_counter() - started > seconds:
+            logger.warning("out of time after %.0f s; the same command goes on", time.perf_counter() - started)
+            break
+        measured.append({**row, **measure(row)})
+        write_json(path, {**result_header(settings), "rows": measured, "goals": goals(measured)})
+        said = " ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in measured[-1].items()
+        )
+        logger.info("%.0f s: %s", time.perf_counter() - started, said)
+    return measured
 
 
 def _text(row: dict[str, Any], metric: str) -> str:
