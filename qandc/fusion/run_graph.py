@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -38,13 +39,18 @@ def why_no_run_graph(transformer: Any, device: torch.device) -> str | None:
 
 
 def run_as_graph(
-    transformer: Any, run: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], key: Hashable
+    transformer: Any,
+    make_run: Callable[[], Callable[..., torch.Tensor]],
+    inputs: tuple[torch.Tensor, ...],
+    key: Hashable,
 ) -> torch.Tensor:
-    """``run(*inputs)``, which may call the fused transformer many times, as one CUDA graph per ``key`` and shapes.
+    """Run ``make_run()(*inputs)``, with many forwards of the fused transformer, as one CUDA graph per key and shapes.
 
-    ``run`` depends on nothing but ``inputs``, ``key`` and the transformer, where :func:`why_no_run_graph` finds no
-    reason against it. Its graph is given up when layers change, as that of a single forward is.
+    ``make_run`` is called where there is no such graph yet, once, before the capture. What it makes depends on nothing
+    but ``inputs``, ``key`` and the transformer, where :func:`why_no_run_graph` finds no reason against it. A graph is
+    given up when layers change, as that of a single forward is.
     """
+    run = functools.cache(make_run)
     fused = getattr(transformer, FUSED)
     cache = get_cache(transformer)
     held: list[Any] = []
@@ -53,7 +59,7 @@ def run_as_graph(
         held.clear()  # of a run to warm up
         fused.launching = threading.get_ident()
         try:
-            output = run(*inputs)
+            output = run()(*inputs)
         finally:
             fused.launching = None
         fused.run = None  # lies in memory of the graph, and would keep the run's labels alive
@@ -61,4 +67,4 @@ def run_as_graph(
             held[:] = cache.take_finished()
         return output
 
-    return fused.run_graphs(function, inputs, kind=key, otherwise=run)
+    return fused.run_graphs(function, inputs, kind=key, otherwise=lambda *inputs: run()(*inputs))

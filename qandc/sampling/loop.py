@@ -12,7 +12,6 @@ import inspect
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
@@ -152,15 +151,15 @@ def check_gains(compensation: Compensation, steps: int, channels: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Loop:
-    """All steps of a run, from initial latents and labels to the last latents."""
+class _Run:
+    """What one call of :func:`sample_latents` is to do."""
 
     transformer: Any
     scheduler: Any
     guidance_scale: float
     compensation: Compensation | None
     force_compensation: bool
-    custom: Corrector | None  # in place of a compensation
+    corrector: Corrector | None  # in place of a compensation
     callback: Callable[[int, float, torch.Tensor], None] | None
     generators: Sequence[torch.Generator]
     device: torch.device
@@ -170,7 +169,7 @@ class _Loop:
         reason = why_not_plain_ddim(self.scheduler)
         if reason is not None:
             return reason
-        if self.callback is not None or self.custom is not None:
+        if self.callback is not None or self.corrector is not None:
             return "a callback or a corrector of your own runs in every step"
         return why_no_run_graph(self.transformer, self.device)
 
@@ -184,38 +183,33 @@ class _Loop:
         compensation = None if self.compensation is None else self.compensation.key()
         return (*run, *coefficients, features, compensation, self.force_compensation)
 
-    # First asked for by a run that warms up, so these are on the device before a graph is captured, which keeps them.
 
-    @cached_property
-    def timesteps(self) -> torch.Tensor:
-        return self.scheduler.timesteps.to(self.device)
+class _Loop:
+    """All steps of a run, from initial latents and conditions to the last latents.
 
-    @cached_property
-    def corrector(self) -> Corrector | None:
-        if self.compensation is None:
-            return self.custom
-        return copy.deepcopy(self.compensation).to(self.device)
+    All that they read on the device is made here: before a CUDA graph is captured, which keeps it.
+    """
 
-    @cached_property
-    def coefficients(self) -> torch.Tensor | None:
-        """Of steps that one kernel takes: those of a fused model, where they are affine."""
-        fused = is_fused(self.transformer) and select_backend(self.device).name == "triton"
-        if not fused or self.custom is not None or not is_affine(self.scheduler):
-            return None
-        channels = self.transformer.config.in_channels
-        return affine_coefficients(self.scheduler, channels, self.compensation).to(self.device)
-
-    @cached_property
-    def step_kwargs(self) -> dict[str, Any]:
+    def __init__(self, run: _Run) -> None:
+        scheduler, compensation = run.scheduler, run.compensation
+        if compensation is not None and not run.force_compensation:
+            compensation.check(describe_run(run.transformer, scheduler, run.guidance_scale))
+        self.run = run
+        self.timesteps = scheduler.timesteps.to(run.device)
+        self.corrector = run.corrector if compensation is None else copy.deepcopy(compensation).to(run.device)
+        self.coefficients: torch.Tensor | None = None  # of steps that one kernel takes
+        fused = is_fused(run.transformer) and select_backend(run.device).name == "triton"
+        if fused and run.corrector is None and is_affine(scheduler):
+            channels = run.transformer.config.in_channels
+            self.coefficients = affine_coefficients(scheduler, channels, compensation).to(run.device)
         # a compensated scheduler takes what its original takes
-        step = vars(self.scheduler).get("step", original_class(self.scheduler).step)
-        return {"generator": self.generators} if "generator" in inspect.signature(step).parameters else {}
+        step = vars(scheduler).get("step", original_class(scheduler).step)
+        takes_generators = "generator" in inspect.signature(step).parameters
+        self.step_kwargs = {"generator": run.generators} if takes_generators else {}
 
     def __call__(self, latents: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
-        transformer, scheduler = self.transformer, self.scheduler
-        if self.compensation is not None and not self.force_compensation:  # not in a replay, where nothing is new
-            self.compensation.check(describe_run(transformer, scheduler, self.guidance_scale))
-        dtype, guided = transformer.dtype, self.guidance_scale > 1
+        transformer, scheduler, guidance_scale = self.run.transformer, self.run.scheduler, self.run.guidance_scale
+        dtype, guided = transformer.dtype, guidance_scale > 1
         # a tensor of this run alone, by which caches and prepared conditioning know it
         family, null = class_conditional(transformer)
         conditions = torch.cat([conditions, torch.full_like(conditions, null)]) if guided else conditions.clone()
@@ -223,32 +217,33 @@ class _Loop:
             of_steps = prepare_run(transformer, self.timesteps, conditions)
         else:
             of_steps = self.timesteps[:, None].expand(-1, len(conditions)).unbind(0)
-        coefficients, model_input = self.coefficients, None
+        model_input = None
         for step, (timestep, timesteps) in enumerate(zip(scheduler.timesteps, of_steps, strict=True)):
             if model_input is None:
                 model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
                 model_input = torch.cat([model_input, model_input]) if guided else model_input
             given = {"timestep": timesteps, family.run_key: conditions}
             noise_pred = transformer(model_input, **given, return_dict=False)[0]
-            if coefficients is not None:
-                scale = self.guidance_scale if guided else None
-                latents, model_input = guided_step(noise_pred.to(dtype), latents, coefficients[step], scale)
+            if self.coefficients is not None:
+                scale = guidance_scale if guided else None
+                latents, model_input = guided_step(noise_pred.to(dtype), latents, self.coefficients[step], scale)
             else:
                 latents, model_input = self.step(step, timestep, noise_pred, latents), None
-            if self.callback is not None:
-                self.callback(step, plain_timestep(timestep), latents)
+            if self.run.callback is not None:
+                self.run.callback(step, plain_timestep(timestep), latents)
                 model_input = None  # it may have written to the latents
         return latents
 
     def step(self, step: int, timestep: torch.Tensor, noise_pred: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        scheduler, corrector = self.scheduler, self.corrector
+        guidance_scale, corrector = self.run.guidance_scale, self.corrector
         noise_pred = noise_pred[:, : latents.shape[1]].float()  # DiT-XL/2's variances are not used here
-        if self.guidance_scale > 1:
+        if guidance_scale > 1:
             cond, uncond = noise_pred.chunk(2)
-            noise_pred = uncond + self.guidance_scale * (cond - uncond)
+            noise_pred = uncond + guidance_scale * (cond - uncond)
         if corrector is not None:
             noise_pred = corrector.noise(step, noise_pred)
-        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False, **self.step_kwargs)[0]
+        stepped = self.run.scheduler.step(noise_pred, timestep, latents, return_dict=False, **self.step_kwargs)
+        latents = stepped[0]
         return latents if corrector is None else corrector.sample(step, latents)
 
 
@@ -323,7 +318,7 @@ def sample_latents(
             raise ConfigError("give compensation or corrector, not both: they change the same values")
         check_gains(compensation, len(timesteps), config.in_channels)
     latents = latents * scheduler.init_noise_sigma
-    loop = _Loop(
+    run = _Run(
         transformer,
         scheduler,
         guidance_scale,
@@ -334,14 +329,14 @@ def sample_latents(
         generators,
         device,
     )
-    why_no_graph = loop.why_no_graph() if cuda_graph else None
+    why_no_graph = run.why_no_graph() if cuda_graph else None
     if why_no_graph is not None:
         logger.warning("the run is no CUDA graph: %s", why_no_graph)
     lower_nan_flags(transformer)
     if cuda_graph and why_no_graph is None:
-        latents = run_as_graph(transformer, loop, (latents, ids), loop.key())
+        latents = run_as_graph(transformer, lambda: _Loop(run), (latents, ids), run.key())
     else:
-        latents = loop(latents, ids)
+        latents = _Loop(run)(latents, ids)
     if not torch.isfinite(latents).all():
         raise DataError(
             f"the latents hold NaN or inf after {num_inference_steps} steps with guidance_scale {guidance_scale} in "
