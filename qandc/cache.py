@@ -100,7 +100,7 @@ class _CachedBlock(nn.Module):
 
 
 class _CachedBranch(nn.Module):
-    # no forward hook: torch.compile guards on the class of a module inside of compiled code, not on its having no hooks
+    # no hook: torch.compile guards on the classes of modules inside compiled code, and not on their having no hooks
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         output = super().forward(*args, **kwargs)
         target = getattr(self, TARGET)  # an attribute of each branch, so that one compiled block serves all

@@ -499,6 +499,20 @@ def test_compiled_blocks(config, compiler):
 
 
 @pytest.mark.slow
+def test_compiled_blocks_notice_another_cache():
+    model = make_dit()
+    expected = {mode: by_definition(model, CacheConfig(mode, interval=3)) for mode in ("block", "branch", "taylor")}
+    plain = run(model)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
+    for mode in ("block", "branch", "taylor", "block"):
+        apply_cache_to_dit(model, config=CacheConfig(mode, interval=3))
+        assert_equal_runs(run(model), expected[mode])
+        remove_cache(model)
+        assert_equal_runs(run(model), plain)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "taylor"])
 def test_a_compiled_transformer(mode):
     """torch.compile around a model that has a cache: right, whatever of it is compiled."""
