@@ -224,8 +224,8 @@ def test_code_that_reads_it_compiles(layer, grad, seeded):
 def calls_of(model, monkeypatch):
     """The quantized layers, and those that run, noted without hooks: torch goes another way where there are any."""
     calls = []
-    product = QuantLinear._product
-    monkeypatch.setattr(QuantLinear, "_product", lambda self, x: calls.append(self) or product(self, x))
+    forward = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: calls.append(self) or forward(self, x))
     return [module for module in model.modules() if isinstance(module, QuantLinear)], calls
 
 

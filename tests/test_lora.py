@@ -27,7 +27,7 @@ from qandc import (
     quantize_model,
     remove_cache,
 )
-from qandc.fusion.model_graph import _Watch
+from qandc.fusion.model_graph import ModelWatch
 from qandc.models.dit.fusable import why_not_block
 from qandc.quantization import registration
 from qandc.quantization.conversion import quant_layers
@@ -503,7 +503,7 @@ def test_graphs_notice_every_change_of_adapters(peft):
     for name, change in changes.items():
         for _ in range(3):  # layers that share a product find each other again
             output_of(model, inputs_of(FLUX))
-        watch = _Watch(model)
+        watch = ModelWatch(model)
         output_of(model, inputs_of(FLUX))
         assert watch.unchanged(), name
         change()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qandc import ModelError, apply_cache_to_dit, graph, quantize_model, ungraph
-from qandc.fusion.model_graph import _rebuilt, _structure, _UnknownError, _Watch
+from qandc.fusion.model_graph import ModelWatch, UnknownArgumentError, rebuild, structure_of
 from tests.conftest import make_dit
 
 GPU = pytest.mark.gpu
@@ -49,16 +49,16 @@ def test_structures_are_told_apart_and_rebuilt():
     x, y = torch.zeros(2), torch.ones(3)
     for value in (x, [x, (y, None)], {"a": [x], "b": {"c": y, 1: 2.5}}, ((), {"k": (True, "s", torch.float16)})):
         tensors: list[torch.Tensor] = []
-        structure = _structure(value, tensors)
-        assert hash(structure) == hash(_structure(value, []))
-        rebuilt = _rebuilt(structure, iter(tensors))
+        structure = structure_of(value, tensors)
+        assert hash(structure) == hash(structure_of(value, []))
+        rebuilt = rebuild(structure, iter(tensors))
         assert str(rebuilt) == str(value)
         assert type(rebuilt) is type(value)
     different = [1, True, 1.0, "1", None, [1], (1,), {1: 1}, [x], (x,), x]
-    assert len({_structure(value, []) for value in different}) == len(different)
+    assert len({structure_of(value, []) for value in different}) == len(different)
     for value in (object(), {1, 2}, OrderedDict(a=1), torch.eye(2).to_sparse()):
-        with pytest.raises(_UnknownError):
-            _structure([value], [])
+        with pytest.raises(UnknownArgumentError):
+            structure_of([value], [])
 
 
 def test_a_model_without_a_gpu_runs_as_before_and_says_why(said):
@@ -125,7 +125,7 @@ def test_refusals():
 def test_what_a_watch_notices(change, in_place):
     model = Mixed()
     model.register_buffer("places", torch.ones(3))
-    watch = _Watch(model)
+    watch = ModelWatch(model)
     change(model)
     assert watch.unchanged() == (in_place is None)
     assert watch.in_place() == (in_place is not False)

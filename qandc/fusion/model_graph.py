@@ -23,7 +23,7 @@ from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import attachments, class_before, derived_class
 
-__all__ = ["graph", "ungraph"]
+__all__ = ["ModelWatch", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,40 +34,40 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-class _UnknownError(Exception):
+class UnknownArgumentError(Exception):
     """Tell why an argument can't be part of a key."""
 
 
-def _structure(value: Any, tensors: list[torch.Tensor]) -> Hashable:
+def structure_of(value: Any, tensors: list[torch.Tensor]) -> Hashable:
     """Describe ``value`` but for the contents of its tensors, which are added to ``tensors``."""
     kind = type(value)
     if isinstance(value, torch.Tensor):
         if kind not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided:
-            raise _UnknownError(f"an argument is a {kind.__name__} of layout {value.layout}")
+            raise UnknownArgumentError(f"an argument is a {kind.__name__} of layout {value.layout}")
         tensors.append(value)
         return torch.Tensor, value.requires_grad
     if kind in (list, tuple):
-        return kind, *(_structure(part, tensors) for part in value)
+        return kind, *(structure_of(part, tensors) for part in value)
     if kind is dict:
-        return kind, *((_structure(key, tensors), _structure(part, tensors)) for key, part in value.items())
+        return kind, *((structure_of(key, tensors), structure_of(part, tensors)) for key, part in value.items())
     if kind not in PLAIN:
-        raise _UnknownError(f"an argument holds a {kind.__name__}")
+        raise UnknownArgumentError(f"an argument holds a {kind.__name__}")
     return kind, value
 
 
-def _rebuilt(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """Undo :func:`_structure` with other tensors."""
+def rebuild(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """Undo :func:`structure_of` with other tensors."""
     kind, *parts = structure
     if kind is torch.Tensor:
         return next(tensors)
     if kind is dict:
-        return {_rebuilt(key, tensors): _rebuilt(part, tensors) for key, part in parts}
+        return {rebuild(key, tensors): rebuild(part, tensors) for key, part in parts}
     if kind in (list, tuple):
-        return kind(_rebuilt(part, tensors) for part in parts)
+        return kind(rebuild(part, tensors) for part in parts)
     return parts[0]
 
 
-class _Watch:
+class ModelWatch:
     """Notices that anything a forward can read from its modules was replaced: weights, settings, hooks, submodules.
 
     Compares all attributes by identity, and those that are dictionaries or lists by what they hold, in passes that run
@@ -113,7 +113,7 @@ class _Graphed:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.graphs = GraphCache(limit)
-        self.watch: _Watch | None = None
+        self.watch: ModelWatch | None = None
         self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
         self._said: set[str] = set()
 
@@ -139,7 +139,7 @@ class _Graphed:
         if self.watch is None or not self.watch.unchanged():
             self.drop()
             self.reason = _why_not_model(model)
-            self.watch = _Watch(model)
+            self.watch = ModelWatch(model)
 
 
 def _why_not_model(model: nn.Module) -> str | None:
@@ -177,9 +177,9 @@ class _GraphedModel(nn.Module):
             return super().forward(*args, **kwargs)  # part of something larger
         tensors: list[torch.Tensor] = []
         try:
-            structure = _structure((args, kwargs), tensors)
+            structure = structure_of((args, kwargs), tensors)
             reason = _why_not_now(self, tensors)
-        except _UnknownError as error:
+        except UnknownArgumentError as error:
             reason = str(error)
         # a replay reads memory that is there, and is looked through while the GPU works
         watch = graphed.watch if graphed.watch is not None and graphed.watch.in_place() else None
@@ -192,7 +192,7 @@ class _GraphedModel(nn.Module):
         forward = super().forward
 
         def function(*given: torch.Tensor) -> Any:
-            args, kwargs = _rebuilt(structure, iter(given))
+            args, kwargs = rebuild(structure, iter(given))
             return forward(*args, **kwargs)
 
         captures, replays = graphed.graphs.captures, graphed.graphs.replays
@@ -202,7 +202,7 @@ class _GraphedModel(nn.Module):
             assert graphed.watch is not None
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
                 graphed.graphs.keep_newest()
-                graphed.watch = _Watch(self)
+                graphed.watch = ModelWatch(self)
         elif watch is not None and graphed.graphs.replays != replays and not watch.unchanged():
             graphed.drop()
             return _GraphedModel.forward(self, *args, **kwargs)

@@ -145,7 +145,6 @@ def test_what_the_driver_cannot_start_triton_starts_and_a_warning_says_why(fake,
     def refuse(*arguments: object) -> None:
         raise NotSupported("a kernel of another kind")
 
-    _launch._log_once.cache_clear()
     monkeypatch.setattr(_launch, "DriverKernel", refuse)
     kernel, call = fake
     for _ in range(3):
