@@ -17,7 +17,7 @@ from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields
 from qandc_kernels import reference
 
-__all__ = ["A_BITS", "W_BITS", "QuantConfig", "activation_parameters", "quantize_weight", "round_with_feedback"]
+__all__ = ["A_BITS", "W_BITS", "QuantConfig", "gptq_round", "quantize_weight", "scale_and_zero_point"]
 
 REGULAR = "re:"  # begins a skip pattern that is a regular expression
 COMPILED = "_orig_mod"  # what torch.compile calls the model in its wrapper
@@ -178,7 +178,7 @@ def check_hessian(hessian: torch.Tensor, k: int) -> None:
         raise DataError(f"the Hessian of a weight of {k} input channels is [{k}, {k}]; got {list(hessian.shape)}")
 
 
-def round_with_feedback(
+def gptq_round(
     weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, qmax: int, damping: float = 0.01
 ) -> torch.Tensor:
     """Integers ``q [N, K]`` in -qmax..qmax with a small ``Σ_x ‖(W - s q) x‖² = tr((W - s q) H (W - s q)ᵀ)``.
@@ -227,7 +227,7 @@ def round_with_feedback(
     return result
 
 
-def activation_parameters(
+def scale_and_zero_point(
     minimum: torch.Tensor, maximum: torch.Tensor, bits: int, *, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point of a static range (Eq. 2 and 3).

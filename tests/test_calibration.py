@@ -23,7 +23,7 @@ from qandc import (
 )
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.ranges import Histogram, _squared_errors, estimate_range
-from qandc.quantizer import activation_parameters, quantize_weight
+from qandc.quantizer import quantize_weight, scale_and_zero_point
 from tests.conftest import make_dit
 
 
@@ -396,7 +396,7 @@ def test_what_is_infinite_reaches_the_extremes_and_nothing_else():
 
 
 def quantization_error(x, low, high, bits=8, symmetric=False):
-    scale, zero_point = activation_parameters(low, high, bits, symmetric=symmetric)
+    scale, zero_point = scale_and_zero_point(low, high, bits, symmetric=symmetric)
     shift = 0 if zero_point is None else zero_point
     q = (x / scale).round() + shift
     return ((q.clamp(-(1 << bits - 1), (1 << bits - 1) - 1) - shift) * scale - x).square().mean().item()
@@ -432,7 +432,7 @@ def test_the_error_that_is_searched_is_that_of_the_kernels(bits, symmetric):
     low = torch.tensor(-4.0)
     errors = _squared_errors(x.double(), torch.ones(5000), low.double(), highs.double(), bits, symmetric)
     for high, error in zip(highs, errors, strict=True):
-        scale, zero_point = activation_parameters(-high if symmetric else low, high, bits, symmetric=symmetric)
+        scale, zero_point = scale_and_zero_point(-high if symmetric else low, high, bits, symmetric=symmetric)
         q = quantize_per_tensor(x, scale, zero_point, bits).double()
         back = (q - (0 if zero_point is None else zero_point)) * scale
         # float32 may round a value that lies between two levels to the other one, of the same error to 1e-4

@@ -523,14 +523,17 @@ def test_json_output(capsys, tmp_path, pipeline_dir):
 
 def test_the_table_says_what_was_measured(capsys):
     from qandc.cli.terminal import print_comparison
-    from qandc.experiments.generate import Comparison, Row
+    from qandc.experiments.generate import Comparison, ModelImages
     from qandc.quantization.conversion import LayerReport, QuantizationReport
 
     black = torch.full((2, 1, 4, 4), -1.0)
     grey = black + torch.tensor([0.2, 0.02])[:, None, None, None]  # 20 and 40 dB
     layers = (LayerReport("a", True, "W8A8 dynamic per-token", 4_000_000, 1_000_000, "triton int8_gemm", "sm_90"),) * 2
     result = Comparison(
-        [Row("FP", 8_000_000, [black], 6.0), Row("W8A8 + branch cache 3", 2_000_000, [grey[:1], grey[1:]], 3.0)],
+        [
+            ModelImages("FP", 8_000_000, [black], 6.0),
+            ModelImages("W8A8 + branch cache 3", 2_000_000, [grey[:1], grey[1:]], 3.0),
+        ],
         QuantizationReport(layers),
     )
     print_comparison(result, "bfloat16")

@@ -23,7 +23,7 @@ from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.generate import (
     Comparison,
     GenerateSettings,
-    Row,
+    ModelImages,
     draw_grid,
     generate,
     module_bytes,
@@ -97,13 +97,13 @@ def test_a_schedule_of_another_run_is_refused_before_any_work(pipeline_dir):
 
 def test_batches_continue_the_seeds(pipeline_dir, monkeypatch):
     together = images(pipeline_dir, conditions=(1, 2, 3, 4, 5))
-    monkeypatch.setattr(qandc.experiments.generate, "BATCH_SIZE", 2)
+    monkeypatch.setattr(qandc.experiments.generate, "IMAGES_AT_ONCE", 2)
     for whole, split in zip(together, images(pipeline_dir, conditions=(1, 2, 3, 4, 5)), strict=True):
         torch.testing.assert_close(split, whole, atol=2e-2, rtol=0)
 
 
 def test_an_interrupt_keeps_finished_batches(pipeline_dir, monkeypatch):
-    monkeypatch.setattr(qandc.experiments.generate, "BATCH_SIZE", 2)
+    monkeypatch.setattr(qandc.experiments.generate, "IMAGES_AT_ONCE", 2)
     result = Comparison()
     calls = []
 
@@ -199,7 +199,8 @@ def test_embedded_model_gives_the_same_images_on_gpu_and_cpu():
 def test_grid_shows_each_image_in_its_place():
     values = torch.tensor([[-1.0, 0.0], [0.5, 1.0]])
     rows = [
-        Row(name, 0, [row[:, None, None, None].expand(2, 1, 32, 32)]) for name, row in zip("ab", values, strict=True)
+        ModelImages(name, 0, [row[:, None, None, None].expand(2, 1, 32, 32)])
+        for name, row in zip("ab", values, strict=True)
     ]
     grid = draw_grid(rows, ["left", "right"], "caption")
     size = 32 * 3
@@ -215,6 +216,6 @@ def test_grid_shows_each_image_in_its_place():
 
 
 def test_grid_of_colour_images_and_an_unfinished_row():
-    rows = [Row("a", 0, [torch.zeros(2, 3, 16, 16)]), Row("b", 0, [torch.ones(1, 3, 16, 16)])]
+    rows = [ModelImages("a", 0, [torch.zeros(2, 3, 16, 16)]), ModelImages("b", 0, [torch.ones(1, 3, 16, 16)])]
     grid = draw_grid(rows, ["x" * 100, "two\nlines"], "caption " * 20)
     assert grid.height == 28 + 2 * (112 + 6) + 30

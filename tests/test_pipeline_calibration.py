@@ -76,7 +76,7 @@ def same(first: Preset, second: Preset) -> bool:
 
 VARIANTS = {
     "W8A8": {},
-    "W4A8 with error feedback": {"w_bits": 4},
+    "W4A8 with GPTQ": {"w_bits": 4},
     "W8A6, no compensation, no smoothing": {"a_bits": 6, "vc": "none", "smoothing": False},
     "uniform block cache, ddim, of the noise": {
         "cache_mode": "block",
@@ -367,5 +367,5 @@ def test_clusters_matter_only_where_there_are_any():
 )
 def test_rounding_follows_the_bits_unless_it_is_given(w_bits, rounding, feedback):
     settings = CalibrationSettings(w_bits=w_bits, rounding=rounding)
-    assert settings.error_feedback is feedback
+    assert settings.gptq is feedback
     assert settings.quant_config.weight_clip == ("mse" if feedback else "max")

@@ -11,7 +11,7 @@ from qandc import DataError
 from qandc.evaluation.images import Images
 from qandc.evaluation.metrics import extract_features
 from qandc.evaluation.pixels import to_float, to_uint8
-from qandc.experiments.generate import Row, draw_grid
+from qandc.experiments.generate import ModelImages, draw_grid
 from qandc.experiments.shards import ImageSet, draw_shards, merge_shards
 
 # What a decoder may leave beside [-1, 1], and what a wrapped byte would make of it
@@ -45,7 +45,7 @@ def test_low_precision_is_rounded_once():
 
 
 def of_grid(images: torch.Tensor) -> np.ndarray:
-    grid = draw_grid([Row("a", 0, [images])], ["" for _ in images], "")
+    grid = draw_grid([ModelImages("a", 0, [images])], ["" for _ in images], "")
     size = 32 * 3
     left = grid.width - len(images) * (size + 6)
     return np.array([[grid.getpixel((left + i * (size + 6) + 5, 28 + 5))[0]] for i in range(len(images))])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qandc import ConfigError, DataError, QuantConfig
-from qandc.quantizer import activation_parameters, parse_scheme, quantize_weight
+from qandc.quantizer import parse_scheme, quantize_weight, scale_and_zero_point
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -54,7 +54,7 @@ def test_channel_of_zeros():
 
 
 def test_asymmetric_range_uses_all_levels():
-    scale, zero_point = activation_parameters(torch.tensor(-0.17), torch.tensor(5.0), 8)
+    scale, zero_point = scale_and_zero_point(torch.tensor(-0.17), torch.tensor(5.0), 8)
     torch.testing.assert_close(scale, torch.tensor(5.17 / 255))
     assert zero_point.dtype == torch.int32
     low, high = (round(v / scale.item()) + zero_point.item() for v in (-0.17, 5.0))
@@ -63,13 +63,13 @@ def test_asymmetric_range_uses_all_levels():
 
 @pytest.mark.parametrize(("low", "high", "z"), [(1.0, 3.0, -128), (-3.0, -1.0, 127), (0.0, 0.0, -128)])
 def test_range_is_extended_to_hold_zero(low, high, z):
-    scale, zero_point = activation_parameters(torch.tensor(low), torch.tensor(high), 8)
+    scale, zero_point = scale_and_zero_point(torch.tensor(low), torch.tensor(high), 8)
     assert zero_point.item() == z
     assert scale > 0
 
 
 def test_symmetric_range():
-    scale, zero_point = activation_parameters(torch.tensor(-2.0), torch.tensor(1.0), 8, symmetric=True)
+    scale, zero_point = scale_and_zero_point(torch.tensor(-2.0), torch.tensor(1.0), 8, symmetric=True)
     assert zero_point is None
     torch.testing.assert_close(scale, torch.tensor(2 / 127))
 
@@ -77,17 +77,17 @@ def test_symmetric_range():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_range_must_be_finite(bad):
     with pytest.raises(DataError, match="not finite"):
-        activation_parameters(torch.tensor(0.0), torch.tensor(bad), 8)
+        scale_and_zero_point(torch.tensor(0.0), torch.tensor(bad), 8)
 
 
 def test_range_wider_than_float32_is_refused():
     with pytest.raises(DataError, match="wider than float32"):
-        activation_parameters(torch.tensor(-2e38), torch.tensor(2e38), 8)
+        scale_and_zero_point(torch.tensor(-2e38), torch.tensor(2e38), 8)
 
 
 def test_empty_range_is_refused():
     with pytest.raises(DataError, match="empty"):
-        activation_parameters(torch.tensor(1.0), torch.tensor(-1.0), 8)
+        scale_and_zero_point(torch.tensor(1.0), torch.tensor(-1.0), 8)
 
 
 @pytest.mark.parametrize(

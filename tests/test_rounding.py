@@ -1,4 +1,4 @@
-"""Rounding with error feedback (GPTQ): by its definition, what it gains, what it refuses; the Hessians it needs."""
+"""Rounding with GPTQ: by its definition, what it gains, what it refuses; the Hessians it needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qandc import (
     smoothing_factors,
 )
 from qandc.quantization.conversion import quant_layers
-from qandc.quantizer import quantize_weight, round_with_feedback
+from qandc.quantizer import gptq_round, quantize_weight
 from qandc_kernels import unpack_int4
 
 QMAX = 7
@@ -53,7 +53,7 @@ def by_definition(weight, scale, hessian, qmax, damping=0.01):
 def test_equals_its_definition(n, k, seeded):
     x, weight = correlated(n, k, seeded), torch.randn(n, k, generator=seeded)
     _, scale = quantize_weight(weight, 4)
-    found = round_with_feedback(weight, scale, x.T @ x, QMAX)
+    found = gptq_round(weight, scale, x.T @ x, QMAX)
     assert torch.equal(found, by_definition(weight, scale, x.T @ x, QMAX))
 
 
@@ -61,22 +61,22 @@ def test_blocks_of_columns_change_nothing(seeded, monkeypatch):
     """300 columns are three blocks, the last one short; one large block must agree but for rounding of ties."""
     x, weight = correlated(8, 300, seeded), torch.randn(8, 300, generator=seeded)
     _, scale = quantize_weight(weight, 4)
-    found = round_with_feedback(weight, scale, x.T @ x, QMAX)
+    found = gptq_round(weight, scale, x.T @ x, QMAX)
     monkeypatch.setattr("qandc.quantizer.FEEDBACK_BLOCK", 1000)
-    assert (found != round_with_feedback(weight, scale, x.T @ x, QMAX)).double().mean() < 0.01
+    assert (found != gptq_round(weight, scale, x.T @ x, QMAX)).double().mean() < 0.01
 
 
 def test_independent_inputs_of_one_size_leave_rounding_to_nearest(seeded):
     weight = torch.randn(6, 20, generator=seeded)
     q, scale = quantize_weight(weight, 4)
-    assert torch.equal(round_with_feedback(weight, scale, 3 * torch.eye(20), QMAX), q)
+    assert torch.equal(gptq_round(weight, scale, 3 * torch.eye(20), QMAX), q)
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(4, 4), (8, 4)])
 def test_the_output_error_is_a_fraction_of_that_of_rounding_to_nearest(bits, gain, seeded):
     x, weight = correlated(32, 64, seeded, rows=2000), torch.randn(32, 64, generator=seeded)
     q, scale = quantize_weight(weight, bits)
-    found = round_with_feedback(weight, scale, x.T @ x, (1 << bits - 1) - 1)
+    found = gptq_round(weight, scale, x.T @ x, (1 << bits - 1) - 1)
     nearest, better = (((weight - scale[:, None] * which) @ x.T).square().sum() for which in (q, found))
     assert better * gain < nearest
 
@@ -85,9 +85,9 @@ def test_inputs_that_were_always_zero(seeded):
     x, weight = correlated(4, 10, seeded), torch.randn(4, 10, generator=seeded)
     x[:, 3] = 0
     q, scale = quantize_weight(weight, 4)
-    found = round_with_feedback(weight, scale, x.T @ x, QMAX)
+    found = gptq_round(weight, scale, x.T @ x, QMAX)
     assert torch.equal(found[:, 3], q[:, 3])
-    assert torch.equal(round_with_feedback(weight, scale, torch.zeros(10, 10), QMAX), q)
+    assert torch.equal(gptq_round(weight, scale, torch.zeros(10, 10), QMAX), q)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_inputs_that_were_always_zero(seeded):
 )
 def test_refused(hessian, damping, error, message):
     with pytest.raises(error, match=message):
-        round_with_feedback(torch.ones(3, 5), torch.ones(3), hessian, QMAX, damping)
+        gptq_round(torch.ones(3, 5), torch.ones(3), hessian, QMAX, damping)
 
 
 def test_hessians_are_sums_over_all_inputs(dit, dit_inputs):
@@ -145,7 +145,7 @@ def test_whole_model(dit, dit_inputs):
         same = torch.equal(quant_layers(one)[layer].qweight, quant_layers(nearest)[layer].qweight)
         assert same == (layer != name), layer
     weight = dit.get_submodule(name).weight
-    q = round_with_feedback(weight, quantize_weight(weight, 4)[1], hessians[name], QMAX)
+    q = gptq_round(weight, quantize_weight(weight, 4)[1], hessians[name], QMAX)
     found = quant_layers(one)[name]
     assert torch.equal(unpack_int4(found.qweight), q)
     assert torch.equal(found.weight_sum, q.sum(1, dtype=torch.int32))
@@ -161,7 +161,7 @@ def test_smoothed_inputs_have_a_smoothed_hessian(seeded):
     found = QuantLinear.from_linear(layer, 4, 8, factors, hessian=x.T @ x)
     weight = layer.weight.detach() * factors
     smoothed = x / factors
-    q = round_with_feedback(weight, quantize_weight(weight, 4)[1], smoothed.T @ smoothed, QMAX)
+    q = gptq_round(weight, quantize_weight(weight, 4)[1], smoothed.T @ smoothed, QMAX)
     assert torch.equal(unpack_int4(found.qweight), q)
 
 

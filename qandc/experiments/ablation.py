@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from qandc.experiments.processes import Processes
 from qandc.experiments.scores import Scorer, load_images
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
-from qandc.method.pipeline_calibration import calibrate_pipeline
+from qandc.method.pipeline_calibration import StageProgress, calibrate_pipeline
 from qandc.method.presets import Preset, is_finished
 from qandc.method.settings import CalibrationSettings
 from qandc.quantization.conversion import quant_layers
@@ -45,7 +44,6 @@ from qandc.variance_compensation import Compensation
 
 __all__ = ["ROWS", "ExperimentSettings", "RowKind", "check_experiment", "run_experiment"]
 
-Progress = Callable[[str, int, int], None]
 FORMAT_VERSION = 1
 
 
@@ -117,7 +115,7 @@ def run_experiment(
     scorer: Scorer,
     source: str | None = None,
     processes: Processes | None = None,
-    progress: Progress = lambda stage, completed, total: None,
+    progress: StageProgress = lambda stage, completed, total: None,
 ) -> list[dict[str, Any]]:
     """Calibrate, draw and score the six rows; go on where an earlier run of the same settings ended.
 
@@ -189,7 +187,7 @@ class _Experiment:
         scorer: Scorer,
         source: str | None,
         processes: Processes,
-        progress: Progress,
+        progress: StageProgress,
     ) -> None:
         self.pipe, self.settings, self.directory, self.scorer = pipe, settings, directory, scorer
         self.source, self.processes, self.progress = source, processes, progress

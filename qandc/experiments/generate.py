@@ -24,9 +24,17 @@ from qandc.support.attach import paused
 from qandc.support.results import result_header
 from qandc.variance_compensation import Compensation
 
-__all__ = ["Comparison", "GenerateSettings", "Row", "comparison_record", "draw_grid", "generate", "quantized_name"]
+__all__ = [
+    "Comparison",
+    "GenerateSettings",
+    "ModelImages",
+    "comparison_record",
+    "draw_grid",
+    "generate",
+    "quantized_name",
+]
 
-BATCH_SIZE = 32
+IMAGES_AT_ONCE = 32
 SMOOTHING_IMAGES, SMOOTHING_STEPS = 10, 10  # of the run that shows the outliers
 SMOOTHING_SEED = 20_000_000  # far from what anybody draws
 
@@ -49,7 +57,7 @@ class GenerateSettings:
 
 
 @dataclass
-class Row:
+class ModelImages:
     """One model's images, batch by batch as they are finished, and the seconds these took."""
 
     name: str
@@ -71,7 +79,7 @@ class Row:
 class Comparison:
     """Rows in the order they were begun; ``report`` belongs to the quantized one."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ModelImages] = field(default_factory=list)
     report: QuantizationReport | None = None
 
     @property
@@ -95,14 +103,14 @@ def module_bytes(module: nn.Module) -> int:
 def _sample(
     pipe: Any,
     settings: GenerateSettings,
-    row: Row,
+    row: ModelImages,
     progress: Callable[[int], None],
     compensation: Compensation | None = None,
 ) -> None:
     """Add all images of one model to ``row``, decoding included in the clock."""
 
     def batch(first: int, steps: int, progress: Callable[[int], None]) -> torch.Tensor:
-        labels = settings.conditions[first : first + BATCH_SIZE]
+        labels = settings.conditions[first : first + IMAGES_AT_ONCE]
         latents = sample_latents(
             pipe.transformer,
             make_scheduler(settings.scheduler, pipe.scheduler.config),
@@ -118,7 +126,7 @@ def _sample(
     # outside the clock: compilation and the loading of kernels belong to no image
     with paused(pipe.transformer):  # whose schedule may have another length
         batch(0, 1, lambda done: None)
-    for first in range(0, len(settings.conditions), BATCH_SIZE):
+    for first in range(0, len(settings.conditions), IMAGES_AT_ONCE):
         started = time.perf_counter()
         row.batches.append(batch(first, settings.num_inference_steps, progress))
         row.seconds += time.perf_counter() - started
@@ -158,7 +166,7 @@ def generate(
     """
     scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
     settings.cache.check_run(set_timesteps(scheduler, settings.num_inference_steps))
-    full = Row("FP", module_bytes(pipe.transformer))
+    full = ModelImages("FP", module_bytes(pipe.transformer))
     result.rows.append(full)
     _sample(pipe, settings, full, lambda done: progress(full.name, done))
 
@@ -168,7 +176,7 @@ def generate(
         quantize_model(pipe.transformer, config.w_bits, config.a_bits, config.skip_patterns, smoothing=smoothing)
     else:
         preset.quantize(pipe.transformer)
-    quantized = Row(quantized_name(settings), module_bytes(pipe.transformer))
+    quantized = ModelImages(quantized_name(settings), module_bytes(pipe.transformer))
     result.rows.append(quantized)
     result.report = quantization_report(pipe.transformer)
     apply_cache_to_dit(pipe.transformer, config=settings.cache)
@@ -222,7 +230,7 @@ def comparison_record(result: Comparison, settings: GenerateSettings, device: st
     return {**header, "rows": [full, quantized], "goals": []}
 
 
-def draw_grid(rows: Sequence[Row], column_names: Sequence[str], caption: str) -> Image.Image:
+def draw_grid(rows: Sequence[ModelImages], column_names: Sequence[str], caption: str) -> Image.Image:
     """Draw one labelled picture: a line of images per row, class names above, row names at the left, a caption below.
 
     Raises:

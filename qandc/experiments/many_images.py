@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from qandc.errors import OutputError, ProcessError
 from qandc.experiments.processes import Processes
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
+from qandc.method.pipeline_calibration import StageProgress
 from qandc.method.presets import Preset
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.sampling.pipelines import fingerprint
@@ -101,7 +101,7 @@ def sample_file(
     preset: Preset | None = None,
     source: str | None = None,
     processes: Processes | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, completed, total: None,
+    progress: StageProgress = lambda stage, completed, total: None,
 ) -> float | None:
     """Draw the images of a set and write them to one ``.npz``, as :func:`qandc.experiments.shards.merge_shards` does.
 

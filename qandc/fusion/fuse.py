@@ -48,7 +48,7 @@ class _Fused(Attachment):
         self.graphs = GraphCache()
         self.run_graphs = GraphCache(RUN_GRAPHS, self.graphs.turn)
         self.launching: int | None = None  # the thread that launches kernels one by one, within a graph of a whole run
-        self.run: _Run | None = None
+        self.run: _PreparedRun | None = None
         self._step: Program | None = None
         self._said: set[str] = set()
 
@@ -114,7 +114,7 @@ class _Fused(Attachment):
 
 
 @dataclass(frozen=True)
-class _Run:
+class _PreparedRun:
     """Hold what was computed ahead for the steps whose timestep and conditions are these very tensors."""
 
     timesteps: tuple[torch.Tensor, ...]
@@ -306,7 +306,7 @@ def prepare_run(transformer: Model, timesteps: torch.Tensor, conditions: torch.T
         if steps and len(conditions) and why_not_here(transformer, conditions.device) is None:
             step = fused.step(transformer)
             tables = () if step is None else step.prepare(on_device, conditions)
-            fused.run = _Run(steps, conditions, tables) if tables else None
+            fused.run = _PreparedRun(steps, conditions, tables) if tables else None
     return steps
 
 

@@ -43,14 +43,14 @@ __all__ = ["CalibrationReport", "CalibrationSettings", "calibrate_pipeline", "ch
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
+StageProgress = Callable[[str, int, int], None]
 
 POOL, CHECKPOINT, REPORT = "pool", "quantized", "report.json"  # of a directory
 CLASSES = 10  # the first of the model, in turn
 FIRST_SEED = 20_000_000  # far from what anybody draws
 POOL_SEED, SCHEDULE_SEED = FIRST_SEED + 1_000_000, FIRST_SEED + 2_000_000
 POOL_BATCH = 10  # images of a shard: at most so many are sampled again after an interruption
-BATCH_SIZE = 50  # samples that layers see at once
+SAMPLES_AT_ONCE = 50  # samples that layers see at once
 SCHEDULE_IMAGES = 30
 SHOWN_IMAGES = 10  # seeds from 0: those of qandc generate
 
@@ -123,7 +123,7 @@ def calibrate_pipeline(
     source: str | None = None,
     pool_directory: str | Path | None = None,
     checkpoint: bool = True,
-    progress: Progress = lambda stage, completed, total: None,
+    progress: StageProgress = lambda stage, completed, total: None,
 ) -> CalibrationReport:
     """Calibrate a pipeline; write a :class:`qandc.Preset`, the quantized model and a report.
 
@@ -172,7 +172,7 @@ def calibrate_pipeline(
         compensation,
         scheduler=type(work.scheduler).__name__,
         guidance_scale=settings.guidance_scale,
-        keep_weights=settings.error_feedback,
+        keep_weights=settings.gptq,
         source=source,
     )
     report = CalibrationReport(preset, quantization_report(model), plain, compensated)
@@ -199,7 +199,7 @@ def _attached(model: Any, config: CacheConfig) -> Iterator[None]:
 class _Stage:
     """Counts what is done of one part of the work."""
 
-    def __init__(self, name: str, total: int, progress: Progress) -> None:
+    def __init__(self, name: str, total: int, progress: StageProgress) -> None:
         self.name, self.total, self.completed, self.progress = name, total, 0, progress
 
     def __enter__(self) -> _Stage:
@@ -228,7 +228,7 @@ class _Stage:
 class _Calibration:
     """The parts of the work, in their order."""
 
-    def __init__(self, pipe: Any, settings: CalibrationSettings, progress: Progress) -> None:
+    def __init__(self, pipe: Any, settings: CalibrationSettings, progress: StageProgress) -> None:
         self.pipe, self.settings, self.progress = pipe, settings, progress
         self.model = pipe.transformer
         self.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
@@ -290,15 +290,15 @@ class _Calibration:
         settings, config, model = self.settings, self.settings.quant_config, self.model
 
         def batches(stage: _Stage) -> Iterator[dict[str, Any]]:
-            found = pool.batches(chosen, batch_size=BATCH_SIZE, device=model.device, dtype=model.dtype)
+            found = pool.batches(chosen, batch_size=SAMPLES_AT_ONCE, device=model.device, dtype=model.dtype)
             return stage.counted(found)
 
-        count = -(-len(chosen) // BATCH_SIZE)
+        count = -(-len(chosen) // SAMPLES_AT_ONCE)
         smoothing = hessians = None
         if settings.smoothing:
             with _Stage("smoothing", count, self.progress) as stage:
                 smoothing = smoothing_factors(model, batches(stage), skip_patterns=config.skip_patterns)
-        if settings.error_feedback:
+        if settings.gptq:
             with _Stage("inputs of layers", count, self.progress) as stage:
                 hessians = input_hessians(model, batches(stage), config.skip_patterns)
         with _Stage("rounding weights", 1, self.progress):

@@ -29,7 +29,7 @@ class CalibrationSettings:
     Attributes:
         num_inference_steps, guidance_scale, scheduler: of the runs to come.
         w_bits, a_bits: as :class:`qandc.QuantConfig`; a_bits from 4 to 8, whose ranges are found.
-        rounding: of weights, ``nearest``, or ``gptq``, with error feedback; by default that with 4 bits. Weights are
+        rounding: of weights, ``nearest``, or ``gptq``, by default that with 4 bits. Weights are
             clipped with ``gptq`` (``mse`` of :class:`qandc.QuantConfig`), else not.
         smoothing: move outliers from activations to weights (:func:`qandc.smoothing_factors`).
         ranges: how static ranges are found.
@@ -100,10 +100,10 @@ class CalibrationSettings:
             if getattr(self, name) > candidates:
                 raise ConfigError(f"{name} is {getattr(self, name)}; {pool} (lower it, or take more pool images)")
         object.__setattr__(self, "cache", CacheConfig(self.cache_mode, interval=self.cache_interval))
-        clip = "mse" if self.error_feedback else "max"
+        clip = "mse" if self.gptq else "max"
         object.__setattr__(self, "quant_config", QuantConfig(self.w_bits, self.a_bits, weight_clip=clip))
 
     @property
-    def error_feedback(self) -> bool:
+    def gptq(self) -> bool:
         """Whether weights are rounded with Hessians (GPTQ)."""
         return (self.rounding or ("gptq" if self.w_bits == 4 else "nearest")) == "gptq"

@@ -89,7 +89,7 @@ def quantize_model(
         weight_clip: ``max``, or ``mse``, the scale of least squared error, which pays with 4 bits and hessians.
         smoothing: layer name to ``[in_features]`` factors (:func:`qandc.smoothing_factors`).
         hessians: layer name to ``[in_features, in_features]`` (:func:`qandc.input_hessians`): these weights are rounded
-            with error feedback (GPTQ) instead of to nearest. Worth much with 4 bits, nothing with 8.
+            with GPTQ instead of to nearest. Worth much with 4 bits, nothing with 8.
 
     Returns:
         ``model``.

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from qandc.errors import ConfigError, DataError
 from qandc.quantization.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.quantization.shared_products import Membership, shared_output, shared_output_to_compile
-from qandc.quantizer import check_bits, check_hessian, fault_of_divisor, quantize_weight, round_with_feedback
+from qandc.quantizer import check_bits, check_hessian, fault_of_divisor, gptq_round, quantize_weight
 from qandc.support.arguments import Between, checked
 from qandc_kernels import (
     FLOAT_DTYPES,
@@ -128,7 +128,7 @@ class QuantLinear(nn.Module):
             w_bits, a_bits: as :func:`qandc.quantize_model`.
             smoothing: ``[K]`` factors > 0 that inputs are divided by and the weight is multiplied with.
             weight_clip: ``max`` or ``mse`` (:func:`qandc.quantizer.quantize_weight`).
-            hessian: ``[K, K]`` of the inputs (:func:`qandc.input_hessians`): round with error feedback (GPTQ).
+            hessian: ``[K, K]`` of the inputs (:func:`qandc.input_hessians`): round with GPTQ.
             weight: what to quantize instead of ``linear.weight``, where that has been rounded to the model's dtype.
 
         Raises:
@@ -160,7 +160,7 @@ class QuantLinear(nn.Module):
         if hessian is not None:
             if smoothing is not None:
                 hessian = hessian / (smoothing[:, None] * smoothing)
-            q = round_with_feedback(weight, scale, hessian, (1 << w_bits - 1) - 1)
+            q = gptq_round(weight, scale, hessian, (1 << w_bits - 1) - 1)
         module.qweight = pack_int4(q) if w_bits == 4 else q
         module.weight_scale = scale
         module.weight_sum = q.sum(1, dtype=torch.int32)

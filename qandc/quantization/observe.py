@@ -17,7 +17,7 @@ from qandc.quantization.layer_inputs import SharedInputs, TokenLayers, run_batch
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import Histogram, RangeConfig, StepRanges, estimate_range
 from qandc.quantization.shared_products import settle
-from qandc.quantizer import QuantConfig, activation_parameters
+from qandc.quantizer import QuantConfig, scale_and_zero_point
 from qandc.support.arguments import Batches, Share, checked
 from qandc.support.attach import original_class
 
@@ -401,6 +401,6 @@ def _parameters(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     try:
         low, high = estimate_range(seen, config, layer.a_bits)
-        return activation_parameters(low, high, layer.a_bits, symmetric=config.symmetric)
+        return scale_and_zero_point(low, high, layer.a_bits, symmetric=config.symmetric)
     except DataError as error:
         raise DataError(f"layer {name}: {error}") from None

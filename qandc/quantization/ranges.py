@@ -1,6 +1,6 @@
 """What a layer's inputs look like, gathered as they pass, and the range that serves them best.
 
-A static range is a pair of bounds; :func:`qandc.quantizer.activation_parameters` makes scale and zero point of it.
+A static range is a pair of bounds; :func:`qandc.quantizer.scale_and_zero_point` makes scale and zero point of it.
 """
 
 from __future__ import annotations
