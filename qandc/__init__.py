@@ -24,7 +24,7 @@ from qandc.method.checkpoint import QuantizedCheckpoint, load_quantized, save_qu
 from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.presets import Preset, fashion_dit_preset
-from qandc.method.schedule_calibration import calibrate_schedule
+from qandc.method.schedule_calibration import calibrate_schedule, schedule_from_run
 from qandc.method.settings import CalibrationSettings
 from qandc.quantization.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
 from qandc.quantization.linear import QuantLinear
@@ -99,6 +99,7 @@ __all__ = [
     "reset_all_caches",
     "sample_latents",
     "save_quantized",
+    "schedule_from_run",
     "select_samples",
     "smoothing_factors",
     "unfuse",

@@ -236,6 +236,11 @@ def sampling(**changes: P) -> dict[str, P]:
     return {"transformer": P(dit()), "scheduler": P(ddim()), "conditions": P([1, 2]), **RUN, **changes}
 
 
+def running(**changes: P) -> dict[str, P]:
+    model, run = dit(), {"num_inference_steps": STEPS, "seeds": [0]}
+    return {"transformer": P(model), "run": P(lambda: qandc.sample_latents(model, ddim(), [1], **run)), **changes}
+
+
 def batches() -> P:
     return P([batch()])
 
@@ -569,6 +574,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "compensation": P(compensation(), "None"),
         "step_ranges": P(None, "None"),
     },
+    "schedule_from_run": lambda: running(mode=P("branch"), order=P(1), computed_steps=P(2)),
     "select_samples": lambda: {**features(), "count": P(2), **choosing()},
     "smoothing_factors": lambda: {
         "model": P(dit()),

@@ -651,7 +651,8 @@ def test_errors_of_a_calibrated_schedule_are_those_of_the_model(mode):
 
 def record_gram(model, mode="branch"):
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
-    return feature_gram(model, scheduler, [3, 4], mode=mode, num_inference_steps=4)
+    run = {"num_inference_steps": 4, "seeds": [0, 1]}
+    return feature_gram(model, lambda: sample_latents(model, scheduler, [3, 4], **run), mode)[0]
 
 
 @pytest.mark.parametrize("branch", [0, 1], ids=["attention", "mlp"])

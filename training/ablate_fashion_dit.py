@@ -12,6 +12,7 @@ and write a file of their own (``--merge`` joins them). EfficientNet's features 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ from qandc import (
     quantize_model,
     record_pool,
     record_trajectory,
+    sample_latents,
     select_samples,
     smoothing_factors,
     uniform_schedule,
@@ -253,8 +255,8 @@ class Method(Bench):
             of_steps = calibrate_steps(model, batches(by_timestep=True), groups=STEP_GROUPS)
         if row.mode != "none" and (row.w_bits, row.mode) not in self.grams:
             labels, seeds = self.runs(30, FIRST_SEED + 2_000_000)
-            gram = feature_gram(model, self.scheduler, labels, mode=row.mode, seeds=seeds, **self.run)
-            self.grams[row.w_bits, row.mode] = gram
+            run = functools.partial(sample_latents, model, self.scheduler, labels, seeds=seeds, **self.run)
+            self.grams[row.w_bits, row.mode] = feature_gram(model, run, row.mode)[0]
         return fuse_dit(model, step_ranges=of_steps)
 
     def cache_of(self, row: Configuration) -> CacheConfig | None:

@@ -72,11 +72,13 @@ def main(
         model, w_bits = bench.base, PRECISIONS[precision]
         if w_bits is not None:
             model = quantize_model(copy.deepcopy(model), w_bits=w_bits)
-            calibrate(model, lambda: sample_latents(model, bench.scheduler, LABELS, seeds=SEEDS, **bench.run))
-        grams = {
-            mode: feature_gram(model, bench.scheduler, LABELS, mode=mode, seeds=SEEDS, **bench.run)
-            for mode in ("block", "branch")
-        }
+
+        def run() -> None:
+            sample_latents(model, bench.scheduler, LABELS, seeds=SEEDS, **bench.run)
+
+        if w_bits is not None:
+            calibrate(model, run)
+        grams = {mode: feature_gram(model, run, mode)[0] for mode in ("block", "branch")}
         return model if w_bits is None else fuse_dit(model), grams
 
     def measure(row: dict[str, Any]) -> dict[str, Any]:
