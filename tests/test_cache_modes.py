@@ -547,6 +547,7 @@ def test_copies_and_pickles_have_an_empty_cache_of_their_own(config):
         assert_equal_runs(run(other), expected, atol=0)
         remove_cache(other)
         assert type(other) is type(make_dit())
+    assert_equal_runs(run(model), expected, atol=0)
 
 
 @pytest.mark.slow
