@@ -1,4 +1,4 @@
-"""Feature caching: what the blocks of a transformer compute is kept and reused on later denoising steps.
+"""Attach feature caches: what the blocks of a transformer compute is stored and reused on later denoising steps.
 
 A run is a sequence of *compute steps* and *reuse steps*, fixed before it begins (:class:`qandc.CacheConfig`). With
 ``block`` a compute step keeps ``r = Σ_l (block_l(x_l) - x_l)``, one tensor for the whole stack, since residuals of
@@ -45,6 +45,7 @@ class _Place(NamedTuple):
     layer: int
 
     def store(self, plan: Plan, x: torch.Tensor) -> FeatureStore:
+        """Return the buffers of this step for features of the shape of ``x``."""
         return plan.make(len(self.blocks), len(self.family.branches), tuple(x.shape), x.dtype, x.device)
 
     @torch.no_grad()
@@ -110,7 +111,7 @@ class _CachedBranch(nn.Module):
 
 
 def get_cache(transformer: nn.Module) -> FeatureCache | None:
-    """The cache attached to ``transformer`` (or to the model inside ``torch.compile(transformer)``), or None.
+    """Return the cache attached to ``transformer``, or to the model inside ``torch.compile(transformer)``, or None.
 
     Raises:
         ModelError: no ``nn.Module``.
@@ -215,7 +216,7 @@ def reset_all_caches(transformer: nn.Module) -> None:
 
 @contextlib.contextmanager
 def detached_cache(transformer: nn.Module) -> Iterator[None]:
-    """Without its cache inside, with the same one afterwards, emptied."""
+    """Detach a cache inside the block, and attach the same one, emptied, afterwards."""
     cache = get_cache(transformer)
     if cache is None:
         yield
@@ -229,7 +230,7 @@ def detached_cache(transformer: nn.Module) -> Iterator[None]:
 
 
 def remove_cache(transformer: nn.Module) -> None:
-    """Detach the cache: the model is exactly what it was before.
+    """Detach the cache, so that the model is exactly what it was before.
 
     Raises:
         CacheError: none is attached, or another tool has wrapped the cached model since.

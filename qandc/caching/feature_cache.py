@@ -1,4 +1,4 @@
-"""The state of a feature cache: what each step does, from the run that it belongs to and its place in the schedule."""
+"""Plan each step of a cached model, from the run that it belongs to and its place in the schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["FeatureCache"]
 
 
 class FeatureCache(Attachment):
-    """State of one attached cache.
+    """Hold the state of one attached feature cache, and hand out a plan for each step.
 
     A run is known by a tensor that a pipeline makes once per run, of class ids or of what the prompt means; it is over
     when the tensor is gone. Steps are counted; the first step of a run is computed whatever was before. A loop of
@@ -61,7 +61,7 @@ class FeatureCache(Attachment):
 
     @property
     def nbytes(self) -> int:
-        """Memory of all features that are kept."""
+        """Return the bytes of all features that are stored."""
         return sum(store.nbytes for store in self._runs.stores())
 
     @contextlib.contextmanager
@@ -107,7 +107,7 @@ class FeatureCache(Attachment):
         return Plan(action, run.store, position.newest)
 
     def _on(self, device: torch.device, weights: tuple[float, ...]) -> torch.Tensor | None:
-        """Weights as a device tensor, written by kernels: a copy from the host would synchronise."""
+        """Return weights as a device tensor, written by kernels: a copy from the host would synchronise."""
         if not weights:
             return None
         if (device, weights) not in self._weights:

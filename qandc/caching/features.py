@@ -1,4 +1,4 @@
-"""Where a feature cache keeps what it reuses: buffers made once, in the precision asked for."""
+"""Store the features that a cache reuses, in buffers made once, in the precision asked for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _serials = itertools.count()
 
 
 class Target(NamedTuple):
-    """Memory for one feature ``[B, tokens, D]``."""
+    """Hold memory for one feature ``[B, tokens, D]``."""
 
     values: torch.Tensor
     scales: torch.Tensor | None  # [B, tokens] of int8 values
 
     def store_(self, feature: torch.Tensor) -> None:
+        """Write a feature here, rounded as the memory asks for."""
         if self.scales is None:
             self.values.copy_(feature.detach())
         else:
@@ -32,7 +33,7 @@ class Target(NamedTuple):
 
 
 class FeatureStore:
-    """Buffers ``[S, L, K, B, tokens, D]``: of S compute steps, L blocks and K branches a block.
+    """Hold features ``[S, L, K, B, tokens, D]`` of S compute steps, L blocks and K branches a block.
 
     Where features are those of all blocks together, L and K are 1.
 
@@ -85,10 +86,11 @@ class FeatureStore:
         self._input = None
 
     def target(self, at: int, layer: int, branch: int) -> Target:
+        """Return the place of one feature in set ``at``."""
         return Target(self.values[at, layer, branch], None if self.scales is None else self.scales[at, layer, branch])
 
     def add_to(
         self, x: torch.Tensor, gates: torch.Tensor | None = None, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``x + Σ weight · gate · feature``: what the blocks make of ``x`` on a reuse step."""
+        """Compute ``x + Σ weight · gate · feature``: what the blocks make of ``x`` on a reuse step."""
         return gated_sum(x, self.values, gates, weights, self.scales)

@@ -1,4 +1,4 @@
-"""What a step of a run does, by its place in the schedule, and with which features."""
+"""Say what a step of a run does, by its place in the schedule, and with which features."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class Position:
 
     @property
     def newest(self) -> int:
-        """The set that holds the features stored last."""
+        """Return the index of the set with the features stored last."""
         return (self.stored - 1) % self.config.history
 
     def forecast(self) -> tuple[float, ...]:
-        """Weights of each set for the features of this step; none where one set is taken as it is."""
+        """Return a weight for each set, to forecast the features of this step; none where one set is taken as it is."""
         if self.config.mode != "taylor":
             return ()
         weights = [0.0] * self.config.history

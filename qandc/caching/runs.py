@@ -1,4 +1,4 @@
-"""Which denoising run a step belongs to: known by a tensor that all steps of the run share."""
+"""Tell which denoising run a step belongs to, by a tensor that all steps of the run share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIVE_RUNS = 2  # a run and one that is interleaved with it
 
 @dataclass(eq=False)  # a run is itself alone
 class Run:
-    """One denoising run so far. It lasts as long as its key and the shape of its latents."""
+    """Hold one denoising run so far. It lasts as long as its key and the shape of its latents."""
 
     key: Any  # a weak reference to the tensor that all steps of the run share, or None where there is none
     kind: tuple[Any, ...]  # version of that tensor; shape, dtype and device of the latents
@@ -32,14 +32,16 @@ class Run:
     store: FeatureStore
 
     def is_over(self) -> bool:
+        """Tell whether nobody holds the tensor of this run any more."""
         return self.key is not None and self.key() is None
 
     def is_of(self, key: torch.Tensor | None) -> bool:
+        """Tell whether ``key`` is the tensor of this run."""
         return key is None if self.key is None else self.key() is key is not None
 
 
 class Runs:
-    """The runs that are going on, and the memory of those that are over until another takes it."""
+    """Keep the runs that are going on, and the memory of those that are over until another takes it."""
 
     def __init__(self, config: CacheConfig) -> None:
         self._config = config

@@ -1,4 +1,4 @@
-"""When a feature cache computes and when it reuses: decided before the denoising loop, as a tuple of booleans.
+"""Decide when a feature cache computes and when it reuses, before the denoising loop, as a tuple of booleans.
 
 True is a *compute step*, False a *reuse step*. This module knows no model.
 """
@@ -59,7 +59,7 @@ def uniform_schedule(
 
 @checked
 def format_schedule(schedule: Sequence[bool], timesteps: Sequence[float] | None = None) -> str:
-    """The steps (or their timesteps), compute steps with a star: ``981* 961 941 921* ...``"""
+    """Format the steps of a schedule, or their timesteps, compute steps with a star: ``981* 961 941 921* ...``"""
     names = range(len(schedule)) if timesteps is None else timesteps
     if len(names) != len(schedule):
         raise ConfigError(f"{len(schedule)} steps of a schedule cannot be printed next to {len(names)} timesteps")
@@ -68,7 +68,7 @@ def format_schedule(schedule: Sequence[bool], timesteps: Sequence[float] | None 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What a feature cache keeps and when it uses it.
+    """Say what a feature cache stores and when it uses it.
 
     Attributes:
         mode: ``block`` keeps what all blocks together add to the residual stream, one tensor. ``branch`` keeps the
@@ -169,7 +169,7 @@ class CacheConfig:
 
     @property
     def _horizon(self) -> int:
-        """So many steps show all that a schedule does."""
+        """Return how many steps show all that a schedule does."""
         if self._steps is not None:
             return len(self._steps)
         assert self.interval is not None
@@ -178,15 +178,16 @@ class CacheConfig:
 
     @property
     def history(self) -> int:
-        """Compute steps whose features are kept."""
+        """Return of how many compute steps features are stored."""
         return self.order + 1 if self.mode == "taylor" else 1
 
     @property
     def length(self) -> int | None:
-        """Steps of a run; None if any number will do."""
+        """Return the steps of a run; None if any number will do."""
         return None if self._steps is None else len(self._steps)
 
     def computes(self, step: int) -> bool:
+        """Tell whether a step is computed."""
         if self._steps is not None:
             return self._steps[step]
         assert self.interval is not None
@@ -194,7 +195,7 @@ class CacheConfig:
         return _is_computed(step, self.interval, self.warm_up_steps)
 
     def stores(self, step: int) -> bool:
-        """Whether a later step will use the features of this compute step."""
+        """Tell whether a later step will use the features of this compute step."""
         if self._steps is None and self.interval == 1:
             return False
         computed = 1
@@ -208,7 +209,7 @@ class CacheConfig:
 
     @checked
     def of_steps(self, num_inference_steps: Steps) -> Schedule:
-        """The schedule of a run of so many steps.
+        """Return the schedule of a run of so many steps.
 
         Raises:
             ConfigError: the schedule has another length.
@@ -233,7 +234,7 @@ class CacheConfig:
 
 
 def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[float]:
-    """The forecast at ``step`` as a weighted sum of the features at ``computed`` steps, newest first.
+    """Write the forecast at ``step`` as a weighted sum of the features at ``computed`` steps, newest first.
 
     TaylorSeer (arXiv 2503.06923): ``F(s) = Σ_i Δ^i F · x^i / i!`` with x the steps since the newest, and
     ``Δ^i = (Δ^(i-1) now - Δ^(i-1) at the computed step before) / d``, d the steps between these two.
@@ -258,7 +259,7 @@ def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[flo
 
 
 def forecast_errors(gram: np.ndarray, computed: Sequence[int], order: int) -> np.ndarray:
-    """``‖forecast - c_j‖ / ‖c_j‖`` of all steps j after the newest computed one: ``[S - 1 - newest]``.
+    """Compute ``‖forecast - c_j‖ / ‖c_j‖`` of all steps j after the newest computed one: ``[S - 1 - newest]``.
 
     ``gram [S, S, S]`` holds at ``[j, a, b]`` the product of what features of steps a and b contribute at step j:
     ``‖Σ_k w_k c_k - c_j‖² = wᵀ G w - 2 wᵀ G_j + G_jj``.
@@ -273,7 +274,9 @@ def forecast_errors(gram: np.ndarray, computed: Sequence[int], order: int) -> np
 
 
 def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, warm_up_steps: int = 1) -> Schedule:
-    """The schedule with ``computed_steps`` compute steps whose summed relative error is least, by dynamic programming.
+    """Find the schedule of ``computed_steps`` compute steps with the least summed relative error.
+
+    Dynamic programming, exact for order 0 and 1.
 
     The state is the last ``order + 1`` computed steps, on which the forecasts until the next one depend.
 
@@ -294,7 +297,7 @@ def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, w
     sums: dict[tuple[int, ...], np.ndarray] = {}
 
     def until(history: tuple[int, ...], stop: int) -> float:
-        """Error of all reuse steps before ``stop``."""
+        """Sum the errors of all reuse steps before ``stop``."""
         if history not in sums:
             sums[history] = np.concatenate([[0.0], forecast_errors(gram, history, order).cumsum()])
         return float(sums[history][stop - history[0] - 1])
@@ -321,7 +324,7 @@ def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, w
 
 
 def schedule_error(gram: np.ndarray, schedule: Schedule, order: int) -> float:
-    """Summed relative error of the reuse steps of a schedule."""
+    """Sum the relative errors of the reuse steps of a schedule."""
     computed = [step for step, chosen in enumerate(schedule) if chosen]
     total = 0.0
     for i, (step, following) in enumerate(itertools.pairwise([*computed, len(schedule)])):
@@ -335,7 +338,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibratedSchedule:
-    """A schedule found by :func:`qandc.calibrate_schedule`, with what it was found for; or a uniform one.
+    """Hold a schedule found by :func:`qandc.calibrate_schedule`, with what it was found for; or a uniform one.
 
     Attributes:
         schedule: whether each step is computed, one entry for each call of the model.
@@ -365,13 +368,13 @@ class CalibratedSchedule:
 
     @checked
     def config(self, storage_dtype: str | None = None) -> CacheConfig:
-        """The cache that follows it, in runs at its timesteps."""
+        """Make the config of a cache that follows this schedule, in runs at its timesteps."""
         config = CacheConfig(self.mode, schedule=self.schedule, order=max(1, self.order), storage_dtype=storage_dtype)
         return replace(config, timesteps=self.timesteps)
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write as JSON; a file under this name is always whole."""
+        """Write the schedule as JSON; a file under this name is always whole."""
         text = json.dumps({"version": FORMAT_VERSION, **asdict(self)}) + "\n"
         write_whole(Path(path), lambda partial: partial.write_text(text))
 

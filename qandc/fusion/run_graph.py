@@ -1,4 +1,4 @@
-"""A whole denoising run of a fused transformer as one CUDA graph."""
+"""Run all steps of a fused transformer as one CUDA graph."""
 
 from __future__ import annotations
 

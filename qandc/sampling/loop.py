@@ -1,4 +1,4 @@
-"""The denoising loop: scheduler + transformer, guidance, one noise stream per image.
+"""Run the denoising loop: scheduler + transformer, guidance, one noise stream per image.
 
 ``DiTPipeline`` draws the noise of a DDPM step from the global generator, so two of its runs cannot be compared image by
 image. This loop gives every image a generator of its own: image ``i`` is the same for any batch it is drawn in, and two
@@ -41,7 +41,7 @@ Guidance = Annotated[float, Between(0, 1e6)]
 
 @checked
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """A fresh diffusers scheduler, ``name`` "ddpm" or "ddim", with the noise schedule of ``config``.
+    """Make a diffusers scheduler, ``name`` "ddpm" or "ddim", with the noise schedule of ``config``.
 
     Raises:
         ConfigError: an unknown name, or a config that diffusers makes no scheduler of.
@@ -65,7 +65,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
 @runtime_checkable
 class Corrector(Protocol):
-    """What may change a run at two points of every step."""
+    """Change a run at two points of every step: the guided noise prediction, and the latents after the step."""
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor: ...
 
@@ -73,7 +73,10 @@ class Corrector(Protocol):
 
 
 def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dict[str, Any]:
-    """What a compensation must be fitted for, by the names of ``FittedFor``; after ``scheduler.set_timesteps``."""
+    """Describe a run by the fields of ``FittedFor``, which a compensation must be fitted for.
+
+    Called after ``scheduler.set_timesteps``.
+    """
     config, cache = transformer.config, get_cache(transformer)
     schemes = sorted({layer.scheme for layer in quant_layers(transformer).values()})
     parts = [f"{config.num_layers} blocks of {config.num_attention_heads * config.attention_head_dim}"]
@@ -152,7 +155,7 @@ def check_gains(compensation: Compensation, steps: int, channels: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What one call of :func:`sample_latents` is to do."""
+    """Hold what one call of :func:`sample_latents` is to do."""
 
     transformer: Any
     scheduler: Any
@@ -165,7 +168,7 @@ class _Run:
     device: torch.device
 
     def why_no_graph(self) -> str | None:
-        """Why these steps can't be replayed from one CUDA graph, or None."""
+        """Say why these steps can't be replayed from one CUDA graph, or None."""
         reason = why_not_plain_ddim(self.scheduler)
         if reason is not None:
             return reason
@@ -174,7 +177,7 @@ class _Run:
         return why_no_run_graph(self.transformer, self.device)
 
     def key(self) -> Hashable:
-        """What a graph of these steps depends on beside shapes, labels, noise and the layers."""
+        """Return what a graph of these steps depends on beside shapes, labels, noise and the layers."""
         cache = get_cache(self.transformer)
         scheduler = self.scheduler
         coefficients = (scheduler.alphas_cumprod.numpy().tobytes(), float(scheduler.final_alpha_cumprod))
@@ -185,9 +188,9 @@ class _Run:
 
 
 class _Loop:
-    """All steps of a run, from initial latents and conditions to the last latents.
+    """Take all steps of a run, from initial latents and conditions to the last latents.
 
-    All that they read on the device is made here: before a CUDA graph is captured, which keeps it.
+    What the steps read on the device is made with the loop: before a CUDA graph is captured, which keeps it.
     """
 
     def __init__(self, run: _Run) -> None:
@@ -353,7 +356,7 @@ def sample_latents(
 
 
 def _placement(vae: Any) -> tuple[torch.device, torch.dtype]:
-    """Where and in which dtype a decoder takes latents."""
+    """Find the device and the dtype in which a decoder takes latents."""
     first = getattr(vae, "post_quant_conv", None)
     if first is None or any(hasattr(module, "_diffusers_hook") for module in (vae, first)):
         return vae.device, vae.dtype
@@ -363,7 +366,7 @@ def _placement(vae: Any) -> tuple[torch.device, torch.dtype]:
 @checked
 @torch.inference_mode()
 def decode_latents(vae: Model, latents: torch.Tensor) -> torch.Tensor:
-    """``decode(latents / scaling_factor)``: images ``[B, channels, H, W] float32`` on the CPU, in [-1, 1].
+    """Compute ``decode(latents / scaling_factor)``: images ``[B, channels, H, W] float32`` on the CPU, in [-1, 1].
 
     Raises:
         ModelError: no autoencoder of diffusers.

@@ -69,7 +69,7 @@ def paused(model: torch.nn.Module) -> Iterator[None]:
 
 @functools.cache
 def derived_class(mixin: Any, base: Any) -> Any:
-    """``base`` with the methods of ``mixin`` first; one class for each pair, so that it can be recognised."""
+    """Derive ``base`` with the methods of ``mixin`` first: one class for each pair, so that it can be recognised."""
     # the name of the base, because diffusers writes it into saved configurations
     names = {
         "__module__": base.__module__,
@@ -82,13 +82,13 @@ def derived_class(mixin: Any, base: Any) -> Any:
 
 
 def class_before(module: Any, mixin: Any) -> Any:
-    """The class of ``module`` before ``mixin`` was attached; None where that was not the last to be attached."""
+    """Return the class of ``module`` before ``mixin`` was attached; None if something else was attached last."""
     attached, base = vars(type(module)).get("_qandc_lineage", (None, None))
     return base if attached is mixin else None
 
 
 def original_class(module: Any) -> Any:
-    """The class of ``module`` before anything of ours was attached."""
+    """Return the class of ``module`` before anything of ours was attached."""
     cls = type(module)
     while "_qandc_lineage" in vars(cls):
         cls = vars(cls)["_qandc_lineage"][1]
@@ -96,7 +96,7 @@ def original_class(module: Any) -> Any:
 
 
 def has_other_forward(module: Any) -> bool:
-    """Whether ``forward`` was replaced on the instance, which would bypass that of a class.
+    """Tell whether ``forward`` was replaced on the instance, which would bypass that of a class.
 
     accelerate leaves the module's own forward there when it takes its hooks away; that is removed.
     """
