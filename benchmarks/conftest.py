@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Generator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,6 +71,7 @@ class Measure(Protocol):
         build: Callable[[], timing.Candidate],
         skip: str | None = None,
         *,
+        rival: Callable[[], timing.Candidate] | None = None,
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None: ...
@@ -127,6 +129,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         build: Callable[[], timing.Candidate],
         skip: str | None = None,
         *,
+        rival: Callable[[], timing.Candidate] | None = None,
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None:
@@ -134,7 +137,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         if skip is None:
             try:
                 with torch.no_grad():
-                    row |= _time(benchmark, build())
+                    row |= time_candidate(benchmark, build(), rival)
             except NotInstalled as error:
                 skip = f"not installed: {error}"
             except Exception as error:
@@ -156,8 +159,10 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
     return measured
 
 
-def _time(benchmark: Any, candidate: timing.Candidate) -> dict[str, Any]:
-    """Correctness first, then times: the entries of a row."""
+def time_candidate(
+    benchmark: Any, candidate: timing.Candidate, rival: Callable[[], timing.Candidate] | None
+) -> dict[str, Any]:
+    """Correctness first, then times, each after one of the rival's if there is one: the entries of a row."""
     error = candidate.error(candidate.launch(0), 0)
     assert error <= candidate.bound, f"relative error {error:.3g}; allowed {candidate.bound}"
     if not candidate.wall_clock:
@@ -167,8 +172,18 @@ def _time(benchmark: Any, candidate: timing.Candidate) -> dict[str, Any]:
     if timed.method == "graph" and not candidate.in_place:
         replayed = candidate.error(timed.result, candidate.launches - 1)
         assert replayed <= candidate.bound, f"relative error {replayed:.3g} in a graph; allowed {candidate.bound}"
-    benchmark.pedantic(timing.CLOCK.run, args=(timed,), warmup_rounds=min(2, rounds - 2), rounds=rounds)
+    theirs: list[float] = []
+    if rival is None:
+        benchmark.pedantic(timing.CLOCK.run, args=(timed,), warmup_rounds=min(2, rounds - 2), rounds=rounds)
+    else:
+        by_turns = timing.prepare(rival())
+        by_turns.seconds()
+        benchmark.pedantic(
+            timing.CLOCK.run, args=(timed,), rounds=rounds, setup=lambda: theirs.append(by_turns.seconds())
+        )
     found = {"error": error, "method": timed.method, "launches": timed.launches}
+    if theirs:
+        found |= {"rival_median_us": statistics.median(theirs) * 1e6, "rival_min_us": min(theirs) * 1e6}
     if timed.why_no_graph is not None:
         found["why_no_graph"] = timed.why_no_graph
     if benchmark.stats is not None:

@@ -25,6 +25,12 @@ LAUNCHES = 5  # forwards behind one measurement
 current: dict[str, Any] = {}  # the model of the candidate measured last; the next one's takes its place
 
 
+def _clone(model: Model) -> Model:
+    """Copy modules, not what they hold: two models of 40 GB would be too much for some GPUs."""
+    held = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in held})
+
+
 def _compiled(model: Model) -> Model:
     """Regional compilation, as diffusers recommends it."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -39,7 +45,7 @@ def _quantized(model: Model, layer: str, w_bits: int, conditioning: str | None =
 
     PixArt has none in its blocks.
     """
-    quantized = quantize_model(copy.deepcopy(model), w_bits=w_bits, conditioning=conditioning)
+    quantized = quantize_model(_clone(model), w_bits=w_bits, conditioning=conditioning)
     return calibrate(quantized, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
 
 
@@ -56,8 +62,8 @@ def _torchao(model: Model, config: str, per_row: bool = False) -> Model:
 
 CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     # how it is made from the bf16 model, and how far its output may be from that model's
-    "bf16 eager": (lambda model, layer: copy.deepcopy(model), 0.02),
-    "bf16 compiled": (lambda model, layer: _compiled(copy.deepcopy(model)), 0.05),
+    "bf16 eager": (lambda model, layer: _clone(model), 0.02),
+    "bf16 compiled": (lambda model, layer: _compiled(_clone(model)), 0.05),
     "QuantLinear W8A8": (lambda model, layer: _quantized(model, layer, 8), 0.2),
     "QuantLinear W8A8, graph()": (lambda model, layer: graph(_quantized(model, layer, 8)), 0.2),
     "QuantLinear W8A8, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8)), 0.2),
@@ -76,6 +82,7 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     ),
     "torchao int8dq, compiled": (lambda model, layer: _torchao(model, "Int8DynamicActivationInt8WeightConfig"), 0.3),
 }
+BY_TURNS = {"QuantLinear W8A8": "bf16 eager", "QuantLinear W8A8, compiled": "bf16 compiled"}
 CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES]
 
 
@@ -90,14 +97,23 @@ def candidate(layer: str, name: str) -> Candidate:
         expected = base(**arguments)[0]
         current.update(key=(layer, name), model=make(base, layer), expected=expected, bound=bound)
     model, expected = current["model"], current["expected"]
+    return _candidate(model, arguments, expected, current["bound"])
 
+
+def rival(layer: str, name: str) -> Candidate:
+    """Make what a candidate takes turns with: processors that others use, too, are fast and slow by turns."""
+    make, bound = CANDIDATES[BY_TURNS[name]]
+    return _candidate(make(model_of(layer), layer), inputs(layer), current["expected"], bound)
+
+
+def _candidate(model: Model, arguments: dict[str, Any], expected: torch.Tensor, bound: float) -> Candidate:
     def launch(i: int) -> torch.Tensor:
         return model(**arguments)[0]
 
     def error(y: torch.Tensor, i: int) -> float:
         return relative_error(y, expected)
 
-    return Candidate(launch, error, current["bound"], LAUNCHES, wall_clock=True)
+    return Candidate(launch, error, bound, LAUNCHES, wall_clock=True)
 
 
 @pytest.mark.parametrize(("layer", "name"), CASES, ids=["-".join(case) for case in CASES])
@@ -107,7 +123,10 @@ def test_forward(measure: Measure, request: pytest.FixtureRequest, layer: str, n
     skip = NO_GPU if DEVICE == "cpu" else None
     if "torchao" in name and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
-    measure(row, lambda: candidate(layer, name), skip)
+    if name in BY_TURNS:
+        row["rival"] = BY_TURNS[name]
+    against = (lambda: rival(layer, name)) if name in BY_TURNS else None
+    measure(row, lambda: candidate(layer, name), skip, rival=against)
     if "median_us" not in row:
         return
     model = current["model"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import conftest, goals, models, report
+from benchmarks import conftest, goals, models, report, timing
 from benchmarks.timing import relative_error
 from tests.conftest import make_dit
 
@@ -199,3 +199,41 @@ def test_run_on_a_cpu(tmp_path):
     assert {r["skipped"] for r in result["rows"] if "median_us" not in r} == {"needs an NVIDIA GPU"}
     assert "simulated W8A8" in done.stdout
     assert "rows: needs an NVIDIA GPU" in done.stdout
+
+
+def test_a_rival_measured_by_turns_decides():
+    rows = [
+        row("models", "Qwen-Image", 4224, "bf16 eager", 100.0),
+        row("models", "Qwen-Image", 4224, "QuantLinear W8A8", 160.0, rival="bf16 eager", rival_median_us=192.0),
+        row("models", "FLUX.1-dev", 4608, "bf16 eager", 120.0),
+        row("models", "FLUX.1-dev", 4608, "QuantLinear W8A8", 100.0),
+    ]
+    found = {goal["name"]: goal["value"] for goal in goals.models_goals(rows)}
+    measured = {name.partition("_")[0]: value for name, value in found.items() if value is not None}
+    assert measured == {"Qwen-Image": 1.2, "FLUX.1-dev": 1.2}
+
+
+class Rounds:
+    """Stands in the place of pytest-benchmark's fixture."""
+
+    stats = None
+
+    def __init__(self):
+        self.extra_info: dict = {}
+
+    def pedantic(self, target, args=(), setup=None, rounds=1, warmup_rounds=0):
+        for _ in range(rounds):
+            if setup is not None:
+                setup()
+            target(*args)
+
+
+def test_a_rival_runs_before_each_round():
+    ran = []
+    ours, theirs = (
+        timing.Candidate(lambda i, name=name: ran.append(name), lambda result, i: 0.0, 1.0, 1, wall_clock=True)
+        for name in ("ours", "theirs")
+    )
+    found = conftest.time_candidate(Rounds(), ours, lambda: theirs)
+    assert ran[-6:] == ["theirs", "ours"] * 3
+    assert 0 < found["rival_min_us"] <= found["rival_median_us"]

@@ -268,4 +268,4 @@ print(time.perf_counter() - start)
 
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 5
+    assert float(done.stdout) < 10  # two seconds where nothing else runs; a search of tiles takes minutes
