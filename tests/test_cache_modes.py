@@ -32,7 +32,7 @@ from qandc import (
 from qandc.caching.plan import Action
 from qandc.caching.schedule import forecast_weights
 from qandc.fusion.fuse import FUSED
-from qandc.method.schedule_calibration import _evenly, feature_gram
+from qandc.method.schedule_calibration import feature_gram
 from qandc.models.dit.fused import FusedBlock
 from qandc_kernels import Backend
 from tests.conftest import make_dit
@@ -724,11 +724,6 @@ def test_a_calibrated_schedule_is_no_worse_than_an_even_one(monkeypatch):
     assert found.schedule != bad
     assert sum(found.schedule) == 4
     assert found.error == found.uniform_error
-
-
-@pytest.mark.parametrize("computed", range(1, 7))
-def test_evenly_spaced_steps_are_as_many_as_asked_for(computed):
-    assert sum(_evenly(6, computed, 1)) == computed
 
 
 def test_schedules_that_cannot_be_calibrated():

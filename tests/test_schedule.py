@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qandc import CacheConfig, CalibratedSchedule, ConfigError, OutputError, format_schedule, uniform_schedule
-from qandc.caching.schedule import forecast_errors, forecast_weights, optimal_schedule, schedule_error
+from qandc.caching.schedule import even_schedule, forecast_errors, forecast_weights, optimal_schedule, schedule_error
 
 
 def stars(schedule) -> str:
@@ -215,6 +215,17 @@ def test_gaps_may_be_as_long_as_they_like(order):
     assert schedule_error(gram, found, order) == 0
     assert found[17:] == (True,) * 3
     assert optimal_schedule(gram, 5, order=1, warm_up_steps=2) == (True, True, *(False,) * 15, True, True, True)
+
+
+@pytest.mark.parametrize("warm_up", [1, 2, 3])
+@pytest.mark.parametrize("computed", range(3, 9))
+def test_an_even_schedule_computes_as_many_steps_as_asked_for(computed, warm_up):
+    schedule = even_schedule(8, computed, warm_up)
+    assert sum(schedule) == computed
+    assert all(schedule[:warm_up])
+    steps = [step for step in range(warm_up - 1, 8) if schedule[step]]
+    gaps = [later - step for step, later in itertools.pairwise(steps)]
+    assert max(gaps, default=1) - min(gaps, default=1) <= 1
 
 
 def test_all_steps_or_too_few():

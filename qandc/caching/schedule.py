@@ -23,6 +23,7 @@ __all__ = [
     "CacheConfig",
     "CalibratedSchedule",
     "Schedule",
+    "even_schedule",
     "forecast_errors",
     "forecast_weights",
     "format_schedule",
@@ -321,6 +322,13 @@ def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, w
         history = origin[history]
         computed.add(history[0])
     return tuple(step in computed for step in range(steps))
+
+
+def even_schedule(steps: int, computed_steps: int, warm_up_steps: int) -> Schedule:
+    """Space ``computed_steps`` compute steps as evenly as can be, behind the first ``warm_up_steps`` of them."""
+    later = computed_steps - warm_up_steps
+    chosen = {warm_up_steps - 1 + round(i * (steps - warm_up_steps) / (later + 1)) for i in range(1, later + 1)}
+    return tuple(computed_steps == steps or step < warm_up_steps or step in chosen for step in range(steps))
 
 
 def schedule_error(gram: np.ndarray, schedule: Schedule, order: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.caching.schedule import CacheConfig, CalibratedSchedule, optimal_schedule, schedule_error
+from qandc.caching.schedule import CacheConfig, CalibratedSchedule, even_schedule, optimal_schedule, schedule_error
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.models import FAMILIES, Family, family_of, older_names
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 POSITIONS = 512  # places (token, channel) of a sample at which features are compared
 
 
-class _Run:
+class _RecordedRun:
     """Hold features and gates of one run at the recorded places, a step each."""
 
     def __init__(self, key: Any) -> None:
@@ -51,7 +51,7 @@ class _Recorder:
 
     def __init__(self, family: Family, transformer: Any, mode: str, seed: int) -> None:
         self.family, self.seed = family, seed
-        self.runs: dict[int, _Run] = {}
+        self.runs: dict[int, _RecordedRun] = {}
         self._of_step: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
         self._input: torch.Tensor | None = None
@@ -95,7 +95,7 @@ class _Recorder:
         """Note a step, as one tensor: many small ones, among its large temporary ones, would fragment the memory."""
         call = arguments_of(transformer, args, kwargs)
         key = call.get(self.family.run_key)
-        run = self.runs.setdefault(id(key), _Run(key))
+        run = self.runs.setdefault(id(key), _RecordedRun(key))
         run.timesteps.append(plain_timestep(torch.as_tensor(call["timestep"]).reshape(-1)[0]))
         run.features.append(torch.stack(self._of_step[0]))
         run.gates.append(torch.stack(self._of_step[1]))
@@ -172,7 +172,7 @@ def schedule_from_run(
     CacheConfig(mode, order=order)  # refuses others before any work
     gram, timesteps = feature_gram(transformer, run, mode)
     order = _check_steps(mode, order, computed_steps, timesteps)
-    even = _evenly(len(timesteps), computed_steps, order + 1)
+    even = even_schedule(len(timesteps), computed_steps, order + 1)
     found = optimal_schedule(gram, computed_steps, order=order, warm_up_steps=order + 1)
     # for order 2 not all schedules were tried
     found = min(found, even, key=lambda schedule: schedule_error(gram, schedule, order))
@@ -239,13 +239,3 @@ def _check_steps(mode: str, order: int, computed_steps: int, timesteps: tuple[fl
             f"model, can compute {config.history} to {steps}"
         )
     return config.history - 1
-
-
-def _evenly(steps: int, computed: int, warm_up: int) -> tuple[bool, ...]:
-    """Space as many computed steps as evenly as can be."""
-    if computed == steps:
-        return (True,) * steps
-    chosen = set(range(warm_up)) | {
-        warm_up - 1 + round(i * (steps - warm_up) / (computed - warm_up + 1)) for i in range(1, computed - warm_up + 1)
-    }
-    return tuple(step in chosen for step in range(steps))

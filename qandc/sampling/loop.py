@@ -154,7 +154,7 @@ def check_gains(compensation: Compensation, steps: int, channels: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _Request:
     """Hold what one call of :func:`sample_latents` is to do."""
 
     transformer: Any
@@ -193,7 +193,7 @@ class _Loop:
     What the steps read on the device is made with the loop: before a CUDA graph is captured, which keeps it.
     """
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _Request) -> None:
         scheduler, compensation = run.scheduler, run.compensation
         if compensation is not None and not run.force_compensation:
             compensation.check(describe_run(run.transformer, scheduler, run.guidance_scale))
@@ -321,7 +321,7 @@ def sample_latents(
             raise ConfigError("give compensation or corrector, not both: they change the same values")
         check_gains(compensation, len(timesteps), config.in_channels)
     latents = latents * scheduler.init_noise_sigma
-    run = _Run(
+    run = _Request(
         transformer,
         scheduler,
         guidance_scale,
