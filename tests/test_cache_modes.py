@@ -8,8 +8,6 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import qandc.fusion.fuse
 from qandc import (
@@ -30,28 +28,18 @@ from qandc import (
     uniform_schedule,
 )
 from qandc.caching.plan import Action
-from qandc.caching.schedule import forecast_weights
 from qandc.fusion.fuse import FUSED
 from qandc.method.schedule_calibration import feature_gram
 from qandc.models.dit.fused import FusedBlock
 from qandc_kernels import Backend
+from tests import definition
 from tests.conftest import make_dit
+from tests.definition import CONFIGS, LENGTH, UNEVEN, assert_equal_runs
 from tests.test_cache import stores_of_steps
 from tests.test_fused_dit import make_quantized, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-UNEVEN = (True, True, True, False, True, False, False, True, False, False)
-CONFIGS = {
-    "block": CacheConfig("block", interval=3),
-    "branch": CacheConfig("branch", interval=3),
-    "branch uneven": CacheConfig("branch", schedule=UNEVEN),
-    "branch last": CacheConfig("branch", interval=4, num_inference_steps=10, last_step_computed=True),
-    "taylor": CacheConfig("taylor", interval=3),
-    "taylor uneven": CacheConfig("taylor", schedule=UNEVEN),
-    "taylor 2": CacheConfig("taylor", interval=4, order=2),
-    "taylor 2 uneven": CacheConfig("taylor", schedule=UNEVEN, order=2),
-}
-STEPS = 10
+STEPS = LENGTH
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -81,81 +69,9 @@ def run(model, steps=STEPS, seed=0, rows=4, device="cpu", dtype=torch.float32, l
 
 
 def by_definition(model, config, steps=STEPS, seed=0, rows=4):
-    """Every branch (or block) is replaced by its forecast on a reuse step; diffusers applies the current gate."""
-    model = copy.deepcopy(model)
-    kept = {}
-    now = {}
-
-    def hook(name):
-        def replace(module, args, output):
-            inside = args[0] if name.startswith("block") else 0
-            if now["computed"]:
-                kept.setdefault(name, {})[now["step"]] = output - inside
-                return output
-            features = kept[name]
-            computed = sorted(features, reverse=True)[: config.history]
-            weights = forecast_weights(computed, now["step"], config.order if config.mode == "taylor" else 0)
-            return inside + sum(w * features[s] for w, s in zip(weights, computed, strict=True))
-
-        return replace
-
-    for i, block in enumerate(model.transformer_blocks):
-        if config.mode == "block":
-            block.register_forward_hook(hook(f"block {i}"))
-        else:
-            block.attn1.register_forward_hook(hook(f"attention {i}"))
-            block.ff.register_forward_hook(hook(f"mlp {i}"))
-    outputs, labels = [], make_labels(rows)
-    for step in range(steps):
-        now.update(step=step, computed=config.computes(step))
-        with torch.no_grad():
-            outputs.append(model(**inputs(step, seed, rows), class_labels=labels).sample)
-    return outputs
-
-
-def assert_equal_runs(actual, expected, atol=2e-5):
-    assert len(actual) == len(expected)
-    for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        torch.testing.assert_close(a, e, atol=atol, rtol=1e-4, msg=lambda text, step=step: f"step {step}: {text}")
-
-
-@all_configs
-@pytest.mark.parametrize("quantized", [False, True], ids=["fp", "w8a8"])
-def test_equals_the_definition(config, quantized):
-    model = make_dit()
-    if quantized:
-        quantize_model(model)
-    expected = by_definition(model, config)
-    cache = apply_cache_to_dit(model, config=config)
-    assert_equal_runs(run(model), expected)
-    computed = sum(config.of_steps(STEPS))
-    assert (cache.compute_steps, cache.reuse_steps) == (computed, STEPS - computed)
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    mode=st.sampled_from(["block", "branch", "taylor"]),
-    order=st.integers(1, 2),
-    later=st.lists(st.booleans(), min_size=1, max_size=9),
-    rows=st.integers(1, 6),
-    layers=st.integers(1, 3),
-)
-def test_any_schedule_equals_the_definition(mode, order, later, rows, layers):
-    history = order + 1 if mode == "taylor" else 1
-    config = CacheConfig(mode, schedule=[True] * history + later, order=order)
-    model = make_dit(num_layers=layers)
-    expected = by_definition(model, config, steps=config.length, rows=rows)
-    apply_cache_to_dit(model, config=config)
-    assert_equal_runs(run(model, config.length, rows=rows), expected)
-
-
-def test_the_gate_is_that_of_the_current_step():
-    """Guards the tests above: what is reused without its gate would differ."""
-    model = make_dit()
-    config = CacheConfig("branch", interval=2)
-    with_gate = by_definition(model, config)
-    block = by_definition(model, CacheConfig("block", interval=2))
-    assert not torch.allclose(with_gate[1], block[1], atol=1e-3)
+    labels = make_labels(rows)
+    inputs_of_run = [{**inputs(step, seed, rows), "class_labels": labels} for step in range(steps)]
+    return definition.by_definition(model, config, inputs_of_run)
 
 
 @pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
