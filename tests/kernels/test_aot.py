@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ARCHITECTURES = (80, 89, 90, 100)
 FAMILIES = ("int8", "int4a8", "int4a16", "int8a16", "int4a8g", "int4a16g")
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -41,7 +42,6 @@ def of(compiled: list[dict], arch: int, *families: str) -> list[dict]:
     return records
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_use_the_tensor_cores(compiled, arch, family):
@@ -58,7 +58,6 @@ def test_products_use_the_tensor_cores(compiled, arch, family):
         assert wanted & set(record["instructions"]), f"sm_{arch}, {record['kernel']} {record['tile']}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_attention_uses_the_tensor_cores(compiled, arch):
     wanted = {"wgmma 16"} if arch == 90 else {"mma 16", "tcgen05"} if arch == 100 else {"mma 16"}
