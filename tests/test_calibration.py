@@ -22,7 +22,7 @@ from qandc import (
     smoothing_factors,
 )
 from qandc.quantization.conversion import quant_layers
-from qandc.quantization.ranges import Histogram, _squared_errors, estimate_range
+from qandc.quantization.ranges import Histogram, estimate_range, squared_errors
 from qandc.quantizer import quantize_weight, scale_and_zero_point
 from tests.conftest import make_dit
 
@@ -430,7 +430,7 @@ def test_the_error_that_is_searched_is_that_of_the_kernels(bits, symmetric):
     x = torch.randn(5000, generator=generator) * 3 + 1
     highs = torch.tensor([1.0, 2.5, 6.0, 20.0])
     low = torch.tensor(-4.0)
-    errors = _squared_errors(x.double(), torch.ones(5000), low.double(), highs.double(), bits, symmetric)
+    errors = squared_errors(x.double(), torch.ones(5000), low.double(), highs.double(), bits, symmetric)
     for high, error in zip(highs, errors, strict=True):
         scale, zero_point = scale_and_zero_point(-high if symmetric else low, high, bits, symmetric=symmetric)
         q = quantize_per_tensor(x, scale, zero_point, bits).double()

@@ -244,7 +244,7 @@ def _small_error(seen: Histogram, bits: int, symmetric: bool) -> tuple[torch.Ten
         lows, highs = torch.unique(smallest * factors), torch.unique(largest * factors)
 
     def best() -> tuple[int, int]:
-        errors = torch.stack([_squared_errors(values, counts, low, highs, bits, symmetric) for low in lows.unbind()])
+        errors = torch.stack([squared_errors(values, counts, low, highs, bits, symmetric) for low in lows.unbind()])
         return divmod(int(errors.argmin()), len(highs))
 
     i, j = best()
@@ -261,7 +261,7 @@ def _around(bounds: torch.Tensor, best: int) -> torch.Tensor:
     return torch.unique(torch.cat([first + (last - first) * steps, bounds[best : best + 1]]))
 
 
-def _squared_errors(
+def squared_errors(
     values: torch.Tensor, counts: torch.Tensor, low: torch.Tensor, highs: torch.Tensor, bits: int, symmetric: bool
 ) -> torch.Tensor:
     """Squared errors ``[H]`` of ranges from ``low``, or of symmetric ones, to each of ``highs``, as kernels round."""
