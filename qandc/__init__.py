@@ -25,7 +25,8 @@ from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipel
 from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.presets import Preset, fashion_dit_preset
 from qandc.method.schedule_calibration import calibrate_schedule, schedule_from_run
-from qandc.method.settings import CalibrationSettings
+from qandc.method.settings import CalibrationConfig
+from qandc.method.settings import CalibrationSettings as CalibrationSettings
 from qandc.quantization.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.observe import calibrate, calibrate_steps, calibration, input_hessians, smoothing_factors
@@ -45,8 +46,8 @@ __all__ = [
     "CacheConfig",
     "CacheError",
     "CalibratedSchedule",
+    "CalibrationConfig",
     "CalibrationReport",
-    "CalibrationSettings",
     "CandidatePool",
     "Compensation",
     "ConfigError",

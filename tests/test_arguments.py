@@ -293,10 +293,10 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     },
     "CalibrationReport.record": lambda: {
         "self": P(qandc.CalibrationReport(preset(), report(), torch.ones(10), None)),
-        "settings": P(qandc.CalibrationSettings()),
+        "settings": P(qandc.CalibrationConfig()),
         "source": P("x", f"None {TEXTS}"),
     },
-    "CalibrationSettings": lambda: {
+    "CalibrationConfig": lambda: {
         **RUN,
         "scheduler": P("ddim"),
         **BITS,
@@ -459,7 +459,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     },
     "calibrate_pipeline": lambda: {
         "pipe": P(copy.deepcopy(pipeline()), "pipeline"),
-        "settings": P(qandc.CalibrationSettings(2, pool_images=2, samples=2, clusters=1, vc="none", uniform=True)),
+        "settings": P(qandc.CalibrationConfig(2, pool_images=2, samples=2, clusters=1, vc="none", uniform=True)),
         "directory": P(FOLDER / "calibrated", "'x' cuda:99"),
         "overwrite": P(False, FLAG),
         "source": P("x", f"None {TEXTS}"),

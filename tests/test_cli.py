@@ -132,7 +132,7 @@ def test_calibrate_without_compensation(capsys, tmp_path, pipeline_dir):
 
 def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir, monkeypatch):
     import qandc.method.pipeline_calibration
-    from qandc import CalibrationSettings, RangeConfig
+    from qandc import CalibrationConfig, RangeConfig
 
     seen = []
 
@@ -151,7 +151,7 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
     )  # fmt: skip
     assert run(capsys, "calibrate", *arguments)[0] == 130
     ranges = RangeConfig("mse", symmetric=True)
-    settings = CalibrationSettings(
+    settings = CalibrationConfig(
         num_inference_steps=5, guidance_scale=3, scheduler="ddim", w_bits=4, a_bits=7, rounding="nearest",
         smoothing=False, ranges=ranges, cache_mode="block", cache_interval=2, uniform=True, pool_images=6,
         pool_with_cache=False, select="kmeans", samples=7, clusters=3, seed=9, vc="paper", vc_target="noise",
@@ -186,9 +186,9 @@ CALIBRATE_REFUSALS = {
     "ranges": (["--ranges", "best"], "estimator 'best' is unknown; choose one of minmax, percentile, mse"),
     "rounding": (["--rounding", "up"], "rounding 'up' is unknown; choose one of nearest, gptq"),
     "vc": (["--vc", "some"], "vc 'some' is unknown; choose one of variance_ratio, least_squares, paper, none"),
-    "interval": (["--interval", "0"], "cache_interval is 0; give an integer >= 1"),
+    "interval": (["--interval", "0"], "--cache-interval is 0; give an integer >= 1"),
     "steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),
-    "guidance": (["--guidance-scale", "nan"], "guidance_scale is nan; give a finite number >= 0"),
+    "guidance": (["--guidance-scale", "nan"], "--guidance-scale is nan; give a finite number >= 0"),
     "file": (["--out", __file__], "test_cli.py' is a file; give a directory"),
     "model": (["--model", "./no/such/model"], "model directory './no/such/model' does not exist"),
 }
@@ -227,10 +227,10 @@ CONTRADICTIONS = {
     "scheduler": (["--scheduler", "ddpm"], "--scheduler is ddpm, but the settings in {} are for ddim"),
     "weights": (["--w-bits", "8"], "--w-bits is 8, but the settings in {} are for 4"),
     "activations": (["--a-bits", "4"], "--a-bits is 4, but the settings in {} are for 8"),
-    "smoothing": (["--no-smoothing"], "--no-smoothing is True, but the settings in {} are for False"),
+    "smoothing": (["--no-smoothing"], "--no-smoothing is given, but the settings in {} are for smoothing True"),
     "mode": (["--cache-mode", "block"], "--cache-mode is block, but the settings in {} are for branch"),
     "interval": (["--cache-interval", "2"], "--cache-interval is 2, but the settings in {} are for a schedule of 2"),
-    "schedule": (["--schedule", "x.json"], "--schedule is x.json, but the settings in {} are for a schedule of 2"),
+    "schedule": (["--schedule", "x.json"], "--schedule and --settings {} contradict each other; give one of them"),
     "not calibrated": (["--no-calibrated"], "--settings and --no-calibrated contradict each other"),
     "other settings": (["--settings", "/no/such"], "'/no/such' holds no calibrated settings"),
 }
@@ -323,7 +323,7 @@ def test_help(capsys):
         assert option in out
     status, out, _ = run(capsys, "calibrate", "--help")
     assert status == 0
-    for option in ("--out", "--model", "--rounding", "--no-smoothing", "--ranges", "--interval", "--pool-images",
+    for option in ("--out", "--model", "--rounding", "--no-smoothing", "--ranges", "--cache-interval", "--pool-images",
                    "--pool-without-cache", "--select", "--samples", "--clusters", "--vc", "--overwrite"):  # fmt: skip
         assert option in out
 
@@ -342,8 +342,8 @@ REFUSALS = {
     "schedule": (["--schedule", "none.json"], "'none.json' is no schedule"),
     "weight bits": (["--w-bits", "3"], "w_bits is 3; allowed are 4 and 8"),
     "activation bits": (["--a-bits", "9"], "a_bits is 9; allowed are"),
-    "guidance": (["--guidance-scale", "-1"], "guidance_scale is -1.0; give a finite number >= 0"),
-    "guidance nan": (["--guidance-scale", "nan"], "guidance_scale is nan"),
+    "guidance": (["--guidance-scale", "-1"], "--guidance-scale is -1.0; give a finite number >= 0"),
+    "guidance nan": (["--guidance-scale", "nan"], "--guidance-scale is nan"),
     "scheduler": (["--scheduler", "euler"], "scheduler 'euler' is unknown; choose one of ddpm, ddim"),
     "seed": (["--seed", "-5"], "--seed is -5"),
     "device": (["--device", "tpu"], "device 'tpu' is unknown; choose auto, cpu, cuda"),

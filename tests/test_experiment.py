@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import qandc.experiments.ablation
 import qandc.experiments.many_images
 from qandc import (
-    CalibrationSettings,
+    CalibrationConfig,
     ConfigError,
     DataError,
     ModelError,
@@ -34,7 +34,7 @@ from qandc.cli.main import main
 from qandc.evaluation.extractors import load_extractor
 from qandc.evaluation.metrics import FashionClassifier
 from qandc.evaluation.pixels import to_uint8
-from qandc.experiments.ablation import ROWS, ExperimentSettings, run_experiment
+from qandc.experiments.ablation import ROWS, ExperimentConfig, run_experiment
 from qandc.experiments.many_images import sample_file
 from qandc.experiments.processes import Processes
 from qandc.experiments.report import measure_rows
@@ -44,11 +44,11 @@ from qandc.quantization.conversion import quant_layers
 from qandc.support.files import locked
 from tests.conftest import in_a_thread
 
-CALIBRATION = CalibrationSettings(
+CALIBRATION = CalibrationConfig(
     num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="block", cache_interval=2, uniform=True,
     pool_images=3, samples=6, clusters=2, vc_samples=4,
 )  # fmt: skip
-SETTINGS = ExperimentSettings(images=6, calibration=CALIBRATION, batch_size=4)
+SETTINGS = ExperimentConfig(images=6, calibration=CALIBRATION, batch_size=4)
 
 
 def experiment(pipeline_dir, directory, settings=SETTINGS, **changes) -> list[dict]:
@@ -186,7 +186,7 @@ def test_images_are_not_drawn_again_if_only_the_figures_are_lost(finished, pipel
     ],
 )
 def test_other_settings_are_not_mixed_in(finished, pipeline_dir, changes, message):
-    settings = ExperimentSettings(**{"images": 6, "calibration": CALIBRATION, "batch_size": 4, **changes})
+    settings = ExperimentConfig(**{"images": 6, "calibration": CALIBRATION, "batch_size": 4, **changes})
     with pytest.raises(ConfigError, match=message):
         experiment(pipeline_dir, finished[0], settings)
 
@@ -205,11 +205,11 @@ def test_a_quantized_pipeline_is_refused(pipeline_dir, tmp_path):
 
 def test_settings_that_make_no_experiment():
     with pytest.raises(ConfigError, match="images is 1"):
-        ExperimentSettings(images=1)
+        ExperimentConfig(images=1)
     with pytest.raises(ConfigError, match="vc is 'none'"):
-        ExperimentSettings(calibration=CalibrationSettings(vc="none", uniform=True))
+        ExperimentConfig(calibration=CalibrationConfig(vc="none", uniform=True))
     with pytest.raises(ConfigError, match="uniform is False"):
-        ExperimentSettings(calibration=CalibrationSettings())
+        ExperimentConfig(calibration=CalibrationConfig())
 
 
 def test_scores_and_their_intervals():
@@ -344,13 +344,13 @@ def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--preset", "large"), "--preset 'large' is unknown; choose one of small, paper"),
+        (("--preset", "large"), "--size 'large' is unknown; choose one of small, paper"),
         (("--steps", "4;5"), "--steps is '4;5'; give numbers, separated by commas"),
         (("--images", "1"), "images is 1; give an integer >= 2"),
         (("--features", "x"), "choose one of auto, none"),
         (("--features", "inception"), "need the path of their weights"),
         (("--vc", "none"), "vc is 'none'"),
-        (("--guidance-scale", "-1"), "guidance_scale"),
+        (("--guidance-scale", "-1"), "--guidance-scale is -1.0"),
         (("--samples", "900"), "samples is 900; a pool of 3 images of 4 steps has 12 candidates"),
     ],
 )
@@ -379,10 +379,7 @@ def test_sample(capsys, pipeline_dir, tmp_path):
     for options, message in (
         (("--model", pipeline_dir), "needs --settings, which qandc calibrate writes for it, or --full-precision"),
         (("--full-precision", "--settings", tmp_path), "contradict each other"),
-        (
-            (),
-            "--steps is 3, but the settings that come with fashion-dit are for 50; leave it out, give --full-precision",
-        ),
+        ((), "--steps is 3, but the settings that come with fashion-dit are for 50; leave it out, or give other"),
         (("-n", "0"), "--images is 0; give an integer >= 1"),
         (("--full-precision", "-o", tmp_path / "x.png"), "must end in .npz"),
     ):

@@ -11,7 +11,7 @@ import qandc.experiments.generate
 from qandc import (
     CacheConfig,
     CalibratedSchedule,
-    CalibrationSettings,
+    CalibrationConfig,
     ConfigError,
     QuantConfig,
     calibrate_pipeline,
@@ -22,7 +22,7 @@ from qandc import (
 from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.generate import (
     Comparison,
-    GenerateSettings,
+    GenerateConfig,
     ModelImages,
     draw_grid,
     generate,
@@ -33,7 +33,7 @@ from qandc.quantization.conversion import quant_layers
 
 
 def compare(pipeline_dir, **changes) -> Comparison:
-    settings = GenerateSettings(**{"conditions": (1, 2, 3), "num_inference_steps": 3, **changes})
+    settings = GenerateConfig(**{"conditions": (1, 2, 3), "num_inference_steps": 3, **changes})
     result = Comparison()
     pipe = load_pipeline(pipeline_dir)
     generate(pipe, settings, result)
@@ -77,7 +77,7 @@ def test_both_models_see_the_same_noise(pipeline_dir):
 
 
 def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir):
-    settings = CalibrationSettings(num_inference_steps=3, pool_images=2, samples=4, vc_samples=4, select="random")
+    settings = CalibrationConfig(num_inference_steps=3, pool_images=2, samples=4, vc_samples=4, select="random")
     preset = calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path).preset
     changes = {"config": preset.config, "cache": preset.schedule.config()}
     with_it = images(pipeline_dir, preset=preset, **changes)
@@ -89,7 +89,7 @@ def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir):
 def test_a_schedule_of_another_run_is_refused_before_any_work(pipeline_dir):
     result = Comparison()
     cache = CalibratedSchedule((True, True, False), (901, 501, 101), "taylor", 1).config()
-    settings = GenerateSettings(conditions=(1,), num_inference_steps=3, cache=cache)
+    settings = GenerateConfig(conditions=(1,), num_inference_steps=3, cache=cache)
     with pytest.raises(ConfigError, match="step 1 at timestep 901; this one has it at 666"):
         generate(load_pipeline(pipeline_dir), settings, result)
     assert result.rows == []
@@ -112,7 +112,7 @@ def test_an_interrupt_keeps_finished_batches(pipeline_dir, monkeypatch):
         if len(calls) == 8:  # second step of the third batch
             raise KeyboardInterrupt
 
-    settings = GenerateSettings((1, 2, 3, 4, 5), 3)
+    settings = GenerateConfig((1, 2, 3, 4, 5), 3)
     with pytest.raises(KeyboardInterrupt):
         generate(load_pipeline(pipeline_dir), settings, result, interrupt)
     assert len(result.rows[0].images) == 4
@@ -120,7 +120,7 @@ def test_an_interrupt_keeps_finished_batches(pipeline_dir, monkeypatch):
 
 def test_progress_counts_every_image_and_step(pipeline_dir):
     done = {}
-    settings = GenerateSettings((1, 2, 3), 4)
+    settings = GenerateConfig((1, 2, 3), 4)
 
     def count(name: str, images: int) -> None:
         done[name] = done.get(name, 0) + images
@@ -141,7 +141,7 @@ def test_smoothing_is_on_by_default_and_found_with_other_noise(pipeline_dir, mon
         lambda *a, **k: seeds.append(list(k["seeds"])) or original(*a, **k),
     )
     pipe = load_pipeline(pipeline_dir)
-    settings = GenerateSettings((1, 2, 3), 4) if smoothing else GenerateSettings((1, 2, 3), 4, smoothing=False)
+    settings = GenerateConfig((1, 2, 3), 4) if smoothing else GenerateConfig((1, 2, 3), 4, smoothing=False)
     generate(pipe, settings, Comparison())
     layers = quant_layers(pipe.transformer)
     assert (layers["transformer_blocks.0.attn1.to_q"].smoothing is not None) is smoothing
@@ -151,12 +151,12 @@ def test_smoothing_is_on_by_default_and_found_with_other_noise(pipeline_dir, mon
 
 
 def test_names_of_the_rows():
-    assert quantized_name(GenerateSettings((1,), config=QuantConfig(w_bits=4))) == "W4A8 + branch cache 3"
-    assert quantized_name(GenerateSettings((1,), cache=CacheConfig(interval=1))) == "W8A8"
+    assert quantized_name(GenerateConfig((1,), config=QuantConfig(w_bits=4))) == "W4A8 + branch cache 3"
+    assert quantized_name(GenerateConfig((1,), cache=CacheConfig(interval=1))) == "W8A8"
     schedule = CacheConfig("taylor", schedule=(True, True, False))
-    assert quantized_name(GenerateSettings((1,), cache=schedule)) == "W8A8 + taylor, 2 steps"
+    assert quantized_name(GenerateConfig((1,), cache=schedule)) == "W8A8 + taylor, 2 steps"
     preset = fashion_dit_preset(4)
-    calibrated = GenerateSettings((1,), config=preset.config, cache=preset.schedule.config(), preset=preset)
+    calibrated = GenerateConfig((1,), config=preset.config, cache=preset.schedule.config(), preset=preset)
     assert quantized_name(calibrated) == "W4A8 + branch 17/50 + VC"
     uncompensated = dataclasses.replace(calibrated, preset=dataclasses.replace(preset, compensation=None))
     assert quantized_name(uncompensated) == "W4A8 + branch 17/50"
@@ -182,7 +182,7 @@ def test_embedded_model_gives_the_same_images_on_gpu_and_cpu():
     from qandc import fashion_dit_path
     from qandc.evaluation.metrics import psnr
 
-    settings = GenerateSettings(tuple(range(10)))
+    settings = GenerateConfig(tuple(range(10)))
     results = {}
     for device in ("cpu", "cuda"):
         results[device] = Comparison()

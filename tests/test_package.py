@@ -132,4 +132,4 @@ def test_module_entry_point():
         env={**os.environ, "NO_COLOR": "1"},
     )
     assert done.returncode == 2
-    assert done.stderr.strip() == "qandc: error: --steps is 0; give an integer >= 1"
+    assert done.stderr.strip() == "qandc: error: --steps is 0; give an integer >= 1 (at most 10000)"

@@ -13,7 +13,7 @@ import qandc.method.pipeline_calibration
 import qandc.method.pool
 from qandc import (
     CacheConfig,
-    CalibrationSettings,
+    CalibrationConfig,
     CandidatePool,
     ConfigError,
     DataError,
@@ -58,7 +58,7 @@ def pool_runs(monkeypatch) -> list[int]:
 
 
 def run(pipeline_dir, directory, *, overwrite=False, progress=lambda *done: None, **changes):
-    settings = CalibrationSettings(**{**TINY, **changes})
+    settings = CalibrationConfig(**{**TINY, **changes})
     return calibrate_pipeline(
         load_pipeline(pipeline_dir), settings, directory, overwrite=overwrite, source="a/b", progress=progress
     )
@@ -251,7 +251,7 @@ def test_a_finished_preset_is_replaced_only_if_asked(tmp_path, pipeline_dir):
 
 def test_the_quantized_model_is_written_too(tmp_path, pipeline_dir):
     pipe = load_pipeline(pipeline_dir)
-    settings = CalibrationSettings(**{**TINY, "w_bits": 4})
+    settings = CalibrationConfig(**{**TINY, "w_bits": 4})
     report = calibrate_pipeline(pipe, settings, tmp_path)
     found = load_quantized(tmp_path / "quantized")
     ours, theirs = pipe.transformer.state_dict(), found.model.state_dict()
@@ -317,7 +317,7 @@ def test_only_a_plain_model_is_calibrated(tmp_path, pipeline_dir, change):
     pipe = load_pipeline(pipeline_dir)
     change(pipe.transformer)
     with pytest.raises(ModelError, match="quantized or has a cache already"):
-        calibrate_pipeline(pipe, CalibrationSettings(**TINY), tmp_path / "x")
+        calibrate_pipeline(pipe, CalibrationConfig(**TINY), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -354,11 +354,11 @@ REFUSALS = {
 @pytest.mark.parametrize(("changes", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_settings_are_checked(changes, message):
     with pytest.raises(ConfigError, match=message):
-        CalibrationSettings(**{**TINY, **changes})
+        CalibrationConfig(**{**TINY, **changes})
 
 
 def test_clusters_matter_only_where_there_are_any():
-    assert CalibrationSettings(**{**TINY, "clusters": 49, "select": "random"}).select == "random"
+    assert CalibrationConfig(**{**TINY, "clusters": 49, "select": "random"}).select == "random"
 
 
 @pytest.mark.parametrize(
@@ -366,6 +366,6 @@ def test_clusters_matter_only_where_there_are_any():
     [(4, None, True), (8, None, False), (4, "nearest", False), (8, "gptq", True)],
 )
 def test_rounding_follows_the_bits_unless_it_is_given(w_bits, rounding, feedback):
-    settings = CalibrationSettings(w_bits=w_bits, rounding=rounding)
+    settings = CalibrationConfig(w_bits=w_bits, rounding=rounding)
     assert settings.gptq is feedback
     assert settings.quant_config.weight_clip == ("mse" if feedback else "max")

@@ -41,13 +41,13 @@ def make_pipeline(directory: Path) -> None:
 
 
 def calibrate(model: Path, out: Path, device: str, settings: dict[str, Any]) -> dict[str, Any]:
-    from qandc import CalibrationSettings, calibrate_pipeline, load_pipeline, save_quantized
+    from qandc import CalibrationConfig, calibrate_pipeline, load_pipeline, save_quantized
     from qandc.method.pipeline_calibration import CHECKPOINT
     from qandc.sampling.pipelines import resolve_dtype
 
     pipe = load_pipeline(model, device, resolve_dtype("auto", torch.device(device)))
     started = time.perf_counter()
-    report = calibrate_pipeline(pipe, CalibrationSettings(**settings), out, source=str(model))
+    report = calibrate_pipeline(pipe, CalibrationConfig(**settings), out, source=str(model))
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     save_quantized(pipe.transformer, out / CHECKPOINT, overwrite=True, schedule=report.preset.schedule)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qandc.cli.options import DEVICE
+from qandc.cli.options import Device
 from qandc.cli.terminal import check_output, err, out, print_evaluation, stage_bars
 from qandc.errors import ConfigError
 from qandc.evaluation.images import MAX_PIXELS
@@ -42,7 +42,7 @@ def evaluate(
     max_pixels: Annotated[
         int, typer.Option(help="Height x width that one image of a file may have; raise it for files you trust.")
     ] = MAX_PIXELS,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    device: Device = "auto",
     json_output: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this JSON file.")
     ] = None,

@@ -6,14 +6,14 @@ import io
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
 from qandc.cli.evaluate import evaluate
-from qandc.cli.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
+from qandc.cli.options import Device, Dtype, Given, Model, ModelOrSettings, Seed, calibrated_options, resolve, takes
 from qandc.cli.scale import ablate, sample
 from qandc.cli.terminal import (
     check_output,
@@ -26,9 +26,11 @@ from qandc.cli.terminal import (
     stage_bars,
 )
 from qandc.errors import ConfigError, QandCError
+from qandc.support import arguments
 from qandc.support.files import write_json, write_whole
 
 logger = logging.getLogger(__name__)
+DEFAULTS = {"cache_mode": "branch"}  # of generate, beside those of the fields
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantized and cached diffusion transformers.")
 for command in (sample, ablate):
     app.command()(command)
@@ -59,55 +61,18 @@ def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
     return tuple(labels)
 
 
-def _refuse_others(preset: Any, directory: Path, given: tuple[Any, ...]) -> None:
-    """Refuse options that contradict the settings that were asked for; None was not given."""
-    found = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
-    held = {
-        "--steps": preset.num_inference_steps,
-        "--guidance-scale": preset.guidance_scale,
-        "--scheduler": preset.scheduler_name,
-        "--w-bits": preset.config.w_bits,
-        "--a-bits": preset.config.a_bits,
-        "--no-smoothing": not preset.smoothing,
-        "--cache-mode": preset.schedule.mode,
-        "--cache-interval": found,
-        "--schedule": found,
-    }
-    for (option, ours), theirs in zip(held.items(), given, strict=True):
-        if theirs not in (None, ours):
-            raise ConfigError(
-                f"{option} is {theirs}, but the settings in {str(directory)!r} are for {ours}; leave it out, or give "
-                "other settings"
-            )
-
-
 @app.command()
+@takes("num_inference_steps guidance_scale scheduler w_bits a_bits smoothing cache_mode cache_interval", **DEFAULTS)
 def generate(
-    model: Annotated[str | None, typer.Option(help=MODEL_OR_SETTINGS)] = None,
+    *,
+    model: ModelOrSettings = None,
     settings: Annotated[
-        Path | None,
-        typer.Option(help="Directory that qandc calibrate wrote; options marked * come from there."),
+        Path | None, typer.Option(help="Directory that qandc calibrate wrote; run, bits and cache come from there.")
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Class ids or names, comma-separated. Default: ten.")] = None,
-    steps: Annotated[int | None, typer.Option(help=f"* {STEPS} Default: 50.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help=f"* {GUIDANCE} Default: 1.5.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="* ddpm or ddim. Default: ddpm.")] = None,
-    w_bits: Annotated[int | None, typer.Option(help=f"* {W_BITS} Default: 8.")] = None,
-    a_bits: Annotated[int | None, typer.Option(help=f"* {A_BITS} 16 leaves them as they are. Default: 8.")] = None,
-    no_smoothing: Annotated[
-        bool, typer.Option("--no-smoothing", help="* Do not move outliers from activations to weights.")
-    ] = False,
-    cache_mode: Annotated[
-        str | None,
-        typer.Option(
-            help="* What is kept: block (the sum of all), branch, or taylor (branches, forecast). Default: branch."
-        ),
-    ] = None,
-    cache_interval: Annotated[
-        int | None, typer.Option(help="* Compute every Nth step; 1 turns the cache off. Default: 3.")
-    ] = None,
+    given: Given,
     schedule: Annotated[
-        Path | None, typer.Option(help="* File of a calibrated schedule, in place of mode and interval.")
+        Path | None, typer.Option(help="File of a calibrated schedule, in place of mode and interval.")
     ] = None,
     calibrated: Annotated[
         bool,
@@ -116,15 +81,15 @@ def generate(
             "option above asks for anything else."
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Image i is drawn with seed + i.")] = 0,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     output: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write.")] = Path("qandc.png"),
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:
     """Draw one image per class in full precision and quantized + cached, from the same noise, into one PNG."""
     from qandc.caching.schedule import CacheConfig, CalibratedSchedule
-    from qandc.experiments.generate import Comparison, GenerateSettings, comparison_record, draw_grid, quantized_name
+    from qandc.experiments.generate import Comparison, GenerateConfig, comparison_record, draw_grid, quantized_name
     from qandc.experiments.generate import generate as run
     from qandc.method.presets import Preset, fashion_dit_preset, is_finished
     from qandc.quantizer import QuantConfig
@@ -133,51 +98,37 @@ def generate(
 
     if settings is None and model is not None and is_finished(model):
         settings, model = Path(model), None  # what qandc calibrate wrote names its pipeline
+    arguments.check_value("--seed", arguments.Seed, seed)
     if not calibrated and settings is not None:
         raise ConfigError("--settings and --no-calibrated contradict each other; give one of them")
-    if cache_interval is not None and cache_interval < 1:
-        raise ConfigError(f"--cache-interval is {cache_interval}; give an integer >= 1 (1 computes every step)")
-    if not 0 <= seed < 2**62:
-        raise ConfigError(f"--seed is {seed}; give an integer from 0 to 2^62 - 1")
-    config = QuantConfig(8 if w_bits is None else w_bits, 8 if a_bits is None else a_bits)
-    preset = None
+    preset, held = None, {}
     if settings is not None:
         preset = Preset.load(settings)
-        given = (
-            steps,
-            guidance_scale,
-            scheduler,
-            w_bits,
-            a_bits,
-            no_smoothing or None,
-            cache_mode,
-            cache_interval,
-            schedule,
-        )
-        _refuse_others(preset, settings, given)
+        held = calibrated_options(preset)
+        held["cache_interval"] = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
+        if schedule is not None:
+            raise ConfigError(f"--schedule and --settings {str(settings)!r} contradict each other; give one of them")
         model = preset.model if model is None else model
-    steps, guidance_scale = 50 if steps is None else steps, 1.5 if guidance_scale is None else guidance_scale
-    scheduler = "ddpm" if scheduler is None else scheduler
-    as_shipped = (model, steps, guidance_scale, scheduler, config.a_bits) == (None, 50, 1.5, "ddpm", 8)
-    as_shipped &= (cache_mode, cache_interval, schedule) == (None, None, None) and not no_smoothing
+    chosen = resolve(given, held, DEFAULTS, f"in {str(settings)!r}")
+    plain = resolve({**dict.fromkeys(given), "w_bits": given["w_bits"]}, {}, DEFAULTS)
+    as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4
     if preset is None and calibrated and as_shipped:
-        preset = fashion_dit_preset(config.w_bits)
+        preset = fashion_dit_preset(chosen["w_bits"])
     elif preset is None and calibrated:
         logger.info(
             "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
         )
     if preset is not None:
-        steps, guidance_scale, scheduler = preset.num_inference_steps, preset.guidance_scale, preset.scheduler_name
+        chosen |= calibrated_options(preset)
         config, cache = preset.config, preset.schedule.config()
-    elif schedule is not None:
-        cache = CalibratedSchedule.load(schedule).config()
-        cache.of_steps(steps)
     else:
-        cache = CacheConfig(
-            "branch" if cache_mode is None else cache_mode, interval=3 if cache_interval is None else cache_interval
-        )
-    if steps < 1:
-        raise ConfigError(f"--steps is {steps}; give an integer >= 1")
+        config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
+        if schedule is not None:
+            cache = CalibratedSchedule.load(schedule).config()
+            cache.of_steps(chosen["num_inference_steps"])
+        else:
+            cache = CacheConfig(chosen["cache_mode"], interval=chosen["cache_interval"])
+    steps, guidance_scale, scheduler = (chosen[name] for name in ("num_inference_steps", "guidance_scale", "scheduler"))
     check_output(output, ".png")
     if json_output is not None:
         check_output(json_output, ".json")
@@ -193,8 +144,7 @@ def generate(
     check_sampling(pipe.transformer, noise_schedule, labels, steps, guidance_scale)
     if preset is not None:
         preset.check(pipe.transformer, noise_schedule, steps, guidance_scale)
-    smoothed = not no_smoothing if preset is None else bool(preset.smoothing)
-    drawn = GenerateSettings(labels, steps, guidance_scale, scheduler, config, cache, seed, preset, smoothed)
+    drawn = GenerateConfig(labels, steps, guidance_scale, scheduler, config, cache, seed, preset, chosen["smoothing"])
 
     result = Comparison()
 
@@ -223,47 +173,16 @@ def generate(
 
 
 @app.command()
+@takes()
 def calibrate(
+    *,
     directory: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the settings to.")],
-    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
-    steps: Annotated[int, typer.Option(help=STEPS)] = 50,
-    guidance_scale: Annotated[float, typer.Option(help=GUIDANCE)] = 1.5,
-    scheduler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
-    w_bits: Annotated[int, typer.Option(help=W_BITS)] = 8,
-    a_bits: Annotated[int, typer.Option(help=A_BITS)] = 8,
-    rounding: Annotated[
-        str | None, typer.Option(help="Of weights: nearest, or gptq. Default: gptq with 4 bits, nearest with 8.")
-    ] = None,
-    no_smoothing: Annotated[
-        bool, typer.Option("--no-smoothing", help="Do not move outliers from activations to weights.")
-    ] = False,
+    model: Model = None,
+    given: Given,
     ranges: Annotated[str, typer.Option(help="How static ranges are found: minmax, percentile or mse.")] = "minmax",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Ranges around zero, without zero points.")] = False,
-    cache_mode: Annotated[str, typer.Option(help="What is kept: block, branch or taylor.")] = "taylor",
-    cache_interval: Annotated[
-        int, typer.Option("--interval", "--cache-interval", help="As many steps are computed as with every Nth.")
-    ] = 3,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="Compute every Nth step, not those that serve the others best.")
-    ] = False,
-    pool_images: Annotated[int, typer.Option(help="Images whose steps are the candidates.")] = 40,
-    pool_without_cache: Annotated[
-        bool, typer.Option("--pool-without-cache", help="Record the candidates on runs without the cache.")
-    ] = False,
-    select: Annotated[
-        str, typer.Option(help="Choice of samples: tap, random, uniform, kmeans, agglomerative or dbscan.")
-    ] = "tap",
-    samples: Annotated[int, typer.Option(help="Candidates to calibrate with.")] = 400,
-    clusters: Annotated[int, typer.Option(help="Of the candidates.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
-    vc: Annotated[
-        str, typer.Option(help="Variance compensation: least_squares, variance_ratio, paper or none.")
-    ] = "least_squares",
-    vc_target: Annotated[str, typer.Option(help="What is compensated: sample or noise.")] = "sample",
-    vc_start: Annotated[int, typer.Option(help="First step that is compensated.")] = 0,
-    vc_samples: Annotated[int, typer.Option(help="Images the compensation is fitted on.")] = 100,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace finished settings; their candidate pool is used again.")
     ] = False,
@@ -273,33 +192,11 @@ def calibrate(
     The same command after an interruption goes on with the candidates that were recorded.
     """
     from qandc.method.pipeline_calibration import POOL, calibrate_pipeline, check_directory
-    from qandc.method.settings import CalibrationSettings
+    from qandc.method.settings import CalibrationConfig
     from qandc.quantization.ranges import RangeConfig
     from qandc.sampling.pipelines import load_pipeline, resolve_device, resolve_dtype, source_of
 
-    settings = CalibrationSettings(
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        scheduler=scheduler,
-        w_bits=w_bits,
-        a_bits=a_bits,
-        rounding=rounding,
-        smoothing=not no_smoothing,
-        ranges=RangeConfig(ranges, symmetric=symmetric),
-        cache_mode=cache_mode,
-        cache_interval=cache_interval,
-        uniform=uniform,
-        pool_images=pool_images,
-        pool_with_cache=not pool_without_cache,
-        select=select,
-        samples=samples,
-        clusters=clusters,
-        seed=seed,
-        vc=vc,
-        vc_target=vc_target,
-        vc_start=vc_start,
-        vc_samples=vc_samples,
-    )
+    settings = CalibrationConfig(ranges=RangeConfig(ranges, symmetric=symmetric), **resolve(given, {}, {}))
     check_directory(directory, overwrite)
     quiet_diffusers()
     where = resolve_device(device)

@@ -10,34 +10,39 @@ from typing import Annotated, Any
 
 import typer
 
-from qandc.cli.options import A_BITS, DEVICE, DTYPE, GUIDANCE, MODEL, MODEL_OR_SETTINGS, STEPS, W_BITS
+from qandc.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Given,
+    Model,
+    ModelOrSettings,
+    Seed,
+    calibrated_options,
+    resolve,
+    takes,
+)
 from qandc.cli.terminal import check_output, err, out, quiet_diffusers, stage_bars
 from qandc.errors import ConfigError
+from qandc.support.arguments import Count, check_value
 from qandc.support.files import keep_settings, locked, write_json
 
-SEED = "Image i is drawn with seed + i."
-BATCH = "Images drawn at once."
-DEFAULTS = {"guidance_scale": 1.5, "scheduler": "ddpm", "w_bits": 8, "a_bits": 8, "cache_mode": "block"}
-PRESETS: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {
-        "model": None,
-        "steps": "20",
-        "images": 160,
-        "pool_images": 20,
-        "samples": 100,
-        "clusters": 20,
-        "vc_samples": 40,
+        "model": None, "steps": "20", "images": 160,
+        "pool_images": 20, "samples": 100, "clusters": 20, "vc_samples": 40, "cache_mode": "block",
     },
     "paper": {
-        "model": "facebook/DiT-XL-2-256",
-        "steps": "50,100,250",
-        "images": 10_000,
-        "pool_images": 200,
-        "samples": 800,
-        "clusters": 100,
-        "vc_samples": 256,
+        "model": "facebook/DiT-XL-2-256", "steps": "50,100,250", "images": 10_000,
+        "pool_images": 200, "samples": 800, "clusters": 100, "vc_samples": 256, "cache_mode": "block",
     },
-}
+}  # fmt: skip
+
+
+def _of_sizes(name: str) -> str:
+    """Tell the default of an option that depends on the size of an ablation."""
+    small, paper = (size[name] for size in SIZES.values())
+    return small if small == paper else f"{small}; paper: {paper}"
 
 
 @contextmanager
@@ -72,24 +77,21 @@ def _one_set_of_settings(directory: Path, settings: Any, source: str | None, pro
         yield
 
 
+@takes("num_inference_steps guidance_scale scheduler w_bits")
 def sample(
+    *,
     images: Annotated[int, typer.Option("--images", "-n", help="How many; the classes of the model in turn.")],
     output: Annotated[Path, typer.Option("--out", "-o", help="NPZ file to write: arr_0 [N, H, W, C] uint8.")],
     settings: Annotated[
         Path | None, typer.Option(help="Directory that qandc calibrate wrote. Default: the settings of fashion-dit.")
     ] = None,
     full_precision: Annotated[bool, typer.Option("--full-precision", help="Neither quantize nor cache.")] = False,
-    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
-    steps: Annotated[int | None, typer.Option(help=f"{STEPS} Default: those of the settings, or 50.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help=f"{GUIDANCE} Default: that of the settings, or 1.5.")
-    ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddpm or ddim. Default: that of the settings, or ddpm.")] = None,
-    w_bits: Annotated[int, typer.Option(help="Of the settings that come with fashion-dit: 4 or 8.")] = 8,
-    batch_size: Annotated[int, typer.Option(help=BATCH)] = 50,
-    seed: Annotated[int, typer.Option(help=SEED)] = 0,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
+    model: Model = None,
+    given: Given,
+    batch_size: BatchSize = 50,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json_output: Annotated[Path | None, typer.Option("--json", help="Write the speed to this JSON file.")] = None,
 ) -> None:
     """Draw many images into one file, for qandc evaluate or ADM's suite; torchrun shares them out among GPUs.
@@ -106,12 +108,11 @@ def sample(
     if full_precision and settings is not None:
         raise ConfigError("--full-precision and --settings contradict each other; give one of them")
     check_output(output, ".npz")
-    if images < 1:
-        raise ConfigError(f"--images is {images}; give an integer >= 1")
+    check_value("--images", Count, images)
     check_new(output)
     if json_output is not None:
         check_output(json_output, ".json")
-    preset = None
+    preset, origin = None, f"in {str(settings)!r}"
     if settings is not None:
         preset = Preset.load(settings)
         model = preset.model if model is None else model
@@ -120,26 +121,9 @@ def sample(
             raise ConfigError(
                 f"--model {model} needs --settings, which qandc calibrate writes for it, or --full-precision"
             )
-        preset = fashion_dit_preset(w_bits)
-    if preset is not None:
-        origin = f"in {str(settings)!r}" if settings is not None else "that come with fashion-dit"
-        held = preset.num_inference_steps, preset.guidance_scale, preset.scheduler_name
-        for option, ours, asked in zip(
-            ("--steps", "--guidance-scale", "--scheduler"), held, (steps, guidance_scale, scheduler), strict=True
-        ):
-            if asked not in (None, ours):
-                raise ConfigError(
-                    f"{option} is {asked}, but the settings {origin} are for {ours}; leave it out, give "
-                    "--full-precision, or settings that qandc calibrate made for it"
-                )
-        steps = preset.num_inference_steps if steps is None else steps
-        guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
-        scheduler = preset.scheduler_name if scheduler is None else scheduler
-    run: dict[str, Any] = {
-        "steps": 50 if steps is None else steps,
-        "guidance_scale": 1.5 if guidance_scale is None else guidance_scale,
-        "scheduler": "ddpm" if scheduler is None else scheduler,
-    }
+        preset, origin = fashion_dit_preset(given["w_bits"] or 8), "that come with fashion-dit"
+    chosen = resolve(given, {} if preset is None else calibrated_options(preset), {}, origin)
+    run = {"steps": chosen["num_inference_steps"], **{name: chosen[name] for name in ("guidance_scale", "scheduler")}}
     with Processes.joined() as processes:
         pipe, source = _load(model, device, dtype, processes)
         image_set = ImageSet(images, tuple(class_names(pipe)), seed, batch_size)
@@ -158,37 +142,27 @@ def sample(
     out.print(f"wrote {output}: {images} images{speed}", soft_wrap=True)
 
 
+@takes(
+    "guidance_scale scheduler w_bits a_bits cache_mode cache_interval pool_images samples clusters vc vc_samples",
+    **{name: _of_sizes(name) for name in ("cache_mode", "pool_images", "samples", "clusters", "vc_samples")},
+)
 def ablate(
+    *,
     directory: Annotated[Path, typer.Option("--out", "-o", help="Directory to write to, and to go on in.")],
-    preset: Annotated[
-        str, typer.Option(help="Where the defaults come from: small (minutes on a CPU) or paper (hours on GPUs).")
+    size: Annotated[
+        str,
+        typer.Option(
+            "--size", "--preset", help="Where defaults come from: small (minutes on a CPU) or paper (hours on GPUs)."
+        ),
     ] = "small",
-    model: Annotated[str | None, typer.Option(help=f"{MODEL_OR_SETTINGS} Its settings are the defaults then.")] = None,
-    images: Annotated[int | None, typer.Option(help="Of each row. Default: 160; paper: 10,000.")] = None,
+    model: ModelOrSettings = None,
+    images: Annotated[int | None, typer.Option(help=f"Of each row. Default: {_of_sizes('images')}.")] = None,
     steps: Annotated[
-        str | None, typer.Option(help=f"{STEPS} Several with commas. Default: 20; paper: 50,100,250.")
+        str | None, typer.Option(help=f"Denoising steps, several with commas. Default: {_of_sizes('steps')}.")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help=f"{GUIDANCE} Default: 1.5.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddpm or ddim. Default: ddpm.")] = None,
-    w_bits: Annotated[int | None, typer.Option(help=f"{W_BITS} Default: 8.")] = None,
-    a_bits: Annotated[int | None, typer.Option(help=f"{A_BITS} Default: 8.")] = None,
-    cache_mode: Annotated[
-        str | None, typer.Option(help="What is kept: block, branch or taylor. Default: block.")
-    ] = None,
-    cache_interval: Annotated[int, typer.Option("--interval", "--cache-interval", help="Compute every Nth step.")] = 3,
-    pool_images: Annotated[
-        int | None, typer.Option(help="Images whose steps are the candidates. Default: 20; paper: 200.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Candidates to calibrate with. Default: 100; paper: 800.")] = None,
-    clusters: Annotated[int | None, typer.Option(help="Of TAP. Default: 20; paper: 100.")] = None,
-    vc: Annotated[
-        str, typer.Option(help="Variance compensation: least_squares, variance_ratio or paper.")
-    ] = "least_squares",
-    vc_samples: Annotated[
-        int | None, typer.Option(help="Images the compensation is fitted on. Default: 40; paper: 256.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help=BATCH)] = 20,
-    seed: Annotated[int, typer.Option(help=SEED)] = 0,
+    given: Given,
+    batch_size: BatchSize = 20,
+    seed: Seed = 0,
     features: Annotated[
         str,
         typer.Option(
@@ -205,77 +179,41 @@ def ablate(
     inception_weights: Annotated[
         Path | None, typer.Option(help="pt_inception-2015-12-05-6726825d.pth, with --features inception.")
     ] = None,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Compare FP, quantization, caching, and both with TAP and VC; torchrun shares the images out among GPUs.
 
     Interrupt it anywhere: the same command goes on where it was. Other settings in the same directory are refused.
     """
     from qandc.evaluation.compare import USUAL_COUNT
-    from qandc.experiments.ablation import ROWS, ExperimentSettings, check_experiment, run_experiment
+    from qandc.experiments.ablation import ROWS, ExperimentConfig, check_experiment, run_experiment
     from qandc.experiments.processes import Processes
     from qandc.experiments.report import markdown_table, write_report
     from qandc.experiments.scores import scorer_for
     from qandc.method.presets import Preset, is_finished
-    from qandc.method.settings import CalibrationSettings
+    from qandc.method.settings import CalibrationConfig
 
-    if preset not in PRESETS:
-        raise ConfigError(f"--preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    settings_of: dict[str, Any] = {}
+    if size not in SIZES:
+        raise ConfigError(f"--size {size!r} is unknown; choose one of {', '.join(SIZES)}")
+    held: dict[str, Any] = {}
     if model is not None and is_finished(model):  # what qandc calibrate wrote names its pipeline
-        calibrated = Preset.load(model)
-        settings_of = {
-            "steps": str(calibrated.num_inference_steps),
-            "guidance_scale": calibrated.guidance_scale,
-            "scheduler": calibrated.scheduler_name,
-            "w_bits": calibrated.config.w_bits,
-            "a_bits": calibrated.config.a_bits,
-            "cache_mode": calibrated.schedule.mode,
-        }
-        model = calibrated.model
-        settings_of["model"] = model
-    given = {
-        "model": model,
-        "steps": steps,
-        "images": images,
-        "guidance_scale": guidance_scale,
-        "scheduler": scheduler,
-        "w_bits": w_bits,
-        "a_bits": a_bits,
-        "cache_mode": cache_mode,
-        "pool_images": pool_images,
-        "samples": samples,
-        "clusters": clusters,
-        "vc_samples": vc_samples,
-    }
-    chosen: dict[str, Any] = {**DEFAULTS, **PRESETS[preset], **settings_of}
-    chosen |= {name: value for name, value in given.items() if value is not None}
+        preset = Preset.load(model)
+        held, model = calibrated_options(preset), preset.model
+        held["steps"] = str(held["num_inference_steps"])
+    chosen = resolve({"model": model, "steps": steps, "images": images, **given}, held, SIZES[size])
+    model, steps, images = (chosen.pop(name) for name in ("model", "steps", "images"))
     try:
-        counts = [int(part) for part in chosen["steps"].split(",")]
+        counts = [int(part) for part in steps.split(",")]
     except ValueError:
         raise ConfigError(f"--steps is {steps!r}; give numbers, separated by commas") from None
-    base = CalibrationSettings(
-        num_inference_steps=counts[0],
-        guidance_scale=chosen["guidance_scale"],
-        scheduler=chosen["scheduler"],
-        w_bits=chosen["w_bits"],
-        a_bits=chosen["a_bits"],
-        cache_mode=chosen["cache_mode"],
-        cache_interval=cache_interval,
-        uniform=True,
-        pool_images=chosen["pool_images"],
-        samples=chosen["samples"],
-        clusters=chosen["clusters"],
-        vc=vc,
-        vc_samples=chosen["vc_samples"],
-    )
+    base = CalibrationConfig(num_inference_steps=counts[0], uniform=True, **chosen)
     experiments = {
-        number: ExperimentSettings(chosen["images"], replace(base, num_inference_steps=number), seed, batch_size)
+        number: ExperimentConfig(images, replace(base, num_inference_steps=number), seed, batch_size)
         for number in counts
     }
     with Processes.joined() as processes, ExitStack() as stack:
-        pipe, source = _load(chosen["model"], device, dtype, processes)
+        pipe, source = _load(model, device, dtype, processes)
         scorer = scorer_for(pipe, features, reference, inception_weights)
         for settings in experiments.values():
             check_experiment(pipe, settings)
@@ -296,11 +234,11 @@ def ablate(
                 )
         if not processes.first:
             return
-        described = {**experiments[counts[0]].described(), "model": source, "scorer": scorer.name, "preset": preset}
+        described = {**experiments[counts[0]].described(), "model": source, "scorer": scorer.name, "size": size}
         described |= {"num_inference_steps": counts, "device": str(pipe.device)}
         shown = {kind.name: directory / f"steps-{counts[0]}" / f"{kind.slug}.npz" for kind in ROWS}
         for path in write_report(directory, rows, described, shown):
             err.print(f"wrote {path}", soft_wrap=True)
-    if scorer.reference is not None and chosen["images"] < USUAL_COUNT:
+    if scorer.reference is not None and images < USUAL_COUNT:
         err.print(f"{chosen['images']} images: Fréchet distances are too large, compare them only with equal numbers")
     out.print(markdown_table(rows), soft_wrap=True)

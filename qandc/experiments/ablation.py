@@ -35,14 +35,14 @@ from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge
 from qandc.fusion.fuse import fuse
 from qandc.method.pipeline_calibration import StageProgress, calibrate_pipeline
 from qandc.method.presets import Preset, is_finished
-from qandc.method.settings import CalibrationSettings
+from qandc.method.settings import CalibrationConfig
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import check_sampling, make_scheduler
 from qandc.sampling.pipelines import class_names
 from qandc.support.files import keep_settings, locked, make_directory, read_json, write_json
 from qandc.variance_compensation import Compensation
 
-__all__ = ["ROWS", "ExperimentSettings", "RowKind", "check_experiment", "run_experiment"]
+__all__ = ["ROWS", "ExperimentConfig", "RowKind", "check_experiment", "run_experiment"]
 
 FORMAT_VERSION = 1
 
@@ -73,7 +73,7 @@ ROWS = (
 
 
 @dataclass(frozen=True)
-class ExperimentSettings:
+class ExperimentConfig:
     """What is compared.
 
     Attributes:
@@ -87,7 +87,7 @@ class ExperimentSettings:
     """
 
     images: int = 160
-    calibration: CalibrationSettings = field(default_factory=lambda: CalibrationSettings(uniform=True))
+    calibration: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(uniform=True))
     first_seed: int = 0
     batch_size: int = 20
 
@@ -109,7 +109,7 @@ class ExperimentSettings:
 
 def run_experiment(
     pipe: Any,
-    settings: ExperimentSettings,
+    settings: ExperimentConfig,
     directory: str | Path,
     *,
     scorer: Scorer,
@@ -163,7 +163,7 @@ def run_experiment(
         return rows
 
 
-def check_experiment(pipe: Any, settings: ExperimentSettings) -> Any:
+def check_experiment(pipe: Any, settings: ExperimentConfig) -> Any:
     """Refuse what :func:`run_experiment` cannot run, before anything is written; returns the scheduler.
 
     Raises:
@@ -182,7 +182,7 @@ class _Experiment:
     def __init__(
         self,
         pipe: Any,
-        settings: ExperimentSettings,
+        settings: ExperimentConfig,
         directory: Path,
         scorer: Scorer,
         source: str | None,

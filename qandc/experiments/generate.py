@@ -26,7 +26,7 @@ from qandc.variance_compensation import Compensation
 
 __all__ = [
     "Comparison",
-    "GenerateSettings",
+    "GenerateConfig",
     "ModelImages",
     "comparison_record",
     "draw_grid",
@@ -40,7 +40,7 @@ SMOOTHING_SEED = 20_000_000  # far from what anybody draws
 
 
 @dataclass(frozen=True)
-class GenerateSettings:
+class GenerateConfig:
     """What ``qandc generate`` draws; validated by the functions that use each value."""
 
     conditions: tuple[int, ...]
@@ -102,7 +102,7 @@ def module_bytes(module: nn.Module) -> int:
 
 def _sample(
     pipe: Any,
-    settings: GenerateSettings,
+    settings: GenerateConfig,
     row: ModelImages,
     progress: Callable[[int], None],
     compensation: Compensation | None = None,
@@ -132,7 +132,7 @@ def _sample(
         row.seconds += time.perf_counter() - started
 
 
-def _smoothing(pipe: Any, settings: GenerateSettings) -> dict[str, torch.Tensor]:
+def _smoothing(pipe: Any, settings: GenerateConfig) -> dict[str, torch.Tensor]:
     """Find smoothing factors on a short run of other noise than that of the images."""
     labels = settings.conditions[:SMOOTHING_IMAGES]
 
@@ -151,7 +151,7 @@ def _smoothing(pipe: Any, settings: GenerateSettings) -> dict[str, torch.Tensor]
 
 def generate(
     pipe: Any,
-    settings: GenerateSettings,
+    settings: GenerateConfig,
     result: Comparison,
     progress: Callable[[str, int], None] = lambda row, done: None,
 ) -> None:
@@ -187,7 +187,7 @@ def generate(
         remove_cache(pipe.transformer)
 
 
-def quantized_name(settings: GenerateSettings) -> str:
+def quantized_name(settings: GenerateConfig) -> str:
     """E.g. "W8A8 + branch cache 3", "W8A8" where every step is computed, "W8A8 + taylor 17/50 + VC" calibrated."""
     cache = settings.cache
     if settings.preset is not None and cache.schedule is not None:
@@ -198,7 +198,7 @@ def quantized_name(settings: GenerateSettings) -> str:
     return settings.config.scheme + ("" if cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
 
 
-def comparison_record(result: Comparison, settings: GenerateSettings, device: str, dtype: str) -> dict[str, Any]:
+def comparison_record(result: Comparison, settings: GenerateConfig, device: str, dtype: str) -> dict[str, Any]:
     """The finished comparison as a measured result (:mod:`qandc.support.results`)."""
     assert result.report is not None
     full, quantized = (

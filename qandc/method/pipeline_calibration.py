@@ -26,7 +26,7 @@ from qandc.method.checkpoint import check_target, save_quantized
 from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.presets import SETTINGS, Preset, is_finished
 from qandc.method.schedule_calibration import calibrate_schedule
-from qandc.method.settings import NO_COMPENSATION, CalibrationSettings
+from qandc.method.settings import NO_COMPENSATION, CalibrationConfig
 from qandc.models import class_conditional
 from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors
@@ -39,7 +39,7 @@ from qandc.support.results import result_header
 from qandc.tap import TapConfig
 from qandc.variance_compensation import Compensation
 
-__all__ = ["CalibrationReport", "CalibrationSettings", "calibrate_pipeline", "check_directory"]
+__all__ = ["CalibrationConfig", "CalibrationReport", "calibrate_pipeline", "check_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class CalibrationReport:
         check_fields(self)
 
     @checked
-    def record(self, settings: CalibrationSettings, source: str | None) -> dict[str, Any]:
+    def record(self, settings: CalibrationConfig, source: str | None) -> dict[str, Any]:
         """Write the calibration as a measured result (:mod:`qandc.support.results`): settings, bytes, likeness."""
         before, after = self.quantization.quantized_bytes
         described = {name: value for name, value in asdict(settings).items() if name not in ("cache", "quant_config")}
@@ -116,7 +116,7 @@ def check_directory(directory: str | Path, overwrite: bool = False) -> None:
 @checked
 def calibrate_pipeline(
     pipe: Pipeline,
-    settings: CalibrationSettings,
+    settings: CalibrationConfig,
     directory: str | Path,
     *,
     overwrite: bool = False,
@@ -228,7 +228,7 @@ class _Stage:
 class _Calibration:
     """The parts of the work, in their order."""
 
-    def __init__(self, pipe: Any, settings: CalibrationSettings, progress: StageProgress) -> None:
+    def __init__(self, pipe: Any, settings: CalibrationConfig, progress: StageProgress) -> None:
         self.pipe, self.settings, self.progress = pipe, settings, progress
         self.model = pipe.transformer
         self.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError
@@ -14,7 +14,7 @@ from qandc.support.arguments import Between, Count, Steps, check_fields
 from qandc.tap import CLUSTERERS, METHODS
 from qandc.variance_compensation import FORMS
 
-__all__ = ["NO_COMPENSATION", "CalibrationSettings"]
+__all__ = ["NO_COMPENSATION", "CalibrationConfig", "CalibrationSettings"]
 
 ROUNDINGS = ("nearest", "gptq")
 TARGETS = ("sample", "noise")
@@ -22,56 +22,47 @@ NO_COMPENSATION = "none"
 Images = Annotated[int, Between(1, 1_000_000)]
 
 
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What ``qandc calibrate`` does.
+def option(default: Any, help: str, *flags: str) -> Any:
+    """Make a field of a config with its help text; ``flags`` name it on the command line if its own name does not.
 
-    Attributes:
-        num_inference_steps, guidance_scale, scheduler: of the runs to come.
-        w_bits, a_bits: as :class:`qandc.QuantConfig`; a_bits from 4 to 8, whose ranges are found.
-        rounding: of weights, ``nearest``, or ``gptq``, by default that with 4 bits. Weights are
-            clipped with ``gptq`` (``mse`` of :class:`qandc.QuantConfig`), else not.
-        smoothing: move outliers from activations to weights (:func:`qandc.smoothing_factors`).
-        ranges: how static ranges are found.
-        cache_mode, cache_interval: of the cache the pool is recorded with; the schedule found later has as many compute
-            steps.
-        uniform: keep the uniform schedule.
-        pool_images: images whose steps are the candidates.
-        pool_with_cache: record them with the uniform cache attached (the paper), or without one.
-        select: how samples are chosen (:data:`qandc.tap.METHODS`).
-        samples: how many.
-        clusters: of the methods that cluster.
-        seed: of the choice.
-        vc: of the variance compensation (:data:`qandc.variance_compensation.FORMS`), or ``none``.
-        vc_target, vc_start: what is corrected, ``sample`` or ``noise``, and from which step on.
-        vc_samples: images it is fitted on, all at once.
-        cache, quant_config: what follows for the uniform cache, and for the layers.
+    The flag of a boolean field turns it into the opposite of its default.
+    """
+    return field(default=default, metadata={"help": help, "flags": flags})
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What ``qandc calibrate`` does; its options are made of these fields.
 
     Raises:
         ConfigError: a value is not one of these, or the pool is too small.
     """
 
-    num_inference_steps: Steps = 50
-    guidance_scale: Guidance = 1.5
-    scheduler: str = "ddpm"
-    w_bits: int = 8
-    a_bits: int = 8
-    rounding: str | None = None
-    smoothing: bool = True
+    num_inference_steps: Steps = option(50, "Denoising steps.", "--steps")
+    guidance_scale: Guidance = option(1.5, "Classifier-free guidance; 1 turns it off.")
+    scheduler: str = option("ddpm", "ddpm or ddim.")
+    w_bits: int = option(8, "Bits of the weights: 4 or 8.")
+    a_bits: int = option(8, "Bits of the activations: 4 to 8, or where nothing is calibrated 16, as they are.")
+    rounding: str | None = option(None, "Of weights: nearest, or gptq, which clips too. Default: gptq with 4 bits.")
+    smoothing: bool = option(True, "Move outliers from activations to weights.", "--no-smoothing")
     ranges: RangeConfig = field(default_factory=RangeConfig)
-    cache_mode: str = "taylor"
-    cache_interval: Steps = 3
-    uniform: bool = False
-    pool_images: Images = 40
-    pool_with_cache: bool = True
-    select: str = "tap"
-    samples: Count = 400
-    clusters: Count = 50
-    seed: Annotated[int, Between(0, 2**31 - 1)] = 0
-    vc: str = "least_squares"
-    vc_target: str = "sample"
-    vc_start: int = 0
-    vc_samples: Images = 100
+    cache_mode: str = option("taylor", "What is kept: block (the sum of all), branch, or taylor (branches, forecast).")
+    cache_interval: Steps = option(
+        3, "Compute every Nth step, or as many steps; 1 computes all.", "--cache-interval", "--interval"
+    )
+    uniform: bool = option(False, "Compute every Nth step, not those that serve the others best.", "--uniform")
+    pool_images: Images = option(40, "Images whose steps are the candidates.")
+    pool_with_cache: bool = option(
+        True, "Record the candidates on runs with the cache, as the paper does.", "--pool-without-cache"
+    )
+    select: str = option("tap", f"Choice of samples: {', '.join(METHODS)}.")
+    samples: Count = option(400, "Candidates to calibrate with.")
+    clusters: Count = option(50, "Of the candidates.")
+    seed: Annotated[int, Between(0, 2**31 - 1)] = option(0, "Of the choice of samples.")
+    vc: str = option("least_squares", f"Variance compensation: {', '.join(FORMS)} or {NO_COMPENSATION}.")
+    vc_target: str = option("sample", "What is compensated: sample or noise.")
+    vc_start: int = option(0, "First step that is compensated.")
+    vc_samples: Images = option(100, "Images the compensation is fitted on, all at once.")
     cache: CacheConfig = field(init=False, repr=False)
     quant_config: QuantConfig = field(init=False, repr=False)
 
@@ -107,3 +98,6 @@ class CalibrationSettings:
     def gptq(self) -> bool:
         """Whether weights are rounded with Hessians (GPTQ)."""
         return (self.rounding or ("gptq" if self.w_bits == 4 else "nearest")) == "gptq"
+
+
+CalibrationSettings = CalibrationConfig  # its name before

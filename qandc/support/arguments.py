@@ -40,6 +40,7 @@ __all__ = [
     "Share",
     "Steps",
     "check_fields",
+    "check_value",
     "checked",
 ]
 
@@ -317,11 +318,16 @@ def _one_of(hints: tuple[Any, ...], value: Any) -> Any:
     raise _Refused(" or ".join(dict.fromkeys(refused.allowed for refused in refusals)), refusals[0].error)
 
 
-def _check(where: str, name: str, hint: Any, value: Any) -> Any:
+def check_value(name: str, hint: Any, value: Any, where: str = "") -> Any:
+    """Return a value as its annotation means it; an error calls it ``name``, and tells ``where`` it was given.
+
+    Raises:
+        ConfigError, ModelError, DataError: as :func:`checked`.
+    """
     try:
         return _checked(hint, value)
     except _Refused as refused:
-        raise refused.error(f"{name} is {_shown(value)}; give {refused.allowed} ({where})") from None
+        raise refused.error(f"{name} is {_shown(value)}; give {refused.allowed}{where and f' ({where})'}") from None
 
 
 def checked(function: Function) -> Function:
@@ -343,7 +349,7 @@ def checked(function: Function) -> Function:
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             if name in hints():
-                bound.arguments[name] = _check(where, name, hints()[name], value)
+                bound.arguments[name] = check_value(name, hints()[name], value, where)
         return function(*bound.args, **bound.kwargs)
 
     return wrapper  # type: ignore[return-value]
@@ -358,5 +364,6 @@ def check_fields(settings: Any) -> None:
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         if field.init:
-            value = _check(type(settings).__name__, field.name, hints[field.name], getattr(settings, field.name))
+            value = getattr(settings, field.name)
+            value = check_value(field.name, hints[field.name], value, type(settings).__name__)
             object.__setattr__(settings, field.name, value)
