@@ -49,6 +49,14 @@ def kernel_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device("cuda")
 
 
+@pytest.fixture
+def fused_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let fused models run fused wherever they are: with plain torch in the place of kernels on a CPU."""
+    from qandc_kernels import Backend
+
+    monkeypatch.setattr("qandc.fusion.fuse.select_backend", lambda device: Backend("triton", "as if"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _filled_memory() -> Iterator[None]:
     """New tensors hold NaN, or the largest integer, so that an element no kernel wrote shows up."""

@@ -80,10 +80,9 @@ def test_what_is_no_affine_step():
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(fused_anywhere, monkeypatch):
     """On the CPU as if it had kernels; how often the kernel's op was called."""
-    for module in ("fusion.fuse", "sampling.loop"):
-        monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr("qandc.sampling.loop.select_backend", lambda device: Backend("triton", "as if"))
     counted = []
 
     def counting(*args):

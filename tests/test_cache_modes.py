@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-import qandc.fusion.fuse
 from qandc import (
     CacheConfig,
     CacheError,
@@ -31,7 +30,6 @@ from qandc.caching.plan import Action
 from qandc.fusion.fuse import FUSED
 from qandc.method.schedule_calibration import feature_gram
 from qandc.models.dit.fused import FusedBlock
-from qandc_kernels import Backend
 from tests import definition
 from tests.conftest import make_dit
 from tests.definition import CONFIGS, LENGTH, UNEVEN, assert_equal_runs
@@ -658,11 +656,6 @@ def test_schedules_that_cannot_be_calibrated():
 
 
 # ---- on fused kernels
-
-
-@pytest.fixture
-def fused_anywhere(monkeypatch):
-    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
 
 
 BOUND = 3e-2  # of a whole forward in float32: roundings that differ, magnified by forecasts

@@ -556,11 +556,7 @@ def test_groups_of_steps_share_a_range():
     assert any(scales[0] != scales[3] for scales in found.scales.values())
 
 
-def test_fused_models_take_them(monkeypatch):
-    import qandc.fusion.fuse
-    from qandc_kernels import Backend
-
-    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
+def test_fused_models_take_them(fused_anywhere):
     model = quantize_model(make_dit(num_layers=2))
     found = calibrate_steps(model, dit_batches([900, 100]), ranges=RangeConfig("mse"))
     fused = fuse_dit(calibrate(model, dit_batches([900, 100])), step_ranges=found)

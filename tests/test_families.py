@@ -28,7 +28,6 @@ from qandc import (
 from qandc.models import FAMILIES, family_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantizer import scale_and_zero_point
-from qandc_kernels import Backend
 from tests.definition import BRANCHES, CONFIGS, LENGTH, assert_equal_runs, by_definition, forecast, step_of
 from tests.tiny_models import inputs_of, make_tiny
 
@@ -116,8 +115,7 @@ def test_families_know_their_classes():
 
 @pytest.mark.parametrize("config", [None, *CONFIGS.values()], ids=["no cache", *CONFIGS])
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.program is not None])
-def test_a_fused_model_equals_the_same_model_unfused(monkeypatch, name, config):
-    monkeypatch.setattr("qandc.fusion.fuse.select_backend", lambda device: Backend("triton", "as if"))
+def test_a_fused_model_equals_the_same_model_unfused(fused_anywhere, monkeypatch, name, config):
     model = make_tiny(name)
     model = calibrate(quantize_model(model), forwards(name, model))
     if config is not None:

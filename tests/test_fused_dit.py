@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn.utils import parametrize
 
-import qandc.fusion.fuse
 from qandc import (
     CacheConfig,
     ConfigError,
@@ -84,12 +83,6 @@ def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False,
     inputs = make_inputs(size=size)
     calibrate(model, [{**inputs, "timestep": inputs["timestep"] * 0 + t} for t in (999, 500, 10)], symmetric=symmetric)
     return torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own .to() warns
-
-
-@pytest.fixture
-def fused_anywhere(monkeypatch):
-    """Take the fused path wherever the model is: with plain torch in the place of kernels on a CPU."""
-    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
 
 
 def relative_error(actual, expected):

@@ -6,10 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import qandc.fusion.fuse
+import qandc.models.dit.fused
 from qandc import DataError, calibrate, fuse_dit, graph, quantize_model, sample_latents
 from qandc.quantization.linear import QuantLinear
-from qandc_kernels import Backend
 from tests.conftest import make_dit
 
 RUN = {"num_inference_steps": 2, "guidance_scale": 1.5, "seeds": [0]}
@@ -63,9 +62,8 @@ def test_flags_are_not_saved_and_move_along():
     assert meta(torch.empty(2, meta.in_features, device="meta")).is_meta
 
 
-def test_attention_of_a_fused_block(monkeypatch):
+def test_attention_of_a_fused_block(fused_anywhere, monkeypatch):
     """The only place of a fused block where int8 hides NaN."""
-    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
     model = fuse_dit(make_static())
     expected = sample_latents(model, DDIMScheduler(), [1], **RUN)
     original = qandc.models.dit.fused.attention_quantize_per_tensor

@@ -9,7 +9,6 @@ import logging
 import pytest
 import torch
 
-import qandc.fusion.fuse
 from qandc import (
     CacheConfig,
     Compensation,
@@ -87,10 +86,9 @@ class AsIfReplayed:
 
 
 @pytest.fixture
-def as_if_replayed(monkeypatch):
+def as_if_replayed(fused_anywhere, monkeypatch):
     """A fused model on the CPU whose runs go through :class:`AsIfReplayed`."""
-    for module in ("fusion.fuse", "sampling.loop"):
-        monkeypatch.setattr(f"qandc.{module}.select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr("qandc.sampling.loop.select_backend", lambda device: Backend("triton", "as if"))
     monkeypatch.setattr("qandc.sampling.loop.why_no_run_graph", lambda transformer, device: None)
     model = fuse_dit(make_quantized())
     model.__dict__[FUSED].run_graphs = AsIfReplayed()
@@ -119,8 +117,7 @@ def test_gains_that_were_written_to_are_others(as_if_replayed):
     assert len(graphs.captured) == 2
 
 
-def test_what_would_run_once_and_never_again_is_no_graph(monkeypatch):
-    monkeypatch.setattr(qandc.fusion.fuse, "select_backend", lambda device: Backend("triton", "as if"))
+def test_what_would_run_once_and_never_again_is_no_graph(fused_anywhere):
     model, device = fuse_dit(make_quantized()), torch.device("cpu")
     assert "CUDA graphs are off" in why_no_run_graph(model, device)  # the last of the reasons, on a CPU
     for register in (
