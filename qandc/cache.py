@@ -27,7 +27,7 @@ from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.models import FAMILIES, Family, family_of
 from qandc.models.family import arguments_of
 from qandc.support.arguments import Steps, checked
-from qandc.support.attach import class_before, derived_class, has_other_forward, original_class
+from qandc.support.attach import attach, detach, has_other_forward, original_class
 
 __all__ = ["FeatureCache", "apply_cache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
 
@@ -195,16 +195,10 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                     "different; use mode 'block'"
                 )
     for layer, block in enumerate(blocks):
-        _attach(block, _CachedBlock, **{PLACE: _Place(cache, family, blocks, layer)})
+        attach(block, _CachedBlock, **{PLACE: _Place(cache, family, blocks, layer)})
     for branch in branches if cache.config.mode != "block" else ():
-        _attach(branch, _CachedBranch, **{TARGET: None})
-    _attach(transformer, _CachedTransformer, **{CACHE: cache})
-
-
-def _attach(module: Any, mixin: Any, **attributes: Any) -> None:
-    module.__dict__.update(attributes)
-    base: Any = type(module)
-    module.__class__ = derived_class(mixin, base)
+        attach(branch, _CachedBranch, **{TARGET: None})
+    attach(transformer, _CachedTransformer, **{CACHE: cache})
 
 
 def reset_all_caches(transformer: nn.Module) -> None:
@@ -242,13 +236,4 @@ def remove_cache(transformer: nn.Module) -> None:
     modules = [(transformer, _CachedTransformer), *((block, _CachedBlock) for block in blocks)]
     for block in blocks:
         modules += [(branch, _CachedBranch) for branch in block.children() if TARGET in branch.__dict__]
-    for module, mixin in modules:
-        if has_other_forward(module) or class_before(module, mixin) is None:
-            raise CacheError(
-                f"{type(module).__name__} was wrapped after the cache was attached (by accelerate's offload hooks, for "
-                "example); undo that first"
-            )
-    for module, mixin in modules:
-        module.__class__ = class_before(module, mixin)
-        for name in (CACHE, PLACE, TARGET):
-            module.__dict__.pop(name, None)
+    detach(modules, CACHE, PLACE, TARGET, error=CacheError)

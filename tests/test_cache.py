@@ -378,7 +378,7 @@ def test_replaced_forward_is_refused_before_and_after():
     del model.forward
     apply_cache_to_dit(model)
     model.transformer_blocks[1].forward = lambda *arguments: None
-    with pytest.raises(CacheError, match="wrapped after the cache"):
+    with pytest.raises(CacheError, match="wrapped since"):
         remove_cache(model)
 
 

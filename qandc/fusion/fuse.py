@@ -25,7 +25,7 @@ from qandc.models.family import Program, arguments_of, forward_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.ranges import StepRanges, check_step_ranges
 from qandc.support.arguments import Model, checked
-from qandc.support.attach import Attachment, class_before, derived_class
+from qandc.support.attach import Attachment, attach, detach
 from qandc_kernels import select_backend
 
 __all__ = ["FUSED", "fuse", "fuse_dit", "is_fused", "prepare_run", "unfuse", "unfuse_dit", "why_not_here"]
@@ -255,9 +255,7 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
             raise ConfigError(f"step_ranges names {name}, which does not run fused ({why}); leave it out")
     fused = _Fused(family, cuda_graphs, step_ranges)
     with detached_cache(transformer):  # fusion is the inner of the two
-        base: Any = type(transformer)
-        setattr(transformer, FUSED, fused)
-        transformer.__class__ = derived_class(_FusedTransformer, base)
+        attach(transformer, _FusedTransformer, **{FUSED: fused})
     return transformer
 
 
@@ -317,16 +315,12 @@ def unfuse(transformer: nn.Module) -> Any:
     Raises:
         ModelError: the transformer is not fused, or another tool has wrapped it since.
     """
-    if FUSED not in transformer.__dict__:
+    fused = transformer.__dict__.get(FUSED)
+    if fused is None:
         raise ModelError(f"this {type(transformer).__name__} is not fused")
     with detached_cache(transformer):
-        before = class_before(transformer, _FusedTransformer)
-        if "forward" in transformer.__dict__ or before is None:
-            raise ModelError(
-                "this transformer was wrapped after fuse (by accelerate's offload hooks, for example); undo that first"
-            )
-        transformer.__class__ = before
-        transformer.__dict__.pop(FUSED).drop()  # a graph of a run holds what holds it
+        detach([(transformer, _FusedTransformer)], FUSED, error=ModelError)
+        fused.drop()  # a graph of a run holds what holds it
     return transformer
 
 

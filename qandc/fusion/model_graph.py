@@ -21,7 +21,7 @@ from qandc.errors import ModelError
 from qandc.fusion.fuse import FUSED
 from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
 from qandc.support.arguments import Between, checked
-from qandc.support.attach import attachments, class_before, derived_class
+from qandc.support.attach import attach, attachments, detach
 
 __all__ = ["ModelWatch", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
 
@@ -241,9 +241,7 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
-    setattr(model, GRAPHED, _Graphed(limit))
-    base: Any = type(model)
-    model.__class__ = derived_class(_GraphedModel, base)
+    attach(model, _GraphedModel, **{GRAPHED: _Graphed(limit)})
     return model
 
 
@@ -257,10 +255,6 @@ def ungraph(model: ModelT) -> ModelT:
     graphed = model.__dict__.get(GRAPHED)
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
-    before = class_before(model, _GraphedModel)
-    if before is None or "forward" in model.__dict__:
-        raise ModelError(f"this {type(model).__name__} was wrapped after graph (by a cache, say); undo that first")
-    model.__class__ = before
-    del model.__dict__[GRAPHED]
+    detach([(model, _GraphedModel)], GRAPHED, error=ModelError)
     graphed.drop()
     return model

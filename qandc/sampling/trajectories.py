@@ -23,7 +23,7 @@ from qandc.sampling.loop import (
     timesteps_of,
 )
 from qandc.support.arguments import Integers, Scheduler, Seed, Seeds, Share, Steps, check_fields, checked
-from qandc.support.attach import derived_class
+from qandc.support.attach import attach
 from qandc.variance_compensation import FORMS, Compensation, FittedFor, compensate, least_squares
 
 __all__ = ["Trajectory", "compensated_scheduler", "fit_compensation", "record_trajectory"]
@@ -257,7 +257,5 @@ def compensated_scheduler(scheduler: Scheduler, compensation: Compensation, *, f
     if not force:
         compensation.check({"scheduler": name})
     found = copy.deepcopy(scheduler)
-    base: Any = type(found)
-    found.__class__ = derived_class(_CompensatedScheduler, base)
-    found.__dict__[COMPENSATION] = (compensation, force)
+    attach(found, _CompensatedScheduler, **{COMPENSATION: (compensation, force)})
     return found

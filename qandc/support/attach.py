@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 __all__ = [
     "Attachment",
+    "attach",
     "attachments",
     "class_before",
     "derived_class",
+    "detach",
     "eager",
     "has_other_forward",
     "original_class",
@@ -79,6 +81,31 @@ def derived_class(mixin: Any, base: Any) -> Any:
         "_qandc_lineage": (mixin, base),
     }
     return type(base.__name__, (mixin, base), names)
+
+
+def attach(module: Any, mixin: Any, **attributes: Any) -> None:
+    """Make ``module`` an instance of its class with the methods of ``mixin`` first, and give it attributes."""
+    module.__dict__.update(attributes)
+    base: Any = type(module)
+    module.__class__ = derived_class(mixin, base)
+
+
+def detach(parts: Sequence[tuple[Any, Any]], *names: str, error: type[Exception]) -> None:
+    """Undo :func:`attach` of mixins on modules, pairs of which are given, and of attributes; of all or of none.
+
+    Raises:
+        error: another tool has wrapped a module since.
+    """
+    for module, mixin in parts:
+        if has_other_forward(module) or class_before(module, mixin) is None:
+            raise error(
+                f"this {type(module).__name__} was wrapped since (by accelerate's offload hooks, or a cache, for "
+                "example); undo that first"
+            )
+    for module, mixin in parts:
+        module.__class__ = class_before(module, mixin)
+        for name in names:
+            module.__dict__.pop(name, None)
 
 
 def class_before(module: Any, mixin: Any) -> Any:
@@ -151,6 +178,5 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
 def _restored(mixins: tuple[Any, ...], function: Any, *arguments: Any) -> Any:
     module = function(*arguments)
     for mixin in mixins:
-        base: Any = type(module)
-        module.__class__ = derived_class(mixin, base)
+        attach(module, mixin)
     return module
