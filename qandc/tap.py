@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 
+from qandc import historical
 from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import Between, Count, Share, check_fields, checked
 
@@ -34,7 +35,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 KERNELS = ("laplace", "gaussian")
-METHODS = ("tap", "random", "uniform", "kmeans", "agglomerative", "dbscan")
+METHODS = ("tap", "random", "uniform", "kmeans")
 LARGEST_DENSE = 4000  # samples whose pairwise distances are held at once; others join the nearest cluster
 BLOCK = 1 << 20  # similarities of the pool to a sub-sample that are held at once
 ClusterSeed = Annotated[int, Between(0, 2**32 - 1001)]  # scikit-learn's, and one for each sub-sample
@@ -193,44 +194,7 @@ def _kmeans_clusters(features: np.ndarray, times: np.ndarray, config: TapConfig,
     return _kmeans(features, config.clusters, seed)
 
 
-def _by_nearest(
-    features: np.ndarray, seed: int, fit: Callable[[np.ndarray], np.ndarray], largest: int = LARGEST_DENSE
-) -> np.ndarray:
-    """Labels of a sub-sample that fits into memory; all others take that of the nearest cluster mean."""
-    n = len(features)
-    if n <= largest:
-        return fit(features)
-    chosen = np.sort(np.random.default_rng(seed).choice(n, largest, replace=False))
-    labels = fit(features[chosen])
-    names = np.unique(labels)
-    means = np.stack([features[chosen][labels == name].mean(0) for name in names])
-    squares = (means**2).sum(1)[None] - 2 * features @ means.T
-    found = names[squares.argmin(1)]
-    found[chosen] = labels
-    return found
-
-
-def _agglomerative(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) -> np.ndarray:
-    from sklearn.cluster import AgglomerativeClustering
-
-    return _by_nearest(features, seed, lambda x: AgglomerativeClustering(config.clusters).fit_predict(x))
-
-
-def _dbscan(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) -> np.ndarray:
-    """Density clusters with the median distance to the fifth neighbour as radius; what is noise is one cluster more."""
-    from sklearn.cluster import DBSCAN
-    from sklearn.neighbors import NearestNeighbors
-
-    def fit(x: np.ndarray) -> np.ndarray:
-        neighbours = min(MEMBERS_PER_CLUSTER, len(x) - 1)
-        distances, _ = NearestNeighbors(n_neighbors=neighbours + 1).fit(x).kneighbors(x)
-        radius = float(np.median(distances[:, -1]))
-        return DBSCAN(eps=max(radius, 1e-12), min_samples=neighbours).fit_predict(x) + 1
-
-    return _by_nearest(features, seed, fit)
-
-
-CLUSTERERS = {"tap": _tap, "kmeans": _kmeans_clusters, "agglomerative": _agglomerative, "dbscan": _dbscan}
+CLUSTERERS = {"tap": _tap, "kmeans": _kmeans_clusters, **historical.CLUSTERERS}
 
 
 @checked
@@ -248,7 +212,7 @@ def cluster_pool(
         features: ``[N, D]`` finite numbers, N >= clusters.
         times: ``[N]`` finite numbers.
         config: of TAP; the baselines use its ``clusters``.
-        method: ``tap``, ``kmeans``, ``agglomerative`` (Ward) or ``dbscan`` (which finds its own number of clusters).
+        method: ``tap``, ``kmeans``, or a name of :data:`qandc.historical.CLUSTERERS`.
         seed: the same gives the same labels.
 
     Raises:
@@ -314,14 +278,13 @@ def select_samples(
     Args:
         features, times, config, seed: as :func:`cluster_pool`.
         count: how many.
-        method: ``tap``; or for comparison (the paper's ablation) ``random``, ``uniform`` (as many of each time),
-            ``kmeans``, ``agglomerative``, ``dbscan``.
+        method: ``tap``, ``random``, ``uniform`` (as many of each time), or as :func:`cluster_pool`.
 
     Raises:
         ConfigError, DataError: as :func:`cluster_pool`; or there are fewer samples than ``count``.
     """
     features, times = _check_pool(features, times)
-    if method not in METHODS:
+    if method not in (*METHODS, *CLUSTERERS):
         raise ConfigError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if not 0 < count <= len(features):
         raise ConfigError(f"count is {count}; a pool of {len(features)} samples can give 1 to {len(features)}")

@@ -114,7 +114,7 @@ def test_co_occurrence_by_definition(monkeypatch):
     assert np.linalg.norm(rows[:, None] - rows[None], axis=2) == pytest.approx(distances, abs=1e-8)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted({*METHODS, *CLUSTERERS}))
 def test_every_method_selects(method):
     _, features, times = blobs()
     config = TapConfig(clusters=6)

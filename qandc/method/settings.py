@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from qandc import historical
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError
 from qandc.quantization.ranges import RangeConfig
@@ -71,7 +72,7 @@ class CalibrationConfig:
         for name, chosen, known in (
             ("scheduler", self.scheduler, tuple(SCHEDULERS)),
             ("rounding", self.rounding, (None, *ROUNDINGS)),
-            ("select", self.select, METHODS),
+            ("select", self.select, (*METHODS, *historical.CLUSTERERS)),
             ("vc", self.vc, (*FORMS, NO_COMPENSATION)),
             ("vc_target", self.vc_target, TARGETS),
         ):
