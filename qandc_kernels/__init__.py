@@ -1,4 +1,4 @@
-"""Low-bit matrix kernels for diffusion transformers: int8 and int4 weights, int8 activations, fused epilogues.
+"""Multiply in few bits for diffusion transformers: int8 and int4 weights, int8 activations, fused epilogues.
 
 Every op exists twice with one signature: as plain torch in :mod:`qandc_kernels.reference`, which is its definition, and
 on Triton kernels, which run on NVIDIA GPUs from compute capability 8.0. Importing this package needs neither a GPU nor

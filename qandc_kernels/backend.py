@@ -25,7 +25,7 @@ ASKED_FOR: ContextVar[str | None] = ContextVar("qandc_kernels backend", default=
 
 
 class Backend(NamedTuple):
-    """``name`` is "triton" or "reference"; ``reason`` says why in a few words."""
+    """Name what runs an op, ``name`` "triton" or "reference"; ``reason`` says why in a few words."""
 
     name: str
     reason: str

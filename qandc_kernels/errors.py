@@ -1,4 +1,4 @@
-"""The exceptions of this package, and the base class that :mod:`qandc.errors` shares with it."""
+"""Define the exceptions of this package, and the base class that :mod:`qandc.errors` shares with it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ __all__ = ["ArgumentError", "DeviceError", "QandCError"]
 
 
 class QandCError(Exception):
-    """The base class of every error that qandc and qandc_kernels raise on purpose."""
+    """Be the base class of every error that qandc and qandc_kernels raise on purpose."""
 
 
 class ArgumentError(QandCError, TypeError, ValueError):
-    """An argument of a kernel has a type, dtype, shape, layout, device or value that is not allowed."""
+    """Say that an argument of a kernel has a type, dtype, shape, layout, device or value that is not allowed."""
 
 
 class DeviceError(QandCError, RuntimeError):
-    """The device asked for is not here."""
+    """Say that the device asked for is not here."""

@@ -1,4 +1,4 @@
-"""int4 weights, two per byte.
+"""Pack int4 weights, two per byte, and unpack them.
 
 Row n of a ``[N, K]`` weight becomes K/2 bytes. Byte j holds k = j in its low and k = j + K/2 in its high nibble::
 

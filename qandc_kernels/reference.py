@@ -114,14 +114,14 @@ def _per_token(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tenso
 
 @torch.no_grad()
 def _adaln(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """``(x - mean) / √(variance + eps) · (1 + scale) + shift`` in float32, one shift and scale per sample."""
+    """Compute ``(x - mean) / √(variance + eps) · (1 + scale) + shift`` in float32, one shift and scale per sample."""
     y = F.layer_norm(x.to(torch.float32), x.shape[-1:], eps=eps)
     return y * (1 + scale.to(torch.float32)[:, None]) + shift.to(torch.float32)[:, None]
 
 
 @torch.no_grad()
 def _quantize_static(y: torch.Tensor, factor: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
-    """``clip(round(y · factor + z), -128, 127)``; NaN becomes -128."""
+    """Quantize to int8, ``clip(round(y · factor + z), -128, 127)``; NaN becomes -128."""
     y = y * factor if zero_point is None else y * factor + zero_point
     return y.nan_to_num_(nan=-128.0).clamp_(-128, 127).round_().to(torch.int8)
 
@@ -291,7 +291,7 @@ def _linear(
     x_zero_point: torch.Tensor | None = None,
     w_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(Σ_k x q - z Σ_k q) · s_x · s_w + bias`` in float32; sums of integers are exact."""
+    """Multiply a quantized layer, ``(Σ_k x q - z Σ_k q) · s_x · s_w + bias`` in float32; sums of integers are exact."""
     wq = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
     if w_scale.ndim == 2:  # one scale per group of K: Σ_g s_w[g] Σ_(k in g) x q
         y = torch.zeros(*xq.shape[:-1], wq.shape[0], device=xq.device)

@@ -1,4 +1,4 @@
-"""The public op for attention with an int8 output. For inference: the result carries no gradient."""
+"""Define the public op for attention with an int8 output. For inference: the result carries no gradient."""
 
 from __future__ import annotations
 

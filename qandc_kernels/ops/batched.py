@@ -1,4 +1,4 @@
-"""The public op for many small linear layers at once. For inference: the result carries no gradient."""
+"""Define the public op for many small linear layers at once. For inference: the result carries no gradient."""
 
 from __future__ import annotations
 

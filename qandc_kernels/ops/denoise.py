@@ -1,4 +1,4 @@
-"""The public op for what stands between two forwards of a denoising run. For inference: results carry no gradient."""
+"""Define the public op between two forwards of a denoising run. For inference: results carry no gradient."""
 
 from __future__ import annotations
 

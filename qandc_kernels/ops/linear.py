@@ -1,4 +1,4 @@
-"""The public matrix products. All are for inference: results carry no gradient."""
+"""Define the public matrix products. All are for inference: results carry no gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public ops that make int8 activations. All are for inference: results carry no gradient."""
+"""Define the public ops that make int8 activations. All are for inference: results carry no gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public ops that add to the residual stream. For inference: results carry no gradient."""
+"""Define the public ops that add to the residual stream. For inference: results carry no gradient."""
 
 from __future__ import annotations
 

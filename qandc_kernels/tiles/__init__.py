@@ -1,1 +1,1 @@
-"""Block sizes: tables per GPU, the formula elsewhere, and how they are tuned."""
+"""Choose block sizes: from tables per GPU, by a formula elsewhere; and tune the tables."""

@@ -1,4 +1,4 @@
-"""Tile choice: a table tuned on the GPU where there is one, a closed form for all others. Nothing is tried at run time.
+"""Choose tiles from a table tuned on the GPU where there is one, else by a closed form; nothing is tried at run time.
 
 A table is a JSON file named after its GPU, e.g. ``nvidia-h200.json``. It is looked for in the directory that the
 variable QANDC_TILES names (by default ``~/.cache/qandc_kernels``), where ``python -m qandc_kernels.tiles.tune``
@@ -51,7 +51,7 @@ HOPPER = (9, 0), 132  # capability and multiprocessors of an H200, and of most H
 
 
 class GemmTile(NamedTuple):
-    """Compile-time sizes of one GEMM launch.
+    """Hold the compile-time sizes of one GEMM launch.
 
     ``group_m`` rows of blocks share their weight tiles in the L2 cache. With ``programs_per_sm`` so many programs run
     on each multiprocessor and take tile after tile; 0 means one program per tile. The sums are finished and stored in
@@ -72,7 +72,7 @@ class GemmTile(NamedTuple):
 
 
 class TunedTile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A row of a table: the fastest tile for a kernel and sizes, and the microseconds that its launch took."""
+    """Hold a row of a table: the fastest tile for a kernel and sizes, and the microseconds that its launch took."""
 
     kernel: str
     m: Size
@@ -88,7 +88,7 @@ class _Table(msgspec.Struct):
 
 
 class FewRowsTile(NamedTuple):
-    """Compile-time sizes of a launch for a few rows: each of ``parts`` warps has blocks of K of its own."""
+    """Hold the compile-time sizes of a launch for a few rows: each of ``parts`` warps has blocks of K of its own."""
 
     block_n: int
     block_k: int
@@ -98,7 +98,7 @@ class FewRowsTile(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What tile choice knows of a device; ``name`` is that of its table."""
+    """Hold what tile choice knows of a device; ``name`` is that of its table."""
 
     name: str
     capability: tuple[int, int]
@@ -107,7 +107,7 @@ class Gpu(NamedTuple):
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
-    """Properties of a CUDA device; for the CPU, where kernels are only interpreted, those of an unnamed Hopper."""
+    """Return the properties of a CUDA device; for the CPU, where kernels are interpreted, of an unnamed Hopper."""
     if device.type != "cuda":
         return Gpu("interpreter", (9, 0), 132)
     properties = torch.cuda.get_device_properties(device)
@@ -116,12 +116,12 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def own_tables() -> Path:
-    """Directory of the tables made on this machine."""
+    """Return the directory of the tables made on this machine."""
     return Path(os.environ.get("QANDC_TILES") or os.path.expanduser("~/.cache/qandc_kernels"))
 
 
 def kernel_name(family: str, epilogue: Epilogue) -> str:
-    """Under this name tables list a kernel: its operands ("int8", "int4a8", ...) and its epilogue."""
+    """Return the name of a kernel in tables: its operands ("int8", "int4a8", ...) and its epilogue."""
     if epilogue.out_scale is not None:
         return family + " gelu"
     if epilogue.gate is not None:
@@ -150,7 +150,7 @@ def read_table(path: Path) -> list[TunedTile]:
 
 @functools.cache
 def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]]]:
-    """Kernel, (N, K), M: tile. Empty without a table for this GPU; a broken one is logged and passed over."""
+    """Return tiles by kernel, (N, K) and M: none without a table for this GPU; a broken one is logged."""
     for directory in (own_tables(), Path(__file__).parent / "tuned"):
         path = directory / f"{gpu}.json"
         if not path.exists():
@@ -184,7 +184,7 @@ def choose_tile(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
 
 
 def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: torch.device) -> GemmTile:
-    """The tile for an ``[M, K] x [N, K]`` product: tuned for this (N, K) and at most twice or half this M, or computed.
+    """Return the tile of an ``[M, K] x [N, K]`` product: tuned for this (N, K) and half to twice this M, or computed.
 
     ``family`` is "int8" (W8A8), "int4a8", "int4a16" or "int8a16"; with a g behind it weights have scales per group.
     """
@@ -192,7 +192,7 @@ def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: t
 
 
 def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
-    """A good tile without measurement.
+    """Compute a good tile without measurement.
 
     wgmma (Hopper) takes blocks of at least 64 rows of the left operand, which is the weight unless both are int8. A
     large product gets blocks of 128 x 128: two or three programs of one warpgroup share a Hopper multiprocessor, so

@@ -115,7 +115,7 @@ def _candidates(kernel: str, m: int) -> Iterator[GemmTile]:
 
 
 def launcher(problem: Problem, copies: int) -> Callable[[GemmTile, int], torch.Tensor]:
-    """A function that launches the kernel of ``problem`` with a tile on the i-th of ``copies`` weights."""
+    """Return a function that launches the kernel of ``problem`` with a tile on the i-th of ``copies`` weights."""
     from qandc_kernels.triton._epilogue import Epilogue
     from qandc_kernels.triton.int8_gemm import int8_gemm_triton
     from qandc_kernels.triton.mixed_gemm import mixed_gemm_triton

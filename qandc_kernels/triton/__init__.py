@@ -1,1 +1,1 @@
-"""The Triton kernels and their starts."""
+"""Hold the Triton kernels, and start them."""

@@ -32,7 +32,7 @@ MAP_DTYPES = {torch.int8: 0, torch.uint8: 0, torch.int32: 3, torch.float16: 6, t
 
 
 class NotSupported(Exception):  # noqa: N818 (a reason to let Triton start the kernel, no error)
-    """Why a kernel cannot be started here."""
+    """Say why a kernel cannot be started here."""
 
 
 class Operand(NamedTuple):
@@ -74,7 +74,7 @@ def _driver() -> ctypes.CDLL:
 
 
 class _Map:
-    """The descriptor of a tensor for the copy engine, by the address of the tensor."""
+    """Make the descriptor of a tensor for the copy engine, and keep it by the address of the tensor."""
 
     def __init__(self, descriptor: TensorDescriptor, meta: dict[str, Any]) -> None:
         tensor, rank = descriptor.base, len(descriptor.shape)
@@ -117,7 +117,7 @@ class _Map:
 
 
 def parameters(signature: Sequence[Any], arguments: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Type and value of each parameter of a compiled kernel, for its arguments; a map comes as type ``map``."""
+    """Yield type and value of each parameter of a compiled kernel, for its arguments; a map comes as type ``map``."""
     for kind, argument in zip(signature, arguments, strict=False):  # constants come last, and are no parameters
         if isinstance(kind, tuple):
             yield from parameters(kind, argument)
@@ -130,13 +130,13 @@ def parameters(signature: Sequence[Any], arguments: Sequence[Any]) -> Iterator[t
 
 
 def sizes(signature: Sequence[Any], arguments: Sequence[Any]) -> list[int]:
-    """Bytes of each parameter of a compiled kernel, for its arguments; 0 for a kind that is not known here."""
+    """Return the bytes of each parameter of a compiled kernel, for its arguments; 0 for unknown kinds."""
     kinds = {"map": MAP_BYTES, "i32": 4, "i64": 8}
     return [8 if kind.startswith("*") else kinds.get(kind, 0) for kind, _ in parameters(signature, arguments)]
 
 
 class DriverKernel:
-    """A compiled kernel with all of its arguments but the addresses of the operands.
+    """Hold a compiled kernel with all of its arguments but the addresses of the operands, and start it.
 
     Args:
         compiled: Triton's ``CompiledKernel``, which has been started once.
@@ -193,7 +193,7 @@ class DriverKernel:
 
 
 def _sizes_taken(driver: ctypes.CDLL, function: int) -> list[int]:
-    """Bytes of each parameter of a loaded kernel."""
+    """Return the bytes of each parameter of a loaded kernel."""
     sizes: list[int] = []
     offset, size = c_size_t(), c_size_t()
     while not driver.cuFuncGetParamInfo(address_t(function), c_size_t(len(sizes)), byref(offset), byref(size)):

@@ -1,4 +1,4 @@
-"""What all matrix products share: the order of tiles, and what becomes of the sums when they are stored."""
+"""Define what all matrix products share: the order of tiles, and what becomes of the sums when they are stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 class Epilogue(NamedTuple):
-    """What follows a product: tensors in Python, pointers in a kernel, None where there is nothing.
+    """Hold what follows a product: tensors in Python, pointers in a kernel, None where there is nothing.
 
     ``y = (acc - x_zero_point · w_sum) · x_scale · w_scale + bias`` is stored; or ``quantize(gelu(y) · multiplier)`` if
     there is an ``out_scale``; or ``gate · y`` is added to the output if there is a ``gate``. Vectors are contiguous.
@@ -59,7 +59,7 @@ def gelu_tanh(x):
 
 @triton.jit
 def quantize_static(y, factor, zero_point):
-    """``clip(round(y · factor) + zero_point, -128, 127)``; NaN becomes -128."""
+    """Quantize to int8, ``clip(round(y · factor) + zero_point, -128, 127)``; NaN becomes -128."""
     if COMPILED:  # one multiply-add clips (y · factor + zero_point + 128) / 255 to 0..1, one scales back and rounds
         bits = tl.inline_asm_elementwise(
             "{ .reg .f32 t; fma.rn.sat.f32 t, $1, $2, $3; fma.rn.f32 $0, t, 0f437F0000, 0f4B3FFF80; }",
@@ -82,7 +82,7 @@ def start_early():
 
 @triton.jit
 def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Block row and column of a tile: down GROUP_M block rows, then the next column; neighbours share tiles in L2."""
+    """Find block row and column of a tile: down GROUP_M rows, then the next column; neighbours share tiles in L2."""
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     group = tile // (GROUP_M * blocks_n)
@@ -93,7 +93,7 @@ def tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROU
 
 @triton.jit
 def _gate(e, rows, columns, ONE_GATE: tl.constexpr):
-    """``[1, columns]`` if all rows of a tile belong to one sample, else ``[rows, columns]``."""
+    """Load the gate, ``[1, columns]`` if all rows of a tile belong to one sample, else ``[rows, columns]``."""
     if ONE_GATE:
         gates = e.gate + (tl.min(rows) // e.tokens).to(tl.int64) * e.gate_stride + columns[None, :]
     else:
@@ -103,7 +103,7 @@ def _gate(e, rows, columns, ONE_GATE: tl.constexpr):
 
 @triton.jit
 def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, FOLD_GATE: tl.constexpr):
-    """The epilogue ``e`` of the sums at ``rows`` x ``columns``: float32, or int8 after a GELU.
+    """Apply the epilogue ``e`` to the sums at ``rows`` x ``columns``: float32, or int8 after a GELU.
 
     With FOLD_GATE, the gate of all rows, it is ``gate · y``; otherwise it leaves the gate to the caller.
     """

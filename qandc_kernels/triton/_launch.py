@@ -1,4 +1,4 @@
-"""Starting kernels: what the matrix products share, and how a kernel is started again at little cost on the host."""
+"""Start kernels: what the matrix products share, and how a kernel is started again at little cost on the host."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _usual() -> bool:
 
 
 class Kept:
-    """Kernels to start one after the other on operands like those that they were started with before."""
+    """Hold kernels to start one after the other on operands like those that they were started with before."""
 
     def __init__(self, kernels: Sequence[DriverKernel], device: int) -> None:
         self._kernels, self._device = kernels, device
@@ -68,7 +68,7 @@ class Kept:
 
 
 class Launches:
-    """The starts of one op so far, of one kernel or several, to start them again without Triton's ``JITFunction.run``.
+    """Keep the starts of one op, of one kernel or several, to start them again without Triton's ``JITFunction.run``.
 
     That function finds out anew what every argument specializes a kernel for, which takes longer than a small product.
     Here a compiled kernel is found by all that it can depend on: dtype, shape, strides, alignment (16 bytes) and device
@@ -156,7 +156,7 @@ def _log_once(reason: str) -> None:
 
 
 def _aligned(t: torch.Tensor) -> bool:
-    """Whether the copy engine can move tiles of ``t``: unit inner stride, rows and address multiples of 16 bytes."""
+    """Tell whether the copy engine moves tiles of ``t``: unit inner stride, rows and address multiples of 16 bytes."""
     return (
         t.shape[1] > 0
         and t.stride(1) == 1
@@ -200,7 +200,7 @@ def product_start(
 
 
 def number_of_programs(m: int, n: int, tile: GemmTile, device: torch.device) -> int:
-    """One per tile; with ``programs_per_sm`` no more than run at once, and each takes tile after tile."""
+    """Count programs: one per tile; with ``programs_per_sm`` as many as run at once, each taking tile after tile."""
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     if tile.programs_per_sm:
         return min(tiles, tile.programs_per_sm * gpu_of(device).multiprocessors)
@@ -208,13 +208,13 @@ def number_of_programs(m: int, n: int, tile: GemmTile, device: torch.device) -> 
 
 
 def _registers(tile: GemmTile) -> int | None:
-    """So few per thread that all programs fit a multiprocessor at once: one that has to wait costs a turn more."""
+    """Limit registers per thread so that ``programs_per_sm`` programs are resident; one that waits costs a wave."""
     limit = 65536 // (max(tile.programs_per_sm, 1) * tile.num_warps * 32) // 8 * 8
     return limit if limit < 255 else None
 
 
 def compile_time(epilogue: Epilogue, tile: GemmTile) -> dict[str, Any]:
-    """What a kernel must know of its epilogue and tile when it is compiled, and Triton's own options."""
+    """Return what a kernel must know of its epilogue and tile when it is compiled, and Triton's own options."""
     return {
         "PER_TOKEN": epilogue.x_scale is not None and epilogue.x_scale.ndim == 1,
         "ONE_GATE": epilogue.gate is not None and epilogue.tokens % tile.block_m == 0,

@@ -1,4 +1,4 @@
-"""LayerNorm, modulation and quantization in one pass: what adaLN-Zero puts before a product."""
+"""Normalize, modulate and quantize in one pass: what adaLN-Zero puts before a product."""
 
 from __future__ import annotations
 

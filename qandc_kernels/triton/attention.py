@@ -1,4 +1,4 @@
-"""Attention whose output is int8: softmax(q kᵀ / √D) v, quantized before it is stored."""
+"""Compute attention whose output is int8: softmax(q kᵀ / √D) v, quantized before it is stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["attention_quantize_triton"]
 
 
 class AttentionTile(NamedTuple):
-    """Queries and keys per step, and how a program runs."""
+    """Hold queries and keys per step, and how a program runs."""
 
     block_m: int
     block_n: int
@@ -26,7 +26,7 @@ class AttentionTile(NamedTuple):
 
 @triton.jit
 def _load_rows(ptr, rows, stride, columns, S, D: tl.constexpr, EVEN: tl.constexpr):
-    """``[rows, columns]`` of one head, zero beyond S rows and D columns."""
+    """Load ``[rows, columns]`` of one head, zero beyond S rows and D columns."""
     ptrs = ptr + rows[:, None] * (stride * 8) + columns[None, :]
     if EVEN:
         return tl.load(ptrs, mask=columns[None, :] < D, other=0.0)
@@ -97,7 +97,7 @@ def _attention_quantize_kernel(
 
 
 def heuristic_tile(batch: int, tokens: int, heads: int, width: int, gpu: Gpu) -> AttentionTile:
-    """Measured on an H200 at D = 72; elsewhere what fits every shared memory and all registers."""
+    """Choose a tile: measured on an H200 at D = 72; elsewhere what fits every shared memory and all registers."""
     if gpu.capability[0] != 9:
         return AttentionTile(128, 64, 8, 2)
     if width > 80:

@@ -1,4 +1,4 @@
-"""Linear layers of many blocks at once for a few rows each: all weights pass once, and a part of the GPU is enough."""
+"""Run linear layers of many blocks at once for a few rows each: weights pass once, a part of the GPU is enough."""
 
 from __future__ import annotations
 

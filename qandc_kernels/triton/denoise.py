@@ -1,4 +1,4 @@
-"""Guidance, the scheduler's step and variance compensation in one launch, down to the input of the next forward."""
+"""Apply guidance, the scheduler's step and variance compensation in one launch, up to the next forward's input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight-only products of a few rows: the time is that of reading the weight."""
+"""Multiply a few rows with an int8 or int4 weight: the time is that of reading the weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEW_ROWS = 16
 
 @triton.jit
 def _unpack_to_float(packed, dtype: tl.constexpr):
-    """Low and high nibbles as float16 or bfloat16.
+    """Return low and high nibbles as float16 or bfloat16.
 
     Conversions take four times as long as logic. A nibble with its sign bit flipped, under the exponent of 128
     (bfloat16) or 1024 (float16), is a float that is by 136 or 1032 too large.
@@ -54,7 +54,7 @@ def _unpack_to_float(packed, dtype: tl.constexpr):
 
 @triton.jit
 def _to_float(w, dtype: tl.constexpr):
-    """int8 as float16 or bfloat16, exactly, without conversions (:func:`_unpack_to_float`).
+    """Convert int8 to float16 or bfloat16, exactly, without conversions (:func:`_unpack_to_float`).
 
     bfloat16 has 7 bits of mantissa: under the exponent of 128 they hold 128 + (w & 127), from which 128 is taken, or
     256 where the sign bit is set.

@@ -1,4 +1,4 @@
-"""W8A8 matrix product; dequantization and what follows it run in the epilogue."""
+"""Multiply int8 by int8 (W8A8); dequantization and what follows it run in the epilogue."""
 
 from __future__ import annotations
 

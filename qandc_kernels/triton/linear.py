@@ -1,4 +1,4 @@
-"""Starting the matrix products: which kernel takes the operands of an op, and as what."""
+"""Start the matrix products: choose which kernel takes the operands of an op, and as what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products whose weight changes in registers on its way to the tensor cores: W4A8, W4A16, W8A16.
+"""Multiply by weights that change in registers on their way to the tensor cores: W4A8, W4A16, W8A16.
 
 The weight is the left operand, ``Yᵀ = W Xᵀ``: on that side the tensor cores take it from registers, so that it is
 never written back to shared memory.
@@ -21,7 +21,7 @@ __all__ = ["mixed_gemm_start", "mixed_gemm_triton"]
 
 @triton.jit
 def _unpack(packed):
-    """Low and high nibbles as int8, times 16: left where the sign bit is, they need no extension."""
+    """Return low and high nibbles as int8, times 16: left where the sign bit is, they need no extension."""
     if COMPILED:  # four bytes in an instruction, which the compiler does not find by itself
         low, high = tl.inline_asm_elementwise(
             "{ shl.b32 $0, $2, 4; and.b32 $0, $0, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }",
@@ -34,7 +34,7 @@ def _unpack(packed):
 
 @triton.jit
 def _add_product(acc, w, x, group_scale_ptr, k, columns, K: tl.constexpr, GROUP: tl.constexpr):
-    """``acc + w · x`` of one block of K; with groups times the scale of the group it lies in."""
+    """Add a product, ``acc + w · x`` of one block of K; with groups times the scale of the group it lies in."""
     if GROUP == 0:
         if x.dtype == tl.int8:
             acc = tl.dot(w, x, acc, out_dtype=tl.int32)

@@ -1,4 +1,4 @@
-"""Activations to int8: with a given scale per tensor, or with a scale per token found on the way."""
+"""Quantize activations to int8: with a given scale per tensor, or with a scale per token found on the way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PER_TENSOR, _PER_TOKEN = Launches(), Launches()
 
 @triton.jit
 def _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH: tl.constexpr):
-    """Offsets of ``[row // inner_rows, row % inner_rows, column // WIDTH, column % WIDTH]``: [rows, columns]."""
+    """Return offsets of ``[row // inner_rows, row % inner_rows, column // WIDTH, column % WIDTH]``: [rows, columns]."""
     rows = rows.to(tl.int64)
     row_offsets = rows // inner_rows * stride_0 + rows % inner_rows * stride_1
     columns = columns.to(tl.int64)
@@ -85,7 +85,7 @@ def _quantize_per_token_kernel(
 
 
 def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
-    """Size and stride of the fewest dimensions that walk the same elements in the same order."""
+    """Return size and stride of the fewest dimensions that walk the same elements in the same order."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(sizes, strides, strict=True):
         if size == 1:
@@ -98,7 +98,7 @@ def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
 
 
 def _as_matrix(x: torch.Tensor, token_dims: int) -> tuple[torch.Tensor, tuple[int, int, int, tuple[int, ...], int]]:
-    """``x`` and how to walk it: M, K, inner rows, four strides, width.
+    """Return ``x`` and how to walk it: M, K, inner rows, four strides, width.
 
     Rows and columns may have two strides each, which covers what attention returns; anything wilder is copied first.
     """

@@ -1,4 +1,4 @@
-"""What a feature cache does on a step that computes no block: sum all gated branch outputs in one pass."""
+"""Do what a feature cache needs on a step that computes no block: sum all gated branch outputs in one pass."""
 
 from __future__ import annotations
 
