@@ -68,7 +68,7 @@ def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[A
 @contextmanager
 def _one_set_of_settings(directory: Path, settings: Any, source: str | None, processes: Any) -> Iterator[None]:
     """All experiments below a directory differ in the number of steps alone, and one command at a time is at them."""
-    if not processes.first:
+    if not processes.is_main:
         yield
         return
     described = {name: value for name, value in settings.described().items() if name != "num_inference_steps"}
@@ -127,11 +127,11 @@ def sample(
     with Processes.joined() as processes:
         pipe, source = _load(model, device, dtype, processes)
         image_set = ImageSet(images, tuple(class_names(pipe)), seed, batch_size)
-        with stage_bars(processes.first) as progress, _resumable():
+        with stage_bars(processes.is_main) as progress, _resumable():
             rate = sample_file(
                 pipe, output, image_set, preset=preset, source=source, processes=processes, progress=progress, **run
             )
-        if not processes.first:
+        if not processes.is_main:
             return
     if json_output is not None:
         name = "full precision" if preset is None else preset.config.scheme
@@ -220,9 +220,9 @@ def ablate(
         stack.enter_context(_one_set_of_settings(directory, experiments[counts[0]], source, processes))
         rows = []
         for number, settings in experiments.items():
-            if len(experiments) > 1 and processes.first:
+            if len(experiments) > 1 and processes.is_main:
                 err.print(f"{number} steps")
-            with stage_bars(processes.first) as progress, _resumable():
+            with stage_bars(processes.is_main) as progress, _resumable():
                 rows += run_experiment(
                     pipe,
                     settings,
@@ -232,7 +232,7 @@ def ablate(
                     processes=processes,
                     progress=progress,
                 )
-        if not processes.first:
+        if not processes.is_main:
             return
         described = {**experiments[counts[0]].described(), "model": source, "scorer": scorer.name, "size": size}
         described |= {"num_inference_steps": counts, "device": str(pipe.device)}

@@ -146,19 +146,19 @@ def run_experiment(
     processes = Processes() if processes is None else processes
     work = _Experiment(pipe, settings, directory, scorer, source, processes, progress)
     with ExitStack() as stack:
-        if processes.first:
+        if processes.is_main:
             stack.enter_context(locked(directory / ".lock"))
             described = {"version": FORMAT_VERSION, **settings.described()}
             described |= {"scorer": scorer.name, "reference": scorer.reference_digest}
             described |= describe_pipeline(pipe, work.scheduler, source)
             keep_settings(directory / "experiment.json", described, "an experiment")
             work.calibrate()
-        processes.meet("calibration")
+        processes.barrier("calibration")
         stack.callback(torch.nn.Module.to, pipe.transformer, work.device)
         rows = []
         for kind in ROWS:
             work.draw(kind)
-            if processes.first:
+            if processes.is_main:
                 rows.append(work.score(kind))
         return rows
 
@@ -225,19 +225,19 @@ class _Experiment:
         """The shards of this process; then the first one joins all of them."""
         shards, images, figures = self.paths(kind)
         done = images.exists() and figures.exists()
-        self.processes.meet("the row before")  # so that all see the same files
+        self.processes.barrier("the row before")  # so that all see the same files
         if done:
             self.progress(kind.name, self.settings.images, self.settings.images)
-            if self.processes.first:
+            if self.processes.is_main:
                 delete_shards(shards)
             return
-        if self.processes.first:
+        if self.processes.is_main:
             make_directory(shards)
-        self.processes.meet("the folder of shards")
+        self.processes.barrier("the folder of shards")
         record = self.draw_shards(kind, shards)
         gc.collect()
-        self.processes.meet(f"row {kind.name!r}")
-        if not self.processes.first:
+        self.processes.barrier(f"row {kind.name!r}")
+        if not self.processes.is_main:
             return
         lacking = missing_shards(shards, self.images)
         if lacking:

@@ -133,7 +133,7 @@ def sample_file(
         preset.check(model, noise_schedule, steps, guidance_scale)
     shards = _shards_of(path)
     with ExitStack() as stack:
-        if processes.first:
+        if processes.is_main:
             stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
             check_new(path)
             settings = {
@@ -147,7 +147,7 @@ def sample_file(
                 "batch_size": image_set.batch_size,
             }
             keep_settings(shards / SETTINGS, settings, "shards")
-        processes.meet("the folder of shards")
+        processes.barrier("the folder of shards")
         missing = sum(map(len, missing_shards(shards, image_set)))
         if preset is not None:
             preset.quantize(model)
@@ -159,12 +159,12 @@ def sample_file(
         draw = ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)
         if missing:
             draw.warm_up(min(image_set.batch_size, image_set.count))
-        processes.meet("loading")
+        processes.barrier("loading")
         started = time.perf_counter()
         draw_shards(shards, image_set, draw, processes, progress)
-        processes.meet("the last shard")
+        processes.barrier("the last shard")
         seconds = time.perf_counter() - started
-        if not processes.first:
+        if not processes.is_main:
             return None
         lacking = missing_shards(shards, image_set)
         if lacking:

@@ -1,4 +1,4 @@
-"""The processes that share one run: what ``torchrun`` and ``accelerate launch`` say of them, and where they meet."""
+"""Share one run among the processes of ``torchrun`` or ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Processes:
     """This process among ``count``; alone by default.
 
     Attributes:
-        rank: number of this process, from 0; the first one calibrates, merges and scores.
+        rank: number of this process, from 0; the main process, 0, calibrates, merges and scores.
         local_rank: the same on this machine: the number of its GPU.
     """
 
@@ -38,11 +38,11 @@ class Processes:
     local_rank: int = 0
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """A GPU of its own where the device names none."""
+        """Give this process a GPU of its own where the device names none."""
         if device.type != "cuda" or device.index is not None or self.count == 1 or torch.cuda.device_count() == 1:
             return device  # the only one that is visible is its own
         if self.local_rank >= torch.cuda.device_count():
@@ -52,7 +52,7 @@ class Processes:
             )
         return torch.device("cuda", self.local_rank)
 
-    def meet(self, what: str) -> None:
+    def barrier(self, what: str) -> None:
         """Wait until every process is here.
 
         Raises:
@@ -72,7 +72,7 @@ class Processes:
     @classmethod
     @contextmanager
     def joined(cls) -> Iterator[Processes]:
-        """Those that RANK, WORLD_SIZE and LOCAL_RANK tell of, connected through gloo; this one alone without them.
+        """Join the process group of torchrun (RANK, WORLD_SIZE, LOCAL_RANK; gloo); a single process if they are unset.
 
         Raises:
             ConfigError: the variables are no numbers.

@@ -13,7 +13,7 @@ __all__ = ["gated_sum_triton"]
 def _gated_sum_kernel(
     x_ptr, features_ptr, gates_ptr, weights_ptr, scales_ptr, out_ptr,
     samples, tokens,
-    stride_gl, stride_gk, stride_gs,
+    stride_gate_l, stride_gate_k, stride_gate_s,
     D: tl.constexpr, SETS: tl.constexpr, LAYERS: tl.constexpr, BRANCHES: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -26,7 +26,7 @@ def _gated_sum_kernel(
     in_row = None if EVEN else token < tokens
     inside = None if EVEN else (token < tokens) & (columns < D)
     # each row loads its gates by itself: spreading a vector over a tile would take shared memory and barriers
-    of_gates = sample * stride_gs + columns + 0 * token
+    gate_offsets = sample * stride_gate_s + columns + 0 * token
     of_branch = tl.full((), 1, tl.int64) * samples * tokens  # rows of a feature; samples can be a plain 1
     acc = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
     for s in tl.static_range(SETS):
@@ -38,8 +38,8 @@ def _gated_sum_kernel(
                 first = (s * LAYERS * BRANCHES + branch) * of_branch
                 factor = weight
                 if gates_ptr is not None:
-                    gate = gates_ptr + branch // BRANCHES * stride_gl + branch % BRANCHES * stride_gk
-                    factor = tl.load(gate + of_gates, mask=inside).to(tl.float32) * weight
+                    gate = gates_ptr + branch // BRANCHES * stride_gate_l + branch % BRANCHES * stride_gate_k
+                    factor = tl.load(gate + gate_offsets, mask=inside).to(tl.float32) * weight
                 feature = tl.load(features_ptr + first * D + offsets, mask=inside).to(tl.float32)
                 if scales_ptr is not None:
                     feature *= tl.load(scales_ptr + first + rows, mask=in_row)
@@ -64,11 +64,11 @@ def gated_sum_triton(
     sets, layers, branches, samples, tokens, width = features.shape
     block_t, block_d = 2, min(128, triton.next_power_of_2(width))
     grid = (samples * triton.cdiv(tokens, block_t), triton.cdiv(width, block_d))
-    stride_gl, stride_gk, stride_gs = (0, 0, 0) if gates is None else gates.stride()[:3]
+    stride_gate_l, stride_gate_k, stride_gate_s = (0, 0, 0) if gates is None else gates.stride()[:3]
     _gated_sum_kernel[grid](
         x, features, gates, weights, scales, out,
         samples, tokens,
-        stride_gl, stride_gk, stride_gs,
+        stride_gate_l, stride_gate_k, stride_gate_s,
         D=width, SETS=sets, LAYERS=layers, BRANCHES=branches,
         EVEN=tokens % block_t == 0 and width % block_d == 0,
         BLOCK_T=block_t, BLOCK_D=block_d, UNROLL=4,
