@@ -39,6 +39,7 @@ from tests.test_fused_dit import make_quantized, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 STEPS = LENGTH
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+all_modes = pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def by_definition(model, config, steps=STEPS, seed=0, rows=4):
     return definition.by_definition(model, config, inputs_of_run)
 
 
-@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@all_modes
 def test_interval_one_equals_no_cache_bit_for_bit(mode):
     model = make_dit()
     expected = run(model, 4)
@@ -82,9 +83,9 @@ def test_interval_one_equals_no_cache_bit_for_bit(mode):
     assert cache.nbytes == 0
 
 
-@all_configs
-def test_detached_it_is_what_it_was(config):
-    model = make_dit()
+@all_modes
+def test_detached_it_is_what_it_was(mode):
+    model, config = make_dit(), CONFIGS[mode]
     expected = run(model, 3)
     classes, keys = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
     apply_cache_to_dit(model, config=config)
@@ -113,7 +114,7 @@ def test_an_exception_leaves_a_clean_cache(mode):
     assert_equal_runs(run(model, seed=5, labels=labels), expected)
 
 
-@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@all_modes
 def test_interleaved_runs_do_not_share_state(mode):
     config = CacheConfig(mode, interval=3)
     model = make_dit()
@@ -154,7 +155,7 @@ def test_rows_never_mix():
             torch.testing.assert_close(together[step][row : row + 1], y, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@all_modes
 @pytest.mark.parametrize(("storage_dtype", "bound"), [("float32", 1e-6), ("bfloat16", 8e-3), ("int8", 2e-2)])
 def test_storage(mode, storage_dtype, bound):
     config = CacheConfig(mode, interval=3, storage_dtype=storage_dtype)
@@ -449,9 +450,9 @@ def test_what_is_compiled_elsewhere_is_refused():
         apply_cache_to_dit(model)
 
 
-@all_configs
-def test_copies_and_pickles_have_an_empty_cache_of_their_own(config):
-    model = make_dit()
+@all_modes
+def test_copies_and_pickles_have_an_empty_cache_of_their_own(mode):
+    model, config = make_dit(), CONFIGS[mode]
     apply_cache_to_dit(model, config=config)
     expected = run(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -661,10 +662,9 @@ def test_schedules_that_cannot_be_calibrated():
 BOUND = 3e-2  # of a whole forward in float32: roundings that differ, magnified by forecasts
 
 
-@all_configs
-@pytest.mark.parametrize("smoothing", [False, True], ids=[Action.COMPUTE, "smoothing"])
-def test_fused_equals_the_definition(fused_anywhere, monkeypatch, config, smoothing):
-    model = make_quantized(smoothing=smoothing)
+@pytest.mark.parametrize("name", ["block", "branch uneven", "taylor 2 uneven"])
+def test_fused_and_smoothed_equals_the_definition(fused_anywhere, monkeypatch, name):
+    model, config = make_quantized(smoothing=True), CONFIGS[name]
     expected = by_definition(model, config)
     calls = []
     original = FusedBlock.__call__
@@ -676,7 +676,7 @@ def test_fused_equals_the_definition(fused_anywhere, monkeypatch, config, smooth
     assert len(calls) == len(model.transformer_blocks) * sum(config.of_steps(STEPS))
 
 
-@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@all_modes
 def test_fused_with_conditioning_ahead(fused_anywhere, monkeypatch, mode):
     """sample_latents prepares the run of a fused model; reuse steps look their gates up there."""
     from qandc.models.dit.conditioning import Conditioning
@@ -779,7 +779,7 @@ def test_graphs_of_compute_and_reuse_steps(config, w_bits):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@all_modes
 def test_no_step_waits_for_the_gpu(mode, fused):
     model = make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32)
     if fused:
