@@ -341,6 +341,8 @@ def test_forced_upon_other_channels_it_is_refused():
     fitted_for = FittedFor("DDIMScheduler", (500, 0), 1.5, "a model")
     narrow = epsilon_scaling(1.01, 1, fitted_for)  # would be broadcast
     compensated = compensated_scheduler(scheduler("ddim"), narrow, force=True)
+    with pytest.raises(ConfigError, match="timestep 500 is none of a run; none has begun: call set_timesteps"):
+        compensated.step(torch.zeros(1, 4, 2, 2), 500, torch.zeros(1, 4, 2, 2))
     compensated.set_timesteps(2)
     with pytest.raises(ConfigError, match="2 steps and 1 channels; this run has 2 steps and 4 channels"):
         compensated.step(torch.zeros(1, 4, 2, 2), 500, torch.zeros(1, 4, 2, 2))

@@ -213,28 +213,45 @@ def fit_compensation(
     return Compensation(gain, mean, target, form, FittedFor(**run))
 
 
+@dataclass
+class _Applied:
+    """Hold what is applied to the steps of a scheduler, and how far its run is."""
+
+    compensation: Compensation
+    forced: bool
+    timesteps: tuple[float, ...] = ()
+    following: int = 0  # the step to come
+
+    def begin(self, timesteps: tuple[float, ...]) -> None:
+        """Begin a run with these timesteps, one for each step."""
+        if not self.forced:
+            self.compensation.check({"timesteps": timesteps})
+        check_gains(self.compensation, len(timesteps), self.compensation.gain.shape[1])
+        self.timesteps, self.following = timesteps, 0
+
+    def step_at(self, timestep: float) -> int:
+        """Return which step has this timestep, the one to come if it has, and go on to the next."""
+        steps = self.timesteps
+        if timestep not in steps:
+            known = f"the {len(steps)} of this run, {steps[0]:g} to {steps[-1]:g}" if steps else "a run; none has begun"
+            raise ConfigError(
+                f"timestep {timestep:g} is none of {known}: call set_timesteps, and give one of scheduler.timesteps"
+            )
+        # the second order has a timestep twice
+        step = steps.index(timestep, self.following if timestep in steps[self.following :] else 0)
+        self.following = step + 1
+        return step
+
+
 class _CompensatedScheduler:
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
-        compensation, forced = getattr(self, COMPENSATION)
-        timesteps = timesteps_of(self)
-        if not forced:
-            compensation.check({"timesteps": timesteps})
-        check_gains(compensation, len(timesteps), compensation.gain.shape[1])
-        self.__dict__["_qandc_steps"] = timesteps
-        self.__dict__["_qandc_next"] = 0
+        getattr(self, COMPENSATION).begin(timesteps_of(self))
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        compensation, _ = getattr(self, COMPENSATION)
-        steps, following, at = self.__dict__["_qandc_steps"], self.__dict__["_qandc_next"], plain_timestep(timestep)
-        check_gains(compensation, len(steps), sample.shape[1])
-        if at not in steps:
-            raise ConfigError(
-                f"timestep {at:g} is none of the {len(steps)} of this run, {steps[0]:g} to {steps[-1]:g}; give one of "
-                "scheduler.timesteps"
-            )
-        step = steps.index(at, following if at in steps[following:] else 0)  # the second order has a timestep twice
-        self.__dict__["_qandc_next"] = step + 1
+        applied: _Applied = getattr(self, COMPENSATION)
+        compensation, step = applied.compensation, applied.step_at(plain_timestep(timestep))
+        check_gains(compensation, len(applied.timesteps), sample.shape[1])
         output = super().step(compensation.noise(step, model_output), timestep, sample, *args, **kwargs)  # type: ignore[misc]
         if isinstance(output, tuple):
             return (compensation.sample(step, output[0]), *output[1:])
@@ -257,5 +274,5 @@ def compensated_scheduler(scheduler: Scheduler, compensation: Compensation, *, f
     if not force:
         compensation.check({"scheduler": name})
     found = copy.deepcopy(scheduler)
-    attach(found, _CompensatedScheduler, **{COMPENSATION: (compensation, force)})
+    attach(found, _CompensatedScheduler, **{COMPENSATION: _Applied(compensation, force)})
     return found
