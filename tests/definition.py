@@ -84,3 +84,28 @@ def assert_equal_runs(actual: list[torch.Tensor], expected: list[torch.Tensor], 
     assert len(actual) == len(expected)
     for step, (a, e) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(a, e, atol=atol, rtol=1e-4, msg=lambda text, step=step: f"step {step}: {text}")
+
+
+def inputs_of_dit(
+    step: int, seed: int = 0, rows: int = 4, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Make the arguments of one step of ``make_dit``, but for its labels: one tensor for all steps of a run."""
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    return {
+        "hidden_states": torch.randn(rows, 4, 8, 8, generator=generator).to(device, dtype),
+        "timestep": torch.tensor([900 - 20 * step], device=device).expand(rows),
+    }
+
+
+def make_labels(rows: int = 4, device: str = "cpu") -> torch.Tensor:
+    """Make the labels of a run, conditional and unconditional ones among them."""
+    return torch.tensor([1, 2, 1000, 1000, 7, 8])[:rows].to(device)
+
+
+@torch.no_grad()
+def run_dit(
+    model: Any, steps: int = LENGTH, seed: int = 0, rows: int = 4, labels: torch.Tensor | None = None, **where: Any
+) -> list[torch.Tensor]:
+    """Return the outputs of all steps of a run."""
+    labels = make_labels(rows, where.get("device", "cpu")) if labels is None else labels
+    return [model(**inputs_of_dit(s, seed, rows, **where), class_labels=labels).sample for s in range(steps)]

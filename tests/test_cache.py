@@ -22,23 +22,10 @@ from qandc.caching.features import FeatureStore
 from qandc.caching.plan import Action
 from qandc.support.attach import class_before, derived_class
 from tests.conftest import make_dit
+from tests.definition import inputs_of_dit as inputs
+from tests.definition import run_dit as run
 
 LABELS = torch.tensor([1, 2, 1000, 1000])
-
-
-def inputs(step: int, seed: int = 0, batch: int = 4, size: int = 8):
-    """Model inputs of one step of a run; the labels tensor is made once per run by the caller."""
-    generator = torch.Generator().manual_seed(100 * seed + step)
-    return {
-        "hidden_states": torch.randn(batch, 4, size, size, generator=generator),
-        "timestep": torch.tensor([900 - 20 * step]).expand(batch),
-    }
-
-
-def run(model, steps: int, seed: int = 0, labels: torch.Tensor | None = None, **shape) -> list[torch.Tensor]:
-    labels = LABELS.clone() if labels is None else labels
-    with torch.no_grad():
-        return [model(**inputs(step, seed, **shape), class_labels=labels).sample for step in range(steps)]
 
 
 def stores_of_steps(model) -> list[FeatureStore]:
@@ -107,7 +94,7 @@ ACTIONS = {
     "a run that ended between compute steps": lambda model: run(model, 5),
     "a run of one step": lambda model: run(model, 1),
     "a run stopped outside the model": lambda model: run(model, 2),
-    "another batch size": lambda model: run(model, 2, labels=LABELS[:2].clone(), batch=2),
+    "another batch size": lambda model: run(model, 2, rows=2),
     "an exception inside": aborted,
     "reset": lambda model: (run(model, 2), reset_all_caches(model)),
 }

@@ -32,7 +32,9 @@ from qandc.method.schedule_calibration import feature_gram
 from qandc.models.dit.fused import FusedBlock
 from tests import definition
 from tests.conftest import make_dit
-from tests.definition import CONFIGS, LENGTH, UNEVEN, assert_equal_runs
+from tests.definition import CONFIGS, LENGTH, UNEVEN, assert_equal_runs, make_labels
+from tests.definition import inputs_of_dit as inputs
+from tests.definition import run_dit as run
 from tests.test_cache import stores_of_steps
 from tests.test_fused_dit import make_quantized, relative_error
 
@@ -47,24 +49,6 @@ def _nothing_compiled_stays():
     """Dynamo remembers frames that it gave up, for later tests too."""
     yield
     torch._dynamo.reset()
-
-
-def inputs(step, seed=0, rows=4, device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(100 * seed + step)
-    return {
-        "hidden_states": torch.randn(rows, 4, 8, 8, generator=generator).to(device, dtype),
-        "timestep": torch.tensor([900 - 20 * step], device=device).expand(rows),
-    }
-
-
-def make_labels(rows=4, device="cpu"):
-    return torch.tensor([1, 2, 1000, 1000, 7, 8])[:rows].to(device)
-
-
-def run(model, steps=STEPS, seed=0, rows=4, device="cpu", dtype=torch.float32, labels=None):
-    labels = make_labels(rows, device) if labels is None else labels
-    with torch.no_grad():
-        return [model(**inputs(s, seed, rows, device, dtype), class_labels=labels).sample for s in range(steps)]
 
 
 def by_definition(model, config, steps=STEPS, seed=0, rows=4):
