@@ -20,10 +20,9 @@ from qandc.errors import (
 )
 from qandc.fusion.fuse import fuse, fuse_dit, prepare_run, unfuse, unfuse_dit
 from qandc.fusion.model_graph import graph, ungraph
-from qandc.method.checkpoint import QuantizedCheckpoint, load_quantized, save_quantized
 from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.method.pool import CandidatePool, record_pool
-from qandc.method.presets import Preset, fashion_dit_preset
+from qandc.method.saved import CalibratedModel, Preset, fashion_dit_preset, load, save
 from qandc.method.schedule_calibration import calibrate_schedule, schedule_from_run
 from qandc.method.settings import CalibrationConfig
 from qandc.method.settings import CalibrationSettings as CalibrationSettings
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheConfig",
     "CacheError",
+    "CalibratedModel",
     "CalibratedSchedule",
     "CalibrationConfig",
     "CalibrationReport",
@@ -63,7 +63,6 @@ __all__ = [
     "QuantConfig",
     "QuantLinear",
     "QuantizationReport",
-    "QuantizedCheckpoint",
     "RangeConfig",
     "StepRanges",
     "TapConfig",
@@ -87,6 +86,7 @@ __all__ = [
     "get_cache",
     "graph",
     "input_hessians",
+    "load",
     "load_pipeline",
     "load_quantized",
     "make_scheduler",
@@ -99,6 +99,7 @@ __all__ = [
     "remove_cache",
     "reset_all_caches",
     "sample_latents",
+    "save",
     "save_quantized",
     "schedule_from_run",
     "select_samples",
@@ -108,6 +109,8 @@ __all__ = [
     "ungraph",
     "uniform_schedule",
 ]
+
+save_quantized, load_quantized = save, load  # their names before there was one format
 
 register_when_imported()
 

@@ -9,18 +9,21 @@ fitted over whole trajectories is in :mod:`qandc.sampling.trajectories`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
-from qandc.support.files import read_json, read_tensors, reading, write_json, write_whole
+from qandc.support.files import FileKind, reading
 
 __all__ = [
     "Compensation",
+    "CompensationHeader",
     "FittedFor",
     "compensate",
     "epsilon_scaling",
@@ -28,8 +31,6 @@ __all__ = [
     "paper_gain",
     "variance_ratio",
 ]
-
-FORMAT_VERSION = 1
 
 
 def _sums(x: torch.Tensor) -> torch.Tensor:
@@ -92,15 +93,43 @@ def compensate(x: torch.Tensor, gain: torch.Tensor, mean: torch.Tensor) -> torch
 
 @dataclass(frozen=True)
 class FittedFor:
-    """The runs that a compensation was fitted for: it is right for no others."""
+    """The runs that a compensation was fitted for: it is right for no others.
+
+    Attributes:
+        scheduler: by its class name.
+        timesteps: of the run, one for each call of the model; they never rise.
+        guidance_scale: of the run.
+        model: number and width of its blocks.
+        schemes: of its quantized layers ("W8A8 static per-tensor"), sorted.
+        cache_mode, cache_order, cache_storage: of the cache, as :class:`qandc.CacheConfig`; order 0 but for ``taylor``,
+            mode None without a cache.
+        cache_schedule: whether each step is computed; None without a cache.
+    """
 
     scheduler: str
     timesteps: tuple[float, ...]
     guidance_scale: float
     model: str
+    schemes: tuple[str, ...] = ()
+    cache_mode: str | None = None
+    cache_schedule: tuple[bool, ...] | None = None
+    cache_order: int = 0
+    cache_storage: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+        if any(later > earlier for earlier, later in pairwise(self.timesteps)):
+            raise ConfigError("the timesteps of a compensation rise; give those of a run, whose never do")
+
+
+class CompensationHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file says of a compensation beside its gains."""
+
+    target: str
+    form: str
+    fitted_for: FittedFor
 
 
 @dataclass(frozen=True)
@@ -182,28 +211,30 @@ class Compensation:
                 raise ConfigError(f"a run has no {name!r}; allowed are the names of FittedFor")
             ours = getattr(self.fitted_for, name)
             if ours != value:
-                theirs = f"{len(value)} steps, {_short(value)}" if name == "timesteps" else repr(value)
-                fitted = f"{len(ours)} steps, {_short(ours)}" if name == "timesteps" else repr(ours)
                 raise ConfigError(
-                    f"the variance compensation was fitted for {name} {fitted}; this run has {theirs} (fit it for this "
-                    "run, or force it)"
+                    f"the variance compensation was fitted for {name} {_shown(ours)}; this run has {_shown(value)} "
+                    "(fit it for this run, or force it)"
                 )
+
+    @property
+    def header(self) -> CompensationHeader:
+        """What is stored beside the gains."""
+        return CompensationHeader(self.target, self.form, self.fitted_for)
+
+    @classmethod
+    def of_parts(cls, tensors: Mapping[str, torch.Tensor], header: CompensationHeader) -> Compensation:
+        """Put together what was stored: ``gain`` and ``mean`` among tensors, and the header."""
+        return cls(tensors["gain"], tensors["mean"], header.target, header.form, header.fitted_for)
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write ``path`` (safetensors: gain and mean) and a readable JSON of the same name beside it.
+        """Write ``path`` (safetensors): gain and mean, in the metadata what they were fitted for.
 
         Raises:
             ConfigError: the path does not end in .safetensors.
-            OutputError: a file cannot be written.
+            OutputError: the file cannot be written.
         """
-        from safetensors.torch import save_file
-
-        path = _tensor_path(path)
-        tensors = {"gain": self.gain.contiguous(), "mean": self.mean.contiguous()}
-        settings = {"version": FORMAT_VERSION, "target": self.target, "form": self.form, **asdict(self.fitted_for)}
-        write_whole(path, lambda partial: save_file(tensors, partial))
-        write_json(path.with_suffix(".json"), settings)
+        FILE.write_tensors(_tensor_path(path), {"gain": self.gain, "mean": self.mean}, self.header)
 
     @classmethod
     @checked
@@ -211,25 +242,31 @@ class Compensation:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ConfigError: a file is missing or no compensation of this version.
+            ConfigError: the file is missing, damaged, or no compensation of this version.
+            DataError: its values are none of a compensation.
         """
-        path, what, advice = _tensor_path(path), "compensation", "make one with fit_compensation"
-        tensors = read_tensors(path, what, advice)
-        values = read_json(path.with_suffix(".json"), what, advice, version=FORMAT_VERSION)
-        with reading(path, what, advice):
-            known = {field.name: values[field.name] for field in fields(FittedFor)}
-            known["timesteps"] = tuple(known["timesteps"])
-            return cls(tensors["gain"], tensors["mean"], values["target"], values["form"], FittedFor(**known))
+        path = _tensor_path(path)
+        tensors, header = FILE.read_tensors(path)
+        with reading(path, FILE.what, FILE.advice):
+            return cls.of_parts(tensors, header)
 
 
-def _short(timesteps: tuple[float, ...]) -> str:
-    return f"{timesteps[0]:g} .. {timesteps[-1]:g}" if timesteps else "none"
+FILE = FileKind("compensation", 2, CompensationHeader, "make one with fit_compensation")
+
+
+def _shown(value: Any) -> str:
+    """Shorten timesteps to the first and the last, a schedule to letters: C computes, a dot reuses."""
+    if not isinstance(value, tuple) or not value or isinstance(value[0], str):
+        return repr(value)
+    if isinstance(value[0], bool):
+        return "".join("C" if computed else "." for computed in value)
+    return f"{len(value)} steps, {value[0]:g} .. {value[-1]:g}"
 
 
 def _tensor_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ConfigError(f"{str(path)!r} must end in .safetensors (a .json of the same name stands beside it)")
+        raise ConfigError(f"{str(path)!r} is no name of a compensation; give one that ends in .safetensors")
     return path
 
 

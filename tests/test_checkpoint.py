@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import DDIMScheduler
+from qandc.method.checkpoint import _digest, _outline
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -41,7 +42,6 @@ from qandc import (
     smoothing_factors,
 )
 from qandc.fusion.fuse import FUSED
-from qandc.method.checkpoint import _digest, _outline
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling
 from tests.conftest import FloatsMade, in_time, make_dit

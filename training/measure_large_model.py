@@ -41,8 +41,7 @@ def make_pipeline(directory: Path) -> None:
 
 
 def calibrate(model: Path, out: Path, device: str, settings: dict[str, Any]) -> dict[str, Any]:
-    from qandc import CalibrationConfig, calibrate_pipeline, load_pipeline, save_quantized
-    from qandc.method.pipeline_calibration import CHECKPOINT
+    from qandc import CalibrationConfig, calibrate_pipeline, load_pipeline, save
     from qandc.sampling.pipelines import resolve_dtype
 
     pipe = load_pipeline(model, device, resolve_dtype("auto", torch.device(device)))
@@ -50,9 +49,9 @@ def calibrate(model: Path, out: Path, device: str, settings: dict[str, Any]) -> 
     report = calibrate_pipeline(pipe, CalibrationConfig(**settings), out, source=str(model))
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    save_quantized(pipe.transformer, out / CHECKPOINT, overwrite=True, schedule=report.preset.schedule)
+    save(pipe.transformer, out / "quantized", schedule=report.preset.schedule)
     before, after = report.quantization.quantized_bytes
-    size = sum(path.stat().st_size for path in (out / CHECKPOINT).iterdir())
+    size = sum(path.stat().st_size for path in (out / "quantized").iterdir())
     return {
         "seconds": seconds,
         "save_seconds": time.perf_counter() - started,
@@ -63,10 +62,10 @@ def calibrate(model: Path, out: Path, device: str, settings: dict[str, Any]) -> 
 
 
 def load(directory: Path, device: str) -> dict[str, Any]:
-    from qandc import load_quantized
+    from qandc import load as load_calibrated
 
     started = time.perf_counter()
-    load_quantized(directory / "quantized", device=device)
+    load_calibrated(directory / "quantized", device=device)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - started}

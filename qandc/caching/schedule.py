@@ -6,10 +6,9 @@ True is a *compute step*, False a *reuse step*. This module knows no model.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from qandc.errors import ConfigError
 from qandc.support.arguments import Between, Steps, check_fields, checked
-from qandc.support.files import read_json, reading, write_whole
+from qandc.support.files import FileKind
 
 __all__ = [
     "CacheConfig",
@@ -341,9 +340,6 @@ def schedule_error(gram: np.ndarray, schedule: Schedule, order: int) -> float:
     return total
 
 
-FORMAT_VERSION = 1
-
-
 @dataclass(frozen=True)
 class CalibratedSchedule:
     """Hold a schedule found by :func:`qandc.calibrate_schedule`, with what it was found for; or a uniform one.
@@ -355,6 +351,9 @@ class CalibratedSchedule:
         error, uniform_error: an estimate of the summed relative feature error of its reuse steps, and of those of an
             evenly spaced schedule with as many compute steps (:func:`qandc.calibrate_schedule` says what of); None of a
             uniform one, for which no features were compared.
+
+    Raises:
+        ConfigError: a value is not one of these, timesteps rise, or no cache can follow the schedule.
     """
 
     schedule: Schedule
@@ -366,6 +365,7 @@ class CalibratedSchedule:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
         if self.mode not in MODES:
             raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if not self.schedule or len(self.schedule) != len(self.timesteps):
@@ -373,6 +373,7 @@ class CalibratedSchedule:
                 f"a schedule needs steps, and as many timesteps as steps; got {len(self.timesteps)} and "
                 f"{len(self.schedule)}"
             )
+        self.config()
 
     @checked
     def config(self, storage_dtype: str | None = None) -> CacheConfig:
@@ -383,8 +384,7 @@ class CalibratedSchedule:
     @checked
     def save(self, path: str | Path) -> None:
         """Write the schedule as JSON; a file under this name is always whole."""
-        text = json.dumps({"version": FORMAT_VERSION, **asdict(self)}) + "\n"
-        write_whole(Path(path), lambda partial: partial.write_text(text))
+        FILE.write(Path(path), self)
 
     @classmethod
     @checked
@@ -392,13 +392,9 @@ class CalibratedSchedule:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ConfigError: the file is not there, or no schedule of this version.
+            ConfigError: the file is not there, damaged, or no schedule of this version.
         """
-        path, what, advice = Path(path), "schedule", "make one with calibrate_schedule"
-        values = read_json(path, what, advice, version=FORMAT_VERSION)
-        del values["version"]
-        with reading(path, what, advice):
-            values["schedule"], values["timesteps"] = tuple(values["schedule"]), tuple(values["timesteps"])
-            found = cls(**values)
-            found.config()
-        return found
+        return FILE.read(Path(path))
+
+
+FILE = FileKind("schedule", 2, CalibratedSchedule, "make one with calibrate_schedule")

@@ -91,7 +91,7 @@ def generate(
     from qandc.caching.schedule import CacheConfig, CalibratedSchedule
     from qandc.experiments.generate import Comparison, GenerateConfig, comparison_record, draw_grid, quantized_name
     from qandc.experiments.generate import generate as run
-    from qandc.method.presets import Preset, fashion_dit_preset, is_finished
+    from qandc.method.saved import Preset, fashion_dit_preset, is_finished
     from qandc.quantizer import QuantConfig
     from qandc.sampling.loop import check_sampling, make_scheduler
     from qandc.sampling.pipelines import check_full_precision, class_names, load_pipeline, resolve_device, resolve_dtype
@@ -108,7 +108,7 @@ def generate(
         held["cache_interval"] = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
         if schedule is not None:
             raise ConfigError(f"--schedule and --settings {str(settings)!r} contradict each other; give one of them")
-        model = preset.model if model is None else model
+        model = preset.base_model(model)
     chosen = resolve(given, held, DEFAULTS, f"in {str(settings)!r}")
     plain = resolve({**dict.fromkeys(given), "w_bits": given["w_bits"]}, {}, DEFAULTS)
     as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4

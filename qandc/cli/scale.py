@@ -101,7 +101,7 @@ def sample(
     from qandc.experiments.many_images import check_new, sample_file
     from qandc.experiments.processes import Processes
     from qandc.experiments.shards import ImageSet
-    from qandc.method.presets import Preset, fashion_dit_preset
+    from qandc.method.saved import Preset, fashion_dit_preset
     from qandc.sampling.pipelines import class_names
     from qandc.support.results import result_header
 
@@ -115,7 +115,7 @@ def sample(
     preset, origin = None, f"in {str(settings)!r}"
     if settings is not None:
         preset = Preset.load(settings)
-        model = preset.model if model is None else model
+        model = preset.base_model(model)
     elif not full_precision:
         if model is not None:
             raise ConfigError(
@@ -191,7 +191,7 @@ def ablate(
     from qandc.experiments.processes import Processes
     from qandc.experiments.report import markdown_table, write_report
     from qandc.experiments.scores import scorer_for
-    from qandc.method.presets import Preset, is_finished
+    from qandc.method.saved import Preset, is_finished
     from qandc.method.settings import CalibrationConfig
 
     if size not in SIZES:
@@ -199,7 +199,7 @@ def ablate(
     held: dict[str, Any] = {}
     if model is not None and is_finished(model):  # what qandc calibrate wrote names its pipeline
         preset = Preset.load(model)
-        held, model = calibrated_options(preset), preset.model
+        held, model = calibrated_options(preset), preset.base_model()
         held["steps"] = str(held["num_inference_steps"])
     chosen = resolve({"model": model, "steps": steps, "images": images, **given}, held, SIZES[size])
     model, steps, images = (chosen.pop(name) for name in ("model", "steps", "images"))

@@ -34,7 +34,7 @@ from qandc.experiments.scores import Scorer, load_images
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
 from qandc.method.pipeline_calibration import StageProgress, calibrate_pipeline
-from qandc.method.presets import Preset, is_finished
+from qandc.method.saved import Preset, is_finished
 from qandc.method.settings import CalibrationConfig
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import check_sampling, make_scheduler

@@ -15,7 +15,7 @@ from qandc.cache import apply_cache_to_dit, remove_cache
 from qandc.caching.schedule import CacheConfig
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.pixels import to_uint8
-from qandc.method.presets import Preset
+from qandc.method.saved import Preset
 from qandc.quantization.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.quantization.observe import smoothing_factors
 from qandc.quantizer import QuantConfig

@@ -15,7 +15,7 @@ from qandc.experiments.processes import Processes
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
 from qandc.method.pipeline_calibration import StageProgress
-from qandc.method.presets import Preset
+from qandc.method.saved import Preset
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.sampling.pipelines import fingerprint
 from qandc.support.attach import paused

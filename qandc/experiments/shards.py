@@ -7,7 +7,6 @@ shard, and in whatever run, it holds the same bits.
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import time
@@ -24,12 +23,14 @@ import torch
 from qandc.errors import ConfigError, DataError, ProcessError
 from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.processes import Processes, finish_on_terminate
-from qandc.support.files import regular_size, write_whole
+from qandc.support.files import FileKind, write_whole
 
 __all__ = ["Draw", "ImageSet", "delete_shards", "draw_shards", "merge_shards", "missing_shards"]
 
 Draw = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
 """Labels and seeds to images ``[B, C, H, W]`` in [-1, 1]."""
+
+SHARD = FileKind("shard of images", 1, dict[str, float], "delete it and run the same command again", DataError)
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,6 @@ def draw_shards(
         OutputError: a shard cannot be written.
         ProcessError: SIGTERM came; the shard that was begun is finished and kept.
     """
-    from safetensors.torch import save_file
-
     processes = Processes() if processes is None else processes
     labels = image_set.labels
     ours = [shard for i, shard in enumerate(image_set.shards()) if i % processes.count == processes.rank]
@@ -124,10 +123,8 @@ def draw_shards(
                     raise DataError(
                         f"{len(shard)} images [B, C, H, W] were to be drawn; got {list(pixels.shape)}; mend `draw`"
                     )
-                metadata = {"seconds": repr(seconds), **{name: str(value) for name, value in measure().items()}}
-                tensors = {"images": pixels.permute(0, 2, 3, 1).contiguous()}
-                save = functools.partial(save_file, tensors, metadata=metadata)
-                write_whole(path, save)
+                figures = {"seconds": seconds, **{name: float(value) for name, value in measure().items()}}
+                SHARD.write_tensors(path, {"images": pixels.permute(0, 2, 3, 1)}, figures)
             done += len(shard)
             progress(stage, done, total)
             if told_to_end():
@@ -153,8 +150,6 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, 
         DataError: a shard is missing, damaged or of another size.
         OutputError: the file cannot be written.
     """
-    from safetensors import SafetensorError, safe_open
-
     found = {"seconds": 0.0}
 
     def write(partial: Path) -> None:
@@ -163,17 +158,11 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, 
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 for shard in image_set.shards():
                     source = _path(directory, shard)
-                    try:
-                        regular_size(source)
-                        with safe_open(source, "np") as tensors:
-                            images = tensors.get_tensor("images")
-                            for name, value in tensors.metadata().items():
-                                number, before = float(value), found.get(name, 0.0)
-                                found[name] = before + number if name == "seconds" else max(before, number)
-                    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-                        raise DataError(
-                            f"{str(source)!r} is missing or damaged ({error}); delete it and run the same command again"
-                        ) from error
+                    tensors, figures = SHARD.read_tensors(source)
+                    images = tensors.get("images", torch.empty(0)).numpy()
+                    for name, value in figures.items():
+                        before = found.get(name, 0.0)
+                        found[name] = before + value if name == "seconds" else max(before, value)
                     if not shape:
                         shape = images.shape[1:]
                         _write_header(file, (image_set.count, *shape), np.uint8)
@@ -181,7 +170,7 @@ def merge_shards(directory: Path, image_set: ImageSet, path: Path) -> dict[str, 
                     if images.shape != expected or images.dtype != np.uint8 or images.ndim != 4:
                         raise DataError(
                             f"{str(source)!r} holds images {list(images.shape)} instead of {list(expected)}, of type "
-                            f"{images.dtype} (uint8 are drawn); delete it and run the same command again"
+                            f"{images.dtype} (uint8 are drawn); {SHARD.advice}"
                         )
                     file.write(images.tobytes())
             with archive.open("arr_1.npy", "w") as file:

@@ -1,13 +1,12 @@
 """Calibrate one pipeline: pool, samples, smoothing, quantized weights, ranges, schedule, variance compensation.
 
-After Q&C (arXiv 2503.02508). What comes of it is a directory: a :class:`qandc.Preset`, the quantized model itself in
-``quantized/`` (:func:`qandc.load_quantized`), and ``report.json``.
+After Q&C (arXiv 2503.02508). What comes of it is a directory: a calibrated model (:mod:`qandc.method.saved`), the
+candidate pool and ``report.json``.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,9 +21,8 @@ from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule
 from qandc.errors import ModelError, OutputError
 from qandc.evaluation.metrics import psnr
-from qandc.method.checkpoint import check_target, save_quantized
 from qandc.method.pool import CandidatePool, record_pool
-from qandc.method.presets import SETTINGS, Preset, is_finished
+from qandc.method.saved import PIPELINE_FILES, Preset, check_target
 from qandc.method.schedule_calibration import calibrate_schedule
 from qandc.method.settings import NO_COMPENSATION, CalibrationConfig
 from qandc.models import class_conditional
@@ -45,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 StageProgress = Callable[[str, int, int], None]
 
-POOL, CHECKPOINT, REPORT = "pool", "quantized", "report.json"  # of a directory
+POOL, REPORT = "pool", "report.json"  # of a directory
 CLASSES = 10  # the first of the model, in turn
 FIRST_SEED = 20_000_000  # far from what anybody draws
 POOL_SEED, SCHEDULE_SEED = FIRST_SEED + 1_000_000, FIRST_SEED + 2_000_000
@@ -94,18 +92,16 @@ def check_directory(directory: str | Path, overwrite: bool = False) -> None:
     """Refuse, before the work begins, a directory that must not or cannot be written.
 
     Raises:
-        OutputError: it holds a finished preset and is not to be overwritten, or cannot be written.
+        OutputError: it holds a calibrated model and is not to be overwritten, or cannot be written.
     """
     directory = Path(directory)
     try:
-        if is_finished(directory) and not overwrite:
-            raise OutputError(f"{str(directory)!r} holds finished settings; give another directory, or --overwrite")
         nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not nearest.is_dir():
             raise OutputError(f"{str(nearest)!r} is a file; give a directory to write settings to")
         with tempfile.TemporaryFile(dir=nearest):
             pass
-        check_target(directory / CHECKPOINT, overwrite=True)
+        check_target(directory, PIPELINE_FILES, overwrite)
     except OutputError:
         raise
     except (OSError, ValueError) as error:
@@ -125,7 +121,7 @@ def calibrate_pipeline(
     checkpoint: bool = True,
     progress: StageProgress = lambda stage, completed, total: None,
 ) -> CalibrationReport:
-    """Calibrate a pipeline; write a :class:`qandc.Preset`, the quantized model and a report.
+    """Calibrate a pipeline; write it to a directory that ``from_pretrained`` and ``qandc.load`` read, with a report.
 
     The candidate pool is kept in ``directory/pool`` as it is recorded. The same call after an interruption goes on with
     it, as does one with another choice of samples, other bits or another compensation.
@@ -134,10 +130,10 @@ def calibrate_pipeline(
         pipe: a ``DiTPipeline`` in full precision, without a cache. Its transformer is quantized in place.
         settings: of the calibration.
         directory: to write to.
-        overwrite: replace a finished preset in it.
+        overwrite: replace a calibrated model in it.
         source: directory or hub id that the pipeline came from, noted in the preset; None for fashion-dit.
         pool_directory: where the pool is kept instead, for several calibrations to share.
-        checkpoint: write the quantized model too.
+        checkpoint: write the pipeline too, not what was calibrated alone.
         progress: called as ``progress(stage, completed, total)``, first with 0, last with the total.
 
     Raises:
@@ -177,13 +173,8 @@ def calibrate_pipeline(
     )
     report = CalibrationReport(preset, quantization_report(model), plain, compensated)
     make_directory(directory)
-    (directory / SETTINGS).unlink(missing_ok=True)  # what follows is not of the settings that were there
-    if not checkpoint:
-        shutil.rmtree(directory / CHECKPOINT, ignore_errors=True)
-    else:
-        save_quantized(model, directory / CHECKPOINT, overwrite=True, schedule=schedule, compensation=compensation)
+    preset.save(directory, pipe if checkpoint else None)
     write_json(directory / REPORT, report.record(settings, source))
-    preset.save(directory)  # last: with it the directory is finished
     return report
 
 

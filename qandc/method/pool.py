@@ -6,7 +6,6 @@ runs without a cache it is the control.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from qandc.sampling.loop import Guidance, check_sampling, describe_run, sample_l
 from qandc.sampling.pipelines import fingerprint
 from qandc.support.arguments import Between, Count, Integers, Model, Scheduler, Seeds, Steps, check_fields, checked
 from qandc.support.attach import eager
-from qandc.support.files import keep_settings, read_tensors, write_whole
+from qandc.support.files import FileKind, keep_settings
 from qandc.tap import TapConfig, select_samples
 
 __all__ = ["CandidatePool", "record_pool"]
 
-FORMAT_VERSION = 1
 SETTINGS = "pool.json"
+SHARD = FileKind("shard of a pool", 1, dict, "delete it to have it sampled again", DataError)
 
 
 @older_names
@@ -149,8 +148,6 @@ def record_pool(
         ConfigError, DataError: as :func:`qandc.sample_latents`; or the directory holds a pool of other settings.
         OutputError: the directory cannot be written.
     """
-    from safetensors.torch import save_file
-
     conditions = check_sampling(transformer, scheduler, conditions, num_inference_steps, guidance_scale)
     seeds = list(range(len(conditions)) if seeds is None else seeds)
     if len(seeds) != len(conditions):
@@ -158,7 +155,7 @@ def record_pool(
     if directory is not None:
         scheduler.set_timesteps(num_inference_steps)
         run = describe_run(transformer, scheduler, guidance_scale)
-        settings = {"version": FORMAT_VERSION, **run, DIT.run_key: conditions, "seeds": seeds, "batch_size": batch_size}
+        settings = {"version": SHARD.version, **run, DIT.run_key: conditions, "seeds": seeds, "batch_size": batch_size}
         settings |= {"scheduler_config": dict(scheduler.config), "weights_sha256": fingerprint(transformer)}
         keep_settings(Path(directory) / SETTINGS, settings, "a pool")
     shards = []
@@ -176,7 +173,7 @@ def record_pool(
                 callback=callback,
             )
             if path is not None:
-                write_whole(path, functools.partial(save_file, shard))
+                SHARD.write_tensors(path, shard, {})
         shards.append(shard)
     null_label = class_conditional(transformer)[1] if guidance_scale > 1 else None
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
@@ -210,8 +207,8 @@ def _record(transformer: Any, scheduler: Any, conditions: list[int], **run: Any)
 def _read(path: Path) -> dict[str, torch.Tensor] | None:
     if not path.exists():
         return None
-    found = read_tensors(path, "shard of a pool", "delete it to have it sampled again", error=DataError)
+    found, _ = SHARD.read_tensors(path)
     missing = {"hidden_states", "timesteps", "steps", DIT.run_key} - found.keys()
     if missing:
-        raise DataError(f"{str(path)!r} has no {min(missing)}; delete it to have it sampled again")
+        raise DataError(f"{str(path)!r} has no {min(missing)}; {SHARD.advice}")
     return found

@@ -232,8 +232,8 @@ class QandCQuantizer(DiffusersQuantizer):
         for name in self.bits:
             if name not in layers or layers[name].qweight.is_meta:
                 raise ModelError(f"no weight came for {name}; load the model by from_pretrained of its directory")
-            if layers[name].act_zero_point is not None and layers[name].act_scale is None:
-                raise ModelError(f"{name}.act_zero_point has no act_scale beside it; save the model again")
+            if self.pre_quantized:
+                layers[name].check_state(name)
         keep_fused_quantized(model)
         return model
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from qandc.errors import ConfigError, DataError
+from qandc.errors import ConfigError, DataError, ModelError
 from qandc.quantization.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.quantization.shared_products import Membership, shared_output, shared_output_to_compile
 from qandc.quantizer import check_bits, check_hessian, fault_of_divisor, gptq_round, quantize_weight
@@ -23,6 +23,7 @@ from qandc_kernels import (
     int8_linear,
     pack_int4,
     reference,
+    unpack_int4,
     weight_only_linear,
 )
 
@@ -31,6 +32,7 @@ __all__ = ["QuantLinear"]
 Features = Annotated[int, Between(0, 2**31 - 1)]
 FP32_BUFFERS = ("weight_scale", "act_scale", "smoothing")
 STORED = ("qweight", "weight_scale", "weight_sum", "bias", "act_scale", "act_zero_point", "smoothing")
+QUANTIZED_BUFFERS = {*STORED, "bits"} - {"bias"}
 OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "smoothing": torch.float32}
 
 
@@ -274,6 +276,31 @@ class QuantLinear(nn.Module):
         fault = fault_of_divisor(tensor)
         return None if fault is None else (fault, "finite numbers > 0 whose reciprocals are such")
 
+    def fault_of_sums(self, qweight: torch.Tensor, weight_sum: torch.Tensor) -> str | None:
+        """Tell of the first output channel whose ``weight_sum`` is not the sum of its integers; None if all agree."""
+        if qweight.is_meta or weight_sum.is_meta:
+            return None
+        q = unpack_int4(qweight) if self.w_bits == 4 else qweight
+        wrong = (q.sum(1, dtype=torch.int32) != weight_sum).nonzero()
+        return f"its weight_sum is not the sum of its integers in channel {int(wrong[0])}" if len(wrong) else None
+
+    def check_state(self, name: str) -> None:
+        """Refuse a layer that holds what no quantization gives.
+
+        Raises:
+            ModelError: a buffer has another dtype, shape or range of values, or the sums are not those of the weight.
+        """
+        state = {key: value for key, value in self.state_dict().items() if key in self.tensor_forms()}
+        for key, value in state.items():
+            fault = self.fault_of(key, value)
+            if fault is not None:
+                raise ModelError(f"{name}.{key} is {fault[0]}; in a {self.scheme} layer it must be {fault[1]}")
+        if "act_zero_point" in state and "act_scale" not in state:
+            raise ModelError(f"{name}.act_zero_point has no act_scale beside it; save the model again")
+        wrong = self.fault_of_sums(self.qweight, self.weight_sum)
+        if wrong is not None:
+            raise ModelError(f"{name}: {wrong}; save the model again")
+
     def make_optional(self, name: str) -> None:
         """Make room for one of ``OPTIONAL_BUFFERS``, to be filled from a state dict."""
         shape = (self.in_features,) if name == "smoothing" else ()
@@ -385,6 +412,11 @@ class QuantLinear(nn.Module):
         if "act_zero_point" in given and "act_scale" not in given:
             error_msgs.append(f"{prefix}act_zero_point has no act_scale beside it; give both, or neither")
             return
+        if not faults and {"qweight", "weight_sum"} <= given.keys():
+            wrong = self.fault_of_sums(given["qweight"], given["weight_sum"])
+            if wrong is not None:
+                error_msgs.append(f"{layer}: {wrong}; give the state dict as it was saved")
+                return
         if faults:  # a refused state changes nothing
             return
         self.membership.forget_compiled()

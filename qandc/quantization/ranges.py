@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qandc.errors import ConfigError
+from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields
 
-__all__ = ["ESTIMATORS", "Histogram", "RangeConfig", "StepRanges", "check_step_ranges", "estimate_range"]
+__all__ = [
+    "ESTIMATORS",
+    "Histogram",
+    "RangeConfig",
+    "StepRanges",
+    "check_range_values",
+    "check_step_ranges",
+    "estimate_range",
+]
 
 ESTIMATORS = ("minmax", "percentile", "mse")
 MOST_STEPS = 10_000
@@ -27,6 +35,27 @@ SMALLEST_EXPONENT = -64  # of a reach: all octaves below it are normal numbers
 CHUNK = 1 << 22  # values that are counted at once
 CANDIDATES = 40  # bounds that the search for the least error tries on each side first
 REFINEMENTS, REFINED = 2, 9  # rounds of the search between the neighbours of the best one, bounds in each
+
+
+def check_range_values(
+    scales: Mapping[str, torch.Tensor], zero_points: Mapping[str, torch.Tensor], shape: Sequence[int], what: str
+) -> None:
+    """Refuse ranges of layers that no kernel can use; ``what`` they are begins the messages.
+
+    Raises:
+        DataError: scales are not float32 of this shape, finite and > 0; zero points not int32 of it, from -128 to 127;
+            or a layer has a zero point and no scale.
+    """
+    for name, scale in scales.items():
+        whole = scale.dtype == torch.float32 and scale.shape == torch.Size(shape)
+        if not whole or not (torch.isfinite(scale) & (scale > 0)).all():
+            raise DataError(f"{what} of {name}: its scale must be {list(shape)} finite float32 numbers > 0")
+    for name, zero_point in zero_points.items():
+        whole = zero_point.dtype == torch.int32 and zero_point.shape == torch.Size(shape)
+        if not whole or not ((zero_point >= -128) & (zero_point <= 127)).all():
+            raise DataError(f"{what} of {name}: its zero point must be {list(shape)} int32 from -128 to 127")
+        if name not in scales:
+            raise DataError(f"{what} of {name}: it has a zero point and no scale; give both, or neither")
 
 
 @dataclass(frozen=True)
@@ -50,27 +79,16 @@ class StepRanges:
         steps = self.timesteps.shape
         if len(steps) != 1 or not 1 <= steps[0] <= MOST_STEPS or not torch.isfinite(self.timesteps).all():
             raise ConfigError(f"timesteps must be [S] finite numbers, S from 1 to {MOST_STEPS}; got {tuple(steps)}")
-        for name, values in (*self.scales.items(), *self.zero_points.items()):
-            if values.shape != steps:
-                raise ConfigError(f"step_ranges of {name} must be {steps[0]} finite numbers, one per timestep")
+        check_range_values(self.scales, self.zero_points, steps, "step_ranges")
 
 
 def check_step_ranges(ranges: StepRanges, layers: Collection[str]) -> None:
-    """Refuse ranges that kernels cannot take, or of layers that are not among ``layers``."""
+    """Refuse ranges of no layer, or of layers that are not among ``layers``."""
     if not ranges.scales:
         raise ConfigError("step_ranges has no scales; give those of at least one layer")
     unknown = [name for name in {**ranges.scales, **ranges.zero_points} if name not in layers]
     if unknown:
         raise ConfigError(f"step_ranges names {unknown[0]!r}, which is no quantized layer of this model")
-    for name, values in (*ranges.scales.items(), *ranges.zero_points.items()):
-        if not torch.isfinite(values).all():
-            raise ConfigError(f"step_ranges of {name} must be finite numbers")
-    positive = all((scale > 0).all() for scale in ranges.scales.values())
-    if not positive or not ranges.zero_points.keys() <= ranges.scales.keys():
-        raise ConfigError("step_ranges must have scales > 0, and one for each layer that has a zero point")
-    for name, values in ranges.zero_points.items():
-        if values.is_floating_point() or not (values.abs() <= 128).all() or (values == 128).any():
-            raise ConfigError(f"zero points of {name} in step_ranges must be integers from -128 to 127")
 
 
 @dataclass(frozen=True)

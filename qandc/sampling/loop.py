@@ -77,16 +77,18 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
 
     Called after ``scheduler.set_timesteps``.
     """
-    config, cache = transformer.config, get_cache(transformer)
-    schemes = sorted({layer.scheme for layer in quant_layers(transformer).values()})
-    parts = [f"{config.num_layers} blocks of {config.num_attention_heads * config.attention_head_dim}"]
-    parts += schemes or ["not quantized"]
-    parts.append("no cache" if cache is None else str(cache.config))
+    config, cache, timesteps = transformer.config, get_cache(transformer), timesteps_of(scheduler)
+    cached = None if cache is None else cache.config
     return {
         "scheduler": type(scheduler).__name__,
-        "timesteps": timesteps_of(scheduler),
+        "timesteps": timesteps,
         "guidance_scale": float(guidance_scale),
-        "model": ", ".join(parts),
+        "model": f"{config.num_layers} blocks of {config.num_attention_heads * config.attention_head_dim}",
+        "schemes": tuple(sorted({layer.scheme for layer in quant_layers(transformer).values()})),
+        "cache_mode": None if cached is None else cached.mode,
+        "cache_schedule": None if cached is None else cached.of_steps(len(timesteps)),
+        "cache_order": 0 if cached is None else cached.history - 1,
+        "cache_storage": None if cached is None else cached.storage_dtype,
     }
 
 

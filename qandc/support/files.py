@@ -1,18 +1,24 @@
-"""Write files that are whole or not there, read JSON and tensors back with one error, lock directories for one run."""
+"""Write files that are whole or not there, read JSON and tensors back with one error, lock directories for one run.
+
+A :class:`FileKind` is what this package believes when it reads it: its content has a schema and a checksum.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from qandc.errors import ConfigError, OutputError, QandCError
@@ -21,18 +27,24 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "FileEntry",
+    "FileKind",
+    "content_digest",
     "keep_settings",
     "locked",
     "make_directory",
     "read_json",
-    "read_tensors",
     "reading",
     "regular_size",
+    "settle",
+    "usual_mode",
     "write_json",
     "write_whole",
 ]
 
 logger = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
 
 LARGEST_JSON = 1 << 26  # bytes
 DEEPEST_JSON = 32  # objects and lists within each other
@@ -47,6 +59,23 @@ KINDS = {
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of file systems that have none
 
 
+def usual_mode(directory: Path) -> int:
+    """Return the mode that the umask gives a new file of a directory; safetensors would let nobody else read."""
+    probe = directory / f".{uuid.uuid4().hex[:16]}.partial"
+    probe.touch()
+    try:
+        return probe.stat().st_mode
+    finally:
+        probe.unlink()
+
+
+def settle(path: Path, mode: int) -> None:
+    """Give a written file its mode and wait until it is on the disk: a name must not outlive a power failure alone."""
+    os.chmod(path, mode)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` with a name beside ``path``, then rename, so that a file under this name is always whole.
 
@@ -57,9 +86,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
     partial = path.with_name(f".{uuid.uuid4().hex[:16]}.partial")  # other machines may write beside us
     try:
+        mode = usual_mode(path.parent)
         write(partial)
-        with partial.open("rb") as file:  # a name must not survive a power failure without its contents
-            os.fsync(file.fileno())
+        settle(partial, mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
         raise OutputError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
@@ -107,46 +136,158 @@ def reading(path: Path, what: str, advice: str, error: type[QandCError] = Config
         raise error(f"{str(path)!r} is no {what}: {reason}; {advice}") from cause
 
 
+class _Envelope(msgspec.Struct):
+    """What is around the content of a file; ``sha256`` is of the content as it is written, and of the tensors."""
+
+    version: int
+    kind: str = ""
+    sha256: str = ""
+    content: msgspec.Raw = msgspec.Raw()
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size and SHA-256 of a file, as the manifest of its directory holds them."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Measure a file.
+
+        Raises:
+            OSError: it cannot be read, or is no regular file.
+        """
+        size, digest = regular_size(path), hashlib.sha256()
+        with path.open("rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                digest.update(chunk)
+        return cls(size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class FileKind(Generic[Content]):
+    """A kind of file: JSON, or tensors with JSON in their header, in either case with its version and a checksum.
+
+    Attributes:
+        what: the file is, for messages and in the file: "schedule".
+        version: the one that is written and read.
+        content: the type that the JSON must have, as msgspec checks it: a Struct, a dataclass, a dictionary.
+        advice: ends the messages: what to do about a file that is refused.
+        error: the class of the errors.
+    """
+
+    what: str
+    version: int
+    content: type[Content]
+    advice: str
+    error: type[QandCError] = ConfigError
+
+    def write(self, path: Path, content: Content) -> None:
+        """Write a JSON file, as :func:`write_whole` does."""
+        text = self._around(content, {})
+        write_whole(path, lambda partial: partial.write_bytes(text + b"\n"))
+
+    def write_tensors(self, path: Path, tensors: Mapping[str, torch.Tensor], content: Content) -> None:
+        """Write a safetensors file, as :func:`write_whole` does; its metadata hold the content."""
+        from safetensors.torch import save_file
+
+        # cloned: tensors may share memory, which safetensors refuses
+        ours = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        metadata = {"format": "pt", "qandc": self._around(content, ours).decode()}
+        write_whole(path, lambda partial: save_file(ours, partial, metadata))
+
+    def read(self, path: Path) -> Content:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            ConfigError: or ``error``: no such file or no regular one, more than 64 MiB, no JSON, nested too deeply, of
+                another kind or version, changed since it was written, or not of the type of the content.
+        """
+        with reading(path, self.what, self.advice, self.error):
+            envelope = msgspec.json.decode(_read_bytes(path), type=_Envelope)
+        return self._checked(path, envelope, {})
+
+    def read_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], Content]:
+        """Read what :meth:`write_tensors` wrote; errors as :meth:`read`."""
+        tensors, metadata = self.read_foreign_tensors(path)
+        with reading(path, self.what, self.advice, self.error):
+            envelope = msgspec.json.decode(metadata.get("qandc", '{"version": 0}'), type=_Envelope)
+        return tensors, self._checked(path, envelope, tensors)
+
+    def read_foreign_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Read tensors and metadata of a safetensors file that others wrote: its checksum is up to the caller."""
+        from safetensors import SafetensorError, safe_open
+
+        with reading(path, self.what, self.advice, self.error):
+            regular_size(path)
+            try:
+                with safe_open(path, "pt") as file:
+                    return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            except SafetensorError as cause:
+                raise ValueError(str(cause)) from cause
+
+    def _around(self, content: Content, tensors: Mapping[str, torch.Tensor]) -> bytes:
+        body = msgspec.json.format(msgspec.json.encode(content), indent=1)
+        digest = content_digest(body, tensors)
+        return msgspec.json.encode(_Envelope(self.version, self.what, digest, msgspec.Raw(body)))
+
+    def _checked(self, path: Path, envelope: _Envelope, tensors: Mapping[str, torch.Tensor]) -> Content:
+        if envelope.version != self.version:
+            what_to_do = "update qandc" if envelope.version > self.version else self.advice
+            raise self.error(f"{str(path)!r} has version {envelope.version}, known is {self.version}; {what_to_do}")
+        with reading(path, self.what, self.advice, self.error):
+            if envelope.kind != self.what:
+                raise ValueError(f"it says that it is a {envelope.kind[:40]!r}")
+            body = bytes(envelope.content)
+            if content_digest(body, tensors) != envelope.sha256:
+                raise ValueError("it is not as it was written (checksum)")
+            return msgspec.json.decode(body, type=self.content)
+
+
+def content_digest(body: bytes, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of bytes and of tensors with their names, dtypes and shapes, in whatever order these are."""
+    import torch
+
+    digest = hashlib.sha256(body)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    if regular_size(path) > LARGEST_JSON:
+        raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+    with path.open("rb") as file:
+        return file.read(LARGEST_JSON)
+
+
 def read_json(
-    path: Path,
-    what: str,
-    advice: str,
-    *,
-    version: int | None = None,
-    names: Iterable[str] = (),
-    error: type[QandCError] = ConfigError,
+    path: Path, what: str, advice: str, *, names: Iterable[str] = (), error: type[QandCError] = ConfigError
 ) -> dict[str, Any]:
-    """Read a JSON file that this package wrote: an object, at most 64 MiB of UTF-8.
+    """Read a JSON file whose content is compared, not believed: an object, at most 64 MiB of UTF-8.
 
     Args:
         path: the file.
-        what: it should be, for messages: "schedule".
+        what: it should be, for messages: "record of settings".
         advice: ends the messages: what to do about it.
-        version: the one that is known, by default files of this kind have none.
         names: that it must have.
         error: the class of the errors.
 
     Raises:
-        ConfigError: or ``error``: no such file or no regular one, too large, no JSON, no object, nested too deeply, of
-            another version, or without one of the names.
+        ConfigError: or ``error``: no such file or no regular one, too large, no JSON, no object, nested too deeply, or
+            without one of the names.
     """
     with reading(path, what, advice, error):
-        if regular_size(path) > LARGEST_JSON:
-            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
-        with path.open("rb") as file:
-            found = json.loads(file.read(LARGEST_JSON).decode())
+        found = json.loads(_read_bytes(path).decode())
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}, not an object")
         if _depth(found) > DEEPEST_JSON:
             raise RecursionError
-        if version is not None and type(found["version"]) is not int:
-            raise ValueError(f"its version is {str(found['version'])[:40]!r}, not an integer")
-    if version is not None and found["version"] != version:
-        what_to_do = "update qandc" if found["version"] > version else advice
-        raise error(f"{str(path)!r} has version {found['version']}, known is {version}; {what_to_do}")
-    for name in names:
-        if name not in found:
-            raise error(f"{str(path)!r} is no {what}: it has no {name!r}; {advice}")
+        for name in names:
+            if name not in found:
+                raise KeyError(name)
     return found
 
 
@@ -157,21 +298,6 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
     return depth
-
-
-def read_tensors(
-    path: Path, what: str, advice: str, *, error: type[QandCError] = ConfigError
-) -> dict[str, torch.Tensor]:
-    """Read all tensors of a safetensors file; arguments and errors as :func:`read_json`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    with reading(path, what, advice, error):
-        regular_size(path)
-        try:
-            return load_file(path)
-        except SafetensorError as cause:
-            raise ValueError(str(cause)) from cause
 
 
 def make_directory(path: Path) -> None:

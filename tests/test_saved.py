@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 
@@ -13,6 +14,7 @@ from qandc import (
     CacheConfig,
     CalibratedSchedule,
     ConfigError,
+    DataError,
     ModelError,
     OutputError,
     Preset,
@@ -22,6 +24,7 @@ from qandc import (
     fashion_dit_preset,
     fit_compensation,
     input_hessians,
+    load,
     load_pipeline,
     make_scheduler,
     quantize_model,
@@ -29,7 +32,7 @@ from qandc import (
     sample_latents,
     smoothing_factors,
 )
-from qandc.method.presets import is_finished
+from qandc.method.saved import is_finished
 from qandc.quantization.conversion import quant_layers
 from tests.conftest import make_dit
 from tests.test_calibration import dit_batches
@@ -75,9 +78,7 @@ def test_a_loaded_preset_makes_the_same_model(tmp_path, symmetric, rounding):
     preset.save(tmp_path / "preset")
     loaded = Preset.load(tmp_path / "preset")
     assert (loaded.config, loaded.schedule) == (preset.config, preset.schedule)
-    assert (
-        bool(loaded.weights) is (tmp_path / "preset" / "weights.safetensors").exists() is (rounding == "error feedback")
-    )
+    assert bool(loaded.weights) is (rounding == "error feedback")
     assert bool(loaded.smoothing) is (rounding == "smoothing")
     assert bool(loaded.zero_points) is not symmetric
     other = loaded.quantize(make_dit(num_layers=2))
@@ -123,9 +124,9 @@ def test_ranges_of_a_layer_that_is_not_there_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: None, r"qweight must be \[32, 16\] torch.uint8; weights.safetensors holds nothing"),
-        (lambda q: q[:16], r"qweight must be \[32, 16\] torch.uint8; weights.safetensors holds \[16, 16\]"),
-        (lambda q: q.to(torch.int8), r"weights.safetensors holds \[32, 16\] torch.int8"),
+        (lambda q: None, "qweight is missing; it must be there"),
+        (lambda q: q[:16], r"qweight is of shape \[16, 16\]; it must be of shape \[32, 16\]"),
+        (lambda q: q.to(torch.int8), "qweight is torch.int8; it must be stored as torch.uint8"),
     ],
     ids=["missing", "shape", "dtype"],
 )
@@ -169,13 +170,13 @@ def test_without_compensation(tmp_path):
         Preset.of(model, preset.config, preset.schedule, None)
     plain = Preset.of(model, preset.config, preset.schedule, None, scheduler="DDIMScheduler", guidance_scale=1.5)
     plain.save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"preset.json", "ranges.safetensors", "schedule.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"qandc.json", "qandc.safetensors"}
     loaded = Preset.load(tmp_path)
     assert loaded.compensation is None
     assert (loaded.scheduler_name, loaded.num_inference_steps, loaded.guidance_scale) == ("ddim", 6, 1.5)
 
 
-FILES = ["preset.json", "ranges.safetensors", "weights.safetensors", "schedule.json", "compensation.safetensors"]
+FILES = ["qandc.json", "qandc.safetensors"]
 
 
 @pytest.mark.parametrize("broken", FILES)
@@ -188,56 +189,125 @@ def test_broken_directories_are_refused(tmp_path, broken, how):
         Preset.load(tmp_path)
 
 
+def rewrite(directory, change):
+    """Change a manifest and make its checksum true again, as other hands could."""
+    path = directory / "qandc.json"
+    envelope = json.loads(path.read_text())
+    change(envelope["content"])
+    body = json.dumps(envelope.pop("content"))
+    envelope["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    path.write_text(f'{json.dumps(envelope)[:-1]}, "content": {body}}}')
+
+
 def test_versions_and_folders_are_checked(tmp_path):
     preset, _ = make_preset()
     preset.save(tmp_path)
-    values = json.loads((tmp_path / "preset.json").read_text())
-    for version, what in ((4, "update qandc"), (2, "make them anew with qandc calibrate")):
-        (tmp_path / "preset.json").write_text(json.dumps({**values, "version": version}))
-        with pytest.raises(ConfigError, match=f"has version {version}, known is 3; {what}"):
+    values = json.loads((tmp_path / "qandc.json").read_text())
+    for version, what in ((2, "update qandc"), (0, r"make it again \(qandc calibrate, or qandc.save\)")):
+        (tmp_path / "qandc.json").write_text(json.dumps({**values, "version": version}))
+        with pytest.raises(ConfigError, match=f"has version {version}, known is 1; {what}"):
             Preset.load(tmp_path)
-    (tmp_path / "preset.json").write_text("[]")
-    with pytest.raises(ConfigError, match="is no part of calibrated settings: it holds list, not an object"):
+    (tmp_path / "qandc.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is no calibrated model: Expected `object`, got `array`"):
         Preset.load(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write to"):
         preset.save(tmp_path / "file" / "preset")
 
 
-SETTINGS = [
-    "version", "w_bits", "a_bits", "skip_patterns", "weight_clip", "smoothing", "weights", "compensation",
-    "scheduler",
-    "guidance_scale", "model", "structure",
-]  # fmt: skip
+@pytest.mark.parametrize("name", ["preset.json", "quantized.json"])
+def test_directories_of_older_versions_say_what_to_do(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    for reader in (Preset.load, load):
+        with pytest.raises(ConfigError, match=r"an older qandc wrote it; make it again \(qandc calibrate"):
+            reader(tmp_path)
 
 
-def test_a_setting_that_is_missing_is_named(tmp_path):
-    """As in a file of a version that did not know it: never guessed, and every one that is written is needed."""
+ALTERED = {
+    "no bits": (lambda m: m["calibration"].pop("quantization"), "missing required field `quantization`"),
+    "bits": (lambda m: m["calibration"]["quantization"].update(w_bits=3), "w_bits is 3; allowed are 4 and 8"),
+    "text": (lambda m: m["calibration"]["quantization"].update(w_bits="4"), "Expected `int`, got `str`"),
+    "guidance": (lambda m: m["calibration"].update(guidance_scale=-1), "guidance_scale is -1"),
+    "unknown": (lambda m: m.update(more=1), "unknown field `more`"),
+    "structure": (lambda m: m["calibration"].update(structure={"num_layers": 2}), "structure has"),
+    "no schedule": (lambda m: m.pop("schedule"), "no settings for runs"),
+    "rising": (lambda m: m["schedule"]["timesteps"].reverse(), "timesteps rise"),
+    "first": (lambda m: m["schedule"]["schedule"].__setitem__(0, False), "the first step of the schedule"),
+    "integer for boolean": (lambda m: m["schedule"]["schedule"].__setitem__(0, 1), "Expected `bool`, got `int`"),
+    "target": (lambda m: m["compensation"].update(target="x"), "target 'x' is unknown"),
+    "steps": (lambda m: m["compensation"]["fitted_for"]["timesteps"].pop(), r"gain must be \[5 steps"),
+    "outside": (
+        lambda m: m["files"].update({"../secret": m["files"]["qandc.safetensors"]}),
+        r"names the files '\.\./sec",
+    ),
+    "device": (
+        lambda m: m["files"].update({"/dev/zero": m["files"]["qandc.safetensors"]}),
+        "names the files '/dev/zero'",
+    ),
+    "itself": (lambda m: m["files"].update({"qandc.json": m["files"]["qandc.safetensors"]}), "which make no model"),
+    "a part": (lambda m: m["files"].update({"config.json": m["files"]["qandc.safetensors"]}), "which make no model"),
+    "no files": (lambda m: m["files"].clear(), "which make no model"),
+    "size": (lambda m: m["files"]["qandc.safetensors"].update(bytes=1), r"not as it was written \(checksum\)"),
+    "checksum": (lambda m: m["files"]["qandc.safetensors"].update(sha256=""), r"not as it was written \(checksum\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ALTERED.values(), ids=ALTERED)
+def test_a_manifest_that_was_never_written(tmp_path, change, message):
     make_preset()[0].save(tmp_path)
-    path = tmp_path / "preset.json"
-    values = json.loads(path.read_text())
-    assert set(values) == set(SETTINGS)
-    for name in SETTINGS:
-        path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
-        with pytest.raises(ConfigError, match=f"preset.json' is no .*: it has no '{name}'; make them anew"):
-            Preset.load(tmp_path)
-    path.write_text(json.dumps({**values, "structure": {"num_layers": 2}}))
-    with pytest.raises(ConfigError, match=r"preset.json' is no .*: it has no 'num_attention_heads'"):
-        Preset.load(tmp_path)
-    path.write_text(json.dumps(values))
+    rewrite(tmp_path, lambda content: None)
     Preset.load(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises((ConfigError, DataError), match=message):
+        Preset.load(tmp_path)
 
 
-def test_smoothing_that_is_not_the_models_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"scales": {"a": torch.tensor(float("nan"))}},
+            r"the range of a: its scale must be \[\] finite float32 numbers",
+        ),
+        ({"scales": {"a": torch.tensor(0.0)}}, "finite float32 numbers > 0"),
+        ({"scales": {"a": torch.ones(2)}}, "finite float32 numbers > 0"),
+        ({"scales": {"a": torch.ones((), dtype=torch.float64)}}, "finite float32 numbers > 0"),
+        (
+            {"zero_points": {"a": torch.tensor(128, dtype=torch.int32)}},
+            r"its zero point must be \[\] int32 from -128 to",
+        ),
+        ({"zero_points": {"a": torch.tensor(1)}}, "int32 from -128 to 127"),
+        ({"scales": {}, "zero_points": {"a": torch.tensor(1, dtype=torch.int32)}}, "a zero point and no scale"),
+        ({"smoothing": {"a": torch.tensor([1.0, float("inf")])}}, "the smoothing of a must be finite"),
+    ],
+)
+def test_values_that_no_calibration_gives(changes, message):
+    preset, _ = make_preset()
+    with pytest.raises(DataError, match=message):
+        dataclasses.replace(preset, **{"scales": {"a": torch.tensor(1.0)}, "zero_points": {}, **changes})
+
+
+def test_smoothing_that_is_not_the_models_is_refused():
     preset, _ = make_preset(rounding="smoothing")
     other = dataclasses.replace(preset, smoothing={**preset.smoothing, "attention": torch.ones(32)})
-    with pytest.raises(ModelError, match="it has no layer 'attention' to smooth"):
+    with pytest.raises(ModelError, match="it has no quantized layer 'attention'"):
         other.quantize(make_dit(num_layers=2))
-    preset.save(tmp_path)
-    path = tmp_path / "preset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "smoothing": False}))
-    with pytest.raises(ConfigError, match="smoothing is False in"):
-        Preset.load(tmp_path)
+
+
+def test_where_the_full_precision_model_is(tmp_path, caplog):
+    """A directory is noted by its way from here, never by its place; a hub id is told when it is to be loaded."""
+    preset, _ = make_preset()
+    assert preset.base_model() is None
+    assert preset.base_model("mine") == "mine"
+    dataclasses.replace(preset, model=str(tmp_path / "models" / "base")).save(tmp_path / "a" / "b")
+    assert str(tmp_path) not in (tmp_path / "a" / "b" / "qandc.json").read_text()
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert Preset.load(tmp_path / "c" / "b").model == str(tmp_path / "models" / "base")
+    dataclasses.replace(preset, model="owner/name").save(tmp_path / "hub")
+    found = Preset.load(tmp_path / "hub")
+    assert not caplog.records
+    assert found.base_model() == "owner/name"
+    assert "the calibrated settings are for owner/name, which is loaded" in caplog.text
 
 
 def test_a_digest_tells_settings_apart():
@@ -277,25 +347,40 @@ def test_a_digest_tells_settings_apart():
     assert dataclasses.replace(preset, scales=dict(reversed(preset.scales.items()))).digest() == preset.digest()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_failed_write_leaves_no_fragment_and_nothing_finished(tmp_path, monkeypatch, name):
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        make_preset()[0].save(tmp_path / "x")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("stage", ["beside", "moved", "manifest"])
+def test_a_failed_write_leaves_no_fragment(tmp_path, monkeypatch, stage):
+    """What was there is whole until all files are written beside it, then gone until the manifest is there again."""
     preset, _ = make_preset(rounding="error feedback")
     preset.save(tmp_path)
+    before = (tmp_path / "qandc.json").read_bytes()
     replace = os.replace
 
     def full(source, target):
-        if target.name == name:
+        where = "beside" if target.parent != tmp_path else "manifest" if target.name == "qandc.json" else "moved"
+        if where == stage:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        preset.save(tmp_path)
-    assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*"))
-    assert not is_finished(tmp_path)
+        dataclasses.replace(preset, compensation=None).save(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    assert is_finished(tmp_path) is (stage == "beside")
+    if is_finished(tmp_path):
+        assert (tmp_path / "qandc.json").read_bytes() == before
+        assert Preset.load(tmp_path).digest() == preset.digest()
     monkeypatch.undo()
     preset.save(tmp_path)
-    assert is_finished(tmp_path)
+    assert Preset.load(tmp_path).digest() == preset.digest()
 
 
 @pytest.mark.parametrize(("w_bits", "computed"), [(8, 18), (4, 17)])

@@ -1,0 +1,703 @@
+"""Save and load calibrated models: one directory, which diffusers reads too.
+
+::
+
+    qandc.json            what was calibrated for what, and size and SHA-256 of every other file
+    qandc.safetensors     gains, ranges per step; ranges, smoothing, GPTQ's weights where no model is beside them
+    model_index.json, transformer/, vae/, scheduler/       as DiTPipeline.save_pretrained writes them   ┐ one of them,
+    config.json, diffusion_pytorch_model.safetensors       as the model's save_pretrained writes them   ┘ or neither
+
+``qandc.json`` goes first and comes back last: with it the others belong together. No file holds code or absolute paths.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from qandc.caching.schedule import CalibratedSchedule
+from qandc.errors import ConfigError, DataError, ModelError, OutputError
+from qandc.quantization.conversion import layers_to_quantize, quant_layers, quantize_model
+from qandc.quantization.linear import OPTIONAL_BUFFERS, QUANTIZED_BUFFERS, skeleton_layer
+from qandc.quantization.plan import resolved
+from qandc.quantization.ranges import StepRanges, check_range_values, check_step_ranges
+from qandc.quantizer import QuantConfig, check_bits
+from qandc.sampling.loop import SCHEDULERS, Guidance, set_timesteps
+from qandc.sampling.pipelines import DTYPES, load_pipeline, resolve_device
+from qandc.support.arguments import Pipeline, Scheduler, Steps, check_fields, checked
+from qandc.support.attach import original_class
+from qandc.support.files import (
+    FileEntry,
+    FileKind,
+    content_digest,
+    read_json,
+    reading,
+    regular_size,
+    settle,
+    usual_mode,
+)
+from qandc.variance_compensation import Compensation, CompensationHeader
+from qandc_kernels import FLOAT_DTYPES
+
+__all__ = ["CalibratedModel", "Preset", "check_target", "fashion_dit_preset", "is_finished", "load", "save"]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, TENSORS = "qandc.json", "qandc.safetensors"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # names of diffusers
+TRANSFORMER = "transformer/"
+PIPELINE_FILES = (
+    "model_index.json",
+    f"{TRANSFORMER}{CONFIG}",
+    f"{TRANSFORMER}{WEIGHTS}",
+    f"vae/{CONFIG}",
+    f"vae/{WEIGHTS}",
+    "scheduler/scheduler_config.json",
+)
+MODEL_FILES = (CONFIG, WEIGHTS)
+READ_INSTEAD = (f"{WEIGHTS}.index.json", "diffusion_pytorch_model.bin")  # what diffusers would read, were they there
+OLDER = ("preset.json", "quantized.json")
+STRUCTURE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size")
+WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum")
+ONE_FILE = "1000GB"  # shards are smaller than this
+
+
+class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the full-precision pipeline is: a hub id, or a directory relative to this one; fashion-dit if neither."""
+
+    hub: str | None = None
+    path: str | None = None
+
+
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What turns the full-precision model into the calibrated one, and the runs it is for."""
+
+    quantization: QuantConfig
+    structure: dict[str, int | None]
+    scheduler: str
+    guidance_scale: float
+    base: Base = Base()
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The content of ``qandc.json``."""
+
+    files: dict[str, FileEntry]
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the model, if one is there
+    calibration: Calibration | None = None
+    schedule: CalibratedSchedule | None = None
+    compensation: CompensationHeader | None = None
+
+
+WHAT, AGAIN = "calibrated model", "make it again (qandc calibrate, or qandc.save)"
+FILE = FileKind(WHAT, 1, Manifest, AGAIN)
+TENSOR_FILE = FileKind(f"part of a {WHAT}", 1, dict, AGAIN)
+
+
+@checked
+def fashion_dit_preset(w_bits: int = 8) -> Preset:
+    """Load the settings that come with the embedded model: 50 DDPM steps, guidance 1.5, W8A8 or W4A8."""
+    check_bits(w_bits, 8)
+    return Preset.load(Path(__file__).parents[1] / "assets" / "fashion-dit-presets" / f"w{w_bits}a8")
+
+
+def is_finished(directory: str | Path) -> bool:
+    """Tell whether a directory holds a calibrated model; ``qandc.json`` is written last."""
+    return (Path(directory) / MANIFEST).exists()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a quantized, cached model needs beside its full-precision weights.
+
+    Attributes:
+        config: bits, layers left out, how weights are clipped.
+        scales: layer name to 0-d float32.
+        zero_points: layer name to 0-d int32; a layer that is missing here is symmetric.
+        smoothing: layer name to ``[in_features]`` factors; a layer that is missing here has none.
+        schedule: of the feature cache.
+        compensation: fitted for the model with these ranges and this cache, or None.
+        scheduler, guidance_scale: of the runs they are for; the steps are those of the schedule.
+        structure: numbers of the model's config that say what its layers are.
+        weights: ``<layer>.<buffer>`` of every quantized layer; empty if rounding to nearest makes them again.
+        model: where the pipeline came from: a directory or hub id, None for fashion-dit.
+    """
+
+    config: QuantConfig
+    scales: dict[str, torch.Tensor]
+    zero_points: dict[str, torch.Tensor]
+    schedule: CalibratedSchedule
+    compensation: Compensation | None
+    scheduler: str
+    guidance_scale: Guidance
+    structure: dict[str, int | None]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    model: str | None = None
+    smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
+        if self.structure.keys() != set(STRUCTURE):
+            raise ConfigError(f"structure has {sorted(self.structure)}; it must have {', '.join(STRUCTURE)}")
+        check_range_values(self.scales, self.zero_points, (), "the range")
+        for name, factors in self.smoothing.items():
+            if factors.dtype != torch.float32 or not (torch.isfinite(factors) & (factors > 0)).all():
+                raise DataError(f"the smoothing of {name} must be finite float32 numbers > 0")
+
+    @classmethod
+    @checked
+    def of(
+        cls,
+        model: nn.Module,
+        config: QuantConfig,
+        schedule: CalibratedSchedule,
+        compensation: Compensation | None,
+        *,
+        scheduler: str | None = None,
+        guidance_scale: Guidance | None = None,
+        keep_weights: bool = False,
+        source: str | None = None,
+    ) -> Preset:
+        """The ranges of a calibrated model, and the rest as given.
+
+        Args:
+            scheduler, guidance_scale: of the runs, the scheduler by its class name; by default those that the
+                compensation was fitted for.
+            keep_weights: keep the quantized weights too. Those rounded with Hessians need it: they cannot be made again
+                without the samples.
+            source: directory or hub id of the pipeline, None for fashion-dit.
+
+        Raises:
+            ConfigError: neither a compensation nor scheduler and guidance are given.
+        """
+        if compensation is not None:
+            scheduler = compensation.fitted_for.scheduler if scheduler is None else scheduler
+            guidance_scale = compensation.fitted_for.guidance_scale if guidance_scale is None else guidance_scale
+        if scheduler is None or guidance_scale is None:
+            raise ConfigError("settings without compensation need the scheduler and guidance_scale they are for")
+        layers = quant_layers(model)
+        weights = {
+            f"{name}.{buffer}": tensor
+            for name, layer in layers.items()
+            for buffer in WEIGHT_BUFFERS
+            if keep_weights and (tensor := getattr(layer, buffer)) is not None
+        }
+        return cls(
+            resolved(model, config),
+            {name: layer.act_scale for name, layer in layers.items() if layer.act_scale is not None},
+            {name: layer.act_zero_point for name, layer in layers.items() if layer.act_zero_point is not None},
+            schedule,
+            compensation,
+            scheduler,
+            float(guidance_scale),
+            _structure(model),
+            weights,
+            source,
+            {name: layer.smoothing for name, layer in layers.items() if layer.smoothing is not None},
+        )
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Of the runs they are for."""
+        return len(self.schedule.schedule)
+
+    @property
+    def scheduler_name(self) -> str:
+        """As :func:`qandc.make_scheduler` takes it; the class name if it knows none."""
+        return {known: name for name, known in SCHEDULERS.items()}.get(self.scheduler, self.scheduler)
+
+    def digest(self) -> str:
+        """Hash all tensors, the schedule and what runs they are for: equal for equal settings alone."""
+        tensors = {**self._tensors(), **self.weights}
+        header = None
+        if self.compensation is not None:
+            tensors |= {"gain": self.compensation.gain, "mean": self.compensation.mean}
+            header = self.compensation.header
+        body = msgspec.json.encode((self.config, self.schedule, self.scheduler, self.guidance_scale, header))
+        return content_digest(body, tensors)[:16]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Ranges and smoothing by the names that a state dict of the quantized model has for them."""
+        of_buffers = {"act_scale": self.scales, "act_zero_point": self.zero_points, "smoothing": self.smoothing}
+        return {f"{name}.{buffer}": t for buffer, tensors in of_buffers.items() for name, t in tensors.items()}
+
+    def base_model(self, given: str | None = None) -> str | None:
+        """Return what :func:`qandc.load_pipeline` takes: ``given``, or what the settings name, which is then logged."""
+        if given is not None or self.model is None:
+            return given
+        level = logging.INFO if Path(self.model).is_dir() else logging.WARNING  # what the hub sends is another's
+        logger.log(level, "the calibrated settings are for %s, which is loaded", self.model)
+        return self.model
+
+    @checked
+    def check(
+        self, transformer: nn.Module, scheduler: Scheduler, num_inference_steps: Steps, guidance_scale: Guidance
+    ) -> None:
+        """Refuse, before any work, a model or a run that these settings are not for.
+
+        Raises:
+            ModelError: the model has another structure.
+            ConfigError: another scheduler, other timesteps or guidance.
+        """
+        self._check_structure(transformer)
+        timesteps = set_timesteps(scheduler, num_inference_steps)
+        for name, ours, theirs in (
+            ("scheduler", self.scheduler, type(scheduler).__name__),
+            ("num_inference_steps", self.num_inference_steps, num_inference_steps),
+            ("guidance_scale", self.guidance_scale, float(guidance_scale)),
+            ("timesteps", self.schedule.timesteps, timesteps),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"these settings were made for {name} {_short(ours)}; this run has {_short(theirs)} (calibrate for "
+                    "this run)"
+                )
+
+    def _check_structure(self, model: Any) -> None:
+        for name, number in _structure(model).items():
+            if number != self.structure[name]:
+                raise ModelError(
+                    f"these settings are of another model: they were made for {name} {self.structure[name]}, this one "
+                    f"has {number} (give the model they were made for, or calibrate this one)"
+                )
+
+    @checked
+    def quantize(self, model: nn.Module) -> Any:
+        """``quantize_model`` with these settings, and static ranges; kept weights are installed bit for bit.
+
+        Raises:
+            ModelError: the model has another structure than the one these settings were made for. It is unchanged then.
+        """
+        self._check_structure(model)
+        config = self.config
+        self._check_layers(model)
+        clip = "max" if self.weights else config.weight_clip  # kept weights take the place of what is rounded here
+        quantize_model(
+            model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip, smoothing=self.smoothing
+        )
+        tensors = self._tensors()
+        for name, layer in quant_layers(model).items():
+            state = {key: tensors[f"{name}.{key}"] for key in OPTIONAL_BUFFERS if f"{name}.{key}" in tensors}
+            state |= {key: self.weights.get(f"{name}.{key}", getattr(layer, key)) for key in WEIGHT_BUFFERS}
+            layer.load_state_dict(state, strict=False)
+        return model
+
+    def _check_layers(self, model: nn.Module) -> None:
+        """Refuse ranges, smoothing and weights that the layers to be quantized do not take."""
+        linears, bits = layers_to_quantize(model, self.config), (self.config.w_bits, self.config.a_bits)
+        tensors = {**self._tensors(), **self.weights}
+        strangers = {name.rpartition(".")[0] for name in tensors} - linears.keys()
+        if strangers:
+            raise ModelError(f"these settings are of another model: it has no quantized layer {min(strangers)!r}")
+        for name, linear in linears.items():
+            sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+            layer = skeleton_layer(*sizes, bias=False, bits=bits, dtype=dtype)
+            for buffer in (*WEIGHT_BUFFERS, *OPTIONAL_BUFFERS):
+                kept = tensors.get(f"{name}.{buffer}")
+                if kept is None and (buffer in OPTIONAL_BUFFERS or not self.weights):
+                    continue
+                fault = ("missing", "there") if kept is None else layer.fault_of(buffer, kept)
+                if fault is not None:
+                    raise ModelError(
+                        f"these settings are of another model: {name}.{buffer} is {fault[0]}; it must be {fault[1]}"
+                    )
+
+    @checked
+    def save(self, directory: str | Path, pipe: Annotated[Any, Pipeline | None] = None) -> None:
+        """Write a directory; what was calibrated there before is replaced.
+
+        Args:
+            directory: made with its parents, if it is not there.
+            pipe: with the quantized transformer: written too, so that ``DiTPipeline.from_pretrained`` loads it.
+
+        Raises:
+            OutputError: a file cannot be written, or would replace one that is no part of a calibrated model.
+        """
+        directory = Path(directory)
+        base, local = self.model, self.model is not None and Path(self.model).is_absolute()
+        here = Base(path=os.path.relpath(str(base), directory.absolute())) if local else Base(hub=base)
+        about = Calibration(self.config, self.structure, self.scheduler, self.guidance_scale, here)
+        tensors = {} if pipe is not None else {**self._tensors(), **self.weights}
+        _write(
+            directory,
+            None if pipe is None else lambda partial: pipe.save_pretrained(partial, max_shard_size=ONE_FILE),
+            {f"layers.{name}": tensor for name, tensor in tensors.items()},
+            dtype=None if pipe is None else _dtype_name(pipe.transformer.dtype),
+            calibration=about,
+            schedule=self.schedule,
+            compensation=self.compensation,
+        )
+
+    @classmethod
+    @checked
+    def load(cls, directory: str | Path) -> Preset:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: a file is missing, damaged or not of this version; or it is a model without settings.
+            DataError: values that are none of settings.
+        """
+        directory = Path(directory)
+        found = _Directory(directory)
+        about = found.manifest.calibration
+        if about is None or found.manifest.schedule is None:
+            raise ConfigError(
+                f"{str(directory)!r} holds a quantized model, but no settings for runs; make it with qandc calibrate"
+            )
+        tensors = found.tensors("layers.")
+        if found.model_prefix is not None:
+            state = TENSOR_FILE.read_foreign_tensors(directory / found.model_prefix / WEIGHTS)[0]
+            layers = {name.rpartition(".")[0] for name in state if name.endswith(".qweight")}
+            tensors = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in layers}
+        ending = {
+            buffer: {name.removesuffix(f".{buffer}"): t for name, t in tensors.items() if name.endswith(f".{buffer}")}
+            for buffer in OPTIONAL_BUFFERS
+        }
+        weights = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in WEIGHT_BUFFERS}
+        base = about.base
+        with reading(directory / MANIFEST, WHAT, AGAIN):
+            path = None if base.path is None else os.path.normpath(directory.absolute() / base.path)
+            return cls(
+                about.quantization,
+                ending["act_scale"],
+                ending["act_zero_point"],
+                found.manifest.schedule,
+                found.compensation(),
+                about.scheduler,
+                about.guidance_scale,
+                about.structure,
+                weights,
+                base.hub if path is None else path,
+                ending["smoothing"],
+            )
+
+
+def _structure(model: Any) -> dict[str, int | None]:
+    config = getattr(model, "config", None)
+    if not all(hasattr(config, name) for name in STRUCTURE):
+        raise ModelError(f"settings are for diffusers' DiTTransformer2DModel; got {type(model).__name__}")
+    return {name: getattr(config, name) for name in STRUCTURE}
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    shown = [f"{number:g}" for number in value]
+    return f"{shown[0]}, {shown[1]} .. {shown[-1]}" if len(shown) > 3 else ", ".join(shown)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class CalibratedModel:
+    """What :func:`load` found.
+
+    Attributes:
+        model: the quantized transformer, in eval mode.
+        schedule: for ``apply_cache(model, config=schedule.config())``, or None.
+        compensation: for ``sample_latents`` and ``compensated_scheduler``, or None.
+        step_ranges: for ``fuse_dit(model, step_ranges=...)``, or None.
+    """
+
+    model: nn.Module
+    schedule: CalibratedSchedule | None = None
+    compensation: Compensation | None = None
+    step_ranges: StepRanges | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@checked
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    schedule: CalibratedSchedule | None = None,
+    compensation: Compensation | None = None,
+    step_ranges: StepRanges | None = None,
+) -> None:
+    """Write a quantized transformer, and what it is to be run with, into one directory.
+
+    The model is saved as ``quantize_model`` and ``calibrate`` left it: hooks, an attached cache and fusion stay in
+    place and are not saved; give the schedule and the step ranges to keep them. Files appear under their names once all
+    are written.
+
+    Args:
+        model: a model of diffusers that :func:`qandc.quantize_model` has converted.
+        directory: made anew, with its parents.
+        overwrite: replace the calibrated model that is there.
+        schedule, compensation, step_ranges: stored beside the model, returned by :func:`load`.
+
+    Raises:
+        ModelError: no model of diffusers, not quantized, without values, or not what its config builds (LoRA,
+            parametrizations).
+        ConfigError: the step ranges are not of this model.
+        OutputError: the directory holds a calibrated model, or other files of these names, or cannot be written.
+    """
+    directory = Path(directory)
+    check_target(directory, MODEL_FILES, overwrite)
+    name = _class_name(model)
+    if not quant_layers(model):
+        raise ModelError(f"this {name} is not quantized; call quantize_model first, or model.save_pretrained instead")
+    state = model.state_dict()
+    empty = [key for key, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise ModelError(f"{empty[0]} is on the meta device and has no values; load it, or undo the offloading")
+    source: Any = model
+    _check_names(original_class(model), json.loads(source.to_json_string()), state)
+    for layer_name, layer in quant_layers(model).items():
+        layer.check_state(layer_name)
+    if step_ranges is not None:
+        check_step_ranges(step_ranges, quant_layers(model))
+    _write(
+        directory,
+        lambda partial: source.save_pretrained(partial, max_shard_size=ONE_FILE),
+        {} if step_ranges is None else _flat(step_ranges),
+        dtype=_dtype_name(source.dtype),
+        schedule=schedule,
+        compensation=compensation,
+    )
+
+
+@checked
+def load(
+    directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> CalibratedModel:
+    """Read a calibrated model: what :func:`save` or ``qandc calibrate`` wrote.
+
+    Settings without a model (as those that come with fashion-dit) quantize the full-precision model that they name.
+
+    Args:
+        directory: to read from.
+        device: where the model goes.
+        dtype: float16, bfloat16 or float32 for all that is not quantized, by default as saved. Scales stay float32.
+
+    Returns:
+        The model, which computes bit for bit what the saved one does, with schedule, compensation and step ranges.
+
+    Raises:
+        ConfigError: no calibrated model, of another version, a file missing, truncated or changed, or another dtype.
+        ModelError: the diffusers that is installed builds another model from its config, or accelerate is missing.
+        DeviceError: the device is not here.
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(known) for known in FLOAT_DTYPES)
+        raise ConfigError(f"dtype is {dtype}; allowed are {allowed} (leave it out to keep the one that was saved)")
+    target, directory = resolve_device(str(device)), Path(directory)
+    found = _Directory(directory)
+    if found.model_prefix is None:
+        preset = Preset.load(directory)
+        pipe = load_pipeline(preset.base_model(), target, dtype or torch.float32)
+        model = preset.quantize(pipe.transformer)
+    else:
+        model = _load_model(directory / found.model_prefix, dtype or DTYPES[str(found.manifest.dtype)])
+        nn.Module.to(model, device=target)  # that of diffusers warns of layers it does not name
+    steps = found.tensors("steps.")
+    with reading(directory / TENSORS, WHAT, AGAIN):
+        step_ranges = (
+            None
+            if not steps
+            else StepRanges(
+                steps.pop("timesteps"),
+                {name.removesuffix(".scale"): t for name, t in steps.items() if name.endswith(".scale")},
+                {name.removesuffix(".zero_point"): t for name, t in steps.items() if name.endswith(".zero_point")},
+            )
+        )
+    return CalibratedModel(model.eval(), found.manifest.schedule, found.compensation(), step_ranges)
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    config = read_json(folder / CONFIG, WHAT, AGAIN, names=("_class_name",))
+    state = TENSOR_FILE.read_foreign_tensors(folder / WEIGHTS)[0]
+    with reading(folder / CONFIG, WHAT, AGAIN):
+        model_class = getattr(diffusers, str(config["_class_name"]), None)
+        if not isinstance(model_class, type) or not issubclass(model_class, diffusers.ModelMixin):
+            raise ValueError(f"its class {str(config['_class_name'])[:40]!r} is no model of diffusers")
+        _check_names(model_class, config, state)
+        model = model_class.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+    if not getattr(model, "_keep_in_fp32_modules", None):
+        nn.Module.to(model, dtype=dtype)  # buffers that no file holds
+    return model
+
+
+class _Directory:
+    """A directory whose files are as its manifest says: names of a fixed set, sizes, checksums."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / MANIFEST
+        if not path.exists():
+            raise ConfigError(f"{str(directory)!r} holds no calibrated model: {_what_is_there(directory)}")
+        self.directory, self.manifest = directory, FILE.read(path)
+        files = self.manifest.files.keys()
+        with reading(path, WHAT, AGAIN):
+            kinds = {None: {TENSORS}, TRANSFORMER: {TENSORS, *PIPELINE_FILES}, "": {TENSORS, *MODEL_FILES}}
+            prefix = next((prefix for prefix, names in kinds.items() if files == names), False)
+            if prefix is False or (prefix is not None and self.manifest.dtype is None):
+                raise ValueError(f"it names the files {', '.join(map(repr, sorted(files)))[:200]}, which make no model")
+        self.model_prefix: str | None = prefix  # type: ignore[assignment]
+        for name, entry in self.manifest.files.items():
+            with reading(directory / name, f"part of a {WHAT}", "copy it again"):
+                if regular_size(directory / name) != entry.bytes or FileEntry.of(directory / name) != entry:
+                    raise ValueError("it is not as it was written (checksum)")
+        for name in READ_INSTEAD if self.model_prefix is not None else ():
+            if (directory / f"{self.model_prefix}{name}").exists():
+                raise ConfigError(f"{str(directory)!r} holds {name!r}, which is no part of it; remove that file")
+        self._tensors = TENSOR_FILE.read_tensors(directory / TENSORS)[0]
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of ``qandc.safetensors`` whose names begin so, without the prefix."""
+        return {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+
+    def compensation(self) -> Compensation | None:
+        header = self.manifest.compensation
+        with reading(self.directory / TENSORS, WHAT, AGAIN):
+            return None if header is None else Compensation.of_parts(self._tensors, header)
+
+
+def _what_is_there(directory: Path) -> str:
+    if any((directory / name).exists() for name in OLDER):
+        return f"an older qandc wrote it; {AGAIN}, into another directory"
+    if any((directory / name).is_file() for name in (CONFIG, "model_index.json")):
+        return f"there is no {MANIFEST}; load what save_pretrained wrote by from_pretrained of its class"
+    if directory.is_dir():
+        return f"there is no {MANIFEST}; make one with qandc calibrate --out {directory}, or qandc.save"
+    return "there is no such directory; give one that qandc calibrate or qandc.save wrote"
+
+
+def check_target(directory: Path, names: tuple[str, ...] = PIPELINE_FILES, overwrite: bool = False) -> None:
+    """Refuse a directory that a calibrated model cannot be written to.
+
+    Raises:
+        OutputError: it holds one that is not to be overwritten, or a file of these names that is no part of one.
+    """
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{str(directory)!r} is a file; give a directory")
+        if is_finished(directory):
+            if not overwrite:
+                raise OutputError(
+                    f"{str(directory)!r} holds a calibrated model; give another directory, or overwrite it "
+                    "(--overwrite, overwrite=True)"
+                )
+            return
+        strangers = [name for name in names if (directory / name).exists()]
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
+    if strangers:
+        raise OutputError(
+            f"{str(directory)!r} holds {strangers[0]!r}, which is no part of a calibrated model; give another directory"
+        )
+
+
+def _write(
+    directory: Path,
+    write_model: Callable[[Path], None] | None,
+    tensors: Mapping[str, torch.Tensor],
+    compensation: Compensation | None = None,
+    **manifest: Any,
+) -> None:
+    """Write all files beside their places, take the manifest away, move them, and write the new manifest."""
+    from safetensors import SafetensorError
+
+    names = (TENSORS, *(() if write_model is None else PIPELINE_FILES if "calibration" in manifest else MODEL_FILES))
+    check_target(directory, names[1:], overwrite=True)
+    partial = directory / f".{uuid.uuid4().hex[:16]}.partial"
+    if compensation is not None:
+        tensors = {**tensors, "gain": compensation.gain, "mean": compensation.mean}
+        manifest["compensation"] = compensation.header
+    try:
+        partial.mkdir(parents=True)
+        if write_model is not None:
+            write_model(partial)
+            _forget_origin(partial)
+        TENSOR_FILE.write_tensors(partial / TENSORS, tensors, {})
+        mode = usual_mode(partial)
+        for name in names:
+            settle(partial / name, mode)
+        content = Manifest({name: FileEntry.of(partial / name) for name in names}, **manifest)
+        (directory / MANIFEST).unlink(missing_ok=True)
+        for name in {*PIPELINE_FILES, *MODEL_FILES} - {*names}:
+            (directory / name).unlink(missing_ok=True)
+        for name in names:
+            (directory / name).parent.mkdir(exist_ok=True)
+            os.replace(partial / name, directory / name)
+    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the file system
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write to {str(directory)!r}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    FILE.write(directory / MANIFEST, content)
+
+
+def _forget_origin(folder: Path) -> None:
+    """Take out of diffusers' files where models came from: a path of this machine."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _class_name(model: nn.Module) -> str:
+    from diffusers import ModelMixin
+
+    mixin: Any = ModelMixin
+    kind = original_class(model)
+    if not issubclass(kind, mixin):
+        advice = "of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile"
+        raise ModelError(f"qandc.save writes models of diffusers; got {kind.__name__}: {advice}")
+    return kind.__name__
+
+
+def _check_names(model_class: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that do not fill the model of a config exactly; those of quantized layers are looked at later."""
+    for name, number in config.items():
+        if name.startswith("num_") and name.endswith("layers") and (type(number) is not int or number > len(tensors)):
+            raise ConfigError(f"{name} is {str(number)[:40]}; there are {len(tensors)} tensors (save the model again)")
+    with torch.device("meta"):
+        twin = model_class.from_config(dict(config))
+    linears = {name for name, module in twin.named_modules() if type(module) is nn.Linear}
+    expected = {name: tensor.shape for name, tensor in twin.state_dict().items()}
+    advice = f"there must be what diffusers builds from the config of {model_class.__name__} (remove LoRA)"
+    layers = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    for name in layers:
+        if name not in linears:
+            raise ModelError(f"{name} is no linear layer; {advice}")
+        del expected[f"{name}.weight"]
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in layers and leaf in QUANTIZED_BUFFERS:
+            continue
+        shape = expected.pop(name, None)
+        if shape is None:
+            raise ModelError(f"{name} is a tensor too many; {advice}")
+        if shape != tensor.shape:
+            raise ModelError(f"{name} is {list(tensor.shape)} instead of {list(shape)}; {advice}")
+    if expected:
+        raise ModelError(f"{min(expected)} is missing; {advice}")
+
+
+def _flat(ranges: StepRanges) -> dict[str, torch.Tensor]:
+    scales = {f"steps.{name}.scale": scale for name, scale in ranges.scales.items()}
+    zero_points = {f"steps.{name}.zero_point": zero_point for name, zero_point in ranges.zero_points.items()}
+    return {"steps.timesteps": ranges.timesteps, **scales, **zero_points}
