@@ -32,7 +32,7 @@ def compensation(target, generator, fitted_for=None):
     if target is None:
         return None
     gain, mean = (torch.rand(STEPS, 4, generator=generator) for _ in range(2))
-    fitted_for = fitted_for or FittedFor("DDIMScheduler", tuple(range(STEPS)), 0.0, "")
+    fitted_for = fitted_for or FittedFor("DDIMScheduler", tuple(reversed(range(STEPS))), 0.0, "")
     return Compensation(gain / 5 + 0.9, mean - 0.5, target, "least_squares", fitted_for)
 
 

@@ -117,7 +117,7 @@ def saved(name: str) -> Path:
             "schedule.json": schedule().save,
             "gains.safetensors": compensation().save,
             "preset": preset().save,
-            "checkpoint": functools.partial(qandc.save_quantized, quantized()),
+            "checkpoint": functools.partial(qandc.save, quantized()),
             "pipeline": pipeline().save_pretrained,
         }[name](path)
     return path
@@ -275,7 +275,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "timesteps": P((9, 1)),
     },
     "CalibratedSchedule": lambda: {
-        "schedule": P((True, False)),
+        "schedule": P((True, True)),
         "timesteps": P((9, 1)),
         "mode": P("taylor"),
         "order": P(1, "0"),
@@ -347,8 +347,8 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "FeatureCache": lambda: {"config": P(qandc.CacheConfig())},
     "Preset": lambda: {
         "config": P(qandc.QuantConfig()),
-        "scales": P({"a": torch.tensor(1.0)}, "{}"),
-        "zero_points": P({"a": torch.tensor(1)}, "{}"),
+        "scales": P({"a": torch.tensor(1.0)}),
+        "zero_points": P({"a": torch.tensor(1, dtype=torch.int32)}, "{}"),
         "schedule": P(schedule()),
         "compensation": P(compensation(), "None"),
         "scheduler": P("DDIMScheduler", TEXTS),
@@ -374,8 +374,13 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "scheduler": P(ddim()),
         **RUN,
     },
+    "Preset.base_model": lambda: {"self": P(preset()), "given": P("x", f"None {TEXTS}")},
     "Preset.quantize": lambda: {"self": P(preset()), "model": P(dit())},
-    "Preset.save": lambda: {"self": P(preset()), "directory": P(FOLDER / "x", NEW_PATHS)},
+    "Preset.save": lambda: {
+        "self": P(preset()),
+        "directory": P(FOLDER / "x", NEW_PATHS),
+        "pipe": P(None, "None"),
+    },
     "Preset.load": lambda: {"directory": P(saved("preset"))},
     "QandCConfig": lambda: {
         **BITS,
@@ -416,7 +421,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "layers": P(report().layers, "[] () array_[] tensor_[]"),
         "other_bytes": P(1, "0 10**12 10**30 10**400"),
     },
-    "QuantizedCheckpoint": lambda: {
+    "CalibratedModel": lambda: {
         "model": P(quantized(), MODULES),
         "schedule": P(schedule(), "None"),
         "compensation": P(compensation(), "None"),
@@ -429,7 +434,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     },
     "StepRanges": lambda: {
         "timesteps": P(torch.tensor([5.0]), "tensor"),
-        "scales": P({"a": torch.tensor([1.0])}, "{}"),
+        "scales": P({"a": torch.tensor([1.0])}),
         "zero_points": P({"a": torch.tensor([1], dtype=torch.int32)}, "{}"),
     },
     "TapConfig": lambda: {
@@ -509,15 +514,18 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "batches": batches(),
         "skip_patterns": P(["norm"], f"{SKIPPED.legal} set()"),
     },
+    **dict.fromkeys(
+        ("load", "load_quantized"),
+        lambda: {
+            "directory": P(saved("checkpoint")),
+            "device": P("cpu"),
+            "dtype": P(torch.float16, "None"),
+        },
+    ),
     "load_pipeline": lambda: {
         "model": P(saved("pipeline"), "None"),
         "device": P("cpu"),
         "dtype": P(torch.float32),
-    },
-    "load_quantized": lambda: {
-        "directory": P(saved("checkpoint")),
-        "device": P("cpu"),
-        "dtype": P(torch.float16, "None"),
     },
     "make_scheduler": lambda: {
         "name": P("ddim"),
@@ -558,15 +566,18 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         corrector=P(None, "None"),
         cuda_graph=P(False, FLAG),
     ),
-    "save_quantized": lambda: {
-        "model": P(quantized()),
-        "directory": P(FOLDER / "new", "'x' cuda:99"),
-        "overwrite": P(True, FLAG),
-        "schedule": P(schedule(), "None"),
-        "compensation": P(compensation(), "None"),
-        "step_ranges": P(None, "None"),
-    },
     "schedule_from_run": lambda: running(mode=P("branch"), order=P(1), computed_steps=P(2)),
+    **dict.fromkeys(
+        ("save", "save_quantized"),
+        lambda: {
+            "model": P(quantized()),
+            "directory": P(FOLDER / "new", "'x' cuda:99"),
+            "overwrite": P(True, FLAG),
+            "schedule": P(schedule(), "None"),
+            "compensation": P(compensation(), "None"),
+            "step_ranges": P(None, "None"),
+        },
+    ),
     "select_samples": lambda: {**features(), "count": P(2), **choosing()},
     "smoothing_factors": lambda: {
         "model": P(dit()),
@@ -589,6 +600,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
 INTERNAL = {
     "CacheConfig.computes", "CacheConfig.stores", "Compensation.noise", "Compensation.sample", "QuantLinear.forward",
     "QuantLinear.extra_repr", "QuantLinear.fault_of", "QuantLinear.make_optional", "QuantConfig.skips",
+    "QuantLinear.check_state", "QuantLinear.fault_of_sums", "Compensation.of_parts",
     "QuantLinear.multiply", "QuantLinear.product_to_compile",
     *(f"FeatureCache.{method}" for method in vars(qandc.FeatureCache)),
 }  # fmt: skip

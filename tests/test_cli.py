@@ -212,9 +212,9 @@ def test_calibrate_keeps_finished_settings(capsys, settings_dir, pipeline_dir):
     before = {path.name: path.read_bytes() for path in settings_dir.iterdir() if path.is_file()}
     status, _, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--out", settings_dir)
     assert status == 2
-    assert "holds finished settings; give another directory, or --overwrite" in err
+    assert "holds a calibrated model; give another directory, or overwrite it (--overwrite" in err
     status, _, err = run(capsys, "calibrate", "--model", "./no/such/model", *TINY, "--out", settings_dir)
-    assert "holds finished settings" in err  # before a pipeline is loaded
+    assert "holds a calibrated model" in err  # before a pipeline is loaded
     status, _, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--out", settings_dir, "--overwrite")
     assert status == 2
     assert "holds a pool of scheduler DDIMScheduler; this one would have DDPMScheduler" in err
@@ -232,7 +232,7 @@ CONTRADICTIONS = {
     "interval": (["--cache-interval", "2"], "--cache-interval is 2, but the settings in {} are for a schedule of 2"),
     "schedule": (["--schedule", "x.json"], "--schedule and --settings {} contradict each other; give one of them"),
     "not calibrated": (["--no-calibrated"], "--settings and --no-calibrated contradict each other"),
-    "other settings": (["--settings", "/no/such"], "'/no/such' holds no calibrated settings"),
+    "other settings": (["--settings", "/no/such"], "'/no/such' holds no calibrated model"),
 }
 
 
@@ -273,11 +273,11 @@ def test_settings_of_another_model(capsys, tmp_path, settings_dir):
 def test_damaged_settings(capsys, tmp_path, settings_dir):
     broken = tmp_path / "broken"
     shutil.copytree(settings_dir, broken)
-    (broken / "weights.safetensors").write_bytes(b"nothing")
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
     status, _, err = run(capsys, "generate", "--settings", broken, "--device", "cpu", "-o", tmp_path / "x.png")
     assert status == 2
     assert len(err.splitlines()) == 1
-    assert "is no part of calibrated settings" in err
+    assert "is no part of a calibrated model" in err
 
 
 def test_classes_by_name():

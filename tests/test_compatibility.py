@@ -24,7 +24,7 @@ from qandc import (
 )
 from qandc.quantization.conversion import quant_layers
 from tests.conftest import make_dit
-from tests.test_checkpoint import all_tensors, make_quantized, output
+from tests.test_saved_models import all_tensors, make_quantized, output
 
 KINDS = pytest.mark.parametrize(
     ("w_bits", "how"), [(8, []), (4, ["static", "smoothing"])], ids=["W8A8 dynamic", "W4A8 static smoothing"]

@@ -34,7 +34,7 @@ from qandc.quantization import registration
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.diffusers_quantizer import QandCQuantizer
 from tests.conftest import FloatsMade, make_dit
-from tests.test_checkpoint import all_tensors, assert_same_model, make_quantized, output
+from tests.test_saved_models import all_tensors, assert_same_model, make_quantized, output
 
 ROOT = Path(__file__).parents[1]
 TO_Q = "transformer_blocks.0.attn1.to_q"

@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qandc import CalibratedSchedule, Compensation, ConfigError, DataError, OutputError, Preset, QuantConfig
 from qandc.experiments.scores import load_images
@@ -100,31 +101,34 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
 
 
 RUN = FittedFor("DDPMScheduler", (667, 334), 1.5, "a model")
+GAINS = Compensation(torch.ones(2, 4), torch.zeros(2, 4), "sample", "least_squares", RUN)
 FOUND = CalibratedSchedule((True, False), (667, 334), "branch", 0)
 STRUCTURE = dict.fromkeys(
     ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size"), 1
 )
-
-
-def preset(**changes) -> Preset:
-    values = {"scales": {"a": torch.tensor(1.0)}, "zero_points": {"a": torch.tensor(-3, dtype=torch.int32)}}
-    stored = Compensation(torch.ones(2, 4), torch.zeros(2, 4), "sample", "least_squares", RUN)
-    values |= {"schedule": FOUND, "compensation": stored, "scheduler": "DDPMScheduler", "guidance_scale": 1.5}
-    return Preset(**{"config": QuantConfig(), **values, "structure": STRUCTURE, **changes})
+SETTINGS = Preset(
+    QuantConfig(),
+    {"a": torch.tensor(1.0)},
+    {"a": torch.tensor(-3, dtype=torch.int32)},
+    FOUND,
+    GAINS,
+    "DDPMScheduler",
+    1.5,
+    STRUCTURE,
+)
 
 
 def load_preset(path: Path) -> Preset:
     return Preset.load(path.parent)
 
 
-READERS = {  # of every JSON file of this package: its name, what reads it
+READERS = {  # of every kind of JSON file of this package: its name, what reads it
     "schedule.json": CalibratedSchedule.load,
-    "compensation.json": lambda path: Compensation.load(path.with_suffix(".safetensors")),
-    "preset.json": load_preset,
+    "qandc.json": load_preset,
     "pool.json": lambda path: keep_settings(path, {"version": 1}, "a pool"),
 }
 TENSORS = {
-    "ranges.safetensors": load_preset,
+    "qandc.safetensors": load_preset,
     "compensation.safetensors": Compensation.load,
     "pool-000000.safetensors": pool._read,
 }
@@ -133,9 +137,11 @@ TENSORS = {
 @pytest.fixture
 def directory(tmp_path):
     """One with every kind of file."""
-    preset().save(tmp_path)
+    SETTINGS.save(tmp_path)
+    FOUND.save(tmp_path / "schedule.json")
+    GAINS.save(tmp_path / "compensation.safetensors")
     write_json(tmp_path / "pool.json", {"version": 1})
-    shutil.copy(tmp_path / "ranges.safetensors", tmp_path / "pool-000000.safetensors")
+    shutil.copy(tmp_path / "qandc.safetensors", tmp_path / "pool-000000.safetensors")
     return tmp_path
 
 
@@ -156,21 +162,20 @@ BROKEN = {
 }
 BROKEN_JSON = {
     **BROKEN,
-    "empty": (lambda path: path.write_bytes(b""), "Expecting value"),
-    "list": (lambda path: path.write_bytes(b"[1]"), "it holds list, not an object"),
-    "number": (lambda path: path.write_bytes(b"1"), "it holds int, not an object"),
+    "empty": (lambda path: path.write_bytes(b""), "Expecting value|truncated"),
+    "list": (lambda path: path.write_bytes(b"[1]"), "it holds list, not an object|Expected `object`, got `array`"),
+    "number": (lambda path: path.write_bytes(b"1"), "it holds int, not an object|Expected `object`, got `int`"),
     "too deep": (lambda path: path.write_bytes(nested(100_000)), "it is nested too deeply"),
-    "a little too deep": (lambda path: path.write_bytes(nested(32)), "it is nested too deeply"),
-    "UTF-16": (lambda path: path.write_bytes('{"version": 1}'.encode("utf-16")), "it is not UTF-8"),
+    "UTF-16": (lambda path: path.write_bytes('{"version": 1}'.encode("utf-16")), "it is not UTF-8|malformed"),
     "too large": (huge, "it has more than 67,108,864 bytes"),
     "many digits": (
         lambda path: path.write_bytes(b'{"version": ' + b"1" * 5000 + b"}"),
-        "limit|version is|has version",
+        "limit|out of range",
     ),
 }
 
 
-BEGUN_ANEW = {("pool.json", "missing"), ("preset.json", "missing"), ("pool-000000.safetensors", "missing")}
+BEGUN_ANEW = {("pool.json", "missing"), ("qandc.json", "missing"), ("pool-000000.safetensors", "missing")}
 
 
 @pytest.mark.parametrize(("name", "how"), sorted({*itertools.product(READERS, BROKEN_JSON)} - BEGUN_ANEW))
@@ -183,25 +188,54 @@ def test_json_files_that_are_none(directory, name, how):
         READERS[name](path)
 
 
-@pytest.mark.parametrize("version", ["1", True, 1.0, None, [1]])
-@pytest.mark.parametrize("name", [name for name in READERS if name != "pool.json"])
+@pytest.mark.parametrize("version", ["1", True, 1.5, None, [1]])
+@pytest.mark.parametrize("name", ["schedule.json", "qandc.json"])
 def test_versions_that_are_none(directory, name, version):
     path = directory / name
-    write_json(path, {**json.loads(path.read_text()), "version": version})
-    with pytest.raises(ConfigError, match=r"is no .*: its version is .*, not an integer; \w+"):
+    written = json.loads(path.read_text())
+    write_json(path, {**written, "version": version})
+    with pytest.raises(ConfigError, match=r"is no .*: Expected `int`, got `\w+` - at `\$.version`; \w+"):
         READERS[name](path)
-    write_json(path, {name: value for name, value in json.loads(path.read_text()).items() if name != "version"})
-    with pytest.raises(ConfigError, match="it has no 'version'"):
+    write_json(path, {key: value for key, value in written.items() if key != "version"})
+    with pytest.raises(ConfigError, match="missing required field `version`"):
         READERS[name](path)
-    write_json(path, {**json.loads(path.read_text()), "version": 99})
+    write_json(path, {**written, "version": 99})
     with pytest.raises(ConfigError, match=r"has version 99, known is \d; update qandc"):
         READERS[name](path)
+    write_json(path, {"version": 0, **{key: value for key, value in written.items() if key != "version"}})
+    with pytest.raises(ConfigError, match=r"has version 0, known is \d; make "):
+        READERS[name](path)
+
+
+def test_a_file_of_another_kind(directory):
+    shutil.copy(directory / "schedule.json", directory / "qandc.json")
+    written = json.loads((directory / "qandc.json").read_text())
+    write_json(directory / "qandc.json", {**written, "version": 1})
+    with pytest.raises(ConfigError, match="is no calibrated model: it says that it is a 'schedule'"):
+        Preset.load(directory)
+    shutil.copy(directory / "compensation.safetensors", directory / "pool-000000.safetensors")
+    with pytest.raises(DataError, match="known is 1"):
+        pool._read(directory / "pool-000000.safetensors")
+
+
+def test_files_of_before_say_what_to_do(directory):
+    """A schedule was the object itself, tensors had no checksum."""
+    write_json(directory / "schedule.json", {"version": 1, "schedule": [True], "timesteps": [9]})
+    with pytest.raises(ConfigError, match="has version 1, known is 2; make one with calibrate_schedule"):
+        CalibratedSchedule.load(directory / "schedule.json")
+    for name in ("compensation.safetensors", "pool-000000.safetensors"):
+        save_file({"gain": torch.ones(2, 4)}, directory / name)
+        with pytest.raises((ConfigError, DataError), match=r"has version 0, known is \d; (make one|delete it)"):
+            TENSORS[name](directory / name)
 
 
 def test_what_is_at_the_limits(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(nested(31))
     assert read_json(path, "file", "write it")["version"] == 1
+    path.write_bytes(nested(32))
+    with pytest.raises(ConfigError, match="it is nested too deeply"):
+        read_json(path, "file", "write it")
     path.write_bytes(b'{"a": "' + b"x" * (2**26 - 9) + b'"}')
     assert len(read_json(path, "file", "write it")["a"]) == 2**26 - 9
     with pytest.raises(DataError, match=r"a.json' is no file: it has no 'b'; write it"):
@@ -210,7 +244,7 @@ def test_what_is_at_the_limits(tmp_path):
 
 @pytest.mark.parametrize(("name", "how"), sorted({*itertools.product(TENSORS, [*BROKEN, "garbage"])} - BEGUN_ANEW))
 def test_tensor_files_that_are_none(directory, name, how):
-    make, message = {**BROKEN, "garbage": (lambda path: path.write_bytes(b"?" * 99), "header")}[how]
+    make, message = {**BROKEN, "garbage": (lambda path: path.write_bytes(b"?" * 99), "header|checksum")}[how]
     path = directory / name
     path.unlink()
     make(path)
@@ -223,7 +257,7 @@ def test_tensor_files_that_are_none(directory, name, how):
 def test_shards_and_arrays_that_are_no_regular_files(tmp_path, make):
     make(tmp_path / "images-0000000.safetensors")
     make(tmp_path / "x.npz")
-    with in_time(), pytest.raises(DataError, match=r"missing or damaged .*no regular file"):
+    with in_time(), pytest.raises(DataError, match=r"is no shard of images: .*no regular file"):
         merge_shards(tmp_path, ImageSet(2, (1,)), tmp_path / "out.npz")
     with in_time(), pytest.raises(DataError, match="no regular file"):
         load_images(tmp_path / "x.npz")

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from qandc import (
     CacheConfig,
     ConfigError,
+    DataError,
     ModelError,
     QuantLinear,
     StepRanges,
@@ -325,18 +326,21 @@ FINE = {"proj_out_2": torch.ones(3)}
     [
         ({"timesteps": torch.ones(2, 2)}, r"timesteps must be \[S\]"),
         ({"scales": {"nobody": torch.ones(3)}}, "'nobody'"),
-        ({"scales": {"proj_out_2": torch.ones(2)}}, "3 finite numbers"),
-        ({"scales": {"proj_out_2": torch.zeros(3)}}, "scales > 0"),
+        ({"scales": {"proj_out_2": torch.ones(2)}}, r"its scale must be \[3\] finite float32 numbers > 0"),
+        ({"scales": {"proj_out_2": torch.zeros(3)}}, "finite float32 numbers > 0"),
         ({}, "no scales"),
-        ({"scales": FINE, "zero_points": {"proj_out_1": torch.zeros(3, dtype=torch.int32)}}, "has a zero point"),
-        ({"scales": FINE, "zero_points": {"proj_out_2": torch.full((3,), 128)}}, "from -128 to 127"),
+        (
+            {"scales": FINE, "zero_points": {"proj_out_1": torch.zeros(3, dtype=torch.int32)}},
+            "a zero point and no scale",
+        ),
+        ({"scales": FINE, "zero_points": {"proj_out_2": torch.full((3,), 128, dtype=torch.int32)}}, "from -128 to 127"),
         ({"scales": {**FINE, "proj_out_1": torch.ones(3)}}, "proj_out_1, which does not run fused"),
         ({"scales": FINE, "timesteps": torch.tensor([1.0, 2.0, float("nan")])}, "finite numbers"),
     ],
 )
 def test_refused_ranges(changes, message):
     given = {"timesteps": torch.ones(3), "scales": {}, "zero_points": {}} | changes
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         fuse_dit(make_quantized(), step_ranges=StepRanges(**given))
 
 

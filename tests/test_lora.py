@@ -33,7 +33,7 @@ from qandc.quantization import registration
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.lora import lora_for_quantized
 from tests.conftest import make_dit
-from tests.test_checkpoint import make_quantized, output
+from tests.test_saved_models import make_quantized, output
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
 
 pytestmark = [  # of PEFT, where a model gets a second adapter or loses the active one

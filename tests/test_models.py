@@ -20,7 +20,7 @@ from qandc import (
 from qandc.quantization import plan as planning
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear
-from tests.test_checkpoint import assert_same_model
+from tests.test_saved_models import assert_same_model
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
 
 CLASSES = pytest.mark.parametrize("name", TINY)

@@ -8,9 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import DiTPipeline
 
 import qandc.method.pipeline_calibration
 import qandc.method.pool
+import qandc.method.saved
 from qandc import (
     CacheConfig,
     CalibrationConfig,
@@ -24,8 +26,8 @@ from qandc import (
     apply_cache_to_dit,
     calibrate_pipeline,
     decode_latents,
+    load,
     load_pipeline,
-    load_quantized,
     make_scheduler,
     quantize_model,
     sample_latents,
@@ -138,7 +140,6 @@ def test_weights_are_kept_only_if_rounded_with_error_feedback(tmp_path, pipeline
     four = run(pipeline_dir, tmp_path / "4", w_bits=4, smoothing=False, ranges=RangeConfig(symmetric=True)).preset
     assert not four.zero_points
     assert four.config.weight_clip == "mse"
-    assert (tmp_path / "4" / "weights.safetensors").exists()
     nearest = quantize_model(load_pipeline(pipeline_dir).transformer, 4, weight_clip="mse")
     name, layer = next(iter(quant_layers(nearest).items()))
     assert torch.equal(four.weights[f"{name}.weight_scale"], layer.weight_scale)
@@ -216,13 +217,15 @@ def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
 def test_the_pool_is_of_the_cached_model_and_of_noise_nobody_draws(tmp_path, pipeline_dir):
     run(pipeline_dir, tmp_path, vc="none")
     recorded = json.loads((tmp_path / "pool" / "pool.json").read_text())
-    assert recorded["model"] == f"3 blocks of 32, not quantized, {CacheConfig('taylor', interval=3)}"
+    assert (recorded["model"], recorded["schemes"]) == ("3 blocks of 32", [])
+    uniform = CacheConfig("taylor", interval=3).of_steps(STEPS)
+    assert (recorded["cache_mode"], recorded["cache_schedule"]) == ("taylor", [*uniform])
     assert recorded["class_labels"] == [*range(10), 0, 1]
     assert recorded["seeds"] == list(range(21_000_000, 21_000_012))
-    with pytest.raises(ConfigError, match=r"holds a pool of model .* this one would have"):
+    with pytest.raises(ConfigError, match="holds a pool of cache_mode taylor; this one would have None"):
         run(pipeline_dir, tmp_path, vc="none", overwrite=True, pool_with_cache=False)
     run(pipeline_dir, tmp_path / "other", vc="none", pool_with_cache=False)
-    assert "no cache" in json.loads((tmp_path / "other" / "pool" / "pool.json").read_text())["model"]
+    assert json.loads((tmp_path / "other" / "pool" / "pool.json").read_text())["cache_mode"] is None
 
 
 def test_samples_are_chosen_as_asked(tmp_path, pipeline_dir, monkeypatch):
@@ -240,30 +243,36 @@ def test_samples_are_chosen_as_asked(tmp_path, pipeline_dir, monkeypatch):
 
 def test_a_finished_preset_is_replaced_only_if_asked(tmp_path, pipeline_dir):
     run(pipeline_dir, tmp_path, w_bits=4)
-    with pytest.raises(OutputError, match="holds finished settings; give another directory, or --overwrite"):
+    with pytest.raises(OutputError, match="holds a calibrated model; give another directory, or overwrite it"):
         run(pipeline_dir, tmp_path)
     run(pipeline_dir, tmp_path, vc="none", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "pool", "preset.json", "quantized", "ranges.safetensors", "report.json", "schedule.json"
+        "model_index.json", "pool", "qandc.json", "qandc.safetensors", "report.json", "scheduler", "transformer", "vae"
     }  # fmt: skip
     assert Preset.load(tmp_path).config.w_bits == 8
 
 
-def test_the_quantized_model_is_written_too(tmp_path, pipeline_dir):
+def test_one_directory_is_read_by_three(tmp_path, pipeline_dir):
+    """diffusers, qandc.load and Preset.load make the model that was calibrated; no file holds a path from here."""
     pipe = load_pipeline(pipeline_dir)
     settings = CalibrationConfig(**{**TINY, "w_bits": 4})
     report = calibrate_pipeline(pipe, settings, tmp_path)
-    found = load_quantized(tmp_path / "quantized")
-    ours, theirs = pipe.transformer.state_dict(), found.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    found, ours = load(tmp_path), pipe.transformer.state_dict()
+    of_settings = Preset.load(tmp_path).quantize(load_pipeline(pipeline_dir).transformer)
+    for model in (found.model, DiTPipeline.from_pretrained(tmp_path).transformer, of_settings):
+        theirs = model.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for path in tmp_path.rglob("*.*"):
+        assert path.is_dir() or str(pipeline_dir).encode() not in path.read_bytes(), path
     assert found.schedule == report.preset.schedule
     assert torch.equal(found.compensation.gain, report.preset.compensation.gain)
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["settings"]["w_bits"] == 4
     assert record["rows"][0]["psnr_to_fp"]["with compensation"] == report.psnr_compensated.tolist()
     calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path, overwrite=True, checkpoint=False)
-    assert not (tmp_path / "quantized").exists()  # it would be of other settings
+    assert not list((tmp_path / "transformer").iterdir())  # it would be of other settings
+    assert Preset.load(tmp_path).weights.keys() == report.preset.weights.keys()
 
 
 def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_dir, monkeypatch):
@@ -272,17 +281,17 @@ def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_
     def full(*arguments, **named):
         raise OutputError("No space left on device")
 
-    monkeypatch.setattr(qandc.method.pipeline_calibration, "write_json", full)
+    monkeypatch.setattr(qandc.method.saved.FileKind, "write", full)
     with pytest.raises(OutputError, match="No space"):
         run(pipeline_dir, tmp_path, vc="none", w_bits=4, overwrite=True)
-    with pytest.raises(ConfigError, match="no calibrated settings"):
+    with pytest.raises(ConfigError, match="holds no calibrated model"):
         Preset.load(tmp_path)
 
 
 def test_a_strange_file_where_the_model_goes_is_refused_before_any_work(tmp_path, pipeline_dir, pool_runs):
-    (tmp_path / "quantized").mkdir()
-    (tmp_path / "quantized" / "notes.txt").write_text("")
-    with pytest.raises(OutputError, match=r"notes\.txt"):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("")
+    with pytest.raises(OutputError, match=r"holds 'transformer/config\.json', which is no part of a calibrated model"):
         run(pipeline_dir, tmp_path)
     assert pool_runs == []
 

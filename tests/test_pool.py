@@ -26,6 +26,7 @@ from qandc import (
     remove_cache,
     select_samples,
 )
+from qandc.method.pool import SHARD
 from qandc.quantization.conversion import quant_layers
 
 RUN = {"num_inference_steps": 6, "guidance_scale": 2.0}
@@ -173,7 +174,7 @@ def test_a_pool_of_another_cache_is_refused_with_both_named(dit, scheduler, tmp_
     record(dit, scheduler, directory=tmp_path)
     remove_cache(dit)
     apply_cache_to_dit(dit, cache_interval=3)
-    with pytest.raises(ConfigError, match=r"interval=2.*interval=3"):
+    with pytest.raises(ConfigError, match=r"holds a pool of cache_schedule \[True, .*; this one would have \[True"):
         record(dit, scheduler, directory=tmp_path)
 
 
@@ -194,7 +195,7 @@ def test_a_pool_whose_settings_or_shards_lack_something_is_refused(dit, schedule
     record(dit, scheduler, directory=tmp_path)
     path = tmp_path / "pool.json"
     values = json.loads(path.read_text())
-    known = {"weights_sha256", "scheduler_config", "seeds", "batch_size", "guidance_scale", "timesteps", "model"}
+    known = {"weights_sha256", "scheduler_config", "seeds", "batch_size", "guidance_scale", "timesteps", "cache_mode"}
     assert known < set(values)
     for name in values:
         path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
@@ -206,8 +207,11 @@ def test_a_pool_whose_settings_or_shards_lack_something_is_refused(dit, schedule
     path.write_text(json.dumps(values))
     shard = min(tmp_path.glob("*.safetensors"))
     tensors = load_file(shard)
-    del tensors["steps"]
     save_file(tensors, shard)
+    with pytest.raises(DataError, match="has version 0, known is 1; delete it"):
+        record(dit, scheduler, directory=tmp_path)
+    del tensors["steps"]
+    SHARD.write_tensors(shard, tensors, {})
     with pytest.raises(DataError, match="has no steps; delete it"):
         record(dit, scheduler, directory=tmp_path)
 

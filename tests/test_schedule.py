@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 
 from qandc import CacheConfig, CalibratedSchedule, ConfigError, OutputError, format_schedule, uniform_schedule
-from qandc.caching.schedule import even_schedule, forecast_errors, forecast_weights, optimal_schedule, schedule_error
+from qandc.caching.schedule import (
+    FILE,
+    even_schedule,
+    forecast_errors,
+    forecast_weights,
+    optimal_schedule,
+    schedule_error,
+)
 
 
 def stars(schedule) -> str:
@@ -57,7 +63,6 @@ def test_configs_are_values():
 
 
 def test_timesteps_say_which_runs_it_is_for_and_not_what_it_does():
-    """str(config) is part of what compensations were fitted for."""
     plain = CacheConfig("branch", schedule=(True, False, True))
     config = CacheConfig("branch", schedule=(True, False, True), timesteps=np.array([981, 661, 321]))
     assert config.timesteps == (981, 661, 321)
@@ -253,18 +258,22 @@ def test_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2, known is 1"),
         ({"schedule": [False, True, True]}, "first step of the schedule is not computed"),
         ({"timesteps": [1]}, "as many timesteps as steps"),
         ({"mode": "none"}, "mode 'none' is unknown"),
-        ({"extra": 1}, "is no schedule"),
+        ({"timesteps": [1, 2, 3]}, "timesteps rise from 1 to 2"),
+        ({"order": 2, "mode": "taylor"}, "needs 3 computed steps before the first reuse"),
+        ({"error": "0.1"}, "Expected `float | null`, got `str`"),
     ],
 )
 def test_broken_files_are_refused(tmp_path, change, message):
     path = tmp_path / "schedule.json"
-    FOUND.save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    FILE.write(path, {**dataclasses.asdict(FOUND), **change})
     with pytest.raises(ConfigError, match=message):
+        CalibratedSchedule.load(path)
+    FOUND.save(path)
+    path.write_text(path.read_text().replace("true", "false", 1))
+    with pytest.raises(ConfigError, match=r"is not as it was written \(checksum\)"):
         CalibratedSchedule.load(path)
 
 

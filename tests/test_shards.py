@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from qandc import ConfigError, DataError, OutputError, ProcessError
 from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.processes import Processes
-from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
+from qandc.experiments.shards import SHARD, ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from tests.conftest import in_a_thread
 
 IMAGES = ImageSet(10, classes=(3, 7, 8), first_seed=100, batch_size=4)
@@ -129,18 +129,20 @@ def test_a_missing_damaged_or_strange_shard_is_named(tmp_path):
         shard.unlink(missing_ok=True)
         if data is not None:
             shard.write_bytes(data)
-        with pytest.raises(DataError, match=r"images-0000004.*missing or damaged.*run the same command again"):
+        with pytest.raises(DataError, match=r"images-0000004.*' is no shard of images: .*run the same command again"):
             merge_shards(tmp_path, IMAGES, path)
-    save_file({"images": torch.zeros(4, 3, 4, 2, dtype=torch.uint8)}, shard, metadata={"seconds": "1.0"})
+    SHARD.write_tensors(shard, {"images": torch.zeros(4, 3, 4, 2, dtype=torch.uint8)}, {"seconds": 1.0})
     with pytest.raises(DataError, match=r"holds images \[4, 3, 4, 2\] instead of \[4, 3, 5, 2\]"):
         merge_shards(tmp_path, IMAGES, path)
-    save_file({"images": torch.zeros(4, 3, 5, 2)}, shard, metadata={"seconds": "1.0"})
+    SHARD.write_tensors(shard, {"images": torch.zeros(4, 3, 5, 2)}, {"seconds": 1.0})
     with pytest.raises(DataError, match=r"of type float32 \(uint8 are drawn\)"):
         merge_shards(tmp_path, IMAGES, path)
-    for metadata in (None, {"seconds": "many"}):
-        save_file({"images": torch.zeros(4, 3, 5, 2, dtype=torch.uint8)}, shard, metadata=metadata)
-        with pytest.raises(DataError, match=r"images-0000004.*missing or damaged"):
-            merge_shards(tmp_path, IMAGES, path)
+    SHARD.write_tensors(shard, {"images": torch.zeros(4, 3, 5, 2, dtype=torch.uint8)}, {"seconds": "many"})
+    with pytest.raises(DataError, match=r"images-0000004.*Expected `float`, got `str`"):
+        merge_shards(tmp_path, IMAGES, path)
+    save_file({"images": torch.zeros(4, 3, 5, 2, dtype=torch.uint8)}, shard, metadata={"seconds": "1.0"})
+    with pytest.raises(DataError, match="has version 0, known is 1; delete it and run the same command again"):
+        merge_shards(tmp_path, IMAGES, path)
     assert not path.exists()
     assert not list(tmp_path.glob("*.partial"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
@@ -15,16 +14,27 @@ from qandc import (
     ConfigError,
     DataError,
     OutputError,
+    apply_cache,
     apply_cache_to_dit,
     compensated_scheduler,
     decode_latents,
     fit_compensation,
+    get_cache,
     make_scheduler,
     quantize_model,
     record_trajectory,
+    remove_cache,
     sample_latents,
 )
-from qandc.variance_compensation import FittedFor, epsilon_scaling, least_squares, paper_gain, variance_ratio
+from qandc.variance_compensation import (
+    FILE,
+    CompensationHeader,
+    FittedFor,
+    epsilon_scaling,
+    least_squares,
+    paper_gain,
+    variance_ratio,
+)
 from tests.conftest import make_dit
 
 GAIN = torch.tensor([0.87, 1.0, 1.1, 0.95])
@@ -438,8 +448,18 @@ def test_other_runs_are_refused_unless_forced():
         sample_latents(model, scheduler("ddim"), LABELS, **RUN, **call)
     with pytest.raises(ConfigError, match="fitted for scheduler"):
         compensated_scheduler(scheduler("ddim"), found)
-    with pytest.raises(ConfigError, match=r"fitted for model .2 blocks of 32, W4A8 dynamic.*not quantized, no cache"):
+    with pytest.raises(ConfigError, match=r"fitted for schemes \('W4A8 dynamic per-token',\); this run has \(\)"):
         sample_latents(make_dit(num_layers=2), scheduler(), LABELS, **RUN, **call)
+    cache, attached = found.fitted_for.cache_schedule, get_cache(model).config
+    remove_cache(model)
+    apply_cache(model, config=CacheConfig(found.fitted_for.cache_mode, schedule=(*cache[:-1], not cache[-1])))
+    with pytest.raises(ConfigError, match=r"fitted for cache_schedule C[C.]{5}; this run has C[C.]{5} \(fit it"):
+        sample_latents(model, scheduler(), LABELS, **RUN, **call)
+    remove_cache(model)
+    apply_cache(model, config=CacheConfig(found.fitted_for.cache_mode, schedule=cache))  # said in other words
+    sample_latents(model, scheduler(), LABELS, **RUN, **call)
+    remove_cache(model)
+    apply_cache(model, config=attached)
     call["force_compensation"] = True
     sample_latents(model, scheduler(), LABELS, **{**RUN, "guidance_scale": 2.0}, **call)
     with pytest.raises(ConfigError, match="gains for 6 steps and 4 channels; this run has 7 steps and 4 channels"):
@@ -460,29 +480,29 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(loaded.gain, STORED.gain)
     assert torch.equal(loaded.mean, STORED.mean)
     assert (loaded.target, loaded.form, loaded.fitted_for) == ("sample", "least_squares", FITTED)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["vc.json", "vc.safetensors"]
-    assert json.loads((tmp_path / "vc.json").read_text())["guidance_scale"] == 1.5
+    assert [p.name for p in tmp_path.iterdir()] == ["vc.safetensors"]
 
 
 def test_broken_files_are_refused(tmp_path):
     path = tmp_path / "vc.safetensors"
     with pytest.raises(ConfigError, match="is no compensation"):
         Compensation.load(path)
-    with pytest.raises(ConfigError, match=r"must end in \.safetensors"):
+    with pytest.raises(ConfigError, match=r"give one that ends in \.safetensors"):
         STORED.save(tmp_path / "vc.bin")
     with pytest.raises(OutputError, match="cannot write"):
         STORED.save(tmp_path / "no" / "vc.safetensors")
     STORED.save(path)
-    text = (tmp_path / "vc.json").read_text()
-    for broken, message in (
-        (text.replace('"version": 1', '"version": 2'), "has version 2, known is 1"),
-        (text.replace("sample", "image"), "target 'image' is unknown"),
-        ("{}", "is no compensation"),
+    tensors = {"gain": STORED.gain, "mean": STORED.mean}
+    for changed, header, message in (
+        (tensors, CompensationHeader("image", "paper", FITTED), "target 'image' is unknown"),
+        ({"gain": STORED.gain}, STORED.header, "it has no 'mean'"),
+        ({**tensors, "gain": -STORED.gain}, STORED.header, "which would mirror samples"),
+        (tensors, {"target": "sample"}, "missing required field `form`"),
     ):
-        (tmp_path / "vc.json").write_text(broken)
-        with pytest.raises(ConfigError, match=message):
+        FILE.write_tensors(path, changed, header)
+        with pytest.raises((ConfigError, DataError), match=message):
             Compensation.load(path)
-    (tmp_path / "vc.json").write_text(text)
+    STORED.save(path)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ConfigError, match="is no compensation"):
         Compensation.load(path)

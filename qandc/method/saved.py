@@ -70,7 +70,6 @@ READ_INSTEAD = (f"{WEIGHTS}.index.json", "diffusion_pytorch_model.bin")  # what 
 OLDER = ("preset.json", "quantized.json")
 STRUCTURE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size")
 WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum")
-ONE_FILE = "1000GB"  # shards are smaller than this
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -233,6 +232,7 @@ class Preset:
         of_buffers = {"act_scale": self.scales, "act_zero_point": self.zero_points, "smoothing": self.smoothing}
         return {f"{name}.{buffer}": t for buffer, tensors in of_buffers.items() for name, t in tensors.items()}
 
+    @checked
     def base_model(self, given: str | None = None) -> str | None:
         """Return what :func:`qandc.load_pipeline` takes: ``given``, or what the settings name, which is then logged."""
         if given is not None or self.model is None:
@@ -323,16 +323,19 @@ class Preset:
             pipe: with the quantized transformer: written too, so that ``DiTPipeline.from_pretrained`` loads it.
 
         Raises:
+            ModelError: the transformer of ``pipe`` is not quantized.
             OutputError: a file cannot be written, or would replace one that is no part of a calibrated model.
         """
         directory = Path(directory)
+        if pipe is not None:
+            _check_savable(pipe.transformer)
         base, local = self.model, self.model is not None and Path(self.model).is_absolute()
         here = Base(path=os.path.relpath(str(base), directory.absolute())) if local else Base(hub=base)
         about = Calibration(self.config, self.structure, self.scheduler, self.guidance_scale, here)
         tensors = {} if pipe is not None else {**self._tensors(), **self.weights}
         _write(
             directory,
-            None if pipe is None else lambda partial: pipe.save_pretrained(partial, max_shard_size=ONE_FILE),
+            None if pipe is None else lambda partial: _write_pipeline(pipe, partial),
             {f"layers.{name}": tensor for name, tensor in tensors.items()},
             dtype=None if pipe is None else _dtype_name(pipe.transformer.dtype),
             calibration=about,
@@ -452,24 +455,14 @@ def save(
     """
     directory = Path(directory)
     check_target(directory, MODEL_FILES, overwrite)
-    name = _class_name(model)
-    if not quant_layers(model):
-        raise ModelError(f"this {name} is not quantized; call quantize_model first, or model.save_pretrained instead")
-    state = model.state_dict()
-    empty = [key for key, tensor in state.items() if tensor.is_meta]
-    if empty:
-        raise ModelError(f"{empty[0]} is on the meta device and has no values; load it, or undo the offloading")
-    source: Any = model
-    _check_names(original_class(model), json.loads(source.to_json_string()), state)
-    for layer_name, layer in quant_layers(model).items():
-        layer.check_state(layer_name)
+    _check_savable(model)
     if step_ranges is not None:
         check_step_ranges(step_ranges, quant_layers(model))
     _write(
         directory,
-        lambda partial: source.save_pretrained(partial, max_shard_size=ONE_FILE),
+        lambda partial: _write_model(model, partial),
         {} if step_ranges is None else _flat(step_ranges),
-        dtype=_dtype_name(source.dtype),
+        dtype=_dtype_name(next(model.parameters()).dtype),
         schedule=schedule,
         compensation=compensation,
     )
@@ -525,7 +518,7 @@ def load(
 def _load_model(folder: Path, dtype: torch.dtype) -> Any:
     import diffusers
 
-    config = read_json(folder / CONFIG, WHAT, AGAIN, names=("_class_name",))
+    config = read_json(folder / CONFIG, WHAT, AGAIN, names=("_class_name", "quantization_config"))
     state = TENSOR_FILE.read_foreign_tensors(folder / WEIGHTS)[0]
     with reading(folder / CONFIG, WHAT, AGAIN):
         model_class = getattr(diffusers, str(config["_class_name"]), None)
@@ -650,6 +643,24 @@ def _write(
     FILE.write(directory / MANIFEST, content)
 
 
+def _write_pipeline(pipe: Any, folder: Path) -> None:
+    pipe.save_config(folder)
+    for name, part in pipe.components.items():
+        if part is pipe.transformer:
+            _write_model(part, folder / name)
+        else:
+            part.save_pretrained(folder / name)
+
+
+def _write_model(model: Any, folder: Path) -> None:
+    """Write what the model's own ``save_pretrained`` would, which refuses tensors that share memory."""
+    from safetensors.torch import save_file
+
+    model.save_config(folder)
+    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
 def _forget_origin(folder: Path) -> None:
     """Take out of diffusers' files where models came from: a path of this machine."""
     for path in folder.rglob("*.json"):
@@ -658,15 +669,28 @@ def _forget_origin(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _class_name(model: nn.Module) -> str:
+def _check_savable(model: Any) -> None:
+    """Refuse a model that could not be loaded again.
+
+    Raises:
+        ModelError: no model of diffusers, not quantized, without values, or not what its config builds.
+    """
     from diffusers import ModelMixin
 
     mixin: Any = ModelMixin
-    kind = original_class(model)
+    kind, layers = original_class(model), quant_layers(model)
     if not issubclass(kind, mixin):
         advice = "of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile"
         raise ModelError(f"qandc.save writes models of diffusers; got {kind.__name__}: {advice}")
-    return kind.__name__
+    if not layers:
+        raise ModelError(f"this {kind.__name__} is not quantized; quantize_model it, or use its own save_pretrained")
+    state = model.state_dict()
+    empty = [key for key, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise ModelError(f"{empty[0]} is on the meta device and has no values; load it, or undo the offloading")
+    _check_names(kind, json.loads(model.to_json_string()), state)
+    for name, layer in layers.items():
+        layer.check_state(name)
 
 
 def _check_names(model_class: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -678,7 +702,7 @@ def _check_names(model_class: Any, config: Mapping[str, Any], tensors: Mapping[s
         twin = model_class.from_config(dict(config))
     linears = {name for name, module in twin.named_modules() if type(module) is nn.Linear}
     expected = {name: tensor.shape for name, tensor in twin.state_dict().items()}
-    advice = f"there must be what diffusers builds from the config of {model_class.__name__} (remove LoRA)"
+    advice = f"it must be what diffusers makes of its config, {model_class.__name__} (remove LoRA, parametrizations)"
     layers = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     for name in layers:
         if name not in linears:
