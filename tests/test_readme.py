@@ -195,7 +195,7 @@ def test_linked_and_named_files_exist(document):
     for name in re.findall(r"`([\w/]+\.py)`", text):
         assert (ROOT / name).exists() or any(path.endswith(f"/{name}") for path in sources), name
 
-    for name in re.findall(r"`(qandc(?:_kernels)?(?:\.(?!png`)\w+)+)(?:\(.*?\))?`", text):
+    for name in re.findall(r"`(qandc(?:_kernels)?(?:\.(?!(?:png|json|safetensors)`)\w+)+)(?:\(.*?\))?`", text):
         assert pkgutil.resolve_name(name) is not None
 
 
