@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import qandc.experiments.ablation
 import qandc.experiments.many_images
@@ -39,7 +39,7 @@ from qandc.experiments.many_images import sample_file
 from qandc.experiments.processes import Processes
 from qandc.experiments.report import measure_rows
 from qandc.experiments.scores import Scorer, load_images, scorer_for
-from qandc.experiments.shards import ImageSet
+from qandc.experiments.shards import SHARD, ImageSet
 from qandc.quantization.conversion import quant_layers
 from qandc.support.files import locked
 from tests.conftest import in_a_thread
@@ -500,7 +500,7 @@ def test_processes_share_the_images_and_a_killed_one_loses_nothing(pipeline_dir,
     assert 4 <= len(kept) < 60
     for name in kept:  # marked, as by another model: what is kept must come through
         tensors = load_file(shards / name)
-        save_file({"images": 255 - tensors["images"]}, shards / name, metadata={"seconds": "1.0"})
+        SHARD.write_tensors(shards / name, {"images": 255 - tensors["images"]}, {"seconds": 1.0})
     assert not target.exists()
     again = launch(*common, "-o", target, count=3)
     output, _ = again.communicate(timeout=120)
