@@ -27,11 +27,11 @@ from qandc import (
     quantize_model,
     remove_cache,
 )
-from qandc.fusion.model_graph import ModelWatch
 from qandc.models.dit.fusable import why_not_block
 from qandc.quantization import registration
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.lora import lora_for_quantized
+from qandc.support.watch import Watch
 from tests.conftest import make_dit
 from tests.test_saved_models import make_quantized, output
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
@@ -503,7 +503,7 @@ def test_graphs_notice_every_change_of_adapters(peft):
     for name, change in changes.items():
         for _ in range(3):  # layers that share a product find each other again
             output_of(model, inputs_of(FLUX))
-        watch = ModelWatch(model)
+        watch = Watch(model)
         output_of(model, inputs_of(FLUX))
         assert watch.unchanged(), name
         change()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from qandc import ModelError, apply_cache_to_dit, graph, quantize_model, ungraph
-from qandc.fusion.model_graph import ModelWatch, UnknownArgumentError, rebuild, structure_of
+from qandc.fusion.model_graph import UnknownArgumentError, rebuild, structure_of
+from qandc.support.watch import Watch
 from tests.conftest import make_dit
 
 GPU = pytest.mark.gpu
@@ -108,26 +109,36 @@ def test_refusals():
 
 
 @pytest.mark.parametrize(
-    ("change", "in_place"),
+    ("change", "in_place", "by_settings"),  # whether a watch for the settings "factor" and "forward" notices it
     [
-        (lambda m: m.linear.weight.data.mul_(2), None),
-        (lambda m: setattr(m.linear, "weight", nn.Parameter(m.linear.weight * 2)), True),
-        (lambda m: setattr(m.linear.weight, "data", m.linear.weight * 2), False),
-        (lambda m: setattr(m.places, "data", m.places + 1), False),
-        (lambda m: setattr(m, "factor", 3.0), True),
-        (lambda m: setattr(m, "another", 3.0), True),
-        (lambda m: m.scaling.update(default=3.0), True),
-        (lambda m: m.scaling.update(another=3.0), True),
-        (lambda m: m.linear.register_forward_hook(lambda module, args, output: output), True),
+        (lambda m: m.linear.weight.data.mul_(2), None, False),
+        (lambda m: setattr(m.linear, "weight", nn.Parameter(m.linear.weight * 2)), True, True),
+        (lambda m: setattr(m.linear.weight, "data", m.linear.weight * 2), False, True),
+        (lambda m: setattr(m.places, "data", m.places + 1), False, False),
+        (lambda m: setattr(m, "places", m.places + 1), True, True),
+        (lambda m: setattr(m, "factor", 3.0), True, True),
+        (lambda m: setattr(m, "another", 3.0), True, False),
+        (lambda m: setattr(m.linear, "forward", lambda x: x), True, True),
+        (lambda m: m.__dict__.update(another=m.__dict__.pop("nothing")), True, False),
+        (lambda m: m.scaling.update(default=3.0), True, False),
+        (lambda m: m.scaling.update(another=3.0), True, False),
+        (lambda m: m.sizes.__setitem__(0, 3), True, False),
+        (lambda m: m.linear.register_forward_hook(lambda module, args, output: output), True, True),
+        (lambda m: setattr(m, "linear", nn.Linear(4, 4)), True, True),
     ],
-    ids=["in place", "weight", "data", "buffer", "value", "attribute", "within a dict", "entry", "hook"],
-)
-def test_what_a_watch_notices(change, in_place):
+    ids=[
+        "in place", "weight", "data", "buffer", "another buffer", "value", "attribute", "forward", "name",
+        "within a dict", "entry", "within a list", "hook", "module",
+    ],
+)  # fmt: skip
+def test_what_a_watch_notices(change, in_place, by_settings):
     model = Mixed()
     model.register_buffer("places", torch.ones(3))
-    watch = ModelWatch(model)
+    model.sizes, model.nothing = [1, 2], None
+    watch, of_settings = Watch(model), Watch(model, ("factor", "forward"))
     change(model)
     assert watch.unchanged() == (in_place is None)
+    assert of_settings.unchanged() == (not by_settings)
     assert watch.in_place() == (in_place is not False)
 
 

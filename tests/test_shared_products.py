@@ -17,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import qandc.quantization.shared_products
 import qandc_kernels.ops.repeated
 from qandc import calibrate, quantize_model
-from qandc.fusion.model_graph import ModelWatch
 from qandc.fusion.nan_flags import lower_nan_flags, raised_nan_flag
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear
+from qandc.support.watch import Watch
 from tests.tiny_models import inputs_of, make_tiny, output_of
 
 K = 16
@@ -437,13 +437,13 @@ def test_layers_die_with_the_last_reference():
 
 def test_graphs_notice_that_weights_have_moved():
     attention = Attention(bias=False)
-    watch = ModelWatch(attention)
+    watch = Watch(attention)
     with torch.no_grad():
         attention(x_of())
         assert watch.unchanged()
         attention(x_of())
         assert not watch.unchanged()
-        watch = ModelWatch(attention)
+        watch = Watch(attention)
         for _ in range(20):
             attention(x_of())
         assert watch.unchanged()

@@ -7,9 +7,7 @@ is an instance of a subclass of its own class (:mod:`qandc.support.attach`).
 
 from __future__ import annotations
 
-import itertools
 import logging
-import operator
 from collections.abc import Hashable, Iterator
 from typing import Annotated, Any, TypeVar
 
@@ -22,13 +20,13 @@ from qandc.fusion.fuse import FUSED
 from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import attach, attachments, detach
+from qandc.support.watch import Watch
 
-__all__ = ["ModelWatch", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
+__all__ = ["UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
 
 logger = logging.getLogger(__name__)
 
 GRAPHED = "_qandc_graphed"  # the attribute that holds the graphs of a model
-_chain = itertools.chain.from_iterable
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -67,53 +65,13 @@ def rebuild(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return parts[0]
 
 
-class ModelWatch:
-    """Notices that anything a forward can read from its modules was replaced: weights, settings, hooks, submodules.
-
-    Compares all attributes by identity, and those that are dictionaries or lists by what they hold, in passes that run
-    in C: some 40,000 objects. Writing into a tensor needs no notice: a graph reads what is there.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        attributes = [module.__dict__ for module in model.modules()]
-        values = list(_chain(map(dict.values, attributes)))
-        self.dicts: list[dict[Any, Any]] = [*attributes, *(value for value in values if isinstance(value, dict))]
-        self.filled = [held for held in self.dicts if held]
-        self.lists = [value for value in values if type(value) is list]
-        self.sizes = self._sizes()
-        self.held = self._held()
-        tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
-        self.tensors = [t for t in tensors if t is not None]
-        self.addresses = self._addresses()
-
-    def _sizes(self) -> list[int]:
-        return [*map(len, self.dicts), *map(len, self.lists)]
-
-    def _held(self) -> list[Any]:
-        """All that is held, in one list; the objects themselves, whose ids nothing else can get meanwhile."""
-        return [*_chain(self.filled), *_chain(map(dict.values, self.filled)), *_chain(self.lists)]
-
-    def _addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self.tensors))
-
-    def in_place(self) -> bool:
-        """Tell whether all memory that a graph reads is what it was; whether it still is what to read is left open.
-
-        .to() changes what is behind a parameter, not the parameter, and what shares a product moves its buffers.
-        """
-        return self._addresses() == self.addresses
-
-    def unchanged(self) -> bool:
-        return self.in_place() and self._sizes() == self.sizes and all(map(operator.is_, self._held(), self.held))
-
-
 class _Graphed:
     """The graphs of a model, and what has been said about calls that take none."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.graphs = GraphCache(limit)
-        self.watch: ModelWatch | None = None
+        self.watch: Watch | None = None
         self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
         self._said: set[str] = set()
 
@@ -139,7 +97,7 @@ class _Graphed:
         if self.watch is None or not self.watch.unchanged():
             self.drop()
             self.reason = _why_not_model(model)
-            self.watch = ModelWatch(model)
+            self.watch = Watch(model)
 
 
 def _why_not_model(model: nn.Module) -> str | None:
@@ -202,7 +160,7 @@ class _GraphedModel(nn.Module):
             assert graphed.watch is not None
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
                 graphed.graphs.keep_newest()
-                graphed.watch = ModelWatch(self)
+                graphed.watch = Watch(self)
         elif watch is not None and graphed.graphs.replays != replays and not watch.unchanged():
             graphed.drop()
             return _GraphedModel.forward(self, *args, **kwargs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from qandc.support.attach import original_class
 __all__ = [
     "BLOCK_LAYERS",
     "OUTPUT",
-    "Watch",
+    "SETTINGS",
     "is_batchable",
     "is_graphable",
     "is_plain_embedding",
@@ -190,48 +188,3 @@ def is_batchable(blocks: list[Any]) -> bool:
     return (
         len(alike) == 1 and len({tuple(p.shape for p in norm.parameters()) for norm in norms if norm is not None}) == 1
     )
-
-
-class Watch:
-    """Notices that a module was replaced, or got other weights, ranges or hooks.
-
-    Compares identities, all of them in a few passes that run in C: some 1,000 modules for each forward.
-    """
-
-    def __init__(self, transformer: nn.Module) -> None:
-        modules = list(transformer.modules())
-        held = [
-            values
-            for m in modules
-            for values in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
-        ]
-        # an instance gets an entry more when its forward is replaced; the transformer's own are for others to use
-        self.dicts: list[Any] = [*held, *(m.__dict__ for m in modules[1:])]
-        self.sizes = list(map(len, self.dicts))
-        self.filled = [values for values in held if values]
-        # the objects themselves: an id could be given to another once they are gone
-        self.objects = self._objects()
-        self.settings = [(m.__dict__, name) for m in modules for name in SETTINGS if name in m.__dict__]
-        self.values = self._settings()
-        self.parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-        self.addresses = self._addresses()  # .to() of a part changes what is behind a parameter, not the parameter
-
-    def _objects(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(values.values() for values in self.filled))
-
-    def _settings(self) -> list[Any]:
-        return [where.get(name) for where, name in self.settings]
-
-    def _addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self.parameters))
-
-    def unchanged(self) -> bool:
-        if list(map(len, self.dicts)) != self.sizes:
-            return False
-        objects = self._objects()
-        return (
-            len(objects) == len(self.objects)
-            and all(map(operator.is_, objects, self.objects))
-            and self._settings() == self.values
-            and self._addresses() == self.addresses
-        )

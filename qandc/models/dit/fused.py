@@ -25,7 +25,7 @@ from qandc.models.dit.conditioning import Conditioning
 from qandc.models.dit.fusable import (
     BLOCK_LAYERS,
     OUTPUT,
-    Watch,
+    SETTINGS,
     is_batchable,
     is_graphable,
     is_plain_embedding,
@@ -35,6 +35,7 @@ from qandc.models.dit.fusable import (
 from qandc.models.family import Call, Launch
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
+from qandc.support.watch import Watch
 from qandc_kernels import (
     adaln_quantize_per_tensor,
     attention_quantize_per_tensor,
@@ -232,7 +233,7 @@ class FusedStep:
         self.projection: Product | None = None
         if self.reasons[OUTPUT] is None:
             self.projection = _product(transformer.proj_out_2, self._ranges(OUTPUT, transformer.proj_out_2))
-        self._watch = Watch(transformer)  # only now: building has moved some weights together
+        self._watch = Watch(transformer, SETTINGS)  # only now: building has moved some weights together
 
     @staticmethod
     def why_not(transformer: Any, ranges: StepRanges | None) -> dict[str, str | None]:
