@@ -5,12 +5,11 @@ python docs/plot_results.py
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
 import matplotlib
-from update_tables import ABLATION, MODEL_SIZES, QUALITY_FORMS, ROOT, ablation_cells, model_rows
+from update_tables import ABLATION, MODEL_SIZES, QUALITY_FORMS, ROOT, ablation_cells, load, model_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,7 +26,7 @@ SHOWN = {
     "fused W4A8": "#1b3f6e",
     "fused W8A8, prepared run": "#3c9a5f",
 }
-COLOURS = {("block", 0): "#9aa0a6", ("branch", 0): "#2f6db5", ("taylor", 1): "#3c9a5f", ("taylor", 2): "#d7a86e"}
+COLOURS = {("delta", 0): "#9aa0a6", ("branch", 0): "#2f6db5", ("taylor", 1): "#3c9a5f", ("taylor", 2): "#d7a86e"}
 
 
 def bare(axes: Any) -> None:
@@ -35,7 +34,7 @@ def bare(axes: Any) -> None:
 
 
 def draw_model() -> None:
-    rows = model_rows(json.loads((RESULTS / "model.json").read_text()))
+    rows = model_rows(load(RESULTS / "model.json"))
     measured = {name for _, _, name in rows}
     shown = {name: colour for name, colour in SHOWN.items() if name in measured}
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
@@ -60,7 +59,7 @@ def draw_model() -> None:
 
 def draw_cache() -> None:
     """Distance and PSNR against speed, a line per mode through its intervals."""
-    rows = json.loads((RESULTS / "cache.json").read_text())["rows"]
+    rows = load(RESULTS / "cache.json")["rows"]
     intervals = {p: {row["interval"] for row in rows if row["precision"] == p} for p in ("FP", "W8A8", "W4A8")}
     precisions = [p for p, found in intervals.items() if len(found) > 2]
     figure, grid = plt.subplots(
@@ -99,11 +98,11 @@ def draw_cache() -> None:
 
 def draw_ablation() -> None:
     """Mean and standard deviation of distance, IS and PSNR for each configuration, W8A8."""
-    result = json.loads((RESULTS / "ablation.json").read_text())
+    result = load(RESULTS / "ablation.json")
     cells = ablation_cells(result)
     full = [row for row in result["rows"] if row["part"] == "FP"]
     metrics = {"frechet_distance": "Fréchet distance", "inception_score": "IS", "psnr_to_fp": "PSNR to FP, dB"}
-    columns = [("block", 3), ("block", 5), ("branch", 3), ("branch", 5)]
+    columns = [("delta", 3), ("delta", 5), ("branch", 3), ("branch", 5)]
     colours = ("#9aa0a6", "#d7a86e", "#8fb3d9", "#2f6db5", "#c9c9c9", "#a8d5b5", "#3c9a5f")
     figure, grid = plt.subplots(1, len(metrics), figsize=(11, 3.4), layout="constrained")
     for axes, (metric, label) in zip(grid, metrics.items(), strict=True):

@@ -1,7 +1,7 @@
 """Attach feature caches: what the blocks of a transformer compute is stored and reused on later denoising steps.
 
 A run is a sequence of *compute steps* and *reuse steps*, fixed before it begins (:class:`qandc.CacheConfig`). With
-``block`` a compute step keeps ``r = Σ_l (block_l(x_l) - x_l)``, one tensor for the whole stack, since residuals of
+``delta`` a compute step keeps ``r = Σ_l (block_l(x_l) - x_l)``, one tensor for the whole stack, since residuals of
 successive blocks add up; a reuse step computes ``x + r`` (Q&C, arXiv 2503.02508, Sec. 2.1). With ``branch`` it keeps
 the output f of every attention and MLP before its gate, and a reuse step computes ``x + Σ gate(t) · f`` with the gates
 of its own timestep (FORA, arXiv 2407.01425); with ``taylor`` f is a forecast (TaylorSeer, arXiv 2503.06923).
@@ -134,7 +134,7 @@ def apply_cache(
     Args:
         transformer: plain, quantized or fused.
         cache_interval: every ``cache_interval``-th step is computed (by default the fifth), the others reuse what all
-            blocks together added (``block``); short for ``config=CacheConfig("block", cache_interval)``.
+            blocks together added (``delta``); short for ``config=CacheConfig("delta", cache_interval)``.
         config: any other cache.
 
     Returns:
@@ -186,17 +186,17 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
             )
     if transformer._compiled_call_impl is not None:
         raise CacheError("the whole transformer was compiled; compile its blocks instead, each with block.compile()")
-    if cache.config.mode != "block":
+    if cache.config.mode != "delta":
         for block in blocks:
             reason = family.why_not(block)
             if reason is not None:
                 raise CacheError(
                     f"cache mode {cache.config.mode!r} {reason}; got a {original_class(block).__name__} that is "
-                    "different; use mode 'block'"
+                    "different; use mode 'delta'"
                 )
     for layer, block in enumerate(blocks):
         attach(block, _CachedBlock, **{PLACE: _Place(cache, family, blocks, layer)})
-    for branch in branches if cache.config.mode != "block" else ():
+    for branch in branches if cache.config.mode != "delta" else ():
         attach(branch, _CachedBranch, **{TARGET: None})
     attach(transformer, _CachedTransformer, **{CACHE: cache})
 

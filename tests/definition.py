@@ -14,7 +14,7 @@ from qandc.caching.schedule import CacheConfig, forecast_weights
 LENGTH = 10  # of the runs that these are for
 UNEVEN = (True, True, True, False, True, False, False, True, False, False)
 CONFIGS = {
-    "block": CacheConfig("block", interval=3),
+    "delta": CacheConfig("delta", interval=3),
     "branch": CacheConfig("branch", interval=3),
     "branch uneven": CacheConfig("branch", schedule=UNEVEN),
     "branch last": CacheConfig("branch", interval=4, num_inference_steps=LENGTH, last_step_computed=True),
@@ -39,12 +39,12 @@ def step_of(model: Any, given: dict[str, Any], mode: str, features: list[torch.T
     """Run a forward without a cache, with ``features`` in the place of its own."""
     blocks = list(model.transformer_blocks)
     names = next(BRANCHES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in BRANCHES)
-    parts = blocks if mode == "block" else [getattr(block, name) for block in blocks for name in names]
+    parts = blocks if mode == "delta" else [getattr(block, name) for block in blocks for name in names]
     found: list[torch.Tensor] = []
     ends: list[torch.Tensor] = []
 
     def replace(part: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        inside = args[0] if mode == "block" else 0
+        inside = args[0] if mode == "delta" else 0
         found.append(output - inside)
         return None if features is None else inside + features[len(found) - 1]
 

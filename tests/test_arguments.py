@@ -259,7 +259,7 @@ def features() -> dict[str, P]:
 
 TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "CacheConfig": lambda: {
-        "mode": P("block"),
+        "mode": P("delta"),
         "interval": P(2, "None"),
         "schedule": P(None, "None"),
         "order": P(1),
@@ -303,7 +303,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "rounding": P("gptq", "None"),
         "smoothing": P(True, FLAG),
         "ranges": P(qandc.RangeConfig()),
-        "cache_mode": P("block"),
+        "cache_mode": P("delta"),
         "cache_interval": P(2),
         "uniform": P(False, FLAG),
         "pool_images": P(20),

@@ -41,7 +41,7 @@ from tests.test_fused_dit import make_quantized, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 STEPS = LENGTH
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-all_modes = pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+all_modes = pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_interleaved_runs_do_not_share_state(mode):
                 found[which].append(y)
     for actual, wanted in zip(found, expected, strict=True):
         assert_equal_runs(actual, wanted)
-    one = 4 * 16 * 32 * 4 * {"block": 1, "branch": 6, "taylor": 12}[mode]
+    one = 4 * 16 * 32 * 4 * {"delta": 1, "branch": 6, "taylor": 12}[mode]
     assert cache.nbytes == 2 * one
     model(**inputs(STEPS, 2), class_labels=labels[1])
     model(**inputs(STEPS + 1, 2), class_labels=labels[1])  # the run used last goes on
@@ -152,7 +152,7 @@ def test_storage(mode, storage_dtype, bound):
         4 if mode == "taylor" else 1
     )
     per_token = {"float32": 128, "bfloat16": 64, "int8": 36}[storage_dtype]
-    assert cache.nbytes <= 4 * 16 * per_token * {"block": 1, "branch": 6, "taylor": 12}[mode]
+    assert cache.nbytes <= 4 * 16 * per_token * {"delta": 1, "branch": 6, "taylor": 12}[mode]
 
 
 def test_memory_is_made_once():
@@ -207,7 +207,7 @@ def vanilla_pipeline(pipeline_dir, **config):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("mode", ["block", "branch"])
+@pytest.mark.parametrize("mode", ["delta", "branch"])
 def test_a_run_of_another_length_is_refused_in_the_vanilla_pipeline(pipeline_dir, mode, spacing):
     """The model sees timesteps alone: leading ones differ in the first step, trailing ones in the second."""
     pipe = vanilla_pipeline(pipeline_dir, timestep_spacing=spacing)
@@ -400,11 +400,11 @@ def test_compiled_blocks(config, compiler):
 @pytest.mark.slow
 def test_compiled_blocks_notice_another_cache():
     model = make_dit()
-    expected = {mode: by_definition(model, CacheConfig(mode, interval=3)) for mode in ("block", "branch", "taylor")}
+    expected = {mode: by_definition(model, CacheConfig(mode, interval=3)) for mode in ("delta", "branch", "taylor")}
     plain = run(model)
     for block in model.transformer_blocks:
         block.compile(backend="eager", fullgraph=True, dynamic=False)
-    for mode in ("block", "branch", "taylor", "block"):
+    for mode in ("delta", "branch", "taylor", "delta"):
         apply_cache_to_dit(model, config=CacheConfig(mode, interval=3))
         assert_equal_runs(run(model), expected[mode])
         remove_cache(model)
@@ -412,7 +412,7 @@ def test_compiled_blocks_notice_another_cache():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["block", "taylor"])
+@pytest.mark.parametrize("mode", ["delta", "taylor"])
 def test_a_compiled_transformer(mode):
     """torch.compile around a model that has a cache: right, whatever of it is compiled."""
     config = CacheConfig(mode, interval=3)
@@ -502,7 +502,7 @@ def test_offloaded_by_accelerate(pipeline_dir):
 # ---- calibrated schedules
 
 
-@pytest.mark.parametrize(("mode", "order"), [("block", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
+@pytest.mark.parametrize(("mode", "order"), [("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
 def test_calibrated_schedule(mode, order):
     model = quantize_model(make_dit(num_layers=2))
     before = [set(m._forward_hooks) | set(m._forward_pre_hooks) for m in model.modules()]
@@ -522,7 +522,7 @@ def test_calibrated_schedule(mode, order):
     assert found == calibrate_schedule(model, scheduler, [1, 2], **arguments)
 
 
-@pytest.mark.parametrize("mode", ["block", "branch"])
+@pytest.mark.parametrize("mode", ["delta", "branch"])
 def test_errors_of_a_calibrated_schedule_are_those_of_the_model(mode):
     """What reuse adds at the one reused step, compared with what is added there: the error that was minimised."""
     model = make_dit(num_layers=2)
@@ -573,7 +573,7 @@ def test_each_branch_is_compared_through_its_own_gate(branch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["block", "branch"])
+@pytest.mark.parametrize("mode", ["delta", "branch"])
 def test_features_of_compiled_blocks_that_have_run(mode):
     expected = record_gram(make_dit(num_layers=2), mode)
     model = make_dit(num_layers=2)
@@ -590,7 +590,7 @@ def heun():
     return HeunDiscreteScheduler(num_train_timesteps=1000)
 
 
-@pytest.mark.parametrize(("mode", "order"), [("block", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
+@pytest.mark.parametrize(("mode", "order"), [("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
 def test_a_scheduler_that_calls_the_model_twice_a_step(mode, order):
     """Steps of a schedule are calls of the model: 11 in 6 inference steps."""
     model = make_dit(num_layers=2)
@@ -646,7 +646,7 @@ def test_schedules_that_cannot_be_calibrated():
 BOUND = 3e-2  # of a whole forward in float32: roundings that differ, magnified by forecasts
 
 
-@pytest.mark.parametrize("name", ["block", "branch uneven", "taylor 2 uneven"])
+@pytest.mark.parametrize("name", ["delta", "branch uneven", "taylor 2 uneven"])
 def test_fused_and_smoothed_equals_the_definition(fused_anywhere, monkeypatch, name):
     model, config = make_quantized(smoothing=True), CONFIGS[name]
     expected = by_definition(model, config)
@@ -680,7 +680,7 @@ def test_fused_with_conditioning_ahead(fused_anywhere, monkeypatch, mode):
 
 
 @pytest.mark.parametrize("storage_dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("mode", ["block", "branch"])
+@pytest.mark.parametrize("mode", ["delta", "branch"])
 def test_fused_storage(fused_anywhere, mode, storage_dtype):
     config = CacheConfig(mode, interval=3, storage_dtype=storage_dtype)
     model = make_quantized()

@@ -153,7 +153,7 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
     ranges = RangeConfig("mse", symmetric=True)
     settings = CalibrationConfig(
         num_inference_steps=5, guidance_scale=3, scheduler="ddim", w_bits=4, a_bits=7, rounding="nearest",
-        smoothing=False, ranges=ranges, cache_mode="block", cache_interval=2, uniform=True, pool_images=6,
+        smoothing=False, ranges=ranges, cache_mode="delta", cache_interval=2, uniform=True, pool_images=6,
         pool_with_cache=False, select="kmeans", samples=7, clusters=3, seed=9, vc="paper", vc_target="noise",
         vc_start=1, vc_samples=8,
     )  # fmt: skip
@@ -228,7 +228,7 @@ CONTRADICTIONS = {
     "weights": (["--w-bits", "8"], "--w-bits is 8, but the settings in {} are for 4"),
     "activations": (["--a-bits", "4"], "--a-bits is 4, but the settings in {} are for 8"),
     "smoothing": (["--no-smoothing"], "--no-smoothing is given, but the settings in {} are for smoothing True"),
-    "mode": (["--cache-mode", "block"], "--cache-mode is block, but the settings in {} are for branch"),
+    "mode": (["--cache-mode", "delta"], "--cache-mode is delta, but the settings in {} are for branch"),
     "interval": (["--cache-interval", "2"], "--cache-interval is 2, but the settings in {} are for a schedule of 2"),
     "schedule": (["--schedule", "x.json"], "--schedule and --settings {} contradict each other; give one of them"),
     "not calibrated": (["--no-calibrated"], "--settings and --no-calibrated contradict each other"),
@@ -338,7 +338,7 @@ REFUSALS = {
     "steps not a number": (["--steps", "many"], "Invalid value for '--steps'"),
     "interval": (["--cache-interval", "0"], "--cache-interval is 0; give an integer >= 1"),
     "no cache mode": (["--cache-mode", ""], "cache mode '' is unknown"),
-    "cache mode": (["--cache-mode", "all"], "cache mode 'all' is unknown; choose one of block, branch, taylor"),
+    "cache mode": (["--cache-mode", "all"], "cache mode 'all' is unknown; choose one of delta, branch, taylor"),
     "schedule": (["--schedule", "none.json"], "'none.json' is no schedule"),
     "weight bits": (["--w-bits", "3"], "w_bits is 3; allowed are 4 and 8"),
     "activation bits": (["--a-bits", "9"], "a_bits is 9; allowed are"),

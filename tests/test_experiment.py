@@ -45,7 +45,7 @@ from qandc.support.files import locked
 from tests.conftest import in_a_thread
 
 CALIBRATION = CalibrationConfig(
-    num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="block", cache_interval=2, uniform=True,
+    num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="delta", cache_interval=2, uniform=True,
     pool_images=3, samples=6, clusters=2, vc_samples=4,
 )  # fmt: skip
 SETTINGS = ExperimentConfig(images=6, calibration=CALIBRATION, batch_size=4)

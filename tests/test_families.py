@@ -76,7 +76,7 @@ def test_a_cached_model_equals_the_definition(name, config, quantized):
 @settings(max_examples=12, deadline=None)
 @given(
     name=st.sampled_from(list(FAMILIES)),
-    mode=st.sampled_from(["block", "branch", "taylor"]),
+    mode=st.sampled_from(["delta", "branch", "taylor"]),
     order=st.integers(1, 2),
     later=st.lists(st.booleans(), min_size=1, max_size=7),
     layers=st.integers(1, 3),
@@ -167,7 +167,7 @@ def test_ranges_are_those_of_all_that_layers_are_given(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("mode", "order"), [("block", 0), ("branch", 0), ("taylor", 1)])
+@pytest.mark.parametrize(("mode", "order"), [("delta", 0), ("branch", 0), ("taylor", 1)])
 def test_a_schedule_is_that_of_all_schedules_tried(monkeypatch, name, mode, order):
     """Compare what features add at every step with what a schedule would add in its place, and take the least error."""
     monkeypatch.setattr("qandc.method.schedule_calibration.POSITIONS", 50_000)  # far more than there are
@@ -239,7 +239,7 @@ def pixart(request):
     return pipe, draw
 
 
-@pytest.mark.parametrize(("mode", "order"), [("block", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
+@pytest.mark.parametrize(("mode", "order"), [("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
 def test_pixart_is_quantized_calibrated_cached_and_sampled_in_its_own_pipeline(pixart, mode, order):
     pipe, draw = pixart
     model = quantize_model(pipe.transformer)

@@ -81,7 +81,7 @@ VARIANTS = {
     "W4A8 with GPTQ": {"w_bits": 4},
     "W8A6, no compensation, no smoothing": {"a_bits": 6, "vc": "none", "smoothing": False},
     "uniform block cache, ddim, of the noise": {
-        "cache_mode": "block",
+        "cache_mode": "delta",
         "uniform": True,
         "scheduler": "ddim",
         "vc_target": "noise",
@@ -127,8 +127,8 @@ def test_the_preset_draws_what_was_measured(tmp_path, pipeline_dir, changes):
 def test_settings_reach_what_they_are_of(tmp_path, pipeline_dir):
     changes = VARIANTS["uniform block cache, ddim, of the noise"]
     preset = run(pipeline_dir, tmp_path, **changes).preset
-    assert preset.schedule.schedule == CacheConfig("block", interval=3).of_steps(STEPS) == (True, False, False, True)
-    assert (preset.schedule.mode, preset.schedule.order, preset.schedule.error) == ("block", 0, None)
+    assert preset.schedule.schedule == CacheConfig("delta", interval=3).of_steps(STEPS) == (True, False, False, True)
+    assert (preset.schedule.mode, preset.schedule.order, preset.schedule.error) == ("delta", 0, None)
     assert (preset.scheduler, preset.guidance_scale, preset.model) == ("DDIMScheduler", 1.5, "a/b")
     assert (preset.compensation.form, preset.compensation.target) == ("variance_ratio", "noise")
     assert (preset.compensation.gain[:2] == 1).all()

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 STEPS, GUIDANCE = 7, 2.0
 CONFIGS = {
     "no cache": None,
-    "block": CacheConfig("block", interval=3),
+    "delta": CacheConfig("delta", interval=3),
     "branch": CacheConfig("branch", interval=3),
     "taylor int8": CacheConfig("taylor", interval=3, storage_dtype="int8"),
 }

@@ -508,7 +508,7 @@ def test_a_copy_elsewhere_is_as_good(tmp_path, saved):
 
 def test_any_model_of_diffusers_is_saved_with_its_schedule(tmp_path):
     model = quantize_model(make_tiny("FluxTransformer2DModel"))
-    schedule = CalibratedSchedule((True, False), (900, 100), "block", 0)
+    schedule = CalibratedSchedule((True, False), (900, 100), "delta", 0)
     save(model, tmp_path / "saved", schedule=schedule)
     found = load(tmp_path / "saved")
     assert found.schedule == schedule

@@ -9,7 +9,15 @@ import math
 import numpy as np
 import pytest
 
-from qandc import CacheConfig, CalibratedSchedule, ConfigError, OutputError, format_schedule, uniform_schedule
+from qandc import (
+    CacheConfig,
+    CalibratedSchedule,
+    CalibrationConfig,
+    ConfigError,
+    OutputError,
+    format_schedule,
+    uniform_schedule,
+)
 from qandc.caching.schedule import (
     FILE,
     even_schedule,
@@ -39,7 +47,7 @@ def test_uniform_schedule(arguments, expected):
     assert stars(uniform_schedule(8, **arguments)) == expected
     # what a run of unknown length does is what the schedule of its length says
     if "last_step_computed" not in arguments:
-        config = CacheConfig("block", **arguments)
+        config = CacheConfig("delta", **arguments)
         assert stars(config.computes(step) for step in range(8)) == expected
         assert stars(config.of_steps(8)) == expected
     config = CacheConfig("branch", num_inference_steps=8, **arguments)
@@ -48,9 +56,15 @@ def test_uniform_schedule(arguments, expected):
 
 
 def test_defaults():
-    assert (CacheConfig().mode, CacheConfig().interval, CacheConfig().warm_up_steps) == ("block", 5, 1)
+    assert (CacheConfig().mode, CacheConfig().interval, CacheConfig().warm_up_steps) == ("delta", 5, 1)
     assert CacheConfig("taylor", order=2).warm_up_steps == 3
-    assert [CacheConfig(mode).history for mode in ("block", "branch", "taylor")] == [1, 1, 2]
+    assert [CacheConfig(mode).history for mode in ("delta", "branch", "taylor")] == [1, 1, 2]
+
+
+def test_the_older_name_of_a_mode():
+    assert CacheConfig("block", interval=3) == CacheConfig("delta", interval=3)
+    assert CalibratedSchedule((True, False), (900, 100), "block", 0).mode == "delta"
+    assert CalibrationConfig(cache_mode="block") == CalibrationConfig(cache_mode="delta")
 
 
 def test_configs_are_values():
@@ -90,7 +104,7 @@ def test_runs_at_other_timesteps_are_refused():
         ({"interval": 3, "timesteps": (9, 8)}, "timesteps need a schedule or num_inference_steps"),
         ({"schedule": (True, True), "timesteps": (9,)}, "a schedule of 2 steps needs as many timesteps; got 1"),
         ({"schedule": (True, True), "timesteps": (8, 9)}, "timesteps rise from 8 to 9"),
-        ({"mode": "blocks"}, "mode 'blocks' is unknown; choose one of block, branch, taylor"),
+        ({"mode": "blocks"}, "mode 'blocks' is unknown; choose one of delta, branch, taylor"),
         ({"order": 0}, "order is 0"),
         ({"mode": "taylor", "order": 3}, "order is 3; give 1 or 2"),
         ({"mode": "taylor", "warm_up_steps": 1}, "order 1 needs 2 computed steps before the first reuse; this.* has 1"),

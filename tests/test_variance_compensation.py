@@ -117,7 +117,7 @@ def reference_and_cached(name="ddpm", labels=LABELS, **run):
     model = make_dit(num_layers=2)
     reference = record_trajectory(model, scheduler(name), labels, **{**RUN, **run})
     quantize_model(model, w_bits=4)
-    apply_cache_to_dit(model, config=CacheConfig("block", interval=3))
+    apply_cache_to_dit(model, config=CacheConfig("delta", interval=3))
     return reference, model
 
 

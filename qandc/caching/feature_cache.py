@@ -30,7 +30,7 @@ class FeatureCache(Attachment):
     at the latest.
 
     Memory is one :class:`qandc.caching.features.FeatureStore` per run, made once: one tensor ``[rows, tokens, hidden]``
-    for ``block``, one per branch for ``branch`` (2 a block of DiT, 3 of PixArt), ``order + 1`` times that for
+    for ``delta``, one per branch for ``branch`` (2 a block of DiT, 3 of PixArt), ``order + 1`` times that for
     ``taylor``.
 
     Attributes:

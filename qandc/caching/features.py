@@ -49,7 +49,7 @@ class FeatureStore:
     serial: int
 
     def __init__(self, config: CacheConfig) -> None:
-        self.per_branch = config.mode != "block"
+        self.per_branch = config.mode != "delta"
         self.nbytes = 0
         self._config = config
         self._made_for: tuple[Any, ...] | None = None

@@ -33,7 +33,8 @@ __all__ = [
 SAME_TIMESTEP = 1e-6  # relative difference up to which machines may round one timestep differently
 
 Schedule = tuple[bool, ...]
-MODES = ("block", "branch", "taylor")
+MODES = ("delta", "branch", "taylor")
+OLDER_MODES = {"block": "delta"}
 STORAGE_DTYPES = ("float32", "bfloat16", "int8")
 LARGEST_ORDER = 2
 DEFAULT_INTERVAL = 5
@@ -71,9 +72,10 @@ class CacheConfig:
     """Say what a feature cache stores and when it uses it.
 
     Attributes:
-        mode: ``block`` keeps what all blocks together add to the residual stream, one tensor. ``branch`` keeps the
-            output of every attention and MLP before its gate, and applies the gate of the current step (FORA).
-            ``taylor`` forecasts these from the last ``order + 1`` compute steps (TaylorSeer, arXiv 2503.06923).
+        mode: ``delta`` keeps what all blocks together add to the residual stream, one tensor (``block`` is its older
+            name). ``branch`` keeps the output of every attention and MLP before its gate, and applies the gate of the
+            current step (FORA). ``taylor`` forecasts these from the last ``order + 1`` compute steps (TaylorSeer, arXiv
+            2503.06923).
         interval: every ``interval``-th step is computed; 5 if neither it nor a schedule is given.
         schedule: instead of an interval, whether each step of a run is computed.
         order: of the forecast, 1 or 2; only for ``taylor``.
@@ -90,7 +92,7 @@ class CacheConfig:
         ConfigError: a value is not one of these, or they contradict each other.
     """
 
-    mode: str = "block"
+    mode: str = "delta"
     interval: Steps | None = None
     schedule: Schedule | None = None
     order: int = 1
@@ -104,6 +106,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "mode", OLDER_MODES.get(self.mode, self.mode))
         if self.mode not in MODES:
             raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if self.storage_dtype is not None and self.storage_dtype not in STORAGE_DTYPES:
@@ -366,6 +369,7 @@ class CalibratedSchedule:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
+        object.__setattr__(self, "mode", OLDER_MODES.get(self.mode, self.mode))
         if self.mode not in MODES:
             raise ConfigError(f"cache mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if not self.schedule or len(self.schedule) != len(self.timesteps):

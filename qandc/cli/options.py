@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qandc.caching.schedule import OLDER_MODES
 from qandc.errors import ConfigError
 from qandc.method.settings import CalibrationConfig
 from qandc.support.arguments import check_value
@@ -86,6 +87,8 @@ def takes(names: str = " ".join(FIELDS), **defaults: Any) -> Callable[[Callable[
                     given[name] = not FIELDS[name].default
                 elif value is not None:
                     check_value(_flags(name)[0], HINTS[name], value)
+            if "cache_mode" in given:
+                given["cache_mode"] = OLDER_MODES.get(given["cache_mode"], given["cache_mode"])
             return command(given=given, **arguments)
 
         wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

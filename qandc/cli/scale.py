@@ -30,11 +30,11 @@ from qandc.support.files import keep_settings, locked, write_json
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "model": None, "steps": "20", "images": 160,
-        "pool_images": 20, "samples": 100, "clusters": 20, "vc_samples": 40, "cache_mode": "block",
+        "pool_images": 20, "samples": 100, "clusters": 20, "vc_samples": 40, "cache_mode": "delta",
     },
     "paper": {
         "model": "facebook/DiT-XL-2-256", "steps": "50,100,250", "images": 10_000,
-        "pool_images": 200, "samples": 800, "clusters": 100, "vc_samples": 256, "cache_mode": "block",
+        "pool_images": 200, "samples": 800, "clusters": 100, "vc_samples": 256, "cache_mode": "delta",
     },
 }  # fmt: skip
 

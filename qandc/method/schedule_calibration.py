@@ -58,7 +58,7 @@ class _Recorder:
         blocks = list(transformer.transformer_blocks)
         handles = [transformer.register_forward_hook(self._end, with_kwargs=True)]
         handles.append(blocks[0].register_forward_pre_hook(self._begin, with_kwargs=True))
-        if mode == "block":
+        if mode == "delta":
             handles.append(blocks[-1].register_forward_hook(self._leave))
         else:
             for block in blocks:
@@ -117,7 +117,7 @@ def feature_gram(transformer: Any, run: Callable[[], Any], mode: str) -> tuple[n
     if is_fused(model):
         raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse")
     with paused(model), eager():
-        recorder = _Recorder(family, model, mode, seed=0)
+        recorder = _Recorder(family, model, CacheConfig(mode).mode, seed=0)
         try:
             with torch.no_grad():
                 run()
@@ -169,7 +169,7 @@ def schedule_from_run(
         ModelError: no such transformer, or it is fused.
         DataError: the transformer did not run, its features are NaN or infinite, or nothing is added at all.
     """
-    CacheConfig(mode, order=order)  # refuses others before any work
+    mode = CacheConfig(mode, order=order).mode  # refuses others before any work
     gram, timesteps = feature_gram(transformer, run, mode)
     order = _check_steps(mode, order, computed_steps, timesteps)
     even = even_schedule(len(timesteps), computed_steps, order + 1)

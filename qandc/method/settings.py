@@ -47,7 +47,7 @@ class CalibrationConfig:
     rounding: str | None = option(None, "Of weights: nearest, or gptq, which clips too. Default: gptq with 4 bits.")
     smoothing: bool = option(True, "Move outliers from activations to weights.", "--no-smoothing")
     ranges: RangeConfig = field(default_factory=RangeConfig)
-    cache_mode: str = option("taylor", "What is kept: block (the sum of all), branch, or taylor (branches, forecast).")
+    cache_mode: str = option("taylor", "What is kept: delta (the sum of all), branch, or taylor (branches, forecast).")
     cache_interval: Steps = option(
         3, "Compute every Nth step, or as many steps; 1 computes all.", "--cache-interval", "--interval"
     )
@@ -92,6 +92,7 @@ class CalibrationConfig:
             if getattr(self, name) > candidates:
                 raise ConfigError(f"{name} is {getattr(self, name)}; {pool} (lower it, or take more pool images)")
         object.__setattr__(self, "cache", CacheConfig(self.cache_mode, interval=self.cache_interval))
+        object.__setattr__(self, "cache_mode", self.cache.mode)
         clip = "mse" if self.gptq else "max"
         object.__setattr__(self, "quant_config", QuantConfig(self.w_bits, self.a_bits, weight_clip=clip))
 
