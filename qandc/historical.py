@@ -1,4 +1,7 @@
-"""Hold what only the paper's ablation compares with: choices of samples that win nowhere (docs/calibration.md)."""
+"""Hold what only the paper's ablation compares with, and what wins nowhere: docs/calibration.md has the figures.
+
+Choices of samples for :mod:`qandc.tap`, and a gain for :mod:`qandc.variance_compensation`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
-__all__ = ["CLUSTERERS", "agglomerative", "dbscan"]
+__all__ = ["CLUSTERERS", "agglomerative", "dbscan", "paper_gain"]
 
 LARGEST_DENSE = 4000  # samples whose pairwise distances are held at once; others join the nearest cluster
 NEIGHBOURS = 5
@@ -52,3 +56,20 @@ def dbscan(features: np.ndarray, times: np.ndarray, config: Any, seed: int) -> n
 
 
 CLUSTERERS = {"agglomerative": agglomerative, "dbscan": dbscan}
+
+
+def paper_gain(
+    reference: torch.Tensor, sample: torch.Tensor, mean: torch.Tensor, smallest: float = 0.05
+) -> torch.Tensor:
+    """Compute Eq. 12 as printed: ``[Σ (x'-μ)(x̂-μ) + Σ (x̂-μ)/x'] / [Σ (x̂-μ)² + Σ (x̂-μ)²/x'²]``, ``[C]``.
+
+    It is not the minimiser of the objective it is derived from, and the few ``x'`` near 0 decide it: on data with a
+    known gain it gives about 0. Elements with ``|x'| <= smallest`` are left out of the sums, which makes it finite, not
+    right. Pairs are needed.
+    """
+    mean = mean.double().view(1, -1, *[1] * (sample.ndim - 2))
+    keep = reference.abs() > smallest
+    of_each = [0, *range(2, sample.ndim)]  # all dimensions but the channels
+    target, off = (reference.double() - mean) * keep, (sample.double() - mean) * keep
+    relative = off / torch.where(keep, reference.double(), 1.0)
+    return ((target * off).sum(of_each) + relative.sum(of_each)) / ((off**2).sum(of_each) + (relative**2).sum(of_each))

@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from qandc.errors import ConfigError, DataError
+from qandc.historical import paper_gain
 from qandc.support.arguments import check_fields, checked
 from qandc.support.files import FileKind, reading
 
@@ -61,21 +62,6 @@ def least_squares(reference: torch.Tensor, sample: torch.Tensor, mean: torch.Ten
     """
     off = _centred(sample, mean)
     return _sums(_centred(reference, mean) * off) / _sums(off**2)
-
-
-def paper_gain(
-    reference: torch.Tensor, sample: torch.Tensor, mean: torch.Tensor, smallest: float = 0.05
-) -> torch.Tensor:
-    """Eq. 12 as printed: ``[Σ (x'-μ)(x̂-μ) + Σ (x̂-μ)/x'] / [Σ (x̂-μ)² + Σ (x̂-μ)²/x'²]``, ``[C]``.
-
-    It is not the minimiser of the objective it is derived from, and the few ``x'`` near 0 decide it: on data with a
-    known gain it gives about 0. Elements with ``|x'| <= smallest`` are left out of the sums, which makes it finite, not
-    right. Kept to compare with; pairs are needed.
-    """
-    keep = (reference.abs() > smallest).double()
-    target, off = _centred(reference, mean) * keep, _centred(sample, mean) * keep
-    relative = off / torch.where(keep > 0, reference.double(), 1.0)
-    return (_sums(target * off) + _sums(relative)) / (_sums(off**2) + _sums(relative**2))
 
 
 FORMS = {"variance_ratio": variance_ratio, "least_squares": least_squares, "paper": paper_gain}

@@ -60,7 +60,7 @@ class CalibrationConfig:
     samples: Count = option(400, "Candidates to calibrate with.")
     clusters: Count = option(50, "Of the candidates.")
     seed: Annotated[int, Between(0, 2**31 - 1)] = option(0, "Of the choice of samples.")
-    vc: str = option("least_squares", f"Variance compensation: {', '.join(FORMS)} or {NO_COMPENSATION}.")
+    vc: str = option("least_squares", "Variance compensation: least_squares, variance_ratio or none.")
     vc_target: str = option("sample", "What is compensated: sample or noise.")
     vc_start: int = option(0, "First step that is compensated.")
     vc_samples: Images = option(100, "Images the compensation is fitted on, all at once.")
