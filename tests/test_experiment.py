@@ -562,3 +562,27 @@ def test_rows_are_written_one_by_one_and_measured_once(tmp_path, caplog):
     assert json.loads(path.read_text())["goals"][0]["value"] == 3
     with pytest.raises(ConfigError, match="was measured with"):
         run({"steps": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "first"),
+    [
+        ("evaluate_cache.py", ("--precisions", "W8A8"), {"precision": "W8A8", "mode": "none"}),
+        (
+            "ablate_fashion_dit.py",
+            ("--repeats", "0", "--parts", "ranges", "--pool-images", "2", "--samples", "4", "--fit-images", "2"),
+            {"part": "FP", "row": {"w_bits": 16}},
+        ),
+    ],
+)
+def test_scripts_measure_a_row_and_stop_in_time(tmp_path, script, options, first):
+    root, out = Path(__file__).parents[1], tmp_path / "result.json"
+    command = [sys.executable, root / "training" / script, "--images", "20", "--steps", "2", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run(
+        [*command, "--out", out, "--seconds", "0.01", *options], check=True, env=environment, capture_output=True
+    )
+    (row,) = json.loads(out.read_text())["rows"]
+    assert first.items() <= row.items()
+    assert {"frechet_distance", "inception_score", "class_accuracy", "psnr_to_fp"} <= set(row)
