@@ -122,13 +122,21 @@ def check_bits(w_bits: int, a_bits: int) -> None:
         )
 
 
-def fault_of_divisor(values: torch.Tensor) -> str | None:
-    """Say why inputs can't be multiplied with ``1 / values`` in float32, or None."""
+SMALLEST = torch.finfo(torch.float32).tiny  # a GPU takes denormal numbers for zero
+
+
+def are_divisors(values: torch.Tensor) -> torch.Tensor:
+    """Tell of each value whether inputs can be multiplied with its reciprocal in float32."""
+    return (values >= SMALLEST) & (values <= 1 / SMALLEST)
+
+
+def fault_of_divisors(values: torch.Tensor) -> str | None:
+    """Say why some of the values are no divisors (:func:`are_divisors`), or None."""
+    if are_divisors(values).all():
+        return None
     if not (torch.isfinite(values) & (values > 0)).all():
         return "not finite or not > 0"
-    smallest = torch.finfo(torch.float32).tiny  # a GPU takes denormal numbers for zero
-    fits = (values >= smallest) & (values <= 1 / smallest)
-    return None if fits.all() else f"smaller than {smallest:.1e} or larger than {1 / smallest:.1e}"
+    return f"smaller than {SMALLEST:.1e} or larger than {1 / SMALLEST:.1e}"
 
 
 def quantize_weight(weight: torch.Tensor, bits: int, clip: str = "max") -> tuple[torch.Tensor, torch.Tensor]:

@@ -270,6 +270,7 @@ def test_a_manifest_that_was_never_written(tmp_path, change, message):
             r"the range of a: its scale must be \[\] finite float32 numbers",
         ),
         ({"scales": {"a": torch.tensor(0.0)}}, "finite float32 numbers > 0"),
+        ({"scales": {"a": torch.tensor(1e-40)}}, "finite float32 numbers > 0 whose reciprocals are such"),
         ({"scales": {"a": torch.ones(2)}}, "finite float32 numbers > 0"),
         ({"scales": {"a": torch.ones((), dtype=torch.float64)}}, "finite float32 numbers > 0"),
         (
@@ -279,6 +280,7 @@ def test_a_manifest_that_was_never_written(tmp_path, change, message):
         ({"zero_points": {"a": torch.tensor(1)}}, "int32 from -128 to 127"),
         ({"scales": {}, "zero_points": {"a": torch.tensor(1, dtype=torch.int32)}}, "a zero point and no scale"),
         ({"smoothing": {"a": torch.tensor([1.0, float("inf")])}}, "the smoothing of a must be finite"),
+        ({"smoothing": {"a": torch.tensor([1.0, 2e38])}}, "the smoothing of a must be .* such reciprocals"),
     ],
 )
 def test_values_that_no_calibration_gives(changes, message):

@@ -32,7 +32,7 @@ from qandc.quantization.conversion import layers_to_quantize, quant_layers, quan
 from qandc.quantization.linear import OPTIONAL_BUFFERS, QUANTIZED_BUFFERS, skeleton_layer
 from qandc.quantization.plan import resolved
 from qandc.quantization.ranges import StepRanges, check_range_values, check_step_ranges
-from qandc.quantizer import QuantConfig, check_bits
+from qandc.quantizer import QuantConfig, check_bits, fault_of_divisors
 from qandc.sampling.loop import SCHEDULERS, Guidance, set_timesteps
 from qandc.sampling.pipelines import DTYPES, load_pipeline, resolve_device
 from qandc.support.arguments import Pipeline, Scheduler, Steps, check_fields, checked
@@ -152,8 +152,8 @@ class Preset:
             raise ConfigError(f"structure has {sorted(self.structure)}; it must have {', '.join(STRUCTURE)}")
         check_range_values(self.scales, self.zero_points, (), "the range")
         for name, factors in self.smoothing.items():
-            if factors.dtype != torch.float32 or not (torch.isfinite(factors) & (factors > 0)).all():
-                raise DataError(f"the smoothing of {name} must be finite float32 numbers > 0")
+            if factors.dtype != torch.float32 or fault_of_divisors(factors) is not None:
+                raise DataError(f"the smoothing of {name} must be finite float32 numbers > 0 with such reciprocals")
 
     @classmethod
     @checked

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.quantization.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
 from qandc.quantization.shared_products import Membership, shared_output, shared_output_to_compile
-from qandc.quantizer import check_bits, check_hessian, fault_of_divisor, gptq_round, quantize_weight
+from qandc.quantizer import check_bits, check_hessian, fault_of_divisors, gptq_round, quantize_weight
 from qandc.support.arguments import Between, checked
 from qandc_kernels import (
     FLOAT_DTYPES,
@@ -218,7 +218,7 @@ class QuantLinear(nn.Module):
                 "a_bits from 4 to 8, or leave it out"
             )
         act_scale = scale.detach().to(device, torch.float32, copy=True) if scale.ndim == 0 else None
-        if act_scale is None or not scale.is_floating_point() or fault_of_divisor(act_scale) is not None:
+        if act_scale is None or not scale.is_floating_point() or fault_of_divisors(act_scale) is not None:
             raise DataError(
                 "act_scale must be one finite number > 0 whose reciprocal is such (a 0-d float tensor); got "
                 f"{scale.flatten()[:4].tolist()}"
@@ -273,7 +273,7 @@ class QuantLinear(nn.Module):
             return None if inside else (str(int(tensor)), f"an integer from {-limit} to {limit - 1}")
         if name == "bias":
             return None if torch.isfinite(tensor).all() else ("not finite", "finite numbers")
-        fault = fault_of_divisor(tensor)
+        fault = fault_of_divisors(tensor)
         return None if fault is None else (fault, "finite numbers > 0 whose reciprocals are such")
 
     def fault_of_sums(self, qweight: torch.Tensor, weight_sum: torch.Tensor) -> str | None:
@@ -456,7 +456,7 @@ def smoothed_weight(weight: torch.Tensor, smoothing: torch.Tensor) -> tuple[torc
     k = weight.shape[1]
     fits = smoothing.shape == (k,)
     factors = smoothing.detach().to(weight.device, torch.float32, copy=True) if fits else smoothing
-    fault = fault_of_divisor(factors) if fits else f"of shape {tuple(smoothing.shape)}"
+    fault = fault_of_divisors(factors) if fits else f"of shape {tuple(smoothing.shape)}"
     if fault is not None:
         raise DataError(
             f"smoothing must be {k} finite float32 numbers > 0 whose reciprocals are such, one per input channel; it "

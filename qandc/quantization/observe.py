@@ -17,7 +17,7 @@ from qandc.quantization.layer_inputs import SharedInputs, TokenLayers, run_batch
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import Histogram, RangeConfig, StepRanges, estimate_range
 from qandc.quantization.shared_products import settle
-from qandc.quantizer import QuantConfig, scale_and_zero_point
+from qandc.quantizer import QuantConfig, are_divisors, scale_and_zero_point
 from qandc.support.arguments import Batches, Share, checked
 from qandc.support.attach import original_class
 
@@ -294,8 +294,7 @@ def smoothing_factors(
     for name, x in largest.items():
         w = weights[id(x)]
         factor = x**alpha / w.clamp(min=1e-30) ** (1 - alpha)
-        smallest = torch.finfo(factor.dtype).tiny  # inputs are multiplied with the reciprocal
-        usable = (x > 0) & (w > 0) & (factor >= smallest) & (factor <= 1 / smallest)
+        usable = (x > 0) & (w > 0) & are_divisors(factor)
         factors[name] = torch.where(usable, factor, torch.ones_like(factor))
     return factors
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qandc.errors import ConfigError, DataError
+from qandc.quantizer import fault_of_divisors
 from qandc.support.arguments import check_fields
 
 __all__ = [
@@ -43,13 +44,14 @@ def check_range_values(
     """Refuse ranges of layers that no kernel can use; ``what`` they are begins the messages.
 
     Raises:
-        DataError: scales are not float32 of this shape, finite and > 0; zero points not int32 of it, from -128 to 127;
-            or a layer has a zero point and no scale.
+        DataError: scales are not float32 of this shape, finite, > 0 and with such reciprocals; zero points not int32
+            of it, from -128 to 127; or a layer has a zero point and no scale.
     """
     for name, scale in scales.items():
         whole = scale.dtype == torch.float32 and scale.shape == torch.Size(shape)
-        if not whole or not (torch.isfinite(scale) & (scale > 0)).all():
-            raise DataError(f"{what} of {name}: its scale must be {list(shape)} finite float32 numbers > 0")
+        if not whole or fault_of_divisors(scale) is not None:
+            numbers = f"{list(shape)} finite float32 numbers > 0 whose reciprocals are such"
+            raise DataError(f"{what} of {name}: its scale must be {numbers}")
     for name, zero_point in zero_points.items():
         whole = zero_point.dtype == torch.int32 and zero_point.shape == torch.Size(shape)
         if not whole or not ((zero_point >= -128) & (zero_point <= 127)).all():
