@@ -53,7 +53,8 @@ class _Recorder:
         self.family, self.seed = family, seed
         self.runs: dict[int, _RecordedRun] = {}
         self._of_step: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        self._places: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._shape: torch.Size | None = None
+        self._places: tuple[torch.Tensor, ...] = ()
         self._input: torch.Tensor | None = None
         blocks = list(transformer.transformer_blocks)
         handles = [transformer.register_forward_hook(self._end, with_kwargs=True)]
@@ -68,7 +69,8 @@ class _Recorder:
 
     def _at(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, P]`` of ``[B, tokens, D]``."""
-        if self._places is None:
+        if self._shape != x.shape[1:]:  # of the first step, or of a run at another resolution
+            self._shape = x.shape[1:]
             generator = torch.Generator().manual_seed(self.seed)
             tokens, channels = (torch.randint(n, (POSITIONS,), generator=generator) for n in x.shape[1:])
             self._places = tokens.to(x.device), channels.to(x.device)
@@ -84,7 +86,6 @@ class _Recorder:
         self._of_step[1].append(torch.ones_like(self._input))
 
     def _gate(self, block: Any, args: Any, kwargs: Any) -> None:
-        assert self._places is not None
         for gate in self.family.gates(block, arguments_of(block, args, kwargs)):
             self._of_step[1].append(gate[:, self._places[1]].float())
 
