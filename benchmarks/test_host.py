@@ -42,9 +42,8 @@ def operands() -> dict[str, Any]:
 def product(bits: int) -> Callable[[], torch.Tensor]:
     layer, x = operands()[f"W{bits}"], operands()["x"]
     xq = quantize_per_tensor(x, layer.act_scale, layer.act_zero_point)
-    op, parameters = int4_linear if bits == 4 else int8_linear, dict(layer._buffers)
-    scale, zero = parameters["act_scale"], parameters["act_zero_point"]
-    rest = (parameters["qweight"], scale, parameters["weight_scale"], layer.bias, zero, parameters["weight_sum"])
+    op = int4_linear if bits == 4 else int8_linear
+    rest = (layer.qweight, layer.act_scale, layer.weight_scale, layer.bias, layer.act_zero_point, layer.weight_sum)
     return lambda: op(xq, *rest)
 
 

@@ -281,11 +281,11 @@ def test_damaged_settings(capsys, tmp_path, settings_dir):
 
 
 def test_classes_by_name():
-    from qandc.cli.main import _parse_classes
+    from qandc.cli.main import parse_classes
 
     names = {0: "T-shirt", 1: "Trouser", 2: "Bag"}
-    assert _parse_classes(None, names) == (0, 1, 2)
-    assert _parse_classes("bag, 0", names) == (2, 0)
+    assert parse_classes(None, names) == (0, 1, 2)
+    assert parse_classes("bag, 0", names) == (2, 0)
 
 
 def test_ctrl_c_keeps_the_finished_row(capsys, tmp_path, pipeline_dir, monkeypatch):

@@ -130,7 +130,7 @@ READERS = {  # of every kind of JSON file of this package: its name, what reads 
 TENSORS = {
     "qandc.safetensors": load_preset,
     "compensation.safetensors": Compensation.load,
-    "pool-000000.safetensors": pool._read,
+    "pool-000000.safetensors": pool.read_shard,
 }
 
 
@@ -215,7 +215,7 @@ def test_a_file_of_another_kind(directory):
         Preset.load(directory)
     shutil.copy(directory / "compensation.safetensors", directory / "pool-000000.safetensors")
     with pytest.raises(DataError, match="known is 1"):
-        pool._read(directory / "pool-000000.safetensors")
+        pool.read_shard(directory / "pool-000000.safetensors")
 
 
 def test_files_of_before_say_what_to_do(directory):

@@ -36,8 +36,8 @@ for command in (sample, ablate):
     app.command()(command)
 
 
-def _parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
-    """Ids and names separated by commas; by default the first ten classes."""
+def parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
+    """Read ids and names separated by commas; without a text, the first ten classes."""
     if text is None:
         return tuple(names)[:10]
     by_name = {name.lower(): label for label, name in names.items()}
@@ -139,7 +139,7 @@ def generate(
         pipe = load_pipeline(model, where, torch_dtype)
     check_full_precision(pipe, model)
     names = class_names(pipe)
-    labels = _parse_classes(classes, names)
+    labels = parse_classes(classes, names)
     noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)
     check_sampling(pipe.transformer, noise_schedule, labels, steps, guidance_scale)
     if preset is not None:

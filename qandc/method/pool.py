@@ -24,7 +24,7 @@ from qandc.support.attach import eager
 from qandc.support.files import FileKind, keep_settings
 from qandc.tap import TapConfig, select_samples
 
-__all__ = ["CandidatePool", "record_pool"]
+__all__ = ["CandidatePool", "read_shard", "record_pool"]
 
 SETTINGS = "pool.json"
 SHARD = FileKind("shard of a pool", 1, dict, "delete it to have it sampled again", DataError)
@@ -161,7 +161,7 @@ def record_pool(
     shards = []
     for first in range(0, len(conditions), batch_size):
         path = None if directory is None else Path(directory) / f"pool-{first:06d}.safetensors"
-        shard = None if path is None else _read(path)
+        shard = None if path is None else read_shard(path)
         if shard is None:
             shard = _record(
                 transformer,
@@ -204,7 +204,8 @@ def _record(transformer: Any, scheduler: Any, conditions: list[int], **run: Any)
     }
 
 
-def _read(path: Path) -> dict[str, torch.Tensor] | None:
+def read_shard(path: Path) -> dict[str, torch.Tensor] | None:
+    """Read one file of a pool, or None where there is none."""
     if not path.exists():
         return None
     found, _ = SHARD.read_tensors(path)
