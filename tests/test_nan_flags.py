@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 
 import qandc.models.dit.fused
 from qandc import DataError, calibrate, fuse_dit, graph, quantize_model, sample_latents
+from qandc.fusion.model_graph import GRAPHED
 from qandc.quantization.linear import QuantLinear
 from tests.conftest import make_dit
 
@@ -99,6 +100,6 @@ def test_flags_of_a_graphed_model():
     model = graph(make_static("cuda"))
     sample_latents(model, DDIMScheduler(), [1], **RUN)
     sample_latents(model, DDIMScheduler(), [1], **RUN)
-    captures = model.__dict__["_qandc_graphed"].graphs.captures
+    captures = model.__dict__[GRAPHED].graphs.captures
     sample_latents(model, DDIMScheduler(), [1], **RUN)
-    assert model.__dict__["_qandc_graphed"].graphs.captures == captures
+    assert model.__dict__[GRAPHED].graphs.captures == captures

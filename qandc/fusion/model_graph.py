@@ -22,7 +22,7 @@ from qandc.support.arguments import Between, checked
 from qandc.support.attach import attach, attachments, detach
 from qandc.support.watch import Watch
 
-__all__ = ["UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
+__all__ = ["GRAPHED", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
 
 logger = logging.getLogger(__name__)
 
