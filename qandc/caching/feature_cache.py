@@ -119,5 +119,5 @@ class FeatureCache(Attachment):
         return self._weights[device, weights]
 
     def take_finished(self) -> list[Any]:
-        """Forget the runs that are over; return all memory that a captured graph of one may go on to use."""
+        """Detach and return the buffers of finished runs, so that a captured CUDA graph can keep them alive."""
         return [*self._runs.take_finished(), *self._weights.values()]

@@ -100,7 +100,7 @@ class Runs:
         return [run.store for run in self._runs]
 
     def take_finished(self) -> list[FeatureStore]:
-        """Forget the runs that are over and return their memory: a captured graph of one may go on to use it."""
+        """Forget the runs that are over and return their buffers."""
         over = [run for run in self._runs if run.is_over()]
         self._runs = [run for run in self._runs if not run.is_over()]
         return [run.store for run in over]

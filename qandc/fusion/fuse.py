@@ -46,7 +46,7 @@ class _Fused(Attachment):
         self.cuda_graphs = cuda_graphs
         self.ranges = ranges
         self.graphs = GraphCache()
-        self.run_graphs = GraphCache(RUN_GRAPHS, self.graphs.turn)
+        self.run_graphs = GraphCache(RUN_GRAPHS, self.graphs.lock)
         self.launching: int | None = None  # the thread that launches kernels one by one, within a graph of a whole run
         self.run: _PreparedRun | None = None
         self._step: Program | None = None

@@ -1,4 +1,4 @@
-"""CUDA graphs of a function of tensors: captured on first use for each shape, replayed afterwards."""
+"""Run functions of tensors as CUDA graphs, captured on first use for each shape, replayed afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["GraphCache", "Turn"]
+__all__ = ["GraphCache", "ReplayLock"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +27,16 @@ class _Captured:
     output: Any
 
 
-class Turn:
-    """Whose graph runs: one at a time, by one thread at a time."""
+class ReplayLock:
+    """Serialise replays of graphs that share memory: a lock for threads, an event per device for streams."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.threads = threading.Lock()
         self.done: dict[torch.device, torch.cuda.Event] = {}  # recorded behind the last replay
 
 
 class GraphCache:
-    """Runs a function of CUDA tensors through graphs, one per key and shape of inputs.
+    """Run a function of CUDA tensors through graphs, one per key and shape of inputs.
 
     It returns tensors, one or in any structure that torch's pytree knows.
 
@@ -49,9 +49,9 @@ class GraphCache:
         captures, replays: how many there were.
     """
 
-    def __init__(self, limit: int = MAX_GRAPHS, turn: Turn | None = None) -> None:
+    def __init__(self, limit: int = MAX_GRAPHS, lock: ReplayLock | None = None) -> None:
         self.limit = limit
-        self.turn = turn or Turn()  # several caches share one where their functions share memory
+        self.lock = lock or ReplayLock()  # several caches share one where their functions share memory
         self.captures = 0
         self.replays = 0
         self._graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()
@@ -74,11 +74,11 @@ class GraphCache:
         kind: Hashable = None,
         otherwise: Callable[..., Any] | None = None,
     ) -> Any:
-        """``function(*inputs)``; where it can't be captured and ``otherwise`` is given, ``otherwise(*inputs)``."""
+        """Return ``function(*inputs)``; ``otherwise(*inputs)`` if that is given and the function can't be captured."""
         key = (kind, *((t.shape, t.dtype, t.device) for t in inputs))
         device = inputs[0].device
-        with self.turn.lock, torch.cuda.device(device):
-            done = self.turn.done.setdefault(device, torch.cuda.Event())
+        with self.lock.threads, torch.cuda.device(device):
+            done = self.lock.done.setdefault(device, torch.cuda.Event())
             if key in self._graphs:
                 self._graphs.move_to_end(key)
                 captured = self._graphs[key]
