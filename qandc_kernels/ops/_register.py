@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,10 +13,21 @@ import torch
 from qandc_kernels.backend import backend_of
 from qandc_kernels.ops import _checks
 
-__all__ = ["public_op", "rows_of"]
+__all__ = ["launcher", "public_op", "rows_of"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("qandc", "FRAGMENT")  # kept: its registrations end with it
+
+
+def launcher(path: str) -> Callable[..., Any]:
+    """Return a function of :mod:`qandc_kernels.triton`, "module.name", that is imported, as Triton is, when called."""
+    module, _, name = path.partition(".")
+
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"qandc_kernels.triton.{module}"), name)
+
+    return lambda *args, **kwargs: found()(*args, **kwargs)
 
 
 def public_op(
@@ -77,7 +89,7 @@ def public_op(
     public = checked_late if late_check else checked_first
     public.__code__ = public.__code__.replace(co_name=name)  # of its own: torch.compile counts recompilations per code
     functools.update_wrapper(public, definition)
-    public.__module__ = launch.__module__  # where pickle finds it
+    public.__module__ = fake.__module__  # where pickle finds it
     return public  # type: ignore[return-value]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qandc_kernels import reference
-from qandc_kernels.ops._register import public_op
+from qandc_kernels.ops._register import launcher, public_op
 
 __all__ = [
     "int4_linear",
@@ -16,6 +16,8 @@ __all__ = [
     "weight_only_linear",
 ]
 
+multiply = launcher("linear.multiply")
+
 
 def _output(x, weight, *others, dtype=None):
     """Make memory for a product, ``[..., N]``, of the dtype of ``x`` if none is given."""
@@ -23,14 +25,10 @@ def _output(x, weight, *others, dtype=None):
 
 
 def _int8_matmul(xq, wq):
-    from qandc_kernels.triton.linear import multiply
-
     return multiply(_output(xq, wq, dtype=torch.int32), xq, wq, None, None)
 
 
 def _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype):
-    from qandc_kernels.triton.linear import multiply
-
     out = _output(xq, weight, dtype=out_dtype)
     return multiply(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
 
@@ -38,8 +36,6 @@ def _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype):
 def _linear_gelu_quantize(
     xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
 ):
-    from qandc_kernels.triton.linear import multiply
-
     return multiply(
         _output(xq, weight), xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
         out_scale=out_scale, out_zero_point=out_zero_point, multiplier=multiplier,
@@ -49,15 +45,7 @@ def _linear_gelu_quantize(
 def _weight_only_linear(x, weight, w_scale, bias):
     if x.dtype == torch.float32:
         return reference.weight_only_linear(x, weight, w_scale, bias)
-    from qandc_kernels.triton.linear import multiply
-
     return multiply(_output(x, weight), x, weight, None, w_scale, bias)
-
-
-def _quantized_linear(*given):
-    from qandc_kernels.triton.linear import quantize_multiply
-
-    return quantize_multiply(*given)
 
 
 def _cast(x, weight, *others):
@@ -70,7 +58,7 @@ int4_linear = public_op(reference.int4_linear, _linear, _cast)
 linear_gelu_quantize = public_op(reference.linear_gelu_quantize, _linear_gelu_quantize, _output)
 quantized_linear = public_op(
     reference.quantized_linear,
-    _quantized_linear,
+    launcher("linear.quantize_multiply"),
     lambda *given: _cast(*given[:-1]),
     writes=("nan_flag",),
     late_check=True,

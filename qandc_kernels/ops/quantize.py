@@ -6,26 +6,15 @@ import torch
 
 from qandc_kernels import reference
 from qandc_kernels.backend import launching_on
-from qandc_kernels.ops._register import public_op
+from qandc_kernels.ops._register import launcher, public_op
 
 __all__ = ["adaln_quantize_per_tensor", "adaln_quantize_per_token", "quantize_per_tensor", "quantize_per_token"]
 
 
-def _quantize_per_tensor(x, scale, zero_point, bits, nan_flag):
-    from qandc_kernels.triton.quantize import quantize_per_tensor_triton
-
-    return quantize_per_tensor_triton(x, scale, zero_point, bits, nan_flag)
-
-
-def _quantize_per_token(x, bits, token_dims):
-    from qandc_kernels.triton.quantize import quantize_per_token_triton
-
-    return quantize_per_token_triton(x, bits, token_dims)
+adaln_quantize_triton = launcher("adaln.adaln_quantize_triton")
 
 
 def _adaln(x, shift, scale, q_scale, zero_point, eps):
-    from qandc_kernels.triton.adaln import adaln_quantize_triton
-
     samples, tokens, k = x.shape
     rows = x.reshape(samples * tokens, k)  # a view where rows are evenly spaced
     rows, shift, scale = (t if t.stride(1) == 1 or k == 1 else t.contiguous() for t in (rows, shift, scale))
@@ -42,9 +31,13 @@ def _per_token(x, token_dims=1):
     return _per_tensor(x), x.new_empty(x.shape[: x.ndim - token_dims], dtype=torch.float32)
 
 
-quantize_per_tensor = public_op(reference.quantize_per_tensor, _quantize_per_tensor, _per_tensor, writes=("nan_flag",))
+quantize_per_tensor = public_op(
+    reference.quantize_per_tensor, launcher("quantize.quantize_per_tensor_triton"), _per_tensor, writes=("nan_flag",)
+)
 quantize_per_token = public_op(
-    reference.quantize_per_token, _quantize_per_token, lambda x, bits, token_dims: _per_token(x, token_dims)
+    reference.quantize_per_token,
+    launcher("quantize.quantize_per_token_triton"),
+    lambda x, bits, token_dims: _per_token(x, token_dims),
 )
 adaln_quantize_per_tensor = public_op(
     reference.adaln_quantize_per_tensor, lambda *given: _adaln(*given)[0], _per_tensor

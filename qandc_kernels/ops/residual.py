@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from qandc_kernels import reference
 from qandc_kernels.backend import launching_on
-from qandc_kernels.ops._register import public_op
+from qandc_kernels.ops._register import launcher, public_op
 
 __all__ = ["gated_sum", "linear_gate_residual_"]
 
+multiply, gated_sum_triton = launcher("linear.multiply"), launcher("residual.gated_sum_triton")
+
 
 def _linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, out_branch):
-    from qandc_kernels.triton.linear import multiply
-
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
     tokens = xq.shape[1]
     multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_branch, gate=gate, tokens=tokens)
 
 
 def _gated_sum(x, features, gates, weights, scales):
-    from qandc_kernels.triton.residual import gated_sum_triton
-
     if gates is not None and gates.stride(3) != 1:
         gates = gates.contiguous()
     with launching_on(x):
