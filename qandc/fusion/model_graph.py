@@ -1,4 +1,4 @@
-"""CUDA graphs of the forward of any model whose shapes repeat, as those of diffusion transformers do.
+"""Run the forward of any model whose shapes repeat, as those of diffusion transformers do, from CUDA graphs.
 
 A forward of a large model is some thousand launches, each of which Python, torch and the driver work on for longer than
 a small kernel takes. A graph holds them all and is started once. As with the feature cache the model is not forked: it
@@ -66,7 +66,7 @@ def rebuild(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 class _Graphed:
-    """The graphs of a model, and what has been said about calls that take none."""
+    """Hold the graphs of a model, and what has been said about calls that take none."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -101,7 +101,7 @@ class _Graphed:
 
 
 def _why_not_model(model: nn.Module) -> str | None:
-    """Why no forward of a model can be a graph, or None: Python that a replay would leave out."""
+    """Say why no forward of a model can be a graph, or None: Python that a replay would leave out."""
     for name, module in model.named_modules():
         where = name or type(module).__name__
         if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
@@ -112,7 +112,7 @@ def _why_not_model(model: nn.Module) -> str | None:
 
 
 def _why_not_now(model: nn.Module, tensors: list[torch.Tensor]) -> str | None:
-    """Why this call can't be a graph, or None."""
+    """Say why this call of a model can't be a graph, or None."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         where = ", ".join(sorted(map(str, devices))) or "none"

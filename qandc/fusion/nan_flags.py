@@ -1,4 +1,4 @@
-"""Noticing NaN that static ranges hide: a flag per layer, raised on the device, read once after a run.
+"""Notice NaN that static ranges hide: a flag per layer, raised on the device, read once after a run.
 
 A static range makes some integer of NaN, and what follows is finite. The kernels that quantize raise a flag then, which
 costs nothing and waits for nothing. Compiled blocks quantize in plain torch and raise none: there a flag would take a
@@ -18,7 +18,7 @@ __all__ = ["lower_nan_flags", "raised_nan_flag"]
 
 
 def _flags(transformer: Any) -> dict[str, torch.Tensor]:
-    """Layer name to its flag, for all layers whose static range could hide NaN; made where there is none."""
+    """Map names of layers to their flags, of layers whose static range could hide NaN; made where there is none."""
     fused = transformer.__dict__.get(FUSED)
     found: dict[str, torch.Tensor] = {} if fused is None else dict(fused.nan_flags())
     if fused is not None and fused.covers_all():
@@ -34,7 +34,7 @@ def _flags(transformer: Any) -> dict[str, torch.Tensor]:
 
 
 def lower_nan_flags(transformer: Any) -> None:
-    """Forget what was noticed before."""
+    """Lower all flags of a transformer."""
     flags = list(_flags(transformer).values())
     if flags:
         torch._foreach_zero_(flags)

@@ -55,7 +55,7 @@ SHOWN_IMAGES = 10  # seeds from 0: those of qandc generate
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What came of it.
+    """Report what came of a calibration.
 
     Attributes:
         preset: as saved.
@@ -188,7 +188,7 @@ def _attached(model: Any, config: CacheConfig) -> Iterator[None]:
 
 
 class _Stage:
-    """Counts what is done of one part of the work."""
+    """Count what is done of one part of the work."""
 
     def __init__(self, name: str, total: int, progress: StageProgress) -> None:
         self.name, self.total, self.completed, self.progress = name, total, 0, progress
@@ -206,18 +206,18 @@ class _Stage:
         self.progress(self.name, self.completed, self.total)
 
     def step(self, step: int, timestep: float, latents: torch.Tensor) -> None:
-        """Callback of a denoising loop."""
+        """Count the images of a step; a callback of the denoising loop."""
         self.add(len(latents))
 
     def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, each counted when the next one is asked for."""
+        """Yield the batches, each counted when the next one is asked for."""
         for batch in batches:
             yield batch
             self.add(1)
 
 
 class _Calibration:
-    """The parts of the work, in their order."""
+    """Do the parts of a calibration, in their order."""
 
     def __init__(self, pipe: Any, settings: CalibrationConfig, progress: StageProgress) -> None:
         self.pipe, self.settings, self.progress = pipe, settings, progress
@@ -229,7 +229,7 @@ class _Calibration:
         self.run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
 
     def _noise(self, first_seed: int, count: int) -> dict[str, Any]:
-        """Class-balanced labels with a seed each."""
+        """Return class-balanced class ids with a seed each, as arguments of a run."""
         labels = [self.classes[i % len(self.classes)] for i in range(count)]
         return {"conditions": labels, "seeds": list(range(first_seed, first_seed + count)), **self.run}
 
@@ -257,7 +257,7 @@ class _Calibration:
             return record_trajectory(self.model, self.scheduler, callback=stage.step, **self._noise(FIRST_SEED, count))
 
     def draw(self, name: str, compensation: Compensation | None = None) -> torch.Tensor:
-        """Images of noise that nothing was calibrated on."""
+        """Draw images of noise that nothing was calibrated on."""
         with self._stage(name, SHOWN_IMAGES) as stage:
             latents = sample_latents(
                 self.model,
@@ -306,7 +306,7 @@ class _Calibration:
             calibrate(model, batches(stage), ranges=settings.ranges)
 
     def find_schedule(self) -> CalibratedSchedule:
-        """As many compute steps as the uniform schedule has, where they serve the others best."""
+        """Find a schedule of as many compute steps as the uniform one has, where they serve the others best."""
         cache = self.settings.cache
         uniform = cache.of_steps(self.settings.num_inference_steps)
         if self.settings.uniform or all(uniform):

@@ -1,4 +1,4 @@
-"""The candidate pool: what a transformer is given along trajectories, stored once, to choose calibration samples from.
+"""Record the candidate pool: what a transformer is given along trajectories, to choose calibration samples from.
 
 Q&C (arXiv 2503.02508, Sec. 3.1) takes it from runs with the feature cache on, whose neighbouring steps are alike; from
 runs without a cache it is the control.
@@ -33,7 +33,7 @@ SHARD = FileKind("shard of a pool", 1, dict, "delete it to have it sampled again
 @older_names
 @dataclass(frozen=True)
 class CandidatePool:
-    """Samples ``(x_t, t, label)``, on the CPU.
+    """Hold samples ``(x_t, t, condition)`` on the CPU.
 
     Attributes:
         hidden_states: x_t, ``[N, C, H, W] float32``.
@@ -70,7 +70,7 @@ class CandidatePool:
     def select(
         self, count: int = 800, config: TapConfig | None = None, *, method: str = "tap", seed: int = 0
     ) -> np.ndarray:
-        """Integers of the samples to calibrate with: :func:`qandc.select_samples` on x_t and steps."""
+        """Choose the samples to calibrate with, by number: :func:`qandc.select_samples` on x_t and steps."""
         features = self.hidden_states.flatten(1).numpy()
         return select_samples(features, self.steps.numpy(), count, config, method=method, seed=seed)
 
@@ -84,7 +84,7 @@ class CandidatePool:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[dict[str, Any]]:
-        """Inputs of the transformer for these samples (by default all), as :func:`qandc.calibrate` takes them.
+        """Yield inputs of the transformer for these samples (by default all), as :func:`qandc.calibrate` takes them.
 
         Each sample gives a conditional row and, if its run was guided, an unconditional one.
 

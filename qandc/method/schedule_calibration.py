@@ -1,4 +1,4 @@
-"""Finding the steps that a feature cache should compute, from the features of the model it will serve."""
+"""Find the steps that a feature cache should compute, from the features of the model it will serve."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _RecordedRun:
 
 
 class _Recorder:
-    """Records features and gates of every step at a few places, the same in all steps and blocks.
+    """Record features and gates of every step at a few places, the same in all steps and blocks.
 
     What a feature adds is its product with the gate, place by place, so errors at these places estimate those at all.
     Runs are told apart by the tensor that a cache knows them by.
@@ -68,7 +68,7 @@ class _Recorder:
         self.handles = handles
 
     def _at(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, P]`` of ``[B, tokens, D]``."""
+        """Return the recorded places ``[B, P]`` of ``x [B, tokens, D]``."""
         if self._shape != x.shape[1:]:  # of the first step, or of a run at another resolution
             self._shape = x.shape[1:]
             generator = torch.Generator().manual_seed(self.seed)

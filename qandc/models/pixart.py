@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma (arXiv 2310.00426, 2403.04692): a modulation for all blocks, text by attention."""
+"""Know PixArt-alpha and -Sigma (arXiv 2310.00426, 2403.04692): one modulation for all blocks, text by attention."""
 
 from __future__ import annotations
 

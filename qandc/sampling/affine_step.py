@@ -1,4 +1,4 @@
-"""A denoising step as one affine map per channel: what a DDIM step and variance compensation come to together."""
+"""Write a denoising step as one affine map per channel: what a DDIM step and variance compensation come to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["affine_coefficients", "is_affine", "why_not_plain_ddim"]
 
 
 def why_not_plain_ddim(scheduler: Any) -> str | None:
-    """Why its steps aren't those of diffusers' DDIMScheduler without noise, their coefficients known ahead, or None."""
+    """Say why the steps of a scheduler aren't DDIM without noise, with coefficients that are known ahead, or None."""
     from diffusers import DDIMScheduler
 
     plain: Any = DDIMScheduler
@@ -27,12 +27,12 @@ def why_not_plain_ddim(scheduler: Any) -> str | None:
 
 
 def is_affine(scheduler: Any) -> bool:
-    """Whether a step is ``x' = a x + b ε`` with numbers a and b: plain DDIM that clips nothing."""
+    """Tell whether each step of a scheduler is ``x' = a x + b ε`` with numbers a and b: plain DDIM, nothing clipped."""
     return why_not_plain_ddim(scheduler) is None and not (scheduler.config.clip_sample or scheduler.config.thresholding)
 
 
 def affine_coefficients(scheduler: Any, channels: int, compensation: Compensation | None) -> torch.Tensor:
-    """``[S, 3, C] float32``: a, b and d of ``x' = a x + b ε + d`` in every step of an affine scheduler.
+    """Return ``[S, 3, C] float32``: a, b and d of ``x' = a x + b ε + d`` in every step of an affine scheduler.
 
     Compensated samples are ``μ + K (a x + b ε - μ)``, compensated predictions make ``a x + b (μ + K (ε - μ))``.
     """

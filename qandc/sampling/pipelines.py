@@ -1,4 +1,4 @@
-"""Finding and loading pipelines: the embedded fashion-dit, a local directory, a hub id."""
+"""Find and load pipelines: the embedded fashion-dit, a local directory, a hub id."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def fashion_dit_path() -> Path:
-    """Directory of the embedded pipeline, for ``DiTPipeline.from_pretrained``."""
+    """Return the directory of the embedded pipeline, for ``DiTPipeline.from_pretrained``."""
     return Path(__file__).parents[1] / "assets" / "fashion-dit"
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is a GPU, else the CPU.
+    """Return the device of this name; "auto" is CUDA where there is a GPU, else the CPU.
 
     Raises:
         ConfigError: torch does not know the name.
@@ -69,7 +69,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on CUDA, float32 on the CPU."""
+    """Return the dtype of this name; "auto" is bfloat16 on CUDA, float32 on the CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -170,7 +170,7 @@ def _check_pipeline(source: str, pipe: Any) -> None:
 
 
 def source_of(model: str | None) -> str | None:
-    """A model as it is noted in results: a directory by its absolute path, a hub id or None as it is."""
+    """Name a model as results note it: a directory by its absolute path, a hub id or None as it is."""
     return str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
 
 
@@ -197,7 +197,7 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def class_names(pipe: Any) -> dict[int, str]:
-    """Class id to name; names are the ids where the pipeline has none."""
+    """Map class ids to names; names are the ids where the pipeline has none."""
     if pipe.labels:
         names: dict[int, str] = {}
         for name, label in pipe.labels.items():

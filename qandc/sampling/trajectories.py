@@ -1,4 +1,4 @@
-"""Trajectories of a model; variance compensation fitted along them, for our loop and for the vanilla pipeline."""
+"""Record trajectories of a model; fit variance compensation along them, for our loop and for any pipeline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMPENSATION = "_qandc_compensation"
 @older_names
 @dataclass(frozen=True)
 class Trajectory:
-    """What a model made of some noise, step by step.
+    """Hold what a model made of some noise, step by step.
 
     Attributes:
         samples: the latents after each step, ``[S, B, C, H, W] float32``; S counts calls of the model.
@@ -64,7 +64,7 @@ class Trajectory:
 
 
 class _Recorder:
-    """A corrector that changes nothing and keeps what it sees."""
+    """Keep what a run computes and change nothing, as its corrector."""
 
     def __init__(self) -> None:
         self.samples: list[torch.Tensor] = []
@@ -120,7 +120,7 @@ def record_trajectory(
 
 
 class _Fitter:
-    """A corrector that finds the gain of each step just before it applies it, so that later ones see its effect."""
+    """Find the gain of each step, as a corrector, just before it is applied, so that later ones see its effect."""
 
     def __init__(
         self, reference: Trajectory, target: str, form: Callable[..., torch.Tensor], start_step: int, shrinkage: float
@@ -261,7 +261,7 @@ class _CompensatedScheduler:
 
 @checked
 def compensated_scheduler(scheduler: Scheduler, compensation: Compensation, *, force: bool = False) -> Any:
-    """A copy of ``scheduler`` whose steps apply ``compensation``: ``pipe.scheduler = compensated_scheduler(...)``.
+    """Copy ``scheduler``, to one whose steps apply ``compensation``: ``pipe.scheduler = compensated_scheduler(...)``.
 
     A scheduler does not see the model nor its guidance scale; that they are those of the fit is up to the caller here
     (``qandc.sample_latents(compensation=...)`` checks them).

@@ -1,4 +1,4 @@
-"""DiT (Peebles and Xie, arXiv 2212.09748): adaLN-Zero of timestep and class in each block."""
+"""Know DiT (Peebles and Xie, arXiv 2212.09748): adaLN-Zero of timestep and class in each block."""
 
 from __future__ import annotations
 

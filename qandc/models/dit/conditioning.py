@@ -1,4 +1,4 @@
-"""What adaLN-Zero makes of timestep and label: modulations, of all blocks together, of one step or of a whole run.
+"""Compute what adaLN-Zero makes of timestep and label: modulations of all blocks, of one step or of a whole run.
 
 In diffusers every block owns a timestep embedder, a label table and an adaLN layer, 537 MB of bf16 weights in DiT-XL/2
 that a step reads for a few rows. Here they are batched products over a few blocks at a time, beside the blocks that
@@ -30,7 +30,7 @@ Smoothing = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def _share(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor of all, of which they become parts, so that the memory is not needed twice."""
+    """Join tensors into one, of which they become parts, so that the memory is not needed twice."""
     whole = torch.stack([t.detach() for t in tensors])
     for tensor, part in zip(tensors, whole.unbind(0), strict=True):
         tensor.data = part
@@ -38,7 +38,7 @@ def _share(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class BatchedEmbedders:
-    """The embedders and adaLN layers of all blocks as ``[L, ...]`` tensors, of which the modules' become parts."""
+    """Hold embedders and adaLN layers of all blocks as ``[L, ...]`` tensors; the modules' own become parts of them."""
 
     def __init__(self, blocks: Sequence[Any]) -> None:
         embedders = [block.norm1.emb for block in blocks]
@@ -56,12 +56,12 @@ class BatchedEmbedders:
         self.frequencies = proj.scale * torch.exp(-math.log(10000) * (steps / (half - proj.downscale_freq_shift)))
 
     def waves(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[B, 256]``: cosines and sines of the timestep, as ``Timesteps`` of diffusers orders them."""
+        """Return ``[B, 256]``: cosines and sines of the timestep, as ``Timesteps`` of diffusers orders them."""
         angles = timestep.to(torch.float32)[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
 
     def embedding(self, start: int, stop: int, waves: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Of blocks start to stop ``[n, B, D]``."""
+        """Return the embeddings ``[n, B, D]`` of blocks start to stop."""
         share = self._share(start)
         x = batched_linear(
             waves.expand(stop - start, -1, -1), self.weights[0][start:stop], self.biases[0][start:stop], share
@@ -70,12 +70,12 @@ class BatchedEmbedders:
         return x + self.labels[start:stop].index_select(1, class_labels)
 
     def modulation(self, start: int, stop: int, embedding: torch.Tensor) -> torch.Tensor:
-        """``[n, B, 6 D]`` from the embedding of these blocks."""
+        """Return the modulations ``[n, B, 6 D]`` of blocks start to stop, from their embeddings."""
         weight, bias = self.weights[2][start:stop], self.biases[2][start:stop]
         return batched_linear(F.silu(embedding), weight, bias, self._share(start))
 
     def gates(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Of attention and MLP in all blocks, ``[L, 2, B, D]``: the third and the sixth part of the modulation."""
+        """Return the gates ``[L, 2, B, D]`` of attention and MLP in all blocks: parts three and six of modulations."""
         layers, batch, width = embedding.shape
         weight, bias = self.weights[2].view(6 * layers, width, -1)[2::3], self.biases[2].view(6 * layers, width)[2::3]
         x = F.silu(embedding).repeat_interleave(2, 0)
@@ -88,7 +88,7 @@ class BatchedEmbedders:
 
 
 class Conditioning:
-    """The modulations of a transformer.
+    """Compute the modulations of a DiT.
 
     Args:
         transformer: a DiT.
@@ -118,7 +118,7 @@ class Conditioning:
     def __call__(
         self, start: int, stop: int, timestep: torch.Tensor, waves: torch.Tensor, class_labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of blocks start to stop: the embedding ``[n, B, D]`` and the modulation ``[n, B, 6 D]``."""
+        """Return embeddings ``[n, B, D]`` and modulations ``[n, B, 6 D]`` of blocks start to stop."""
         if self.batched is None:
             embeddings, modulations = [], []
             width = self.transformer.inner_dim
@@ -138,19 +138,19 @@ class Conditioning:
         return embedding, modulation
 
     def _waves(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What the embedders of all blocks have in common; empty where they are called one by one."""
+        """Return what the embedders of all blocks have in common; empty where they are called one by one."""
         if self.batched is None:
             return timestep.new_empty(len(timestep), 0, dtype=dtype)
         return self.batched.waves(timestep, dtype)
 
     def final(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Shift and scale of the output ``[B, 2 D]``, from the embedding of the first block."""
+        """Return shift and scale of the output, ``[B, 2 D]``, from the embedding of the first block."""
         return self.transformer.proj_out_1(F.silu(embedding))
 
     def of_step(
         self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype
     ) -> list[tuple[Sequence[torch.Tensor], torch.cuda.Event | None]]:
-        """The modulations ``[B, 6 D]`` of the blocks in their order, then ``[B, 2 D]`` of the output.
+        """Compute the modulations ``[B, 6 D]`` of the blocks in their order, then ``[B, 2 D]`` of the output.
 
         In portions, each with the event of this stream after which it is there: blocks on another one need not wait for
         all.
@@ -178,21 +178,21 @@ class Conditioning:
     def of_reuse(
         self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype, gated: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """What a step that computes no block needs: gates ``[L, 2, B, D]``, if any, and ``[B, 2 D]`` of the output."""
+        """Compute what a step without blocks needs: gates ``[L, 2, B, D]``, if any, and ``[B, 2 D]`` of the output."""
         assert self.batched is not None
         waves = self._waves(timestep, dtype)
         embedding = self.batched.embedding(0, len(self.blocks) if gated else 1, waves, class_labels)
         return self.batched.gates(embedding) if gated else None, self.final(embedding[0])
 
     def bytes_of_run(self, steps: int, batch: int, dtype: torch.dtype) -> int:
-        """Memory of what :meth:`of_run` returns."""
+        """Count the bytes of what :meth:`of_run` returns."""
         of_blocks = len(self.blocks) * 6 * (dtype if self.factor is None else torch.float32).itemsize
         return steps * batch * self.transformer.inner_dim * (of_blocks + 2 * dtype.itemsize)
 
     def of_run(
         self, timesteps: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of steps ``[S]`` with labels ``[B]``: ``[S, L, B, 6 D]`` of the blocks, ``[S, B, 2 D]`` of the output."""
+        """Compute modulations ``[S, L, B, 6 D]`` for steps ``[S]`` and labels ``[B]``; ``[S, B, 2 D]`` for the end."""
         steps, batch = len(timesteps), len(class_labels)
         timestep, labels = timesteps.repeat_interleave(batch), class_labels.repeat(steps)
         waves = self._waves(timestep, dtype)

@@ -1,4 +1,4 @@
-"""Which parts of a DiT can run on the fused kernels, and why others cannot."""
+"""Tell which parts of a DiT can run on the fused kernels, and why others cannot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 def _touched(module: nn.Module) -> str | None:
-    """What someone has put around a module that calling its weights directly would leave out."""
+    """Say what is put around a module that using its weights directly would leave out, or None."""
     for name, part in module.named_modules():
         where = name or type(part).__name__
         if part._forward_hooks or part._forward_pre_hooks:
@@ -61,12 +61,12 @@ def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
 
 
 def _plain_norm(norm: Any) -> bool:
-    """A LayerNorm without weights, exactly."""
+    """Tell whether a norm is a LayerNorm without weights."""
     return type(norm) is nn.LayerNorm and not norm.elementwise_affine
 
 
 def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | None:
-    """Why a block can't run on the fused kernels, or None. ``prefix`` is what its layers' names begin with."""
+    """Say why a block can't run on the fused kernels, or None. ``prefix`` is what its layers' names begin with."""
     from diffusers.models.activations import GELU
     from diffusers.models.attention import BasicTransformerBlock, FeedForward
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -121,7 +121,7 @@ def _range_of(
 
 
 def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
-    """Why the last norm and projection can't run fused, or None."""
+    """Say why the last norm and projection can't run fused, or None."""
     if not _plain_norm(transformer.norm_out):
         return "norm_out is not a LayerNorm without weights"
     reason = _why_not_layer(OUTPUT, transformer.proj_out_2, "", ranges)
@@ -129,14 +129,14 @@ def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
 
 
 def is_graphable(transformer: Any) -> bool:
-    """Whether all around the blocks is as diffusers made it: a graph would replay no Python of other modules."""
+    """Tell whether all around the blocks is as diffusers made it: a graph replays no Python of other modules."""
     ends = (transformer.pos_embed, transformer.norm_out, transformer.proj_out_1, transformer.proj_out_2)
     kinds = all(type(end) in (nn.Linear, QuantLinear) for end in ends[2:]) and type(ends[1]) is nn.LayerNorm
     return kinds and is_plain_embedding(ends[0]) and all(_touched(end) is None for end in ends[1:])
 
 
 def is_plain_embedding(module: Any) -> bool:
-    """Whether it computes ``Conv2d(latents) + position`` and nothing else."""
+    """Tell whether a module computes ``Conv2d(latents) + position`` and nothing else."""
     from diffusers.models.embeddings import PatchEmbed
 
     return (
@@ -151,7 +151,7 @@ def is_plain_embedding(module: Any) -> bool:
 
 
 def is_batchable(blocks: list[Any]) -> bool:
-    """Whether all embedders and adaLN layers are as diffusers made them, so that they can run as batched products."""
+    """Tell whether all embedders and adaLN layers are as diffusers made them, and can run as batched products."""
     from diffusers.models.embeddings import (
         CombinedTimestepLabelEmbeddings,
         LabelEmbedding,

@@ -1,4 +1,4 @@
-"""One forward of a quantized DiT on fused kernels: what is prepared once, and what runs each step.
+"""Run the forward of a quantized DiT on fused kernels: what is prepared once, and what runs each step.
 
 A block is seven launches: LayerNorm + modulate + quantize, one product for q, k and v, attention that stores int8, a
 product that adds gate · y to the residual stream; LayerNorm + modulate + quantize, a product that applies GELU and
@@ -55,7 +55,7 @@ WITH_RANGES = ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # w
 
 
 class Product(NamedTuple):
-    """The operands of a quantized linear layer, as the kernels take them."""
+    """Hold the operands of a quantized linear layer, as the kernels take them."""
 
     weight: torch.Tensor  # [N, K] int8, or [N, K/2] uint8
     x_scale: torch.Tensor
@@ -69,7 +69,7 @@ class Product(NamedTuple):
         return linear(xq, *self, out_dtype=dtype)
 
     def gelu_quantize(self, xq: torch.Tensor, following: Product, multiplier: torch.Tensor | None) -> torch.Tensor:
-        """int8 input of ``following``."""
+        """Return the product after GELU, quantized for the product ``following``."""
         return linear_gelu_quantize(
             xq,
             self.weight,
@@ -84,7 +84,7 @@ class Product(NamedTuple):
         )
 
     def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:
-        """``x += gate · y``; ``target`` takes y."""
+        """Add the product y to the residual stream, ``x += gate · y``; ``target`` takes y."""
         branch = None if target is None else target.values
         if target is not None and target.scales is not None:  # a token's scale needs all of it first
             branch = torch.empty_like(x)
@@ -97,14 +97,14 @@ class Product(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """Where a layer finds its activation range: fixed, or a place in a vector that each step fills."""
+    """Hold the activation range of a layer: fixed, or a place in a vector that each step fills."""
 
     scale: torch.Tensor
     zero_point: torch.Tensor | None
 
 
 class StepRangeTable:
-    """The ranges of all layers for all steps, ``[S, layers]``, and those of the current step, ``[layers]``."""
+    """Hold the ranges of all layers for all steps, ``[S, layers]``, and those of the current step, ``[layers]``."""
 
     def __init__(self, ranges: StepRanges, device: torch.device) -> None:
         names = list(ranges.scales)
@@ -132,7 +132,7 @@ def _product(layer: QuantLinear, ranges: Ranges) -> Product:
 
 
 def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> Product:
-    """q, k and v as one product; v divided by what the output layer would divide its input by."""
+    """Make q, k and v one product; v is divided by what the output layer would divide its input by."""
     layers = (attention.to_q, attention.to_k, attention.to_v)
     weight = torch.cat([layer.qweight for layer in layers])
     for layer, part in zip(layers, weight.chunk(3), strict=True):
@@ -148,7 +148,7 @@ def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> 
 
 
 class FusedBlock:
-    """A transformer block whose layers are all quantized with static ranges."""
+    """Run a transformer block whose layers are all quantized with static ranges."""
 
     def __init__(self, block: Any, ranges: dict[str, Ranges], nan_flag: torch.Tensor) -> None:
         attention, feed_forward = block.attn1, block.ff.net
@@ -166,7 +166,7 @@ class FusedBlock:
     def __call__(
         self, x: torch.Tensor, modulation: torch.Tensor, targets: tuple[Target, Target] | None = None
     ) -> torch.Tensor:
-        """``x [B, tokens, D]``, changed in place, ``modulation [B, 6 D]``; targets take what attention and MLP add."""
+        """Run the block on ``x [B, tokens, D]``, in place, with ``modulation [B, 6 D]``; targets take its branches."""
         of_attn, of_mlp = targets or (None, None)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
         xq = adaln_quantize_per_tensor(x, shift_attn, scale_attn, self.qkv.x_scale, self.qkv.x_zero_point, self.eps[0])
@@ -180,7 +180,7 @@ class FusedBlock:
 
 
 class PatchEmbedding:
-    """``Conv2d(latents) + position``, as a product over patches and one addition in place."""
+    """Compute ``Conv2d(latents) + position`` as a product over patches and one addition in place."""
 
     def __init__(self, module: Any) -> None:
         self.patch = module.patch_size
@@ -323,7 +323,7 @@ class FusedStep:
     def __call__(
         self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, plan: Plan | None = None
     ) -> torch.Tensor:
-        """``[B, C, H, W]``, ``[B]``, ``[B]`` to the noise prediction ``[B, out_channels, H, W]``.
+        """Predict the noise ``[B, out_channels, H, W]`` for latents ``[B, C, H, W]``, timesteps and labels ``[B]``.
 
         On a GPU the blocks run on a stream of higher priority, beside the conditioning of the blocks behind them.
         """
@@ -356,7 +356,7 @@ class FusedStep:
         final: torch.Tensor,
         plan: Plan | None = None,
     ) -> torch.Tensor:
-        """The same, given modulations ``[L, B, 6 D]`` and ``[B, 2 D]`` of this step (:meth:`Conditioning.of_run`)."""
+        """Predict the noise with given modulations ``[L, B, 6 D]`` and ``[B, 2 D]`` (:meth:`Conditioning.of_run`)."""
         return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)), plan)
 
     def _run(
@@ -416,7 +416,7 @@ class FusedStep:
         return self._unpatchify(self._project(store.add_to(x, gates, weights), final))
 
     def _embed(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """``[B, tokens, D]``, and whether nobody else can hold it."""
+        """Return the embedded patches ``[B, tokens, D]``, and whether nobody else can hold them."""
         if self.embedding is not None and self.embedding.sizes == latents.shape[2:]:
             return self.embedding(latents), True
         return self.transformer.pos_embed(latents), False
