@@ -30,6 +30,7 @@ __all__ = [
     "epsilon_scaling",
     "least_squares",
     "paper_gain",
+    "shown",
     "variance_ratio",
 ]
 
@@ -198,7 +199,7 @@ class Compensation:
             ours = getattr(self.fitted_for, name)
             if ours != value:
                 raise ConfigError(
-                    f"the variance compensation was fitted for {name} {_shown(ours)}; this run has {_shown(value)} "
+                    f"the variance compensation was fitted for {name} {shown(ours)}; this run has {shown(value)} "
                     "(fit it for this run, or force it)"
                 )
 
@@ -240,7 +241,7 @@ class Compensation:
 FILE = FileKind("compensation", 2, CompensationHeader, "make one with fit_compensation")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Shorten timesteps to the first and the last, a schedule to letters: C computes, a dot reuses."""
     if not isinstance(value, tuple) or not value or isinstance(value[0], str):
         return repr(value)

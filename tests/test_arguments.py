@@ -347,15 +347,12 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "FeatureCache": lambda: {"config": P(qandc.CacheConfig())},
     "Preset": lambda: {
         "config": P(qandc.QuantConfig()),
-        "scales": P({"a": torch.tensor(1.0)}),
-        "zero_points": P({"a": torch.tensor(1, dtype=torch.int32)}, "{}"),
+        "layers": P({"a.act_scale": torch.tensor(1.0)}, "{}"),
         "schedule": P(schedule()),
         "compensation": P(compensation(), "None"),
         "scheduler": P("DDIMScheduler", TEXTS),
         "guidance_scale": P(1.5, "0 1/2"),
         "structure": P(preset().structure),
-        "weights": P({}, "{} {'x':_tensor}"),
-        "smoothing": P({}, "{} {'x':_tensor}"),
         "model": P("x", f"None {TEXTS}"),
     },
     "Preset.of": lambda: {
@@ -374,6 +371,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "scheduler": P(ddim()),
         **RUN,
     },
+    "Preset.buffers": lambda: {"self": P(preset()), "name": P("act_scale", TEXTS)},
     "Preset.base_model": lambda: {"self": P(preset()), "given": P("x", f"None {TEXTS}")},
     "Preset.quantize": lambda: {"self": P(preset()), "model": P(dit())},
     "Preset.save": lambda: {

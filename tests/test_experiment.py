@@ -445,8 +445,8 @@ def test_sample_knows_another_model_scheduler_or_preset(pipeline_dir, tmp_path, 
     preset = Preset.load(tmp_path / "preset")
     run = {"preset": preset, "steps": 4}
     interrupted_sample(pipe, target, monkeypatch, **run)
-    name = min(preset.scales)
-    other = dataclasses.replace(preset, scales={**preset.scales, name: 2 * preset.scales[name]})
+    name = min(name for name in preset.layers if name.endswith("act_scale"))
+    other = dataclasses.replace(preset, layers={**preset.layers, name: 2 * preset.layers[name]})
     with pytest.raises(ConfigError, match="holds shards of preset"):
         sample_images(load_pipeline(pipeline_dir), target, **{**run, "preset": other})
     changed = load_pipeline(pipeline_dir)

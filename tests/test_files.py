@@ -108,8 +108,7 @@ STRUCTURE = dict.fromkeys(
 )
 SETTINGS = Preset(
     QuantConfig(),
-    {"a": torch.tensor(1.0)},
-    {"a": torch.tensor(-3, dtype=torch.int32)},
+    {"a.act_scale": torch.tensor(1.0), "a.act_zero_point": torch.tensor(-3, dtype=torch.int32)},
     FOUND,
     GAINS,
     "DDPMScheduler",

@@ -67,11 +67,7 @@ def run(pipeline_dir, directory, *, overwrite=False, progress=lambda *done: None
 
 
 def same(first: Preset, second: Preset) -> bool:
-    tensors = [
-        {**p.scales, **{f"{k} zero": v for k, v in p.zero_points.items()}, **p.weights, "gain": p.compensation.gain}
-        | {f"{k} smoothing": s for k, s in p.smoothing.items()}
-        for p in (first, second)
-    ]
+    tensors = [{**p.layers, "gain": p.compensation.gain} for p in (first, second)]
     values = [(p.config, p.schedule, p.scheduler, p.guidance_scale, p.structure, p.model) for p in (first, second)]
     return values[0] == values[1] and all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
 
@@ -120,8 +116,8 @@ def test_the_preset_draws_what_was_measured(tmp_path, pipeline_dir, changes):
         assert torch.equal(psnr(draw(preset.compensation), full), report.psnr_compensated)
     assert len(report.quantization.quantized) == 20
     layers = quant_layers(pipe.transformer).keys() - {"proj_out_1"}  # of the final modulation
-    assert preset.scales.keys() == layers
-    assert preset.smoothing.keys() == (layers if changes.get("smoothing", True) else set())
+    assert preset.buffers("act_scale").keys() == layers
+    assert preset.buffers("smoothing").keys() == (layers if changes.get("smoothing", True) else set())
 
 
 def test_settings_reach_what_they_are_of(tmp_path, pipeline_dir):
@@ -133,21 +129,21 @@ def test_settings_reach_what_they_are_of(tmp_path, pipeline_dir):
     assert (preset.compensation.form, preset.compensation.target) == ("variance_ratio", "noise")
     assert (preset.compensation.gain[:2] == 1).all()
     assert (preset.compensation.gain[2:] != 1).all()
-    assert preset.zero_points
+    assert preset.buffers("act_zero_point")
 
 
 def test_weights_are_kept_only_if_rounded_with_error_feedback(tmp_path, pipeline_dir):
     four = run(pipeline_dir, tmp_path / "4", w_bits=4, smoothing=False, ranges=RangeConfig(symmetric=True)).preset
-    assert not four.zero_points
+    assert not four.buffers("act_zero_point")
     assert four.config.weight_clip == "mse"
     nearest = quantize_model(load_pipeline(pipeline_dir).transformer, 4, weight_clip="mse")
     name, layer = next(iter(quant_layers(nearest).items()))
-    assert torch.equal(four.weights[f"{name}.weight_scale"], layer.weight_scale)
-    assert not torch.equal(four.weights[f"{name}.qweight"], layer.qweight)
+    assert torch.equal(four.layers[f"{name}.weight_scale"], layer.weight_scale)
+    assert not torch.equal(four.layers[f"{name}.qweight"], layer.qweight)
     eight = run(pipeline_dir, tmp_path / "8").preset
     assert eight.config.weight_clip == "max"
-    assert not eight.weights  # smoothed, they are made again
-    assert eight.smoothing
+    assert not eight.buffers("qweight")  # smoothed, they are made again
+    assert eight.buffers("smoothing")
     assert not (tmp_path / "8" / "weights.safetensors").exists()
 
 
@@ -272,7 +268,7 @@ def test_one_directory_is_read_by_three(tmp_path, pipeline_dir):
     assert record["rows"][0]["psnr_to_fp"]["with compensation"] == report.psnr_compensated.tolist()
     calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path, overwrite=True, checkpoint=False)
     assert not list((tmp_path / "transformer").iterdir())  # it would be of other settings
-    assert Preset.load(tmp_path).weights.keys() == report.preset.weights.keys()
+    assert Preset.load(tmp_path).layers.keys() == report.preset.layers.keys()
 
 
 def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_dir, monkeypatch):

@@ -78,9 +78,9 @@ def test_a_loaded_preset_makes_the_same_model(tmp_path, symmetric, rounding):
     preset.save(tmp_path / "preset")
     loaded = Preset.load(tmp_path / "preset")
     assert (loaded.config, loaded.schedule) == (preset.config, preset.schedule)
-    assert bool(loaded.weights) is (rounding == "error feedback")
-    assert bool(loaded.smoothing) is (rounding == "smoothing")
-    assert bool(loaded.zero_points) is not symmetric
+    assert bool(loaded.buffers("qweight")) is (rounding == "error feedback")
+    assert bool(loaded.buffers("smoothing")) is (rounding == "smoothing")
+    assert bool(loaded.buffers("act_zero_point")) is not symmetric
     other = loaded.quantize(make_dit(num_layers=2))
     apply_cache_to_dit(other, config=loaded.schedule.config())
     samples = [
@@ -114,7 +114,7 @@ def test_of_another_model_it_is_refused(changes, message):
 
 def test_ranges_of_a_layer_that_is_not_there_are_refused():
     preset, _ = make_preset()
-    other = dataclasses.replace(preset, scales={**preset.scales, "attention": torch.tensor(1.0)})
+    other = dataclasses.replace(preset, layers={**preset.layers, "attention.act_scale": torch.tensor(1.0)})
     model = make_dit(num_layers=2)
     with pytest.raises(ModelError, match="it has no quantized layer 'attention'"):
         other.quantize(model)
@@ -133,8 +133,8 @@ def test_ranges_of_a_layer_that_is_not_there_are_refused():
 def test_weights_that_do_not_fit_are_refused(change, message):
     preset, _ = make_preset(rounding="error feedback")
     name = "transformer_blocks.1.attn1.to_q.qweight"
-    kept = {**preset.weights, name: change(preset.weights[name])}
-    other = dataclasses.replace(preset, weights={key: value for key, value in kept.items() if value is not None})
+    kept = {**preset.layers, name: change(preset.layers[name])}
+    other = dataclasses.replace(preset, layers={key: value for key, value in kept.items() if value is not None})
     model = make_dit(num_layers=2)
     with pytest.raises(ModelError, match=message):
         other.quantize(model)
@@ -146,10 +146,10 @@ def test_weights_that_do_not_fit_are_refused(change, message):
     [
         ({"steps": 7}, "made for num_inference_steps 6; this run has 7"),
         ({"guidance": 4}, r"made for guidance_scale 1\.5; this run has 4\.0"),
-        ({"made": make_scheduler("ddpm", {})}, "made for scheduler DDIMScheduler; this run has DDPMScheduler"),
+        ({"made": make_scheduler("ddpm", {})}, "made for scheduler 'DDIMScheduler'; this run has 'DDPMScheduler'"),
         (
             {"made": make_scheduler("ddim", {"num_train_timesteps": 100})},
-            r"made for timesteps 830, 664 \.\. 0; this run has 80, 64 \.\. 0",
+            r"made for timesteps 6 steps, 830 \.\. 0; this run has 6 steps, 80 \.\. 0",
         ),
     ],
     ids=["steps", "guidance", "scheduler", "timesteps"],
@@ -265,33 +265,28 @@ def test_a_manifest_that_was_never_written(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"scales": {"a": torch.tensor(float("nan"))}},
-            r"the range of a: its scale must be \[\] finite float32 numbers",
-        ),
-        ({"scales": {"a": torch.tensor(0.0)}}, "finite float32 numbers > 0"),
-        ({"scales": {"a": torch.tensor(1e-40)}}, "finite float32 numbers > 0 whose reciprocals are such"),
-        ({"scales": {"a": torch.ones(2)}}, "finite float32 numbers > 0"),
-        ({"scales": {"a": torch.ones((), dtype=torch.float64)}}, "finite float32 numbers > 0"),
-        (
-            {"zero_points": {"a": torch.tensor(128, dtype=torch.int32)}},
-            r"its zero point must be \[\] int32 from -128 to",
-        ),
-        ({"zero_points": {"a": torch.tensor(1)}}, "int32 from -128 to 127"),
-        ({"scales": {}, "zero_points": {"a": torch.tensor(1, dtype=torch.int32)}}, "a zero point and no scale"),
-        ({"smoothing": {"a": torch.tensor([1.0, float("inf")])}}, "the smoothing of a must be finite"),
-        ({"smoothing": {"a": torch.tensor([1.0, 2e38])}}, "the smoothing of a must be .* such reciprocals"),
+        ({"a.act_scale": torch.tensor(float("nan"))}, r"the range of a: its scale must be \[\] finite float32 numbers"),
+        ({"a.act_scale": torch.tensor(0.0)}, "finite float32 numbers > 0"),
+        ({"a.act_scale": torch.tensor(1e-40)}, "finite float32 numbers > 0 whose reciprocals are such"),
+        ({"a.act_scale": torch.ones(2)}, "finite float32 numbers > 0"),
+        ({"a.act_scale": torch.ones((), dtype=torch.float64)}, "finite float32 numbers > 0"),
+        ({"b.act_zero_point": torch.tensor(128, dtype=torch.int32)}, r"its zero point must be \[\] int32 from -128 to"),
+        ({"b.act_zero_point": torch.tensor(1)}, "int32 from -128 to 127"),
+        ({"a.act_zero_point": torch.tensor(1, dtype=torch.int32)}, "a zero point and no scale"),
+        ({"a.smoothing": torch.tensor([1.0, float("inf")])}, "the smoothing of a must be finite"),
+        ({"a.smoothing": torch.tensor([1.0, 2e38])}, "the smoothing of a must be .* such reciprocals"),
+        ({"a.weight": torch.ones(1)}, "'a.weight' is nothing that settings of a quantized layer hold"),
     ],
 )
 def test_values_that_no_calibration_gives(changes, message):
     preset, _ = make_preset()
     with pytest.raises(DataError, match=message):
-        dataclasses.replace(preset, **{"scales": {"a": torch.tensor(1.0)}, "zero_points": {}, **changes})
+        dataclasses.replace(preset, layers={"b.act_scale": torch.tensor(1.0), **changes})
 
 
 def test_smoothing_that_is_not_the_models_is_refused():
     preset, _ = make_preset(rounding="smoothing")
-    other = dataclasses.replace(preset, smoothing={**preset.smoothing, "attention": torch.ones(32)})
+    other = dataclasses.replace(preset, layers={**preset.layers, "attention.smoothing": torch.ones(32)})
     with pytest.raises(ModelError, match="it has no quantized layer 'attention'"):
         other.quantize(make_dit(num_layers=2))
 
@@ -322,7 +317,7 @@ def test_a_digest_tells_settings_apart():
         other.view(-1)[-1] += 1
         return other
 
-    first = next(iter(preset.scales))
+    first = next(iter(preset.buffers("act_scale")))
     schedule = dataclasses.replace(preset.schedule, schedule=(True, True, False, False, True, False))
     fitted_for = dataclasses.replace(compensation.fitted_for, guidance_scale=2.0)
     changes = {
@@ -334,19 +329,23 @@ def test_a_digest_tells_settings_apart():
         "target": {"compensation": dataclasses.replace(compensation, target="noise")},
         "fitted for": {"compensation": dataclasses.replace(compensation, fitted_for=fitted_for)},
         "no compensation": {"compensation": None},
-        "scale": {"scales": {**preset.scales, first: nudged(preset.scales[first])}},
-        "zero point": {"zero_points": {**preset.zero_points, first: nudged(preset.zero_points[first])}},
-        "smoothing": {"smoothing": {first: torch.ones(32)}},
-        "weight": {"weights": {**preset.weights, f"{first}.qweight": nudged(preset.weights[f"{first}.qweight"])}},
+        **{
+            name: {"layers": {**preset.layers, f"{first}.{name}": nudged(preset.layers[f"{first}.{name}"])}}
+            for name in ("act_scale", "act_zero_point", "qweight")
+        },
+        "smoothing": {"layers": {**preset.layers, f"{first}.smoothing": torch.ones(32)}},
         "schedule": {"schedule": schedule},
         "bits": {"config": QuantConfig(4, 7, weight_clip="mse")},
         "guidance": {"guidance_scale": 3.0},
         "scheduler": {"scheduler": "DDPMScheduler"},
     }
+    for buffer in ("act_scale", "act_zero_point", "qweight"):
+        name = f"{first}.{buffer}"
+        changes[buffer] = {"layers": {**preset.layers, name: nudged(preset.layers[name])}}
     digests = {name: dataclasses.replace(preset, **change).digest() for name, change in changes.items()}
     digests["as it is"] = preset.digest()
     assert len(set(digests.values())) == len(digests)
-    assert dataclasses.replace(preset, scales=dict(reversed(preset.scales.items()))).digest() == preset.digest()
+    assert dataclasses.replace(preset, layers=dict(reversed(preset.layers.items()))).digest() == preset.digest()
 
 
 def test_permissions_follow_the_umask(tmp_path):

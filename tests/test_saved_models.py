@@ -25,6 +25,7 @@ from qandc import (
     DeviceError,
     ModelError,
     OutputError,
+    Preset,
     QuantLinear,
     RangeConfig,
     apply_cache_to_dit,
@@ -274,8 +275,21 @@ def test_other_files_stay(tmp_path, static_model, overwrite):
         (tmp_path / name).unlink()
     save(static_model, tmp_path, overwrite=overwrite)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    with pytest.raises(OutputError, match=r"notes.txt' is a file; give a directory"):
+    with pytest.raises(OutputError, match=r"notes.txt' is a file; give another directory"):
         save(static_model, tmp_path / "notes.txt", overwrite=overwrite)
+
+
+def test_files_beside_settings_stay(tmp_path, static_model):
+    """Settings beside a model of one's own: what replaces them neither deletes nor overwrites that model."""
+    preset = fashion_dit_preset()
+    static_model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    preset.save(tmp_path)
+    preset.save(tmp_path)
+    with pytest.raises(OutputError, match=r"holds 'config.json', which is no part of a calibrated model"):
+        save(static_model, tmp_path, overwrite=True)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert Preset.load(tmp_path).digest() == preset.digest()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

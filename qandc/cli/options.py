@@ -133,6 +133,6 @@ def calibrated_options(preset: Any) -> dict[str, Any]:
         "scheduler": preset.scheduler_name,
         "w_bits": preset.config.w_bits,
         "a_bits": preset.config.a_bits,
-        "smoothing": bool(preset.smoothing),
+        "smoothing": bool(preset.buffers("smoothing")),
         "cache_mode": preset.schedule.mode,
     }

@@ -12,13 +12,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +48,7 @@ from qandc.support.files import (
     settle,
     usual_mode,
 )
-from qandc.variance_compensation import Compensation, CompensationHeader
+from qandc.variance_compensation import Compensation, CompensationHeader, shown
 from qandc_kernels import FLOAT_DTYPES
 
 __all__ = ["CalibratedModel", "Preset", "check_target", "fashion_dit_preset", "is_finished", "load", "save"]
@@ -70,13 +71,7 @@ READ_INSTEAD = (f"{WEIGHTS}.index.json", "diffusion_pytorch_model.bin")  # what 
 OLDER = ("preset.json", "quantized.json")
 STRUCTURE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size")
 WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum")
-
-
-class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where the full-precision pipeline is: a hub id, or a directory relative to this one; fashion-dit if neither."""
-
-    hub: str | None = None
-    path: str | None = None
+KEPT = (*WEIGHT_BUFFERS, *OPTIONAL_BUFFERS)
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -86,7 +81,8 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     structure: dict[str, int | None]
     scheduler: str
     guidance_scale: float
-    base: Base = Base()
+    hub: str | None = None  # id of the full-precision pipeline, if it is there
+    path: str | None = None  # from this directory to that pipeline's; fashion-dit if there is neither
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -122,38 +118,42 @@ class Preset:
 
     Attributes:
         config: bits, layers left out, how weights are clipped.
-        scales: layer name to 0-d float32.
-        zero_points: layer name to 0-d int32; a layer that is missing here is symmetric.
-        smoothing: layer name to ``[in_features]`` factors; a layer that is missing here has none.
+        layers: ``<layer>.<buffer>``, as a state dict of the quantized model names them: ``act_scale`` and
+            ``act_zero_point`` of static ranges, ``smoothing``; and ``qweight``, ``weight_scale``, ``weight_sum`` of
+            every layer if rounding to nearest would not make them again.
         schedule: of the feature cache.
         compensation: fitted for the model with these ranges and this cache, or None.
         scheduler, guidance_scale: of the runs they are for; the steps are those of the schedule.
         structure: numbers of the model's config that say what its layers are.
-        weights: ``<layer>.<buffer>`` of every quantized layer; empty if rounding to nearest makes them again.
         model: where the pipeline came from: a directory or hub id, None for fashion-dit.
     """
 
     config: QuantConfig
-    scales: dict[str, torch.Tensor]
-    zero_points: dict[str, torch.Tensor]
+    layers: dict[str, torch.Tensor]
     schedule: CalibratedSchedule
     compensation: Compensation | None
     scheduler: str
     guidance_scale: Guidance
     structure: dict[str, int | None]
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     model: str | None = None
-    smoothing: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
         if self.structure.keys() != set(STRUCTURE):
             raise ConfigError(f"structure has {sorted(self.structure)}; it must have {', '.join(STRUCTURE)}")
-        check_range_values(self.scales, self.zero_points, (), "the range")
-        for name, factors in self.smoothing.items():
+        strangers = [name for name in self.layers if name.rpartition(".")[2] not in KEPT]
+        if strangers:
+            raise DataError(f"{strangers[0]!r} is nothing that settings of a quantized layer hold")
+        check_range_values(self.buffers("act_scale"), self.buffers("act_zero_point"), (), "the range")
+        for name, factors in self.buffers("smoothing").items():
             if factors.dtype != torch.float32 or fault_of_divisors(factors) is not None:
                 raise DataError(f"the smoothing of {name} must be finite float32 numbers > 0 with such reciprocals")
+
+    @checked
+    def buffers(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors that layers have under this name, by layer."""
+        return {key.removesuffix(f".{name}"): t for key, t in self.layers.items() if key.endswith(f".{name}")}
 
     @classmethod
     @checked
@@ -186,26 +186,15 @@ class Preset:
             guidance_scale = compensation.fitted_for.guidance_scale if guidance_scale is None else guidance_scale
         if scheduler is None or guidance_scale is None:
             raise ConfigError("settings without compensation need the scheduler and guidance_scale they are for")
-        layers = quant_layers(model)
-        weights = {
+        kept = (*OPTIONAL_BUFFERS, *(WEIGHT_BUFFERS if keep_weights else ()))
+        layers = {
             f"{name}.{buffer}": tensor
-            for name, layer in layers.items()
-            for buffer in WEIGHT_BUFFERS
-            if keep_weights and (tensor := getattr(layer, buffer)) is not None
+            for name, layer in quant_layers(model).items()
+            for buffer in kept
+            if (tensor := getattr(layer, buffer)) is not None
         }
-        return cls(
-            resolved(model, config),
-            {name: layer.act_scale for name, layer in layers.items() if layer.act_scale is not None},
-            {name: layer.act_zero_point for name, layer in layers.items() if layer.act_zero_point is not None},
-            schedule,
-            compensation,
-            scheduler,
-            float(guidance_scale),
-            _structure(model),
-            weights,
-            source,
-            {name: layer.smoothing for name, layer in layers.items() if layer.smoothing is not None},
-        )
+        about = resolved(model, config), layers, schedule, compensation
+        return cls(*about, scheduler, guidance_scale, _structure(model), source)
 
     @property
     def num_inference_steps(self) -> int:
@@ -219,18 +208,12 @@ class Preset:
 
     def digest(self) -> str:
         """Hash all tensors, the schedule and what runs they are for: equal for equal settings alone."""
-        tensors = {**self._tensors(), **self.weights}
-        header = None
+        tensors, header = dict(self.layers), None
         if self.compensation is not None:
             tensors |= {"gain": self.compensation.gain, "mean": self.compensation.mean}
             header = self.compensation.header
         body = msgspec.json.encode((self.config, self.schedule, self.scheduler, self.guidance_scale, header))
         return content_digest(body, tensors)[:16]
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """Ranges and smoothing by the names that a state dict of the quantized model has for them."""
-        of_buffers = {"act_scale": self.scales, "act_zero_point": self.zero_points, "smoothing": self.smoothing}
-        return {f"{name}.{buffer}": t for buffer, tensors in of_buffers.items() for name, t in tensors.items()}
 
     @checked
     def base_model(self, given: str | None = None) -> str | None:
@@ -261,7 +244,7 @@ class Preset:
         ):
             if ours != theirs:
                 raise ConfigError(
-                    f"these settings were made for {name} {_short(ours)}; this run has {_short(theirs)} (calibrate for "
+                    f"these settings were made for {name} {shown(ours)}; this run has {shown(theirs)} (calibrate for "
                     "this run)"
                 )
 
@@ -281,32 +264,29 @@ class Preset:
             ModelError: the model has another structure than the one these settings were made for. It is unchanged then.
         """
         self._check_structure(model)
-        config = self.config
         self._check_layers(model)
-        clip = "max" if self.weights else config.weight_clip  # kept weights take the place of what is rounded here
-        quantize_model(
-            model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip, smoothing=self.smoothing
-        )
-        tensors = self._tensors()
+        config, weights = self.config, self.buffers("qweight")
+        clip = "max" if weights else config.weight_clip  # kept weights take the place of what is rounded here
+        smoothing = self.buffers("smoothing")
+        quantize_model(model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip, smoothing=smoothing)
         for name, layer in quant_layers(model).items():
-            state = {key: tensors[f"{name}.{key}"] for key in OPTIONAL_BUFFERS if f"{name}.{key}" in tensors}
-            state |= {key: self.weights.get(f"{name}.{key}", getattr(layer, key)) for key in WEIGHT_BUFFERS}
-            layer.load_state_dict(state, strict=False)
+            names = {key: f"{name}.{key}" for key in KEPT}
+            kept = {key: self.layers[full] for key, full in names.items() if full in self.layers}
+            layer.load_state_dict({**{key: getattr(layer, key) for key in WEIGHT_BUFFERS}, **kept}, strict=False)
         return model
 
     def _check_layers(self, model: nn.Module) -> None:
         """Refuse ranges, smoothing and weights that the layers to be quantized do not take."""
         linears, bits = layers_to_quantize(model, self.config), (self.config.w_bits, self.config.a_bits)
-        tensors = {**self._tensors(), **self.weights}
-        strangers = {name.rpartition(".")[0] for name in tensors} - linears.keys()
+        strangers = {name.rpartition(".")[0] for name in self.layers} - linears.keys()
         if strangers:
             raise ModelError(f"these settings are of another model: it has no quantized layer {min(strangers)!r}")
         for name, linear in linears.items():
             sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
             layer = skeleton_layer(*sizes, bias=False, bits=bits, dtype=dtype)
-            for buffer in (*WEIGHT_BUFFERS, *OPTIONAL_BUFFERS):
-                kept = tensors.get(f"{name}.{buffer}")
-                if kept is None and (buffer in OPTIONAL_BUFFERS or not self.weights):
+            for buffer in KEPT:
+                kept = self.layers.get(f"{name}.{buffer}")
+                if kept is None and (buffer in OPTIONAL_BUFFERS or not self.buffers("qweight")):
                     continue
                 fault = ("missing", "there") if kept is None else layer.fault_of(buffer, kept)
                 if fault is not None:
@@ -329,16 +309,15 @@ class Preset:
         directory = Path(directory)
         if pipe is not None:
             _check_savable(pipe.transformer)
-        base, local = self.model, self.model is not None and Path(self.model).is_absolute()
-        here = Base(path=os.path.relpath(str(base), directory.absolute())) if local else Base(hub=base)
-        about = Calibration(self.config, self.structure, self.scheduler, self.guidance_scale, here)
-        tensors = {} if pipe is not None else {**self._tensors(), **self.weights}
+        base = {} if self.model is None else {"hub": self.model}
+        if self.model is not None and Path(self.model).is_absolute():
+            base = {"path": os.path.relpath(self.model, directory.absolute())}
         _write(
             directory,
-            None if pipe is None else lambda partial: _write_pipeline(pipe, partial),
-            {f"layers.{name}": tensor for name, tensor in tensors.items()},
-            dtype=None if pipe is None else _dtype_name(pipe.transformer.dtype),
-            calibration=about,
+            None if pipe is None else functools.partial(_write_pipeline, pipe),
+            {} if pipe is not None else {f"layers.{name}": tensor for name, tensor in self.layers.items()},
+            dtype=None if pipe is None else str(pipe.transformer.dtype).removeprefix("torch."),
+            calibration=Calibration(self.config, self.structure, self.scheduler, self.guidance_scale, **base),
             schedule=self.schedule,
             compensation=self.compensation,
         )
@@ -352,39 +331,23 @@ class Preset:
             ConfigError: a file is missing, damaged or not of this version; or it is a model without settings.
             DataError: values that are none of settings.
         """
-        directory = Path(directory)
-        found = _Directory(directory)
-        about = found.manifest.calibration
-        if about is None or found.manifest.schedule is None:
+        return cls._of(_Directory(Path(directory)))
+
+    @classmethod
+    def _of(cls, found: _Directory) -> Preset:
+        directory, about, schedule = found.directory, found.manifest.calibration, found.manifest.schedule
+        if about is None or schedule is None:
             raise ConfigError(
                 f"{str(directory)!r} holds a quantized model, but no settings for runs; make it with qandc calibrate"
             )
-        tensors = found.tensors("layers.")
+        layers = found.tensors("layers.")
         if found.model_prefix is not None:
             state = TENSOR_FILE.read_foreign_tensors(directory / found.model_prefix / WEIGHTS)[0]
-            layers = {name.rpartition(".")[0] for name in state if name.endswith(".qweight")}
-            tensors = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in layers}
-        ending = {
-            buffer: {name.removesuffix(f".{buffer}"): t for name, t in tensors.items() if name.endswith(f".{buffer}")}
-            for buffer in OPTIONAL_BUFFERS
-        }
-        weights = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in WEIGHT_BUFFERS}
-        base = about.base
+            layers = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in KEPT}
+        model = about.hub if about.path is None else os.path.normpath(directory.absolute() / about.path)
         with reading(directory / MANIFEST, WHAT, AGAIN):
-            path = None if base.path is None else os.path.normpath(directory.absolute() / base.path)
-            return cls(
-                about.quantization,
-                ending["act_scale"],
-                ending["act_zero_point"],
-                found.manifest.schedule,
-                found.compensation(),
-                about.scheduler,
-                about.guidance_scale,
-                about.structure,
-                weights,
-                base.hub if path is None else path,
-                ending["smoothing"],
-            )
+            of_runs = about.scheduler, about.guidance_scale, about.structure
+            return cls(about.quantization, layers, schedule, found.compensation(), *of_runs, model)
 
 
 def _structure(model: Any) -> dict[str, int | None]:
@@ -392,17 +355,6 @@ def _structure(model: Any) -> dict[str, int | None]:
     if not all(hasattr(config, name) for name in STRUCTURE):
         raise ModelError(f"settings are for diffusers' DiTTransformer2DModel; got {type(model).__name__}")
     return {name: getattr(config, name) for name in STRUCTURE}
-
-
-def _short(value: Any) -> Any:
-    if not isinstance(value, tuple):
-        return value
-    shown = [f"{number:g}" for number in value]
-    return f"{shown[0]}, {shown[1]} .. {shown[-1]}" if len(shown) > 3 else ", ".join(shown)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -460,9 +412,9 @@ def save(
         check_step_ranges(step_ranges, quant_layers(model))
     _write(
         directory,
-        lambda partial: _write_model(model, partial),
+        functools.partial(_write_model, model),
         {} if step_ranges is None else _flat(step_ranges),
-        dtype=_dtype_name(next(model.parameters()).dtype),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         schedule=schedule,
         compensation=compensation,
     )
@@ -495,23 +447,19 @@ def load(
     target, directory = resolve_device(str(device)), Path(directory)
     found = _Directory(directory)
     if found.model_prefix is None:
-        preset = Preset.load(directory)
+        preset = Preset._of(found)
         pipe = load_pipeline(preset.base_model(), target, dtype or torch.float32)
         model = preset.quantize(pipe.transformer)
     else:
         model = _load_model(directory / found.model_prefix, dtype or DTYPES[str(found.manifest.dtype)])
         nn.Module.to(model, device=target)  # that of diffusers warns of layers it does not name
     steps = found.tensors("steps.")
+    scales, zero_points = (
+        {name.removesuffix(end): t for name, t in steps.items() if name.endswith(end)}
+        for end in (".scale", ".zero_point")
+    )
     with reading(directory / TENSORS, WHAT, AGAIN):
-        step_ranges = (
-            None
-            if not steps
-            else StepRanges(
-                steps.pop("timesteps"),
-                {name.removesuffix(".scale"): t for name, t in steps.items() if name.endswith(".scale")},
-                {name.removesuffix(".zero_point"): t for name, t in steps.items() if name.endswith(".zero_point")},
-            )
-        )
+        step_ranges = StepRanges(steps["timesteps"], scales, zero_points) if steps else None
     return CalibratedModel(model.eval(), found.manifest.schedule, found.compensation(), step_ranges)
 
 
@@ -575,31 +523,26 @@ def _what_is_there(directory: Path) -> str:
     return "there is no such directory; give one that qandc calibrate or qandc.save wrote"
 
 
-def check_target(directory: Path, names: tuple[str, ...] = PIPELINE_FILES, overwrite: bool = False) -> None:
-    """Refuse a directory that a calibrated model cannot be written to.
+def check_target(directory: Path, names: tuple[str, ...] = PIPELINE_FILES, overwrite: bool = False) -> tuple[str, ...]:
+    """Refuse a directory that a calibrated model cannot be written to; returns its files that will be replaced.
 
     Raises:
         OutputError: it holds one that is not to be overwritten, or a file of these names that is no part of one.
     """
-    try:
-        if directory.exists() and not directory.is_dir():
-            raise OutputError(f"{str(directory)!r} is a file; give a directory")
-        if is_finished(directory):
-            if not overwrite:
-                raise OutputError(
-                    f"{str(directory)!r} holds a calibrated model; give another directory, or overwrite it "
-                    "(--overwrite, overwrite=True)"
-                )
-            return
-        strangers = [name for name in names if (directory / name).exists()]
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write to {str(directory)!r}: {error.strerror or error}") from error
-    if strangers:
+    if is_finished(directory) and not overwrite:
         raise OutputError(
-            f"{str(directory)!r} holds {strangers[0]!r}, which is no part of a calibrated model; give another directory"
+            f"{str(directory)!r} holds a calibrated model; give another directory, or overwrite it (--overwrite, "
+            "overwrite=True)"
         )
+    try:
+        ours = tuple(FILE.read(directory / MANIFEST).files)
+    except ConfigError:  # none there, or damaged: what it was of is unknown
+        ours = ()
+    strangers = [name for name in names if name not in ours and (directory / name).exists()]
+    if strangers or (directory.exists() and not directory.is_dir()):
+        found = f"holds {strangers[0]!r}, which is no part of a calibrated model" if strangers else "is a file"
+        raise OutputError(f"{str(directory)!r} {found}; give another directory")
+    return tuple(name for name in ours if name in (*PIPELINE_FILES, *MODEL_FILES))
 
 
 def _write(
@@ -613,7 +556,7 @@ def _write(
     from safetensors import SafetensorError
 
     names = (TENSORS, *(() if write_model is None else PIPELINE_FILES if "calibration" in manifest else MODEL_FILES))
-    check_target(directory, names[1:], overwrite=True)
+    before = check_target(directory, names[1:], overwrite=True)
     partial = directory / f".{uuid.uuid4().hex[:16]}.partial"
     if compensation is not None:
         tensors = {**tensors, "gain": compensation.gain, "mean": compensation.mean}
@@ -629,7 +572,7 @@ def _write(
             settle(partial / name, mode)
         content = Manifest({name: FileEntry.of(partial / name) for name in names}, **manifest)
         (directory / MANIFEST).unlink(missing_ok=True)
-        for name in {*PIPELINE_FILES, *MODEL_FILES} - {*names}:
+        for name in before:
             (directory / name).unlink(missing_ok=True)
         for name in names:
             (directory / name).parent.mkdir(exist_ok=True)
