@@ -7,12 +7,13 @@ import torch
 from qandc_kernels import reference
 from qandc_kernels.backend import launching_on
 from qandc_kernels.ops._operands import HALF_DTYPES
-from qandc_kernels.ops._register import public_op
+from qandc_kernels.ops._register import launcher, public_op
 
 __all__ = ["attention_quantize_per_tensor"]
 
 HEAD_DIMS = range(16, 129, 8)
 LARGEST_GRID = 65535  # along the second and third dimension
+attention_quantize_triton = launcher("attention.attention_quantize_triton")
 
 
 def _aligned(t):
@@ -33,8 +34,6 @@ def _attention(q, k, v, out_scale, out_zero_point, nan_flag):
         y = reference.attention(q, k, v)
         out = torch.ops.qandc.quantize_per_tensor(y, out_scale, out_zero_point, 8, nan_flag)
         return out.masked_fill_(y.isnan(), -128)  # as the kernel and the reference
-    from qandc_kernels.triton.attention import attention_quantize_triton
-
     q, k, v = (t if _aligned(t) else t.contiguous() for t in (q, k, v))
     with launching_on(q):
         return attention_quantize_triton(q, k, v, out_scale, out_zero_point, nan_flag)

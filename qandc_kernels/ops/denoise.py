@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from qandc_kernels import reference
 from qandc_kernels.backend import launching_on
-from qandc_kernels.ops._register import public_op
+from qandc_kernels.ops._register import launcher, public_op
 
 __all__ = ["guided_step"]
 
+guided_step_triton = launcher("denoise.guided_step_triton")
+
 
 def _guided_step(prediction, latents, coefficients, guidance_scale):
-    from qandc_kernels.triton.denoise import guided_step_triton
-
     given = (prediction.contiguous(), latents.contiguous(), coefficients.contiguous())
     with launching_on(latents):
         return guided_step_triton(*given, guidance_scale)

@@ -179,7 +179,7 @@ def test_a_captured_graph_follows_the_scale(seeded):
 @pytest.mark.parametrize("shape", [(3, 4, 1, 16), (1, 4, 3, 16)], ids=str)
 def test_more_samples_or_heads_than_a_grid_has_take_torchs_attention(kernel_device, monkeypatch, seeded, shape):
     monkeypatch.setattr("qandc_kernels.ops.attention.LARGEST_GRID", 2)
-    monkeypatch.setattr("qandc_kernels.triton.attention.attention_quantize_triton", None)
+    monkeypatch.setattr("qandc_kernels.ops.attention.attention_quantize_triton", None)
     q, k, v = make(shape, seeded, torch.float16, kernel_device)
     out = attention_quantize_per_tensor(q, k, v, torch.tensor(SCALE, device=kernel_device))
     assert_quantized(out, q, k, v, zero_point=0)
