@@ -63,11 +63,10 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
         prepare_run(model(), timestep[:1], labels)
         run = model().__dict__[FUSED].run
         conditioning = {"modulations": run.tables[0][0], "final": run.tables[1][0]}
-    compute = step.prepared if ahead else step
     timestep = timestep.float()
     with torch.no_grad():
-        expected = compute(latents, timestep, labels, **conditioning)
-    nbytes, launch = 0, lambda i: compute(latents, timestep, labels, **conditioning)
+        expected = step(latents, timestep, labels, **conditioning)
+    nbytes, launch = 0, lambda i: step(latents, timestep, labels, **conditioning)
     if kind != COMPUTE:
         what, _, form = kind.partition(" ")
         mode, sets, storage_dtype = FORMS[form]
@@ -77,9 +76,9 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
         plans = [Plan(Action.STORE, store, at) for at in range(sets)]
         with torch.no_grad():
             for plan in plans:
-                compute(latents, timestep, labels, **conditioning, plan=plan)
+                step(latents, timestep, labels, **conditioning, plan=plan)
         if what == "keeping":
-            launch = lambda i: compute(latents, timestep, labels, **conditioning, plan=plans[i % sets])  # noqa: E731
+            launch = lambda i: step(latents, timestep, labels, **conditioning, plan=plans[i % sets])  # noqa: E731
         else:  # features of this very step in all sets, weights that add up to one: it must equal the compute step
             weights = torch.tensor([4 / 3, -1 / 3], device=DEVICE) if sets > 1 else None
             given = {"modulations": None, "final": None, **conditioning}

@@ -34,6 +34,7 @@ from qandc import (
 )
 from qandc.fusion.fuse import FUSED
 from qandc.fusion.graphs import GraphCache
+from qandc.models.dit.conditioning import Conditioning
 from qandc.models.dit.fused import FusedBlock, FusedStep
 from qandc.quantization.conversion import quant_layers
 from qandc_kernels import Backend
@@ -233,22 +234,22 @@ def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, row
         one_by_one = [modulation for portion, _ in portions for modulation in portion]
         for computed, wanted in zip((*of_blocks, final), one_by_one, strict=True):
             assert relative_error(computed, wanted) <= ROUNDING
-        ahead.append(step.prepared(inputs["hidden_states"], timestep, labels, of_blocks, final))
+        ahead.append(step(inputs["hidden_states"], timestep, labels, of_blocks, final))
     prepared = prepare_run(fused, timesteps, labels)
-    looked_up = []
-    original = FusedStep.prepared
-    monkeypatch.setattr(FusedStep, "prepared", lambda self, *a: looked_up.append(0) or original(self, *a))
+    computed = []
+    original = Conditioning.of_step
+    monkeypatch.setattr(Conditioning, "of_step", lambda self, *a: computed.append(0) or original(self, *a))
     for order in (0, 2, 1, 1):
         actual = fused(**inputs | {"timestep": prepared[order]}).sample
         assert torch.equal(actual, ahead[order])
         assert relative_error(actual, expected[order]) <= MODEL_BOUND[torch.float32]
-    assert len(looked_up) == 4
+    assert not computed
     for other in ({"timestep": steps[1]}, {"timestep": prepared[1], "class_labels": labels.clone()}):
         assert torch.equal(fused(**inputs | other).sample, expected[1])
     monkeypatch.setattr("qandc.models.dit.fused.LARGEST_RUN", 1000)
     prepared = prepare_run(fused, timesteps, labels)
     assert torch.equal(fused(**inputs | {"timestep": prepared[1]}).sample, expected[1])
-    assert len(looked_up) == 4
+    assert len(computed) == 3
     assert [t.shape for t in prepare_run(fused, timesteps, labels[:0])] == [(0,)] * 3
     with pytest.raises(ModelError, match="call fuse first"):
         prepare_run(make_dit(), timesteps, labels)
@@ -267,11 +268,8 @@ def test_sampling_prepares_its_runs(fused_anywhere, monkeypatch):
     scheduler = make_scheduler("ddim", DDIMScheduler().config)
     settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "seeds": [0, 1]}
     expected = sample_latents(model, scheduler, [3, 4], **settings)
-    looked_up = []
-    original = FusedStep.prepared
-    monkeypatch.setattr(FusedStep, "prepared", lambda self, *a: looked_up.append(0) or original(self, *a))
+    monkeypatch.setattr(Conditioning, "of_step", lambda *_: pytest.fail("conditioning was computed in a step"))
     actual = sample_latents(fuse_dit(model), scheduler, [3, 4], **settings)
-    assert len(looked_up) == 4
     assert relative_error(actual, expected) <= 10 * MODEL_BOUND[torch.float32]
 
 

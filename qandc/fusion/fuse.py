@@ -49,7 +49,7 @@ class _Fused(Attachment):
         self.run_graphs = GraphCache(RUN_GRAPHS, self.graphs.lock)
         self.launching: int | None = None  # the thread that launches kernels one by one, within a graph of a whole run
         self.run: _PreparedRun | None = None
-        self._step: Program | None = None
+        self.built: Program | None = None
         self._said: set[str] = set()
 
     @property
@@ -71,7 +71,7 @@ class _Fused(Attachment):
 
     def drop(self) -> None:
         """Forget what was built; the next forward builds it again."""
-        self._step = self.run = None
+        self.built = self.run = None
         self.graphs.clear()
         self.run_graphs.clear()
 
@@ -80,8 +80,8 @@ class _Fused(Attachment):
 
         Reuse steps of a cache take the program of their compute step and do not look for changes.
         """
-        if self._step is not None and (reusing or self._step.unchanged()):
-            return self._step
+        if self.built is not None and (reusing or self.built.unchanged()):
+            return self.built
         self.drop()
         reasons = self.program.why_not(transformer, self.ranges)
         for reason, count in Counter(reasons.values()).items():
@@ -89,23 +89,10 @@ class _Fused(Attachment):
                 self.say(f"{count} layers run unfused: {reason}")
         if None not in reasons.values():
             return None
-        self._step = self.program(transformer, self.ranges)
-        if self.cuda_graphs and not self._step.graphable:
+        self.built = self.program(transformer, self.ranges)
+        if self.cuda_graphs and not self.built.graphable:
             self.say("no CUDA graphs, as parts of the model run unfused")
-        return self._step
-
-    def nan_flags(self) -> dict[str, torch.Tensor]:
-        """Map names of layers to the flag of the fused kernel that feeds them, for the program that is built."""
-        return {} if self._step is None else self._step.nan_flags()
-
-    def covers_all(self) -> bool:
-        """Tell whether fused kernels run every quantized layer."""
-        step = self._step
-        return step is not None and step.graphable and not any(step.reasons.values())
-
-    def runs(self, name: str) -> bool:
-        """Tell whether fused kernels run the layer of this name."""
-        return self._step is not None and self._step.reasons.get(name, "") is None
+        return self.built
 
     def kernels_of(self, model: nn.Module) -> dict[str, tuple[str, str]]:
         reasons, layers = self.program.why_not(model, self.ranges), quant_layers(model)

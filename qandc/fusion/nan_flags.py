@@ -20,11 +20,13 @@ __all__ = ["lower_nan_flags", "raised_nan_flag"]
 def _flags(transformer: Any) -> dict[str, torch.Tensor]:
     """Map names of layers to their flags, of layers whose static range could hide NaN; made where there is none."""
     fused = transformer.__dict__.get(FUSED)
-    found: dict[str, torch.Tensor] = {} if fused is None else dict(fused.nan_flags())
-    if fused is not None and fused.covers_all():
-        return found
+    program = None if fused is None else fused.built
+    found: dict[str, torch.Tensor] = {} if program is None else program.nan_flags()
+    if program is not None and program.graphable and not any(program.reasons.values()):
+        return found  # of every quantized layer, without a walk through the modules
     for name, layer in quant_layers(transformer).items():
-        if layer.act_scale is None or layer.qweight.is_meta or (fused is not None and fused.runs(name)):
+        runs_fused = program is not None and program.reasons.get(name, "") is None
+        if layer.act_scale is None or layer.qweight.is_meta or runs_fused:
             continue
         if layer.nan_flag is None or layer.nan_flag.device != layer.qweight.device:
             with torch.inference_mode(False):

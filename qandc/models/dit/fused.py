@@ -274,12 +274,10 @@ class FusedStep:
         return latents, timestep, labels.to(torch.int64).expand(batch)
 
     def compute(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
-        function = self.prepared if ahead else self
         if plan.action is Action.COMPUTE:
-            return Launch((bool(ahead),), function, ahead)
+            return Launch(Action.COMPUTE, self, ahead)
         assert plan.store is not None
-        kind = (bool(ahead), plan.store.serial, plan.at)
-        return Launch(kind, functools.partial(function, plan=plan), ahead)
+        return Launch((plan.store.serial, plan.at), functools.partial(self, plan=plan), ahead)
 
     def reuse(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
         store, (modulations, final) = plan.store, ahead or (None, None)
@@ -321,43 +319,40 @@ class FusedStep:
         return Ranges(layer.act_scale, layer.act_zero_point)
 
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, plan: Plan | None = None
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        modulations: torch.Tensor | None = None,
+        final: torch.Tensor | None = None,
+        plan: Plan | None = None,
     ) -> torch.Tensor:
         """Predict the noise ``[B, out_channels, H, W]`` for latents ``[B, C, H, W]``, timesteps and labels ``[B]``.
 
-        On a GPU the blocks run on a stream of higher priority, beside the conditioning of the blocks behind them.
+        ``modulations [L, B, 6 D]`` and ``final [B, 2 D]`` of this step (:meth:`Conditioning.of_run`) are computed here
+        if they are not given; on a GPU then the blocks run on a stream of higher priority, beside the conditioning of
+        the blocks behind them.
         """
+        if modulations is not None and final is not None:
+            return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)), plan)
         if self.fast is None:
             portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
-            modulations = (m for modulations, _ in portions for m in modulations)
-            return self._run(latents, timestep, class_labels, modulations, plan)
+            return self._run(latents, timestep, class_labels, (m for part, _ in portions for m in part), plan)
         here, fast = torch.cuda.current_stream(self.device), self.fast
         fast.wait_stream(here)
         portions = self.conditioning.of_step(timestep, class_labels, latents.dtype)
 
         def as_they_come() -> Iterator[torch.Tensor]:
-            for modulations, event in portions:
+            for part, event in portions:
                 if event is not None:
                     fast.wait_event(event)
-                yield from modulations
+                yield from part
 
         with torch.cuda.stream(fast):
             output = self._run(latents, timestep, class_labels, as_they_come(), plan)
         here.wait_stream(fast)
         output.record_stream(here)
         return output
-
-    def prepared(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        modulations: torch.Tensor,
-        final: torch.Tensor,
-        plan: Plan | None = None,
-    ) -> torch.Tensor:
-        """Predict the noise with given modulations ``[L, B, 6 D]`` and ``[B, 2 D]`` (:meth:`Conditioning.of_run`)."""
-        return self._run(latents, timestep, class_labels, iter((*modulations.unbind(0), final)), plan)
 
     def _run(
         self,
