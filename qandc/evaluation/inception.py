@@ -7,7 +7,8 @@ TensorFlow 1's bilinear resizing, which maps pixel i to ``i * in / out``.
 
 Checked against torch-fidelity 0.4.0 with equal random weights (``tests/test_inception.py`` keeps its answers). Never
 run with the published weights, which could not be had where this was written: names and shapes of the state dict are
-those that torch-fidelity loads.
+those that torch-fidelity loads. That package is not used itself: importing it takes a torchvision made for the very
+build of torch that is installed, and it unpickles what a file of weights holds, code included.
 """
 
 from __future__ import annotations
