@@ -24,8 +24,7 @@ from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipel
 from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.saved import CalibratedModel, Preset, fashion_dit_preset, load, save
 from qandc.method.schedule_calibration import calibrate_schedule, schedule_from_run
-from qandc.method.settings import CalibrationConfig
-from qandc.method.settings import CalibrationSettings as CalibrationSettings
+from qandc.method.settings import CalibrationConfig, CalibrationSettings
 from qandc.quantization.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.observe import calibrate, calibrate_steps, calibration, input_hessians, smoothing_factors
@@ -48,6 +47,7 @@ __all__ = [
     "CalibratedSchedule",
     "CalibrationConfig",
     "CalibrationReport",
+    "CalibrationSettings",
     "CandidatePool",
     "Compensation",
     "ConfigError",
