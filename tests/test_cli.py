@@ -101,8 +101,8 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     if lines[5].startswith("VC made these images less like"):  # as it may, of a random model
         del lines[5]
     assert lines[5].split() == ["750*", "500*", "250", "0"]
-    assert lines[6:] == [f"wrote {directory}", f"next: qandc generate --settings '{directory}'"]
-    status, out, _ = run(capsys, "generate", "--settings", directory, "--device", "cpu", "-o", target)
+    assert lines[6:] == [f"wrote {directory}", f"next: qandc generate --calibrated '{directory}'"]
+    status, out, _ = run(capsys, "generate", "--calibrated", directory, "--device", "cpu", "-o", target)
     assert status == 0
     assert "W4A8 + taylor 2/4 + VC" in out
     assert "20 layers quantized (W4A8 static per-tensor)" in out
@@ -230,8 +230,8 @@ CONTRADICTIONS = {
     "smoothing": (["--no-smoothing"], "--no-smoothing is given, but the settings in {} are for smoothing True"),
     "mode": (["--cache-mode", "delta"], "--cache-mode is delta, but the settings in {} are for branch"),
     "interval": (["--cache-interval", "2"], "--cache-interval is 2, but the settings in {} are for a schedule of 2"),
-    "schedule": (["--schedule", "x.json"], "--schedule and --settings {} contradict each other; give one of them"),
-    "not calibrated": (["--no-calibrated"], "--settings and --no-calibrated contradict each other"),
+    "schedule": (["--schedule", "x.json"], "--schedule and --calibrated {} contradict each other; give one"),
+    "not calibrated": (["--no-calibrated"], "--calibrated and --no-calibrated contradict each other"),
     "other settings": (["--settings", "/no/such"], "'/no/such' holds no calibrated model"),
 }
 
@@ -318,7 +318,8 @@ def test_help(capsys):
     status, out, _ = run(capsys, "generate", "--help")
     assert status == 0
     for option in ("--model", "--classes", "--steps", "--guidance-scale", "--scheduler", "--w-bits", "--a-bits",
-                   "--no-smoothing", "--cache-mode", "--cache-interval", "--schedule", "--settings", "--seed",
+                   "--no-smoothing", "--cache-mode", "--cache-interval", "--schedule", "--calibrated", "--settings",
+                   "--seed",
                    "--device", "--dtype", "--out"):  # fmt: skip
         assert option in out
     status, out, _ = run(capsys, "calibrate", "--help")

@@ -377,8 +377,8 @@ def test_sample(capsys, pipeline_dir, tmp_path):
     assert "is there already; delete it, or give another file" in err
     target.unlink()
     for options, message in (
-        (("--model", pipeline_dir), "needs --settings, which qandc calibrate writes for it, or --full-precision"),
-        (("--full-precision", "--settings", tmp_path), "contradict each other"),
+        (("--model", pipeline_dir), "needs --calibrated, which qandc calibrate writes for it, or --full-precision"),
+        (("--full-precision", "--calibrated", tmp_path), "contradict each other"),
         ((), "--steps is 3, but the settings that come with fashion-dit are for 50; leave it out, or give other"),
         (("-n", "0"), "--images is 0; give an integer >= 1"),
         (("--full-precision", "-o", tmp_path / "x.png"), "must end in .npz"),

@@ -13,7 +13,18 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from qandc.cli.evaluate import evaluate
-from qandc.cli.options import Device, Dtype, Given, Model, ModelOrSettings, Seed, calibrated_options, resolve, takes
+from qandc.cli.options import (
+    Calibrated,
+    Device,
+    Dtype,
+    Given,
+    Model,
+    ModelOrSettings,
+    Seed,
+    calibrated_options,
+    resolve,
+    takes,
+)
 from qandc.cli.scale import ablate, sample
 from qandc.cli.terminal import (
     check_output,
@@ -66,21 +77,20 @@ def parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
 def generate(
     *,
     model: ModelOrSettings = None,
-    settings: Annotated[
-        Path | None, typer.Option(help="Directory that qandc calibrate wrote; run, bits and cache come from there.")
-    ] = None,
+    calibrated: Calibrated = None,
     classes: Annotated[str | None, typer.Option(help="Class ids or names, comma-separated. Default: ten.")] = None,
     given: Given,
     schedule: Annotated[
         Path | None, typer.Option(help="File of a calibrated schedule, in place of mode and interval.")
     ] = None,
-    calibrated: Annotated[
+    no_calibrated: Annotated[
         bool,
         typer.Option(
-            help="Use the settings that come with fashion-dit (static ranges, schedule, variance compensation), if no "
-            "option above asks for anything else."
+            "--no-calibrated",
+            help="Do not use what comes with fashion-dit (static ranges, schedule, variance compensation) where no "
+            "option above asks for anything else.",
         ),
-    ] = True,
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -96,25 +106,27 @@ def generate(
     from qandc.sampling.loop import check_sampling, make_scheduler
     from qandc.sampling.pipelines import check_full_precision, class_names, load_pipeline, resolve_device, resolve_dtype
 
-    if settings is None and model is not None and is_finished(model):
-        settings, model = Path(model), None  # what qandc calibrate wrote names its pipeline
+    if calibrated is None and model is not None and is_finished(model):
+        calibrated, model = Path(model), None  # what qandc calibrate wrote names its pipeline
     arguments.check_value("--seed", arguments.Seed, seed)
-    if not calibrated and settings is not None:
-        raise ConfigError("--settings and --no-calibrated contradict each other; give one of them")
+    if no_calibrated and calibrated is not None:
+        raise ConfigError("--calibrated and --no-calibrated contradict each other; give one of them")
     preset, held = None, {}
-    if settings is not None:
-        preset = Preset.load(settings)
+    if calibrated is not None:
+        preset = Preset.load(calibrated)
         held = calibrated_options(preset)
         held["cache_interval"] = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
         if schedule is not None:
-            raise ConfigError(f"--schedule and --settings {str(settings)!r} contradict each other; give one of them")
+            raise ConfigError(
+                f"--schedule and --calibrated {str(calibrated)!r} contradict each other; give one of them"
+            )
         model = preset.base_model(model)
-    chosen = resolve(given, held, DEFAULTS, f"in {str(settings)!r}")
+    chosen = resolve(given, held, DEFAULTS, f"in {str(calibrated)!r}")
     plain = resolve({**dict.fromkeys(given), "w_bits": given["w_bits"]}, {}, DEFAULTS)
     as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4
-    if preset is None and calibrated and as_shipped:
+    if preset is None and not no_calibrated and as_shipped:
         preset = fashion_dit_preset(chosen["w_bits"])
-    elif preset is None and calibrated:
+    elif preset is None and not no_calibrated:
         logger.info(
             "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
         )

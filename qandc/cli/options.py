@@ -7,6 +7,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from qandc.support.arguments import check_value
 
 __all__ = [
     "BatchSize",
+    "Calibrated",
     "Device",
     "Dtype",
     "Given",
@@ -35,6 +37,12 @@ Given = dict[str, Any]
 Model = Annotated[str | None, typer.Option(help=MODEL)]
 ModelOrSettings = Annotated[
     str | None, typer.Option(help=f"{MODEL} Or what qandc calibrate wrote, which names its pipeline.")
+]
+Calibrated = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrated", "--settings", help="Directory that qandc calibrate wrote; run, bits and cache come from there."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

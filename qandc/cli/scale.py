@@ -12,6 +12,7 @@ import typer
 
 from qandc.cli.options import (
     BatchSize,
+    Calibrated,
     Device,
     Dtype,
     Given,
@@ -82,9 +83,7 @@ def sample(
     *,
     images: Annotated[int, typer.Option("--images", "-n", help="How many; the classes of the model in turn.")],
     output: Annotated[Path, typer.Option("--out", "-o", help="NPZ file to write: arr_0 [N, H, W, C] uint8.")],
-    settings: Annotated[
-        Path | None, typer.Option(help="Directory that qandc calibrate wrote. Default: the settings of fashion-dit.")
-    ] = None,
+    calibrated: Calibrated = None,
     full_precision: Annotated[bool, typer.Option("--full-precision", help="Neither quantize nor cache.")] = False,
     model: Model = None,
     given: Given,
@@ -105,21 +104,21 @@ def sample(
     from qandc.sampling.pipelines import class_names
     from qandc.support.results import result_header
 
-    if full_precision and settings is not None:
-        raise ConfigError("--full-precision and --settings contradict each other; give one of them")
+    if full_precision and calibrated is not None:
+        raise ConfigError("--full-precision and --calibrated contradict each other; give one of them")
     check_output(output, ".npz")
     check_value("--images", Count, images)
     check_new(output)
     if json_output is not None:
         check_output(json_output, ".json")
-    preset, origin = None, f"in {str(settings)!r}"
-    if settings is not None:
-        preset = Preset.load(settings)
+    preset, origin = None, f"in {str(calibrated)!r}"
+    if calibrated is not None:
+        preset = Preset.load(calibrated)
         model = preset.base_model(model)
     elif not full_precision:
         if model is not None:
             raise ConfigError(
-                f"--model {model} needs --settings, which qandc calibrate writes for it, or --full-precision"
+                f"--model {model} needs --calibrated, which qandc calibrate writes for it, or --full-precision"
             )
         preset, origin = fashion_dit_preset(given["w_bits"] or 8), "that come with fashion-dit"
     chosen = resolve(given, {} if preset is None else calibrated_options(preset), {}, origin)

@@ -137,7 +137,7 @@ def print_calibration(report: CalibrationReport, directory: Path) -> None:
     if report.psnr_compensated is not None and report.psnr_compensated.mean() < report.psnr_uncompensated.mean():
         out.print("VC made these images less like those of full precision; --vc none leaves it out")
     out.print(format_schedule(schedule.schedule, schedule.timesteps), soft_wrap=True)
-    out.print(f"wrote {directory}\nnext: qandc generate --settings {shlex.quote(str(directory))}", soft_wrap=True)
+    out.print(f"wrote {directory}\nnext: qandc generate --calibrated {shlex.quote(str(directory))}", soft_wrap=True)
 
 
 def print_evaluation(result: Evaluation) -> None:

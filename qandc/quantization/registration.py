@@ -2,7 +2,9 @@
 
 ``quantization_config=QandCConfig(...)``: diffusers looks methods up in two dictionaries of one module. LoRA adapters on
 quantized layers: :mod:`qandc.quantization.lora` extends a few methods. Both is done when the modules that hold them
-have been imported, whoever imports them: before ``import qandc``, or later, through a finder on ``sys.meta_path``.
+have been imported, whoever imports them: before ``import qandc``, or later, through a finder on ``sys.meta_path``. The
+finder stays because diffusers has neither a function nor an entry point to register a method: without it a quantized
+pipeline that is loaded right after ``import qandc`` would need that import to take diffusers along, 1.6 s.
 """
 
 from __future__ import annotations
