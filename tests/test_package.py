@@ -91,6 +91,12 @@ def test_imports_point_one_way():
             assert imported <= set(ROOMS[: ROOMS.index(room) + 1]), name
 
 
+def test_parts_of_models_are_named_among_the_models_alone():
+    for path in (ROOT / "qandc").rglob("*.py"):
+        if (ROOT / "qandc/models") not in path.parents:
+            assert not re.search("attn1|proj_out|class_labels|ada_norm", path.read_text()), path
+
+
 def test_the_method_uses_what_the_kernels_offer():
     for path in (ROOT / "qandc").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
