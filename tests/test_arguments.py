@@ -598,7 +598,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
 INTERNAL = {
     "CacheConfig.computes", "CacheConfig.stores", "Compensation.noise", "Compensation.sample", "QuantLinear.forward",
     "QuantLinear.extra_repr", "QuantLinear.fault_of", "QuantLinear.make_optional", "QuantConfig.skips",
-    "QuantLinear.check_state", "QuantLinear.fault_of_sums", "Compensation.of_parts",
+    "QuantLinear.check_state", "QuantLinear.faults_of", "Compensation.of_parts",
     "QuantLinear.multiply", "QuantLinear.product_to_compile",
     *(f"FeatureCache.{method}" for method in vars(qandc.FeatureCache)),
 }  # fmt: skip

@@ -39,12 +39,13 @@ from qandc.method.settings import CalibrationConfig
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import check_sampling, make_scheduler
 from qandc.sampling.pipelines import class_names
-from qandc.support.files import keep_settings, locked, make_directory, read_json, write_json
+from qandc.support.files import FileKind, keep_settings, locked, make_directory
 from qandc.variance_compensation import Compensation
 
 __all__ = ["ROWS", "ExperimentConfig", "RowKind", "check_experiment", "run_experiment"]
 
 FORMAT_VERSION = 1
+FIGURES = FileKind("record of a row", 1, dict, "delete it and run the same command again", DataError)
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class _Experiment:
         measured = merge_shards(shards, self.images, images)
         record["seconds_per_image"] = measured.pop("seconds") / self.settings.images
         record |= {name: int(value) for name, value in measured.items()}
-        write_json(figures, record)
+        FIGURES.write(figures, record)
         delete_shards(shards)  # last: until then nothing needs to be drawn again
 
     def draw_shards(self, kind: RowKind, shards: Path) -> dict[str, Any]:
@@ -287,14 +288,14 @@ class _Experiment:
     def score(self, kind: RowKind) -> dict[str, Any]:
         """The row, scored once."""
         _, images, figures = self.paths(kind)
-        record = _read(figures)
+        record = FIGURES.read(figures)
         if "metrics" not in record:
             reference = self.paths(ROWS[0])[1]
             self.progress(f"{kind.name}: metrics", 0, 1)
             record["metrics"] = self.scorer(load_images(images), load_images(reference), self.images.labels)
-            write_json(figures, record)
+            FIGURES.write(figures, record)
         self.progress(f"{kind.name}: metrics", 1, 1)
-        full = _read(self.paths(ROWS[0])[2])["seconds_per_image"]
+        full = FIGURES.read(self.paths(ROWS[0])[2])["seconds_per_image"]
         seconds = record["seconds_per_image"]
         return {
             "row": kind.name,
@@ -303,8 +304,3 @@ class _Experiment:
             "speed_ratio": full / seconds,
             "images_per_second": 1 / seconds,
         }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    names, advice = ("seconds_per_image",), "delete it and run the same command again"
-    return read_json(path, "record of a row", advice, names=names, error=DataError)

@@ -276,30 +276,29 @@ class QuantLinear(nn.Module):
         fault = fault_of_divisors(tensor)
         return None if fault is None else (fault, "finite numbers > 0 whose reciprocals are such")
 
-    def fault_of_sums(self, qweight: torch.Tensor, weight_sum: torch.Tensor) -> str | None:
-        """Tell of the first output channel whose ``weight_sum`` is not the sum of its integers; None if all agree."""
-        if qweight.is_meta or weight_sum.is_meta:
-            return None
-        q = unpack_int4(qweight) if self.w_bits == 4 else qweight
-        wrong = (q.sum(1, dtype=torch.int32) != weight_sum).nonzero()
-        return f"its weight_sum is not the sum of its integers in channel {int(wrong[0])}" if len(wrong) else None
+    def faults_of(self, state: Mapping[str, torch.Tensor], name: str) -> list[str]:
+        """Say what of a state dict of this layer, called ``name``, no quantization gives."""
+        scheme = f"W{self.w_bits}A{self.a_bits}"
+        given = {key: state[key] for key in self.tensor_forms() if key in state}
+        faults = {key: fault for key, tensor in given.items() if (fault := self.fault_of(key, tensor))}
+        if "bits" in faults:  # the others follow from it
+            return [f"{name} is {scheme}, the state dict is {faults['bits'][0]}; quantize it with those"]
+        told = [f"{name}.{key} is {is_}; in a {scheme} layer it must be {must}" for key, (is_, must) in faults.items()]
+        if "act_zero_point" in given and "act_scale" not in given:
+            told.append(f"{name}.act_zero_point has no act_scale beside it; give both, or neither")
+        pair = [given[key] for key in ("qweight", "weight_sum") if key in given]
+        if not told and len(pair) == 2 and not any(tensor.is_meta for tensor in pair):
+            q = unpack_int4(pair[0]) if self.w_bits == 4 else pair[0]
+            wrong = (q.sum(1, dtype=torch.int32) != pair[1]).nonzero()
+            if len(wrong):
+                told.append(f"{name}.weight_sum is not the sum of its integers in channel {int(wrong[0])}")
+        return told
 
     def check_state(self, name: str) -> None:
-        """Refuse a layer that holds what no quantization gives.
-
-        Raises:
-            ModelError: a buffer has another dtype, shape or range of values, or the sums are not those of the weight.
-        """
-        state = {key: value for key, value in self.state_dict().items() if key in self.tensor_forms()}
-        for key, value in state.items():
-            fault = self.fault_of(key, value)
-            if fault is not None:
-                raise ModelError(f"{name}.{key} is {fault[0]}; in a {self.scheme} layer it must be {fault[1]}")
-        if "act_zero_point" in state and "act_scale" not in state:
-            raise ModelError(f"{name}.act_zero_point has no act_scale beside it; save the model again")
-        wrong = self.fault_of_sums(self.qweight, self.weight_sum)
-        if wrong is not None:
-            raise ModelError(f"{name}: {wrong}; save the model again")
+        """Raise ModelError if the layer, called ``name``, holds what no quantization gives."""
+        faults = self.faults_of(self.state_dict(), name)
+        if faults:
+            raise ModelError(f"{faults[0]} (save the model again)")
 
     def make_optional(self, name: str) -> None:
         """Make room for one of ``OPTIONAL_BUFFERS``, to be filled from a state dict."""
@@ -399,24 +398,9 @@ class QuantLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         error_msgs: list[str] = args[-1] if args else kwargs["error_msgs"]
-        layer, scheme = prefix.removesuffix(".") or "this layer", f"W{self.w_bits}A{self.a_bits}"
-        given = {name: state_dict[prefix + name] for name in self.tensor_forms() if prefix + name in state_dict}
-        faults = {name: fault for name, tensor in given.items() if (fault := self.fault_of(name, tensor))}
-        if "bits" in faults:  # the others follow from it
-            error_msgs.append(f"{layer} is {scheme}, the state dict is {faults['bits'][0]}; quantize it with those")
-            return
-        error_msgs += [
-            f"{prefix}{name} is {found}; in a {scheme} layer it must be {wanted}: give the state dict as it was saved"
-            for name, (found, wanted) in faults.items()
-        ]
-        if "act_zero_point" in given and "act_scale" not in given:
-            error_msgs.append(f"{prefix}act_zero_point has no act_scale beside it; give both, or neither")
-            return
-        if not faults and {"qweight", "weight_sum"} <= given.keys():
-            wrong = self.fault_of_sums(given["qweight"], given["weight_sum"])
-            if wrong is not None:
-                error_msgs.append(f"{layer}: {wrong}; give the state dict as it was saved")
-                return
+        state = {name: state_dict[prefix + name] for name in self.tensor_forms() if prefix + name in state_dict}
+        faults = self.faults_of(state, prefix.removesuffix(".") or "this layer")
+        error_msgs += [f"{fault} (give the state dict as it was saved)" for fault in faults]
         if faults:  # a refused state changes nothing
             return
         self.membership.forget_compiled()
