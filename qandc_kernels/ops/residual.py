@@ -17,11 +17,11 @@ def _linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x
     multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_branch, gate=gate, tokens=tokens)
 
 
-def _gated_sum(x, features, gates, weights, scales):
+def _gated_sum(x, features, gates, *others):
     if gates is not None and gates.stride(3) != 1:
         gates = gates.contiguous()
     with launching_on(x):
-        return gated_sum_triton(x.contiguous(), features, gates, weights, scales)
+        return gated_sum_triton(x.contiguous(), features, gates, *others)
 
 
 linear_gate_residual_ = public_op(

@@ -93,6 +93,8 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "gates": tensor(2, 2, 2, 64, dtypes=FLOATS, optional=True),
         "weights": tensor(1, optional=True),
         "scales": tensor(1, 2, 2, 2, 3),
+        "gains": tensor(2, 2, 64),
+        "offsets": tensor(2, 2, 64),
     },
     "guided_step": {
         "prediction": tensor(4, 6, 3, 5, dtypes=FLOATS),

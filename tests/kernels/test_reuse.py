@@ -15,7 +15,7 @@ SHAPES = [(1, 1, 1, 2, 16, 128), (2, 3, 2, 2, 7, 40), (3, 2, 2, 1, 1, 1), (1, 2,
 LARGE_SHAPES = [(1, 28, 2, 2, 256, 1152), (2, 28, 2, 2, 256, 1152), (1, 7, 2, 3, 255, 1152)]
 
 
-def make(shape, generator, dtype=torch.float32, gated=True, integers=False):
+def make(shape, generator, dtype=torch.float32, gated=True, integers=False, corrected=False):
     sets, layers, branches, samples, tokens, width = shape
     x = torch.randn(samples, tokens, width, generator=generator).to(dtype)
     features, scales = torch.randn(*shape, generator=generator).to(dtype), None
@@ -26,13 +26,17 @@ def make(shape, generator, dtype=torch.float32, gated=True, integers=False):
         value = features.double() * scales.double()[..., None]
     weights = torch.randn(sets, generator=generator)
     expected = value * weights.double().view(-1, *[1] * 5)
-    gates = None
+    gates = gains = offsets = None
+    if corrected:
+        gains, offsets = torch.randn(2, layers, branches, width, generator=generator)
+        of_rows = [t.double()[None, :, :, None, None] for t in (gains, offsets)]
+        expected = torch.cat([expected * of_rows[0], of_rows[1].expand_as(expected[:1])])
     if gated:  # as a modulation holds them: rows are not next to each other
         modulation = torch.randn(layers, samples, 3 * branches, width, generator=generator).to(dtype)
         gates = modulation[:, :, 2::3].transpose(1, 2)
         expected = expected * gates.double()[:, :, :, None]
     return (
-        (x, features, gates, weights, scales),
+        (x, features, gates, weights, scales, gains, offsets),
         x.double() + expected.sum((0, 1, 2)),
         x.double().abs() + expected.abs().sum((0, 1, 2)),
     )
@@ -51,7 +55,7 @@ def moved(arguments, device):
 def check(device, shape, generator, **kinds):
     for dtype in float_dtypes(device):
         arguments, expected, terms = make(shape, generator, dtype, **kinds)
-        additions = 4 * shape[0] * shape[1] * shape[2]  # a feature times its scale, gate and weight, and added
+        additions = 6 * shape[0] * shape[1] * shape[2]  # a feature times scale, gain, gate and weight; and an offset
         actual = gated_sum(*moved(arguments, device))
         assert actual.dtype == dtype
         assert actual.is_contiguous()
@@ -60,13 +64,14 @@ def check(device, shape, generator, **kinds):
             assert_summed(reference.gated_sum(*arguments), expected, terms, additions)
 
 
+@pytest.mark.parametrize("corrected", [False, True], ids=["as_it_is", "corrected"])
 @pytest.mark.parametrize("integers", [False, True], ids=["floats", "int8"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
-def test_gated_sum(kernel_device, shape, gated, integers, seeded):
+def test_gated_sum(kernel_device, shape, gated, integers, corrected, seeded):
     if kernel_device.type == "cpu" and shape in LARGE_SHAPES:
         pytest.skip("too large for the interpreter")
-    check(kernel_device, shape, seeded, gated=gated, integers=integers)
+    check(kernel_device, shape, seeded, gated=gated, integers=integers, corrected=corrected)
 
 
 @pytest.mark.slow
@@ -75,14 +80,16 @@ def test_gated_sum(kernel_device, shape, gated, integers, seeded):
     shape=st.tuples(*(st.integers(1, n) for n in (3, 3, 2, 3, 70, 150))),
     gated=st.booleans(),
     integers=st.booleans(),
+    corrected=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_random_shapes(kernel_device, shape, gated, integers, seed):
-    check(kernel_device, shape, torch.Generator().manual_seed(seed), gated=gated, integers=integers)
+def test_random_shapes(kernel_device, shape, gated, integers, corrected, seed):
+    generator = torch.Generator().manual_seed(seed)
+    check(kernel_device, shape, generator, gated=gated, integers=integers, corrected=corrected)
 
 
 def test_what_has_no_weight_is_not_read(kernel_device, seeded):
-    (x, features, gates, _, _), _, _ = make((3, 2, 2, 2, 9, 20), seeded)
+    (x, features, gates, *_), _, _ = make((3, 2, 2, 2, 9, 20), seeded)
     features[1] = float("nan")
     weights = torch.tensor([1.0, 0.0, -0.5])
     expected = reference.gated_sum(x, features[::2].contiguous(), gates, weights[::2].contiguous())
@@ -92,13 +99,13 @@ def test_what_has_no_weight_is_not_read(kernel_device, seeded):
 
 
 def test_no_weights_are_ones(kernel_device, seeded):
-    (x, features, gates, _, _), _, _ = make((2, 2, 2, 2, 9, 20), seeded)
+    (x, features, gates, *_), _, _ = make((2, 2, 2, 2, 9, 20), seeded)
     expected = reference.gated_sum(x, features, gates, torch.ones(2))
     assert_close(gated_sum(*moved((x, features, gates, None, None), kernel_device)), expected.double(), size=10)
 
 
 def test_nan_of_one_sample_stays_there(kernel_device, seeded):
-    (x, features, gates, weights, _), _, _ = make((1, 2, 2, 3, 9, 20), seeded)
+    (x, features, gates, weights, *_), _, _ = make((1, 2, 2, 3, 9, 20), seeded)
     features[0, 1, 0, 1] = float("nan")
     y = gated_sum(*moved((x, features, gates, weights, None), kernel_device)).cpu()
     assert y[1].isnan().all()
@@ -126,6 +133,9 @@ X, F = torch.zeros(2, 4, 8), torch.zeros(1, 3, 2, 2, 4, 8)
         ({"features": F.to(torch.int8), "scales": torch.ones(1, 3, 2, 2, 8)}, "scales must have shape"),
         ({"features": F.transpose(1, 2).contiguous().transpose(1, 2)}, "features must be contiguous"),
         ({"weights": torch.ones(1, device="meta")}, "one device"),
+        ({"gains": torch.ones(3, 2, 8)}, "give gains and offsets, or neither"),
+        ({"gains": torch.ones(3, 2, 8), "offsets": torch.ones(3, 2, 7)}, r"offsets must have shape \(3, 2, 8\)"),
+        ({"gains": torch.ones(3, 2, 8).half(), "offsets": torch.ones(3, 2, 8)}, "gains must be float32"),
     ],
 )
 def test_refusals(change, message):
