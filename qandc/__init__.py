@@ -6,6 +6,7 @@ Importing this package loads torch and nothing heavier; diffusers is imported by
 from typing import TYPE_CHECKING, Any
 
 from qandc.cache import apply_cache, apply_cache_to_dit, get_cache, remove_cache, reset_all_caches
+from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.feature_cache import FeatureCache
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, format_schedule, uniform_schedule
 from qandc.errors import (
@@ -20,6 +21,7 @@ from qandc.errors import (
 )
 from qandc.fusion.fuse import fuse, fuse_dit, prepare_run, unfuse, unfuse_dit
 from qandc.fusion.model_graph import graph, ungraph
+from qandc.method.feature_compensation import fit_feature_compensation
 from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.saved import CalibratedModel, Preset, fashion_dit_preset, load, save
@@ -54,6 +56,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "FeatureCache",
+    "FeatureCompensation",
     "ModelError",
     "OutputError",
     "Preset",
@@ -80,6 +83,7 @@ __all__ = [
     "fashion_dit_path",
     "fashion_dit_preset",
     "fit_compensation",
+    "fit_feature_compensation",
     "format_schedule",
     "fuse",
     "fuse_dit",

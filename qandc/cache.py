@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.feature_cache import FeatureCache
 from qandc.caching.features import FeatureStore
 from qandc.caching.plan import Action, Plan
@@ -54,7 +55,7 @@ class _Place(NamedTuple):
         store, gates = self.store(plan, x), None
         if store.per_branch:
             gates = torch.stack([self.family.gates(block, call) for block in self.blocks])  # [L, branches, B, D]
-        return store.add_to(x, gates, plan.weights)
+        return store.add_to(x, gates, plan.weights, plan.correction)
 
 
 class _CachedTransformer(nn.Module):
@@ -124,7 +125,11 @@ def get_cache(transformer: nn.Module) -> FeatureCache | None:
 
 @checked
 def apply_cache(
-    transformer: nn.Module, cache_interval: Steps | None = None, *, config: CacheConfig | None = None
+    transformer: nn.Module,
+    cache_interval: Steps | None = None,
+    *,
+    config: CacheConfig | None = None,
+    compensation: FeatureCompensation | None = None,
 ) -> FeatureCache:
     """Attach a feature cache to a transformer of diffusers, DiT or PixArt; the unmodified pipeline then uses it.
 
@@ -136,20 +141,23 @@ def apply_cache(
         cache_interval: every ``cache_interval``-th step is computed (by default the fifth), the others reuse what all
             blocks together added (``delta``); short for ``config=CacheConfig("delta", cache_interval)``.
         config: any other cache.
+        compensation: corrects what reuse steps take (:func:`qandc.fit_feature_compensation`); without a ``config`` the
+            cache is the one that it was fitted for.
 
     Returns:
         The cache, for its counters and ``nbytes``. Features are dropped by themselves when a new run begins
         (:class:`FeatureCache`).
 
     Raises:
-        ConfigError: the interval is not an integer >= 1, or it is given and a ``config`` too.
+        ConfigError: the interval is not an integer >= 1, or it is given and a ``config`` too, or the compensation was
+            fitted for another cache or model.
         CacheError: no DiT or PixArt, a cache is attached already, or another tool has replaced ``forward``.
     """
-    if config is None:
-        config = CacheConfig(interval=cache_interval)
-    elif cache_interval is not None:
+    if config is not None and cache_interval is not None:
         raise ConfigError("give cache_interval or config, not both: the config has an interval of its own")
-    cache = FeatureCache(config)
+    if config is None and cache_interval is None and compensation is not None:
+        config = compensation.config
+    cache = FeatureCache(config or CacheConfig(interval=cache_interval), compensation)
     _attach_cache(transformer, cache)
     return cache
 
@@ -194,6 +202,14 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                     f"cache mode {cache.config.mode!r} {reason}; got a {original_class(block).__name__} that is "
                     "different; use mode 'delta'"
                 )
+    compensation = cache.compensation
+    if compensation is not None:
+        of_model = (1, 1) if cache.config.mode == "delta" else (len(blocks), len(family.branches))
+        if compensation.gains.shape[1:3] != of_model:
+            raise ConfigError(
+                f"the feature compensation is for {compensation.gains.shape[1]} blocks with "
+                f"{compensation.gains.shape[2]} branches; this model has {of_model[0]} with {of_model[1]}"
+            )
     for layer, block in enumerate(blocks):
         attach(block, _CachedBlock, **{PLACE: _Place(cache, family, blocks, layer)})
     for branch in branches if cache.config.mode != "delta" else ():

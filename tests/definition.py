@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qandc import FeatureCompensation
 from qandc.caching.schedule import CacheConfig, forecast_weights
 
 LENGTH = 10  # of the runs that these are for
@@ -64,14 +65,23 @@ def forecast(steps: dict[int, Step], computed: list[int], step: int, order: int)
     return [sum(w * f for w, f in zip(weights, features, strict=True)) for features in kept]  # type: ignore[misc]
 
 
-def by_definition(model: Any, config: CacheConfig, inputs: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """Return the outputs of all steps of a run."""
+def by_definition(
+    model: Any,
+    config: CacheConfig,
+    inputs: list[dict[str, Any]],
+    compensation: FeatureCompensation | None = None,
+) -> list[torch.Tensor]:
+    """Return the outputs of all steps of a run; in mode ``block`` a compensation is for a model of one block."""
     steps: dict[int, Step] = {}
-    order, outputs = config.history - 1, []
+    order, outputs, reused = config.history - 1, [], 0
     for step, given in enumerate(inputs):
         features = None
         if not config.computes(step):
             features = forecast(steps, sorted(steps, reverse=True)[: order + 1], step, order)
+            if compensation is not None:
+                pairs = (t[reused].flatten(0, 1) for t in (compensation.gains, compensation.offsets))
+                features = [a * f + b for f, a, b in zip(features, *pairs, strict=True)]
+            reused += 1
         now = step_of(model, given, config.mode, features)
         outputs.append(now.output)
         if features is None:

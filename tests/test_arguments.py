@@ -241,6 +241,11 @@ def running(**changes: P) -> dict[str, P]:
     return {"transformer": P(model), "run": P(lambda: qandc.sample_latents(model, ddim(), [1], **run)), **changes}
 
 
+def feature_compensation() -> qandc.FeatureCompensation:
+    config = qandc.CacheConfig(schedule=(True, False), timesteps=(2.0, 1.0))
+    return qandc.FeatureCompensation(config, torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+
+
 def batches() -> P:
     return P([batch()])
 
@@ -344,7 +349,16 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "Compensation.check": lambda: {"self": P(compensation()), "run": P({"guidance_scale": 1.5}, "{}")},
     "Compensation.save": lambda: {"self": P(compensation()), "path": P(FOLDER / "x.safetensors")},
     "Compensation.load": lambda: {"path": P(saved("gains.safetensors"))},
-    "FeatureCache": lambda: {"config": P(qandc.CacheConfig())},
+    "FeatureCache": lambda: {"config": P(qandc.CacheConfig()), "compensation": P(None, "None")},
+    "FeatureCompensation": lambda: {
+        "config": P(feature_compensation().config),
+        "gains": P(torch.ones(1, 1, 1, 2)),
+        "offsets": P(torch.zeros(1, 1, 1, 2)),
+    },
+    "FeatureCompensation.check": lambda: {
+        "self": P(feature_compensation()),
+        "config": P(feature_compensation().config),
+    },
     "Preset": lambda: {
         "config": P(qandc.QuantConfig()),
         "layers": P({"a.act_scale": torch.tensor(1.0)}, "{}"),
@@ -450,7 +464,12 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "seeds": P((1, 2)),
         **RUN,
     },
-    "apply_cache": lambda: {"transformer": P(dit()), "cache_interval": P(2, "None"), "config": P(None, "None")},
+    "apply_cache": lambda: {
+        "transformer": P(dit()),
+        "cache_interval": P(2, "None"),
+        "config": P(None, "None"),
+        "compensation": P(None, "None"),
+    },
     "calibrate": lambda: {
         "model": P(quantized()),
         "batches": batches(),
@@ -500,6 +519,13 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "schedule": P([True], "[True] array_bool tensor_bool"),
         "timesteps": P([5], "None [-1] [10**30] tensor array"),
     },
+    "fit_feature_compensation": lambda: running(
+        config=P(qandc.CacheConfig()),
+        target=P(None, "None"),
+        along=P("corrected"),
+        pull=P(0.5, "None 0 1/2"),
+        held_out=P(None, "None"),
+    ),
     "fuse": lambda: {
         "transformer": P(quantized(calibrated=True)),
         "cuda_graphs": P(True, FLAG),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.plan import Action, Plan
 from qandc.caching.runs import Run, Runs
 from qandc.caching.schedule import CacheConfig
@@ -35,21 +36,29 @@ class FeatureCache(Attachment):
 
     Attributes:
         config: what it does when.
+        compensation: corrects what reuse steps take, or None.
         plan: what the current step does; outside of a step, to compute.
         compute_steps, reuse_steps: how many steps of each kind were taken since the cache was attached or reset.
     """
 
     @checked
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, compensation: FeatureCompensation | None = None) -> None:
+        if compensation is not None:
+            compensation.check(config)
+            config = compensation.config  # with the timesteps that it was fitted for
         self.config = config
+        self.compensation = compensation
         self._in_step = False
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}  # a copy of the model begins with an empty cache
+        return {
+            "config": self.config,
+            "compensation": self.compensation,
+        }  # a copy of the model begins with an empty cache
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["config"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all features, runs and counters, and free their memory, but for that of graphs of whole runs."""
@@ -58,6 +67,7 @@ class FeatureCache(Attachment):
         self.plan = Plan()
         self._runs = Runs(self.config)
         self._weights: dict[Any, torch.Tensor] = {}
+        self._corrections: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +112,8 @@ class FeatureCache(Attachment):
         action = position.advance()
         if action is Action.REUSE:
             self.reuse_steps += 1
-            return Plan(action, run.store, weights=self._on(device, position.forecast()))
+            weights = self._on(device, position.forecast())
+            return Plan(action, run.store, weights=weights, correction=self._correction(device, position.reused))
         self.compute_steps += 1
         return Plan(action, run.store, position.newest)
 
@@ -118,6 +129,17 @@ class FeatureCache(Attachment):
             self._weights[device, weights] = made
         return self._weights[device, weights]
 
+    def _correction(self, device: torch.device, reused: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return gains and offsets of the reuse step after so many others, from tensors that are copied once."""
+        found = self.compensation
+        if found is None:
+            return None
+        if device not in self._corrections:
+            with torch.inference_mode(False):
+                self._corrections[device] = found.gains.to(device), found.offsets.to(device)
+        gains, offsets = self._corrections[device]
+        return gains[reused], offsets[reused]
+
     def take_finished(self) -> list[Any]:
         """Detach and return the buffers of finished runs, so that a captured CUDA graph can keep them alive."""
-        return [*self._runs.take_finished(), *self._weights.values()]
+        return [*self._runs.take_finished(), *self._weights.values(), *self._corrections.values()]

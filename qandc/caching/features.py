@@ -89,8 +89,21 @@ class FeatureStore:
         """Return the place of one feature in set ``at``."""
         return Target(self.values[at, layer, branch], None if self.scales is None else self.scales[at, layer, branch])
 
+    def forecast(self, layer: int, branch: int, weights: tuple[float, ...] = ()) -> torch.Tensor:
+        """Compute ``Σ weight · feature`` in float32, as a reuse step takes one feature; without weights of set 0."""
+        parts = []
+        for at, weight in enumerate(weights or (1.0,)):
+            if weight != 0:  # what a weight of 0 stands at was never written
+                values, scales = self.target(at, layer, branch)
+                parts.append(weight * (values.float() if scales is None else values.float() * scales[..., None]))
+        return torch.stack(parts).sum(0)
+
     def add_to(
-        self, x: torch.Tensor, gates: torch.Tensor | None = None, weights: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        correction: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Compute ``x + Σ weight · gate · feature``: what the blocks make of ``x`` on a reuse step."""
-        return gated_sum(x, self.values, gates, weights, self.scales)
+        """Compute ``x + Σ gate · (gain · Σ weight · feature + offset)``: what the blocks make of ``x`` when reused."""
+        return gated_sum(x, self.values, gates, weights, self.scales, *(correction or (None, None)))

@@ -31,12 +31,14 @@ class Plan:
         at: which of its sets a step that stores writes.
         weights: of each set in the forecast of a step that reuses, ``[S]`` on the device of the latents, or None for
             one set as it is.
+        correction: gains and offsets ``[L, K, D]`` of a step that reuses, or None.
     """
 
     action: Action = Action.COMPUTE
     store: FeatureStore | None = None
     at: int = 0
     weights: torch.Tensor | None = None
+    correction: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def make(
         self, layers: int, branches: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -71,6 +73,11 @@ class Position:
         self.stored += 1
         self.computed = [self.step, *self.computed][: self.config.history]
         return Action.STORE
+
+    @property
+    def reused(self) -> int:
+        """Return how many steps before this one reuse features."""
+        return sum(not self.config.computes(step) for step in range(self.step))
 
     @property
     def newest(self) -> int:

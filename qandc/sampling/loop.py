@@ -184,7 +184,7 @@ class _Request:
         scheduler = self.scheduler
         coefficients = (scheduler.alphas_cumprod.numpy().tobytes(), float(scheduler.final_alpha_cumprod))
         run = (repr(sorted(scheduler.config.items())), tuple(scheduler.timesteps.tolist()), self.guidance_scale)
-        features = None if cache is None else cache.config
+        features = None if cache is None else (cache.config, cache.compensation)
         compensation = None if self.compensation is None else self.compensation.key()
         return (*run, *coefficients, features, compensation, self.force_compensation)
 

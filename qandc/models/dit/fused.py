@@ -282,7 +282,9 @@ class FusedStep:
     def reuse(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
         store, (modulations, final) = plan.store, ahead or (None, None)
         assert store is not None
+        gains, offsets = plan.correction or (None, None)
         named = {"weights": plan.weights, "modulations": modulations if store.per_branch else None, "final": final}
+        named |= {"gains": gains, "offsets": offsets}
         given = {name: tensor for name, tensor in named.items() if tensor is not None}
 
         def function(
@@ -392,11 +394,13 @@ class FusedStep:
         weights: torch.Tensor | None = None,
         modulations: torch.Tensor | None = None,
         final: torch.Tensor | None = None,
+        gains: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Take a step that computes no block: ``store`` has what they would add.
 
-        ``weights [S]`` of a forecast; ``modulations [L, B, 6 D]`` and ``final [B, 2 D]`` of this step are computed here
-        if they are not given.
+        ``weights [S]`` of a forecast; ``gains`` and ``offsets [L, K, D]`` of a compensation; ``modulations
+        [L, B, 6 D]`` and ``final [B, 2 D]`` of this step are computed here if they are not given.
         """
         gates = None
         if final is None:
@@ -408,7 +412,8 @@ class FusedStep:
         if self.table is not None:
             self.table.select_(timestep)
         x, _ = self._embed(latents)
-        return self._unpatchify(self._project(store.add_to(x, gates, weights), final))
+        correction = None if gains is None or offsets is None else (gains, offsets)
+        return self._unpatchify(self._project(store.add_to(x, gates, weights, correction), final))
 
     def _embed(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Return the embedded patches ``[B, tokens, D]``, and whether nobody else can hold them."""

@@ -1,0 +1,116 @@
+"""Correct the features that reuse steps take, where they arise: ``a · f + b`` in the place of a feature f.
+
+What a cache reuses differs from what the blocks would have computed, and mostly in the same way for all images: by a
+gain and an offset of each channel. Corrected before it is added to the residual stream, the error does not mix. The
+nearest relative is the decoupled error correction of CacheQuant (arXiv 2503.01323), per block, on U-Nets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qandc.caching.schedule import CacheConfig
+from qandc.errors import ConfigError, DataError
+from qandc.support.arguments import check_fields, checked
+
+__all__ = ["FeatureCompensation", "FeatureMoments"]
+
+SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
+
+
+class FeatureMoments:
+    """Sum what reused features f and true features g have in common: n, Σf, Σg, Σf², Σfg per branch and channel.
+
+    Sums are float64 ``[L, K, D]``, over samples and tokens; no feature is kept.
+    """
+
+    def __init__(self, layers: int, branches: int, channels: int, device: torch.device) -> None:
+        self.count = torch.zeros(layers, branches, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, layers, branches, channels, dtype=torch.float64, device=device)
+
+    def add(self, layer: int, branch: int, reused: torch.Tensor, true: torch.Tensor) -> None:
+        """Add pairs ``[B, tokens, D]``."""
+        f, g = (t.detach().flatten(0, 1).double() for t in (reused, true))
+        self.count[layer, branch] += len(f)
+        for total, values in zip(self.sums, (f, g, f * f, f * g), strict=True):
+            total[layer, branch] += values.sum(0)
+
+    def solve(self, pull: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gains and offsets ``[L, K, D] float32`` with the least ``Σ (a f + b - g)²``, pulled towards no gain.
+
+        ``a = 1 + (1 - pull) (Cov(f, g) / Var(f) - 1)``, ``b = mean(g) - a mean(f)``: at a pull of 1 the offset alone is
+        left. A channel of f that does not vary gets the offset alone.
+
+        Raises:
+            DataError: features are NaN or infinite.
+        """
+        f, g, ff, fg = self.sums / self.count[None, :, :, None]
+        if not torch.isfinite(self.sums).all():
+            raise DataError("features of the blocks are NaN or infinite; check the weights and the dtype")
+        variance = ff - f * f
+        varies = variance > SMALLEST_SHARE * ff
+        gain = torch.where(varies, (fg - f * g) / torch.where(varies, variance, 1.0), 1.0)
+        gain = 1 + (1 - pull) * (gain - 1)
+        return gain.float(), (g - gain * f).float()
+
+
+@dataclass(frozen=True, eq=False)  # one is itself alone: graphs that hold one are found by it
+class FeatureCompensation:
+    """Hold gains and offsets of the reuse steps of a cache, and which cache and runs they are for.
+
+    Attributes:
+        config: of the cache: its schedule and timesteps are those of the runs it was fitted on.
+        gains, offsets: ``[R, L, K, D] float32`` for R reuse steps, L blocks, K branches a block and D channels; L and K
+            are 1 for ``delta``.
+
+    Raises:
+        ConfigError: the config has no schedule.
+        DataError: gains or offsets have another shape or dtype, or are NaN or infinite.
+    """
+
+    config: CacheConfig
+    gains: torch.Tensor
+    offsets: torch.Tensor
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.config.schedule is None or self.config.timesteps is None:
+            raise ConfigError(
+                "a feature compensation is for the steps of a run: give a config with schedule, timesteps"
+            )
+        reused = len(self.config.schedule) - sum(self.config.schedule)
+        for name, values in (("gains", self.gains), ("offsets", self.offsets)):
+            if values.dtype != torch.float32 or values.ndim != 4 or len(values) != reused:
+                found = f"{list(values.shape)} of {values.dtype}"
+                raise DataError(f"{name} must be [{reused}, L, K, D] float32, one for each reuse step; got {found}")
+            if not torch.isfinite(values).all():
+                raise DataError(f"{name} of a feature compensation are NaN or infinite")
+        if self.gains.shape != self.offsets.shape:
+            raise DataError(
+                f"gains are {list(self.gains.shape)} and offsets {list(self.offsets.shape)}; give one shape"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory of gains and offsets."""
+        return self.gains.nbytes + self.offsets.nbytes
+
+    @checked
+    def check(self, config: CacheConfig) -> None:
+        """Refuse, by field, a cache that it was not fitted for.
+
+        Raises:
+            ConfigError: mode, order, schedule, timesteps or storage differ.
+        """
+        for name in ("mode", "order", "storage_dtype", "schedule", "timesteps"):
+            fitted, given = getattr(self.config, name), getattr(config, name)
+            if name == "schedule":
+                given = config.of_steps(len(self.config.schedule or ()))
+            if name == "timesteps" and given is None:
+                continue
+            if fitted != given:
+                raise ConfigError(
+                    f"the feature compensation was fitted for {name} {fitted!r}; this cache has {given!r}"
+                )

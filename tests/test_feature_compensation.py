@@ -1,0 +1,274 @@
+"""Gains and offsets for reused features: found where known, applied as defined, refused where they do not fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qandc import (
+    CacheConfig,
+    ConfigError,
+    DataError,
+    FeatureCompensation,
+    ModelError,
+    apply_cache,
+    calibrate,
+    fashion_dit_path,
+    fit_feature_compensation,
+    get_cache,
+    quantize_model,
+    remove_cache,
+    sample_latents,
+)
+from qandc.caching.compensation import FeatureMoments
+from qandc.models import FAMILIES
+from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, step_of
+from tests.test_families import STEPS, forwards, run_of
+from tests.tiny_models import inputs_of, make_tiny
+
+PLACES = {"block": (1, 1), "branch": (2, None), "taylor": (2, None)}
+
+
+def exact(config, timesteps=STEPS):
+    """The same cache as a schedule for the steps of a run."""
+    schedule = config.of_steps(len(timesteps))
+    return CacheConfig(config.mode, schedule=schedule, order=config.order, timesteps=timesteps)
+
+
+def made_up(name, config, layers=2, channels=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    schedule = config.schedule
+    of_model = (1, 1) if config.mode == "block" else (layers, len(FAMILIES[name].branches))
+    shape = (len(schedule) - sum(schedule), *of_model, channels)
+    return FeatureCompensation(
+        config, 1 + torch.randn(shape, generator=generator) / 10, torch.randn(shape, generator=generator) / 10
+    )
+
+
+def width(model):
+    return model.config.num_attention_heads * model.config.attention_head_dim
+
+
+def moments_of(f, g):
+    moments = FeatureMoments(1, 1, f.shape[-1], f.device)
+    for first in range(0, len(f), 2):
+        moments.add(0, 0, f[first : first + 2], g[first : first + 2])
+    return moments
+
+
+def test_known_gains_and_offsets_are_found(seeded):
+    f = torch.randn(6, 50, 4, generator=seeded) + 3
+    gain, offset = torch.tensor([0.5, 1.0, 1.5, -2.0]), torch.tensor([0.0, 1.0, -4.0, 2.0])
+    a, b = moments_of(f, gain * f + offset).solve()
+    torch.testing.assert_close(a[0, 0], gain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(b[0, 0], offset, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.25, 1.0])
+def test_a_pull_lies_between_least_squares_and_no_gain(pull, seeded):
+    f, noise = torch.randn(2, 4, 30, 3, generator=seeded).unbind(0)
+    g = 1.4 * f + 0.3 * noise - 2
+    pairs_f, pairs_g = f.flatten(0, 1).double(), g.flatten(0, 1).double()
+    fitted = torch.stack([torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y).solution for x, y in zip(
+        pairs_f.T, pairs_g.T, strict=True)])  # fmt: skip
+    a, b = moments_of(f, g).solve(pull)
+    expected = 1 + (1 - pull) * (fitted[:, 0] - 1)
+    torch.testing.assert_close(a[0, 0].double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(b[0, 0].double(), pairs_g.mean(0) - expected * pairs_f.mean(0), atol=1e-5, rtol=0)
+
+
+def test_a_feature_that_never_varies_gets_the_offset_alone(seeded):
+    f = torch.randn(2, 9, 3, generator=seeded)
+    f[..., 0], f[..., 1] = 0, 1e4
+    g = f + torch.tensor([0.5, -2.0, 0.0])
+    a, b = moments_of(f, g).solve()
+    assert torch.equal(a[0, 0, :2], torch.ones(2))
+    torch.testing.assert_close(b[0, 0, :2], torch.tensor([0.5, -2.0]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(value, seeded):
+    f = torch.randn(2, 9, 3, generator=seeded)
+    g = f.clone()
+    g[1, 2, 1] = value
+    with pytest.raises(DataError, match="NaN or infinite"):
+        moments_of(f, g).solve()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_compensated_cache_equals_the_definition(name, config):
+    layers = 1 if config.mode == "block" else 2
+    model = make_tiny(name, num_layers=layers)
+    compensation = made_up(name, exact(config), layers, width(model))
+    expected = by_definition(model, config, run_of(name), compensation)
+    plain = by_definition(model, config, run_of(name))
+    apply_cache(model, compensation=compensation)
+    found = forwards(name, model)()
+    assert_equal_runs(found, expected)
+    for step, (mine, theirs) in enumerate(zip(found, plain, strict=True)):
+        assert config.computes(step) or not torch.allclose(mine, theirs, atol=1e-3)  # else nothing was corrected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@pytest.mark.parametrize("target", [False, True], ids=["own", "full_precision"])
+def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
+    """The fit of one step, from features that hooks of the test collect."""
+    full = make_tiny(name, num_layers=1)
+    model = calibrate(quantize_model(copy.deepcopy(full)), [inputs_of(name)])
+    config = CacheConfig(mode, interval=5)
+    found = fit_feature_compensation(
+        model, forwards(name, model), config=config, target=full if target else None, pull=0.0
+    )
+    assert found.config.timesteps == STEPS
+    assert found.config.schedule == config.of_steps(LENGTH)
+    step, computed = (2, [1, 0]) if mode == "taylor" else (1, [0])
+    inputs = run_of(name)
+    of_steps = [step_of(model, inputs[s], mode) for s in (*computed, step)]
+    true = (step_of(full, inputs[step], mode) if target else of_steps[-1]).features
+    reused = of_steps[0].features
+    if mode == "taylor":
+        reused = [2 * new - old for new, old in zip(*(s.features for s in of_steps[:2]), strict=True)]
+    gains, offsets = (t[0].flatten(0, 1) for t in (found.gains, found.offsets))
+    for place, (f, g) in enumerate(zip(reused, true, strict=True)):
+        f, g = (t.flatten(0, -2).double() for t in (f, g))
+        gain = ((f - f.mean(0)) * (g - g.mean(0))).sum(0) / (f - f.mean(0)).square().sum(0)
+        torch.testing.assert_close(gains[place].double(), gain, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(offsets[place].double(), g.mean(0) - gain * f.mean(0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+def test_along_the_corrected_run_the_moments_are_those_of_what_the_cache_will_see(mode):
+    """Fitted on one run and applied to the same, means of reused features are those of the blocks at every step."""
+    name = "DiTTransformer2DModel"
+    model = make_tiny(name, num_layers=1)
+    config = CacheConfig(mode, interval=4)
+    drawn = []
+    state = torch.randn(inputs_of(name)["hidden_states"].shape, generator=torch.Generator().manual_seed(5))
+
+    def run():  # a loop whose latents depend on what the model predicts
+        latents, inputs = state, inputs_of(name)
+        drawn.clear()
+        for timestep in STEPS:
+            given = {**inputs, "hidden_states": latents, "timestep": torch.full_like(inputs["timestep"], timestep)}
+            with torch.no_grad():
+                drawn.append(model(**given)[0])
+            latents = latents - 0.3 * drawn[-1][:, :4]
+
+    found = fit_feature_compensation(model, run, config=config, along="corrected", pull=0.0)
+    fitted = list(drawn)
+    apply_cache(model, compensation=found)
+    run()
+    assert_equal_runs(drawn, fitted, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "decibels"), [("block", 2), ("branch", 6), ("taylor", 2)])
+def test_other_images_of_fashion_dit_come_closer(mode, decibels):
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    pipe = DiTPipeline.from_pretrained(fashion_dit_path())
+    model, scheduler = pipe.transformer, DDIMScheduler.from_config(pipe.scheduler.config)
+    config = CacheConfig(mode, interval=4)
+
+    def draw(seeds):
+        classes = [seed % 10 for seed in seeds]
+        return sample_latents(model, scheduler, classes, num_inference_steps=20, guidance_scale=1.5, seeds=seeds)
+
+    found = fit_feature_compensation(model, lambda: draw(range(8)), config=config)
+    others, errors = range(100, 104), []
+    true = draw(others)
+    for compensation in (None, found):
+        apply_cache(model, config=config, compensation=compensation)
+        errors.append((draw(others) - true).square().mean().log10() * 10)
+        remove_cache(model)
+    assert errors[0] - errors[1] > decibels
+
+
+def test_copies_and_pickles_are_compensated():
+    name = "DiTTransformer2DModel"
+    model = make_tiny(name)
+    compensation = made_up(name, exact(CONFIGS["branch"]), 2, width(model))
+    apply_cache(model, compensation=compensation)
+    expected = forwards(name, model)()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(get_cache(other).compensation.gains, compensation.gains)
+        assert_equal_runs(forwards(name, other)(), expected, atol=0)
+
+
+BRANCH = exact(CONFIGS["branch"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "taylor", "schedule": (True, *BRANCH.schedule[1:-1], True)}, "fitted for mode 'branch'; .* 'taylor'"),
+        ({"schedule": (*BRANCH.schedule[:-1], not BRANCH.schedule[-1])}, "fitted for schedule"),
+        ({"timesteps": tuple(t - 1 for t in STEPS)}, "fitted for timesteps"),
+        ({"storage_dtype": "bfloat16"}, "fitted for storage_dtype None; .* 'bfloat16'"),
+    ],
+    ids=["mode", "schedule", "timesteps", "storage"],
+)
+def test_another_cache_is_refused_by_field(change, message):
+    model = make_tiny("DiTTransformer2DModel")
+    compensation = made_up("DiTTransformer2DModel", BRANCH, 2, width(model))
+    if change.get("mode") == "taylor":
+        change = {"mode": "taylor", "schedule": (True, True, *BRANCH.schedule[2:])}
+    with pytest.raises(ConfigError, match=message):
+        apply_cache(model, config=replace(BRANCH, **change), compensation=compensation)
+    assert get_cache(model) is None
+
+
+def test_another_model_is_refused():
+    with pytest.raises(ConfigError, match="for 3 blocks with 2 branches; this model has 2 with 2"):
+        apply_cache(make_tiny("DiTTransformer2DModel"), compensation=made_up("DiTTransformer2DModel", BRANCH, 3))
+
+
+def test_an_interval_that_comes_to_the_same_steps_is_taken():
+    model = make_tiny("DiTTransformer2DModel")
+    compensation = made_up("DiTTransformer2DModel", BRANCH, 2, width(model))
+    cache = apply_cache(model, config=CONFIGS["branch"], compensation=compensation)
+    assert cache.config is compensation.config
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gains": torch.ones(6, 2, 2, 32).double()}, DataError, r"gains must be \[6, L, K, D\] float32"),
+        ({"offsets": torch.ones(5, 2, 2, 32)}, DataError, r"offsets must be \[6, L, K, D\] float32"),
+        ({"gains": torch.full((6, 2, 2, 32), float("nan"))}, DataError, "gains .* NaN or infinite"),
+        ({"gains": torch.ones(6, 2, 2, 31)}, DataError, "give one shape"),
+        ({"config": CacheConfig("branch", interval=3)}, ConfigError, "give a config with schedule"),
+    ],
+)
+def test_what_is_no_compensation_is_refused(change, error, message):
+    good = {"config": BRANCH, "gains": torch.ones(6, 2, 2, 32), "offsets": torch.zeros(6, 2, 2, 32)}
+    FeatureCompensation(**good)
+    with pytest.raises(error, match=message):
+        FeatureCompensation(**{**good, **change})
+
+
+def test_what_cannot_be_fitted_is_refused():
+    name = "DiTTransformer2DModel"
+    model = make_tiny(name)
+    run = forwards(name, model)
+    with pytest.raises(ConfigError, match="computes every step"):
+        fit_feature_compensation(model, run, config=CacheConfig("branch", interval=1))
+    with pytest.raises(ConfigError, match="3 steps, and the run more"):
+        fit_feature_compensation(model, run, config=CacheConfig("branch", schedule=(True, False, False)))
+    with pytest.raises(ConfigError, match="pull or held_out"):
+        fit_feature_compensation(model, run, config=CacheConfig(), pull=0.5, held_out=lambda: torch.zeros(1))
+    with pytest.raises(ConfigError, match="along is 'cached'"):
+        fit_feature_compensation(model, run, config=CacheConfig(), along="cached")
+    with pytest.raises(DataError, match="did not run"):
+        fit_feature_compensation(model, lambda: None, config=CacheConfig())
+    with pytest.raises(ModelError, match="features are known"):
+        fit_feature_compensation(torch.nn.Linear(2, 2), run, config=CacheConfig())
+    with pytest.raises(ModelError, match="target must be a DiTTransformer2DModel of 2 blocks"):
+        fit_feature_compensation(model, run, config=CacheConfig(), target=make_tiny(name, num_layers=3))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
