@@ -91,6 +91,7 @@ class FittedFor:
         cache_mode, cache_order, cache_storage: of the cache, as :class:`qandc.CacheConfig`; order 0 but for ``taylor``,
             mode None without a cache.
         cache_schedule: whether each step is computed; None without a cache.
+        cache_compensated: whether what the cache reuses is compensated.
     """
 
     scheduler: str
@@ -102,6 +103,7 @@ class FittedFor:
     cache_schedule: tuple[bool, ...] | None = None
     cache_order: int = 0
     cache_storage: str | None = None
+    cache_compensated: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -71,7 +71,7 @@ def by_definition(
     inputs: list[dict[str, Any]],
     compensation: FeatureCompensation | None = None,
 ) -> list[torch.Tensor]:
-    """Return the outputs of all steps of a run; in mode ``block`` a compensation is for a model of one block."""
+    """Return the outputs of all steps of a run; in mode ``delta`` a compensation is for a model of one block."""
     steps: dict[int, Step] = {}
     order, outputs, reused = config.history - 1, [], 0
     for step, given in enumerate(inputs):

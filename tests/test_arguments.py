@@ -116,6 +116,7 @@ def saved(name: str) -> Path:
         {
             "schedule.json": schedule().save,
             "gains.safetensors": compensation().save,
+            "features.safetensors": feature_compensation().save,
             "preset": preset().save,
             "checkpoint": functools.partial(qandc.save, quantized()),
             "pipeline": pipeline().save_pretrained,
@@ -355,6 +356,8 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "gains": P(torch.ones(1, 1, 1, 2)),
         "offsets": P(torch.zeros(1, 1, 1, 2)),
     },
+    "FeatureCompensation.load": lambda: {"path": P(saved("features.safetensors"))},
+    "FeatureCompensation.save": lambda: {"self": P(feature_compensation()), "path": P(FOLDER / "new", "'x' cuda:99")},
     "FeatureCompensation.check": lambda: {
         "self": P(feature_compensation()),
         "config": P(feature_compensation().config),

@@ -30,7 +30,7 @@ from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, 
 from tests.test_families import STEPS, forwards, run_of
 from tests.tiny_models import inputs_of, make_tiny
 
-PLACES = {"block": (1, 1), "branch": (2, None), "taylor": (2, None)}
+PLACES = {"delta": (1, 1), "branch": (2, None), "taylor": (2, None)}
 
 
 def exact(config, timesteps=STEPS):
@@ -42,7 +42,7 @@ def exact(config, timesteps=STEPS):
 def made_up(name, config, layers=2, channels=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     schedule = config.schedule
-    of_model = (1, 1) if config.mode == "block" else (layers, len(FAMILIES[name].branches))
+    of_model = (1, 1) if config.mode == "delta" else (layers, len(FAMILIES[name].branches))
     shape = (len(schedule) - sum(schedule), *of_model, channels)
     return FeatureCompensation(
         config, 1 + torch.randn(shape, generator=generator) / 10, torch.randn(shape, generator=generator) / 10
@@ -102,7 +102,7 @@ def test_features_that_are_not_finite_are_refused(value, seeded):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_compensated_cache_equals_the_definition(name, config):
-    layers = 1 if config.mode == "block" else 2
+    layers = 1 if config.mode == "delta" else 2
     model = make_tiny(name, num_layers=layers)
     compensation = made_up(name, exact(config), layers, width(model))
     expected = by_definition(model, config, run_of(name), compensation)
@@ -115,7 +115,7 @@ def test_a_compensated_cache_equals_the_definition(name, config):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
 @pytest.mark.parametrize("target", [False, True], ids=["own", "full_precision"])
 def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
     """The fit of one step, from features that hooks of the test collect."""
@@ -142,7 +142,7 @@ def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
         torch.testing.assert_close(offsets[place].double(), g.mean(0) - gain * f.mean(0), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+@pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
 def test_along_the_corrected_run_the_moments_are_those_of_what_the_cache_will_see(mode):
     """Fitted on one run and applied to the same, means of reused features are those of the blocks at every step."""
     name = "DiTTransformer2DModel"
@@ -168,7 +168,7 @@ def test_along_the_corrected_run_the_moments_are_those_of_what_the_cache_will_se
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "decibels"), [("block", 2), ("branch", 6), ("taylor", 2)])
+@pytest.mark.parametrize(("mode", "decibels"), [("delta", 2), ("branch", 6), ("taylor", 2)])
 def test_other_images_of_fashion_dit_come_closer(mode, decibels):
     from diffusers import DDIMScheduler, DiTPipeline
 
@@ -202,6 +202,31 @@ def test_copies_and_pickles_are_compensated():
 
 
 BRANCH = exact(CONFIGS["branch"])
+
+
+@pytest.mark.parametrize("name", ["delta", "taylor 2 uneven"])
+def test_saved_and_loaded_it_is_the_same(name, tmp_path):
+    config = replace(exact(CONFIGS[name]), storage_dtype="int8")
+    compensation = made_up("DiTTransformer2DModel", config)
+    compensation.save(tmp_path / "features.safetensors")
+    loaded = FeatureCompensation.load(tmp_path / "features.safetensors")
+    assert (loaded.config, loaded.config.timesteps) == (config, config.timesteps)
+    assert torch.equal(loaded.gains, compensation.gains)
+    assert torch.equal(loaded.offsets, compensation.offsets)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "features.safetensors"
+    made_up("DiTTransformer2DModel", BRANCH).save(path)
+    whole = bytearray(path.read_bytes())
+    for place in (9, 200, len(whole) // 2, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="feature compensation"):
+            FeatureCompensation.load(path)
+    with pytest.raises(ConfigError, match="no feature compensation"):
+        FeatureCompensation.load(tmp_path / "missing.safetensors")
 
 
 @pytest.mark.parametrize(

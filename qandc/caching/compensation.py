@@ -8,16 +8,32 @@ nearest relative is the decoupled error correction of CacheQuant (arXiv 2503.013
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
 import torch
 
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
+from qandc.support.files import FileKind, reading
 
 __all__ = ["FeatureCompensation", "FeatureMoments"]
 
 SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
+
+
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Say in a file which cache a feature compensation is for."""
+
+    mode: str
+    order: int
+    storage_dtype: str | None
+    schedule: tuple[bool, ...]
+    timesteps: tuple[float, ...]
+
+
+FILE = FileKind("feature compensation", 1, Header, "make one with fit_feature_compensation")
 
 
 class FeatureMoments:
@@ -91,6 +107,39 @@ class FeatureCompensation:
             raise DataError(
                 f"gains are {list(self.gains.shape)} and offsets {list(self.offsets.shape)}; give one shape"
             )
+
+    @checked
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: gains and offsets, in the metadata the cache that they are for.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        config = self.config
+        assert config.schedule is not None
+        assert config.timesteps is not None
+        header = Header(config.mode, config.order, config.storage_dtype, config.schedule, config.timesteps)
+        FILE.write_tensors(Path(path), {"gains": self.gains, "offsets": self.offsets}, header)
+
+    @classmethod
+    @checked
+    def load(cls, path: str | Path) -> FeatureCompensation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: the file is missing, damaged, or no feature compensation of this version.
+            DataError: its values are none of a feature compensation.
+        """
+        tensors, header = FILE.read_tensors(Path(path))
+        with reading(Path(path), FILE.what, FILE.advice):
+            config = CacheConfig(
+                header.mode,
+                schedule=header.schedule,
+                order=header.order,
+                storage_dtype=header.storage_dtype,
+                timesteps=header.timesteps,
+            )
+            return cls(config, tensors["gains"], tensors["offsets"])
 
     @property
     def nbytes(self) -> int:

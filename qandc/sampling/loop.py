@@ -89,6 +89,7 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
         "cache_schedule": None if cached is None else cached.of_steps(len(timesteps)),
         "cache_order": 0 if cached is None else cached.history - 1,
         "cache_storage": None if cached is None else cached.storage_dtype,
+        "cache_compensated": cache is not None and cache.compensation is not None,
     }
 
 
