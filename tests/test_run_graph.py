@@ -13,6 +13,7 @@ from qandc import (
     CacheConfig,
     Compensation,
     ConfigError,
+    FeatureCompensation,
     apply_cache_to_dit,
     compensated_scheduler,
     fuse_dit,
@@ -58,6 +59,21 @@ def compensation(model, gain):
     gains = torch.full((STEPS, 4), gain)
     fitted_for = FittedFor(**describe_run(model, prepared, GUIDANCE))
     return Compensation(gains, 0 * gains, "sample", "least_squares", fitted_for)
+
+
+def feature_compensation(name, seed=0, width=32, layers=3):
+    config, prepared = CONFIGS[name], scheduler()
+    prepared.set_timesteps(STEPS)
+    schedule = config.of_steps(STEPS)
+    shape = (2, STEPS - sum(schedule), layers, 2, width)
+    gains, offsets = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).unbind(0)
+    exact = CacheConfig(
+        config.mode,
+        schedule=schedule,
+        storage_dtype=config.storage_dtype,
+        timesteps=tuple(prepared.timesteps.tolist()),
+    )
+    return FeatureCompensation(exact, 1 + gains / 10, offsets / 10)
 
 
 class AsIfReplayed:
@@ -162,8 +178,14 @@ def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
     with pytest.raises(ConfigError, match="fitted for guidance_scale"):
         draw(model, cuda_graph=True, **{**forced, "force_compensation": False})
     apply_cache_to_dit(model, config=CONFIGS["branch"])
-    assert torch.equal(draw(model, cuda_graph=True), draw(model))
+    plain = draw(model)
+    assert torch.equal(draw(model, cuda_graph=True), plain)
     remove_cache(model)
+    for seed in range(2):
+        apply_cache_to_dit(model, compensation=feature_compensation("branch", seed))
+        assert torch.equal(draw(model, cuda_graph=True), draw(model))
+        assert not torch.allclose(draw(model), plain, atol=1e-2)
+        remove_cache(model)
     assert torch.equal(draw(model, cuda_graph=True), draw(model))
     model.transformer_blocks[0].ff.net[2].bias.data = torch.ones(32)
     draw(model)  # notices it
@@ -207,6 +229,27 @@ def test_what_cannot_be_a_graph_runs_as_usual_and_says_so(caplog):
     ):
         assert part in messages.pop(0)
     assert not messages
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["branch", "taylor int8"])
+def test_compensated_features_on_a_gpu(name):
+    """Graphs of steps, a graph of the run, and the unfused model: one result, to the rounding of bfloat16."""
+    unfused = make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32)
+    fused = fuse_dit(copy.deepcopy(unfused))
+    found = []
+    for seed in range(2):
+        compensation = feature_compensation(name, seed, width=192)
+        for model in (unfused, fused):
+            apply_cache_to_dit(model, compensation=compensation)
+        found.append(draw(fused))
+        assert torch.equal(draw(fused), found[-1])
+        assert torch.equal(draw(fused, cuda_graph=True), found[-1])
+        expected = draw(unfused)
+        assert (found[-1] - expected).norm() <= 0.05 * expected.norm()
+        for model in (unfused, fused):
+            remove_cache(model)
+    assert (found[0] - found[1]).norm() > 0.2 * found[0].norm()
 
 
 @pytest.mark.gpu
