@@ -18,6 +18,7 @@ from torch import nn
 from qandc import (
     CalibratedSchedule,
     Compensation,
+    FeatureCompensation,
     Preset,
     QandCError,
     QuantConfig,
@@ -30,6 +31,7 @@ from qandc import (
     record_pool,
     save,
 )
+from qandc.experiments.ablation import FIGURES
 from qandc.experiments.shards import ImageSet, draw_shards, merge_shards
 from qandc.support.files import keep_settings
 from qandc.variance_compensation import FittedFor
@@ -84,6 +86,8 @@ def read_tiles(directory: Path) -> Any:
     return found
 
 
+FEATURES = FeatureCompensation(SCHEDULE.config(), GAINS.view(1, 2, 2, 3), -GAINS.view(1, 2, 2, 3))
+ROW = {"seconds_per_image": 0.125, "cache_bytes": 7, "metrics": {"psnr_to_fp": {"value": 21.5, "ci95": 0.25}}}
 SETTINGS = {"version": 1, "batch_size": 50, "scheduler": "ddim", "seeds": [0, 1, 2], "guidance_scale": 1.5}
 KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {  # what writes a directory, what reads it
     "schedule": (
@@ -94,6 +98,11 @@ KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {  # wha
         lambda at: COMPENSATION.save(at / "vc.safetensors"),
         lambda at: Compensation.load(at / "vc.safetensors"),
     ),
+    "features": (
+        lambda at: FEATURES.save(at / "f"),
+        lambda at: FeatureCompensation.load(at / "f"),
+    ),
+    "figures": (lambda at: FIGURES.write(at / "fp.json", ROW), lambda at: FIGURES.read(at / "fp.json")),
     "settings": (
         lambda at: Preset.of(quantized(), QuantConfig(), SCHEDULE, COMPENSATION, keep_weights=True).save(at),
         Preset.load,
@@ -175,7 +184,7 @@ def damage(chance: random.Random, path: Path) -> None:
         bytearray(path.read_bytes()),
         chance.choice(["bit", "bit", "bit", "bytes", "cut", "inside", "inside", "special"]),
     )
-    header = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else len(data)
+    header = 8 + int.from_bytes(data[:8], "little") if path.suffix != ".json" else len(data)
     if how == "bit":
         data[chance.randrange(chance.choice([len(data), header]))] ^= 1 << chance.randrange(8)
     elif how == "bytes":
@@ -188,7 +197,7 @@ def damage(chance: random.Random, path: Path) -> None:
         chance.choice(SPECIAL)(path)
         return
     else:
-        start = 8 if path.suffix == ".safetensors" else 0
+        start = 8 if path.suffix != ".json" else 0
         value = json.loads(data[start:header])
         where, key = chance.choice(list(places(value)))
         where[key] = chance.choice(ODD)

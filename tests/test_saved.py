@@ -219,6 +219,10 @@ ALTERED = {
     "structure": (lambda m: m["calibration"].update(structure={"num_layers": 2}), "structure has"),
     "no schedule": (lambda m: m.pop("schedule"), "no settings for runs"),
     "rising": (lambda m: m["schedule"]["timesteps"].reverse(), "timesteps rise"),
+    "gains of rising": (
+        lambda m: m["compensation"]["fitted_for"]["timesteps"].reverse(),
+        "timesteps of a compensation",
+    ),
     "first": (lambda m: m["schedule"]["schedule"].__setitem__(0, False), "the first step of the schedule"),
     "integer for boolean": (lambda m: m["schedule"]["schedule"].__setitem__(0, 1), "Expected `bool`, got `int`"),
     "target": (lambda m: m["compensation"].update(target="x"), "target 'x' is unknown"),
