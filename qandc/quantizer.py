@@ -1,4 +1,4 @@
-"""The uniform quantizer (Q&C, arXiv 2503.02508, Eq. 1-3) and its settings.
+"""Quantize uniformly (Q&C, arXiv 2503.02508, Eq. 1-3).
 
 ``q = clip(round(x/s) + z, qmin, qmax)``, ``x̂ = s (q - z)`` with qmin = -2^(b-1), qmax = 2^(b-1) - 1. Weights are
 symmetric (z = 0) with one scale per output channel, activations have one scale per tensor (static) or per token
@@ -29,7 +29,7 @@ FEEDBACK_BLOCK = 128  # columns whose errors are gathered before the rest of the
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """What to quantize and how.
+    """Say what to quantize and how.
 
     Attributes:
         w_bits: 4 or 8, symmetric, per output channel.
@@ -74,7 +74,7 @@ class QuantConfig:
 
     @property
     def scheme(self) -> str:
-        """The field's short name, e.g. "W8A8"."""
+        """Return the field's short name, e.g. "W8A8"."""
         return f"W{self.w_bits}A{self.a_bits}"
 
     def skips(self, name: str) -> bool:
@@ -140,7 +140,7 @@ def fault_of_divisors(values: torch.Tensor) -> str | None:
 
 
 def quantize_weight(weight: torch.Tensor, bits: int, clip: str = "max") -> tuple[torch.Tensor, torch.Tensor]:
-    """``s_n = max_k |w_nk| / qmax``, ``q = round(w / s)``, qmax = 2^(b-1) - 1 (Eq. 1, symmetric, per output channel).
+    """Quantize a weight per output channel: ``s_n = max_k |w_nk| / qmax``, ``q = round(w / s)``, qmax = 2^(b-1) - 1.
 
     Args:
         weight: ``[N, K]``, any float dtype.
@@ -189,7 +189,7 @@ def check_hessian(hessian: torch.Tensor, k: int) -> None:
 def gptq_round(
     weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, qmax: int, damping: float = 0.01
 ) -> torch.Tensor:
-    """Integers ``q [N, K]`` in -qmax..qmax with a small ``Σ_x ‖(W - s q) x‖² = tr((W - s q) H (W - s q)ᵀ)``.
+    """Find integers ``q [N, K]`` in -qmax..qmax with a small ``Σ_x ‖(W - s q) x‖² = tr((W - s q) H (W - s q)ᵀ)``.
 
     Rounding with error feedback: GPTQ (Frantar et al. 2023, arXiv 2210.17323, Algorithm 1). Columns are rounded one by
     one, those with the largest inputs first; the error of each, weighted by the Cholesky factor of ``H⁻¹``, is taken
@@ -238,7 +238,7 @@ def gptq_round(
 def scale_and_zero_point(
     minimum: torch.Tensor, maximum: torch.Tensor, bits: int, *, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point of a static range (Eq. 2 and 3).
+    """Compute scale and zero point of a static range (Eq. 2 and 3).
 
     Asymmetric: ``s = (max - min) / (2^b - 1)``, ``z = round(qmin - min/s)``; the range is first extended to hold 0, so
     that z lies in qmin..qmax. Symmetric: ``s = max(|min|, |max|) / qmax``, no zero point.

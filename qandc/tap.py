@@ -1,4 +1,4 @@
-"""Temporal-aware parallel clustering (TAP): choosing calibration samples (Q&C, arXiv 2503.02508, Sec. 3.1).
+"""Choose calibration samples by temporal-aware parallel clustering, TAP (Q&C, arXiv 2503.02508, Sec. 3.1).
 
 A cache makes the inputs of neighbouring steps alike, so samples drawn at random repeat each other. TAP clusters the
 pool by what samples look like and when they occur, and takes a few of each cluster. Plain functions over arrays:
@@ -44,7 +44,7 @@ MEMBERS_PER_CLUSTER = 5  # of a sub-sample at least: clusters of single samples 
 
 @dataclass(frozen=True)
 class TapConfig:
-    """Settings of TAP; the defaults are the paper's.
+    """Hold settings of TAP; the defaults are the paper's.
 
     Attributes:
         clusters: k, of each sub-sample and of the whole.
@@ -77,7 +77,7 @@ class TapConfig:
 
 
 def spatial_similarity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """``(1 + cos(x_i, y_j)) / 2``: ``[N, D]`` and ``[M, D]`` to ``[N, M]`` in [0, 1]; 1/2 where a row is zero.
+    """Compute ``(1 + cos(x_i, y_j)) / 2``: ``[N, D]`` and ``[M, D]`` to ``[N, M]`` in [0, 1]; 1/2 where a row is zero.
 
     The paper's spatial similarity is the cosine. It may be negative, which a degree must not be, so it is mapped to
     [0, 1]; the order stays.
@@ -91,7 +91,7 @@ def spatial_similarity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def temporal_similarity(s: np.ndarray, t: np.ndarray, kernel: str = "laplace", bandwidth: float = 1.0) -> np.ndarray:
-    """``exp(-|s_i - t_j| / h)`` (Eq. 8), or ``exp(-(s_i - t_j)² / 2 h²)``: ``[N]`` and ``[M]`` to ``[N, M]``."""
+    """Compute ``exp(-|s_i - t_j| / h)`` (Eq. 8) or ``exp(-(s_i - t_j)² / 2 h²)``: ``[N]``, ``[M]`` to ``[N, M]``."""
     apart = np.abs(s[:, None] - t[None, :]) / bandwidth
     return np.exp(-apart) if kernel == "laplace" else np.exp(-(apart**2) / 2)
 
@@ -99,7 +99,7 @@ def temporal_similarity(s: np.ndarray, t: np.ndarray, kernel: str = "laplace", b
 def similarity(
     features: np.ndarray, times: np.ndarray, others: np.ndarray, their_times: np.ndarray, config: TapConfig
 ) -> np.ndarray:
-    """``A = α A_spatial + (1 - α) A_temporal``: ``[N, M]`` in [0, 1]."""
+    """Compute ``A = α A_spatial + (1 - α) A_temporal``: ``[N, M]`` in [0, 1]."""
     spatial = spatial_similarity(features, others)
     temporal = temporal_similarity(times, their_times, config.kernel, config.bandwidth)
     return config.alpha * spatial + (1 - config.alpha) * temporal
@@ -108,7 +108,7 @@ def similarity(
 def _similarity_in_blocks(
     features: np.ndarray, times: np.ndarray, others: np.ndarray, their_times: np.ndarray, config: TapConfig
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Rows of :func:`similarity`, so many that none of its steps takes more than ``BLOCK`` numbers."""
+    """Yield rows of :func:`similarity`, so many that none of its steps takes more than ``BLOCK`` numbers."""
     rows = max(1, BLOCK // len(others))
     for first in range(0, len(features), rows):
         block = slice(first, first + rows)
@@ -116,7 +116,7 @@ def _similarity_in_blocks(
 
 
 def spectral_clusters(affinity: np.ndarray, clusters: int, seed: int, overwrite: bool = False) -> np.ndarray:
-    """Labels ``[N]`` of a symmetric affinity ``[N, N]``: k-means on the top eigenvectors of ``D^-½ A D^-½``.
+    """Label ``[N]`` samples of a symmetric affinity ``[N, N]``: k-means on the top eigenvectors of ``D^-½ A D^-½``.
 
     Rows of the eigenvectors are scaled to length one before (Ng, Jordan and Weiss 2001). With ``overwrite`` an affinity
     in column-major order is worked on where it is: there is never a second matrix of its size.
@@ -143,7 +143,7 @@ def _kmeans(x: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
 
 def _tap(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) -> np.ndarray:
-    """Algorithm 1: cluster m sub-samples in parallel, then find the clusters that they agree on.
+    """Run Algorithm 1: cluster m sub-samples in parallel, then find the clusters that they agree on.
 
     A sub-sample gives every sample of the pool a label: that of the cluster whose members it is most similar to on
     average. The co-occurrence of i and j is the share of sub-samples that put them into one cluster, ``C = Z Zᵀ / m``
@@ -206,7 +206,7 @@ def cluster_pool(
     method: str = "tap",
     seed: ClusterSeed = 0,
 ) -> np.ndarray:
-    """Cluster labels ``[N]`` of a pool.
+    """Cluster a pool: labels ``[N]``.
 
     Args:
         features: ``[N, D]`` finite numbers, N >= clusters.
@@ -242,7 +242,7 @@ def _check_pool(features: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np
 
 
 def pick_samples(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """``count`` indices, as many from each cluster as can be: smaller clusters give all, the others share the rest.
+    """Pick ``count`` samples, as many of each cluster as can be: smaller clusters give all, the others share the rest.
 
     Raises:
         ConfigError: there are fewer samples than ``count``.
@@ -273,7 +273,7 @@ def select_samples(
     method: str = "tap",
     seed: ClusterSeed = 0,
 ) -> np.ndarray:
-    """Indices ``[count]``, ascending, of the samples to calibrate with.
+    """Select the samples to calibrate with: indices ``[count]``, ascending.
 
     Args:
         features, times, config, seed: as :func:`cluster_pool`.

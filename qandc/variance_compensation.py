@@ -1,4 +1,4 @@
-"""Variance compensation (VC): samples of a quantized, cached model get the variance they should have (Q&C, Sec. 3.2).
+"""Give samples of a quantized, cached model the variance they should have: compensation, VC (Q&C, Sec. 3.2).
 
 Quantization and caching change the variance of the samples ``x̂_t`` of a trajectory more than their mean (arXiv
 2503.02508, Fig. 3 and 4). Each is corrected by a gain per step and channel, ``x̃_t = μ_t + K_t (x̂_t - μ_t)``. Here are
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def _sums(x: torch.Tensor) -> torch.Tensor:
-    """Over all but the channels: ``[B, C, ...]`` to ``[C]``."""
+    """Sum over all but the channels: ``[B, C, ...]`` to ``[C]``."""
     return x.double().transpose(0, 1).flatten(1).sum(1)
 
 
@@ -45,7 +45,7 @@ def _centred(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 def variance_ratio(reference: torch.Tensor, sample: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """``K = σ' / σ̂`` (Eq. 9): the gain ``[C]`` that gives samples the reference's standard deviation about its mean.
+    """Compute the gain ``K = σ' / σ̂`` ``[C]`` that gives samples the reference's standard deviation (Eq. 9).
 
     Needs no pairs: ``reference`` and ``sample`` ``[B, C, ...]`` may be of different noise. What the quantized model
     adds as noise of its own counts as signal, so the gain is a little too small for it to reach the reference.
@@ -57,7 +57,7 @@ def variance_ratio(reference: torch.Tensor, sample: torch.Tensor, mean: torch.Te
 
 
 def least_squares(reference: torch.Tensor, sample: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """``K = Σ (x' - μ)(x̂ - μ) / Σ (x̂ - μ)²``: the gain ``[C]`` with the least squared distance to the reference.
+    """Compute the gain ``[C]`` nearest to the reference in least squares: ``K = Σ (x' - μ)(x̂ - μ) / Σ (x̂ - μ)²``.
 
     Needs pairs: both ``[B, C, ...]`` from the same initial noise, step noise and labels, else it tends to 0.
     """
@@ -80,7 +80,7 @@ def compensate(x: torch.Tensor, gain: torch.Tensor, mean: torch.Tensor) -> torch
 
 @dataclass(frozen=True)
 class FittedFor:
-    """The runs that a compensation was fitted for: it is right for no others.
+    """Describe the runs that a compensation was fitted for: it is right for no others.
 
     Attributes:
         scheduler: by its class name.
@@ -114,7 +114,7 @@ class FittedFor:
 
 
 class CompensationHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file says of a compensation beside its gains."""
+    """Hold what a file says of a compensation beside its gains."""
 
     target: str
     form: str
@@ -123,7 +123,7 @@ class CompensationHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 @dataclass(frozen=True)
 class Compensation:
-    """Gains of a run.
+    """Hold and apply the gains of a run.
 
     Attributes:
         gain: K, ``[steps, channels] float32``; 1 where nothing is changed.
@@ -165,11 +165,11 @@ class Compensation:
 
     @checked
     def to(self, device: torch.device | str) -> Compensation:
-        """The same with its gains on a device."""
+        """Return the same compensation with its gains on a device."""
         return replace(self, gain=self.gain.to(device), mean=self.mean.to(device))
 
     def key(self) -> tuple[Any, ...]:
-        """Equal for compensations that do the same."""
+        """Return a key that is equal for compensations that do the same."""
         return (*(values.cpu().numpy().tobytes() for values in (self.gain, self.mean)), self.target, self.fitted_for)
 
     def _apply(self, step: int, x: torch.Tensor) -> torch.Tensor:
@@ -181,11 +181,11 @@ class Compensation:
         return compensate(x, self.gain[step].to(x.device), self.mean[step].to(x.device))
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
-        """What becomes of the guided noise prediction ``[B, C, H, W]`` of a step."""
+        """Correct the guided noise prediction ``[B, C, H, W]`` of a step."""
         return self._apply(step, noise_pred) if self.target == "noise" else noise_pred
 
     def sample(self, step: int, latents: torch.Tensor) -> torch.Tensor:
-        """What becomes of the latents ``[B, C, H, W]`` that a step ends with."""
+        """Correct the latents ``[B, C, H, W]`` that a step ends with."""
         return self._apply(step, latents) if self.target == "sample" else latents
 
     @checked
@@ -207,7 +207,7 @@ class Compensation:
 
     @property
     def header(self) -> CompensationHeader:
-        """What is stored beside the gains."""
+        """Return what is stored beside the gains."""
         return CompensationHeader(self.target, self.form, self.fitted_for)
 
     @classmethod
@@ -260,7 +260,7 @@ def _tensor_path(path: str | Path) -> Path:
 
 
 def epsilon_scaling(scale: float, channels: int, fitted_for: FittedFor) -> Compensation:
-    """Every noise prediction divided by one number, e.g. 1.004 to 1.017 (Ning et al. 2024, arXiv 2308.15321)."""
+    """Divide every noise prediction by one number, e.g. 1.004 to 1.017 (Ning et al. 2024, arXiv 2308.15321)."""
     if not 0 < scale < float("inf"):
         raise ConfigError(f"scale is {scale!r}; give a finite number > 0, usually a little more than 1")
     gain = torch.full((len(fitted_for.timesteps), channels), 1 / scale)

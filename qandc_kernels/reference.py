@@ -465,7 +465,7 @@ def gated_sum(
     gains: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute a reuse step of a feature cache: ``y = x + Σ_(l, k) gate_(l, k) · (a_(l, k) Σ_s w_s f_(s, l, k) + b_(l, k))``.
+    """Compute a reuse step of a cache: ``y = x + Σ_(l, k) gate_(l, k) · (a_(l, k) Σ_s w_s f_(s, l, k) + b_(l, k))``.
 
     f are the branch outputs of L blocks at S computed steps, K branches a block; the gates are those of the current
     step, the weights those of a forecast (FORA, arXiv 2407.01425: S = 1; TaylorSeer, arXiv 2503.06923). Gains a and

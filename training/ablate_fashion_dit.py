@@ -73,7 +73,7 @@ FP = "FP"  # the part of a repeat's full-precision images, which the others are 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One configuration; the defaults are the naive one."""
+    """Hold one configuration; the defaults are the naive one."""
 
     w_bits: int = 8
     mode: str = "none"
@@ -88,7 +88,7 @@ class Configuration:
     compensation: str = "none"
 
     def model(self) -> Configuration:
-        """What the calibrated model depends on: not the schedule nor the compensation; of the cache only the pool."""
+        """Return what the calibrated model depends on: not schedule and compensation; of the cache only the pool."""
         ours = replace(self, schedule="uniform", compensation="none")
         return replace(ours, mode="none", interval=1) if self.pool == "uncached" else ours
 
@@ -133,7 +133,7 @@ PARTS = ("ranges", *MODES, *(f"{what} {mode}" for what in ("compensation", "sele
 
 
 def importance(part: str, repeat: int, row: Configuration) -> int:
-    """What comes first, should time run out: the smaller."""
+    """Rank a row: what is smaller is measured first, should time run out."""
     if part in MODES:
         return 0 if row.w_bits == 8 else 1 if repeat == 0 else 2
     return 3 + repeat if part.startswith("selection") or repeat else 1
@@ -146,7 +146,7 @@ def select(*args: Any, **kwargs: Any) -> np.ndarray:
 
 
 def ablation_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked for, None where a row is missing: distances relative to FP, and the share of a gap that closes.
+    """Make the goals, None where a row is missing: distances relative to FP, and the share of a gap that closes.
 
     The gap is what naive quantization and a cache add to the distance of FP; means over the repeats that a row has.
     """

@@ -68,7 +68,7 @@ def main(
 
     @lru_cache(1)
     def model_of(precision: str) -> tuple[Any, dict[str, Any]]:
-        """The model, its ranges static, min-max over one run without a cache; and what schedules are found from."""
+        """Make the model, with static min-max ranges of one run without a cache, and what schedules are found from."""
         model, w_bits = bench.base, PRECISIONS[precision]
         if w_bits is not None:
             model = quantize_model(copy.deepcopy(model), w_bits=w_bits)

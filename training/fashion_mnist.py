@@ -1,4 +1,4 @@
-"""Reads Fashion-MNIST (Xiao et al. 2017, MIT licence) from its IDX files."""
+"""Read Fashion-MNIST (Xiao et al. 2017, MIT licence) from its IDX files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, gzipped or not: two zero bytes, type 8, rank, big-endian sizes, data."""
+    """Read an IDX file of unsigned bytes, gzipped or not: two zero bytes, type 8, rank, big-endian sizes, data."""
     packed = path.with_name(path.name + ".gz")
     if not path.exists() and not packed.exists():
         raise SystemExit(
@@ -30,7 +30,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load_split(directory: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``split`` "train" or "t10k": images ``[N, 1, 32, 32] uint8`` (28x28 padded with black), labels ``[N] int64``."""
+    """Load "train" or "t10k": images ``[N, 1, 32, 32] uint8`` (28x28 padded with black), labels ``[N] int64``."""
     images = torch.from_numpy(read_idx(directory / f"{split}-images-idx3-ubyte").copy())[:, None]
     labels = torch.from_numpy(read_idx(directory / f"{split}-labels-idx1-ubyte").copy()).long()
     return F.pad(images, (2, 2, 2, 2)), labels

@@ -22,7 +22,7 @@ import typer
 
 
 def make_pipeline(directory: Path) -> None:
-    """A pipeline directory as the hub has it, with random weights that are not zero anywhere."""
+    """Make a pipeline directory as the hub has it, with random weights that are not zero anywhere."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def _child(connection: Any, function: Callable[..., dict[str, Any]], arguments: 
 
 
 def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The function's result and the peak memory of the process that it runs in."""
+    """Return the function's result and the peak memory of the process that it runs in."""
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_child, args=(sender, function, arguments))
     process.start()
@@ -102,7 +102,7 @@ def main(
     w_bits: str = "8,4",
     uniform: Annotated[bool, typer.Option("--uniform", help="Do not search for a schedule.")] = False,
 ) -> None:
-    """Measure."""
+    """Measure each part in a process of its own."""
     from qandc.experiments.report import measure_rows  # here, so that a part's process holds what it needs alone
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""Trains fashion-dit, the pipeline that qandc ships: a classifier, an autoencoder, a diffusion transformer.
+"""Train fashion-dit, the pipeline that qandc ships: a classifier, an autoencoder, a diffusion transformer.
 
     python training/train_fashion_dit.py --work build/fashion-dit --out qandc/assets
 
@@ -39,7 +39,7 @@ DEPENDS = {"classifier": ("classifier",), "vae": ("vae",), "dit": ("dit", "vae")
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result. A checkpoint made with other settings is refused."""
+    """Hold what decides the result. A checkpoint made with other settings is refused."""
 
     seed: int = 0
     classifier_steps: int = 3000
@@ -54,7 +54,7 @@ class Settings:
 
 
 class Stage:
-    """A training loop with warm-up and cosine decay, a moving average of the weights, checkpoints and a progress bar.
+    """Train with warm-up and cosine decay, a moving average of the weights, checkpoints and a progress bar.
 
     On a GPU the third step on is replayed as one CUDA graph: these models are small, and launching their kernels one by
     one takes three times as long as running them.
@@ -126,7 +126,7 @@ class Stage:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """``ema += (1 - decay) · (weights - ema)``."""
+        """Average the weights: ``ema += (1 - decay) · (weights - ema)``."""
         # the average follows quickly at first, so that it does not remember the initial weights
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
@@ -134,7 +134,7 @@ class Stage:
             ours.copy_(theirs)  # batch-norm statistics are averages already
 
     def optimize(self) -> None:
-        """One step of the optimizer on ``self.inputs``; the loss goes to ``self.value``."""
+        """Take one step of the optimizer on ``self.inputs``; the loss goes to ``self.value``."""
         self.value = self.loss(self.model, *self.inputs)
         self.value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
@@ -285,7 +285,7 @@ def train_vae(images: torch.Tensor, settings: Settings, work: Path, *, compile_m
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and standard deviation of all images, ``[N, 4, 16, 16]`` each."""
+    """Compute posterior mean and standard deviation of all images, ``[N, 4, 16, 16]`` each."""
     posteriors = [vae.encode(to_float(batch)).latent_dist for batch in images.split(1000)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
@@ -308,7 +308,7 @@ def normalize_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 
 def make_dit() -> DiTTransformer2DModel:
-    """DiT with 12 layers of 6 heads x 32, initialised as in Peebles and Xie 2023 (adaLN-Zero)."""
+    """Make a DiT with 12 layers of 6 heads x 32, initialised as in Peebles and Xie 2023 (adaLN-Zero)."""
     model = DiTTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=32,
@@ -345,7 +345,7 @@ def make_noise_scheduler() -> DDPMScheduler:
 def train_dit(
     mean: torch.Tensor, std: torch.Tensor, labels: torch.Tensor, settings: Settings, work: Path, *, compile_model: bool
 ) -> DiTTransformer2DModel:
-    """ε-prediction with min-SNR weights (Hang et al. 2023): ``min(SNR, γ)/SNR · (ε̂ - ε)²``."""
+    """Train ε-prediction with min-SNR weights (Hang et al. 2023): ``min(SNR, γ)/SNR · (ε̂ - ε)²``."""
     device = mean.device
     alphas_cumprod = make_noise_scheduler().alphas_cumprod.to(device)
     snr = alphas_cumprod / (1 - alphas_cumprod)

@@ -1,1 +1,1 @@
-"""The command line: one file per command, no logic of its own."""
+"""Hold the command line: reads options, calls the library, prints and saves."""

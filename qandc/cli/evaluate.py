@@ -1,4 +1,4 @@
-"""``qandc evaluate``: reads options, calls :func:`qandc.evaluation.evaluate`, prints and saves."""
+"""Run ``qandc evaluate``: read options, call :func:`qandc.evaluation.evaluate`, print and save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: reads options, calls the library, prints and saves."""
+"""Run the command line: read options, call the library, print and save."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def entry_point() -> None:
-    """The console script."""
+    """Run the console script."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show

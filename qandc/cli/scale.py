@@ -1,4 +1,4 @@
-"""Commands that draw many images, alone or as one of the processes of ``torchrun``: ``sample`` and ``ablate``."""
+"""Run ``sample`` and ``ablate``, which draw many images, alone or as one of the processes of ``torchrun``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _resumable() -> Iterator[None]:
 
 
 def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[Any, str | None]:
-    """The pipeline on the device of this process, and where it came from."""
+    """Load the pipeline on the device of this process; return it and where it came from."""
     from qandc.sampling.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype, source_of
 
     quiet_diffusers()
@@ -68,7 +68,7 @@ def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[A
 
 @contextmanager
 def _one_set_of_settings(directory: Path, settings: Any, source: str | None, processes: Any) -> Iterator[None]:
-    """All experiments below a directory differ in the number of steps alone, and one command at a time is at them."""
+    """Lock a directory of experiments, which differ in the number of steps alone; refuse other settings."""
     if not processes.is_main:
         yield
         return

@@ -1,4 +1,4 @@
-"""What commands write: two consoles, progress bars, tables, and a check of files before they are written."""
+"""Write to the terminal: two consoles, progress bars, tables; check files before they are written."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ err = Console(stderr=True, highlight=False, markup=False)
 
 
 def progress_bars() -> Progress:
-    """On stderr."""
+    """Make progress bars on stderr."""
     columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=err)
 
 
 @contextmanager
 def stage_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """Takes progress as ``(stage, completed, total)``: a bar for each stage at work, a line for each that is done."""
+    """Show progress ``(stage, completed, total)``: a bar for each stage at work, a line for each that is done."""
     if not shown:
         yield lambda stage, completed, total: None
         return
@@ -94,7 +94,7 @@ def quiet_diffusers() -> None:
 
 
 def print_comparison(result: Comparison, dtype: str) -> None:
-    """The table of ``qandc generate``."""
+    """Print the table of ``qandc generate``."""
     assert result.report is not None
     full, quantized = result.rows
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -119,7 +119,7 @@ def print_comparison(result: Comparison, dtype: str) -> None:
 
 
 def print_calibration(report: CalibrationReport, directory: Path) -> None:
-    """The table of ``qandc calibrate``."""
+    """Print the table of ``qandc calibrate``."""
     schedule = report.preset.schedule
     layers = report.quantization.quantized
     before, after = report.quantization.quantized_bytes
@@ -141,7 +141,7 @@ def print_calibration(report: CalibrationReport, directory: Path) -> None:
 
 
 def print_evaluation(result: Evaluation) -> None:
-    """The table of ``qandc evaluate``."""
+    """Print the table of ``qandc evaluate``."""
     table = Table(box=None, show_header=False, pad_edge=False)
     score = "inception score" if result.split is None else f"inception score, parts of {result.split}"
     rows = (

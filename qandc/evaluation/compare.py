@@ -1,4 +1,4 @@
-"""Two sets of images compared, or one and saved statistics: Fréchet distances, IS, precision, recall, KID."""
+"""Compare two sets of images, or one with saved statistics: Fréchet distances, IS, precision, recall, KID."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ USUAL_COUNT = 10_000
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Mean and covariance of the features of a set of images.
+    """Hold mean and covariance of the features of a set of images.
 
     Attributes:
         features: of the pooled features; its ``count`` is 0 where the file does not say.
@@ -106,7 +106,7 @@ def _statistics(path: str | Path, data: Npz, mean: str, covariance: str, count: 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a set of images compares with a reference. What could not be computed is None; ``notes`` say why.
+    """Tell how a set of images compares with a reference. What could not be computed is None; ``notes`` say why.
 
     Attributes:
         images, reference: names.
@@ -141,7 +141,7 @@ class Evaluation:
     statistics: ReferenceStatistics = field(repr=False, compare=False)
 
     def record(self) -> dict[str, Any]:
-        """All but the statistics, for JSON."""
+        """Return all but the statistics, for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "statistics"}
 
 
@@ -254,7 +254,7 @@ def _name(reference: object) -> str:
 def _open_reference(
     reference: str | Path | Images | ReferenceStatistics, network: Extractor, max_pixels: int
 ) -> tuple[Images | None, ReferenceStatistics | None]:
-    """Images, statistics, or both."""
+    """Open a reference: images, statistics, or both."""
     if isinstance(reference, Images):
         return reference, None
     if isinstance(reference, ReferenceStatistics):
@@ -285,7 +285,7 @@ def _open_reference(
 
 
 def _fit(statistics: ReferenceStatistics, network: Extractor) -> bool:
-    """A file that does not name its extractor is believed if the numbers of features are equal."""
+    """Accept statistics of this extractor; a file that names none is believed if the numbers of features are equal."""
     return statistics.extractor in (None, network.name) and len(statistics.features.mean) == network.num_features
 
 
@@ -301,7 +301,7 @@ def _refuse_others(statistics: ReferenceStatistics, network: Extractor, name: st
 def _check(
     ours: Images, theirs: Images | None, saved: ReferenceStatistics | None, name: str, allow_unequal: bool
 ) -> int:
-    """Shapes and numbers, before the work begins; the number of images of the smaller set."""
+    """Check shapes and numbers before the work begins; return the number of images of the smaller set."""
     if theirs is not None and ours.shape != theirs.shape:
         if ours.shape[2] != theirs.shape[2]:
             kind = {1: "grayscale", 3: "RGB"}
@@ -326,7 +326,7 @@ def _check(
 
 
 def _warn(fewest: int, statistics: ReferenceStatistics) -> None:
-    """What is computed all the same, but means less."""
+    """Warn of what is computed all the same, but means less."""
     if fewest < USUAL_COUNT:
         logger.warning(
             "%d images: Fréchet distances of fewer than %d are too large; compare only those of equal numbers",
@@ -345,7 +345,7 @@ def _warn(fewest: int, statistics: ReferenceStatistics) -> None:
 
 
 def _extract(network: Extractor, images: Images, progress: Callable[[int], None]) -> _Extracted:
-    """Features are kept, on the extractor's device; spatial features are only summed up."""
+    """Extract features, which are kept on the extractor's device; spatial features are only summed up."""
     pooled, spatial = RunningStatistics(), RunningStatistics()
     features, logits = [], []
     for batch in network(images):

@@ -1,4 +1,4 @@
-"""Networks whose features are compared by :mod:`qandc.evaluation.compare`, by name."""
+"""Load the networks whose features :mod:`qandc.evaluation.compare` compares, by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPATIAL_CHANNELS = 7
 
 @dataclass(frozen=True)
 class Activations:
-    """Of a batch: ``features [B, D]``, ``logits [B, K]``, ``spatial [B, S]``, on the extractor's device, float32."""
+    """Hold ``features [B, D]``, ``logits [B, K]``, ``spatial [B, S]`` of a batch, float32, where the extractor is."""
 
     features: torch.Tensor
     logits: torch.Tensor
@@ -32,7 +32,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network in eval mode, and where its features are.
+    """Hold a network in eval mode, and where its features are.
 
     Attributes:
         name: in results and statistics files; numbers of different names must not be compared.
@@ -60,12 +60,12 @@ class Extractor:
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """Return D, the length of a feature vector."""
         return int(self.model.num_features)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device that the network computes on."""
         return next(self.model.parameters()).device
 
     @torch.no_grad()

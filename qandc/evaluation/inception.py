@@ -1,4 +1,4 @@
-"""InceptionV3 as the Fréchet Inception Distance knows it, for weights that the user has.
+"""Run InceptionV3 as the Fréchet Inception Distance knows it, with weights that the user has.
 
 The network of the TensorFlow graph ``inception-2015-12-05``, which FID (Heusel et al. 2017) and the suite of ADM
 (Dhariwal and Nichol 2021) use. Architecture: Szegedy et al. 2015, arXiv 1512.00567. It differs from torchvision's: 1008
@@ -75,7 +75,7 @@ TO_8: list[Branch] = [
 
 
 class _Conv(nn.Module):
-    """Convolution, batch norm, ReLU."""
+    """Apply convolution, batch norm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], stride: int, padded: bool) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Conv(nn.Module):
 
 
 class _Block(nn.Module):
-    """Branches side by side, their channels concatenated; the last begins with a pool.
+    """Run branches side by side and concatenate their channels; the last branch begins with a pool.
 
     ``pool`` is "average" or "max" (resolution is kept) or "halve": max pool with stride 2, which
     the last convolutions of the other branches have too.
@@ -130,7 +130,7 @@ class _Block(nn.Module):
 
 
 def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear ``[B, C, H, W]`` to ``[B, C, size, size]`` as in TensorFlow 1: pixel i lies at ``i * in / out``."""
+    """Resize ``[B, C, H, W]`` bilinearly to ``[B, C, size, size]`` as TensorFlow 1: pixel i at ``i * in / out``."""
     for dim in (2, 3):
         length = images.shape[dim]
         position = torch.arange(size, device=images.device, dtype=torch.float32) * (length / size)
@@ -142,7 +142,7 @@ def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class InceptionV3(nn.Module):
-    """Images ``[B, 1 or 3, H, W]`` of values ``(x - 128) / 128`` to ``(features [B, 2048], logits [B, 1008])``.
+    """Map images ``[B, 1 or 3, H, W]`` of values ``(x - 128) / 128`` to ``(features [B, 2048], logits [B, 1008])``.
 
     Logits are without bias, as in the suites of ADM and torch-fidelity.
 

@@ -1,4 +1,4 @@
-"""Image metrics: Fréchet and kernel distance, inception score, precision, recall, class accuracy, PSNR; two extractors.
+"""Compute metrics of images: Fréchet and kernel distance, inception score, precision, recall, accuracy, PSNR, SNR.
 
 A Fréchet distance depends on its features. The networks here are a small Fashion-MNIST classifier, which is shipped,
 and EfficientNet-Lite0 trained on ImageNet, not InceptionV3 (:mod:`qandc.evaluation.inception`):
@@ -74,7 +74,7 @@ def extract_features(
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean ``[D]`` and covariance ``[D, D]`` (1/(n-1)) of ``count`` feature vectors, float64; ``count`` 0: unknown.
+    """Hold mean ``[D]`` and covariance ``[D, D]`` (1/(n-1)) of ``count`` feature vectors, float64; 0: unknown.
 
     Raises:
         DataError: the arrays do not fit each other, contain NaN or inf, or are no covariance; count is no integer >= 0.
@@ -180,7 +180,7 @@ def load_statistics(path: str | Path | None = None) -> FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """``|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)``, the squared Fréchet distance of two Gaussians.
+    """Compute ``|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)``, the squared Fréchet distance of two Gaussians.
 
     Source: Dowson and Landau 1982; used as FID by Heusel et al. 2017 (there on InceptionV3 features).
     The trace of the matrix root is the sum of the roots of the eigenvalues of ``Σ_a^½ Σ_b Σ_a^½``, which is symmetric
@@ -226,14 +226,14 @@ def inception_score(logits: torch.Tensor, split: int | None = None) -> float:
 
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``[A, D]`` and ``[B, D]`` float64 to ``[A, B]``."""
+    """Compute squared distances, ``[A, D]`` and ``[B, D]`` float64 to ``[A, B]``."""
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
 
 
 def precision_recall(
     features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3, block: int = 1000
 ) -> tuple[float, float]:
-    """Improved precision and recall of ``features [N, D]`` against ``reference [M, D]``.
+    """Compute improved precision and recall of ``features [N, D]`` against ``reference [M, D]``.
 
     The manifold of a set is the union of balls around its members, each as large as the distance to the member's k-th
     nearest other one. Precision is the share of ``features`` in the manifold of ``reference``, recall the reverse.
@@ -332,7 +332,7 @@ def _real(x: object) -> bool:
 
 
 def _rows(what: str, x: torch.Tensor, at_least: int) -> torch.Tensor:
-    """``x [N, D]`` without its gradient, or DataError."""
+    """Return ``x [N, D]`` without its gradient; refuse anything else with a DataError."""
     if not _real(x) or x.ndim != 2 or x.shape[1] < 1 or len(x) < at_least:
         raise DataError(f"{what} need a tensor [N >= {at_least}, D] of real numbers; got {_described(x)}")
     if not bool(x.isfinite().all()):

@@ -1,4 +1,4 @@
-"""Networks whose features are compared: a shipped Fashion-MNIST classifier, and EfficientNet-Lite0."""
+"""Define the networks whose features are compared: a shipped Fashion-MNIST classifier, and EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["EfficientNetFeatures", "FashionClassifier", "fashion_classifier_path
 
 
 def fashion_classifier_path() -> Path:
-    """Directory of the shipped classifier and the reference statistics of the Fashion-MNIST training images."""
+    """Return the directory of the shipped classifier and of the statistics of the Fashion-MNIST training images."""
     return Path(__file__).parents[1] / "assets" / "fashion-classifier"
 
 
 class FashionClassifier(nn.Module):
-    """Small convolutional Fashion-MNIST classifier: images ``[B, 1, 32, 32]`` in [-1, 1] to features and logits."""
+    """Classify Fashion-MNIST by a small network: images ``[B, 1, 32, 32]`` in [-1, 1] to features and logits."""
 
     num_features = 128
 
@@ -56,7 +56,7 @@ def load_fashion_classifier(device: torch.device | str = "cpu") -> FashionClassi
 
 
 class EfficientNetFeatures(nn.Module):
-    """EfficientNet-Lite0 (Tan and Le 2019, Apache-2.0), trained on ImageNet: any images in [-1, 1] to 1280 features.
+    """Map any images in [-1, 1] to 1280 features of EfficientNet-Lite0 (Tan and Le 2019, Apache-2.0; ImageNet).
 
     Images are brought to ``size`` x ``size`` pixels (bilinear) and, if grey, to three equal channels. Both its packages
     come with the extra ``features``.

@@ -53,12 +53,12 @@ class ArrayHeader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values, exact however large."""
+        """Count the bytes of the values, exactly however large."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Npz:
-    """An ``.npz`` file, read array by array or row by row.
+    """Read an ``.npz`` file array by array or row by row.
 
     Args:
         path: the file.
@@ -140,7 +140,7 @@ class Npz:
             yield np.ndarray((len(raw) // one, *found.shape[1:]), found.dtype, raw)
 
     def _pieces(self, found: ArrayHeader, one: int, size: int) -> Iterator[bytes]:
-        """All bytes of an array, ``size`` times ``one`` at a time."""
+        """Yield all bytes of an array, ``size`` times ``one`` at a time."""
         with decoding(self.failure, self.advice):
             archive = zipfile.ZipFile(self.path)
         with archive:

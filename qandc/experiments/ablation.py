@@ -1,4 +1,4 @@
-"""The ablation of Q&C for any DiT pipeline: six configurations, the same noise for all, scored and written down.
+"""Run the ablation of Q&C on a DiT pipeline: six configurations, the same noise for all, scored and written down.
 
 After Q&C (arXiv 2503.02508, Tables 1 and 4). Rows, in the order they are drawn:
 
@@ -50,7 +50,7 @@ FIGURES = FileKind("record of a row", 1, dict, "delete it and run the same comma
 
 @dataclass(frozen=True)
 class RowKind:
-    """What is switched on in a row; ``calibration`` is the directory of its preset."""
+    """Say what is switched on in a row; ``calibration`` is the directory of its preset."""
 
     name: str
     calibration: str | None = None
@@ -59,7 +59,7 @@ class RowKind:
 
     @property
     def slug(self) -> str:
-        """The name as part of a file name."""
+        """Return the name as part of a file name."""
         return self.name.lower().replace("&", "").replace(" + ", "-").replace(" ", "-")
 
 
@@ -75,7 +75,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What is compared.
+    """Settings of an ablation; it compares six rows.
 
     Attributes:
         images: of each row, the classes of the model in turn.
@@ -101,7 +101,7 @@ class ExperimentConfig:
             raise ConfigError("uniform is False, but the row 'cache only' has a uniform schedule; give True")
 
     def described(self) -> dict[str, Any]:
-        """For the file that a resumed run is compared with."""
+        """Return the settings as the file holds them that a resumed run is compared with."""
         calibration = asdict(self.calibration)
         for name in ("cache", "quant_config"):  # they follow from the others
             calibration.pop(name)
@@ -201,7 +201,7 @@ class _Experiment:
         self.images = ImageSet(settings.images, tuple(class_names(pipe)), settings.first_seed, settings.batch_size)
 
     def calibrate(self) -> None:
-        """The presets of both choices of samples, from one pool."""
+        """Calibrate with both choices of samples, from one pool."""
         tap = self.settings.calibration
         for name, chosen in (("random", replace(tap, select="random", vc="none")), ("tap", tap)):
             if is_finished(self.directory / name):
@@ -219,11 +219,11 @@ class _Experiment:
             )
 
     def paths(self, kind: RowKind) -> tuple[Path, Path, Path]:
-        """Shards, images and figures of a row."""
+        """Return the paths of shards, images and figures of a row."""
         return tuple(self.directory / f"{kind.slug}{end}" for end in (".shards", ".npz", ".json"))  # type: ignore[return-value]
 
     def draw(self, kind: RowKind) -> None:
-        """The shards of this process; then the first one joins all of them."""
+        """Draw the shards of this process; then the main process joins all shards into one file."""
         shards, images, figures = self.paths(kind)
         done = images.exists() and figures.exists()
         self.processes.barrier("the row before")  # so that all see the same files
@@ -250,7 +250,7 @@ class _Experiment:
         delete_shards(shards)  # last: until then nothing needs to be drawn again
 
     def draw_shards(self, kind: RowKind, shards: Path) -> dict[str, Any]:
-        """Those of this process; what there is to say of the model."""
+        """Draw the shards of this process; return figures of the model."""
         model, compensation = self.model(kind)
         draw = ImageDrawer(self.pipe.vae, model, self.scheduler, self.run, compensation)
         try:
@@ -266,7 +266,7 @@ class _Experiment:
                 remove_cache(model)
 
     def model(self, kind: RowKind) -> tuple[Any, Compensation | None]:
-        """The transformer of a row, with its cache attached, and its compensation."""
+        """Make the transformer of a row, with its cache attached, and its compensation."""
         model, preset = torch.nn.Module.to(self.pipe.transformer, self.device), None
         if kind.calibration is not None:
             preset = Preset.load(self.directory / kind.calibration)
@@ -286,7 +286,7 @@ class _Experiment:
         return sum(self.settings.calibration.cache.of_steps(steps)) if kind.cached else steps
 
     def score(self, kind: RowKind) -> dict[str, Any]:
-        """The row, scored once."""
+        """Score a row, once, and return it."""
         _, images, figures = self.paths(kind)
         record = FIGURES.read(figures)
         if "metrics" not in record:

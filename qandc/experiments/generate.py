@@ -1,4 +1,4 @@
-"""The main job: the same noise through the full-precision and through the quantized, cached model."""
+"""Draw the same noise with the full-precision and with the quantized, cached model: the main job."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SMOOTHING_SEED = 20_000_000  # far from what anybody draws
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What ``qandc generate`` draws; validated by the functions that use each value."""
+    """Say what ``qandc generate`` draws; the functions that use a value validate it."""
 
     conditions: tuple[int, ...]
     num_inference_steps: int = 50
@@ -58,7 +58,7 @@ class GenerateConfig:
 
 @dataclass
 class ModelImages:
-    """One model's images, batch by batch as they are finished, and the seconds these took."""
+    """Hold one model's images, batch by batch as they are finished, and the seconds these took."""
 
     name: str
     transformer_bytes: int
@@ -67,7 +67,7 @@ class ModelImages:
 
     @property
     def images(self) -> torch.Tensor:
-        """``[B, C, H, W]`` in [-1, 1]."""
+        """Return all images, ``[B, C, H, W]`` in [-1, 1]."""
         return torch.cat(self.batches)
 
     @property
@@ -77,26 +77,26 @@ class ModelImages:
 
 @dataclass
 class Comparison:
-    """Rows in the order they were begun; ``report`` belongs to the quantized one."""
+    """Hold the rows in the order they were begun; ``report`` belongs to the quantized one."""
 
     rows: list[ModelImages] = field(default_factory=list)
     report: QuantizationReport | None = None
 
     @property
     def speed_ratio(self) -> float:
-        """Seconds per image in full precision over those of the quantized model."""
+        """Divide the seconds per image in full precision by those of the quantized model."""
         full, quantized = self.rows
         return full.seconds_per_image / quantized.seconds_per_image
 
     @property
     def psnr(self) -> torch.Tensor:
-        """Of each quantized image to the one of full precision, in dB."""
+        """Compute the PSNR of each quantized image to the one of full precision, in dB."""
         full, quantized = self.rows
         return psnr(quantized.images, full.images)
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
+    """Count the bytes of all parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
@@ -188,7 +188,7 @@ def generate(
 
 
 def quantized_name(settings: GenerateConfig) -> str:
-    """E.g. "W8A8 + branch cache 3", "W8A8" where every step is computed, "W8A8 + taylor 17/50 + VC" calibrated."""
+    """Name the quantized row: "W8A8 + branch cache 3", "W8A8" with no cache, "W8A8 + taylor 17/50 + VC" calibrated."""
     cache = settings.cache
     if settings.preset is not None and cache.schedule is not None:
         compensated = "" if settings.preset.compensation is None else " + VC"
@@ -199,7 +199,7 @@ def quantized_name(settings: GenerateConfig) -> str:
 
 
 def comparison_record(result: Comparison, settings: GenerateConfig, device: str, dtype: str) -> dict[str, Any]:
-    """The finished comparison as a measured result (:mod:`qandc.support.results`)."""
+    """Return the finished comparison as a measured result (:mod:`qandc.support.results`)."""
     assert result.report is not None
     full, quantized = (
         {

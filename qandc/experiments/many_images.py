@@ -1,4 +1,4 @@
-"""One file of many images, of one model, drawn by any number of processes."""
+"""Draw one file of many images of one model, by any number of processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = "settings.json"
 
 
 def describe_pipeline(pipe: Any, scheduler: Any, source: str | None) -> dict[str, Any]:
-    """What else than a command's options decides about images, for the file that a resumed run is compared with."""
+    """Describe what decides about images beside a command's options, for the file a resumed run is compared with."""
     model = pipe.transformer
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {
@@ -55,7 +55,7 @@ def _shards_of(path: Path) -> Path:
 
 
 class ImageDrawer:
-    """Labels and seeds to images ``[B, C, H, W]`` in [-1, 1], by one model in one kind of run."""
+    """Draw images ``[B, C, H, W]`` in [-1, 1] of labels and seeds, by one model in one kind of run."""
 
     def __init__(
         self, vae: Any, model: Any, scheduler: Any, run: dict[str, Any], compensation: Compensation | None = None
@@ -82,7 +82,7 @@ class ImageDrawer:
         return decode_latents(self.vae, latents)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of cached features, and on a GPU the most that torch had since it was last asked to forget."""
+        """Return the bytes of cached features, and on a GPU the peak since its statistics were reset."""
         cache, device = get_cache(self.model), self.model.device
         found = {"cache_bytes": 0 if cache is None else cache.nbytes}
         if device.type == "cuda":

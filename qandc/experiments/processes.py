@@ -26,7 +26,7 @@ LONGEST_WAIT = datetime.timedelta(days=2)  # the others wait while the first one
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among ``count``; alone by default.
+    """Identify this process among ``count``; alone by default.
 
     Attributes:
         rank: number of this process, from 0; the main process, 0, calibrates, merges and scores.

@@ -88,7 +88,7 @@ def _text(row: dict[str, Any], metric: str) -> str:
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each row; metrics with half of their 95 % interval."""
+    """Make a table, a line for each row; metrics with half of their 95 % interval."""
     present = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
     heads = ["steps", "row", *(METRICS[name][0] for name in present), "s / image", "speed", "transformer", "cache"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -129,7 +129,7 @@ def write_report(
 
 
 def _draw(path: Path, rows: list[dict[str, Any]], images: dict[str, Path]) -> None:
-    """Bars of each metric above, the first images of each row below."""
+    """Draw bars of each metric above, the first images of each row below."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Scores of a set of images against one of the same noise, with confidence intervals."""
+"""Score a set of images against one of the same noise, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def scorer_for(
 
 
 class Scorer:
-    """Likeness to the images of full precision; with an extractor also what its features say.
+    """Score likeness to the images of full precision; with an extractor also what its features say.
 
     Every metric comes with half of its 95 % confidence interval: 1.96 standard deviations over bootstrap resamples of
     the images (Efron 1979), the same resamples for all metrics.
@@ -96,12 +96,12 @@ class Scorer:
 
     @property
     def name(self) -> str:
-        """Of the extractor, noted in results."""
+        """Return the name of the extractor, which results note."""
         return "none" if self.extractor is None else self.extractor.name
 
     @property
     def reference_digest(self) -> str | None:
-        """Tells references apart."""
+        """Hash the reference, to tell references apart."""
         return None if self.reference is None else hashlib.sha256(self.reference.covariance.tobytes()).hexdigest()[:16]
 
     def __call__(self, images: np.ndarray, full: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:

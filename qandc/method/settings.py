@@ -1,4 +1,4 @@
-"""What ``qandc calibrate`` does, as one validated value."""
+"""Say what ``qandc calibrate`` does, as one validated value."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def option(default: Any, help: str, *flags: str) -> Any:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What ``qandc calibrate`` does; its options are made of these fields.
+    """Say what ``qandc calibrate`` does; its options are made of these fields.
 
     Raises:
         ConfigError: a value is not one of these, or the pool is too small.
@@ -98,7 +98,7 @@ class CalibrationConfig:
 
     @property
     def gptq(self) -> bool:
-        """Whether weights are rounded with Hessians (GPTQ)."""
+        """Tell whether weights are rounded with Hessians (GPTQ)."""
         return (self.rounding or ("gptq" if self.w_bits == 4 else "nearest")) == "gptq"
 
 
