@@ -598,7 +598,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         ("save", "save_quantized"),
         lambda: {
             "model": P(quantized()),
-            "directory": P(FOLDER / "new", "'x' cuda:99"),
+            "directory": P(FOLDER / "model", "'x' cuda:99"),
             "overwrite": P(True, FLAG),
             "schedule": P(schedule(), "None"),
             "compensation": P(compensation(), "None"),
