@@ -75,7 +75,7 @@ KEPT = (*WEIGHT_BUFFERS, *OPTIONAL_BUFFERS)
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What turns the full-precision model into the calibrated one, and the runs it is for."""
+    """Say how the full-precision model becomes the calibrated one, and which runs that is for."""
 
     quantization: QuantConfig
     structure: dict[str, int | None]
@@ -86,7 +86,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The content of ``qandc.json``."""
+    """Hold the content of ``qandc.json``."""
 
     files: dict[str, FileEntry]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the model, if one is there
@@ -114,7 +114,7 @@ def is_finished(directory: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a quantized, cached model needs beside its full-precision weights.
+    """Hold what a quantized, cached model needs beside its full-precision weights.
 
     Attributes:
         config: bits, layers left out, how weights are clipped.
@@ -169,7 +169,7 @@ class Preset:
         keep_weights: bool = False,
         source: str | None = None,
     ) -> Preset:
-        """The ranges of a calibrated model, and the rest as given.
+        """Make a preset of the ranges of a calibrated model, and of the rest as given.
 
         Args:
             scheduler, guidance_scale: of the runs, the scheduler by its class name; by default those that the
@@ -198,12 +198,12 @@ class Preset:
 
     @property
     def num_inference_steps(self) -> int:
-        """Of the runs they are for."""
+        """Count the steps of the runs that these settings are for."""
         return len(self.schedule.schedule)
 
     @property
     def scheduler_name(self) -> str:
-        """As :func:`qandc.make_scheduler` takes it; the class name if it knows none."""
+        """Name the scheduler as :func:`qandc.make_scheduler` takes it; by its class if that knows none."""
         return {known: name for name, known in SCHEDULERS.items()}.get(self.scheduler, self.scheduler)
 
     def digest(self) -> str:
@@ -217,7 +217,7 @@ class Preset:
 
     @checked
     def base_model(self, given: str | None = None) -> str | None:
-        """Return what :func:`qandc.load_pipeline` takes: ``given``, or what the settings name, which is then logged."""
+        """Choose what :func:`qandc.load_pipeline` takes: ``given``, or what the settings name, which is then logged."""
         if given is not None or self.model is None:
             return given
         level = logging.INFO if Path(self.model).is_dir() else logging.WARNING  # what the hub sends is another's
@@ -258,7 +258,7 @@ class Preset:
 
     @checked
     def quantize(self, model: nn.Module) -> Any:
-        """``quantize_model`` with these settings, and static ranges; kept weights are installed bit for bit.
+        """Quantize a full-precision model with these settings and set static ranges; kept weights come back bit for bit.
 
         Raises:
             ModelError: the model has another structure than the one these settings were made for. It is unchanged then.
@@ -325,7 +325,7 @@ class Preset:
     @classmethod
     @checked
     def load(cls, directory: str | Path) -> Preset:
-        """Read what :meth:`save` wrote.
+        """Read the settings that :meth:`save` wrote.
 
         Raises:
             ConfigError: a file is missing, damaged or not of this version; or it is a model without settings.
@@ -359,7 +359,7 @@ def _structure(model: Any) -> dict[str, int | None]:
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """What :func:`load` found.
+    """Hold a calibrated model as :func:`load` returns it.
 
     Attributes:
         model: the quantized transformer, in eval mode.
@@ -480,7 +480,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Any:
 
 
 class _Directory:
-    """A directory whose files are as its manifest says: names of a fixed set, sizes, checksums."""
+    """Read a directory whose files are as its manifest says: names of a fixed set, sizes, checksums."""
 
     def __init__(self, directory: Path) -> None:
         path = directory / MANIFEST

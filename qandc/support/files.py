@@ -137,7 +137,7 @@ def reading(path: Path, what: str, advice: str, error: type[QandCError] = Config
 
 
 class _Envelope(msgspec.Struct):
-    """What is around the content of a file; ``sha256`` is of the content as it is written, and of the tensors."""
+    """Hold what is around the content of a file; ``sha256`` is of the content as it is written, and of the tensors."""
 
     version: int
     kind: str = ""
@@ -146,7 +146,7 @@ class _Envelope(msgspec.Struct):
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Size and SHA-256 of a file, as the manifest of its directory holds them."""
+    """Hold size and SHA-256 of a file, as the manifest of its directory does."""
 
     bytes: int
     sha256: str
@@ -167,7 +167,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class FileKind(Generic[Content]):
-    """A kind of file: JSON, or tensors with JSON in their header, in either case with its version and a checksum.
+    """Write and read a kind of file: JSON, or tensors with JSON in their header, with its version and a checksum.
 
     Attributes:
         what: the file is, for messages and in the file: "schedule".
@@ -184,12 +184,12 @@ class FileKind(Generic[Content]):
     error: type[QandCError] = ConfigError
 
     def write(self, path: Path, content: Content) -> None:
-        """Write a JSON file, as :func:`write_whole` does."""
+        """Write a JSON file, whole or not at all."""
         text = self._around(content, {})
         write_whole(path, lambda partial: partial.write_bytes(text + b"\n"))
 
     def write_tensors(self, path: Path, tensors: Mapping[str, torch.Tensor], content: Content) -> None:
-        """Write a safetensors file, as :func:`write_whole` does; its metadata hold the content."""
+        """Write a safetensors file, whole or not at all; its metadata hold the content."""
         from safetensors.torch import save_file
 
         # cloned: tensors may share memory, which safetensors refuses
@@ -198,7 +198,7 @@ class FileKind(Generic[Content]):
         write_whole(path, lambda partial: save_file(ours, partial, metadata))
 
     def read(self, path: Path) -> Content:
-        """Read what :meth:`write` wrote.
+        """Read a JSON file that :meth:`write` wrote.
 
         Raises:
             ConfigError: or ``error``: no such file or no regular one, more than 64 MiB, no JSON, nested too deeply, of
@@ -209,7 +209,7 @@ class FileKind(Generic[Content]):
         return self._checked(path, envelope, {})
 
     def read_tensors(self, path: Path) -> tuple[dict[str, torch.Tensor], Content]:
-        """Read what :meth:`write_tensors` wrote; errors as :meth:`read`."""
+        """Read a safetensors file that :meth:`write_tensors` wrote; errors as :meth:`read`."""
         tensors, metadata = self.read_foreign_tensors(path)
         with reading(path, self.what, self.advice, self.error):
             envelope = msgspec.json.decode(metadata.get("qandc", '{"version": 0}'), type=_Envelope)
@@ -340,7 +340,7 @@ def keep_settings(path: Path, settings: dict[str, Any], what: str) -> None:
 
 
 def _where_they_differ(*texts: str) -> tuple[str, ...]:
-    """Long texts are cut to what stands around the first difference."""
+    """Cut long texts to what stands around the first difference."""
     different = (i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
     first = max(0, next(different, 0) - 20)
     parts = [text[first : first + 60] if len(text) > 60 else text for text in texts]
