@@ -258,7 +258,7 @@ class Preset:
 
     @checked
     def quantize(self, model: nn.Module) -> Any:
-        """Quantize a full-precision model with these settings and set static ranges; kept weights come back bit for bit.
+        """Quantize a full-precision model with these settings, static ranges included; kept weights come as they were.
 
         Raises:
             ModelError: the model has another structure than the one these settings were made for. It is unchanged then.
