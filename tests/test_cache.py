@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from qandc import (
+    CacheConfig,
     CacheError,
+    FeatureCache,
     apply_cache_to_dit,
     get_cache,
     make_scheduler,
@@ -195,14 +197,55 @@ def test_two_threads_inside_at_once_are_refused():
         run(model, 1)
 
 
-def test_a_block_called_alone_computes():
-    model = apply(make_dit(), 3)
-    run(model, 2)
+@pytest.mark.parametrize("mode", ["block", "branch"])
+def test_a_block_called_alone_computes_and_stores_nothing(mode):
+    model, labels, config = make_dit(), LABELS.clone(), CacheConfig(mode, 3)
+    apply_cache_to_dit(model, config=config)
+    run(model, 1, labels=labels)
     x = torch.randn(4, 16, 32)
     arguments = {"timestep": torch.tensor([5] * 4), "class_labels": LABELS}
     with torch.no_grad():
         expected = make_dit().transformer_blocks[0](x, **arguments)
         assert torch.equal(model.transformer_blocks[0](x, **arguments), expected)
+        reused = model(**inputs(1), class_labels=labels).sample
+    undisturbed = make_dit()
+    apply_cache_to_dit(undisturbed, config=config)
+    assert torch.equal(reused, run(undisturbed, 2)[1])
+
+
+def test_of_three_runs_the_one_used_longest_ago_is_given_up():
+    model = apply(make_dit(), 3)
+    first, second, third = (LABELS.clone() for _ in range(3))
+    actions = []
+    model.proj_out_2.register_forward_hook(lambda *_: actions.append(get_cache(model).plan.action))
+    with torch.no_grad():
+        for step, labels in ((0, first), (0, second), (1, first), (0, third), (2, first), (1, second)):
+            model(**inputs(step), class_labels=labels)
+    store, reuse = Action.STORE, Action.REUSE
+    assert actions == [store, store, reuse, store, reuse, store]
+
+
+def test_features_of_another_shape_are_never_reused():
+    cache, labels, x = FeatureCache(CacheConfig("branch", 3)), LABELS.clone(), torch.zeros(4, 4, 8, 8)
+    made_for = (3, 2, (4, 16, 32), torch.float32, x.device)
+    with cache.step(x, torch.tensor([900]), labels) as plan:
+        store = plan.make(*made_for)
+        assert plan.make(*made_for) is store
+        assert store.values.shape == (1, 3, 2, 4, 16, 32)
+    with cache.step(x, torch.tensor([880]), labels) as plan:
+        assert plan.make(*made_for) is store
+        with pytest.raises(CacheError, match="no features of this shape"):
+            plan.make(3, 2, (4, 16, 64), torch.float32, x.device)
+
+
+@pytest.mark.parametrize("mode", ["block", "branch", "taylor"])
+def test_memory_made_in_inference_mode_serves_outside_of_it(mode):
+    model = make_dit()
+    apply_cache_to_dit(model, config=CacheConfig(mode, 2))
+    with torch.inference_mode():
+        expected = [model(**inputs(step), class_labels=LABELS).sample for step in range(4)]
+    found = run(model, 4, labels=LABELS)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_gradient_checkpointing_is_refused():

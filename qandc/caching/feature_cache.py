@@ -122,11 +122,9 @@ class FeatureCache(Attachment):
         if not weights:
             return None
         if (device, weights) not in self._weights:
-            with torch.inference_mode(False):
-                made = torch.empty(len(weights), dtype=torch.float32, device=device)
-                for i, weight in enumerate(weights):
-                    made[i].fill_(weight)
-            self._weights[device, weights] = made
+            made = self._weights[device, weights] = torch.empty(len(weights), dtype=torch.float32, device=device)
+            for i, weight in enumerate(weights):
+                made[i].fill_(weight)
         return self._weights[device, weights]
 
     def _correction(self, device: torch.device, reused: int) -> tuple[torch.Tensor, torch.Tensor] | None:
