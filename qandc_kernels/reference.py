@@ -462,15 +462,13 @@ def gated_sum(
     gates: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
-    gains: torch.Tensor | None = None,
-    offsets: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute a reuse step of a cache: ``y = x + Σ_(l, k) gate_(l, k) · (a_(l, k) Σ_s w_s f_(s, l, k) + b_(l, k))``.
+    """Compute a reuse step of a feature cache: ``y = x + b + Σ_s w_s Σ_(l, k) gate_(l, k) · f_(s, l, k)``, in one pass.
 
     f are the branch outputs of L blocks at S computed steps, K branches a block; the gates are those of the current
-    step, the weights those of a forecast (FORA, arXiv 2407.01425: S = 1; TaylorSeer, arXiv 2503.06923). Gains a and
-    offsets b, a pair per channel, correct what is reused. One pass, summed in float32, cast last. Features whose weight
-    is 0 are not read.
+    step, the weights those of a forecast (FORA, arXiv 2407.01425: S = 1; TaylorSeer, arXiv 2503.06923); b is an offset
+    of each channel. Summed in float32, cast last. Features whose weight is 0 are not read.
 
     Args:
         x: ``[samples, tokens, D]`` float16, bfloat16 or float32.
@@ -478,16 +476,18 @@ def gated_sum(
         gates: ``[L, K, samples, D]`` floating point, e.g. parts of ``[L, samples, 6 D]``; None for all 1.
         weights: ``[S] float32``; None for all 1.
         scales: ``[S, L, K, samples, tokens] float32``, contiguous, that int8 features are multiplied with.
-        gains, offsets: ``[L, K, D] float32``, contiguous; None for no correction. Both or neither.
+        offset: ``[samples, D] float32``, contiguous; None for 0.
 
     Returns:
         ``[samples, tokens, D]``, contiguous, dtype of ``x``.
 
     Raises:
         ArgumentError: a dtype, shape, stride or device is not one of the above, or only one of int8 features
-            and scales, or of gains and offsets, is there.
+            and scales is there.
     """
     y = x.to(torch.float32, copy=True)
+    if offset is not None:
+        y += offset[:, None]
     for s in range(features.shape[0]):
         if weights is not None and not weights.is_meta and weights[s] == 0:
             continue  # what a weight of 0 stands at was never written
@@ -495,14 +495,9 @@ def gated_sum(
             part = features[s, layer, branch].to(torch.float32)
             if scales is not None:
                 part = part * scales[s, layer, branch][..., None]
-            if gains is not None:
-                part = part * gains[layer, branch]
             if gates is not None:
                 part = part * gates[layer, branch].to(torch.float32)[:, None]
             y += part if weights is None else part * weights[s]
-    if offsets is not None:
-        moved = offsets[:, :, None] if gates is None else offsets[:, :, None] * gates.to(torch.float32)
-        y += moved.sum((0, 1))[:, None]
     return y.to(x.dtype)
 
 

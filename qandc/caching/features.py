@@ -106,4 +106,10 @@ class FeatureStore:
         correction: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Compute ``x + Σ gate · (gain · Σ weight · feature + offset)``: what the blocks make of ``x`` when reused."""
-        return gated_sum(x, self.values, gates, weights, self.scales, *(correction or (None, None)))
+        offset = None
+        if correction is not None:
+            # folded into what the kernel reads anyway: a gain per branch and channel would take half as long again
+            gains, offsets = (values[:, :, None] for values in correction)
+            offset = (offsets if gates is None else gates * offsets).sum((0, 1)).expand(len(x), -1).contiguous()
+            gates = gains.expand(-1, -1, len(x), -1) if gates is None else (gates * gains).to(gates.dtype)
+        return gated_sum(x, self.values, gates, weights, self.scales, offset)

@@ -191,7 +191,7 @@ def check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point=None,
     check_devices(op, "q k v out_scale out_zero_point nan_flag", q, k, v, out_scale, out_zero_point, nan_flag)
 
 
-def check_gated_sum(x, features, gates=None, weights=None, scales=None, gains=None, offsets=None):
+def check_gated_sum(x, features, gates=None, weights=None, scales=None, offset=None):
     op = "gated_sum"
     check_tensor(op, "x", x, FLOAT_DTYPES)
     check_tensor(op, "features", features, (*FLOAT_DTYPES, torch.int8))
@@ -210,16 +210,12 @@ def check_gated_sum(x, features, gates=None, weights=None, scales=None, gains=No
         raise ArgumentError(f"{op}: int8 features need scales, and only they; got features of {features.dtype}")
     if scales is not None:
         check_tensor(op, "scales", scales, FLOAT32, (tuple(features.shape[:5]),))
-    if (gains is None) != (offsets is None):
-        raise ArgumentError(f"{op}: give gains and offsets, or neither")
-    given = {"features": features, "scales": scales, "weights": weights, "gains": gains, "offsets": offsets}
-    for name in ("gains", "offsets"):
-        if given[name] is not None:
-            check_tensor(op, name, given[name], FLOAT32, ((layers, branches, width),))
-    for name, tensor in given.items():
+    if offset is not None:
+        check_tensor(op, "offset", offset, FLOAT32, ((samples, width),))
+    for name, tensor in (("features", features), ("scales", scales), ("weights", weights), ("offset", offset)):
         if tensor is not None and not tensor.is_contiguous():
             raise ArgumentError(f"{op}: {name} must be contiguous; got strides {tensor.stride()}")
-    check_devices(op, f"x gates {' '.join(given)}", x, gates, *given.values())
+    check_devices(op, "x features gates weights scales offset", x, features, gates, weights, scales, offset)
 
 
 def check_guided_step(prediction, latents, coefficients, guidance_scale=None):

@@ -11,7 +11,7 @@ __all__ = ["gated_sum_triton"]
 
 @triton.jit
 def _gated_sum_kernel(
-    x_ptr, features_ptr, gates_ptr, weights_ptr, scales_ptr, gains_ptr, offsets_ptr, out_ptr,
+    x_ptr, features_ptr, gates_ptr, weights_ptr, scales_ptr, offset_ptr, out_ptr,
     samples, tokens,
     stride_gate_l, stride_gate_k, stride_gate_s,
     D: tl.constexpr, SETS: tl.constexpr, LAYERS: tl.constexpr, BRANCHES: tl.constexpr, EVEN: tl.constexpr,
@@ -30,6 +30,8 @@ def _gated_sum_kernel(
     gate_offsets = sample * stride_gate_s + channels
     of_branch = tl.full((), 1, tl.int64) * samples * tokens  # rows of a feature; samples can be a plain 1
     acc = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
+    if offset_ptr is not None:
+        acc += tl.load(offset_ptr + sample * D + channels, mask=inside)
     for s in tl.static_range(SETS):
         weight = 1.0
         if weights_ptr is not None:
@@ -41,19 +43,10 @@ def _gated_sum_kernel(
                 if gates_ptr is not None:
                     gate = gates_ptr + branch // BRANCHES * stride_gate_l + branch % BRANCHES * stride_gate_k
                     factor = tl.load(gate + gate_offsets, mask=inside).to(tl.float32) * weight
-                if gains_ptr is not None:
-                    factor *= tl.load(gains_ptr + branch * D + channels, mask=inside)
                 feature = tl.load(features_ptr + first * D + offsets, mask=inside).to(tl.float32)
                 if scales_ptr is not None:
                     feature *= tl.load(scales_ptr + first + rows, mask=in_row)
                 acc += feature * factor
-    if offsets_ptr is not None:
-        for branch in tl.range(0, LAYERS * BRANCHES, num_stages=1, loop_unroll_factor=UNROLL):
-            moved = tl.load(offsets_ptr + branch * D + channels, mask=inside)
-            if gates_ptr is not None:
-                gate = gates_ptr + branch // BRANCHES * stride_gate_l + branch % BRANCHES * stride_gate_k
-                moved *= tl.load(gate + gate_offsets, mask=inside).to(tl.float32)
-            acc += moved
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -63,8 +56,7 @@ def gated_sum_triton(
     gates: torch.Tensor | None,
     weights: torch.Tensor | None,
     scales: torch.Tensor | None,
-    gains: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    offset: torch.Tensor | None,
 ) -> torch.Tensor:
     """Launch on contiguous ``x [samples, tokens, D]`` and ``features [S, L, K, samples, tokens, D]``.
 
@@ -78,7 +70,7 @@ def gated_sum_triton(
     grid = (samples * triton.cdiv(tokens, block_t), triton.cdiv(width, block_d))
     stride_gate_l, stride_gate_k, stride_gate_s = (0, 0, 0) if gates is None else gates.stride()[:3]
     _gated_sum_kernel[grid](
-        x, features, gates, weights, scales, gains, offsets, out,
+        x, features, gates, weights, scales, offset, out,
         samples, tokens,
         stride_gate_l, stride_gate_k, stride_gate_s,
         D=width, SETS=sets, LAYERS=layers, BRANCHES=branches,

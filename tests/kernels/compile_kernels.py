@@ -206,8 +206,8 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         gates, scales = x[:, :2].transpose(0, 1).expand(28, -1, -1, -1), None
         if dtype == torch.int8:
             scales = torch.ones(1).expand(features.shape[:5])
-        correction = torch.ones(2, 28, 2, 1152).unbind(0) if sets > 1 else (None, None)
-        residual.gated_sum_triton(x, features, gates, torch.ones(sets) if sets > 1 else None, scales, *correction)
+        weights, offset = (torch.ones(sets), torch.ones(samples, 1152)) if sets > 1 else (None, None)
+        residual.gated_sum_triton(x, features, gates, weights, scales, offset)
         yield record(arch, "gated_sum", [samples, sets, dtype.itemsize])
     latents, coefficients = torch.zeros(2, 4, 32, 32), torch.zeros(3, 4)
     for guidance_scale, rows in ((4.0, 4), (None, 2)):

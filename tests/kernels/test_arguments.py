@@ -93,8 +93,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "gates": tensor(2, 2, 2, 64, dtypes=FLOATS, optional=True),
         "weights": tensor(1, optional=True),
         "scales": tensor(1, 2, 2, 2, 3),
-        "gains": tensor(2, 2, 64),
-        "offsets": tensor(2, 2, 64),
+        "offset": tensor(2, 64, optional=True),
     },
     "guided_step": {
         "prediction": tensor(4, 6, 3, 5, dtypes=FLOATS),

@@ -186,7 +186,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         ),
         "gated_sum": (
             adaln[0], torch.randn(2, 3, 2, 2, 3, 32, device=device), torch.randn(3, 2, 2, 32, device=device),
-            torch.ones(2, device=device), None, *torch.randn(2, 3, 2, 32, device=device).unbind(0),
+            torch.ones(2, device=device), None, torch.randn(2, 32, device=device),
         ),
         "guided_step": (
             torch.randn(4, 6, 3, 5, device=device).half(), torch.randn(2, 4, 3, 5, device=device),
