@@ -1,0 +1,72 @@
+"""Measure what compensation of features is worth on fashion-dit in full precision: cache mode x interval x pull.
+
+python training/feature_compensation.py --out results/h200/feature-compensation.json      # seconds a row on a GPU
+python training/feature_compensation.py --out results/cpu/feature-compensation.json --device cpu --fit 20 --images 20 \
+    --steps 20 --intervals 4
+
+PSNR is that of latents of other noise than was fitted on, to those of the model without a cache.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import DDIMScheduler, DiTPipeline
+
+from qandc import CacheConfig, apply_cache, fashion_dit_path, fit_feature_compensation, remove_cache, sample_latents
+from qandc.evaluation.metrics import psnr
+from qandc.experiments.report import measure_rows
+from quality import Out, Seconds, command
+
+FORMS = (("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2))
+FIRST_OF_OTHERS = 1_000_000  # seed
+
+
+def main(
+    out: Out,
+    fit: Annotated[int, typer.Option(min=1, help="Images to fit on.")] = 40,
+    images: Annotated[int, typer.Option(min=1, help="Images of other noise to compare.")] = 200,
+    steps: int = 50,
+    guidance_scale: float = 1.5,
+    intervals: Annotated[str, typer.Option(help="Comma-separated.")] = "3,5,8",
+    along: Annotated[str, typer.Option(help="uncached or corrected.")] = "uncached",
+    seconds: Seconds = 1e9,
+    device: str = "cuda",
+) -> None:
+    """Draw with each cache, plain and compensated."""
+    pipe = DiTPipeline.from_pretrained(fashion_dit_path()).to(device)
+    model, scheduler = pipe.transformer, DDIMScheduler.from_config(pipe.scheduler.config)
+
+    def draw(first: int, count: int) -> torch.Tensor:
+        seeds, run = range(first, first + count), {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        return sample_latents(model, scheduler, [seed % 10 for seed in seeds], seeds=seeds, **run)
+
+    true = draw(FIRST_OF_OTHERS, images)
+    peak = float(true.max() - true.min())
+
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
+        config, found = CacheConfig(row["mode"], interval=row["interval"], order=row["order"]), None
+        if row["pull"] is not None:
+            found = fit_feature_compensation(model, lambda: draw(0, fit), config=config, along=along, pull=row["pull"])
+        apply_cache(model, config=config, compensation=found)
+        try:
+            values = psnr(draw(FIRST_OF_OTHERS, images), true, peak)
+        finally:
+            remove_cache(model)
+        bytes_ = 0 if found is None else found.nbytes
+        return {"psnr": float(values.mean()), "psnr_std": float(values.std()), "compensation_bytes": bytes_}
+
+    rows = [
+        {"mode": mode, "order": order, "interval": int(interval), "pull": pull}
+        for interval in intervals.split(",")
+        for mode, order in FORMS
+        for pull in (None, 0.0, 0.5, 1.0)
+    ]
+    settings = {"fit": fit, "images": images, "steps": steps, "guidance_scale": guidance_scale, "scheduler": "ddim"}
+    measure_rows(out, {**settings, "along": along, "dtype": "float32"}, rows, measure, seconds=seconds)
+
+
+if __name__ == "__main__":
+    command(main)
