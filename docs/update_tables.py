@@ -464,6 +464,21 @@ def models_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def by_turns_table(result: dict[str, Any]) -> list[str]:
+    """Compare medians of both in the same rounds."""
+    rows = {(row["layer"], row["candidate"]): row for row in result["rows"]}
+    layers, names = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
+    lines = [f"| ms a forward: bf16, QuantLinear W8A8 | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
+    for name in names:
+        cells = []
+        for layer in layers:
+            row = rows[layer, name]
+            theirs, ours = row["rival_median_us"] / 1e3, row["median_us"] / 1e3
+            cells.append(f"{theirs:.1f}, {ours:.1f} (**{theirs / ours:.2f}x**)")
+        lines.append(f"| {'compiled' if 'compiled' in name else 'eager'} | {' | '.join(cells)} |")
+    return lines
+
+
 SHORT = (  # candidates of the short table, the first of which the others are compared with
     "bf16 compiled",
     "QuantLinear W8A8, compiled",
@@ -550,7 +565,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model-torchao.json goals": goals_table,
     "results/h200/models.json": models_table,
     "results/h200/models.json short": short_models_table,
-    "results/h200/models.json goals": goals_table,
+    "results/h200/models-by-turns.json": by_turns_table,
+    "results/h200/models-by-turns.json goals": goals_table,
     "results/h200/models-fp8.json": models_table,
     "results/h200/model-drop-in.json": drop_in_table,
     "results/h200/model-drop-in.json goals": goals_table,
