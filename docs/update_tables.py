@@ -479,6 +479,19 @@ def by_turns_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def feature_compensation_table(result: dict[str, Any]) -> list[str]:
+    """Print PSNR of latents to those without a cache: plain, and by how far gains are pulled towards 1."""
+    rows = {(row["mode"], row["order"], row["interval"], row["pull"]): row for row in result["rows"]}
+    pulls = list(dict.fromkeys(key[-1] for key in rows))
+    heads = ["plain cache" if pull is None else f"pull {pull:g}" for pull in pulls]
+    lines = [f"| dB | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for mode, order, interval in dict.fromkeys(key[:3] for key in rows):
+        values = [rows[mode, order, interval, pull]["psnr"] for pull in pulls]
+        cells = [f"**{value:.1f}**" if value == max(values) else f"{value:.1f}" for value in values]
+        lines.append(f"| {mode}{f' {order}' if mode == 'taylor' else ''}, N = {interval} | {' | '.join(cells)} |")
+    return lines
+
+
 SHORT = (  # candidates of the short table, the first of which the others are compared with
     "bf16 compiled",
     "QuantLinear W8A8, compiled",
@@ -553,6 +566,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/outliers.json": outliers_table,
     "results/h100/outliers.json": outliers_table,
     "results/cpu/experiment.json": experiment_table,
+    "results/cpu/feature-compensation.json": feature_compensation_table,
     "results/cpu/large-model.json": large_model_table,
     "results/h100/large-model.json": large_model_table,
     "results/h100/sample.json": sample_table,

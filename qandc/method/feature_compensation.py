@@ -179,7 +179,7 @@ def fit_feature_compensation(
 
     Runs without the cache and notes, at each step that would reuse a feature f, what the branch computes there, g. Then
     ``a = 1 + (1 - pull) (Cov(f, g) / Var(f) - 1)`` and ``b = mean(g) - a mean(f)`` over samples and tokens, and the
-    cache takes ``a · f + b`` in the place of f (``apply_cache(transformer, compensation=found)``), at no cost.
+    cache takes ``a · f + b`` in the place of f: ``apply_cache(transformer, compensation=found)``.
 
     Args:
         transformer: DiT or PixArt, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache
