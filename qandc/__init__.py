@@ -1,4 +1,4 @@
-"""Quantized and cached diffusion transformers: after *Q&C: When Quantization Meets Cache* (arXiv 2503.02508).
+"""Quantize and cache diffusion transformers, after *Q&C: When Quantization Meets Cache* (arXiv 2503.02508).
 
 Importing this package loads torch and nothing heavier; diffusers is imported by the functions that need it.
 """

@@ -1,4 +1,4 @@
-"""The exceptions of qandc and of the kernels below it, and nothing else.
+"""Define the exceptions of qandc and of the kernels below it, and nothing else.
 
 ::
 
@@ -34,24 +34,24 @@ __all__ = [
 
 
 class ConfigError(QandCError, ValueError):
-    """A setting is outside what is allowed."""
+    """Say that a setting is outside what is allowed."""
 
 
 class ModelError(QandCError, ValueError):
-    """A model or pipeline cannot be used as asked."""
+    """Say that a model or pipeline cannot be used as asked."""
 
 
 class CacheError(ModelError):
-    """A feature cache cannot be attached, used or removed."""
+    """Say that a feature cache cannot be attached, used or removed."""
 
 
 class DataError(QandCError, ValueError):
-    """Calibration or weight data are empty or not finite."""
+    """Say that calibration or weight data are empty or not finite."""
 
 
 class OutputError(QandCError, OSError):
-    """A result cannot be written."""
+    """Say that a result cannot be written."""
 
 
 class ProcessError(QandCError, RuntimeError):
-    """A process of a run has ended, or was told to."""
+    """Say that a process of a run has ended, or was told to."""

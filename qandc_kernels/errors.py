@@ -6,7 +6,7 @@ __all__ = ["ArgumentError", "DeviceError", "QandCError"]
 
 
 class QandCError(Exception):
-    """Be the base class of every error that qandc and qandc_kernels raise on purpose."""
+    """Stand for every error that qandc and qandc_kernels raise on purpose."""
 
 
 class ArgumentError(QandCError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Sets of images to be compared: an ``.npz`` in the format of the ADM suite, a folder of PNG or JPEG, an array."""
+"""Read sets of images to be compared: an ``.npz`` in the format of the ADM suite, a folder of PNG or JPEG, an array."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONVERT = (
 
 @dataclass(frozen=True)
 class Images:
-    """``count`` images of one ``shape`` (height, width, channels: 1 or 3), uint8, read when they are needed."""
+    """Hold ``count`` images of one ``shape`` (height, width, channels: 1 or 3), uint8, read when they are needed."""
 
     name: str
     count: int
@@ -137,7 +137,7 @@ def _refuse_nan(name: str, images: np.ndarray) -> None:
 
 
 def _checked_shape(name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
-    """(height, width, channels) of an array of images."""
+    """Return (height, width, channels) of an array of images."""
     if dtype != np.uint8:
         hint = "round values in [-1, 1] by ((x / 2 + 0.5).clip(0, 1) * 255).round()"
         raise DataError(f"{name}: images are uint8, 0 to 255; got {dtype}; {hint} and {SAVE}")
@@ -155,7 +155,7 @@ def _check_size(name: str, height: int, width: int, max_pixels: int) -> None:
 
 
 def _open_npz(path: Path, max_pixels: int) -> Images:
-    """Rows are read from the archive as they are asked for: 50,000 images of 256 x 256 are 10 GB."""
+    """Open an archive whose rows are read as they are asked for: 50,000 images of 256 x 256 are 10 GB."""
     name = str(path)
     npz = Npz(path, f"{name}: not an .npz file that can be read", SAVE)
     if "arr_0" not in npz.names:
@@ -171,7 +171,7 @@ def _open_npz(path: Path, max_pixels: int) -> Images:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """The files below a folder that count as images, by the rule of :meth:`Images.open`."""
+    """List the files below a folder that count as images, by the rule of :meth:`Images.open`."""
     found: dict[str, Path] = {}
     walked, waiting = set(), [str(folder)]
     with decoding(f"folder {str(folder)!r} cannot be read", "remove or replace what is named here"):
@@ -229,7 +229,7 @@ def _check_chunks(path: Path, image: Any) -> None:
 
 
 def _load(path: Path, max_pixels: int, pixels: bool) -> tuple[tuple[int, int, int], np.ndarray | None]:
-    """(height, width, channels) of an image file, and its pixels if they are asked for."""
+    """Return (height, width, channels) of an image file, and its pixels if they are asked for."""
     from PIL.JpegImagePlugin import JpegImageFile
     from PIL.PngImagePlugin import PngImageFile
 

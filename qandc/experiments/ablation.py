@@ -75,7 +75,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """Settings of an ablation; it compares six rows.
+    """Hold the settings of an ablation, which compares six rows.
 
     Attributes:
         images: of each row, the classes of the model in turn.

@@ -1,4 +1,4 @@
-"""Many images by number: shared out among processes, stored shard by shard, joined into the ``.npz`` of ADM's suite.
+"""Draw many images by number: shared out among processes, stored as shards, joined into the ``.npz`` of ADM's suite.
 
 Image ``i`` has the class ``classes[i % len(classes)]`` and the noise of seed ``first_seed + i``. A shard is one batch
 of images with consecutive numbers, and process ``r`` of ``n`` draws the shards ``r, r + n, ...``: whoever draws a
@@ -35,7 +35,7 @@ SHARD = FileKind("shard of images", 1, dict[str, float], "delete it and run the 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Which images.
+    """Say which images are drawn.
 
     Attributes:
         count: how many.
@@ -68,11 +68,11 @@ class ImageSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """``[count] int64``."""
+        """Return the class of each image, ``[count] int64``."""
         return np.resize(np.array(self.classes, dtype=np.int64), self.count)
 
     def shards(self) -> Iterator[range]:
-        """Numbers of the images of each shard."""
+        """Return the numbers of the images of each shard."""
         for first in range(0, self.count, self.batch_size):
             yield range(first, min(first + self.batch_size, self.count))
 

@@ -1,4 +1,4 @@
-"""Quantizing a whole model, and telling what became of it."""
+"""Quantize a whole model, and tell what became of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXACT_WEIGHTS = "_qandc_exact_weights"  # attribute of a model that was cast: a 
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """Qualified name to layer, in the order of the model."""
+    """Map qualified names to quantized layers, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
@@ -169,7 +169,7 @@ def quantize_model(
 
 
 def _unrounded(weight: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor | None:
-    """The stored weight in float32, if rounded it is the one that is there: if nobody has changed that since."""
+    """Return the weight before rounding, float32, if rounded it is the one in use: if nobody has changed that since."""
     if stored is None or stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
         return None
     return stored.to(weight.device, torch.float32)
@@ -224,7 +224,7 @@ def note_to_save(model: nn.Module, config: QuantConfig, schemes: Mapping[str, st
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer: ``kernel`` is what runs where the layer is now, ``reason`` says why."""
+    """Describe one linear layer: ``kernel`` is what runs where the layer is now, ``reason`` says why."""
 
     name: str
     quantized: bool
@@ -237,7 +237,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """All linear layers of a model, quantized or not, and what the rest of it takes.
+    """List all linear layers of a model, quantized or not, and what the rest of it takes.
 
     ``print`` it for a table with a row for each group of layers whose names differ in numbers only.
 
@@ -254,27 +254,27 @@ class QuantizationReport:
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
-        """The layers that are QuantLinear."""
+        """Return the layers that are QuantLinear."""
         return tuple(layer for layer in self.layers if layer.quantized)
 
     @property
     def quantized_bytes(self) -> tuple[int, int]:
-        """Weight bytes of the quantized layers alone, before and after."""
+        """Return weight bytes of the quantized layers alone, before and after."""
         return sum(layer.bytes_before for layer in self.quantized), sum(layer.bytes_after for layer in self.quantized)
 
     @property
     def bytes_before(self) -> int:
-        """Weight bytes of all linear layers as they were."""
+        """Return weight bytes of all linear layers as they were."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        """Weight bytes of all linear layers as they are."""
+        """Return weight bytes of all linear layers as they are."""
         return sum(layer.bytes_after for layer in self.layers)
 
     @property
     def total_bytes(self) -> tuple[int, int]:
-        """Bytes of all parameters and buffers of the model, before and after."""
+        """Return bytes of all parameters and buffers of the model, before and after."""
         return self.bytes_before + self.other_bytes, self.bytes_after + self.other_bytes
 
     @property
@@ -356,7 +356,7 @@ def quantization_plan(
 
 @checked
 def quantization_report(model: nn.Module) -> QuantizationReport:
-    """Per linear layer: scheme, weight bytes before and after, which kernel will run here, and why."""
+    """Report for each linear layer scheme, weight bytes before and after, which kernel will run here, and why."""
     kept = kept_layers(model)
     instead: dict[str, tuple[str, str]] = {}
     for attachment in attachments(model):

@@ -39,7 +39,7 @@ def refuse_write(what: str) -> ModelError:
 
 
 class DequantizedWeight(torch.Tensor):
-    """The weight of a :class:`qandc.QuantLinear` is read as any tensor; what would write to it raises ModelError.
+    """Stand for the weight of a :class:`qandc.QuantLinear`: read as any tensor, an error where it is written to.
 
     It knows shape, dtype and device, and computes its values anew for each operation that needs them. Views of it
     (``t()``, ``w[0]``, ``detach()``, ``.data``) are of this class too, since a write to them would be lost in the same

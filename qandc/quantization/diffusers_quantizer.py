@@ -1,4 +1,4 @@
-"""The quantization method "qandc" of diffusers: its config and its quantizer.
+"""Define the quantization method "qandc" of diffusers: its config and its quantizer.
 
 :mod:`qandc.quantization.registration` adds both to diffusers.
 
@@ -34,13 +34,13 @@ LOADING = threading.Lock()
 
 
 class Method(str, Enum):
-    """diffusers reads ``quant_method.value``, and its own enumeration is closed."""
+    """Name the method to diffusers, which reads ``quant_method.value`` and has a closed enumeration of its own."""
 
     QANDC = "qandc"
 
 
 class QandCConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a diffusers model in ``from_pretrained``, or one of a pipeline's ``quant_mapping``.
+    """Be ``quantization_config`` in ``from_pretrained`` of a diffusers model, or one of a pipeline's ``quant_mapping``.
 
     Args:
         w_bits, a_bits, skip_patterns, weight_clip, conditioning: as :class:`qandc.QuantConfig`. What is saved holds the
@@ -87,7 +87,7 @@ class QandCConfig(QuantizationConfigMixin):
 
     @property
     def settings(self) -> QuantConfig:
-        """What diffusers' ``update`` may have changed, validated anew."""
+        """Return the settings validated anew: diffusers' ``update`` may have changed them."""
         return QuantConfig(self.w_bits, self.a_bits, self.skip_patterns, self.weight_clip, self.conditioning)
 
     def bits_of_layers(self) -> dict[str, tuple[int, int]]:
@@ -101,17 +101,17 @@ class QandCConfig(QuantizationConfigMixin):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds."""
+        """Return what ``config.json`` holds."""
         layers = {} if self.layers is None else {"layers": dict(self.layers)}
         return {"quant_method": self.quant_method.value, **settings_to_save(self.settings), **layers}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Everything: defaults may differ in another version."""
+        """Return everything: defaults may differ in another version."""
         return self.to_dict()
 
 
 class QandCQuantizer(DiffusersQuantizer):
-    """What diffusers calls while it loads a model (``diffusers/quantizers/base.py``)."""
+    """Do what diffusers calls while it loads a model (``diffusers/quantizers/base.py``)."""
 
     is_serializable = True
     is_trainable = False
@@ -125,7 +125,7 @@ class QandCQuantizer(DiffusersQuantizer):
         self.absent: list[tuple[QuantLinear, str]] = []  # optional buffers that the checkpoint lacks
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Called with what the user gave, and again with the devices found for each module."""
+        """Check what the user gave; called again with the devices found for each module."""
         if importlib.util.find_spec("accelerate") is None:
             raise ModelError("diffusers loads quantized models through accelerate, which is not here; install it")
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -166,7 +166,7 @@ class QandCQuantizer(DiffusersQuantizer):
         return bits
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        """Ranges and smoothing are there or not; anything else has to be."""
+        """Leave out of the missing keys ranges and smoothing: they are there or not, anything else has to be."""
         absent = []
         for key in missing_keys:
             owner, _, leaf = key.rpartition(".")
@@ -187,7 +187,7 @@ class QandCQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """Whether :meth:`create_quantized_param` takes this tensor."""
+        """Tell whether :meth:`create_quantized_param` takes this tensor."""
         owner, _, leaf = param_name.rpartition(".")
         return owner in self.bits and not (self.pre_quantized and leaf == "bias")
 

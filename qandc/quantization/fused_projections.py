@@ -31,7 +31,7 @@ TENSORS = ("qweight", "weight_scale", "weight_sum", "bias")
 
 
 class FusedProjection(nn.Module):
-    """``torch.cat([layer(x) for layer in members], -1)`` as one quantization and one product.
+    """Compute ``torch.cat([layer(x) for layer in members], -1)`` as one quantization and one product.
 
     The layers stay the owners of weights and ranges: they are saved, loaded, calibrated and reported, and back in use
     after ``unfuse_qkv_projections``. What this module holds are the same bytes again, as one tensor, which no state
@@ -101,7 +101,7 @@ class FusedProjection(nn.Module):
         return self.members[0].smoothing
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``[..., K]`` to the outputs of all layers, side by side in the last dimension."""
+        """Map ``[..., K]`` to the outputs of all layers, side by side in the last dimension."""
         if torch.compiler.is_compiling():
             if self.qweight.numel():
                 weights = self.qweight, self.weight_scale, self.weight_sum, self.bias

@@ -94,7 +94,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 class TokenLayers:
-    """Tells layers that see tokens, ``[B, tokens, K]``, from those that see one row per sample, as modulation does."""
+    """Tell layers that see tokens, ``[B, tokens, K]``, from those that see one row per sample, as modulation does."""
 
     def __init__(self) -> None:
         self._sees_tokens: dict[str, bool] = {}
@@ -111,7 +111,7 @@ class TokenLayers:
 
 
 class _Group:
-    """Layers that were given the same tensors in all forwards, and the total of these.
+    """Hold layers that were given the same tensors in all forwards, and the total of these.
 
     Attributes:
         key: of the tensor seen last.
@@ -127,7 +127,7 @@ class _Group:
 
 
 class SharedInputs:
-    """Adds up a statistic of the inputs of each layer, once for all layers that are given the same tensors.
+    """Add up a statistic of the inputs of each layer, once for all layers that are given the same tensors.
 
     Names tell nothing of it: k and v of cross-attention read another tensor than q. So tensors are compared, and layers
     part at the first forward that gives one of them another tensor.
@@ -147,7 +147,7 @@ class SharedInputs:
         self._new: dict[Any, _Group] = {}  # by that tensor: those that have seen one in all
 
     def end_forward(self) -> None:
-        """Part layers that have not seen the same since the last call; after the last forward this must be called."""
+        """Separate layers that have not seen the same since the last call; call it after the last forward too."""
         for group in list(self._groups.values()):
             self._part(group)
 
@@ -176,7 +176,7 @@ class SharedInputs:
             group.latest = group.total
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """Layer name to total; layers that were given the same share one tensor."""
+        """Map layer names to totals; layers that were given the same share one tensor."""
         return {name: group.total for name, group in self._groups.items()}
 
     def _of(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""QuantLinear: the drop-in for ``nn.Linear``."""
+"""Define QuantLinear, the drop-in for ``nn.Linear``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONAL_BUFFERS = {"act_scale": torch.float32, "act_zero_point": torch.int32, "
 
 
 class QuantLinear(nn.Module):
-    """``y = dequantize(quantize(x / smoothing) · qweightᵀ) + bias``, for inference.
+    """Compute ``y = dequantize(quantize(x / smoothing) · qweightᵀ) + bias``, for inference.
 
     The output has the dtype of the input, or under autocast that of autocast, as with ``nn.Linear``. Its gradient is
     straight-through: that of ``nn.Linear`` with the dequantized weight, for the input and for a bias that requires one.
@@ -178,7 +178,7 @@ class QuantLinear(nn.Module):
 
     @property
     def scheme(self) -> str:
-        """E.g. "W8A8 static per-tensor", "W8A16 weight-only"."""
+        """Name the scheme: "W8A8 static per-tensor", "W8A16 weight-only"."""
         if self.weight_only:
             return f"W{self.w_bits}A16 weight-only"
         ranges = "dynamic per-token" if self.act_scale is None else "static per-tensor"
@@ -186,7 +186,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight ``[N, K]``, in the dtype the weight would have; see :class:`DequantizedWeight`."""
+        """Return the dequantized weight ``[N, K]`` in the dtype it would have; see :class:`DequantizedWeight`."""
         dtype = self.weight_dtype_holder.dtype
         values = functools.partial(dequantize, self.qweight, self.weight_scale, self.smoothing, dtype)
         if torch.compiler.is_compiling():  # what nobody uses is not computed
@@ -195,7 +195,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the packed weight with its scales and sums."""
+        """Return the bytes of the packed weight with its scales and sums."""
         return sum(t.numel() * t.element_size() for t in (self.qweight, self.weight_scale, self.weight_sum))
 
     @checked
@@ -318,7 +318,7 @@ class QuantLinear(nn.Module):
         super().__delattr__(name)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
+        """Map ``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
         if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             y = self._product(input.detach())
             return StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
@@ -415,7 +415,7 @@ class QuantLinear(nn.Module):
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to products on the device of ``x``, or None where it is off."""
+    """Return the dtype that autocast gives to products on the device of ``x``, or None where it is off."""
     device = x.device.type  # autocast does not know the meta device
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
@@ -423,7 +423,7 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 def _quantize_per_tensor(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """The integers of :func:`qandc_kernels.quantize_per_tensor` in as few operations as a compiler needs; NaN is left
+    """Quantize as :func:`qandc_kernels.quantize_per_tensor` in as few operations as a compiler needs; NaN is left
     to the conversion."""
     y = (x.to(torch.float32) * (1.0 / scale)).round()
     if zero_point is not None:
@@ -454,7 +454,7 @@ def smoothed_weight(weight: torch.Tensor, smoothing: torch.Tensor) -> tuple[torc
 def skeleton_layer(
     in_features: int, out_features: int, *, bias: bool, bits: tuple[int, int], dtype: torch.dtype
 ) -> QuantLinear:
-    """A layer of (w_bits, a_bits) on the meta device, to be filled from a state dict; what that lacks is there."""
+    """Make a layer on the meta device for ``load_state_dict(assign=True)``; buffers no state dict holds are real."""
     w_bits, a_bits = bits
     layer = QuantLinear(in_features, out_features, bias, w_bits=w_bits, a_bits=a_bits, device="meta", dtype=dtype)
     layer.weight_dtype_holder = torch.zeros(0, dtype=dtype)

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on quantized layers: ``y = QuantLinear(x) + scaling · B A x``.
+"""Let PEFT's LoRA adapters sit on quantized layers: ``y = QuantLinear(x) + scaling · B A x``.
 
 Nobody has to call anything here: :mod:`qandc.quantization.registration` extends PEFT and diffusers when they are
 imported, so that ``pipe.load_lora_weights``, ``model.add_adapter`` and ``peft.get_peft_model`` take quantized models.

@@ -1,4 +1,4 @@
-"""The layer that PEFT puts around a quantized one.
+"""Define the layer that PEFT puts around a quantized one.
 
 Imports peft, so :mod:`qandc.quantization.lora` imports this where it is needed. A
 module of its own, and no class made inside of a function, so that models with adapters can be pickled.
@@ -19,7 +19,7 @@ PeftLinear: Any = Linear
 
 
 class LoraQuantLinear(PeftLinear):
-    """PEFT's LoRA layer without what needs the weight below it: ``y = QuantLinear(x) + scaling · B A x``."""
+    """Be PEFT's LoRA layer without what needs the weight below it: ``y = QuantLinear(x) + scaling · B A x``."""
 
     lora_variants = {(): None}  # noqa: RUF012 (DoRA and others read or change the weight)
 

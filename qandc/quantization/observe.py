@@ -29,7 +29,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t")  # of a forward's argument, in d
 
 
 class _Observer:
-    """Histograms of what each quantized layer is given, apart for each value of ``key``.
+    """Keep histograms of what each quantized layer is given, apart for each value of ``key``.
 
     Attributes:
         key: the timestep of the forward that runs; None where timesteps are not told apart.
@@ -76,7 +76,7 @@ class _Observer:
                 layer.set_static_range(*before[name])
 
     def left_dynamic(self) -> list[str]:
-        """Names of layers that get no static range because they see one row per sample; logged."""
+        """Return, and log, names of layers that get no static range because they see one row per sample."""
         names = self.tokens.others()
         if names:
             logger.info(

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantized: those of its repeated blocks that see tokens, by class.
+"""Choose which linear layers of a model are quantized: those of its repeated blocks that see tokens, by class.
 
 What sees one row per sample instead (modulation) is a role of its own, ``conditioning``. Embedders, projections of
 timestep and text, and final layers, which all lie outside the blocks, stay in full precision: they hold 1 % of the
@@ -71,7 +71,7 @@ SENSITIVE_LAYERS = {
 
 @dataclass(frozen=True)
 class Roles:
-    """Patterns, as in :class:`qandc.QuantConfig`, of the layers that are no plain layers of blocks.
+    """Hold patterns, as in :class:`qandc.QuantConfig`, of the layers that are no plain layers of blocks.
 
     Attributes:
         stays: pattern of layers that stay in full precision to the reason.

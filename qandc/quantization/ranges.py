@@ -1,4 +1,4 @@
-"""What a layer's inputs look like, gathered as they pass, and the range that serves them best.
+"""Gather what a layer's inputs look like as they pass, and find the range that serves them best.
 
 A static range is a pair of bounds; :func:`qandc.quantizer.scale_and_zero_point` makes scale and zero point of it.
 """
@@ -62,7 +62,7 @@ def check_range_values(
 
 @dataclass(frozen=True)
 class StepRanges:
-    """Static activation ranges that change from step to step, a row per step.
+    """Hold static activation ranges that change from step to step, a row per step.
 
     A forward takes the row whose timestep is nearest to that of its first sample; the choice is made on the device.
 
@@ -95,7 +95,7 @@ def check_step_ranges(ranges: StepRanges, layers: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class RangeConfig:
-    """How a range is found.
+    """Say how a range is found.
 
     Attributes:
         estimator: ``minmax``: all that was seen; ``percentile``: all but the same share at either end; ``mse``: the
@@ -120,7 +120,7 @@ class RangeConfig:
 
 
 def _edges(bins_of_octaves: Sequence[int]) -> torch.Tensor:
-    """Edges of bins over [-1, 1], ascending float64: so many equal bins in each octave above and below zero."""
+    """Return ascending edges of bins over [-1, 1], float64: so many equal bins in each octave above and below zero."""
     lowest = 2.0 ** -len(bins_of_octaves)
     parts = [torch.tensor([lowest], dtype=torch.float64, device="cpu")]
     for octave, bins in enumerate(bins_of_octaves):
@@ -135,14 +135,14 @@ def _middles(edges: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _bins(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Edges of a histogram's bins for a reach of 1, and the bin of each fine one, which the bits of a value tell."""
+    """Return a histogram's edges for a reach of 1, and the bin of each fine one, which the bits of a value tell."""
     edges = _edges(BINS_OF_OCTAVES)
     fine = _edges([1 << FINE_BITS] * OCTAVES)
     return edges.to(device), torch.bucketize(_middles(fine), edges[1:-1]).to(device)
 
 
 class Histogram:
-    """Counts of the values that pass, in bins of [-reach, reach]; the reach, a power of two, grows as it must.
+    """Count the values that pass, in bins of [-reach, reach]; the reach, a power of two, grows as it must.
 
     Bins are equal near the reach, where steps of quantization are, and narrower and narrower towards zero, so that
     values far below an outlier are still told apart. Those of a larger reach are unions of those of a smaller one: no
@@ -179,7 +179,7 @@ class Histogram:
             self.counts.index_add_(0, _bins(x.device)[1], torch.bincount(fine, minlength=2 * last + 1))
 
     def saw_values(self) -> bool:
-        """Whether there was any value other than zero."""
+        """Tell whether there was any value other than zero."""
         if self.minimum is None or self.maximum is None:
             return False
         return not (self.minimum == 0 and self.maximum == 0)
@@ -213,16 +213,16 @@ class Histogram:
         return torch.bucketize(_middles(edges) * (reach / self.reach), edges[1:-1])
 
     def edges(self) -> torch.Tensor:
-        """Bounds of the bins, ``[bins + 1] float64``, ascending."""
+        """Return the bounds of the bins, ``[bins + 1] float64``, ascending."""
         assert self.counts is not None
         return _bins(self.counts.device)[0] * self.reach
 
     def values(self) -> torch.Tensor:
-        """Middle of each bin, ``[bins] float64``."""
+        """Return the middle of each bin, ``[bins] float64``."""
         return _middles(self.edges())
 
     def quantile(self, share: float) -> torch.Tensor:
-        """The value that this share of what was counted lies below, 0-d float64; within a bin, between its bounds."""
+        """Return the value that this share of the counts lies below, 0-d float64; within a bin, between its bounds."""
         assert self.counts is not None
         below = self.counts.cumsum(0).double()
         wanted = share * below[-1]
@@ -232,7 +232,7 @@ class Histogram:
 
 
 def estimate_range(seen: Histogram, config: RangeConfig, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower and upper bound, 0-d; within what was seen, or what was seen where that is not finite."""
+    """Estimate lower and upper bound, 0-d: within what was seen, or what was seen where that is not finite."""
     assert seen.minimum is not None
     assert seen.maximum is not None
     finite = torch.isfinite(seen.minimum) and torch.isfinite(seen.maximum)
@@ -248,7 +248,7 @@ def estimate_range(seen: Histogram, config: RangeConfig, bits: int) -> tuple[tor
 
 
 def _small_error(seen: Histogram, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds with a small squared error: the best of a grid, then of finer ones around the best."""
+    """Find bounds with a small squared error: the best of a grid, then of finer ones around the best."""
     assert seen.counts is not None
     assert seen.minimum is not None
     assert seen.maximum is not None
@@ -275,7 +275,7 @@ def _small_error(seen: Histogram, bits: int, symmetric: bool) -> tuple[torch.Ten
 
 
 def _around(bounds: torch.Tensor, best: int) -> torch.Tensor:
-    """The best of ascending bounds, and others between its neighbours."""
+    """Return the best of ascending bounds, and others between its neighbours."""
     first, last = bounds[max(best - 1, 0)], bounds[min(best + 1, len(bounds) - 1)]
     steps = torch.linspace(0, 1, REFINED, dtype=torch.float64, device=bounds.device)
     return torch.unique(torch.cat([first + (last - first) * steps, bounds[best : best + 1]]))
@@ -284,7 +284,7 @@ def _around(bounds: torch.Tensor, best: int) -> torch.Tensor:
 def squared_errors(
     values: torch.Tensor, counts: torch.Tensor, low: torch.Tensor, highs: torch.Tensor, bits: int, symmetric: bool
 ) -> torch.Tensor:
-    """Squared errors ``[H]`` of ranges from ``low``, or of symmetric ones, to each of ``highs``, as kernels round."""
+    """Compute squared errors ``[H]`` of ranges from ``low``, or symmetric ones, to ``highs``, as kernels round."""
     levels = (1 << bits) - 1
     # symmetric scales reach from -qmax to qmax; the level below that is used all the same
     scales = (2 * highs / (levels - 1) if symmetric else (highs - low) / levels).clamp(min=1e-30)[:, None]

@@ -1,4 +1,4 @@
-"""Which linear layers must stay ``nn.Linear``: those whose weight is read past their forward, and adapters of PEFT.
+"""Find linear layers that must stay ``nn.Linear``: those whose weight is read past their forward, PEFT's adapters.
 
 Code that computes with ``self.proj.weight`` instead of calling ``self.proj`` would dequantize a quantized layer in
 every forward and never run it. Such code is found in the source of the modules that own the layers.
@@ -107,7 +107,7 @@ def _source_of(function: Any) -> ast.FunctionDef | None:
 
 
 def _path_of(node: ast.AST, root: str) -> str | None:
-    """``a.b.weight`` of ``self.a.b.weight``; an index by a number counts as a name, as in nn.Sequential."""
+    """Return ``a.b.weight`` of ``self.a.b.weight``; an index by a number counts as a name, as in nn.Sequential."""
     names: list[str] = []
     while True:
         if isinstance(node, ast.Attribute):

@@ -31,7 +31,7 @@ TESTED = "0.35 to 0.42"
 
 
 def config_class() -> Any:
-    """``QandCConfig``; imports diffusers.
+    """Return the class ``QandCConfig``; imports diffusers.
 
     Raises:
         ModelError: diffusers is missing, or does not look methods up where we know it to.
@@ -105,7 +105,7 @@ EXTENDED = "_qandc_extended"  # attribute of a module that has been
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules in ``EXTENSIONS`` as Python does, with a loader that tells us."""
+    """Find the modules in ``EXTENSIONS`` as Python does, with a loader that tells us."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

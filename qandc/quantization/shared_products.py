@@ -43,7 +43,7 @@ _left_behind: list[Tensor] = []
 
 
 class _Given(NamedTuple):
-    """An input, recognised as long as it lives and is not written to."""
+    """Hold an input, recognised as long as it lives and is not written to."""
 
     tensor: weakref.ref[Tensor]
     version: int | None  # inference tensors have none
@@ -53,7 +53,7 @@ class _Given(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """Outputs that the first layer of a group has computed for the others."""
+    """Hold outputs that the first layer of a group has computed for the others."""
 
     given: _Given
     dtype: torch.dtype | None
@@ -117,7 +117,7 @@ def shared_output(layer: Any, x: Tensor, dtype: torch.dtype | None) -> Tensor | 
 
 
 class _Compiled:
-    """The product of a group in code that is compiled: nothing in it is weak, learned or counted.
+    """Multiply for a group in code that is compiled: nothing in it is weak, learned or counted.
 
     Attributes:
         wholes: weights, scales, sums and biases of all layers.
@@ -230,7 +230,7 @@ class Placing:
 
 
 class _Group(Placing):
-    """Layers that were given the same tensors, the first called first.
+    """Hold layers that were given the same tensors, the first called first.
 
     Attributes:
         layers: weak references, so that a layer keeps no other in memory.
@@ -374,7 +374,7 @@ class _Group(Placing):
 
 
 class _Placed:
-    """Weights that lie side by side and inputs that are quantized alike, as long as nobody has changed that.
+    """Hold weights that lie side by side and inputs that are quantized alike, as long as nobody has changed that.
 
     Attributes:
         wholes: the weights as one tensor each; None as long as it may be that another tool moves them now and then,

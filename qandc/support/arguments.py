@@ -55,7 +55,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """Bounds of a number, both included."""
+    """Hold the bounds of a number, both included."""
 
     least: float
     most: float = math.inf
@@ -73,7 +73,7 @@ Seeds = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[Seed]]
 
 @runtime_checkable
 class Scheduler(Protocol):
-    """A diffusers scheduler."""
+    """Stand for a diffusers scheduler."""
 
     config: Any
 
@@ -84,7 +84,7 @@ class Scheduler(Protocol):
 
 @runtime_checkable
 class Pipeline(Protocol):
-    """A diffusers pipeline around a transformer."""
+    """Stand for a diffusers pipeline around a transformer."""
 
     transformer: Any
     scheduler: Any
@@ -199,7 +199,7 @@ def _sequence(value: Any, element: Any) -> list[Any]:
 
 
 def _scalar(part: Any) -> Any:
-    """An element of a list as a Python number where it is a tensor or array without dimension."""
+    """Return an element of a list as a Python number where it is a tensor or array without dimension."""
     if isinstance(part, torch.Tensor):
         return part.item() if _is_dense(part) and part.ndim == 0 else part
     return part.item() if isinstance(part, np.ndarray) and part.ndim == 0 else part
@@ -261,7 +261,7 @@ PLAIN: dict[Any, Callable[[Any], Any]] = {
 
 
 def _checked(hint: Any, value: Any) -> Any:
-    """``value`` as the annotation means it: sequences as lists, NumPy's numbers as Python's."""
+    """Return ``value`` as the annotation means it: sequences as lists, NumPy's numbers as Python's."""
     if hint is Any or hint is inspect.Parameter.empty:
         return value
     origin, parts = get_origin(hint), get_args(hint)
@@ -304,7 +304,7 @@ def _function(value: Any, without_arguments: bool) -> Any:
 
 
 def _one_of(hints: tuple[Any, ...], value: Any) -> Any:
-    """``value`` as the first of several annotations that takes it."""
+    """Return ``value`` as the first of several annotations that takes it."""
     if value is None and type(None) in hints:
         return None
     if Path in hints or torch.device in hints:  # which take strings, and look at them

@@ -1,4 +1,4 @@
-"""The header every measured JSON file begins with: command, commit, date, machine, versions."""
+"""Make the header every measured JSON file begins with: command, commit, date, machine, versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("qandc-kernels", "torch", "triton", "diffusers", "numpy", "scipy", "
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter; None where one is not installed."""
+    """Return versions of Python and of the packages that matter; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -30,14 +30,14 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """GPU, processor, cores."""
+    """Describe GPU, processor and cores."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
     return {"gpu": gpu, "processor": processor, "cores": os.cpu_count(), "system": platform.system()}
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, ``-dirty`` behind it if files differ; the variable QANDC_COMMIT wins."""
+    """Return the commit of this source tree, ``-dirty`` behind it if files differ; the variable QANDC_COMMIT wins."""
     if "QANDC_COMMIT" in os.environ:
         return os.environ["QANDC_COMMIT"]
     root = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def _commit() -> str | None:
 
 
 def result_header(settings: dict[str, Any]) -> dict[str, Any]:
-    """``command, commit, date, machine, versions, settings`` of the running program."""
+    """Return ``command, commit, date, machine, versions, settings`` of the running program."""
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
