@@ -279,7 +279,7 @@ class QuantizationReport:
 
     @property
     def groups(self) -> dict[str, tuple[LayerReport, ...]]:
-        """Name with ``*`` for the numbers that differ, to the layers: same scheme, kernel and reason."""
+        """Group layers of one scheme, kernel and reason by their names, with ``*`` for the numbers that differ."""
         found: dict[tuple[str, ...], list[LayerReport]] = {}
         for layer in self.layers:
             key = (NUMBER.sub("*", layer.name), layer.scheme, layer.kernel, layer.reason)

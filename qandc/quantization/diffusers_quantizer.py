@@ -40,7 +40,7 @@ class Method(str, Enum):
 
 
 class QandCConfig(QuantizationConfigMixin):
-    """Be ``quantization_config`` in ``from_pretrained`` of a diffusers model, or one of a pipeline's ``quant_mapping``.
+    """Configure the quantization of a diffusers model: ``from_pretrained(..., quantization_config=QandCConfig())``.
 
     Args:
         w_bits, a_bits, skip_patterns, weight_clip, conditioning: as :class:`qandc.QuantConfig`. What is saved holds the
@@ -91,7 +91,7 @@ class QandCConfig(QuantizationConfigMixin):
         return QuantConfig(self.w_bits, self.a_bits, self.skip_patterns, self.weight_clip, self.conditioning)
 
     def bits_of_layers(self) -> dict[str, tuple[int, int]]:
-        """Name to (w_bits, a_bits) of the layers that are listed one by one."""
+        """Map the name of each layer in ``layers`` to its (w_bits, a_bits)."""
         found = {}
         for name, scheme in (self.layers or {}).items():
             try:
@@ -106,12 +106,12 @@ class QandCConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method.value, **settings_to_save(self.settings), **layers}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return everything: defaults may differ in another version."""
+        """Return all settings, defaults included: another version may have other defaults."""
         return self.to_dict()
 
 
 class QandCQuantizer(DiffusersQuantizer):
-    """Do what diffusers calls while it loads a model (``diffusers/quantizers/base.py``)."""
+    """Replace and fill quantized layers while diffusers loads a model (hooks of ``diffusers/quantizers/base.py``)."""
 
     is_serializable = True
     is_trainable = False
@@ -125,7 +125,7 @@ class QandCQuantizer(DiffusersQuantizer):
         self.absent: list[tuple[QuantLinear, str]] = []  # optional buffers that the checkpoint lacks
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Check what the user gave; called again with the devices found for each module."""
+        """Refuse to load without accelerate, or with layers sent to the disk."""
         if importlib.util.find_spec("accelerate") is None:
             raise ModelError("diffusers loads quantized models through accelerate, which is not here; install it")
         if isinstance(device_map, dict) and "disk" in device_map.values():

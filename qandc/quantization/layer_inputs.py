@@ -183,7 +183,7 @@ class SharedInputs:
         return self._measure(x.reshape(-1, x.shape[-1]).float())
 
     def _part(self, group: _Group) -> None:
-        """Let those go that have not seen what the others saw last."""
+        """Split off the layers of a group that were not given the tensor that the others were given last."""
         if not group.waiting:
             return
         late = _Group(group.total.clone(), group.waiting)

@@ -236,7 +236,7 @@ class QuantLinear(nn.Module):
         self.act_zero_point = zero_point
 
     def tensor_forms(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
-        """Name to allowed dtypes and shape of all that a state dict may hold of this layer."""
+        """Map each tensor that a state dict may hold of this layer to its allowed dtypes and its shape."""
         n, k = self.out_features, self.in_features
         qweight = ((torch.uint8,), (n, k // 2)) if self.w_bits == 4 else ((torch.int8,), (n, k))
         return {
@@ -277,7 +277,7 @@ class QuantLinear(nn.Module):
         return None if fault is None else (fault, "finite numbers > 0 whose reciprocals are such")
 
     def faults_of(self, state: Mapping[str, torch.Tensor], name: str) -> list[str]:
-        """Say what of a state dict of this layer, called ``name``, no quantization gives."""
+        """List what is wrong with a state dict of this layer, which messages call ``name``; empty if nothing is."""
         scheme = f"W{self.w_bits}A{self.a_bits}"
         given = {key: state[key] for key in self.tensor_forms() if key in state}
         faults = {key: fault for key, tensor in given.items() if (fault := self.fault_of(key, tensor))}
@@ -295,7 +295,7 @@ class QuantLinear(nn.Module):
         return told
 
     def check_state(self, name: str) -> None:
-        """Raise ModelError if the layer, called ``name``, holds what no quantization gives."""
+        """Raise ModelError if tensors of this layer, called ``name`` in the message, are damaged or do not agree."""
         faults = self.faults_of(self.state_dict(), name)
         if faults:
             raise ModelError(f"{faults[0]} (save the model again)")

@@ -19,7 +19,7 @@ PeftLinear: Any = Linear
 
 
 class LoraQuantLinear(PeftLinear):
-    """Be PEFT's LoRA layer without what needs the weight below it: ``y = QuantLinear(x) + scaling · B A x``."""
+    """Add LoRA to a quantized layer, ``y = QuantLinear(x) + scaling · B A x``: PEFT's layer, which never merges."""
 
     lora_variants = {(): None}  # noqa: RUF012 (DoRA and others read or change the weight)
 

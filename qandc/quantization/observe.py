@@ -1,4 +1,4 @@
-"""Observe what layers are given while a model runs: static ranges, smoothing factors and Hessians come of it."""
+"""Find static ranges, smoothing factors and Hessians from the inputs of layers while a model runs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class _Observer:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Observe inside the block; meanwhile layers have dynamic ranges. Afterwards they have those of before."""
+        """Collect histograms inside the block, with dynamic ranges; afterwards layers have their former ranges."""
         before = {name: (layer.act_scale, layer.act_zero_point) for name, layer in self.layers.items()}
         try:
             for layer in self.layers.values():

@@ -135,7 +135,7 @@ def _middles(edges: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _bins(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a histogram's edges for a reach of 1, and the bin of each fine one, which the bits of a value tell."""
+    """Return the edges of bins for a reach of 1, and for each of the finer bins of float bits the bin that holds it."""
     edges = _edges(BINS_OF_OCTAVES)
     fine = _edges([1 << FINE_BITS] * OCTAVES)
     return edges.to(device), torch.bucketize(_middles(fine), edges[1:-1]).to(device)
@@ -156,7 +156,7 @@ class Histogram:
         self.counts: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor, count: bool = True) -> None:
-        """Count the values of a tensor, or note its extremes alone; of NaN and infinite values only they tell."""
+        """Add a tensor: minimum and maximum, and with ``count`` its histogram; one with NaN or inf is not counted."""
         x = x.detach().to(torch.float32)
         low, high = torch.aminmax(x)
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
@@ -185,7 +185,7 @@ class Histogram:
         return not (self.minimum == 0 and self.maximum == 0)
 
     def merge(self, other: Histogram) -> None:
-        """Add what another one has counted."""
+        """Add the counts and extremes of another histogram."""
         if other.minimum is None or other.maximum is None:
             return
         self.minimum = other.minimum if self.minimum is None else torch.minimum(self.minimum, other.minimum)
@@ -197,7 +197,7 @@ class Histogram:
         self.counts.index_add_(0, self._places(other.reach), other.counts)
 
     def _extend(self, reach: float, device: torch.device) -> None:
-        """Make the reach at least this."""
+        """Grow the histogram to at least this reach."""
         if self.counts is None:
             self.counts = torch.zeros(len(_bins(device)[0]) - 1, dtype=torch.int64, device=device)
             self.reach = reach
@@ -222,7 +222,7 @@ class Histogram:
         return _middles(self.edges())
 
     def quantile(self, share: float) -> torch.Tensor:
-        """Return the value that this share of the counts lies below, 0-d float64; within a bin, between its bounds."""
+        """Return the quantile of the counts at ``share``, 0-d float64, interpolated within its bin."""
         assert self.counts is not None
         below = self.counts.cumsum(0).double()
         wanted = share * below[-1]
@@ -275,7 +275,7 @@ def _small_error(seen: Histogram, bits: int, symmetric: bool) -> tuple[torch.Ten
 
 
 def _around(bounds: torch.Tensor, best: int) -> torch.Tensor:
-    """Return the best of ascending bounds, and others between its neighbours."""
+    """Refine a grid: return ascending bounds between the neighbours of its best one, that one included."""
     first, last = bounds[max(best - 1, 0)], bounds[min(best + 1, len(bounds) - 1)]
     steps = torch.linspace(0, 1, REFINED, dtype=torch.float64, device=bounds.device)
     return torch.unique(torch.cat([first + (last - first) * steps, bounds[best : best + 1]]))

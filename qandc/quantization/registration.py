@@ -47,7 +47,7 @@ def config_class() -> Any:
 
 
 def register_when_imported() -> None:
-    """Extend the modules in ``EXTENSIONS`` that are loaded, and the others when they are. Warns where it cannot."""
+    """Extend the modules in ``EXTENSIONS``, now or when they are imported; a module that cannot be is a warning."""
     for name in EXTENSIONS:
         if name in sys.modules:
             _extend_or_warn(name, sys.modules[name])
@@ -105,7 +105,7 @@ EXTENDED = "_qandc_extended"  # attribute of a module that has been
 
 
 class _Finder(MetaPathFinder):
-    """Find the modules in ``EXTENSIONS`` as Python does, with a loader that tells us."""
+    """Find the modules in ``EXTENSIONS`` as Python does, with a loader that extends each once it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -117,7 +117,7 @@ def shared_output(layer: Any, x: Tensor, dtype: torch.dtype | None) -> Tensor | 
 
 
 class _Compiled:
-    """Multiply for a group in code that is compiled: nothing in it is weak, learned or counted.
+    """Hold what compiled code reads to run the layers of a group as one product.
 
     Attributes:
         wholes: weights, scales, sums and biases of all layers.
@@ -194,7 +194,7 @@ class Placing:
         self.placed, self.streak = None, streak
 
     def no_use(self) -> None:
-        """Wait twice as long as before the last attempt."""
+        """Double the patience before weights are put side by side again, after an attempt that did not pay."""
         self.patience, self.streak = self.patience * 2, 0
 
     def ready(self, layers: Sequence[Any]) -> Sequence[MaybeTensor] | None:
@@ -341,7 +341,7 @@ class _Group(Placing):
     def follow(
         self, layer: Any, x: Tensor, version: int | None, dtype: torch.dtype | None, before: Any
     ) -> Tensor | None:
-        """Return what waits for ``layer``, another than the first."""
+        """Return the output that the first layer has computed for ``layer``, another member; None if there is none."""
         thread = threading.get_ident()
         waiting = self.waiting.get(thread)
         if waiting is not None:
@@ -367,7 +367,7 @@ class _Group(Placing):
         return None
 
     def _wasted(self, left: _Waiting) -> None:
-        """Learn from outputs that nobody asked for."""
+        """Shrink the group and wait longer, after outputs of a shared product that no layer asked for."""
         self.no_use()
         asked = [member() for member in self.layers]
         self.keep(next((i for i, layer in enumerate(asked) if layer is None or layer.membership in left.outputs), 1))
