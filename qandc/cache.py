@@ -54,7 +54,7 @@ class _Place(NamedTuple):
         """Return what all blocks together make of ``x``; ``call`` is what the first block is given."""
         store, gates = self.store(plan, x), None
         if store.per_branch:
-            gates = torch.stack([self.family.gates(block, call) for block in self.blocks])  # [L, branches, B, D]
+            gates = self.family.all_gates(self.blocks, call)
         return store.add_to(x, gates, plan.weights, plan.correction)
 
 

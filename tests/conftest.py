@@ -100,7 +100,7 @@ def in_time(seconds: int = 20):
     """Raise TimeoutError if the block takes longer: a test of what could wait for ever fails instead."""
 
     def late(signum, frame):
-        raise TimeoutError
+        raise TimeoutError(f"it took more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)

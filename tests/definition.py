@@ -1,4 +1,4 @@
-"""What a feature cache makes of a run, by definition: outputs of branches, or of whole blocks, are replaced by hooks.
+"""Run a model as a feature cache would, by definition: hooks replace outputs of branches, or of whole blocks.
 
 diffusers does all else, so gates are those of the current step, and nothing of ours is asked how a model is made.
 """

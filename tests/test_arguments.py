@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import itertools
-import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ import qandc
 from qandc import DataError, ModelError, QandCError
 from qandc.support.arguments import Between, Seeds, checked
 from qandc.variance_compensation import FittedFor
-from tests.conftest import make_dit
+from tests.conftest import in_time, make_dit
 
 Between5 = Annotated[int, Between(1, 5)]
 SECONDS = 20  # a call that takes longer hangs
@@ -648,20 +646,6 @@ def methods(name: str) -> Iterator[str]:
             yield f"{name}.{method}"
 
 
-@contextlib.contextmanager
-def in_time() -> Iterator[None]:
-    def late(*args: Any) -> None:
-        raise TimeoutError(f"it took more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def test_the_table_is_complete():
     aliases = {"apply_cache_to_dit": "apply_cache", "fuse_dit": "fuse", "unfuse_dit": "unfuse"}
     aliases["CalibrationSettings"] = "CalibrationConfig"
@@ -689,7 +673,7 @@ def test_bad_values_are_refused(name, tmp_path, monkeypatch):
             if label.replace(" ", "_") in parameters[parameter].legal.split():
                 continue
             try:
-                with in_time():
+                with in_time(SECONDS):
                     call(**{**good, parameter: make()})
                 wrong.append(f"{parameter} took {label}")
             except QandCError:
@@ -740,7 +724,7 @@ def test_what_is_meant_is_converted(given, expected):
     ],
 )
 def test_messages_name_value_and_bounds(given, message):
-    with in_time(), pytest.raises(qandc.ConfigError, match=message):
+    with in_time(SECONDS), pytest.raises(qandc.ConfigError, match=message):
         takes(**given)
 
 

@@ -1,4 +1,4 @@
-"""What must begin a run anew, end or reset a cache, and what a cache leaves alone."""
+"""Check what begins a run of a feature cache anew, ends or resets the cache, and what a cache leaves alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every family of models can: caches, fused kernels, ranges and schedules equal their slow definition."""
+"""Compare caches, fused kernels, ranges and schedules of every family of models with their slow definition."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ PLACES = {"delta": (1, 1), "branch": (2, None), "taylor": (2, None)}
 
 
 def exact(config, timesteps=STEPS):
-    """The same cache as a schedule for the steps of a run."""
+    """Return the config of the same cache with a schedule for the given timesteps."""
     schedule = config.of_steps(len(timesteps))
     return CacheConfig(config.mode, schedule=schedule, order=config.order, timesteps=timesteps)
 

@@ -350,7 +350,7 @@ def test_permissions_follow_the_umask(tmp_path):
 
 @pytest.mark.parametrize("stage", ["beside", "moved", "manifest"])
 def test_a_failed_write_leaves_no_fragment(tmp_path, monkeypatch, stage):
-    """What was there is whole until all files are written beside it, then gone until the manifest is there again."""
+    """Interrupt saving: the earlier model stays whole until all new files are written, then has no manifest."""
     preset, _ = make_preset(rounding="error feedback")
     preset.save(tmp_path)
     before = (tmp_path / "qandc.json").read_bytes()

@@ -263,7 +263,7 @@ def test_a_directory_is_replaced_only_if_asked(tmp_path, saved, dit_inputs):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_other_files_stay(tmp_path, static_model, overwrite):
-    """Those of other names beside the model; those of its names, which may be the only copy, are never replaced."""
+    """Keep files of other names beside a saved model; never replace those of its names, maybe the only copy."""
     static_model.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OutputError, match=r"holds 'config.json', which is no part of a calibrated model"):
@@ -505,7 +505,7 @@ def test_any_model_of_diffusers_is_saved_with_its_schedule(tmp_path):
 
 
 def test_settings_without_a_model_quantize_the_one_they_name():
-    """Those that are shipped: of the embedded pipeline."""
+    """Check the shipped settings, which are for the embedded pipeline."""
     directory = Path(qandc.__file__).parent / "assets" / "fashion-dit-presets" / "w4a8"
     found = load(directory)
     preset = fashion_dit_preset(4)

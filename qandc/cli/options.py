@@ -33,7 +33,7 @@ __all__ = [
 
 MODEL = "Pipeline directory or hub id, e.g. facebook/DiT-XL-2-256. Default: fashion-dit."
 Given = dict[str, Any]
-"""What the options of :func:`takes` were given, by field; None where one was not."""
+"""Type of what :func:`takes` passes to a command: the value given for each field, None for an option left out."""
 Model = Annotated[str | None, typer.Option(help=MODEL)]
 ModelOrSettings = Annotated[
     str | None, typer.Option(help=f"{MODEL} Or what qandc calibrate wrote, which names its pipeline.")

@@ -13,19 +13,20 @@ from qandc.caching.compensation import FeatureCompensation, FeatureMoments
 from qandc.caching.features import FeatureStore
 from qandc.caching.plan import Action, Position
 from qandc.caching.schedule import CacheConfig
-from qandc.errors import ConfigError, DataError, ModelError
+from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import is_fused
-from qandc.models import FAMILIES, Family, family_of
+from qandc.method.observation import observe
+from qandc.models import Family, family_of
 from qandc.models.family import arguments_of
 from qandc.sampling.loop import plain_timestep
 from qandc.support.arguments import Between, Model, checked
-from qandc.support.attach import eager, paused
 
 __all__ = ["fit_feature_compensation"]
 
 logger = logging.getLogger(__name__)
 
 ALONG = ("uncached", "corrected")
+INSTEAD = "fit their compensation"  # of seeing what a fused model computes
 PULLS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DEFAULT_PULL = {"delta": 0.0, "branch": 0.0, "taylor": 0.5}  # a forecast errs less, and fits of it overshoot
 
@@ -88,7 +89,9 @@ class _Fitter:
         """Take the next step of the run that a forward belongs to."""
         call = arguments_of(model, args, kwargs)
         key = call.get(self.family.run_key)
-        run = self._run = self.runs.setdefault(id(key), _Run(key, self.config))
+        if id(key) not in self.runs:
+            self.runs[id(key)] = _Run(key, self.config)
+        run = self._run = self.runs[id(key)]
         if self.config.length is not None and run.position.step + 1 >= self.config.length:
             raise ConfigError(
                 f"the cache schedule has {self.config.length} steps, and the run more; give one for the run"
@@ -124,7 +127,7 @@ class _Fitter:
         correction = self.moments[run.position.step].solve(self.pull)
         gates = None
         if run.store.per_branch:
-            gates = torch.stack([self.family.gates(block, call) for block in self.branches.blocks])
+            gates = self.family.all_gates(self.branches.blocks, call)
         weights = run.position.forecast()
         of_sets = torch.tensor(weights, device=output.device) if weights else None
         return run.store.add_to(call["hidden_states"], gates, of_sets, correction)
@@ -134,32 +137,19 @@ def _observe(
     model: Any, run: Callable[[], Any], config: CacheConfig, target: Any, pull: float | None
 ) -> tuple[dict[int, FeatureMoments], tuple[float, ...]]:
     """Run a model without cache; return the moments of each reuse step, and the timesteps of the run."""
-    family = family_of(model)
-    if family is None:
-        raise ModelError(f"features are known of diffusers' {' and '.join(FAMILIES)}; got {type(model).__name__}")
-    if is_fused(model) or (target is not None and is_fused(target)):
-        raise ModelError("the features of a fused transformer cannot be seen; fit their compensation before fuse")
-    blocks = len(model.transformer_blocks)
-    if target is not None and (family_of(target) is not family or len(target.transformer_blocks) != blocks):
-        raise ModelError(f"target must be a {family.transformer} of {blocks} blocks too; got {type(target).__name__}")
-    with paused(model), eager():
-        fitter = _Fitter(family, model, config, target, pull)
-        try:
-            with torch.no_grad():
-                run()
-        finally:
-            for handle in fitter.handles:
-                handle.remove()
-    runs = [found.timesteps for found in fitter.runs.values()]
-    if not runs:
-        raise DataError(f"the function did not run this {type(model).__name__}; give one that draws with its pipeline")
-    for timesteps in runs:
-        if timesteps != runs[0]:
-            raise ConfigError(
-                f"one run has {len(runs[0])} steps from timestep {runs[0][0]:g} on and another {len(timesteps)} from "
-                f"{timesteps[0]:g} on; give a function whose runs have the same steps"
-            )
-    return fitter.moments, tuple(runs[0])
+
+    def attach(family: Family) -> _Fitter:
+        if target is not None:
+            blocks = len(model.transformer_blocks)
+            if is_fused(target):
+                raise ModelError(f"the features of a fused transformer cannot be seen; {INSTEAD} before fuse")
+            if family_of(target) is not family or len(target.transformer_blocks) != blocks:
+                given = type(target).__name__
+                raise ModelError(f"target must be a {family.transformer} of {blocks} blocks too; got {given}")
+        return _Fitter(family, model, config, target, pull)
+
+    fitter, timesteps = observe(model, run, attach, known="features are known of", instead=INSTEAD)
+    return fitter.moments, timesteps
 
 
 @checked

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, even_schedule, optimal_schedule, schedule_error
-from qandc.errors import ConfigError, DataError, ModelError
-from qandc.fusion.fuse import is_fused
-from qandc.models import FAMILIES, Family, family_of, older_names
+from qandc.errors import ConfigError, DataError
+from qandc.method.observation import observe
+from qandc.models import Family, older_names
 from qandc.models.family import arguments_of
 from qandc.sampling.loop import Guidance, check_sampling, plain_timestep, sample_latents, set_timesteps
 from qandc.support.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
-from qandc.support.attach import eager, paused
 
 __all__ = ["calibrate_schedule", "feature_gram", "schedule_from_run"]
 
@@ -112,30 +111,14 @@ def feature_gram(transformer: Any, run: Callable[[], Any], mode: str) -> tuple[n
         :func:`qandc.schedule.optimal_schedule` takes it; modes "branch" and "taylor" have the same. The timesteps.
     """
     model = getattr(transformer, "_orig_mod", transformer)
-    family = family_of(model)
-    if family is None:
-        raise ModelError(f"schedules are found for diffusers' {' and '.join(FAMILIES)}; got {type(model).__name__}")
-    if is_fused(model):
-        raise ModelError("the features of a fused transformer cannot be seen; calibrate the schedule before fuse")
-    with paused(model), eager():
-        recorder = _Recorder(family, model, CacheConfig(mode).mode, seed=0)
-        try:
-            with torch.no_grad():
-                run()
-        finally:
-            for handle in recorder.handles:
-                handle.remove()
-    runs = list(recorder.runs.values())
-    if not runs:
-        raise DataError(f"the function did not run this {type(model).__name__}; give one that draws with its pipeline")
-    timesteps = tuple(runs[0].timesteps)
-    for other in runs:
-        if tuple(other.timesteps) != timesteps:
-            raise ConfigError(
-                f"one run has {len(timesteps)} steps from timestep {timesteps[0]:g} on and another "
-                f"{len(other.timesteps)} from {other.timesteps[0]:g} on; give a function whose runs have the same steps"
-            )
-    gram = np.sum([found.gram() for found in runs], axis=0)
+    recorder, timesteps = observe(
+        model,
+        run,
+        lambda family: _Recorder(family, model, CacheConfig(mode).mode, seed=0),
+        known="schedules are found for",
+        instead="calibrate the schedule",
+    )
+    gram = np.sum([found.gram() for found in recorder.runs.values()], axis=0)
     if not np.isfinite(gram).all() or not (np.einsum("jjj->j", gram) > 0).all():
         raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
     return gram, timesteps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -99,6 +99,10 @@ class Family:
     why_not: Callable[[Any], str | None]
     program: type[Program] | None = None
     classes: Callable[[Any], int] | None = None
+
+    def all_gates(self, blocks: Sequence[Any], call: Call) -> torch.Tensor:
+        """Return the gates of all blocks, ``[L, branches, B, D]``, from what the first of them is given."""
+        return torch.stack([self.gates(block, call) for block in blocks])
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}  # class of a module: the arguments of its forward
