@@ -13,31 +13,14 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.goals import cache_goals, goals, host_goals, model_goals, models_goals, pipeline_goals, products_goals
+from benchmarks.goals import SUITES
 from benchmarks.rivals import NotInstalled
 from qandc.support.files import write_json
 from qandc.support.results import result_header
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "needs an NVIDIA GPU"
-OPS = {
-    "kernels": {"adaln", "copy", "epilogue", "linear"},
-    "model": {"attention", "model"},
-    "cache": {"cache"},
-    "pipeline": {"pipeline"},
-    "models": {"models"},
-    "host": {"host"},
-    "products": {"products"},
-}  # file name: rows that it holds
-GOALS = {
-    "kernels": goals,
-    "model": model_goals,
-    "cache": cache_goals,
-    "pipeline": pipeline_goals,
-    "models": models_goals,
-    "host": host_goals,
-    "products": products_goals,
-}
+WITHOUT_GPU = NO_GPU if timing.DEVICE == "cpu" else None  # why a candidate is skipped
 
 
 class Run:
@@ -69,7 +52,7 @@ class Measure(Protocol):
         self,
         row: dict[str, Any],
         build: Callable[[], timing.Candidate],
-        skip: str | None = None,
+        skip: str | None = WITHOUT_GPU,
         *,
         rival: Callable[[], timing.Candidate] | None = None,
         operations: float | None = None,
@@ -100,6 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in (item for item in items if Path(__file__).parent in item.path.parents):
+        item.add_marker(pytest.mark.benchmark(timer=timing.CLOCK))
+        item.add_marker(pytest.mark.filterwarnings("default"))
     for option, parameter in (("--layers", "layer"), ("--rows", "m")):
         wanted = config.getoption(option)
         if wanted is None:
@@ -127,12 +113,13 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
     def measured(
         row: dict[str, Any],
         build: Callable[[], timing.Candidate],
-        skip: str | None = None,
+        skip: str | None = WITHOUT_GPU,
         *,
         rival: Callable[[], timing.Candidate] | None = None,
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None:
+        row |= {"n": row.get("n"), "k": row.get("k")}
         benchmark.group = f"{row['op']} {row['layer']}" + (f" M={row['m']}" if row["m"] else "")
         if skip is None:
             try:
@@ -199,9 +186,9 @@ def _where(config: pytest.Config, suite: str, exitstatus: int) -> Path | None:
     default = ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")) / f"{suite}.json"
     ops = {row["op"] for row in run.rows}
     if path:
-        measured = [name for name, held in OPS.items() if ops & held]
+        measured = [name for name, (held, _) in SUITES.items() if ops & held]
         return Path(path) if measured[:1] == [suite] else Path(path).with_name(f"{suite}.json")
-    complete = ops >= OPS[suite] and not run.deselected and exitstatus == 0
+    complete = ops >= SUITES[suite][0] and not run.deselected and exitstatus == 0
     unasked = complete and "H200" in gpu and config.getoption("--rivals") == "all"
     return default if path is not None or unasked else None
 
@@ -220,7 +207,7 @@ def _write(config: pytest.Config, exitstatus: int) -> None:
     """All rows so far, each suite to its file."""
     run = config.stash[RUN]
     report.complete(run.rows)
-    for suite, ops in OPS.items():
+    for suite, (ops, goals) in SUITES.items():
         rows = [row for row in run.rows if row["op"] in ops]
         path = _where(config, suite, exitstatus)
         if not rows or path is None:
@@ -234,7 +221,7 @@ def _write(config: pytest.Config, exitstatus: int) -> None:
         header = result_header(settings)
         header["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**header, "rows": rows, "goals": GOALS[suite](rows)})
+        write_json(path, {**header, "rows": rows, "goals": list(goals(rows))})
         if path not in run.saved:
             run.saved.append(path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = [
@@ -31,14 +31,13 @@ __all__ = [
     "RUN",
     "SQUARE_LAYER",
     "STATIC",
+    "SUITES",
     "cache_goals",
     "goals",
-    "host_goals",
     "median",
     "model_goals",
     "models_goals",
     "pipeline_goals",
-    "products_goals",
 ]
 
 FP8, STATIC, PER_TOKEN = "fp8 _scaled_mm rowwise", "W8A8", "W8A8 per token"
@@ -86,14 +85,14 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a / b
 
 
-def goals(rows: list[Row]) -> list[Row]:
-    """Every goal with its value in these rows, None where it was not measured."""
-    found: list[Row] = []
+def _goal(
+    name: str, value: float | None, must: float, goal: float | None = None, better: str = "higher", unit: str = "1"
+) -> Row:
+    return {"name": name, "value": value, "unit": unit, "better": better, "must": must, "goal": goal}
 
-    def add(
-        name: str, value: float | None, must: float, goal: float | None, better: str = "higher", unit: str = "1"
-    ) -> None:
-        found.append({"name": name, "value": value, "unit": unit, "better": better, "must": must, "goal": goal})
+
+def goals(rows: list[Row]) -> Iterator[Row]:
+    """Every goal of the kernels with its value in these rows, None where it was not measured."""
 
     def linear(layer: str, m: int, candidate: str) -> float | None:
         return median(rows, "linear", layer, m, candidate)
@@ -101,60 +100,54 @@ def goals(rows: list[Row]) -> list[Row]:
     for m, (must, goal) in W8A8_RATIOS.items():
         for layer in LAYERS:
             value = ratio(linear(layer, m, BF16), linear(layer, m, "W8A8"))
-            add(f"w8a8_over_bf16_{layer}_{m}", value, must, goal)
+            yield _goal(f"w8a8_over_bf16_{layer}_{m}", value, must, goal)
     for layer, candidate, name in EPILOGUES:
         for m in sorted(W8A8_RATIOS):
             times = (median(rows, "epilogue", layer, m, which) for which in (candidate, PLAIN))
-            add(f"{name}_time_over_bf16_store_{layer}_{m}", ratio(*times), 1.1, 1.0, "lower")
-    add("w8a8_8192", find(rows, "linear", SQUARE_LAYER, 8192, "W8A8", "tops"), 1200, 1500, unit="TOP/s")
+            yield _goal(f"{name}_time_over_bf16_store_{layer}_{m}", ratio(*times), 1.1, 1.0, "lower")
+    rate = find(rows, "linear", SQUARE_LAYER, 8192, "W8A8", "tops")
+    yield _goal("w8a8_8192", rate, 1200, 1500, unit="TOP/s")
     for m in (4096, 16384):
         for layer in LAYERS:
             full = linear(layer, m, BF16)
             w4a8, w8a8 = (ratio(full, linear(layer, m, which)) for which in ("W4A8", "W8A8"))
-            add(f"w4a8_over_bf16_{layer}_{m}", w4a8, 1.2, w8a8)
+            yield _goal(f"w4a8_over_bf16_{layer}_{m}", w4a8, 1.2, w8a8)
     copies = [row["gbytes_per_s"] for row in rows if row["op"] == "copy" and "gbytes_per_s" in row]
-    bandwidth = find(rows, "adaln", "LN", 16384, ADALN, "gbytes_per_s")
-    add("adaln_quantize_share_of_copy_bandwidth_16384", ratio(bandwidth, max(copies, default=None)), 0.60, 0.85)
+    share = ratio(find(rows, "adaln", "LN", 16384, ADALN, "gbytes_per_s"), max(copies, default=None))
+    yield _goal("adaln_quantize_share_of_copy_bandwidth_16384", share, 0.60, 0.85)
     for m in (4096, 16384):
         for layer in LAYERS:
             rivals = [t for name in (INT_MM, INT_MM_COMPILED) if (t := linear(layer, m, name)) is not None]
             value = ratio(min(rivals, default=None), linear(layer, m, "W8A8"))
-            add(f"w8a8_over_int_mm_dequantize_{layer}_{m}", value, 1.7, 2.0)
-    return found
+            yield _goal(f"w8a8_over_int_mm_dequantize_{layer}_{m}", value, 1.7, 2.0)
 
 
-def model_goals(rows: list[Row]) -> list[Row]:
+def model_goals(rows: list[Row]) -> Iterator[Row]:
     """The same for a whole denoising step of DiT-XL/2 at 256 x 256 pixels."""
-    found: list[Row] = []
-
-    def add(name: str, value: float | None, must: float, goal: float | None, better: str = "higher") -> None:
-        found.append({"name": name, "value": value, "unit": "1", "better": better, "must": must, "goal": goal})
 
     def over(m: int, slow: str, fast: str) -> float | None:
         return ratio(*(median(rows, "model", MODEL, m, which) for which in (slow, fast)))
 
     for m, must in ((2, 1.8), (16, 1.5), (64, 1.7)):
-        add(f"fused_w8a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED), must, 2.0)
+        yield _goal(f"fused_w8a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED), must, 2.0)
     for m in (2, 16, 64):
-        add(f"fused_w8a8_over_torchao_int8dq_{m}", over(m, INT8DQ, FUSED), 2.0, None)
+        yield _goal(f"fused_w8a8_over_torchao_int8dq_{m}", over(m, INT8DQ, FUSED), 2.0)
     for m, must in ((2, 12.0), (64, 2.2)):
-        add(f"fused_w8a8_over_eager_bf16_as_called_{m}", over(m, CALLED, f"{FUSED}, called"), must, None)
+        yield _goal(f"fused_w8a8_over_eager_bf16_as_called_{m}", over(m, CALLED, f"{FUSED}, called"), must)
     for m in (2, 16, 64):
-        add(f"fused_w4a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED4), 1.3, None)
+        yield _goal(f"fused_w4a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED4), 1.3)
     sizes = (find(rows, "model", MODEL, 2, which, "block_linear_bytes") for which in (FUSED4, COMPILED))
-    add("w4a8_share_of_bf16_block_weight_bytes", ratio(*sizes), 0.20, None, "lower")
+    yield _goal("w4a8_share_of_bf16_block_weight_bytes", ratio(*sizes), 0.20, None, "lower")
     for m, bounds in ((2, (1.0, 1.1)), (16, (1.05, 1.2)), (64, (1.25, 1.35))):
-        add(f"compiled_quantlinear_over_compiled_bf16_{m}", over(m, COMPILED, DROP_IN), *bounds)
-        add(f"the_same_as_called_{m}", over(m, f"{COMPILED}, called", f"{DROP_IN}, called"), *bounds)
+        yield _goal(f"compiled_quantlinear_over_compiled_bf16_{m}", over(m, COMPILED, DROP_IN), *bounds)
+        yield _goal(f"the_same_as_called_{m}", over(m, f"{COMPILED}, called", f"{DROP_IN}, called"), *bounds)
     for tokens, batch in ((256, 2), (256, 16), (256, 64), (1024, 2), (1024, 16)):
         times = (median(rows, "attention", f"{tokens} tokens", batch, which) for which in (CUDNN, OWN_ATTENTION))
-        add(f"attention_over_cudnn_and_quantize_{tokens}_tokens_{batch}", ratio(*times), 1.0, None)
-    return found
+        yield _goal(f"attention_over_cudnn_and_quantize_{tokens}_tokens_{batch}", ratio(*times), 1.0)
 
 
-def cache_goals(rows: list[Row]) -> list[Row]:
+def cache_goals(rows: list[Row]) -> Iterator[Row]:
     """The same for reuse steps, as a share of the fused compute step, and for runs of 50 steps."""
-    found: list[Row] = []
 
     def time(m: int, which: str, layer: str = MODEL) -> float | None:
         return median(rows, "cache", layer, m, which)
@@ -164,35 +157,27 @@ def cache_goals(rows: list[Row]) -> list[Row]:
             for ahead, suffix in (("", ""), (", prepared run", "_prepared")):
                 value = ratio(time(m, f"reuse {form}{ahead}"), time(m, COMPUTE + ahead))
                 name = f"reuse_over_compute_{form.replace(' ', '_')}_{m}{suffix}"
-                found.append({"name": name, "value": value, "unit": "1", "better": "lower", "must": must, "goal": None})
+                yield _goal(name, value, must, None, "lower")
     for form in CACHE_FORMS:
         value = ratio(time(64, RUN, "50 steps"), time(64, form, "50 steps"))
-        name = f"run_of_50_steps_over_{form.replace(' ', '_')}_64"
-        found.append({"name": name, "value": value, "unit": "1", "better": "higher", "must": 2.6, "goal": None})
-    return found
+        yield _goal(f"run_of_50_steps_over_{form.replace(' ', '_')}_64", value, 2.6)
 
 
-def pipeline_goals(rows: list[Row]) -> list[Row]:
+def pipeline_goals(rows: list[Row]) -> Iterator[Row]:
     """The same for whole pipelines of DiT-XL/2 at 256 x 256 pixels, 50 steps; "denoising": without the decoder."""
-    found: list[Row] = []
-
-    def goal(name: str, value: float | None, must: float) -> Row:
-        return {"name": name, "value": value, "unit": "1", "better": "higher", "must": must, "goal": None}
-
     for images, rival, must in ((1, PIPELINE_COMPILED, 4.5), (1, PIPELINE_EAGER, 30.0), (32, PIPELINE_COMPILED, 4.0)):
         theirs, ours, decoder = (
             median(rows, "pipeline", "50 steps", images, which) for which in (rival, FULL_METHOD, "decoder alone")
         )
         if rival == PIPELINE_EAGER:
-            found.append(goal(f"full_method_over_eager_diffusers_{images}", ratio(theirs, ours), must))
+            yield _goal(f"full_method_over_eager_diffusers_{images}", ratio(theirs, ours), must)
             continue
         name = f"full_method_over_compiled_bf16_{images}"
-        found.append(goal(name, ratio(theirs, ours), must))
+        yield _goal(name, ratio(theirs, ours), must)
         alone = None
         if theirs is not None and ours is not None and decoder is not None:
             alone = (theirs - decoder) / (ours - decoder)
-        found.append(goal(f"{name}_denoising", alone, must))
-    return found
+        yield _goal(f"{name}_denoising", alone, must)
 
 
 HOST_ROWS = 256
@@ -204,31 +189,23 @@ HOST_GOALS = {  # ours: theirs, must, goal
 HOST_RIVALS = {ours: theirs for ours, (theirs, _, _) in HOST_GOALS.items()}
 
 
-def host_goals(rows: list[Row]) -> list[Row]:
+def host_goals(rows: list[Row]) -> Iterator[Row]:
     """Compare what calls cost the host with what torch's cost it."""
-    found: list[Row] = []
     for ours, (theirs, must, goal) in HOST_GOALS.items():
         value = find(rows, "host", "a call", HOST_ROWS, ours, "cost_over_rival")
-        name = f"host_{ours}_over_{theirs}".replace(", ", "_").replace(" ", "_")
-        found.append({"name": name, "value": value, "unit": "1", "better": "lower", "must": must, "goal": goal})
-    return found
+        yield _goal(f"host_{_words(ours)}_over_{_words(theirs)}", value, must, goal, "lower")
 
 
-def products_goals(rows: list[Row]) -> list[Row]:
+def products_goals(rows: list[Row]) -> Iterator[Row]:
     """Compare our products with torch's fp8 at the sizes of FLUX.1 and Qwen-Image."""
-    found: list[Row] = []
     for layer in LARGE_LAYERS:
         for m in LARGE_ROWS:
             times = (median(rows, "products", layer, m, which) for which in (FP8, STATIC))
-            name = f"w8a8_over_fp8_{layer.replace(' ', '')}_{m}"
-            value = ratio(*times)
-            found.append({"name": name, "value": value, "unit": "1", "better": "higher", "must": 0.95, "goal": 1.05})
-    return found
+            yield _goal(f"w8a8_over_fp8_{layer.replace(' ', '')}_{m}", ratio(*times), 0.95, 1.05)
 
 
-def models_goals(rows: list[Row]) -> list[Row]:
+def models_goals(rows: list[Row]) -> Iterator[Row]:
     """Speed of drop-in layers as called, over that of bf16 and fp8 run the same way."""
-    found: list[Row] = []
     compiled = {
         "PixArt-Sigma": (1.1, 1.2),
         "SD3.5-large": (1.2, 1.4),
@@ -239,16 +216,27 @@ def models_goals(rows: list[Row]) -> list[Row]:
     cases += [(layer, "QuantLinear W8A8, compiled", "bf16 compiled", *bounds) for layer, bounds in compiled.items()]
     cases.append(("FLUX.1-dev", "QuantLinear W8A8, compiled", "torchao fp8 rowwise, compiled", 1.0, 1.1))
     tokens = {row["layer"]: row["m"] for row in rows}
-    for layer, ours, theirs, must, goal in cases:
+    for layer, ours, theirs, *bounds in cases:
         key = "models", layer, tokens.get(layer, 0)
         by_turns = find(rows, *key, ours, "rival") == theirs
         first = find(rows, *key, ours, "rival_median_us") if by_turns else median(rows, *key, theirs)
-        times = first, median(rows, *key, ours)
-        name = f"{layer}_{ours}_over_{theirs}".replace(", ", "_").replace(" ", "_")
-        found.append(
-            {"name": name, "value": ratio(*times), "unit": "1", "better": "higher", "must": must, "goal": goal}
-        )
-    return found
+        yield _goal(f"{layer}_{_words(ours)}_over_{_words(theirs)}", ratio(first, median(rows, *key, ours)), *bounds)
+
+
+def _words(candidate: str) -> str:
+    return candidate.replace(", ", "_").replace(" ", "_")
+
+
+SUITES: dict[str, tuple[set[str], Callable[[list[Row]], Iterator[Row]]]] = {
+    "kernels": ({"adaln", "copy", "epilogue", "linear"}, goals),
+    "model": ({"attention", "model"}, model_goals),
+    "cache": ({"cache"}, cache_goals),
+    "pipeline": ({"pipeline"}, pipeline_goals),
+    "models": ({"models"}, models_goals),
+    "host": ({"host"}, host_goals),
+    "products": ({"products"}, products_goals),
+}
+"""Name of a file of results to the kinds of rows that it holds, and its goals."""
 
 
 def reached(goal: Row, which: str) -> bool | None:

@@ -18,11 +18,8 @@ from benchmarks.goals import (
     PLAIN,
     RUN,
     SQUARE_LAYER,
-    cache_goals,
-    goals,
+    SUITES,
     median,
-    model_goals,
-    pipeline_goals,
     reached,
 )
 
@@ -51,17 +48,8 @@ COUNTERPARTS = {
     "gemlite A8W4": "dynamic quantize + W4A8",
     "torchao int8dq, compiled": "dynamic quantize + W8A8",
 }
-THEIRS = (
-    "F.linear",
-    "bf16 ",
-    "diffusers",
-    "decoder",
-    "simulated",
-    "torch",
-    "fp8 ",
-    "gemlite",
-    ", then ",
-)  # parts of names
+# parts of names
+THEIRS = ("F.linear", "bf16 ", "diffusers", "decoder", "simulated", "torch", "fp8 ", "gemlite", ", then ")
 
 
 def ceilings(rows: list[Row]) -> dict[str, float]:
@@ -86,7 +74,7 @@ def complete(rows: list[Row]) -> None:
             time = median(rows, row["op"], row["layer"], row["m"], baseline)
             if time is not None:
                 row[key] = time / row["median_us"]
-        if row["op"] in ("model", "models", "host", "products", "cache", "pipeline"):
+        if "ceiling" not in row:
             continue
         rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])
         row["share_of_ceiling"] = None if ceiling is None else rate / ceiling
@@ -159,11 +147,7 @@ def goal_lines(rows: list[Row]) -> Iterator[str]:
     """A line per goal that was measured, and a count of the others."""
     missing = 0
     ops = {row["op"] for row in rows}
-    found = goals(rows) if ops - {"attention", "model", "cache", "pipeline"} else []
-    found += model_goals(rows) if ops & {"attention", "model"} else []
-    found += cache_goals(rows) if "cache" in ops else []
-    found += pipeline_goals(rows) if "pipeline" in ops else []
-    for goal in found:
+    for goal in (goal for held, goals in SUITES.values() if ops & held for goal in goals(rows)):
         if goal["value"] is None:
             missing += 1
             continue

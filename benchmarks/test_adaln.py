@@ -10,13 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import Measure
 from benchmarks.goals import ADALN, EAGER
 from benchmarks.problems import DTYPE, HIDDEN, ROWS, TOKENS, copies_beyond_l2
-from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
+from benchmarks.timing import DEVICE, Candidate, launches_for, relative_error
 from qandc_kernels import adaln_quantize_per_tensor, adaln_quantize_per_token, reference
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 COMPILED, COMPILED_PER_TOKEN = "compiled torch", "compiled torch, per token"
 ADALN_PER_TOKEN = "adaln_quantize_per_token"
@@ -103,13 +101,11 @@ def copy(elements: int) -> Candidate:
 @pytest.mark.parametrize("layer", COPIES)
 def test_copy(measure: Measure, layer: str) -> None:
     elements = COPIES[layer]
-    row: dict[str, Any] = {"op": "copy", "layer": layer, "m": None, "n": None, "k": None, "candidate": "torch.neg"}
-    skip = NO_GPU if DEVICE == "cpu" else None
-    measure(row | {"ceiling": "copy"}, lambda: copy(elements), skip, nbytes=4 * elements)
+    row: dict[str, Any] = {"op": "copy", "layer": layer, "m": None, "candidate": "torch.neg"}
+    measure(row | {"ceiling": "copy"}, lambda: copy(elements), nbytes=4 * elements)
 
 
-@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize(("layer", "m", "name"), CASES)
 def test_adaln(measure: Measure, layer: str, m: int, name: str) -> None:
-    row: dict[str, Any] = {"op": "adaln", "layer": layer, "m": m, "n": None, "k": HIDDEN, "candidate": name}
-    skip = NO_GPU if DEVICE == "cpu" else None
-    measure(row | {"ceiling": "copy"}, lambda: candidate(m, name), skip, nbytes=3 * m * HIDDEN)
+    row: dict[str, Any] = {"op": "adaln", "layer": layer, "m": m, "k": HIDDEN, "candidate": name}
+    measure(row | {"ceiling": "copy"}, lambda: candidate(m, name), nbytes=3 * m * HIDDEN)

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import Measure
 from benchmarks.goals import CUDNN, OWN_ATTENTION
 from benchmarks.problems import DTYPE, HIDDEN, copies_beyond_l2
-from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
+from benchmarks.timing import DEVICE, Candidate, launches_for, relative_error
 from qandc_kernels import attention_quantize_per_tensor, quantize_per_tensor, reference
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 HEADS = 16
 BACKENDS = {CUDNN: SDPBackend.CUDNN_ATTENTION, "torch flash attention + quantize": SDPBackend.FLASH_ATTENTION}
@@ -45,10 +43,9 @@ def candidate(tokens: int, batch: int, name: str) -> Candidate:
     return Candidate(launch, error, 0.05, launches_for(len(qkv), 4 * batch * tokens**2 * HIDDEN / 1e15))
 
 
-@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize(("layer", "m", "name"), CASES)
 def test_attention(measure: Measure, layer: str, m: int, name: str) -> None:
     tokens = int(layer.partition(" ")[0])
-    row: dict[str, Any] = {"op": "attention", "layer": layer, "m": m, "n": None, "k": None, "candidate": name}
+    row: dict[str, Any] = {"op": "attention", "layer": layer, "m": m, "candidate": name}
     row |= {"activations": "float", "ceiling": "bf16"}
-    skip = NO_GPU if DEVICE == "cpu" else None
-    measure(row, lambda: candidate(tokens, m, name), skip, operations=4 * m * tokens**2 * HIDDEN)
+    measure(row, lambda: candidate(tokens, m, name), operations=4 * m * tokens**2 * HIDDEN)

@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import Measure
 from benchmarks.goals import COMPUTE, RUN
 from benchmarks.models import CANDIDATES, dit_xl_2, inputs
-from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
+from benchmarks.timing import DEVICE, Candidate, launches_for, relative_error
 from qandc import CacheConfig, apply_cache_to_dit, make_scheduler, prepare_run, remove_cache, sample_latents
 from qandc.caching.features import FeatureStore
 from qandc.caching.plan import Action, Plan
 from qandc.fusion.fuse import FUSED
 from qandc.models.dit.fused import FusedStep
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 LAYER, LATENT = "DiT-XL/2-256", 32
 FORMS = {  # name: mode, sets of features, storage
@@ -115,24 +113,24 @@ def whole_run(m: int, name: str) -> Candidate:
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("m", [2, 16, 64])
 def test_step(measure: Measure, m: int, name: str) -> None:
-    row: dict[str, Any] = {"op": "cache", "layer": LAYER, "m": m, "n": None, "k": None, "candidate": name}
+    row: dict[str, Any] = {"op": "cache", "layer": LAYER, "m": m, "candidate": name}
 
     def build() -> Candidate:
         built, row["cache_bytes"] = candidate(m, name)
         return built
 
-    measure(row, build, NO_GPU if DEVICE == "cpu" else None)
+    measure(row, build)
 
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("m", [2, 64])
 def test_run(measure: Measure, m: int, name: str) -> None:
-    row: dict[str, Any] = {"op": "cache", "layer": f"{RUN_STEPS} steps", "m": m, "n": None, "k": None}
+    row: dict[str, Any] = {"op": "cache", "layer": f"{RUN_STEPS} steps", "m": m}
     row["candidate"] = name
     config = RUNS[name]
     row["compute_steps"] = RUN_STEPS if config is None else sum(config.of_steps(RUN_STEPS))
     try:
-        measure(row, lambda: whole_run(m, name), NO_GPU if DEVICE == "cpu" else None)
+        measure(row, lambda: whole_run(m, name))
     finally:
         if DEVICE != "cpu" and config is not None:
             remove_cache(graphed_model())

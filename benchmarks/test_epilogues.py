@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import Measure
 from benchmarks.goals import GATE, GELU, PLAIN
 from benchmarks.problems import DIT_XL_2, DTYPE, ROWS, TOKENS, Problem, problem
-from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from benchmarks.timing import DEVICE, Candidate, relative_error
 from qandc_kernels import int8_linear, linear_gate_residual_, linear_gelu_quantize, quantize_per_tensor, reference
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 GELU_AFTER = "W8A8, then GELU, then quantize"
 GATE_AFTER = "W8A8, then gate + residual"
@@ -91,10 +89,9 @@ def candidate(layer: str, m: int, name: str) -> Candidate:
     return gelu(p, name == GELU) if layer == "fc1" else gate(p, name == GATE)
 
 
-@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize(("layer", "m", "name"), CASES)
 def test_epilogue(measure: Measure, layer: str, m: int, name: str) -> None:
     n, k = DIT_XL_2[layer]
     row: dict[str, Any] = {"op": "epilogue", "layer": layer, "m": m, "n": n, "k": k, "candidate": name}
     row |= {"activations": "int8", "ceiling": "int8"}
-    skip = NO_GPU if DEVICE == "cpu" else None
-    measure(row, lambda: candidate(layer, m, name), skip, operations=2 * m * n * k)
+    measure(row, lambda: candidate(layer, m, name), operations=2 * m * n * k)

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import Measure
 from benchmarks.goals import HOST_RIVALS, HOST_ROWS
-from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from benchmarks.timing import DEVICE, Candidate, relative_error
 from qandc import QuantLinear
 from qandc_kernels import int4_linear, int8_linear, quantize_per_tensor, quantize_per_token
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 M, N, K = HOST_ROWS, 1024, 1024  # small: the GPU takes a few µs
 LAUNCHES = 500
@@ -129,7 +127,7 @@ def test_call(measure: Measure, name: str) -> None:
 
         return Candidate(lambda i: call(), error, 0.2, LAUNCHES, wall_clock=True)
 
-    measure(row, build, NO_GPU if DEVICE == "cpu" else None)
+    measure(row, build)
     rival = HOST_RIVALS.get(name)
     if "median_us" in row and rival is not None:
         ratio, own, other = by_turns(CANDIDATES[name](), CANDIDATES[rival]())

@@ -13,10 +13,8 @@ from benchmarks.conftest import NO_GPU, Measure
 from benchmarks.goals import BF16, FP32, INT_MM, INT_MM_COMPILED
 from benchmarks.problems import DIT_XL_2, ROWS, SQUARE, Problem, problem
 from benchmarks.rivals import RIVALS
-from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from benchmarks.timing import DEVICE, Candidate, relative_error
 from qandc_kernels import int4_linear, int8_linear, quantize_per_tensor, quantize_per_token, weight_only_linear
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 Launch = Callable[[int], torch.Tensor]
 
@@ -65,49 +63,20 @@ def int_mm_dequantize(compiled: bool, p: Problem) -> Launch:
     return lambda i: function(p.xq, w[i], scale[i], p.bias)
 
 
-def w8a8(p: Problem) -> Launch:
-    w, scale = p.int8
-    return lambda i: int8_linear(p.xq, w[i], p.x_scale, scale[i], p.bias)
+def quantized(bits: int, p: Problem, how: str = "", grouped: bool = False) -> Launch:
+    """Our product; ``how`` says what is quantized in each call: nothing, with the given scale, or per token."""
+    w, scale = p.int4_grouped if grouped else p.int4 if bits == 4 else p.int8
+    op, x_scale = int4_linear if bits == 4 else int8_linear, p.x_scale
+    if how == "static":
+        return lambda i: op(quantize_per_tensor(p.x, x_scale), w[i], x_scale, scale[i], p.bias)
+    if how == "dynamic":
 
+        def launch(i: int) -> torch.Tensor:
+            xq, token_scale = quantize_per_token(p.x)
+            return op(xq, w[i], token_scale, scale[i], p.bias)
 
-def w4a8(p: Problem) -> Launch:
-    w, scale = p.int4
-    return lambda i: int4_linear(p.xq, w[i], p.x_scale, scale[i], p.bias)
-
-
-def w4a8_grouped(p: Problem) -> Launch:
-    w, scale = p.int4_grouped
-    return lambda i: int4_linear(p.xq, w[i], p.x_scale, scale[i], p.bias)
-
-
-def quantize_w8a8(p: Problem) -> Launch:
-    w, scale = p.int8
-    return lambda i: int8_linear(quantize_per_tensor(p.x, p.x_scale), w[i], p.x_scale, scale[i], p.bias)
-
-
-def quantize_w4a8(p: Problem) -> Launch:
-    w, scale = p.int4
-    return lambda i: int4_linear(quantize_per_tensor(p.x, p.x_scale), w[i], p.x_scale, scale[i], p.bias)
-
-
-def dynamic_w8a8(p: Problem) -> Launch:
-    w, scale = p.int8
-
-    def launch(i: int) -> torch.Tensor:
-        xq, x_scale = quantize_per_token(p.x)
-        return int8_linear(xq, w[i], x_scale, scale[i], p.bias)
-
-    return launch
-
-
-def dynamic_w4a8(p: Problem) -> Launch:
-    w, scale = p.int4
-
-    def launch(i: int) -> torch.Tensor:
-        xq, x_scale = quantize_per_token(p.x)
-        return int4_linear(xq, w[i], x_scale, scale[i], p.bias)
-
-    return launch
+        return launch
+    return lambda i: op(p.xq, w[i], x_scale, scale[i], p.bias)
 
 
 def weight_only(bits: int, p: Problem) -> Launch:
@@ -127,15 +96,15 @@ CANDIDATES: dict[str, tuple[Builder, float]] = {
     "simulated W8A8": (simulated, INT8_BOUND),
     INT_MM: (partial(int_mm_dequantize, False), INT8_BOUND),
     INT_MM_COMPILED: (partial(int_mm_dequantize, True), INT8_BOUND),
-    "W8A8": (w8a8, INT8_BOUND),
-    "W4A8": (w4a8, INT4_BOUND),
-    "W4A8 group 128": (w4a8_grouped, INT4_BOUND),
+    "W8A8": (partial(quantized, 8), INT8_BOUND),
+    "W4A8": (partial(quantized, 4), INT4_BOUND),
+    "W4A8 group 128": (partial(quantized, 4, grouped=True), INT4_BOUND),
     "W8A16": (partial(weight_only, 8), INT8_BOUND),
     "W4A16": (partial(weight_only, 4), INT4_BOUND),
-    "quantize + W8A8": (quantize_w8a8, INT8_BOUND),
-    "quantize + W4A8": (quantize_w4a8, INT4_BOUND),
-    "dynamic quantize + W8A8": (dynamic_w8a8, INT8_BOUND),
-    "dynamic quantize + W4A8": (dynamic_w4a8, INT4_BOUND),
+    "quantize + W8A8": (partial(quantized, 8, how="static"), INT8_BOUND),
+    "quantize + W4A8": (partial(quantized, 4, how="static"), INT4_BOUND),
+    "dynamic quantize + W8A8": (partial(quantized, 8, how="dynamic"), INT8_BOUND),
+    "dynamic quantize + W4A8": (partial(quantized, 4, how="dynamic"), INT4_BOUND),
 }
 BUILDERS: dict[str, tuple[Builder, float]] = {**CANDIDATES, "torch._int_mm": (int_mm, INT8_BOUND)}
 BUILDERS |= {name: (partial(rival, name), INT4_BOUND if "W4" in name else INT8_BOUND) for name in RIVALS}
@@ -162,7 +131,7 @@ def candidate(layer: str, m: int, name: str) -> Candidate:
     return Candidate(lambda i: launch(i % copies), error, bound, p.launches)
 
 
-@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize(("layer", "m", "name"), CASES)
 def test_linear(measure: Measure, request: pytest.FixtureRequest, layer: str, m: int, name: str) -> None:
     n, k = DIT_XL_2.get(layer, (SQUARE, SQUARE))
     row = {"op": "linear", "layer": layer, "m": m, "n": n, "k": k, "candidate": name}

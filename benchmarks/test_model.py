@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import WITHOUT_GPU, Measure
 from benchmarks.models import CANDIDATES, block_linear_bytes, dit_xl_2, floor_seconds, inputs, operations, tensor_bytes
-from benchmarks.timing import CLOCK, DEVICE, Candidate, launches_for, relative_error
+from benchmarks.timing import Candidate, launches_for, relative_error
 from qandc import prepare_run
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 SIZES = {256: (32, (2, 16, 64)), 512: (64, (2, 16))}  # pixels: latent size, rows of a batch
 CASES = [(f"DiT-XL/2-{pixels}", m, name) for pixels, (_, rows) in SIZES.items() for name in CANDIDATES for m in rows]
@@ -83,10 +81,10 @@ def breakdown(model: Any, arguments: dict[str, Any]) -> dict[str, float]:
     return dict(times)
 
 
-@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize(("layer", "m", "name"), CASES)
 def test_step(measure: Measure, request: pytest.FixtureRequest, layer: str, m: int, name: str) -> None:
-    row: dict[str, Any] = {"op": "model", "layer": layer, "m": m, "n": None, "k": None, "candidate": name}
-    skip = NO_GPU if DEVICE == "cpu" else None
+    row: dict[str, Any] = {"op": "model", "layer": layer, "m": m, "candidate": name}
+    skip = WITHOUT_GPU
     if "torchao" in name and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
     measure(row, lambda: candidate(layer, m, name), skip)

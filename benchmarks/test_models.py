@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import WITHOUT_GPU, Measure
 from benchmarks.families import FAMILIES, inputs, model_of
 from benchmarks.models import tensor_bytes
 from benchmarks.rivals import library
-from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from benchmarks.timing import Candidate, relative_error
 from qandc import calibrate, graph, quantization_plan, quantize_model
 from qandc.quantization.linear import QuantLinear
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 Model = Any
 LAUNCHES = 5  # forwards behind one measurement
@@ -116,11 +114,11 @@ def _candidate(model: Model, arguments: dict[str, Any], expected: torch.Tensor, 
     return Candidate(launch, error, bound, LAUNCHES, wall_clock=True)
 
 
-@pytest.mark.parametrize(("layer", "name"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("layer", "name"), CASES)
 def test_forward(measure: Measure, request: pytest.FixtureRequest, layer: str, name: str) -> None:
     tokens = FAMILIES[layer].tokens
-    row: dict[str, Any] = {"op": "models", "layer": layer, "m": tokens, "n": None, "k": None, "candidate": name}
-    skip = NO_GPU if DEVICE == "cpu" else None
+    row: dict[str, Any] = {"op": "models", "layer": layer, "m": tokens, "candidate": name}
+    skip = WITHOUT_GPU
     if "torchao" in name and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
     if name in BY_TURNS:

@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.conftest import NO_GPU, Measure
 from benchmarks.goals import FULL_METHOD, PIPELINE_COMPILED, PIPELINE_EAGER
 from benchmarks.models import CANDIDATES, compile_blocks, dit_xl_2
-from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from benchmarks.timing import DEVICE, Candidate, relative_error
 from qandc import (
     CacheConfig,
     Compensation,
@@ -33,8 +33,6 @@ from qandc import (
 from qandc.fusion.graphs import GraphCache
 from qandc.sampling.loop import describe_run
 from qandc.variance_compensation import FittedFor
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 LATENT, GUIDANCE = 32, 4.0
 STEPS, IMAGES = (50, 250), (1, 8, 32)
@@ -221,9 +219,9 @@ def energy(launch: Callable[[int], Any], m: int) -> float | None:
     return statistics.mean(watts) * seconds if watts else None
 
 
-@pytest.mark.parametrize(("steps", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize(("steps", "m", "name"), CASES)
 def test_pipeline(measure: Measure, steps: int, m: int, name: str) -> None:
-    row: dict[str, Any] = {"op": "pipeline", "layer": f"{steps} steps", "m": m, "n": None, "k": None, "candidate": name}
+    row: dict[str, Any] = {"op": "pipeline", "layer": f"{steps} steps", "m": m, "candidate": name}
     if DEVICE == "cpu":
         measure(row, lambda: candidate(name, m, steps), NO_GPU)
         return

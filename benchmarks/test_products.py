@@ -9,13 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.conftest import NO_GPU, Measure
+from benchmarks.conftest import Measure
 from benchmarks.goals import BF16, FP8, LARGE_LAYERS, LARGE_ROWS, PER_TOKEN, STATIC
 from benchmarks.problems import Problem, copies_beyond_l2
-from benchmarks.timing import CLOCK, DEVICE, Candidate, relative_error
+from benchmarks.timing import Candidate, relative_error
 from qandc_kernels import int4_linear, int8_linear, quantize_per_tensor, quantize_per_token
-
-pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.filterwarnings("default")]
 
 Launch = Callable[[int], torch.Tensor]
 
@@ -91,8 +89,8 @@ def candidate(layer: str, m: int, name: str) -> Candidate:
     return Candidate(lambda i: launch(i % p.copies), error, bound, p.launches)
 
 
-@pytest.mark.parametrize(("layer", "m", "name"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize(("layer", "m", "name"), CASES)
 def test_product(measure: Measure, layer: str, m: int, name: str) -> None:
     n, k = LARGE_LAYERS[layer]
     row = {"op": "products", "layer": layer, "m": m, "n": n, "k": k, "candidate": name}
-    measure(row, lambda: candidate(layer, m, name), NO_GPU if DEVICE == "cpu" else None, operations=2 * m * n * k)
+    measure(row, lambda: candidate(layer, m, name), operations=2 * m * n * k)

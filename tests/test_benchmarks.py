@@ -82,8 +82,7 @@ def test_reached(rows):
 
 
 def test_every_kind_of_row_has_a_file_goals_and_a_baseline():
-    assert {op for ops in conftest.OPS.values() for op in ops} == set(report.BASELINES)
-    assert set(conftest.OPS) == set(conftest.GOALS)
+    assert {op for ops, _ in goals.SUITES.values() for op in ops} == set(report.BASELINES)
 
 
 def test_rows_are_completed(rows):
@@ -106,6 +105,9 @@ def test_losses_and_missing_rows_are_printed(rows):
     assert any("W8A8" in line and "not installed" in line for line in table)
     assert any("20.0 µs  1.50x" in line for line in table)
     assert any(line.startswith("w8a8_8192") and "must reached" in line for line in report.goal_lines(rows))
+    (first, rest) = report.goal_lines([row("host", "a call", goals.HOST_ROWS, "int8_linear", 1.0, cost_over_rival=2.5)])
+    assert first.startswith("host_int8_linear_over_F.linear")
+    assert rest == "2 goals not measured"
 
 
 @pytest.mark.parametrize("name", [name for name in models.CANDIDATES if "torchao" not in name])
