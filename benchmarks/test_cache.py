@@ -27,7 +27,8 @@ FORMS = {  # name: mode, sets of features, storage
     "taylor 1 int8": ("taylor", 2, "int8"),
 }
 AHEAD = ", prepared run"
-KINDS = [f"{kind}{form}" for kind in ("keeping ", "reuse ") for form in FORMS]
+CORRECTED = "corrected "  # the reuse of a cache with a compensation of features
+KINDS = [f"{kind}{form}" for kind in ("keeping ", "reuse ", CORRECTED) for form in FORMS]
 STEPS = [f"{kind}{ahead}" for ahead in ("", AHEAD) for kind in (COMPUTE, *KINDS)]
 RUNS = {
     RUN: None,
@@ -80,6 +81,9 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
         else:  # features of this very step in all sets, weights that add up to one: it must equal the compute step
             weights = torch.tensor([4 / 3, -1 / 3], device=DEVICE) if sets > 1 else None
             given = {"modulations": None, "final": None, **conditioning}
+            if what == CORRECTED.strip():
+                shape = *store.values.shape[1:3], store.values.shape[-1]
+                given |= {"gains": torch.ones(shape, device=DEVICE), "offsets": torch.zeros(shape, device=DEVICE)}
             launch = lambda i: step.reused(latents, timestep, labels, store, weights, **given)  # noqa: E731
 
     def error(y: torch.Tensor, i: int) -> float:

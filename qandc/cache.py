@@ -21,7 +21,7 @@ from torch import nn
 
 from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.feature_cache import FeatureCache
-from qandc.caching.features import FeatureStore
+from qandc.caching.features import FeatureStore, corrected
 from qandc.caching.plan import Action, Plan
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
@@ -55,7 +55,8 @@ class _Place(NamedTuple):
         store, gates = self.store(plan, x), None
         if store.per_branch:
             gates = self.family.all_gates(self.blocks, call)
-        return store.add_to(x, gates, plan.weights, plan.correction)
+        gates, offset = corrected(gates, plan.correction, len(x))
+        return store.add_to(x, gates, plan.weights, offset)
 
 
 class _CachedTransformer(nn.Module):

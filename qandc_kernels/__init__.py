@@ -27,7 +27,7 @@ from qandc_kernels.ops.quantize import (
     quantize_per_token,
 )
 from qandc_kernels.ops.repeated import RepeatedLinear
-from qandc_kernels.ops.residual import gated_sum, linear_gate_residual_
+from qandc_kernels.ops.residual import corrected_gates, gated_sum, linear_gate_residual_
 from qandc_kernels.packing import pack_int4, unpack_int4
 from qandc_kernels.tiles.warmup import warm_up
 
@@ -43,6 +43,7 @@ __all__ = [
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",
     "batched_linear",
+    "corrected_gates",
     "gated_sum",
     "guided_step",
     "int4_linear",

@@ -20,6 +20,7 @@ __all__ = [
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",
     "batched_linear",
+    "corrected_gates",
     "gated_sum",
     "guided_step",
     "int4_linear",
@@ -452,6 +453,29 @@ def linear_gate_residual_(
     if out_branch is not None:
         out_branch.copy_(y)
     return residual.add_((y * gate.to(torch.float32)[:, None]).to(residual.dtype))
+
+
+@checked
+@torch.no_grad()
+def corrected_gates(
+    gates: torch.Tensor, gains: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold a correction of features into gates and one offset: ``Σ gate (a f + b) = Σ (gate a) f + b'``.
+
+    Args:
+        gates: ``[L, K, samples, D]`` floating point, as :func:`gated_sum` takes them.
+        gains: a, ``[L, K, D] float32``, contiguous.
+        offsets: b, likewise.
+
+    Returns:
+        Both as :func:`gated_sum` takes them: ``gate · a``, contiguous, dtype of ``gates``; ``b' = Σ_(l, k) gate · b``,
+        ``[samples, D] float32``.
+
+    Raises:
+        ArgumentError: a dtype, shape, stride or device is not one of the above.
+    """
+    factors = gates.to(torch.float32)
+    return (factors * gains[:, :, None]).to(gates.dtype).contiguous(), (factors * offsets[:, :, None]).sum((0, 1))
 
 
 @checked

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from qandc.caching.schedule import CacheConfig
-from qandc_kernels import gated_sum, quantize_per_token
+from qandc_kernels import corrected_gates, gated_sum, quantize_per_token
 
-__all__ = ["FeatureStore", "Target"]
+__all__ = ["FeatureStore", "Target", "corrected"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _serials = itertools.count()
@@ -103,13 +103,19 @@ class FeatureStore:
         x: torch.Tensor,
         gates: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
-        correction: tuple[torch.Tensor, torch.Tensor] | None = None,
+        offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute ``x + Σ gate · (gain · Σ weight · feature + offset)``: what the blocks make of ``x`` when reused."""
-        offset = None
-        if correction is not None:
-            # folded into what the kernel reads anyway: a gain per branch and channel would take half as long again
-            gains, offsets = (values[:, :, None] for values in correction)
-            offset = (offsets if gates is None else gates * offsets).sum((0, 1)).expand(len(x), -1).contiguous()
-            gates = gains.expand(-1, -1, len(x), -1) if gates is None else (gates * gains).to(gates.dtype)
+        """Compute ``x + offset + Σ gate · Σ weight · feature``: what the blocks make of ``x`` when reused."""
         return gated_sum(x, self.values, gates, weights, self.scales, offset)
+
+
+def corrected(
+    gates: torch.Tensor | None, correction: tuple[torch.Tensor, torch.Tensor] | None, samples: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gates and the offset with which :meth:`FeatureStore.add_to` takes ``gain · feature + offset``."""
+    if correction is None:
+        return gates, None
+    gains, offsets = correction
+    if gates is None:  # of all blocks together: L and K are 1
+        return gains[:, :, None].expand(-1, -1, samples, -1), offsets[0].repeat(samples, 1)
+    return corrected_gates(gates, gains, offsets)

@@ -10,7 +10,7 @@ import torch
 
 from qandc.cache import apply_cache, detached_cache, remove_cache
 from qandc.caching.compensation import FeatureCompensation, FeatureMoments
-from qandc.caching.features import FeatureStore
+from qandc.caching.features import FeatureStore, corrected
 from qandc.caching.plan import Action, Position
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, ModelError
@@ -130,7 +130,8 @@ class _Fitter:
             gates = self.family.all_gates(self.branches.blocks, call)
         weights = run.position.forecast()
         of_sets = torch.tensor(weights, device=output.device) if weights else None
-        return run.store.add_to(call["hidden_states"], gates, of_sets, correction)
+        gates, offset = corrected(gates, correction, len(output))
+        return run.store.add_to(call["hidden_states"], gates, of_sets, offset)
 
 
 def _observe(

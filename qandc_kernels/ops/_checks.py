@@ -191,6 +191,19 @@ def check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point=None,
     check_devices(op, "q k v out_scale out_zero_point nan_flag", q, k, v, out_scale, out_zero_point, nan_flag)
 
 
+def check_corrected_gates(gates, gains, offsets):
+    op = "corrected_gates"
+    check_tensor(op, "gates", gates, FLOAT_DTYPES)
+    if gates.ndim != 4:
+        raise ArgumentError(f"{op}: gates must be [L, K, samples, D]; got {tuple(gates.shape)}")
+    layers, branches, _, width = gates.shape
+    for name, tensor in (("gains", gains), ("offsets", offsets)):
+        check_tensor(op, name, tensor, FLOAT32, ((layers, branches, width),))
+        if not tensor.is_contiguous():
+            raise ArgumentError(f"{op}: {name} must be contiguous; got strides {tensor.stride()}")
+    check_devices(op, "gates gains offsets", gates, gains, offsets)
+
+
 def check_gated_sum(x, features, gates=None, weights=None, scales=None, offset=None):
     op = "gated_sum"
     check_tensor(op, "x", x, FLOAT_DTYPES)

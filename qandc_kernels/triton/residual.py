@@ -1,4 +1,8 @@
-"""Do what a feature cache needs on a step that computes no block: sum all gated branch outputs in one pass."""
+"""Do what a feature cache needs on a step that computes no block: sum all gated branch outputs in one pass.
+
+A correction of features is folded into the gates first: loaded in the sum itself, by every few tokens anew, gains and
+offsets took half as long again (docs/kernel-notes.md).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["gated_sum_triton"]
+__all__ = ["corrected_gates_triton", "gated_sum_triton"]
 
 
 @triton.jit
@@ -79,3 +83,47 @@ def gated_sum_triton(
         num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _corrected_gates_kernel(
+    gates_ptr, gains_ptr, offsets_ptr, out_ptr, offset_ptr,
+    samples, stride_gate_l, stride_gate_k, stride_gate_s,
+    D: tl.constexpr, LAYERS: tl.constexpr, BRANCHES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    for start in tl.static_range(0, LAYERS * BRANCHES, BLOCK_B):
+        branch = (start + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+        inside = (branch < LAYERS * BRANCHES) & (columns < D)
+        at = branch // BRANCHES * stride_gate_l + branch % BRANCHES * stride_gate_k + sample * stride_gate_s
+        gate = tl.load(gates_ptr + at + columns, mask=inside, other=0.0).to(tl.float32)
+        gain = tl.load(gains_ptr + branch * D + columns, mask=inside, other=0.0)
+        total += gate * tl.load(offsets_ptr + branch * D + columns, mask=inside, other=0.0)
+        out = out_ptr + (branch * samples + sample) * D + columns
+        tl.store(out, (gate * gain).to(out_ptr.dtype.element_ty), mask=inside)
+    summed = tl.sum(total, 0)[None, :]
+    tl.store(offset_ptr + sample * D + columns, summed, mask=columns < D)
+
+
+def corrected_gates_triton(
+    gates: torch.Tensor, gains: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch on ``gates [L, K, samples, D]`` of unit stride along D, contiguous ``gains`` and ``offsets [L, K, D]``."""
+    layers, branches, samples, width = gates.shape
+    out = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    offset = torch.empty(samples, width, dtype=torch.float32, device=gates.device)
+    if offset.numel() == 0:
+        return out, offset
+    block_b, block_d = min(16, triton.next_power_of_2(layers * branches)), min(64, triton.next_power_of_2(width))
+    stride_gate_l, stride_gate_k, stride_gate_s = gates.stride()[:3]
+    _corrected_gates_kernel[samples, triton.cdiv(width, block_d)](
+        gates, gains, offsets, out, offset,
+        samples, stride_gate_l, stride_gate_k, stride_gate_s,
+        D=width, LAYERS=layers, BRANCHES=branches,
+        BLOCK_B=block_b, BLOCK_D=block_d,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, offset

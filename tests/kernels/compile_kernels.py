@@ -209,6 +209,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         weights, offset = (torch.ones(sets), torch.ones(samples, 1152)) if sets > 1 else (None, None)
         residual.gated_sum_triton(x, features, gates, weights, scales, offset)
         yield record(arch, "gated_sum", [samples, sets, dtype.itemsize])
+    gates = torch.zeros(28, 2, 6, 1152).bfloat16()[:, :, 2::3].transpose(1, 2)
+    residual.corrected_gates_triton(gates, *torch.zeros(2, 28, 2, 1152))
+    yield record(arch, "corrected_gates", [1152])
     latents, coefficients = torch.zeros(2, 4, 32, 32), torch.zeros(3, 4)
     for guidance_scale, rows in ((4.0, 4), (None, 2)):
         denoise.guided_step_triton(torch.zeros(rows, 8, 32, 32).bfloat16(), latents, coefficients, guidance_scale)

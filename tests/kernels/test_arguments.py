@@ -87,6 +87,11 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "gate": tensor(2, 5, dtypes=FLOATS),
         "out_branch": tensor(2, 3, 5, dtypes=FLOATS, optional=True),
     },
+    "corrected_gates": {
+        "gates": tensor(2, 3, 2, 5, dtypes=FLOATS),
+        "gains": tensor(2, 3, 5),
+        "offsets": tensor(2, 3, 5),
+    },
     "gated_sum": {
         "x": tensor(2, 3, 64, dtypes=FLOATS),
         "features": tensor(1, 2, 2, 2, 3, 64, dtype=torch.int8),

@@ -184,6 +184,9 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             torch.randn(2, 3, 8, device=device), xq.view(2, 3, 32), packed, x_scale.view(2, 3), w_scale,
             torch.randn(2, 8, device=device), None, zero_point, w_sum, torch.zeros(2, 3, 8, device=device),
         ),
+        "corrected_gates": (
+            torch.randn(3, 2, 2, 32, device=device).half(), *torch.randn(2, 3, 2, 32, device=device),
+        ),
         "gated_sum": (
             adaln[0], torch.randn(2, 3, 2, 2, 3, 32, device=device), torch.randn(3, 2, 2, 32, device=device),
             torch.ones(2, device=device), None, torch.randn(2, 32, device=device),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qandc_kernels import gated_sum, linear_gate_residual_, reference
+from qandc_kernels import corrected_gates, gated_sum, linear_gate_residual_, reference
 from tests.kernels.oracle import assert_close, assert_summed, float_dtypes, make_layer, to
 
 # (S, L, K, samples, tokens, D)
@@ -113,6 +113,56 @@ def test_nan_of_one_sample_stays_there(kernel_device, seeded):
 def test_nothing_to_do(kernel_device):
     x = torch.zeros(0, 4, 8, device=kernel_device)
     assert gated_sum(x, x.new_zeros(1, 2, 2, 0, 4, 8)).shape == (0, 4, 8)
+
+
+# L, K, samples, D
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 2, 128), (3, 2, 2, 40), (2, 3, 1, 1), (28, 2, 2, 1152), (9, 2, 5, 129)], ids=str
+)
+def test_corrected_gates(kernel_device, shape, seeded):
+    """What the sum makes of folded gates equals what it is of corrected features, to the rounding of gates."""
+    layers, branches, samples, width = shape
+    gains, offsets = torch.randn(2, layers, branches, width, generator=seeded)
+    for dtype in float_dtypes(kernel_device):
+        whole = torch.randn(layers, samples, 3 * branches, width, generator=seeded).to(dtype)
+        gates = whole[:, :, 2::3].transpose(1, 2)
+        factors = gates.double()
+        product, terms = factors * gains[:, :, None], factors * offsets[:, :, None]
+        on_device = whole.to(kernel_device)[:, :, 2::3].transpose(1, 2)
+        for found, offset in (
+            corrected_gates(on_device, gains.to(kernel_device), offsets.to(kernel_device)),
+            reference.corrected_gates(gates, gains, offsets),
+        ):
+            assert found.dtype == dtype
+            assert found.is_contiguous()
+            assert_close(found, product, size=product.abs().max().item())
+            assert offset.dtype == torch.float32
+            assert_summed(offset, terms.sum((0, 1)), terms.abs().sum((0, 1)), layers * branches)
+
+
+def test_corrected_gates_of_nothing(kernel_device):
+    gates, gains = (torch.zeros(*shape, 8, device=kernel_device) for shape in ((2, 2, 0), (2, 2)))
+    found, offset = corrected_gates(gates, gains, gains)
+    assert (found.shape, offset.shape) == (gates.shape, (0, 8))
+
+
+G = torch.zeros(3, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gates": torch.zeros(3, 2, 8)}, r"gates must be \[L, K, samples, D\]"),
+        ({"gates": torch.zeros(3, 2, 5, 8, dtype=torch.int8)}, "gates must be float16"),
+        ({"gains": torch.zeros(3, 2, 7)}, r"gains must have shape \(3, 2, 8\)"),
+        ({"offsets": G.half()}, "offsets must be float32"),
+        ({"gains": torch.zeros(2, 3, 8).transpose(0, 1)}, "gains must be contiguous"),
+        ({"offsets": G.to("meta")}, "one device"),
+    ],
+)
+def test_refusals_of_corrections(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        corrected_gates(**{"gates": torch.zeros(3, 2, 5, 8), "gains": G, "offsets": G, **change})
 
 
 X, F = torch.zeros(2, 4, 8), torch.zeros(1, 3, 2, 2, 4, 8)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from qandc.caching.features import FeatureStore, Target
+from qandc.caching.features import FeatureStore, Target, corrected
 from qandc.caching.plan import Action, Plan
 from qandc.errors import DataError
 from qandc.models.dit.conditioning import Conditioning
@@ -402,18 +402,29 @@ class FusedStep:
         ``weights [S]`` of a forecast; ``gains`` and ``offsets [L, K, D]`` of a compensation; ``modulations
         [L, B, 6 D]`` and ``final [B, 2 D]`` of this step are computed here if they are not given.
         """
-        gates = None
-        if final is None:
-            gates, final = self.conditioning.of_reuse(timestep, class_labels, latents.dtype, store.per_branch)
-        elif store.per_branch:
-            assert modulations is not None
-            layers, batch, width = modulations.shape
-            gates = modulations.view(layers, batch, 6, width // 6)[:, :, 2::3].transpose(1, 2)
+        correction = None if gains is None or offsets is None else (gains, offsets)
+        beside = None if final is not None and correction is None else self.fast  # the embedding of the patches
+        if beside is not None:
+            here = torch.cuda.current_stream(self.device)
+            beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            gates = None
+            if final is None:
+                gates, final = self.conditioning.of_reuse(timestep, class_labels, latents.dtype, store.per_branch)
+            elif store.per_branch:
+                assert modulations is not None
+                layers, batch, width = modulations.shape
+                gates = modulations.view(layers, batch, 6, width // 6)[:, :, 2::3].transpose(1, 2)
+            gates, offset = corrected(gates, correction, len(latents))
         if self.table is not None:
             self.table.select_(timestep)
         x, _ = self._embed(latents)
-        correction = None if gains is None or offsets is None else (gains, offsets)
-        return self._unpatchify(self._project(store.add_to(x, gates, weights, correction), final))
+        if beside is not None:
+            here.wait_stream(beside)
+            for made in (gates, offset, final):
+                if made is not None:
+                    made.record_stream(here)
+        return self._unpatchify(self._project(store.add_to(x, gates, weights, offset), final))
 
     def _embed(self, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Return the embedded patches ``[B, tokens, D]``, and whether nobody else can hold them."""
