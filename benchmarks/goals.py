@@ -163,7 +163,7 @@ def cache_goals(rows: list[Row]) -> Iterator[Row]:
             for ahead, suffix in (("", ""), (", prepared run", "_prepared")):
                 value = ratio(time(m, f"corrected {form}{ahead}"), time(m, f"reuse {form}{ahead}"))
                 name = f"compensated_reuse_over_reuse_{form.replace(' ', '_')}_{m}{suffix}"
-                found.append({"name": name, "value": value, "unit": "1", "better": "lower", "must": 1.03, "goal": None})
+                yield _goal(name, value, 1.03, None, "lower")
     for form in CACHE_FORMS:
         value = ratio(time(64, RUN, "50 steps"), time(64, form, "50 steps"))
         yield _goal(f"run_of_50_steps_over_{form.replace(' ', '_')}_64", value, 2.6)
