@@ -216,7 +216,7 @@ def test_statistics_that_are_refused(tmp_path, extractor):
         mu=np.array([None] * 128),
         sigma=np.eye(128),
     )
-    refuses(DataError, r"x\.npz'.* real numbers", mu=np.ones(128, complex), sigma=np.eye(128))
+    refuses(DataError, r"x\.npz'.* NumPy array of numbers", mu=np.ones(128, complex), sigma=np.eye(128))
     refuses(DataError, r"x\.npz'.* symmetric", mu=np.ones(128), sigma=-np.eye(128))
     refuses(DataError, "count is .* no integer", **good, count=np.ones(3))
     refuses(DataError, "count is -1", **good, count=np.int64(-1))
@@ -273,29 +273,27 @@ def test_arguments_that_are_refused_before_the_work(extractor):
     never = Never(**{field.name: getattr(extractor, field.name) for field in fields(extractor)})
     images = Images.of(draw(0, 8))
     for changes, message in (
-        ({"kernel_subsets": 0}, "subsets and subset_size are 0 and 1000"),
-        ({"kernel_subset_size": 1}, "subsets and subset_size are 100 and 1"),
-        ({"kernel_subset_size": 2.5}, "subsets and subset_size are 100 and 2.5"),
+        ({"kernel_subsets": 0}, "kernel_subsets is 0"),
+        ({"kernel_subset_size": 1}, "kernel_subset_size is 1"),
+        ({"kernel_subset_size": 2.5}, "kernel_subset_size is 2.5"),
         ({"seed": -1}, "seed is -1"),
-        ({"images": None}, "images are None"),
-        ({"images": draw(0, 8)}, r"or Images\.of"),
-        ({"reference": None}, "reference is None"),
+        ({"images": None}, "images is None"),
+        ({"images": draw(0, 8)}, r"give a path .* or a qandc\.Images"),
         ({"reference": 3}, "reference is 3"),
         ({"extractor": None}, "extractor is None"),
         ({"extractor": "vgg"}, "'vgg' are unknown"),
         ({"images": ROOT, "max_pixels": 0}, "max_pixels is 0"),
         ({"reference": ROOT, "max_pixels": "many"}, "max_pixels is 'many'"),
-        ({"images": "x" * 300}, "cannot be opened"),
-        ({"reference": "x" * 300}, "is not there"),
-        ({"reference": "a\0b"}, "is not there"),
+        ({"images": "x" * 300}, "names have at most 240 bytes"),
+        ({"reference": "a\0b"}, "give a path"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(**{"images": images, "reference": images, "extractor": never, **changes})
-    with pytest.raises(ConfigError, match=r"give Images\.of"):
+    with pytest.raises(ConfigError, match=r"give a qandc\.Images"):
         next(extractor(draw(0, 8)))
-    with pytest.raises(ConfigError, match="device 'tpu' is unknown"):
+    with pytest.raises(ConfigError, match="device is 'tpu'; give a device"):
         load_extractor("fashion-classifier", "tpu")
-    with pytest.raises(DeviceError, match=r"'cuda:99' is not here"):
+    with pytest.raises(DeviceError, match="device is 'cuda:99'; give a device that is here"):
         load_extractor("fashion-classifier", "cuda:99")
 
 
@@ -376,10 +374,10 @@ def test_the_command_refuses_in_one_line(capsys, tmp_path):
         ((broken, ours), "not an .npz file that can be read"),
         ((ours, broken), "cannot be read"),
         ((broken.parent / "broken", ours), "cannot be read as an image"),
-        (("x" * 300, ours), "cannot be opened"),
+        (("x" * 300, ours), "names have at most 240 bytes"),
         ((ours, "a\0b"), "null byte"),
         ((ours, ours, "--features", "inception", "--inception-weights", broken), "cannot be read"),
-        ((ours, ours, "--features", "inception", "--inception-weights", "x" * 300), "are not there"),
+        ((ours, ours, "--features", "inception", "--inception-weights", "x" * 300), "names have at most 240 bytes"),
         ((ours, ours, "--save-statistics", tmp_path), "is a directory"),
         ((ours,), "Missing argument 'reference'"),
     ):

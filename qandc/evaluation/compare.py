@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.errors import ConfigError, DataError
+from qandc.errors import ConfigError, DataError, QandCError
 from qandc.evaluation.extractors import Extractor, load_extractor
-from qandc.evaluation.images import MAX_PIXELS, Images
+from qandc.evaluation.images import MAX_PIXELS, Images, MaxPixels
 from qandc.evaluation.metrics import (
     FeatureStatistics,
     RunningStatistics,
-    check_subsets,
+    SubsetSize,
     fashion_classifier_path,
     frechet_distance,
     inception_score,
@@ -26,6 +26,7 @@ from qandc.evaluation.metrics import (
     precision_recall,
 )
 from qandc.evaluation.npz import Npz
+from qandc.support.arguments import Count, Seed, checked
 from qandc.support.files import write_whole
 
 __all__ = ["FASHION_MNIST", "Evaluation", "ReferenceStatistics", "evaluate", "reference_statistics"]
@@ -100,7 +101,7 @@ def _statistics(path: str | Path, data: Npz, mean: str, covariance: str, count: 
     try:
         first, second = (array.astype(np.float64) if array.dtype.kind in "iuf" else array for array in arrays)
         return FeatureStatistics(first, second, count)
-    except DataError as error:
+    except QandCError as error:
         raise DataError(f"reference {str(path)!r}: {error}") from None
 
 
@@ -152,16 +153,17 @@ class _Extracted:
     statistics: ReferenceStatistics
 
 
+@checked
 def evaluate(
     images: str | Path | Images,
     reference: str | Path | Images | ReferenceStatistics,
     extractor: Extractor | str = "fashion-classifier",
     *,
     allow_unequal: bool = False,
-    kernel_subsets: int = 100,
-    kernel_subset_size: int = 1000,
-    seed: int = 0,
-    max_pixels: int = MAX_PIXELS,
+    kernel_subsets: Count = 100,
+    kernel_subset_size: SubsetSize = 1000,
+    seed: Seed = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Evaluation:
     """Compare images with a reference.
@@ -184,10 +186,7 @@ def evaluate(
             argument is none of these.
         DataError: a file cannot be read or holds something else; fewer than 4 images; NaN in images or features.
     """
-    check_subsets(kernel_subsets, kernel_subset_size, seed)
     network = load_extractor(extractor) if isinstance(extractor, str) else extractor
-    if not isinstance(network, Extractor):
-        raise ConfigError(f"extractor is {network!r}; give an Extractor or its name")
     ours = images if isinstance(images, Images) else Images.open(images, max_pixels)
     theirs, saved = _open_reference(reference, network, max_pixels)
     name = theirs.name if theirs is not None else _name(reference)
@@ -260,8 +259,6 @@ def _open_reference(
     if isinstance(reference, ReferenceStatistics):
         _refuse_others(reference, network, "statistics")
         return None, reference
-    if not isinstance(reference, (str, os.PathLike)):
-        raise ConfigError(f"reference is {reference!r}; give a path, Images, or ReferenceStatistics")
     path = Path(reference)
     if str(reference) == FASHION_MNIST and not os.path.exists(path):
         path = fashion_classifier_path() / "train-statistics.npz"

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qandc.errors import ConfigError, DeviceError
+from qandc.errors import ConfigError
 from qandc.evaluation.images import Images
 from qandc.evaluation.inception import PUBLISHED, load_inception
 from qandc.evaluation.metrics import EfficientNetFeatures, load_fashion_classifier
 from qandc.evaluation.pixels import to_float
+from qandc.support.arguments import checked
 
 __all__ = ["EXTRACTORS", "Activations", "Extractor", "load_extractor"]
 
@@ -68,6 +69,7 @@ class Extractor:
         """Return the device that the network computes on."""
         return next(self.model.parameters()).device
 
+    @checked
     @torch.no_grad()
     def __call__(self, images: Images) -> Iterator[Activations]:
         """Compute the activations of all images, batch by batch.
@@ -76,8 +78,6 @@ class Extractor:
             ConfigError: these are no :class:`Images`, or it does not take images of this shape.
             DataError: a file cannot be read.
         """
-        if not isinstance(images, Images):
-            raise ConfigError(f"features are those of Images; got {type(images).__name__}; give Images.of(them)")
         if self.shape is not None and images.shape != self.shape:
             raise ConfigError(
                 f"{self.name} takes images [H, W, C] {list(self.shape)}, those of {images.name} are "
@@ -93,6 +93,7 @@ class Extractor:
             hook.remove()
 
 
+@checked
 def load_extractor(
     name: str, device: torch.device | str = "cpu", inception_weights: str | Path | None = None
 ) -> Extractor:
@@ -111,17 +112,11 @@ def load_extractor(
         ConfigError: the name or device is unknown, a package is not installed, or weights are missing, wrong, not used.
         DeviceError: the device is not here.
     """
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {device!r} is unknown; choose cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device {str(device)!r} is not here; torch sees {torch.cuda.device_count()} GPU(s), use cpu")
     if name not in EXTRACTORS:
         raise ConfigError(f"features {name!r} are unknown; choose {', '.join(EXTRACTORS)}")
     if inception_weights is not None and name != "inception":
         raise ConfigError(f"Inception weights are given, but features are {name}; choose inception, or leave them out")
-    batch_size = 50 if device.type == "cpu" else 500  # what fits a processor's cache
+    batch_size = 50 if torch.device(device).type == "cpu" else 500  # what fits a processor's cache
     if name == "fashion-classifier":
         classifier = load_fashion_classifier(device)
         text = "shipped Fashion-MNIST classifier"

@@ -7,9 +7,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,13 +16,16 @@ import torch
 from qandc.errors import ConfigError, DataError
 from qandc.evaluation.npz import AT_ONCE, Npz, decoding
 from qandc.evaluation.pixels import to_uint8
+from qandc.support.arguments import Between, Count, checked
 
-__all__ = ["MAX_PIXELS", "Images"]
+__all__ = ["MAX_PIXELS", "Images", "MaxPixels"]
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 2**26
 """Pixels that one image of a file may have, 8192 x 8192, if nothing else is asked for."""
+
+MaxPixels = Annotated[int, Between(1)]
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # what Pillow finds in a file, and what we make of it
@@ -44,7 +46,8 @@ class Images:
     _read: Callable[[int], Iterator[np.ndarray]] = field(repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path, max_pixels: int = MAX_PIXELS) -> Images:
+    @checked
+    def open(cls, path: str | Path, max_pixels: MaxPixels = MAX_PIXELS) -> Images:
         """Open the images of an ``.npz`` file (``arr_0``: uint8 ``[N, H, W]`` or ``[N, H, W, C]``) or of a folder.
 
         Headers are read and checked here, pixels later. Labels (``arr_1``) and other arrays of an ``.npz`` are ignored.
@@ -67,16 +70,12 @@ class Images:
             DataError: it holds no images, or images of several sizes, or anything that is described above as refused;
                 a file or folder cannot be read, or a link leads nowhere.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise ConfigError(f"images are {path!r}; give the path of an .npz file or a folder, or Images.of(array)")
-        if not isinstance(max_pixels, Integral) or max_pixels < 1:
-            raise ConfigError(f"max_pixels is {max_pixels!r}; give an integer >= 1")
         path = Path(path)
         try:
             mode = path.stat().st_mode
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        except OSError as error:
             lacking = isinstance(error, FileNotFoundError)
-            found = "is not there" if lacking else f"cannot be opened ({getattr(error, 'strerror', error)})"
+            found = "is not there" if lacking else f"cannot be opened ({error.strerror})"
             raise ConfigError(f"images {str(path)!r} {found}; give an .npz file or a folder of PNG or JPEG") from None
         if stat.S_ISDIR(mode):
             return _open_folder(path, max_pixels)
@@ -109,7 +108,8 @@ class Images:
         array = images.reshape(len(images), *shape)
         return cls(name, len(array), shape, lambda size: (array[i : i + size] for i in range(0, len(array), size)))
 
-    def batches(self, size: int) -> Iterator[torch.Tensor]:
+    @checked
+    def batches(self, size: Count) -> Iterator[torch.Tensor]:
         """Read all images in order, as uint8 tensors ``[at most size, C, H, W]``.
 
         Of large images fewer than ``size`` come at once: a batch has at most 512 MiB.
@@ -118,17 +118,11 @@ class Images:
             ConfigError: ``size`` is no integer >= 1.
             DataError: a file has become unreadable, or is cut off.
         """
-        if not isinstance(size, Integral) or size < 1:
-            raise ConfigError(f"images are read in batches of {size!r}; give an integer >= 1")
         height, width, channels = self.shape
         size = max(1, min(size, AT_ONCE // (height * width * channels)))
-
-        def tensors() -> Iterator[torch.Tensor]:
-            for batch in self._read(size):
-                images = batch.reshape(-1, *self.shape).transpose(0, 3, 1, 2)
-                yield torch.from_numpy(images.copy("C"))  # what a file was read into is not writable
-
-        return tensors()
+        for batch in self._read(size):
+            images = batch.reshape(-1, *self.shape).transpose(0, 3, 1, 2)
+            yield torch.from_numpy(images.copy("C"))  # what a file was read into is not writable
 
 
 def _refuse_nan(name: str, images: np.ndarray) -> None:

@@ -14,7 +14,6 @@ build of torch that is installed, and it unpickles what a file of weights holds,
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import nn
 
 from qandc.errors import ConfigError
 from qandc.evaluation.pixels import check_images
+from qandc.support.arguments import checked
 
 __all__ = ["PUBLISHED", "InceptionV3", "load_inception"]
 
@@ -185,6 +185,7 @@ class InceptionV3(nn.Module):
         return features, features @ self.fc.weight.T
 
 
+@checked
 def load_inception(path: str | Path) -> tuple[InceptionV3, str]:
     """Load the network in eval mode with the weights of a state dict, and the first 8 digits of the file's SHA-256.
 
@@ -194,11 +195,9 @@ def load_inception(path: str | Path) -> tuple[InceptionV3, str]:
     Raises:
         ConfigError: the file is not there, or holds anything else.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"Inception weights are {path!r}; give the path of a file")
     path = Path(path)
     hint = "give pt_inception-2015-12-05-6726825d.pth of pytorch-fid (github.com/mseitzer/pytorch-fid, releases)"
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise ConfigError(f"Inception weights {str(path)!r} are not there; {hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

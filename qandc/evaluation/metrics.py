@@ -8,8 +8,8 @@ do not call their numbers "FID", and compare them only with numbers made by the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from qandc.evaluation.networks import (
 )
 from qandc.evaluation.npz import Npz
 from qandc.evaluation.pixels import to_float, to_uint8
+from qandc.support.arguments import Between, Count, Seed, check_fields, checked
 from qandc.support.files import write_whole
 
 __all__ = [
@@ -46,9 +47,13 @@ __all__ = [
 ]
 
 
+SubsetSize = Annotated[int, Between(2)]
+
+
+@checked
 @torch.no_grad()
 def extract_features(
-    model: nn.Module, images: torch.Tensor, batch_size: int = 1000
+    model: nn.Module, images: torch.Tensor, batch_size: Count = 1000
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute features ``[N, D]`` and logits ``[N, K]``, both float64 on the CPU, of ``images [N, C, H, W]``.
 
@@ -59,8 +64,7 @@ def extract_features(
         ConfigError: ``batch_size`` is no integer >= 1.
         DataError: there is no image, they are no such tensor, or contain NaN or inf.
     """
-    _check_integers(batch_size=(batch_size, 1))
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or 0 in images.shape:
+    if images.ndim != 4 or 0 in images.shape:
         raise DataError(f"features are those of a tensor of images [N >= 1, C, H, W]; got {_described(images)}")
     device = next(model.parameters(), images).device
     features, logits = [], []
@@ -77,29 +81,28 @@ class FeatureStatistics:
     """Hold mean ``[D]`` and covariance ``[D, D]`` (1/(n-1)) of ``count`` feature vectors, float64; 0: unknown.
 
     Raises:
-        DataError: the arrays do not fit each other, contain NaN or inf, or are no covariance; count is no integer >= 0.
+        ConfigError: count is no integer >= 0.
+        DataError: the arrays do not fit each other, contain NaN or inf, or are no covariance.
     """
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int
+    count: Annotated[int, Between(0)]
 
     def __post_init__(self) -> None:
-        mean, covariance = np.shape(self.mean), np.shape(self.covariance)
+        check_fields(self)
+        mean, covariance = self.mean.shape, self.covariance.shape
         if len(mean) != 1 or mean[0] < 1 or covariance != mean * 2:
             raise DataError(f"statistics are a mean [D] and a covariance [D, D]; got {list(mean)}, {list(covariance)}")
         for array in (self.mean, self.covariance):
-            if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-                raise DataError("a mean and a covariance are NumPy arrays of real numbers; convert them")
             if not np.isfinite(array).all():
                 raise DataError("contains NaN or inf: a mean or covariance; compute it anew from its images")
         asymmetry = np.abs(self.covariance - self.covariance.T).max()
         if asymmetry > 1e-4 * np.abs(self.covariance).max() or self.covariance.diagonal().min() < 0:
             raise DataError("a covariance is symmetric, without negative variances; compute it anew from its images")
-        if isinstance(self.count, bool) or not isinstance(self.count, (int, np.integer)) or self.count < 0:
-            raise DataError(f"count is {self.count!r}; give the number of images, 0 if it is unknown")
 
     @classmethod
+    @checked
     def of(cls, features: torch.Tensor) -> FeatureStatistics:
         """Compute the statistics of ``features [N, D]``, on any device; at least two finite rows are needed.
 
@@ -137,6 +140,7 @@ class RunningStatistics:
         self._mean: torch.Tensor | float = 0.0
         self._squares: torch.Tensor | float = 0.0
 
+    @checked
     def add(self, features: torch.Tensor) -> None:
         """Count ``features [B, D]``, on any device; sums are float64. An empty batch changes nothing.
 
@@ -179,6 +183,7 @@ def load_statistics(path: str | Path | None = None) -> FeatureStatistics:
     return FeatureStatistics(data.read("mean"), data.read("covariance"), data.integer("count"))
 
 
+@checked
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Compute ``|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)``, the squared Fréchet distance of two Gaussians.
 
@@ -188,11 +193,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Raises:
         ConfigError: the numbers of features differ.
-        DataError: they are no statistics.
     """
-    for given in (a, b):
-        if not isinstance(given, FeatureStatistics):
-            raise DataError(f"a Fréchet distance compares FeatureStatistics; got {_described(given)}")
     if a.mean.shape != b.mean.shape:
         raise ConfigError(f"statistics of {a.mean.shape[0]} and {b.mean.shape[0]} features cannot be compared")
     values, vectors = np.linalg.eigh(a.covariance)
@@ -203,7 +204,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return max(0.0, float(difference @ difference + trace))  # of equal sets rounding may leave less
 
 
-def inception_score(logits: torch.Tensor, split: int | None = None) -> float:
+@checked
+def inception_score(logits: torch.Tensor, split: Count | None = None) -> float:
     """Compute ``exp(E_x KL(p(y|x) || p(y)))`` of ``logits [N, C]`` (Salimans et al. 2016).
 
     Over all images; with ``split`` the mean over parts of so many, in order (5000 in the suite of ADM; the last part
@@ -215,7 +217,6 @@ def inception_score(logits: torch.Tensor, split: int | None = None) -> float:
     """
     logits = _rows("an inception score", logits, at_least=1).double()
     if split is not None:
-        _check_integers(split=(split, 1))
         return float(np.mean([inception_score(part) for part in logits.split(split)]))
     log_p = F.log_softmax(logits, dim=1)
     p = log_p.exp()
@@ -230,8 +231,9 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
 
 
+@checked
 def precision_recall(
-    features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3, block: int = 1000
+    features: torch.Tensor, reference: torch.Tensor, neighbours: Count = 3, block: Count = 1000
 ) -> tuple[float, float]:
     """Compute improved precision and recall of ``features [N, D]`` against ``reference [M, D]``.
 
@@ -245,7 +247,6 @@ def precision_recall(
         DataError: a set has not more than k members, or holds NaN.
         ConfigError: k or block is less than 1, or the numbers of features differ.
     """
-    _check_integers(neighbours=(neighbours, 1), block=(block, 1))
     a, b = _pair("precision and recall", features, reference, at_least=neighbours + 1)
     centre = b.double().mean(0)  # distances stay, and lose less to rounding
     a, b = a.double() - centre, b.double() - centre
@@ -266,8 +267,13 @@ def precision_recall(
     return inside / len(a), float(covered.double().mean())
 
 
+@checked
 def kernel_distance(
-    features: torch.Tensor, reference: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    features: torch.Tensor,
+    reference: torch.Tensor,
+    subsets: Count = 100,
+    subset_size: SubsetSize = 1000,
+    seed: Seed = 0,
 ) -> tuple[float, float]:
     """Compute the mean and standard deviation, over random subsets of m images each, of the unbiased squared MMD.
 
@@ -281,7 +287,6 @@ def kernel_distance(
         DataError: a set has fewer than 2 members, or holds NaN.
         ConfigError: a number is out of range, or the numbers of features differ.
     """
-    check_subsets(subsets, subset_size, seed)
     features, reference = _pair("kernel distance", features, reference, at_least=2)
     m = min(subset_size, len(features), len(reference))
     generator = torch.Generator().manual_seed(seed)
@@ -300,41 +305,14 @@ def kernel_distance(
     return float(np.mean(found)), float(np.std(found))
 
 
-def check_subsets(subsets: int, subset_size: int, seed: int) -> None:
-    """Refuse numbers that :func:`kernel_distance` cannot take.
-
-    Raises:
-        ConfigError: one is no integer, or too small.
-    """
-    _check_integers(subsets=(subsets, 1), subset_size=(subset_size, 2))
-    _check_integers(seed=(seed, 0))
-    if seed >= 2**62:
-        raise ConfigError(f"seed is {seed}; give an integer from 0 to 2^62 - 1")
-
-
-def _check_integers(**given: tuple[int, int]) -> None:
-    """Refuse values of settings that are no integers, or smaller than their limits: ``name=(value, limit)``."""
-    if any(
-        isinstance(value, bool) or not isinstance(value, Integral) or value < least for value, least in given.values()
-    ):
-        values = " and ".join(repr(value) for value, _ in given.values())
-        limits = " and ".join(f">= {least}" for _, least in given.values())
-        name = " and ".join(given)
-        raise ConfigError(f"{name} {'is' if len(given) == 1 else 'are'} {values}; give integers {limits}")
-
-
-def _described(given: object) -> str:
-    return f"{list(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
-
-
-def _real(x: object) -> bool:
-    return isinstance(x, torch.Tensor) and not x.is_complex() and x.dtype != torch.bool
+def _described(given: torch.Tensor) -> str:
+    return f"{list(given.shape)} {given.dtype}"
 
 
 def _rows(what: str, x: torch.Tensor, at_least: int) -> torch.Tensor:
     """Return ``x [N, D]`` without its gradient; refuse anything else with a DataError."""
-    if not _real(x) or x.ndim != 2 or x.shape[1] < 1 or len(x) < at_least:
-        raise DataError(f"{what} need a tensor [N >= {at_least}, D] of real numbers; got {_described(x)}")
+    if x.ndim != 2 or x.shape[1] < 1 or len(x) < at_least:
+        raise DataError(f"{what} need a tensor [N >= {at_least}, D]; got {_described(x)}")
     if not bool(x.isfinite().all()):
         raise DataError(f"{what}: features or logits contain NaN or inf; check the images they were computed from")
     return x.detach()
@@ -344,18 +322,15 @@ def _pair(
     what: str, features: torch.Tensor, reference: torch.Tensor, at_least: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Refuse two sets of rows that cannot be compared."""
-    if isinstance(features, torch.Tensor) and isinstance(reference, torch.Tensor):
-        if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
-            raise ConfigError(
-                f"{what} compare [N, D] with [M, D] features; got {list(features.shape)} and {list(reference.shape)}"
-            )
-        if features.device != reference.device:
-            raise ConfigError(f"{what} compare features on one device; got {features.device} and {reference.device}")
-        if min(len(features), len(reference)) < at_least:
-            raise DataError(f"{what} need {at_least} images or more of each; got {len(features)} and {len(reference)}")
-    return _rows(what, features, at_least), _rows(what, reference, at_least)
+    a, b = _rows(what, features, at_least), _rows(what, reference, at_least)
+    if a.shape[1] != b.shape[1]:
+        raise ConfigError(f"{what} compare [N, D] with [M, D] features; got {list(a.shape)} and {list(b.shape)}")
+    if a.device != b.device:
+        raise ConfigError(f"{what} compare features on one device; got {a.device} and {b.device}")
+    return a, b
 
 
+@checked
 def class_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Compute the share of ``logits [N, C]`` whose largest entry is at ``labels [N]``, integers from 0 to C - 1.
 
@@ -363,7 +338,7 @@ def class_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
         DataError: there is no row, they are no such tensors, contain NaN or inf, or a label is out of range.
     """
     rows = _rows("class accuracy", logits, at_least=1)
-    if not _real(labels) or labels.is_floating_point() or labels.shape != rows.shape[:1]:
+    if labels.is_floating_point() or labels.shape != rows.shape[:1]:
         raise DataError(f"class accuracy needs integer labels [{len(rows)}]; got {_described(labels)}")
     if not 0 <= int(labels.min()) <= int(labels.max()) < rows.shape[1]:
         raise DataError(f"labels are {int(labels.min())} to {int(labels.max())}; give 0 to {rows.shape[1] - 1}")
@@ -384,6 +359,7 @@ def snr(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(signal / error)
 
 
+@checked
 def psnr(images: torch.Tensor, reference: torch.Tensor, peak: float | None = None) -> torch.Tensor:
     """Compute ``10 log10(peak² / MSE)`` in dB per image: ``[B, C, H, W]`` to ``[B]``; inf for equal images.
 
@@ -393,11 +369,11 @@ def psnr(images: torch.Tensor, reference: torch.Tensor, peak: float | None = Non
         ConfigError: the shapes differ, or ``peak`` is no finite number > 0.
         DataError: there is no image, they are no such tensors, or contain NaN or inf.
     """
-    if peak is not None and (not isinstance(peak, (int, float)) or not 0 < peak < float("inf")):
+    if peak is not None and peak <= 0:
         raise ConfigError(f"peak is {peak!r}; give the length of the value range, a finite number > 0")
     for given in (images, reference):
-        if not _real(given) or given.ndim != 4 or 0 in given.shape:
-            raise DataError(f"psnr compares tensors [B >= 1, C, H, W] of real numbers; got {_described(given)}")
+        if given.ndim != 4 or 0 in given.shape:
+            raise DataError(f"psnr compares tensors [B >= 1, C, H, W]; got {_described(given)}")
     if images.shape != reference.shape:
         raise ConfigError(f"psnr compares images of one shape; got {tuple(images.shape)} and {tuple(reference.shape)}")
     mse = (images.double() - reference.double()).square().flatten(1).mean(1)

@@ -48,6 +48,7 @@ LARGEST_INTEGER = 2**63 - 1
 SHOWN = 80  # characters of a value in a message
 LONGEST_PATH, LONGEST_NAME = 4000, 240  # bytes; file systems allow 4095 and 255, and some names get an ending
 LONGEST = 1 << 20  # elements of a sequence: each is looked at
+SHOWN_WHOLE = (int, float, str, bytes, tuple, list, dict, type(None), Path)
 NAMES = {str: "a string", type(None): "None"}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -105,7 +106,7 @@ def _shown(value: Any) -> str:
         return f"a {str(value.layout).removeprefix('torch.')} {type(value).__name__}{shape} of {value.dtype}"
     if isinstance(value, np.ndarray):
         return f"an array {value.shape} of {value.dtype}"
-    if isinstance(value, nn.Module) or not isinstance(value, int | float | str | bytes | tuple | list | dict | None):
+    if isinstance(value, nn.Module) or not isinstance(value, SHOWN_WHOLE):
         return f"{type(value).__module__}.{type(value).__qualname__}"
     try:
         text = repr(value[:SHOWN] if isinstance(value, tuple | list | str | bytes) else value)
