@@ -15,7 +15,7 @@ from benchmarks.timing import DEVICE, Candidate, launches_for, relative_error
 from qandc import CacheConfig, apply_cache_to_dit, make_scheduler, prepare_run, remove_cache, sample_latents
 from qandc.caching.features import FeatureStore
 from qandc.caching.plan import Action, Plan
-from qandc.fusion.fuse import FUSED
+from qandc.fusion.fuse import Fused
 from qandc.models.dit.fused import FusedStep
 
 LAYER, LATENT = "DiT-XL/2-256", 32
@@ -56,11 +56,11 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
     kind, _, ahead = name.partition(",")
     arguments = inputs(dit_xl_2(LATENT), m)
     latents, timestep, labels = (arguments[key] for key in ("hidden_states", "timestep", "class_labels"))
-    step: FusedStep = model().__dict__[FUSED].step(model())
+    step: FusedStep = Fused.of(model()).step(model())
     conditioning: dict[str, torch.Tensor] = {}
     if ahead:
         prepare_run(model(), timestep[:1], labels)
-        run = model().__dict__[FUSED].run
+        run = Fused.of(model()).run
         conditioning = {"modulations": run.tables[0][0], "final": run.tables[1][0]}
     timestep = timestep.float()
     with torch.no_grad():

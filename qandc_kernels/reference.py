@@ -1,7 +1,8 @@
 """Define every op in plain torch: what the kernels must equal, the CPU path, and a baseline for benchmarks.
 
-The public ops have their names, signatures and docstrings from here. These functions check arguments as the ops do.
-Like the kernels they are for inference: no result carries a gradient.
+The public ops have their names, signatures and docstrings from here. Both raise
+:class:`qandc_kernels.ArgumentError` for an argument of another type, dtype, shape, stride, device or value than its
+docstring allows. Like the kernels these functions are for inference: no result carries a gradient.
 """
 
 from __future__ import annotations
@@ -65,9 +66,6 @@ def quantize_per_tensor(
 
     Returns:
         int8, shape of ``x``, contiguous.
-
-    Raises:
-        ArgumentError: a dtype, shape, device or bit width is not one of the above.
     """
     _tell_nan(x, nan_flag)
     qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
@@ -96,9 +94,6 @@ def quantize_per_token(x: torch.Tensor, bits: int = 8, token_dims: int = 1) -> t
     Returns:
         ``q`` int8, shape of ``x``, contiguous, and ``scale`` float32, shape of ``x`` without the dimensions of a token.
         A row of zeros gets zeros and a tiny positive scale, a row with NaN the scale NaN.
-
-    Raises:
-        ArgumentError: a dtype, shape or bit width is not one of the above.
     """
     return _per_token(x, bits, token_dims)
 
@@ -151,9 +146,6 @@ def adaln_quantize_per_tensor(
 
     Returns:
         int8, shape of ``x``, contiguous.
-
-    Raises:
-        ArgumentError: a dtype, shape or device is not one of the above.
     """
     return _quantize_static(_adaln(x, shift, scale, eps), 1.0 / q_scale, zero_point)
 
@@ -167,9 +159,6 @@ def adaln_quantize_per_token(
 
     Returns:
         ``q`` int8, shape of ``x``, contiguous, and its scales ``[samples, tokens] float32``.
-
-    Raises:
-        ArgumentError: as :func:`adaln_quantize_per_tensor`.
     """
     return _per_token(_adaln(x, shift, scale, eps), 8, 1)
 
@@ -211,9 +200,6 @@ def attention_quantize_per_tensor(
 
     Returns:
         int8 ``[batch, tokens, heads, D]``, contiguous.
-
-    Raises:
-        ArgumentError: a dtype, shape or device is not one of the above.
     """
     y = attention(*(t.to(torch.float32) for t in (q, k, v))).contiguous()
     _tell_nan(y, nan_flag)
@@ -237,9 +223,6 @@ def batched_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sh
 
     Returns:
         ``[L, M, N]``, contiguous, dtype of ``x``; summed in float32, cast last.
-
-    Raises:
-        ArgumentError: a dtype, shape, device or share is not one of the above.
     """
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
@@ -255,9 +238,6 @@ def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
 
     Returns:
         int32 ``[..., N]``.
-
-    Raises:
-        ArgumentError: a dtype, shape or device is not one of the above.
     """
     return _exact_sums(xq, wq)
 
@@ -348,9 +328,6 @@ def int8_linear(
 
     Returns:
         ``[..., N]`` of ``out_dtype``, contiguous.
-
-    Raises:
-        ArgumentError: a dtype, shape or device is not one of the above.
     """
     return _linear(xq, wq, x_scale, w_scale, bias, x_zero_point, w_sum).to(out_dtype)
 
@@ -408,9 +385,6 @@ def linear_gelu_quantize(
 
     Returns:
         ``[..., N] int8``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
-
-    Raises:
-        ArgumentError: a dtype, shape or device is not one of the above.
     """
     y = F.gelu(_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum), approximate="tanh")
     factor = 1.0 / out_scale
@@ -445,9 +419,6 @@ def linear_gate_residual_(
 
     Returns:
         ``residual``. All else as :func:`int8_linear` and :func:`int4_linear`.
-
-    Raises:
-        ArgumentError: a dtype, shape, stride or device is not one of the above.
     """
     y = _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
     if out_branch is not None:
@@ -470,9 +441,6 @@ def corrected_gates(
     Returns:
         Both as :func:`gated_sum` takes them: ``gate · a``, contiguous, dtype of ``gates``; ``b' = Σ_(l, k) gate · b``,
         ``[samples, D] float32``.
-
-    Raises:
-        ArgumentError: a dtype, shape, stride or device is not one of the above.
     """
     factors = gates.to(torch.float32)
     return (factors * gains[:, :, None]).to(gates.dtype).contiguous(), (factors * offsets[:, :, None]).sum((0, 1))
@@ -504,10 +472,6 @@ def gated_sum(
 
     Returns:
         ``[samples, tokens, D]``, contiguous, dtype of ``x``.
-
-    Raises:
-        ArgumentError: a dtype, shape, stride or device is not one of the above, or only one of int8 features
-            and scales is there.
     """
     y = x.to(torch.float32, copy=True)
     if offset is not None:
@@ -546,9 +510,6 @@ def guided_step(
 
     Returns:
         ``x'`` as ``latents``, contiguous; and the same in the dtype of ``prediction``, once for each of its rows.
-
-    Raises:
-        ArgumentError: a dtype, shape, device or scale is not one of the above.
     """
     epsilon = prediction[:, : latents.shape[1]].to(torch.float32)
     if guidance_scale is not None:
@@ -591,9 +552,6 @@ def quantized_linear(
 
     Returns:
         ``[..., N]`` of ``out_dtype``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
-
-    Raises:
-        ArgumentError: a dtype, shape, device or bit width is not one of the above.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     y = x if smoothing is None else x.to(torch.float32) * (1.0 / smoothing)
@@ -622,8 +580,5 @@ def weight_only_linear(
 
     Returns:
         ``[..., N]`` of the dtype of ``x``, contiguous.
-
-    Raises:
-        ArgumentError: a dtype, shape or device is not one of the above.
     """
     return _linear(x, weight, None, w_scale, bias).to(x.dtype)

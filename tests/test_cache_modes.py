@@ -27,7 +27,7 @@ from qandc import (
     uniform_schedule,
 )
 from qandc.caching.plan import Action
-from qandc.fusion.fuse import FUSED
+from qandc.fusion.fuse import Fused
 from qandc.method.schedule_calibration import feature_gram
 from qandc.models.dit.fused import FusedBlock
 from tests import definition
@@ -669,7 +669,7 @@ def test_cache_and_fusion_in_any_order(fused_anywhere, first):
         remove_cache(model)
     else:
         remove_cache(model)
-        assert FUSED in model.__dict__
+        assert Fused.of(model) is not None
         unfuse_dit(model)
     assert [type(m) for m in model.modules()] == classes
     for actual, wanted in zip(run(model, 3), expected, strict=True):
@@ -711,7 +711,7 @@ def test_graphs_of_compute_and_reuse_steps(config, w_bits):
         for actual, wanted, other in zip(run(graphed, **where), expected, slow, strict=True):
             assert relative_error(actual, wanted) <= 1e-2
             assert relative_error(actual, other) <= 1e-1
-    graphs = graphed.__dict__[FUSED].graphs
+    graphs = Fused.of(graphed).graphs
     assert graphs.replays == 30
     assert len(graphs) <= 8
     assert get_cache(graphed).compute_steps == 3 * sum(config.of_steps(STEPS))

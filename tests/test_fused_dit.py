@@ -32,7 +32,7 @@ from qandc import (
     smoothing_factors,
     unfuse_dit,
 )
-from qandc.fusion.fuse import FUSED
+from qandc.fusion.fuse import Fused
 from qandc.fusion.graphs import GraphCache
 from qandc.models.dit.conditioning import Conditioning
 from qandc.models.dit.fused import FusedBlock, FusedStep
@@ -116,7 +116,7 @@ def assert_blocks_equal(model, inputs, bound):
             handle.remove()
         fused = copy.deepcopy(model)
         fuse_dit(fused, cuda_graphs=False)
-        step = fused.__dict__[FUSED].step(fused)
+        step = Fused.of(fused).step(fused)
         for block, plain, (x, y) in zip(step.blocks, model.transformer_blocks, seen, strict=True):
             assert isinstance(block, FusedBlock)
             index = step.blocks.index(block)
@@ -139,7 +139,7 @@ def test_weight_only_modulation_stays_quantized(fused_anywhere, w_bits):
         expected = model(**make_inputs()).sample
         fuse_dit(model, cuda_graphs=False)
         assert relative_error(model(**make_inputs()).sample, expected) <= MODEL_BOUND[torch.float32]
-    assert not any(model.__dict__[FUSED].step(model).reasons.values())
+    assert not any(Fused.of(model).step(model).reasons.values())
     assert model.transformer_blocks[0].norm1.linear.qweight is weight
 
 
@@ -226,7 +226,7 @@ def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, row
     labels, timesteps = inputs["class_labels"], torch.tensor([999, 500, 20])
     steps = [t.expand(4) for t in timesteps]
     expected = [fused(**inputs | {"timestep": t}).sample for t in steps]
-    step = fused.__dict__[FUSED].step(fused)
+    step = Fused.of(fused).step(fused)
     of_run = [step.conditioning.of_run(timesteps.float(), labels, torch.float32)[part].unbind(0) for part in (0, 1)]
     ahead = []
     for timestep, of_blocks, final in zip(steps, *of_run, strict=True):
@@ -258,7 +258,7 @@ def test_conditioning_computed_ahead(fused_anywhere, monkeypatch, smoothing, row
 def test_memory_of_conditioning_is_as_stated(fused_anywhere):
     for smoothing in (False, True):
         fused = fuse_dit(make_quantized(smoothing=smoothing))
-        conditioning = fused.__dict__[FUSED].step(fused).conditioning
+        conditioning = Fused.of(fused).step(fused).conditioning
         tables = conditioning.of_run(torch.tensor([1.0, 2.0, 3.0]), make_inputs()["class_labels"], torch.float32)
         assert conditioning.bytes_of_run(3, 4, torch.float32) == sum(t.nbytes for t in tables)
 
@@ -313,7 +313,7 @@ def test_smoothing_that_is_found_fits_every_block(fused_anywhere, w_bits):
                 step = of_steps.timesteps.tolist().index(batch["timestep"][0])
                 layer.set_static_range(of_steps.scales[name][step], of_steps.zero_points[name][step])
         assert relative_error(fused(**batch).sample, model(**batch).sample) <= 2 * MODEL_BOUND[torch.float32]
-    assert all(isinstance(block, FusedBlock) for block in fused.__dict__[FUSED].step(fused).blocks)
+    assert all(isinstance(block, FusedBlock) for block in Fused.of(fused).step(fused).blocks)
 
 
 FINE = {"proj_out_2": torch.ones(3)}
@@ -647,13 +647,13 @@ def test_no_graph_of_what_has_hooks(fused_anywhere, end):
     model = make_quantized()
     fused = fuse_dit(model)
     fused(**make_inputs())
-    assert fused.__dict__[FUSED].step(fused).graphable
+    assert Fused.of(fused).step(fused).graphable
     kept = []
     model.get_submodule(end).register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
     inputs = make_inputs()
     inputs["hidden_states"] = inputs["hidden_states"].to(memory_format=torch.channels_last)
     fused(**inputs)
-    assert not fused.__dict__[FUSED].step(fused).graphable
+    assert not Fused.of(fused).step(fused).graphable
     assert torch.equal(*kept[0])
 
 
@@ -739,7 +739,7 @@ def test_unfused_again_it_is_what_it_was(fused_anywhere):
     assert list(fused.state_dict()) == names
     unfuse_dit(fused)
     assert type(model) is base
-    assert FUSED not in model.__dict__
+    assert Fused.of(model) is None
     assert all(parameters[name] is p for name, p in model.named_parameters())
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(model(**make_inputs()).sample, expected)
@@ -756,7 +756,7 @@ def test_weights_are_not_stored_twice(fused_anywhere):
     before = stored(model)
     fused = fuse_dit(model)
     fused(**make_inputs())
-    step = fused.__dict__[FUSED].step(fused)
+    step = Fused.of(fused).step(fused)
     assert stored(fused) == before
     parts = {t.untyped_storage().data_ptr() for t in [*fused.parameters(), *fused.buffers()]}
     large = [
@@ -818,7 +818,7 @@ def test_refused_models():
 def test_graphs_follow_their_inputs(w_bits):
     model = make_quantized(torch.bfloat16, "cuda", w_bits, heads=6, head_dim=32, sample_size=16)
     fused = fuse_dit(model)
-    graphs = fused.__dict__[FUSED].graphs
+    graphs = Fused.of(fused).graphs
     for batch, size in ((4, 16), (8, 16), (4, 32), (4, 16)):
         for seed in range(3):
             inputs = make_inputs(batch, size, torch.bfloat16, "cuda")
@@ -827,11 +827,11 @@ def test_graphs_follow_their_inputs(w_bits):
             inputs["class_labels"] = inputs["class_labels"].roll(seed)
             with torch.inference_mode(seed == 1):
                 actual = fused(**inputs).sample
-            fused.__dict__[FUSED].cuda_graphs = False
+            Fused.of(fused).cuda_graphs = False
             with torch.no_grad():
                 eager = fused(**inputs).sample
                 unfused = super(type(fused), fused).forward(**inputs).sample
-            fused.__dict__[FUSED].cuda_graphs = True
+            Fused.of(fused).cuda_graphs = True
             assert torch.equal(actual, eager)
             assert relative_error(actual, unfused) <= MODEL_BOUND[torch.bfloat16]
     assert graphs.captures == 3
@@ -898,7 +898,7 @@ def test_in_the_vanilla_pipeline(pipeline_dir):
             images[fuse, len(labels)] = pipe(
                 labels, num_inference_steps=4, generator=torch.Generator("cuda").manual_seed(0), output_type="pt"
             )[0]
-    assert pipe.transformer.__dict__[FUSED].graphs.captures == 2
+    assert Fused.of(pipe.transformer).graphs.captures == 2
     for count in (1, 2):
         assert F.mse_loss(images[True, count], images[False, count]) < 1e-3
 

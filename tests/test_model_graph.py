@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qandc import ModelError, apply_cache_to_dit, graph, quantize_model, ungraph
-from qandc.fusion.model_graph import GRAPHED, UnknownArgumentError, rebuild, structure_of
+from qandc.fusion.model_graph import Graphed, UnknownArgumentError, rebuild, structure_of
 from qandc.support.watch import Watch
 from tests.conftest import make_dit
 
@@ -84,7 +84,7 @@ def test_ungraph_restores_the_model():
 def test_copies_and_pickles_are_graphed_models_of_their_own():
     model = graph(make_dit())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.__dict__[GRAPHED] is not model.__dict__[GRAPHED]
+        assert Graphed.of(other) is not Graphed.of(model)
         assert type(ungraph(other)) is type(make_dit())
 
 
@@ -146,7 +146,7 @@ def test_what_a_watch_notices(change, in_place, by_settings):
 
 
 def captures(model) -> int:
-    return model.__dict__[GRAPHED].graphs.captures
+    return Graphed.of(model).graphs.captures
 
 
 @GPU
@@ -249,7 +249,7 @@ def test_graphs_are_bounded():
     for rows in (1, 2, 3, 1):
         model(**inputs("cuda", rows))
     assert captures(model) == 4
-    assert len(model.__dict__[GRAPHED].graphs) == 2
+    assert len(Graphed.of(model).graphs) == 2
 
 
 @GPU

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 import qandc.models.dit.fused
 from qandc import DataError, calibrate, fuse_dit, graph, quantize_model, sample_latents
-from qandc.fusion.model_graph import GRAPHED
+from qandc.fusion.model_graph import Graphed
 from qandc.quantization.linear import QuantLinear
 from tests.conftest import make_dit
 
@@ -100,6 +100,6 @@ def test_flags_of_a_graphed_model():
     model = graph(make_static("cuda"))
     sample_latents(model, DDIMScheduler(), [1], **RUN)
     sample_latents(model, DDIMScheduler(), [1], **RUN)
-    captures = model.__dict__[GRAPHED].graphs.captures
+    captures = Graphed.of(model).graphs.captures
     sample_latents(model, DDIMScheduler(), [1], **RUN)
-    assert model.__dict__[GRAPHED].graphs.captures == captures
+    assert Graphed.of(model).graphs.captures == captures

@@ -22,7 +22,7 @@ from qandc import (
     reset_all_caches,
     sample_latents,
 )
-from qandc.fusion.fuse import FUSED
+from qandc.fusion.fuse import Fused
 from qandc.fusion.run_graph import why_no_run_graph
 from qandc.sampling.loop import describe_run
 from qandc.support.attach import paused
@@ -107,13 +107,13 @@ def as_if_replayed(fused_anywhere, monkeypatch):
     monkeypatch.setattr("qandc.sampling.loop.select_backend", lambda device: Backend("triton", "as if"))
     monkeypatch.setattr("qandc.sampling.loop.why_no_run_graph", lambda transformer, device: None)
     model = fuse_dit(make_quantized())
-    model.__dict__[FUSED].run_graphs = AsIfReplayed()
+    Fused.of(model).run_graphs = AsIfReplayed()
     return model
 
 
 @all_configs
 def test_a_replay_depends_on_nothing_but_its_inputs(as_if_replayed, config):
-    model, graphs = as_if_replayed, as_if_replayed.__dict__[FUSED].run_graphs
+    model, graphs = as_if_replayed, Fused.of(as_if_replayed).run_graphs
     if config is not None:
         apply_cache_to_dit(model, config=config)
     for labels, seeds in (((3, 4), (0, 1)), ((5, 3), (7, 8)), ((3, 4), (0, 1)), ((9,), (2,))):
@@ -125,7 +125,7 @@ def test_gains_that_were_written_to_are_others(as_if_replayed):
     given = compensation(as_if_replayed, 0.9)
     draw(as_if_replayed, cuda_graph=True, compensation=given)
     draw(as_if_replayed, cuda_graph=True, compensation=copy.deepcopy(given))
-    graphs = as_if_replayed.__dict__[FUSED].run_graphs
+    graphs = Fused.of(as_if_replayed).run_graphs
     assert len(graphs.captured) == 1
     given.gain.mul_(0.9)
     call = {"compensation": given}
@@ -156,7 +156,7 @@ def test_what_would_run_once_and_never_again_is_no_graph(fused_anywhere):
 
 
 def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
-    model, graphs = as_if_replayed, as_if_replayed.__dict__[FUSED].run_graphs
+    model, graphs = as_if_replayed, Fused.of(as_if_replayed).run_graphs
     for count, change in enumerate(
         (
             {},
@@ -260,7 +260,7 @@ def test_equals_the_loop_on_a_gpu(caplog, config, w_bits):
     if config is not None:
         apply_cache_to_dit(model, config=config)
     fitted = compensation(model, 0.9)
-    graphs = model.__dict__[FUSED].run_graphs
+    graphs = Fused.of(model).run_graphs
     with caplog.at_level(logging.WARNING):
         for labels, seeds in (((3, 4), (0, 1)), ((5, 3), (7, 8)), ((3, 4), (0, 1))):
             for more in ({}, {"compensation": fitted}):
@@ -274,7 +274,7 @@ def test_equals_the_loop_on_a_gpu(caplog, config, w_bits):
 @pytest.mark.parametrize("config", [CONFIGS["branch"], CONFIGS["taylor int8"]], ids=["branch", "taylor int8"])
 def test_graphs_outlive_no_cache_and_no_layer(config):
     model = fuse_dit(make_quantized(torch.bfloat16, "cuda", heads=6, head_dim=32))
-    graphs = model.__dict__[FUSED].run_graphs
+    graphs = Fused.of(model).run_graphs
     apply_cache_to_dit(model, config=config)
     expected = draw(model, cuda_graph=True)
     remove_cache(model)
@@ -310,7 +310,7 @@ def test_a_graph_shares_no_features_with_other_runs():
             draw(model, (1, 2), (5, 6), cuda_graph=True)
 
     assert torch.equal(draw(model, callback=between), expected)
-    assert model.__dict__[FUSED].run_graphs.replays == 2
+    assert Fused.of(model).run_graphs.replays == 2
 
 
 @pytest.mark.gpu

@@ -42,7 +42,7 @@ from qandc import (
     save,
     smoothing_factors,
 )
-from qandc.fusion.fuse import FUSED
+from qandc.fusion.fuse import Fused
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling
 from tests.conftest import FloatsMade, in_time, make_dit
@@ -221,10 +221,10 @@ def test_cache_and_fusion_stay_and_are_not_saved(tmp_path, static_model, dit_inp
     save(model, tmp_path / "saved")
     assert get_cache(model) is cache
     assert cache.nbytes > 0
-    assert FUSED in model.__dict__
+    assert Fused.of(model) is not None
     loaded = load(tmp_path / "saved").model
     assert type(loaded) is type(make_dit())
-    assert FUSED not in loaded.__dict__
+    assert Fused.of(loaded) is None
     assert torch.equal(output(loaded, dit_inputs), expected)
 
 

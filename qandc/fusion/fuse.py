@@ -28,18 +28,18 @@ from qandc.support.arguments import Model, checked
 from qandc.support.attach import Attachment, attach, detach
 from qandc_kernels import select_backend
 
-__all__ = ["FUSED", "fuse", "fuse_dit", "is_fused", "prepare_run", "unfuse", "unfuse_dit", "why_not_here"]
+__all__ = ["Fused", "fuse", "fuse_dit", "is_fused", "prepare_run", "unfuse", "unfuse_dit", "why_not_here"]
 
 logger = logging.getLogger(__name__)
-
-FUSED = "_qandc_fused"  # the attribute that holds what fuse knows of a model
 
 LONGEST = 1 << 20  # steps, and samples, of a run whose conditioning is computed ahead
 RUN_GRAPHS = 2  # each may hold conditioning of that run, and the features of a cache
 
 
-class _Fused(Attachment):
+class Fused(Attachment):
     """Hold the state of a fused transformer: a program for the layers as they are now, and graphs of it."""
+
+    attribute = "_qandc_fused"
 
     def __init__(self, family: Family, cuda_graphs: bool, ranges: StepRanges | None) -> None:
         self.family = family
@@ -57,11 +57,11 @@ class _Fused(Attachment):
         assert self.family.program is not None  # fuse has seen to it
         return self.family.program
 
-    def __deepcopy__(self, memo: Any) -> _Fused:
-        return _Fused(self.family, self.cuda_graphs, self.ranges)  # a copy of the model builds its own
+    def __deepcopy__(self, memo: Any) -> Fused:
+        return Fused(self.family, self.cuda_graphs, self.ranges)  # a copy of the model builds its own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Fused, (self.family, self.cuda_graphs, self.ranges)
+        return Fused, (self.family, self.cuda_graphs, self.ranges)
 
     def say(self, reason: str) -> None:
         """Log a reason once."""
@@ -119,7 +119,7 @@ class _PreparedRun:
 
 class _FusedTransformer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fused: _Fused = getattr(self, FUSED)
+        fused: Fused = getattr(self, Fused.attribute)
         cache, call = get_cache(self), arguments_of(self, args, kwargs)
         plan = Plan() if cache is None else cache.plan
         latents = call.get("hidden_states")
@@ -144,11 +144,11 @@ class _FusedTransformer(nn.Module):
         return step.output(output) if call.get("return_dict", True) else (output,)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        getattr(self, FUSED).drop()  # .to() replaces tensors that the program and its graphs hold
+        getattr(self, Fused.attribute).drop()  # .to() replaces tensors that the program and its graphs hold
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        getattr(self, FUSED).drop()  # called also where a module that holds this one is loaded
+        getattr(self, Fused.attribute).drop()  # called also where a module that holds this one is loaded
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -164,7 +164,7 @@ def why_not_here(transformer: Any, device: torch.device) -> str | None:
     return None
 
 
-def _run(transformer: Any, fused: _Fused, step: Program, call: Any, plan: Plan) -> torch.Tensor:
+def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -> torch.Tensor:
     inputs = step.inputs(call)
     latents = inputs[0]
     ahead: tuple[torch.Tensor, ...] = ()
@@ -218,7 +218,7 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
             f"there are fused kernels for diffusers' {known}; got {type(transformer).__name__} "
             "(of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile)"
         )
-    if FUSED in transformer.__dict__:
+    if is_fused(transformer):
         raise ModelError("this transformer is fused already; call unfuse(transformer) first")
     if "forward" in transformer.__dict__:
         raise ModelError(
@@ -240,9 +240,9 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
         why = reasons.get(name, "it runs as it is in any case")
         if why is not None:
             raise ConfigError(f"step_ranges names {name}, which does not run fused ({why}); leave it out")
-    fused = _Fused(family, cuda_graphs, step_ranges)
+    fused = Fused(family, cuda_graphs, step_ranges)
     with detached_cache(transformer):  # fusion is the inner of the two
-        attach(transformer, _FusedTransformer, **{FUSED: fused})
+        attach(transformer, _FusedTransformer, fused)
     return transformer
 
 
@@ -251,7 +251,7 @@ fuse_dit = fuse  # its name before other models could have fused kernels
 
 def is_fused(transformer: nn.Module) -> bool:
     """Tell whether :func:`fuse` was called for this transformer."""
-    return FUSED in transformer.__dict__
+    return Fused.of(transformer) is not None
 
 
 @older_names
@@ -275,7 +275,7 @@ def prepare_run(transformer: Model, timesteps: torch.Tensor, conditions: torch.T
         ModelError: the transformer is not fused.
         DataError: timesteps or conditions are not what is said above.
     """
-    fused = transformer.__dict__.get(FUSED)
+    fused = Fused.of(transformer)
     if fused is None:
         raise ModelError(f"this {type(transformer).__name__} is not fused; call fuse first")
     fused.program.check_conditions(conditions)
@@ -302,11 +302,11 @@ def unfuse(transformer: nn.Module) -> Any:
     Raises:
         ModelError: the transformer is not fused, or another tool has wrapped it since.
     """
-    fused = transformer.__dict__.get(FUSED)
+    fused = Fused.of(transformer)
     if fused is None:
         raise ModelError(f"this {type(transformer).__name__} is not fused")
     with detached_cache(transformer):
-        detach([(transformer, _FusedTransformer)], FUSED, error=ModelError)
+        detach([(transformer, _FusedTransformer)], Fused.attribute, error=ModelError)
         fused.drop()  # a graph of a run holds what holds it
     return transformer
 

@@ -16,17 +16,16 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.errors import ModelError
-from qandc.fusion.fuse import FUSED
+from qandc.fusion.fuse import is_fused
 from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
 from qandc.support.arguments import Between, checked
-from qandc.support.attach import attach, attachments, detach
+from qandc.support.attach import Attachment, attach, attachments, detach
 from qandc.support.watch import Watch
 
-__all__ = ["GRAPHED", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
+__all__ = ["Graphed", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
 
 logger = logging.getLogger(__name__)
 
-GRAPHED = "_qandc_graphed"  # the attribute that holds the graphs of a model
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -65,8 +64,10 @@ def rebuild(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return parts[0]
 
 
-class _Graphed:
+class Graphed(Attachment):
     """Hold the graphs of a model, and what has been said about calls that take none."""
+
+    attribute = "_qandc_graphed"
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -75,11 +76,11 @@ class _Graphed:
         self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
         self._said: set[str] = set()
 
-    def __deepcopy__(self, memo: Any) -> _Graphed:
-        return _Graphed(self.limit)  # a copy of the model captures its own
+    def __deepcopy__(self, memo: Any) -> Graphed:
+        return Graphed(self.limit)  # a copy of the model captures its own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Graphed, (self.limit,)
+        return Graphed, (self.limit,)
 
     def say(self, reason: str) -> None:
         """Log a reason once."""
@@ -106,7 +107,7 @@ def _why_not_model(model: nn.Module) -> str | None:
         where = name or type(module).__name__
         if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
             return f"{where} has hooks or a forward of its own, which a graph would not run"
-        if attachments(module):
+        if any(not isinstance(found, Graphed) for found in attachments(module)):
             return f"{where} has a feature cache or is fused, which choose in Python what a step runs"
     return None
 
@@ -130,7 +131,7 @@ def _why_not_now(model: nn.Module, tensors: list[torch.Tensor]) -> str | None:
 
 class _GraphedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        graphed: _Graphed = getattr(self, GRAPHED)
+        graphed: Graphed = getattr(self, Graphed.attribute)
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return super().forward(*args, **kwargs)  # part of something larger
         tensors: list[torch.Tensor] = []
@@ -192,14 +193,14 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS
             instance.
         ConfigError: the limit is not an integer from 1 to 1024.
     """
-    if GRAPHED in model.__dict__ or FUSED in model.__dict__:
+    if Graphed.of(model) is not None or is_fused(model):
         raise ModelError(f"this {type(model).__name__} has graphs already; call ungraph or unfuse first")
     if "forward" in model.__dict__ or model._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
         raise ModelError(
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
-    attach(model, _GraphedModel, **{GRAPHED: _Graphed(limit)})
+    attach(model, _GraphedModel, Graphed(limit))
     return model
 
 
@@ -210,9 +211,9 @@ def ungraph(model: ModelT) -> ModelT:
     Raises:
         ModelError: the model is not graphed, or another tool has wrapped it since.
     """
-    graphed = model.__dict__.get(GRAPHED)
+    graphed = Graphed.of(model)
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
-    detach([(model, _GraphedModel)], GRAPHED, error=ModelError)
+    detach([(model, _GraphedModel)], Graphed.attribute, error=ModelError)
     graphed.drop()
     return model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qandc.fusion.fuse import FUSED
+from qandc.fusion.fuse import Fused
 from qandc.quantization.conversion import quant_layers
 
 __all__ = ["lower_nan_flags", "raised_nan_flag"]
@@ -19,7 +19,7 @@ __all__ = ["lower_nan_flags", "raised_nan_flag"]
 
 def _flags(transformer: Any) -> dict[str, torch.Tensor]:
     """Map names of layers to their flags, of layers whose static range could hide NaN; made where there is none."""
-    fused = transformer.__dict__.get(FUSED)
+    fused = Fused.of(transformer)
     program = None if fused is None else fused.built
     found: dict[str, torch.Tensor] = {} if program is None else program.nan_flags()
     if program is not None and program.graphable and not any(program.reasons.values()):

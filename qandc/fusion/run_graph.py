@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.cache import get_cache
-from qandc.fusion.fuse import FUSED, why_not_here
+from qandc.fusion.fuse import Fused, why_not_here
 from qandc.support.attach import has_other_forward
 
 __all__ = ["run_as_graph", "why_no_run_graph"]
@@ -19,7 +19,7 @@ __all__ = ["run_as_graph", "why_no_run_graph"]
 
 def why_no_run_graph(transformer: Any, device: torch.device) -> str | None:
     """Say why many forwards of this transformer can't be one CUDA graph, or None."""
-    fused = transformer.__dict__.get(FUSED)
+    fused = Fused.of(transformer)
     if fused is None:
         return "the transformer is not fused (fuse)"
     cache = get_cache(transformer)
@@ -51,7 +51,7 @@ def run_as_graph(
     given up when layers change, as that of a single forward is.
     """
     run = functools.cache(make_run)
-    fused = getattr(transformer, FUSED)
+    fused = getattr(transformer, Fused.attribute)
     cache = get_cache(transformer)
     held: list[Any] = []
 

@@ -275,9 +275,8 @@ def smoothing_factors(
     """
     layers: dict[str, nn.Linear] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    config = _config(skip_patterns)
     if names is None:
-        layers = _unquantized(model, config, "find smoothing factors")
+        layers = _unquantized(model, skip_patterns, "find smoothing factors")
     for name in names or ():
         layer = modules.get(name)
         if type(layer) is not nn.Linear:
@@ -321,19 +320,14 @@ def input_hessians(
         ModelError: there is no linear layer to quantize.
         DataError: a layer saw no input, or NaN or inf.
     """
-    layers = _unquantized(
-        model, QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns)), "gather Hessians"
-    )
+    layers = _unquantized(model, skip_patterns, "gather Hessians")
     # in place: autocast, inside of a model, would make it one of half precision
     seen = SharedInputs(lambda x: x.new_zeros(x.shape[1], x.shape[1]).addmm_(x.T, x), torch.Tensor.add_)
     return _totals(seen, model, batches, layers)
 
 
-def _config(skip_patterns: Iterable[str] | None) -> QuantConfig:
-    return QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns))
-
-
-def _unquantized(model: nn.Module, config: QuantConfig, what: str) -> dict[str, nn.Linear]:
+def _unquantized(model: nn.Module, skip_patterns: Iterable[str] | None, what: str) -> dict[str, nn.Linear]:
+    config = QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns))
     try:
         return layers_to_quantize(model, config)
     except ModelError as error:

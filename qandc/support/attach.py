@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -32,14 +32,24 @@ _eager_users = 0
 _eager_stance = contextlib.ExitStack()
 
 
+Kind = TypeVar("Kind", bound="Attachment")
+
+
 class Attachment:
     """Stand for something attached to a model, an attribute of it, to code that does not know what it is.
 
     Attributes:
+        attribute: its name.
         paused: every step is computed as if nothing were attached.
     """
 
+    attribute: ClassVar[str]
     paused = False
+
+    @classmethod
+    def of(cls: type[Kind], model: Any) -> Kind | None:
+        """Return what of this kind is attached to a model, or None."""
+        return model.__dict__.get(cls.attribute)
 
     def reset(self) -> None:
         """Forget what was computed by the model as it was."""
@@ -83,9 +93,9 @@ def derived_class(mixin: Any, base: Any) -> Any:
     return type(base.__name__, (mixin, base), names)
 
 
-def attach(module: Any, mixin: Any, **attributes: Any) -> None:
-    """Make ``module`` an instance of its class with the methods of ``mixin`` first, and give it attributes."""
-    module.__dict__.update(attributes)
+def attach(module: Any, mixin: Any, *attachments: Attachment, **attributes: Any) -> None:
+    """Make ``module`` an instance of its class with the methods of ``mixin`` first, and give it what these need."""
+    module.__dict__.update({each.attribute: each for each in attachments}, **attributes)
     base: Any = type(module)
     module.__class__ = derived_class(mixin, base)
 
