@@ -467,7 +467,8 @@ def gated_sum(
         features: ``[S, L, K, samples, tokens, D]``, one of those dtypes or int8, contiguous.
         gates: ``[L, K, samples, D]`` floating point, e.g. parts of ``[L, samples, 6 D]``; None for all 1.
         weights: ``[S] float32``; None for all 1.
-        scales: ``[S, L, K, samples, tokens] float32``, contiguous, that int8 features are multiplied with.
+        scales: ``[S, L, K, samples, tokens] float32``, contiguous, that int8 features, and only they, are multiplied
+            with.
         offset: ``[samples, D] float32``, contiguous; None for 0.
 
     Returns:
