@@ -5,17 +5,14 @@ python training/ablate_fashion_dit.py --images 40 --steps 10 --pool-images 20 --
 
 A row is one configuration and one repeat. Repeats differ in the noise of the images, which is the same for all rows of
 a repeat, and in the samples that are drawn to calibrate with. PSNR is to the images of the full-precision model without
-a cache. A file that is there already is continued; with several GPUs, several processes may each take some ``--parts``
-and write a file of their own (``--merge`` joins them). EfficientNet's features are computed for repeat 0 alone.
+a cache. A file that is there already is continued. EfficientNet's features are computed for repeat 0 alone.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +47,6 @@ from qandc.caching.schedule import optimal_schedule
 from qandc.experiments.report import measure_rows
 from qandc.method.schedule_calibration import feature_gram
 from qandc.quantization.ranges import RangeConfig
-from qandc.support.files import read_json, write_json
 from qandc.variance_compensation import epsilon_scaling
 from quality import Bench, Images, Out, Seconds, cached, command
 
@@ -292,25 +288,10 @@ def main(
     efficientnet: Annotated[
         Path | None, typer.Option(help="Its statistics of the training images, .npz; made if missing.")
     ] = None,
-    references: Annotated[Path | None, typer.Option(help="Directory that keeps the full-precision images.")] = None,
     seconds: Seconds = 1e9,
-    merge: Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")] = None,
     device: str = "cuda",
 ) -> None:
     """Sample with every configuration and score."""
-    if merge:
-        files = [read_json(path, "result", "leave it out", names=("rows",)) for path in merge]
-        known = ("part", "repeat", "row")
-        joined = {
-            json.dumps([row[name] for name in known], sort_keys=True): row for file in files for row in file["rows"]
-        }
-        order = [(part, asdict(row)) for part in PARTS for row in configurations(part, samples)]
-        rows = sorted(
-            joined.values(),
-            key=lambda row: (row["repeat"], row["part"] != FP and order.index((row["part"], row["row"]))),
-        )
-        write_json(out, {**files[0], "rows": rows, "goals": ablation_goals(rows)})
-        return
     bench = Method(
         device, images, batch, steps, guidance_scale,
         pool_images=pool_images, fit_images=fit_images, efficientnet=efficientnet,
@@ -328,15 +309,7 @@ def main(
 
     @cache
     def full_precision(repeat: int) -> torch.Tensor:
-        path = None if references is None else references / f"{repeat}.pt"
-        if path is not None and path.exists():
-            return torch.load(path, weights_only=True)
-        pixels, _ = bench.sample(bench.base, 1000 * repeat)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(pixels, path.with_suffix(f".{os.getpid()}"))
-            os.replace(path.with_suffix(f".{os.getpid()}"), path)
-        return pixels
+        return bench.sample(bench.base, 1000 * repeat)[0]
 
     quantized = lru_cache(1)(bench.quantized)
 

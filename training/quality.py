@@ -16,15 +16,16 @@ from diffusers import DiTPipeline
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
 from qandc import CacheConfig, apply_cache, fashion_dit_path, remove_cache
 from qandc.caching.feature_cache import FeatureCache
+from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import (
     EfficientNetFeatures,
     FeatureStatistics,
     class_accuracy,
     extract_features,
+    fashion_classifier_path,
     frechet_distance,
     inception_score,
     load_fashion_classifier,
-    load_statistics,
     psnr,
 )
 from qandc.sampling.loop import Corrector, decode_latents, make_scheduler
@@ -66,14 +67,15 @@ class Bench:
         self.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         self.run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         self.labels = torch.arange(images) % 10
-        self.classifier, self.train = load_fashion_classifier(device), load_statistics()
+        self.classifier = load_fashion_classifier(device)
+        self.train = ReferenceStatistics.load(fashion_classifier_path() / "train-statistics.npz").features
         self.second: tuple[torch.nn.Module, FeatureStatistics] | None = None
         if efficientnet is not None:
             model = EfficientNetFeatures().to(device)
             if not efficientnet.exists():
                 pixels, _ = load_split(DEFAULT_DIRECTORY, "train")
-                FeatureStatistics.of(extract_features(model, pixels)[0]).save(efficientnet)
-            self.second = model, load_statistics(efficientnet)
+                ReferenceStatistics(FeatureStatistics.of(extract_features(model, pixels)[0])).save(efficientnet)
+            self.second = model, ReferenceStatistics.load(efficientnet).features
         self.settings: dict[str, Any] = {
             "images": images,
             "batch": batch,

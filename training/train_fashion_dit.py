@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fashion_mnist import DEFAULT_DIRECTORY, LABELS, load_split
+from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import FashionClassifier, FeatureStatistics, class_accuracy, extract_features
 from qandc.evaluation.pixels import to_float
 
@@ -435,7 +436,7 @@ def main(
     folder = out / "fashion-classifier"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
-    FeatureStatistics.of(features).save(folder / "train-statistics.npz")
+    ReferenceStatistics(FeatureStatistics.of(features)).save(folder / "train-statistics.npz")
 
     vae = train_vae(images, settings, work, compile_model=compile_model)
     if stop_before_dit:

@@ -72,7 +72,7 @@ class ReferenceStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> ReferenceStatistics | None:
-        """Read what :meth:`save`, ``FeatureStatistics.save``, the ADM suite or pytorch-fid wrote; None if it is none.
+        """Read statistics as :meth:`save`, the ADM suite or pytorch-fid write them; None if the file holds none.
 
         Raises:
             DataError: the file cannot be read, or its arrays don't fit each other.

@@ -8,7 +8,6 @@ do not call their numbers "FID", and compare them only with numbers made by the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -23,10 +22,8 @@ from qandc.evaluation.networks import (
     fashion_classifier_path,
     load_fashion_classifier,
 )
-from qandc.evaluation.npz import Npz
 from qandc.evaluation.pixels import to_float, to_uint8
 from qandc.support.arguments import Between, Count, Seed, check_fields, checked
-from qandc.support.files import write_whole
 
 __all__ = [
     "EfficientNetFeatures",
@@ -40,7 +37,6 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "load_fashion_classifier",
-    "load_statistics",
     "precision_recall",
     "psnr",
     "snr",
@@ -113,20 +109,6 @@ class FeatureStatistics:
         array = rows.cpu().double().numpy()
         return cls(array.mean(0), np.atleast_2d(np.cov(array, rowvar=False)), len(array))
 
-    def save(self, path: str | Path) -> None:
-        """Write ``mean``, ``covariance`` and ``count`` to an ``.npz`` file.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:  # by name, numpy would add .npz
-                np.savez_compressed(file, mean=self.mean, covariance=self.covariance, count=np.int64(self.count))
-
-        path = Path(path)
-        write_whole(path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz"), write)
-
 
 class RunningStatistics:
     """Collect :class:`FeatureStatistics` of features that come in batches and are not kept.
@@ -170,17 +152,6 @@ class RunningStatistics:
             raise DataError(f"feature statistics need two images or more; got {self.count}")
         covariance = self._squares / (self.count - 1)
         return FeatureStatistics(self._mean.cpu().numpy(), covariance.cpu().numpy(), self.count)
-
-
-def load_statistics(path: str | Path | None = None) -> FeatureStatistics:
-    """Read statistics written by :meth:`FeatureStatistics.save`; by default the shipped ones of the training images.
-
-    Raises:
-        DataError: the file is not there, damaged, or holds something else.
-    """
-    path = path or fashion_classifier_path() / "train-statistics.npz"
-    data = Npz(path, f"statistics {str(path)!r} cannot be read", "write them again with FeatureStatistics.save")
-    return FeatureStatistics(data.read("mean"), data.read("covariance"), data.integer("count"))
 
 
 @checked

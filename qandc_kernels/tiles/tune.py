@@ -58,22 +58,6 @@ def candidates(kernel: str, m: int) -> Iterator[GemmTile]:
         ArgumentError: ``kernel`` is none of KERNELS, or ``m`` no size.
     """
     _checked([], [m], [kernel])
-    return _candidates(kernel, m)
-
-
-def _checked(
-    layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int = 1
-) -> tuple[list[tuple[int, int]], list[int], list[str]]:
-    kernels = check_list("tune", "kernels", kernels)
-    for name in kernels:
-        if not isinstance(name, str) or name not in KERNELS:
-            raise ArgumentError(f"tune: kernels are {', '.join(KERNELS)}; got {name!r}")
-    layers = check_layers("tune", layers, 2 if any(name.startswith("int4") for name in kernels) else 1)
-    check_integer("tune", "processes", processes, 1, 1024)
-    return layers, check_sizes("tune", "rows", rows), kernels
-
-
-def _candidates(kernel: str, m: int) -> Iterator[GemmTile]:
     rows = [block for block in (16, 32, 64, 128) if block < 2 * m or block == 16]
     if kernel.split()[0] == "int8":
         sizes = [(16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128)]
@@ -112,6 +96,18 @@ def _candidates(kernel: str, m: int) -> Iterator[GemmTile]:
                     )
         if 128 in rows and m > 512:
             yield GemmTile(128, 128, 64, 8, 8, 3)
+
+
+def _checked(
+    layers: list[tuple[int, int]], rows: list[int], kernels: list[str], processes: int = 1
+) -> tuple[list[tuple[int, int]], list[int], list[str]]:
+    kernels = check_list("tune", "kernels", kernels)
+    for name in kernels:
+        if not isinstance(name, str) or name not in KERNELS:
+            raise ArgumentError(f"tune: kernels are {', '.join(KERNELS)}; got {name!r}")
+    layers = check_layers("tune", layers, 2 if any(name.startswith("int4") for name in kernels) else 1)
+    check_integer("tune", "processes", processes, 1, 1024)
+    return layers, check_sizes("tune", "rows", rows), kernels
 
 
 def launcher(problem: Problem, copies: int) -> Callable[[GemmTile, int], torch.Tensor]:

@@ -205,7 +205,7 @@ def test_tune_refuses_before_it_starts_processes(monkeypatch, changes):
 def test_candidates_refuse():
     for kernel, m in (("int8", 0), ("int8", "8"), ("int3", 8), (None, 8), ("int8", float("nan"))):
         with pytest.raises(qandc_kernels.ArgumentError):
-            tune.candidates(kernel, m)
+            next(tune.candidates(kernel, m))
     for copies, repeats in ((0, 1), (1, 0), (1.0, 1), (None, 1)):
         with pytest.raises(qandc_kernels.ArgumentError, match="must be an integer from 1"):
             tune.time_launches(lambda i: None, copies, repeats)
