@@ -210,6 +210,11 @@ class Compensation:
         """Return what is stored beside the gains."""
         return CompensationHeader(self.target, self.form, self.fitted_for)
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return gain and mean under the names that files have for them."""
+        return {"gain": self.gain, "mean": self.mean}
+
     @classmethod
     def of_parts(cls, tensors: Mapping[str, torch.Tensor], header: CompensationHeader) -> Compensation:
         """Put together what was stored: ``gain`` and ``mean`` among tensors, and the header."""
@@ -223,7 +228,7 @@ class Compensation:
             ConfigError: the path does not end in .safetensors.
             OutputError: the file cannot be written.
         """
-        FILE.write_tensors(_tensor_path(path), {"gain": self.gain, "mean": self.mean}, self.header)
+        FILE.write_tensors(_tensor_path(path), self.tensors, self.header)
 
     @classmethod
     @checked

@@ -73,7 +73,7 @@ def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
         assert "(W8A8 dynamic per-token)" in out
 
 
-TINY = ("--steps", 4, "--pool-images", 12, "--samples", 20, "--clusters", 3, "--vc-samples", 4, "--device", "cpu")
+TINY = ("--steps", 4, "--pool-images", 12, "--samples", 20, "--clusters", 3, "--feature-images", 4, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +90,21 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     directory, target = tmp_path / "my settings", tmp_path / "images.png"
     status, out, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--w-bits", 4, "--out", directory)
     assert status == 0
-    for stage in ("candidate pool", "choosing samples", "inputs of layers", "ranges", "schedule", "compensation"):
+    for stage in ("candidate pool", "choosing samples", "inputs of layers", "ranges", "schedule", "features"):
         assert err.splitlines().count(f"{stage}: done") == 1
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "layers 20 (W4A8 static per-tensor)"
     assert re.fullmatch(r"their weights 0\.\d -> 0\.\d MB", lines[1])
     assert lines[2] == "computed steps 2 of 4 (taylor)"
     assert re.fullmatch(r"PSNR to FP \d+\.\d dB \(worst \d+\.\d\)", lines[3])
-    likeness = re.fullmatch(r"PSNR to FP, with VC (\d+\.\d dB \(worst \d+\.\d\))", lines[4])[1]
-    if lines[5].startswith("VC made these images less like"):  # as it may, of a random model
+    likeness = re.fullmatch(r"PSNR to FP, with FC (\d+\.\d dB \(worst \d+\.\d\))", lines[4])[1]
+    if lines[5].startswith("FC made these images less like"):  # as it may, of a random model
         del lines[5]
     assert lines[5].split() == ["750*", "500*", "250", "0"]
     assert lines[6:] == [f"wrote {directory}", f"next: qandc generate --calibrated '{directory}'"]
     status, out, _ = run(capsys, "generate", "--calibrated", directory, "--device", "cpu", "-o", target)
     assert status == 0
-    assert "W4A8 + taylor 2/4 + VC" in out
+    assert "W4A8 + taylor 2/4 + FC" in out
     assert "20 layers quantized (W4A8 static per-tensor)" in out
     assert likeness in out
     status, out, _ = run(capsys, "generate", "--model", directory, "--device", "cpu", "-o", target)  # says it too
@@ -115,11 +115,12 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
 def test_calibrate_without_compensation(capsys, tmp_path, pipeline_dir):
     directory, target = tmp_path / "settings", tmp_path / "images.png"
     status, out, _ = run(
-        capsys, "calibrate", "--model", pipeline_dir, *TINY, "--vc", "none", "--uniform", "--interval", 2, "-o",
-        directory,
+        capsys, "calibrate", "--model", pipeline_dir, *TINY, "--compensation", "none", "--uniform", "--interval", 2,
+        "-o", directory,
     )  # fmt: skip
     assert status == 0
     assert "with VC" not in out
+    assert "with FC" not in out
     assert "computed steps 3 of 4 (taylor)" in " ".join(out.split())
     status, out, _ = run(
         capsys, "generate", "--settings", directory, "--device", "cpu", "-o", target, "--json", tmp_path / "x.json"
@@ -127,6 +128,7 @@ def test_calibrate_without_compensation(capsys, tmp_path, pipeline_dir):
     assert status == 0
     assert "W8A8 + taylor 3/4 " in out
     assert "VC" not in out
+    assert "FC" not in out
     assert json.loads((tmp_path / "x.json").read_text())["settings"]["compensation"] is None
 
 
@@ -146,7 +148,7 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
         "--w-bits", 4, "--a-bits", 7, "--rounding", "nearest", "--no-smoothing", "--ranges", "mse", "--symmetric",
         "--cache-mode", "block", "--interval", 2, "--uniform", "--pool-images", 6, "--pool-without-cache",
         "--select", "kmeans", "--samples", 7, "--clusters", 3, "--seed", 9, "--vc", "paper",
-        "--vc-target", "noise", "--vc-start", 1, "--vc-samples", 8, "--device", "cpu",
+        "--vc-target", "noise", "--vc-start", 1, "--vc-samples", 8, "--feature-images", 9, "--device", "cpu",
         "--dtype", "bfloat16", "--overwrite",
     )  # fmt: skip
     assert run(capsys, "calibrate", *arguments)[0] == 130
@@ -155,7 +157,7 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
         num_inference_steps=5, guidance_scale=3, scheduler="ddim", w_bits=4, a_bits=7, rounding="nearest",
         smoothing=False, ranges=ranges, cache_mode="delta", cache_interval=2, uniform=True, pool_images=6,
         pool_with_cache=False, select="kmeans", samples=7, clusters=3, seed=9, vc="paper", vc_target="noise",
-        vc_start=1, vc_samples=8,
+        vc_start=1, vc_samples=8, feature_images=9, compensation="samples",
     )  # fmt: skip
     assert seen == [(torch.bfloat16, settings, tmp_path / "x", True, str(pipeline_dir))]
 
@@ -167,12 +169,12 @@ def test_calibrate_resumes_after_ctrl_c(capsys, tmp_path, pipeline_dir, monkeypa
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    arguments = ("calibrate", "--model", pipeline_dir, *TINY, "--vc", "none", "--out", tmp_path)
+    arguments = ("calibrate", "--model", pipeline_dir, *TINY, "--compensation", "none", "--out", tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(qandc.method.pipeline_calibration, "quantize_model", interrupt)
         status, _, err = run(capsys, *arguments)
     assert status == 130
-    assert "stopped early; the candidates that were recorded are kept, the same command goes on with them" in err
+    assert "stopped early; what was finished is kept, the same command goes on with it" in err
     assert err.splitlines()[-1] == "interrupted"
     monkeypatch.setattr(qandc.method.pool, "sample_latents", interrupt)  # nothing is left to record
     assert run(capsys, *arguments)[0] == 0
@@ -185,6 +187,7 @@ CALIBRATE_REFUSALS = {
     "select": (["--select", "best"], "select 'best' is unknown; choose one of tap, random"),
     "ranges": (["--ranges", "best"], "estimator 'best' is unknown; choose one of minmax, percentile, mse"),
     "rounding": (["--rounding", "up"], "rounding 'up' is unknown; choose one of nearest, gptq"),
+    "compensation": (["--compensation", "all"], "compensation 'all' is unknown; choose one of features, samples, none"),
     "vc": (["--vc", "some"], "vc 'some' is unknown; choose one of variance_ratio, least_squares, paper, none"),
     "interval": (["--interval", "0"], "--cache-interval is 0; give an integer >= 1"),
     "steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),
@@ -254,7 +257,7 @@ def test_options_that_repeat_the_settings(capsys, tmp_path, settings_dir):
         "-o", tmp_path / "x.png",
     )  # fmt: skip
     assert status == 0
-    assert "W4A8 + branch 2/4 + VC" in out
+    assert "W4A8 + branch 2/4 + FC" in out
 
 
 def test_settings_of_another_model(capsys, tmp_path, settings_dir):
@@ -325,7 +328,8 @@ def test_help(capsys):
     status, out, _ = run(capsys, "calibrate", "--help")
     assert status == 0
     for option in ("--out", "--model", "--rounding", "--no-smoothing", "--ranges", "--cache-interval", "--pool-images",
-                   "--pool-without-cache", "--select", "--samples", "--clusters", "--vc", "--overwrite"):  # fmt: skip
+                   "--pool-without-cache", "--select", "--samples", "--clusters", "--compensation",
+                   "--feature-images", "--vc", "--overwrite"):  # fmt: skip
         assert option in out
 
 
@@ -465,7 +469,7 @@ def test_unexpected_errors_are_one_line_and_keep_what_is_finished(capsys, tmp_pa
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    monkeypatch.setattr(qandc.experiments.generate, "apply_cache_to_dit", fail)
+    monkeypatch.setattr(qandc.experiments.generate, "apply_cache", fail)
     target = tmp_path / "x.png"
     status, _, err = run(
         capsys, "generate", "--model", pipeline_dir, "--steps", 1, "--classes", "1", "--device", "cpu", "-o", target

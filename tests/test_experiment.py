@@ -46,7 +46,7 @@ from tests.conftest import in_a_thread
 
 CALIBRATION = CalibrationConfig(
     num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="delta", cache_interval=2, uniform=True,
-    pool_images=3, samples=6, clusters=2, vc_samples=4,
+    pool_images=3, samples=6, clusters=2, vc_samples=4, feature_images=4,
 )  # fmt: skip
 SETTINGS = ExperimentConfig(images=6, calibration=CALIBRATION, batch_size=4)
 
@@ -70,9 +70,9 @@ def images_of(directory, kind) -> np.ndarray:
 def test_rows(finished):
     directory, rows = finished
     assert [row["row"] for row in rows] == [kind.name for kind in ROWS]
-    assert [row["computed_steps"] for row in rows] == [4, 4, 2, 2, 2, 2]
+    assert [row["computed_steps"] for row in rows] == [4, 4, 2, 2, 2, 2, 2]
     full, quantized = rows[0]["transformer_bytes"], rows[1]["transformer_bytes"]
-    assert [row["transformer_bytes"] for row in rows] == [full, quantized, full, quantized, quantized, quantized]
+    assert [row["transformer_bytes"] for row in rows] == [full, quantized, full, *[quantized] * 4]
     assert quantized < full
     assert [row["cache_bytes"] > 0 for row in rows] == [kind.cached for kind in ROWS]
     pictures = [images_of(directory, kind) for kind in ROWS]
@@ -143,7 +143,7 @@ def test_interrupted_anywhere_it_goes_on(finished, pipeline_dir, tmp_path, monke
         except KeyboardInterrupt:
             continue
         break
-    assert len(drawn) == 12  # two shards of six rows, none twice
+    assert len(drawn) == 14  # two shards of seven rows, none twice
     for kind in ROWS:
         assert np.array_equal(images_of(tmp_path, kind), images_of(finished[0], kind))
 
@@ -174,7 +174,7 @@ def test_images_are_not_drawn_again_if_only_the_figures_are_lost(finished, pipel
         lambda self, *given: seen.append(given) or draw(self, *given),
     )
     experiment(pipeline_dir, tmp_path)
-    assert len(seen) == 10  # five rows of two shards
+    assert len(seen) == 12  # six rows of two shards
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,8 @@ def test_the_distance_is_the_one_that_evaluate_finds(tmp_path):
 
 
 TINY = ("--steps", "4", "--images", "6", "--pool-images", "3", "--samples", "6", "--clusters", "2",
-        "--vc-samples", "4", "--batch-size", "4", "--interval", "2", "--device", "cpu")  # fmt: skip
+        "--vc-samples", "4", "--feature-images", "4", "--batch-size", "4", "--interval", "2",
+        "--device", "cpu")  # fmt: skip
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -310,7 +311,7 @@ def test_ablate(capsys, pipeline_dir, tmp_path):
     arguments = ("ablate", "--model", pipeline_dir, "--out", tmp_path, *TINY)
     status, out, _ = run(capsys, *arguments, "--steps", "4,3")
     assert status == 0
-    assert out.count("| Q&C + TAP + VC |") == 2
+    assert (out.count("| Q&C + TAP + VC |"), out.count("| Q&C + TAP + FC |")) == (2, 2)
     summary = json.loads((tmp_path / "experiment_summary.json").read_text())
     assert {"command", "commit", "date", "machine", "versions", "settings"} <= summary.keys()
     assert [(row["steps"], row["row"]) for row in summary["rows"]] == [(n, k.name) for n in (4, 3) for k in ROWS]
@@ -328,7 +329,8 @@ def test_ablate(capsys, pipeline_dir, tmp_path):
 
 @pytest.mark.slow
 def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tmp_path):
-    small = ("--pool-images", "3", "--samples", "6", "--clusters", "2", "--vc-samples", "4", "--device", "cpu")
+    small = ("--pool-images", "3", "--samples", "6", "--clusters", "2", "--vc-samples", "4", "--device", "cpu",
+             "--feature-images", "4")  # fmt: skip
     wanted = ("--steps", "3", "--scheduler", "ddim", "--guidance-scale", "2", "--w-bits", "4", "--cache-mode", "branch")
     status, *_ = run(capsys, "calibrate", "--model", pipeline_dir, *small, *wanted, "--out", tmp_path / "settings")
     assert status == 0

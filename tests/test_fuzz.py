@@ -57,7 +57,7 @@ def quantized() -> Any:
 def save_model(directory: Path) -> None:
     model = quantized()
     ranges = calibrate_steps(model, dit_batches([900, 500, 100], rows=1))
-    save(model, directory, schedule=SCHEDULE, compensation=COMPENSATION, step_ranges=ranges)
+    save(model, directory, schedule=SCHEDULE, compensation=COMPENSATION, step_ranges=ranges, features=FEATURES)
 
 
 def write_pool(directory: Path) -> Any:
@@ -104,7 +104,9 @@ KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {  # wha
     ),
     "figures": (lambda at: FIGURES.write(at / "fp.json", ROW), lambda at: FIGURES.read(at / "fp.json")),
     "settings": (
-        lambda at: Preset.of(quantized(), QuantConfig(), SCHEDULE, COMPENSATION, keep_weights=True).save(at),
+        lambda at: Preset.of(
+            quantized(), QuantConfig(), SCHEDULE, COMPENSATION, features=FEATURES, keep_weights=True
+        ).save(at),
         Preset.load,
     ),
     "model": (save_model, load),

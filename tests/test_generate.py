@@ -13,6 +13,7 @@ from qandc import (
     CalibratedSchedule,
     CalibrationConfig,
     ConfigError,
+    FeatureCompensation,
     QuantConfig,
     calibrate_pipeline,
     fashion_dit_preset,
@@ -30,6 +31,7 @@ from qandc.experiments.generate import (
     quantized_name,
 )
 from qandc.quantization.conversion import quant_layers
+from qandc.variance_compensation import FittedFor, epsilon_scaling
 
 
 def compare(pipeline_dir, **changes) -> Comparison:
@@ -76,12 +78,15 @@ def test_both_models_see_the_same_noise(pipeline_dir):
     assert result.psnr.min() > 30
 
 
-def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir):
-    settings = CalibrationConfig(num_inference_steps=3, pool_images=2, samples=4, vc_samples=4, select="random")
+@pytest.mark.parametrize("compensation", ["features", "samples"])
+def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir, compensation):
+    few = {"num_inference_steps": 3, "pool_images": 2, "samples": 4, "vc_samples": 4, "feature_images": 2}
+    settings = CalibrationConfig(**few, select="random", compensation=compensation)
     preset = calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path).preset
     changes = {"config": preset.config, "cache": preset.schedule.config()}
     with_it = images(pipeline_dir, preset=preset, **changes)
-    without = images(pipeline_dir, preset=dataclasses.replace(preset, compensation=None), **changes)
+    plain = dataclasses.replace(preset, compensation=None, features=None)
+    without = images(pipeline_dir, preset=plain, **changes)
     assert torch.equal(with_it[0], without[0])
     assert not torch.equal(with_it[1], without[1])
 
@@ -157,9 +162,16 @@ def test_names_of_the_rows():
     assert quantized_name(GenerateConfig((1,), cache=schedule)) == "W8A8 + taylor, 2 steps"
     preset = fashion_dit_preset(4)
     calibrated = GenerateConfig((1,), config=preset.config, cache=preset.schedule.config(), preset=preset)
-    assert quantized_name(calibrated) == "W4A8 + branch 17/50 + VC"
-    uncompensated = dataclasses.replace(calibrated, preset=dataclasses.replace(preset, compensation=None))
-    assert quantized_name(uncompensated) == "W4A8 + branch 17/50"
+    zeros = torch.zeros(33, 12, 2, 192)
+    schedule = preset.schedule
+    features = FeatureCompensation(schedule.config(), zeros, zeros)
+    compensation = epsilon_scaling(1.0, 4, FittedFor(preset.scheduler, schedule.timesteps, 1.5, "a model"))
+    for found, name in (
+        ((None, None), ""), ((features, None), " + FC"), ((None, compensation), " + VC"),
+        ((features, compensation), " + FC + VC"),
+    ):  # fmt: skip
+        changed = dataclasses.replace(preset, features=found[0], compensation=found[1])
+        assert quantized_name(dataclasses.replace(calibrated, preset=changed)) == f"W4A8 + branch 17/50{name}"
 
 
 def test_bytes_are_those_of_the_models(pipeline_dir):

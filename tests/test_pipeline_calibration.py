@@ -30,6 +30,7 @@ from qandc import (
     load_pipeline,
     make_scheduler,
     quantize_model,
+    remove_cache,
     sample_latents,
 )
 from qandc.evaluation.metrics import psnr
@@ -38,6 +39,7 @@ from qandc.quantization.conversion import quant_layers
 
 STEPS = 4
 TINY = {"num_inference_steps": STEPS, "pool_images": 12, "samples": 20, "clusters": 3, "vc_samples": 4}
+TINY |= {"feature_images": 12}
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,7 @@ def run(pipeline_dir, directory, *, overwrite=False, progress=lambda *done: None
 
 
 def same(first: Preset, second: Preset) -> bool:
-    tensors = [{**p.layers, "gain": p.compensation.gain} for p in (first, second)]
+    tensors = [{**p.layers, **p.features.tensors} for p in (first, second)]
     values = [(p.config, p.schedule, p.scheduler, p.guidance_scale, p.structure, p.model) for p in (first, second)]
     return values[0] == values[1] and all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
 
@@ -75,7 +77,8 @@ def same(first: Preset, second: Preset) -> bool:
 VARIANTS = {
     "W8A8": {},
     "W4A8 with GPTQ": {"w_bits": 4},
-    "W8A6, no compensation, no smoothing": {"a_bits": 6, "vc": "none", "smoothing": False},
+    "W8A6, no compensation, no smoothing": {"a_bits": 6, "compensation": "none", "smoothing": False},
+    "W8A8 with VC": {"compensation": "samples"},
     "uniform block cache, ddim, of the noise": {
         "cache_mode": "delta",
         "uniform": True,
@@ -96,24 +99,26 @@ def test_the_preset_draws_what_was_measured(tmp_path, pipeline_dir, changes):
     pipe = load_pipeline(pipeline_dir)
     scheduler = make_scheduler(changes.get("scheduler", "ddpm"), pipe.scheduler.config)
     guidance_scale = changes.get("guidance_scale", 1.5)
+    run_of = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale}
     preset.check(pipe.transformer, scheduler, STEPS, guidance_scale)
 
-    def draw(compensation=None):
-        latents = sample_latents(
-            pipe.transformer, scheduler, [0, 1], seeds=[0, 1], num_inference_steps=STEPS,
-            guidance_scale=guidance_scale, compensation=compensation,
-        )  # fmt: skip
+    def draw(compensation=None, features=None):
+        apply_cache_to_dit(pipe.transformer, config=preset.schedule.config(), compensation=features)
+        latents = sample_latents(pipe.transformer, scheduler, [0, 1], seeds=[0, 1], compensation=compensation, **run_of)
+        remove_cache(pipe.transformer)
         return decode_latents(pipe.vae, latents)
 
-    full = draw()
+    full = decode_latents(pipe.vae, sample_latents(pipe.transformer, scheduler, [0, 1], seeds=[0, 1], **run_of))
     preset.quantize(pipe.transformer)
-    apply_cache_to_dit(pipe.transformer, config=preset.schedule.config())
     assert torch.equal(psnr(draw(), full), report.psnr_uncompensated)
-    if changes.get("vc") == "none":
-        assert preset.compensation is None
+    kind = changes.get("compensation", "samples" if "vc" in changes else "features")
+    assert (preset.compensation is not None, preset.features is not None) == (kind == "samples", kind == "features")
+    if kind == "none":
         assert report.psnr_compensated is None
     else:
-        assert torch.equal(psnr(draw(preset.compensation), full), report.psnr_compensated)
+        likeness = psnr(draw(preset.compensation, preset.features), full)
+        assert torch.equal(likeness, report.psnr_compensated)
+        assert not torch.equal(likeness, report.psnr_uncompensated)
     assert len(report.quantization.quantized) == 20
     layers = quant_layers(pipe.transformer).keys() - {"proj_out_1"}  # of the final modulation
     assert preset.buffers("act_scale").keys() == layers
@@ -148,16 +153,18 @@ def test_weights_are_kept_only_if_rounded_with_error_feedback(tmp_path, pipeline
 
 
 def test_the_schedule_has_as_many_computed_steps_as_the_uniform_one(tmp_path, pipeline_dir):
-    found = run(pipeline_dir, tmp_path, num_inference_steps=8, vc="none").preset.schedule
+    found = run(pipeline_dir, tmp_path, num_inference_steps=8, compensation="none").preset.schedule
     assert sum(found.schedule) == sum(CacheConfig("taylor", interval=3).of_steps(8)) == 4
     assert found.error < found.uniform_error
 
 
-def test_without_reuse_nothing_is_searched(tmp_path, pipeline_dir):
+def test_without_reuse_nothing_is_searched(tmp_path, pipeline_dir, caplog):
     stages = {}
     report = run(pipeline_dir, tmp_path, cache_interval=1, progress=lambda stage, *done: stages.update({stage: done}))
     assert report.preset.schedule.schedule == (True,) * STEPS
-    assert "schedule" not in stages
+    assert not {"schedule", "features"} & stages.keys()
+    assert report.preset.features is None
+    assert "every step is computed: nothing is reused whose features could be compensated" in caplog.text
     assert report.psnr_uncompensated.min() > 30
 
 
@@ -178,6 +185,47 @@ def test_an_interrupted_pool_goes_on(tmp_path, pipeline_dir, pool_runs):
     assert same(resumed, run(pipeline_dir, tmp_path / "b").preset)
 
 
+def test_what_was_quantized_is_kept(tmp_path, pipeline_dir, monkeypatch):
+    """Stopped while features are fitted: what the stages before found is read, by other compensations too."""
+
+    def stop_late(stage, completed, total):
+        if stage == "features" and completed:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline_dir, tmp_path / "a", w_bits=4, progress=stop_late)
+    expected = run(pipeline_dir, tmp_path / "b", w_bits=4)
+    stages = []
+    monkeypatch.setattr(CandidatePool, "select", None)
+    resumed = run(pipeline_dir, tmp_path / "a", w_bits=4, progress=lambda stage, *done: stages.append(stage))
+    kept = ["candidate pool", "full precision", "without compensation", "features", "with compensation"]
+    assert list(dict.fromkeys(stages)) == kept
+    assert same(resumed.preset, expected.preset)
+    assert torch.equal(resumed.psnr_compensated, expected.psnr_compensated)
+    other = run(pipeline_dir, tmp_path / "a", w_bits=4, compensation="samples", overwrite=True).preset
+    assert (other.compensation is not None, other.features) == (True, None)
+    assert all(torch.equal(tensor, other.layers[name]) for name, tensor in expected.preset.layers.items())
+    for changes in ({"w_bits": 8}, {"w_bits": 4, "samples": 19}, {"w_bits": 4, "ranges": RangeConfig("mse")}):
+        with pytest.raises(TypeError, match="not callable"):  # chooses anew
+            run(pipeline_dir, tmp_path / "a", overwrite=True, **changes)
+
+
+def test_features_are_fitted_on_noise_nobody_draws(tmp_path, pipeline_dir, monkeypatch):
+    drawn = []
+
+    def note(*model, conditions, seeds, **run):
+        drawn.append(list(zip(conditions, seeds, strict=True)))
+        return sample_latents(*model, conditions, seeds=seeds, **run)
+
+    run(pipeline_dir, tmp_path)
+    monkeypatch.setattr(qandc.method.pipeline_calibration, "sample_latents", note)
+    run(pipeline_dir, tmp_path, overwrite=True, compensation="none")
+    without = len(drawn)
+    run(pipeline_dir, tmp_path, overwrite=True)
+    of_features = [batch for batch in drawn[without:] if batch not in drawn[:without]]
+    assert of_features == [[(i % 10, 23_000_000 + i) for i in part] for part in (range(10), range(10, 12))]
+
+
 def test_a_finished_pool_serves_other_settings(tmp_path, pipeline_dir, pool_runs):
     def stop_after_the_pool(stage, completed, total):
         if stage == "choosing samples":
@@ -187,12 +235,13 @@ def test_a_finished_pool_serves_other_settings(tmp_path, pipeline_dir, pool_runs
         run(pipeline_dir, tmp_path, progress=stop_after_the_pool)
     pool_runs.clear()
     run(pipeline_dir, tmp_path)
-    run(pipeline_dir, tmp_path, w_bits=4, select="random", vc="none", overwrite=True)
+    run(pipeline_dir, tmp_path, w_bits=4, select="random", compensation="none", overwrite=True)
     assert pool_runs == []
 
 
 def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
-    for part in ("new", "pool is there"):
+    found = "choosing samples", "smoothing", "inputs of layers", "rounding weights", "ranges", "schedule"
+    for part, quantizing in (("new", found), ("quantized before", ())):
         seen = {}
 
         def note(stage, *done, seen=seen):
@@ -200,8 +249,8 @@ def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
 
         run(pipeline_dir, tmp_path, w_bits=4, overwrite=part != "new", progress=note)
         assert list(seen) == [
-            "candidate pool", "reference", "full precision", "choosing samples", "smoothing", "inputs of layers",
-            "rounding weights", "ranges", "schedule", "compensation", "without compensation", "with compensation",
+            *("candidate pool", "full precision"), *quantizing,
+            *("without compensation", "features", "with compensation"),
         ]  # fmt: skip
         for stage, steps in seen.items():
             total = steps[0][1]
@@ -211,7 +260,7 @@ def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
 
 
 def test_the_pool_is_of_the_cached_model_and_of_noise_nobody_draws(tmp_path, pipeline_dir):
-    run(pipeline_dir, tmp_path, vc="none")
+    run(pipeline_dir, tmp_path, compensation="none")
     recorded = json.loads((tmp_path / "pool" / "pool.json").read_text())
     assert (recorded["model"], recorded["schemes"]) == ("3 blocks of 32", [])
     uniform = CacheConfig("taylor", interval=3).of_steps(STEPS)
@@ -219,8 +268,8 @@ def test_the_pool_is_of_the_cached_model_and_of_noise_nobody_draws(tmp_path, pip
     assert recorded["class_labels"] == [*range(10), 0, 1]
     assert recorded["seeds"] == list(range(21_000_000, 21_000_012))
     with pytest.raises(ConfigError, match="holds a pool of cache_mode taylor; this one would have None"):
-        run(pipeline_dir, tmp_path, vc="none", overwrite=True, pool_with_cache=False)
-    run(pipeline_dir, tmp_path / "other", vc="none", pool_with_cache=False)
+        run(pipeline_dir, tmp_path, compensation="none", overwrite=True, pool_with_cache=False)
+    run(pipeline_dir, tmp_path / "other", compensation="none", pool_with_cache=False)
     assert json.loads((tmp_path / "other" / "pool" / "pool.json").read_text())["cache_mode"] is None
 
 
@@ -233,7 +282,7 @@ def test_samples_are_chosen_as_asked(tmp_path, pipeline_dir, monkeypatch):
 
     monkeypatch.setattr(CandidatePool, "select", select)
     with pytest.raises(KeyboardInterrupt):
-        run(pipeline_dir, tmp_path, vc="none", select="kmeans", seed=7)
+        run(pipeline_dir, tmp_path, compensation="none", select="kmeans", seed=7)
     assert seen == [(12 * STEPS, 20, 3, "kmeans", 7)]
 
 
@@ -241,7 +290,7 @@ def test_a_finished_preset_is_replaced_only_if_asked(tmp_path, pipeline_dir):
     run(pipeline_dir, tmp_path, w_bits=4)
     with pytest.raises(OutputError, match="holds a calibrated model; give another directory, or overwrite it"):
         run(pipeline_dir, tmp_path)
-    run(pipeline_dir, tmp_path, vc="none", overwrite=True)
+    run(pipeline_dir, tmp_path, compensation="none", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {
         "model_index.json", "pool", "qandc.json", "qandc.safetensors", "report.json", "scheduler", "transformer", "vae"
     }  # fmt: skip
@@ -262,7 +311,7 @@ def test_one_directory_is_read_by_three(tmp_path, pipeline_dir):
     for path in tmp_path.rglob("*.*"):
         assert path.is_dir() or str(pipeline_dir).encode() not in path.read_bytes(), path
     assert found.schedule == report.preset.schedule
-    assert torch.equal(found.compensation.gain, report.preset.compensation.gain)
+    assert torch.equal(found.features.gains, report.preset.features.gains)
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["settings"]["w_bits"] == 4
     assert record["rows"][0]["psnr_to_fp"]["with compensation"] == report.psnr_compensated.tolist()
@@ -272,14 +321,18 @@ def test_one_directory_is_read_by_three(tmp_path, pipeline_dir):
 
 
 def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_dir, monkeypatch):
-    run(pipeline_dir, tmp_path, vc="none")
+    run(pipeline_dir, tmp_path, compensation="none")
 
-    def full(*arguments, **named):
-        raise OutputError("No space left on device")
+    write = qandc.method.saved.FileKind.write
+
+    def full(kind, path, content):
+        if path.parent == tmp_path:
+            raise OutputError("No space left on device")
+        write(kind, path, content)
 
     monkeypatch.setattr(qandc.method.saved.FileKind, "write", full)
     with pytest.raises(OutputError, match="No space"):
-        run(pipeline_dir, tmp_path, vc="none", w_bits=4, overwrite=True)
+        run(pipeline_dir, tmp_path, compensation="none", w_bits=4, overwrite=True)
     with pytest.raises(ConfigError, match="holds no calibrated model"):
         Preset.load(tmp_path)
 
@@ -310,11 +363,11 @@ def test_directories_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_a_damaged_shard_is_named(tmp_path, pipeline_dir):
-    run(pipeline_dir, tmp_path, vc="none")
+    run(pipeline_dir, tmp_path, compensation="none")
     shard = tmp_path / "pool" / "pool-000010.safetensors"
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(DataError, match=r"pool-000010.safetensors' is no shard of a pool"):
-        run(pipeline_dir, tmp_path, vc="none", overwrite=True)
+        run(pipeline_dir, tmp_path, compensation="none", overwrite=True)
 
 
 @pytest.mark.parametrize("change", [quantize_model, apply_cache_to_dit], ids=["quantized", "cached"])
@@ -345,7 +398,10 @@ REFUSALS = {
     "select": ({"select": "best"}, "select 'best' is unknown; choose one of tap, random, uniform, kmeans"),
     "rounding": ({"rounding": "up"}, "rounding 'up' is unknown; choose one of nearest, gptq"),
     "scheduler": ({"scheduler": "euler"}, "scheduler 'euler' is unknown; choose one of ddpm, ddim"),
+    "compensation": ({"compensation": "all"}, "compensation 'all' is unknown; choose one of features, samples, none"),
+    "feature images": ({"feature_images": 0}, "feature_images is 0; give an integer >= 1"),
     "vc": ({"vc": "some"}, "vc 'some' is unknown; choose one of variance_ratio, least_squares, paper, none"),
+    "no form": ({"compensation": "samples", "vc": "none"}, "choose one of variance_ratio, least_squares, paper$"),
     "vc target": ({"vc_target": "mean"}, "vc_target 'mean' is unknown; choose one of sample, noise"),
     "vc start": ({"vc_start": 4}, "vc_start is 4; the run has steps 0 to 3"),
     "cache mode": ({"cache_mode": "all"}, "cache mode 'all' is unknown"),
@@ -360,6 +416,14 @@ REFUSALS = {
 def test_settings_are_checked(changes, message):
     with pytest.raises(ConfigError, match=message):
         CalibrationConfig(**{**TINY, **changes})
+
+
+def test_a_form_of_vc_alone_asks_for_compensation_of_samples():
+    for given, expected in (
+        ({}, "features"), ({"vc": "paper"}, "samples"), ({"vc": "none"}, "none"),
+        ({"vc": "paper", "compensation": "features"}, "features"), ({"vc": "none", "compensation": "none"}, "none"),
+    ):  # fmt: skip
+        assert CalibrationConfig(**given).compensation == expected
 
 
 def test_clusters_matter_only_where_there_are_any():

@@ -15,6 +15,7 @@ from qandc import (
     CalibratedSchedule,
     ConfigError,
     DataError,
+    FeatureCompensation,
     ModelError,
     OutputError,
     Preset,
@@ -29,6 +30,7 @@ from qandc import (
     make_scheduler,
     quantize_model,
     record_trajectory,
+    remove_cache,
     sample_latents,
     smoothing_factors,
 )
@@ -60,6 +62,12 @@ def make_preset(symmetric=False, rounding="nearest"):
     apply_cache_to_dit(model, config=schedule.config())
     compensation = fit_compensation(reference, model, scheduler())
     return Preset.of(model, config, schedule, compensation, keep_weights=rounding == "error feedback"), model
+
+
+def make_features(schedule, reused=3):
+    """Return gains and offsets for the reuse steps of a schedule and two blocks of 32 channels."""
+    gains = torch.randn(reused, 2, 2, 32, generator=torch.Generator().manual_seed(1)) / 10
+    return FeatureCompensation(schedule.config(), 1 + gains, gains)
 
 
 def scheduler_timesteps():
@@ -186,6 +194,52 @@ def rewrite(directory, change):
     path.write_text(f'{json.dumps(envelope)[:-1]}, "content": {body}}}')
 
 
+def test_compensations_of_features_and_samples(tmp_path):
+    """Keep either, or both, as they were; a directory without features is as it was before there were any."""
+    preset, model = make_preset()
+    features = make_features(preset.schedule)
+    for name, changes in {"FC": {"compensation": None, "features": features}, "both": {"features": features}}.items():
+        changed = dataclasses.replace(preset, **changes)
+        changed.save(tmp_path / name)
+        for found in (Preset.load(tmp_path / name), changed):
+            assert found.features.config == preset.schedule.config()
+            assert torch.equal(found.features.gains, features.gains)
+            assert torch.equal(found.features.offsets, features.offsets)
+            assert (found.compensation is None) is (name == "FC")
+            assert found.compensations == (" + FC" if name == "FC" else " + FC + VC")
+        assert Preset.load(tmp_path / name).digest() == changed.digest()
+    model = Preset.load(tmp_path / "FC").quantize(make_dit(num_layers=2))
+    apply_cache_to_dit(model, compensation=Preset.load(tmp_path / "FC").features)
+    corrected = sample_latents(model, scheduler(), LABELS, seeds=[5, 6], **RUN)
+    remove_cache(model)
+    apply_cache_to_dit(model, config=preset.schedule.config())
+    assert not torch.equal(sample_latents(model, scheduler(), LABELS, seeds=[5, 6], **RUN), corrected)
+    preset.save(tmp_path / "FC")
+    assert Preset.load(tmp_path / "FC").features is None
+    assert "features" not in json.loads((tmp_path / "FC" / "qandc.json").read_text())["content"]
+
+
+def test_features_of_another_cache_are_refused(tmp_path):
+    preset, _ = make_preset()
+    schedule = preset.schedule
+    for changes, message in (
+        ({"mode": "branch", "order": 0}, "fitted for mode 'branch'; this cache has 'taylor'"),
+        ({"order": 2, "schedule": (True, True, True, False, False, False)}, "fitted for order 2; this cache has 1"),
+        ({"schedule": (True, True, False, False, True, False)}, "fitted for schedule .* this cache has"),
+        ({"timesteps": (900, 700, 500, 300, 100, 0)}, "fitted for timesteps .* this cache has"),
+    ):
+        other = make_features(dataclasses.replace(schedule, **changes))
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(preset, features=other)
+    both = dataclasses.replace(preset, features=make_features(schedule))
+    schedule = [True, True, False, False, True, False]
+    for change in ({"mode": "branch"}, {"storage_dtype": "bfloat16"}, {"schedule": schedule}, {"timesteps": [0] * 6}):
+        both.save(tmp_path)
+        rewrite(tmp_path, lambda content, change=change: content["features"].update(change))
+        with pytest.raises(ConfigError, match=f"fitted for {next(iter(change))} .* this cache has"):
+            Preset.load(tmp_path)
+
+
 def test_versions_and_folders_are_checked(tmp_path):
     preset, _ = make_preset()
     preset.save(tmp_path)
@@ -308,7 +362,7 @@ def test_a_digest_tells_settings_apart():
         other.view(-1)[-1] += 1
         return other
 
-    first = next(iter(preset.buffers("act_scale")))
+    first, features = next(iter(preset.buffers("act_scale"))), make_features(preset.schedule)
     schedule = dataclasses.replace(preset.schedule, schedule=(True, True, False, False, True, False))
     fitted_for = dataclasses.replace(compensation.fitted_for, guidance_scale=2.0)
     changes = {
@@ -320,6 +374,10 @@ def test_a_digest_tells_settings_apart():
         "target": {"compensation": dataclasses.replace(compensation, target="noise")},
         "fitted for": {"compensation": dataclasses.replace(compensation, fitted_for=fitted_for)},
         "no compensation": {"compensation": None},
+        "features": {"features": features},
+        "gains": {"features": dataclasses.replace(features, gains=nudged(features.gains))},
+        "offsets": {"features": dataclasses.replace(features, offsets=nudged(features.offsets))},
+        "features alone": {"features": features, "compensation": None},
         **{
             name: {"layers": {**preset.layers, f"{first}.{name}": nudged(preset.layers[f"{first}.{name}"])}}
             for name in ("act_scale", "act_zero_point", "qweight")

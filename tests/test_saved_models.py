@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor, epsilon_scaling
 from tests.conftest import FloatsMade, in_time, make_dit
 from tests.test_calibration import dit_batches
+from tests.test_saved import make_features
 from tests.test_saved import rewrite as rewrite_manifest
 from tests.tiny_models import make_tiny
 
@@ -186,11 +188,19 @@ def test_what_belongs_to_the_model_comes_back_with_it(tmp_path, static_model, sy
     schedule = CalibratedSchedule((True, True, False), (900, 500, 100), "taylor", 1, 0.1, 0.2)
     compensation = epsilon_scaling(1.01, 4, FittedFor("DDIMScheduler", (900, 500, 100), 1.5, "W8A8"))
     ranges = calibrate_steps(model, dit_batches([900, 500, 100], rows=1), ranges=RangeConfig(symmetric=symmetric))
-    save(model, tmp_path / "saved", schedule=schedule, compensation=compensation, step_ranges=ranges)
+    features = make_features(replace(schedule, timesteps=(900, 500, 0)), 1)
+    with pytest.raises(ConfigError, match=r"fitted for timesteps \(900.* 0.*\); this cache has"):
+        save(model, tmp_path / "saved", schedule=schedule, features=features)
+    features = make_features(schedule, 1)
+    of_runs = {"schedule": schedule, "compensation": compensation, "step_ranges": ranges, "features": features}
+    save(model, tmp_path / "saved", **of_runs)
     found = load(tmp_path / "saved")
     assert found.schedule == schedule
     assert found.compensation.fitted_for == compensation.fitted_for
     assert torch.equal(found.compensation.gain, compensation.gain)
+    assert found.features.config == schedule.config()
+    assert torch.equal(found.features.gains, features.gains)
+    assert torch.equal(found.features.offsets, features.offsets)
     assert torch.equal(found.step_ranges.timesteps, ranges.timesteps)
     for theirs, ours in (
         (found.step_ranges.scales, ranges.scales),
@@ -200,7 +210,10 @@ def test_what_belongs_to_the_model_comes_back_with_it(tmp_path, static_model, sy
         assert all(torch.equal(theirs[name], values) for name, values in ours.items())
     assert bool(found.step_ranges.zero_points) is not symmetric
     save(found.model, tmp_path / "saved", overwrite=True)
-    assert load(tmp_path / "saved").schedule is None
+    assert (load(tmp_path / "saved").schedule, load(tmp_path / "saved").features) == (None, None)
+    save(found.model, tmp_path / "saved", overwrite=True, features=features)  # whose cache needs no schedule beside it
+    found = load(tmp_path / "saved")
+    apply_cache_to_dit(found.model, compensation=found.features)
 
 
 def test_step_ranges_of_another_model_are_refused(tmp_path):

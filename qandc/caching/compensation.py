@@ -7,6 +7,7 @@ nearest relative is the decoupled error correction of CacheQuant (arXiv 2503.013
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
 from qandc.support.files import FileKind, reading
 
-__all__ = ["FeatureCompensation", "FeatureMoments"]
+__all__ = ["FeatureCompensation", "FeatureHeader", "FeatureMoments"]
 
 SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FeatureHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Say in a file which cache a feature compensation is for."""
 
     mode: str
@@ -33,7 +34,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timesteps: tuple[float, ...]
 
 
-FILE = FileKind("feature compensation", 1, Header, "make one with fit_feature_compensation")
+FILE = FileKind("feature compensation", 1, FeatureHeader, "make one with fit_feature_compensation")
 
 
 class FeatureMoments:
@@ -115,11 +116,7 @@ class FeatureCompensation:
         Raises:
             OutputError: the file cannot be written.
         """
-        config = self.config
-        assert config.schedule is not None
-        assert config.timesteps is not None
-        header = Header(config.mode, config.order, config.storage_dtype, config.schedule, config.timesteps)
-        FILE.write_tensors(Path(path), {"gains": self.gains, "offsets": self.offsets}, header)
+        FILE.write_tensors(Path(path), self.tensors, self.header)
 
     @classmethod
     @checked
@@ -132,14 +129,25 @@ class FeatureCompensation:
         """
         tensors, header = FILE.read_tensors(Path(path))
         with reading(Path(path), FILE.what, FILE.advice):
-            config = CacheConfig(
-                header.mode,
-                schedule=header.schedule,
-                order=header.order,
-                storage_dtype=header.storage_dtype,
-                timesteps=header.timesteps,
-            )
-            return cls(config, tensors["gains"], tensors["offsets"])
+            return cls.of_parts(tensors, header)
+
+    @property
+    def header(self) -> FeatureHeader:
+        """Return what is stored beside gains and offsets."""
+        config = self.config
+        assert config.schedule is not None
+        assert config.timesteps is not None
+        return FeatureHeader(config.mode, config.order, config.storage_dtype, config.schedule, config.timesteps)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return gains and offsets under the names that files have for them."""
+        return {"gains": self.gains, "offsets": self.offsets}
+
+    @classmethod
+    def of_parts(cls, tensors: Mapping[str, torch.Tensor], header: FeatureHeader) -> FeatureCompensation:
+        """Put together what was stored: ``gains`` and ``offsets`` among tensors, and the header."""
+        return cls(CacheConfig(**msgspec.structs.asdict(header)), tensors["gains"], tensors["offsets"])
 
     @property
     def nbytes(self) -> int:

@@ -87,7 +87,7 @@ def generate(
         bool,
         typer.Option(
             "--no-calibrated",
-            help="Do not use what comes with fashion-dit (static ranges, schedule, variance compensation) where no "
+            help="Do not use what comes with fashion-dit (static ranges, schedule, compensation) where no "
             "option above asks for anything else.",
         ),
     ] = False,
@@ -199,9 +199,9 @@ def calibrate(
         bool, typer.Option("--overwrite", help="Replace finished settings; their candidate pool is used again.")
     ] = False,
 ) -> None:
-    """Calibrate a pipeline: smoothing, quantized weights, static ranges, cache schedule, variance compensation.
+    """Calibrate a pipeline: smoothing, quantized weights, static ranges, cache schedule, compensation.
 
-    The same command after an interruption goes on with the candidates that were recorded.
+    The same command after an interruption goes on with what was finished.
     """
     from qandc.method.pipeline_calibration import POOL, calibrate_pipeline, check_directory
     from qandc.method.settings import CalibrationConfig
@@ -222,10 +222,9 @@ def calibrate(
             )
     except QandCError:
         raise
-    except BaseException:  # Ctrl-C, out of memory: what is recorded is kept
+    except BaseException:  # Ctrl-C, out of memory: what is finished is kept
         if (directory / POOL).is_dir():
-            kept = "stopped early; the candidates that were recorded are kept, the same command goes on with them"
-            err.print(kept, soft_wrap=True)
+            err.print("stopped early; what was finished is kept, the same command goes on with it", soft_wrap=True)
         raise
     print_calibration(report, directory)
 

@@ -32,10 +32,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "model": None, "steps": "20", "images": 160,
         "pool_images": 20, "samples": 100, "clusters": 20, "vc_samples": 40, "cache_mode": "delta",
+        "feature_images": 20,
     },
     "paper": {
         "model": "facebook/DiT-XL-2-256", "steps": "50,100,250", "images": 10_000,
         "pool_images": 200, "samples": 800, "clusters": 100, "vc_samples": 256, "cache_mode": "delta",
+        "feature_images": 40,
     },
 }  # fmt: skip
 
@@ -142,8 +144,9 @@ def sample(
 
 
 @takes(
-    "guidance_scale scheduler w_bits a_bits cache_mode cache_interval pool_images samples clusters vc vc_samples",
-    **{name: _of_sizes(name) for name in ("cache_mode", "pool_images", "samples", "clusters", "vc_samples")},
+    "guidance_scale scheduler w_bits a_bits cache_mode cache_interval pool_images samples clusters feature_images vc "
+    "vc_samples",
+    **{name: _of_sizes(name) for name in SIZES["small"] if name not in ("model", "steps", "images")},
 )
 def ablate(
     *,
@@ -181,7 +184,7 @@ def ablate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Compare FP, quantization, caching, and both with TAP and VC; torchrun shares the images out among GPUs.
+    """Compare FP, quantization, caching, and both with TAP, VC and FC; torchrun shares the images out among GPUs.
 
     Interrupt it anywhere: the same command goes on where it was. Other settings in the same directory are refused.
     """

@@ -120,7 +120,7 @@ def print_comparison(result: Comparison, dtype: str) -> None:
 
 def print_calibration(report: CalibrationReport, directory: Path) -> None:
     """Print the table of ``qandc calibrate``."""
-    schedule = report.preset.schedule
+    schedule, compensated = report.preset.schedule, report.preset.compensations.removeprefix(" + ")
     layers = report.quantization.quantized
     before, after = report.quantization.quantized_bytes
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -129,13 +129,14 @@ def print_calibration(report: CalibrationReport, directory: Path) -> None:
     table.add_row("computed steps", f"{sum(schedule.schedule)} of {len(schedule.schedule)} ({schedule.mode})")
     for name, decibels in (
         ("PSNR to FP", report.psnr_uncompensated),
-        ("PSNR to FP, with VC", report.psnr_compensated),
+        (f"PSNR to FP, with {compensated}", report.psnr_compensated),
     ):
         if decibels is not None:
             table.add_row(name, f"{decibels.mean():.1f} dB (worst {decibels.min():.1f})")
     out.print(table)
     if report.psnr_compensated is not None and report.psnr_compensated.mean() < report.psnr_uncompensated.mean():
-        out.print("VC made these images less like those of full precision; --vc none leaves it out")
+        worse = f"{compensated} made these images less like those of full precision; --compensation none leaves it out"
+        out.print(worse, soft_wrap=True)
     out.print(format_schedule(schedule.schedule, schedule.timesteps), soft_wrap=True)
     out.print(f"wrote {directory}\nnext: qandc generate --calibrated {shlex.quote(str(directory))}", soft_wrap=True)
 

@@ -1,6 +1,7 @@
-"""Run the ablation of Q&C on a DiT pipeline: six configurations, the same noise for all, scored and written down.
+"""Run the ablation of Q&C on a DiT pipeline: seven configurations, the same noise for all, scored and written down.
 
-After Q&C (arXiv 2503.02508, Tables 1 and 4). Rows, in the order they are drawn:
+After Q&C (arXiv 2503.02508, Tables 1 and 4), with compensation of features (FC) beside the paper's of samples (VC).
+Rows, in the order they are drawn:
 
 =============== ========= ===== ======================================= ============
 row             quantized cache calibrated on                           compensation
@@ -10,7 +11,8 @@ quant only      yes       no    samples at random                       no
 cache only      no        yes   nothing                                 no
 Q&C naive       yes       yes   samples at random                       no
 Q&C + TAP       yes       yes   samples chosen by TAP                   no
-Q&C + TAP + VC  yes       yes   samples chosen by TAP                   yes
+Q&C + TAP + VC  yes       yes   samples chosen by TAP                   of samples
+Q&C + TAP + FC  yes       yes   samples chosen by TAP                   of features
 =============== ========= ===== ======================================= ============
 """
 
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
+from qandc.cache import apply_cache, get_cache, remove_cache
 from qandc.errors import ConfigError, DataError, ModelError, ProcessError
 from qandc.experiments.generate import module_bytes
 from qandc.experiments.many_images import ImageDrawer, describe_pipeline
@@ -44,7 +46,7 @@ from qandc.variance_compensation import Compensation
 
 __all__ = ["ROWS", "ExperimentConfig", "RowKind", "check_experiment", "run_experiment"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FIGURES = FileKind("record of a row", 1, dict, "delete it and run the same command again", DataError)
 
 
@@ -70,16 +72,18 @@ ROWS = (
     RowKind("Q&C naive", "random", cached=True),
     RowKind("Q&C + TAP", "tap", cached=True),
     RowKind("Q&C + TAP + VC", "tap", cached=True, compensated=True),
+    RowKind("Q&C + TAP + FC", "tap-features", cached=True, compensated=True),
 )
 
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """Hold the settings of an ablation, which compares six rows.
+    """Hold the settings of an ablation, which compares seven rows.
 
     Attributes:
         images: of each row, the classes of the model in turn.
-        calibration: bits, cache, pool, samples, compensation; ``select`` and ``vc`` belong to the rows with TAP and VC.
+        calibration: bits, cache, pool, samples; ``select`` is of the rows with TAP, ``vc`` of the one with VC.
+            ``compensation`` is that of each row.
         first_seed: of image 0.
         batch_size: images drawn at once.
 
@@ -96,14 +100,14 @@ class ExperimentConfig:
         if not isinstance(self.images, int) or self.images < 2:
             raise ConfigError(f"images is {self.images!r}; give an integer >= 2")
         if self.calibration.vc == "none":
-            raise ConfigError("vc is 'none', but one row is with compensation; give a form")
+            raise ConfigError("vc is 'none', but one row is with VC; give a form")
         if not self.calibration.uniform:
             raise ConfigError("uniform is False, but the row 'cache only' has a uniform schedule; give True")
 
     def described(self) -> dict[str, Any]:
         """Return the settings as the file holds them that a resumed run is compared with."""
         calibration = asdict(self.calibration)
-        for name in ("cache", "quant_config"):  # they follow from the others
+        for name in ("cache", "quant_config", "compensation"):  # they follow from the others, or from the row
             calibration.pop(name)
         return {"images": self.images, "first_seed": self.first_seed, "batch_size": self.batch_size, **calibration}
 
@@ -118,10 +122,11 @@ def run_experiment(
     processes: Processes | None = None,
     progress: StageProgress = lambda stage, completed, total: None,
 ) -> list[dict[str, Any]]:
-    """Calibrate, draw and score the six rows; go on where an earlier run of the same settings ended.
+    """Calibrate, draw and score the seven rows; go on where an earlier run of the same settings ended.
 
     Finished calibrations, shards and rows are read, not made again. The directory holds ``experiment.json`` (the
-    settings), ``pool/``, ``random/`` and ``tap/`` (presets), and of each row images (``.npz``) and figures (``.json``).
+    settings), ``pool/``, ``random/``, ``tap/`` and ``tap-features/`` (presets), and of each row images (``.npz``) and
+    figures (``.json``).
 
     Args:
         pipe: a ``DiTPipeline`` in full precision, without a cache, on its device. It stays as it is.
@@ -201,9 +206,13 @@ class _Experiment:
         self.images = ImageSet(settings.images, tuple(class_names(pipe)), settings.first_seed, settings.batch_size)
 
     def calibrate(self) -> None:
-        """Calibrate with both choices of samples, from one pool."""
+        """Calibrate with both choices of samples and both compensations, from one pool."""
         tap = self.settings.calibration
-        for name, chosen in (("random", replace(tap, select="random", vc="none")), ("tap", tap)):
+        for name, chosen in (
+            ("random", replace(tap, select="random", compensation="none")),
+            ("tap", replace(tap, compensation="samples")),
+            ("tap-features", replace(tap, compensation="features")),
+        ):
             if is_finished(self.directory / name):
                 continue
             pipe = copy.copy(self.pipe)  # calibration quantizes in place
@@ -276,10 +285,13 @@ class _Experiment:
                 fuse(model)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        compensation = features = None
+        if preset is not None and kind.compensated:
+            compensation, features = preset.compensation, preset.features
         if kind.cached:
             config = self.settings.calibration.cache if preset is None else preset.schedule.config()
-            apply_cache_to_dit(model, config=config)
-        return model, preset.compensation if preset is not None and kind.compensated else None
+            apply_cache(model, config=config, compensation=features)
+        return model, compensation
 
     def computed_steps(self, kind: RowKind) -> int:
         steps = self.settings.calibration.num_inference_steps

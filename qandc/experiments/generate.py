@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from qandc.cache import apply_cache_to_dit, remove_cache
+from qandc.cache import apply_cache, remove_cache
 from qandc.caching.schedule import CacheConfig
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.pixels import to_uint8
@@ -51,7 +51,7 @@ class GenerateConfig:
     cache: CacheConfig = field(default_factory=lambda: CacheConfig("branch", interval=3))
     seed: int = 0
     preset: Preset | None = None
-    """Calibrated settings that ``config`` and ``cache`` are of; it adds smoothing, ranges, weights and compensation."""
+    """Calibrated settings that ``config`` and ``cache`` are of; they add smoothing, ranges, weights, compensations."""
     smoothing: bool = True
     """Move outliers from activations to weights; with a preset, whether that does."""
 
@@ -179,8 +179,8 @@ def generate(
     quantized = ModelImages(quantized_name(settings), module_bytes(pipe.transformer))
     result.rows.append(quantized)
     result.report = quantization_report(pipe.transformer)
-    apply_cache_to_dit(pipe.transformer, config=settings.cache)
-    compensation = None if preset is None else preset.compensation
+    compensation, features = (None, None) if preset is None else (preset.compensation, preset.features)
+    apply_cache(pipe.transformer, config=settings.cache, compensation=features)
     try:
         _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done), compensation)
     finally:
@@ -188,11 +188,11 @@ def generate(
 
 
 def quantized_name(settings: GenerateConfig) -> str:
-    """Name the quantized row: "W8A8 + branch cache 3", "W8A8" with no cache, "W8A8 + taylor 17/50 + VC" calibrated."""
+    """Name the quantized row: "W8A8 + branch cache 3", "W8A8" with no cache, "W8A8 + taylor 17/50 + FC" calibrated."""
     cache = settings.cache
     if settings.preset is not None and cache.schedule is not None:
-        compensated = "" if settings.preset.compensation is None else " + VC"
-        return f"{settings.config.scheme} + {cache.mode} {sum(cache.schedule)}/{len(cache.schedule)}{compensated}"
+        computed = f"{sum(cache.schedule)}/{len(cache.schedule)}"
+        return f"{settings.config.scheme} + {cache.mode} {computed}{settings.preset.compensations}"
     if cache.schedule is not None:
         return f"{settings.config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
     return settings.config.scheme + ("" if cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
@@ -226,6 +226,7 @@ def comparison_record(result: Comparison, settings: GenerateConfig, device: str,
     if settings.preset is not None:
         compensation = settings.preset.compensation
         described["compensation"] = None if compensation is None else compensation.form
+        described["features_compensated"] = settings.preset.features is not None
     header = result_header({**described, "device": device, "dtype": dtype})
     return {**header, "rows": [full, quantized], "goals": []}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
+from qandc.cache import apply_cache, get_cache, remove_cache
 from qandc.errors import OutputError, ProcessError
 from qandc.experiments.processes import Processes
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
@@ -110,7 +110,7 @@ def sample_file(
     Args:
         pipe: a ``DiTPipeline`` in full precision; quantized in place and given a cache if there is a preset.
         steps, guidance_scale, scheduler: of the run.
-        preset: bits, ranges, schedule and compensation; None draws in full precision.
+        preset: bits, ranges, schedule and compensations; None draws in full precision.
         source: where the pipeline came from.
         processes: that share the images; all call this function.
         progress: called as ``progress(stage, completed, total)``.
@@ -153,7 +153,7 @@ def sample_file(
             preset.quantize(model)
             if model.device.type == "cuda":
                 fuse(model)
-            apply_cache_to_dit(model, config=preset.schedule.config())
+            apply_cache(model, config=preset.schedule.config(), compensation=preset.features)
             stack.callback(remove_cache, model)
         run = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         draw = ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)

@@ -90,6 +90,8 @@ class _Fitter:
         call = arguments_of(model, args, kwargs)
         key = call.get(self.family.run_key)
         if id(key) not in self.runs:
+            for over in list(self.runs.values())[:-1]:  # two may take turns: conditional and unconditional rows apart
+                over.store = FeatureStore(self.config)
             self.runs[id(key)] = _Run(key, self.config)
         run = self._run = self.runs[id(key)]
         if self.config.length is not None and run.position.step + 1 >= self.config.length:

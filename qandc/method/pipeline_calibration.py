@@ -1,4 +1,4 @@
-"""Calibrate one pipeline: pool, samples, smoothing, quantized weights, ranges, schedule, variance compensation.
+"""Calibrate one pipeline: pool, samples, smoothing, quantized weights, ranges, schedule, compensation.
 
 After Q&C (arXiv 2503.02508). What comes of it is a directory: a calibrated model (:mod:`qandc.method.saved`), the
 candidate pool and ``report.json``.
@@ -6,6 +6,7 @@ candidate pool and ``report.json``.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -17,23 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.cache import apply_cache_to_dit, get_cache, remove_cache
+from qandc.cache import apply_cache, get_cache, remove_cache
+from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule
 from qandc.errors import ModelError, OutputError
 from qandc.evaluation.metrics import psnr
+from qandc.method.feature_compensation import fit_feature_compensation
 from qandc.method.pool import CandidatePool, record_pool
-from qandc.method.saved import PIPELINE_FILES, Preset, check_target
+from qandc.method.saved import PIPELINE_FILES, Preset, check_target, is_finished
 from qandc.method.schedule_calibration import calibrate_schedule
-from qandc.method.settings import NO_COMPENSATION, CalibrationConfig
+from qandc.method.settings import CalibrationConfig
 from qandc.models import class_conditional
 from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
 from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents, set_timesteps
-from qandc.sampling.pipelines import class_names
+from qandc.sampling.pipelines import class_names, fingerprint
 from qandc.sampling.trajectories import Trajectory, fit_compensation, record_trajectory
 from qandc.support.arguments import Pipeline, check_fields, checked
 from qandc.support.files import make_directory, write_json
-from qandc.support.results import result_header
+from qandc.support.results import result_header, versions
 from qandc.tap import TapConfig
 from qandc.variance_compensation import Compensation
 
@@ -46,10 +49,12 @@ StageProgress = Callable[[str, int, int], None]
 POOL, REPORT = "pool", "report.json"  # of a directory
 CLASSES = 10  # the first of the model, in turn
 FIRST_SEED = 20_000_000  # far from what anybody draws
-POOL_SEED, SCHEDULE_SEED = FIRST_SEED + 1_000_000, FIRST_SEED + 2_000_000
+POOL_SEED, SCHEDULE_SEED, FEATURES_SEED = (FIRST_SEED + 1_000_000 * k for k in (1, 2, 3))
 POOL_BATCH = 10  # images of a shard: at most so many are sampled again after an interruption
+FEATURES_BATCH = 10  # images whose features are compared at once
 SAMPLES_AT_ONCE = 50  # samples that layers see at once
 SCHEDULE_IMAGES = 30
+OF_COMPENSATION = ("compensation", "feature_images", "vc", "vc_target", "vc_start", "vc_samples")  # settings
 SHOWN_IMAGES = 10  # seeds from 0: those of qandc generate
 
 
@@ -123,8 +128,9 @@ def calibrate_pipeline(
 ) -> CalibrationReport:
     """Calibrate a pipeline; write it to a directory that ``from_pretrained`` and ``qandc.load`` read, with a report.
 
-    The candidate pool is kept in ``directory/pool`` as it is recorded. The same call after an interruption goes on with
-    it, as does one with another choice of samples, other bits or another compensation.
+    The candidate pool is kept in ``directory/pool`` as it is recorded, and beside it what the model is quantized with,
+    and its schedule. The same call after an interruption goes on with both, as does one with another compensation; one
+    with another choice of samples or other bits goes on with the pool.
 
     Args:
         pipe: a ``DiTPipeline`` in full precision, without a cache. Its transformer is quantized in place.
@@ -132,7 +138,7 @@ def calibrate_pipeline(
         directory: to write to.
         overwrite: replace a calibrated model in it.
         source: directory or hub id that the pipeline came from, noted in the preset; None for fashion-dit.
-        pool_directory: where the pool is kept instead, for several calibrations to share.
+        pool_directory: where these are kept instead, for several calibrations to share.
         checkpoint: write the pipeline too, not what was calibrated alone.
         progress: called as ``progress(stage, completed, total)``, first with 0, last with the total.
 
@@ -148,29 +154,27 @@ def calibrate_pipeline(
     if quant_layers(model) or get_cache(model) is not None:
         raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew to calibrate it")
     work = _Calibration(pipe, settings, progress)
-    # first: it alone outlives an interruption
-    pool = work.record_pool(directory / POOL if pool_directory is None else Path(pool_directory))
+    pool_directory = directory / POOL if pool_directory is None else Path(pool_directory)
+    pool = work.record_pool(pool_directory)
+    quantized = pool_directory / f"quantized-{work.digest()}"
     reference = work.record_reference()
     full = work.draw("full precision")
-    chosen = work.choose(pool)
-    work.quantize(pool, chosen)
-    schedule = work.find_schedule()
+    if is_finished(quantized):
+        before = Preset.load(quantized)
+        before.quantize(model)
+        schedule = before.schedule
+    else:
+        work.quantize(pool, work.choose(pool))
+        schedule = work.find_schedule()
+        work.preset(schedule).save(quantized)
     with _attached(model, schedule.config()):
-        compensation = work.compensate(reference)
         plain = psnr(work.draw("without compensation"), full)
-        compensated = None
-        if compensation is not None:
+    features = work.compensate_features(schedule)
+    with _attached(model, schedule.config(), features):
+        compensation, compensated = work.compensate(reference), None
+        if features is not None or compensation is not None:
             compensated = psnr(work.draw("with compensation", compensation), full)
-    preset = Preset.of(
-        model,
-        settings.quant_config,
-        schedule,
-        compensation,
-        scheduler=type(work.scheduler).__name__,
-        guidance_scale=settings.guidance_scale,
-        keep_weights=settings.gptq,
-        source=source,
-    )
+    preset = work.preset(schedule, compensation, features=features, source=source)
     report = CalibrationReport(preset, quantization_report(model), plain, compensated)
     make_directory(directory)
     preset.save(directory, pipe if checkpoint else None)
@@ -179,8 +183,8 @@ def calibrate_pipeline(
 
 
 @contextmanager
-def _attached(model: Any, config: CacheConfig) -> Iterator[None]:
-    apply_cache_to_dit(model, config=config)
+def _attached(model: Any, config: CacheConfig, features: FeatureCompensation | None = None) -> Iterator[None]:
+    apply_cache(model, config=config, compensation=features)
     try:
         yield
     finally:
@@ -228,6 +232,25 @@ class _Calibration:
         check_sampling(self.model, self.scheduler, self.classes, steps, guidance_scale)
         self.run: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
 
+    def digest(self) -> str:
+        """Hash all that decides how the model, in full precision still, is quantized, and about its schedule."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in OF_COMPENSATION}
+        version = versions()["qandc-kernels"]
+        about = repr((settings, fingerprint(self.model), sorted(self.scheduler.config.items()), version))
+        return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+    def preset(self, schedule: CalibratedSchedule, compensation: Compensation | None = None, **others: Any) -> Preset:
+        return Preset.of(
+            self.model,
+            self.settings.quant_config,
+            schedule,
+            compensation,
+            scheduler=type(self.scheduler).__name__,
+            guidance_scale=self.settings.guidance_scale,
+            keep_weights=self.settings.gptq,
+            **others,
+        )
+
     def _noise(self, first_seed: int, count: int) -> dict[str, Any]:
         """Return class-balanced class ids with a seed each, as arguments of a run."""
         labels = [self.classes[i % len(self.classes)] for i in range(count)]
@@ -251,7 +274,7 @@ class _Calibration:
 
     def record_reference(self) -> Trajectory | None:
         count = self.settings.vc_samples
-        if self.settings.vc == NO_COMPENSATION:
+        if self.settings.compensation != "samples":
             return None
         with self._stage("reference", count) as stage:
             return record_trajectory(self.model, self.scheduler, callback=stage.step, **self._noise(FIRST_SEED, count))
@@ -323,6 +346,23 @@ class _Calibration:
                 **self._noise(SCHEDULE_SEED, SCHEDULE_IMAGES),
             )
 
+    def compensate_features(self, schedule: CalibratedSchedule) -> FeatureCompensation | None:
+        """Correct the features that reuse steps take towards those of the same quantized model."""
+        count = self.settings.feature_images
+        if self.settings.compensation != "features":
+            return None
+        if all(schedule.schedule):
+            logger.warning("every step is computed: nothing is reused whose features could be compensated")
+            return None
+        with self._stage("features", count) as stage:
+
+            def run() -> None:
+                for first in range(0, count, FEATURES_BATCH):
+                    noise = self._noise(FEATURES_SEED + first, min(FEATURES_BATCH, count - first))
+                    sample_latents(self.model, self.scheduler, callback=stage.step, **noise)
+
+            return fit_feature_compensation(self.model, run, config=schedule.config())
+
     def compensate(self, reference: Trajectory | None) -> Compensation | None:
         if reference is None:
             return None
@@ -331,7 +371,7 @@ class _Calibration:
                 reference,
                 self.model,
                 self.scheduler,
-                form=self.settings.vc,
+                form=self.settings.vc or "least_squares",
                 target=self.settings.vc_target,
                 start_step=self.settings.vc_start,
                 callback=stage.step,

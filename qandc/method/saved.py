@@ -3,7 +3,7 @@
 ::
 
     qandc.json            what was calibrated for what, and size and SHA-256 of every other file
-    qandc.safetensors     gains, ranges per step; ranges, smoothing, GPTQ's weights where no model is beside them
+    qandc.safetensors     compensations, ranges per step; ranges, smoothing, GPTQ's weights where no model is there
     model_index.json, transformer/, vae/, scheduler/       as DiTPipeline.save_pretrained writes them   ┐ one of them,
     config.json, diffusion_pytorch_model.safetensors       as the model's save_pretrained writes them   ┘ or neither
 
@@ -27,6 +27,7 @@ import msgspec
 import torch
 from torch import nn
 
+from qandc.caching.compensation import FeatureCompensation, FeatureHeader
 from qandc.caching.schedule import CalibratedSchedule
 from qandc.errors import ConfigError, DataError, ModelError, OutputError
 from qandc.quantization.conversion import layers_to_quantize, quant_layers, quantize_model
@@ -93,6 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     calibration: Calibration | None = None
     schedule: CalibratedSchedule | None = None
     compensation: CompensationHeader | None = None
+    features: FeatureHeader | None = None
 
 
 WHAT, AGAIN = "calibrated model", "make it again (qandc calibrate, or qandc.save)"
@@ -122,7 +124,8 @@ class Preset:
             ``act_zero_point`` of static ranges, ``smoothing``; and ``qweight``, ``weight_scale``, ``weight_sum`` of
             every layer if rounding to nearest would not make them again.
         schedule: of the feature cache.
-        compensation: fitted for the model with these ranges and this cache, or None.
+        compensation: of samples, fitted for the model with these ranges and this cache, or None.
+        features: compensation of what this cache reuses, fitted for the model with these ranges, or None.
         scheduler, guidance_scale: of the runs they are for; the steps are those of the schedule.
         structure: numbers of the model's config that say what its layers are.
         model: where the pipeline came from: a directory or hub id, None for fashion-dit.
@@ -136,9 +139,12 @@ class Preset:
     guidance_scale: Guidance
     structure: dict[str, int | None]
     model: str | None = None
+    features: FeatureCompensation | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.features is not None:
+            self.features.check(self.schedule.config())
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
         if self.structure.keys() != set(STRUCTURE):
             raise ConfigError(f"structure has {sorted(self.structure)}; it must have {', '.join(STRUCTURE)}")
@@ -164,6 +170,7 @@ class Preset:
         schedule: CalibratedSchedule,
         compensation: Compensation | None,
         *,
+        features: FeatureCompensation | None = None,
         scheduler: str | None = None,
         guidance_scale: Guidance | None = None,
         keep_weights: bool = False,
@@ -172,20 +179,24 @@ class Preset:
         """Make a preset of the ranges of a calibrated model, and of the rest as given.
 
         Args:
+            features: compensation of what the cache reuses.
             scheduler, guidance_scale: of the runs, the scheduler by its class name; by default those that the
-                compensation was fitted for.
+                compensation of samples was fitted for.
             keep_weights: keep the quantized weights too. Those rounded with Hessians need it: they cannot be made again
                 without the samples.
             source: directory or hub id of the pipeline, None for fashion-dit.
 
         Raises:
-            ConfigError: neither a compensation nor scheduler and guidance are given.
+            ConfigError: neither a compensation of samples nor scheduler and guidance are given; or ``features`` are for
+                another cache than the schedule's.
         """
         if compensation is not None:
             scheduler = compensation.fitted_for.scheduler if scheduler is None else scheduler
             guidance_scale = compensation.fitted_for.guidance_scale if guidance_scale is None else guidance_scale
         if scheduler is None or guidance_scale is None:
-            raise ConfigError("settings without compensation need the scheduler and guidance_scale they are for")
+            raise ConfigError(
+                "settings without compensation of samples need the scheduler and guidance_scale they are for"
+            )
         kept = (*OPTIONAL_BUFFERS, *(WEIGHT_BUFFERS if keep_weights else ()))
         layers = {
             f"{name}.{buffer}": tensor
@@ -194,7 +205,7 @@ class Preset:
             if (tensor := getattr(layer, buffer)) is not None
         }
         about = resolved(model, config), layers, schedule, compensation
-        return cls(*about, scheduler, guidance_scale, _structure(model), source)
+        return cls(*about, scheduler, guidance_scale, _structure(model), source, features)
 
     @property
     def num_inference_steps(self) -> int:
@@ -206,14 +217,17 @@ class Preset:
         """Name the scheduler as :func:`qandc.make_scheduler` takes it; by its class if that knows none."""
         return {known: name for name, known in SCHEDULERS.items()}.get(self.scheduler, self.scheduler)
 
+    @property
+    def compensations(self) -> str:
+        """Name what is compensated, as the names of rows do: " + FC" (features), " + VC" (samples), both or nothing."""
+        return " + FC" * (self.features is not None) + " + VC" * (self.compensation is not None)
+
     def digest(self) -> str:
         """Hash all tensors, the schedule and what runs they are for: equal for equal settings alone."""
-        tensors, header = dict(self.layers), None
-        if self.compensation is not None:
-            tensors |= {"gain": self.compensation.gain, "mean": self.compensation.mean}
-            header = self.compensation.header
-        body = msgspec.json.encode((self.config, self.schedule, self.scheduler, self.guidance_scale, header))
-        return content_digest(body, tensors)[:16]
+        tensors, about = _stored(self.compensation, self.features)
+        of_runs = self.config, self.schedule, self.scheduler, self.guidance_scale
+        body = msgspec.json.encode((*of_runs, about["compensation"]))  # features are told by their tensors: the cache
+        return content_digest(body, {**self.layers, **tensors})[:16]  # that they are for is the schedule's
 
     @checked
     def base_model(self, given: str | None = None) -> str | None:
@@ -320,6 +334,7 @@ class Preset:
             calibration=Calibration(self.config, self.structure, self.scheduler, self.guidance_scale, **base),
             schedule=self.schedule,
             compensation=self.compensation,
+            features=self.features,
         )
 
     @classmethod
@@ -347,7 +362,7 @@ class Preset:
         model = about.hub if about.path is None else os.path.normpath(directory.absolute() / about.path)
         with reading(directory / MANIFEST, WHAT, AGAIN):
             of_runs = about.scheduler, about.guidance_scale, about.structure
-            return cls(about.quantization, layers, schedule, found.compensation(), *of_runs, model)
+            return cls(about.quantization, layers, schedule, found.compensation(), *of_runs, model, found.features())
 
 
 def _structure(model: Any) -> dict[str, int | None]:
@@ -364,14 +379,16 @@ class CalibratedModel:
     Attributes:
         model: the quantized transformer, in eval mode.
         schedule: for ``apply_cache(model, config=schedule.config())``, or None.
-        compensation: for ``sample_latents`` and ``compensated_scheduler``, or None.
+        compensation: of samples, for ``sample_latents`` and ``compensated_scheduler``, or None.
         step_ranges: for ``fuse_dit(model, step_ranges=...)``, or None.
+        features: for ``apply_cache(model, compensation=features)``, which takes the schedule from there, or None.
     """
 
     model: nn.Module
     schedule: CalibratedSchedule | None = None
     compensation: Compensation | None = None
     step_ranges: StepRanges | None = None
+    features: FeatureCompensation | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -386,6 +403,7 @@ def save(
     schedule: CalibratedSchedule | None = None,
     compensation: Compensation | None = None,
     step_ranges: StepRanges | None = None,
+    features: FeatureCompensation | None = None,
 ) -> None:
     """Write a quantized transformer, and what it is to be run with, into one directory.
 
@@ -397,12 +415,12 @@ def save(
         model: a model of diffusers that :func:`qandc.quantize_model` has converted.
         directory: made anew, with its parents.
         overwrite: replace the calibrated model that is there.
-        schedule, compensation, step_ranges: stored beside the model, returned by :func:`load`.
+        schedule, compensation, step_ranges, features: stored beside the model, returned by :func:`load`.
 
     Raises:
         ModelError: no model of diffusers, not quantized, without values, or not what its config builds (LoRA,
             parametrizations).
-        ConfigError: the step ranges are not of this model.
+        ConfigError: the step ranges are not of this model, or the features of another cache than the schedule's.
         OutputError: the directory holds a calibrated model, or other files of these names, or cannot be written.
     """
     directory = Path(directory)
@@ -410,6 +428,8 @@ def save(
     _check_savable(model)
     if step_ranges is not None:
         check_step_ranges(step_ranges, quant_layers(model))
+    if features is not None and schedule is not None:
+        features.check(schedule.config())
     _write(
         directory,
         functools.partial(_write_model, model),
@@ -417,6 +437,7 @@ def save(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         schedule=schedule,
         compensation=compensation,
+        features=features,
     )
 
 
@@ -434,7 +455,7 @@ def load(
         dtype: float16, bfloat16 or float32 for all that is not quantized, by default as saved. Scales stay float32.
 
     Returns:
-        The model, which computes bit for bit what the saved one does, with schedule, compensation and step ranges.
+        The model, which computes bit for bit what the saved one does, with schedule, compensations and step ranges.
 
     Raises:
         ConfigError: no calibrated model, of another version, a file missing, truncated or changed, or another dtype.
@@ -460,7 +481,8 @@ def load(
     )
     with reading(directory / TENSORS, WHAT, AGAIN):
         step_ranges = StepRanges(steps["timesteps"], scales, zero_points) if steps else None
-    return CalibratedModel(model.eval(), found.manifest.schedule, found.compensation(), step_ranges)
+    of_runs = found.manifest.schedule, found.compensation(), step_ranges, found.features()
+    return CalibratedModel(model.eval(), *of_runs)
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -512,6 +534,14 @@ class _Directory:
         with reading(self.directory / TENSORS, WHAT, AGAIN):
             return None if header is None else Compensation.of_parts(self._tensors, header)
 
+    def features(self) -> FeatureCompensation | None:
+        header, schedule = self.manifest.features, self.manifest.schedule
+        with reading(self.directory / TENSORS, WHAT, AGAIN):
+            found = None if header is None else FeatureCompensation.of_parts(self._tensors, header)
+            if found is not None and schedule is not None:
+                found.check(schedule.config())
+        return found
+
 
 def _what_is_there(directory: Path) -> str:
     if any((directory / name).exists() for name in OLDER):
@@ -550,6 +580,7 @@ def _write(
     write_model: Callable[[Path], None] | None,
     tensors: Mapping[str, torch.Tensor],
     compensation: Compensation | None = None,
+    features: FeatureCompensation | None = None,
     **manifest: Any,
 ) -> None:
     """Write all files beside their places, take the manifest away, move them, and write the new manifest."""
@@ -558,19 +589,17 @@ def _write(
     names = (TENSORS, *(() if write_model is None else PIPELINE_FILES if "calibration" in manifest else MODEL_FILES))
     before = check_target(directory, names[1:], overwrite=True)
     partial = directory / f".{uuid.uuid4().hex[:16]}.partial"
-    if compensation is not None:
-        tensors = {**tensors, "gain": compensation.gain, "mean": compensation.mean}
-        manifest["compensation"] = compensation.header
+    of_compensations, headers = _stored(compensation, features)
     try:
         partial.mkdir(parents=True)
         if write_model is not None:
             write_model(partial)
             _forget_origin(partial)
-        TENSOR_FILE.write_tensors(partial / TENSORS, tensors, {})
+        TENSOR_FILE.write_tensors(partial / TENSORS, {**tensors, **of_compensations}, {})
         mode = usual_mode(partial)
         for name in names:
             settle(partial / name, mode)
-        content = Manifest({name: FileEntry.of(partial / name) for name in names}, **manifest)
+        content = Manifest({name: FileEntry.of(partial / name) for name in names}, **manifest, **headers)
         (directory / MANIFEST).unlink(missing_ok=True)
         for name in before:
             (directory / name).unlink(missing_ok=True)
@@ -584,6 +613,16 @@ def _write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     FILE.write(directory / MANIFEST, content)
+
+
+def _stored(
+    compensation: Compensation | None, features: FeatureCompensation | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors of compensations, and the manifest's fields for them."""
+    kinds = {"compensation": compensation, "features": features}
+    tensors = [kind.tensors for kind in kinds.values() if kind is not None]
+    headers = {name: None if kind is None else kind.header for name, kind in kinds.items()}
+    return {name: tensor for part in tensors for name, tensor in part.items()}, headers
 
 
 def _write_pipeline(pipe: Any, folder: Path) -> None:

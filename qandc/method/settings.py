@@ -15,11 +15,11 @@ from qandc.support.arguments import Between, Count, Steps, check_fields
 from qandc.tap import CLUSTERERS, METHODS
 from qandc.variance_compensation import FORMS
 
-__all__ = ["NO_COMPENSATION", "CalibrationConfig", "CalibrationSettings"]
+__all__ = ["COMPENSATIONS", "CalibrationConfig", "CalibrationSettings"]
 
 ROUNDINGS = ("nearest", "gptq")
 TARGETS = ("sample", "noise")
-NO_COMPENSATION = "none"
+COMPENSATIONS = ("features", "samples", "none")
 Images = Annotated[int, Between(1, 1_000_000)]
 
 
@@ -60,10 +60,16 @@ class CalibrationConfig:
     samples: Count = option(400, "Candidates to calibrate with.")
     clusters: Count = option(50, "Of the candidates.")
     seed: Annotated[int, Between(0, 2**31 - 1)] = option(0, "Of the choice of samples.")
-    vc: str = option("least_squares", "Variance compensation: least_squares, variance_ratio or none.")
-    vc_target: str = option("sample", "What is compensated: sample or noise.")
-    vc_start: int = option(0, "First step that is compensated.")
-    vc_samples: Images = option(100, "Images the compensation is fitted on, all at once.")
+    compensation: str | None = option(
+        None,
+        "Of features where the cache reuses them, of samples (the paper's VC), or none. Default: features; with "
+        "--vc samples.",
+    )
+    feature_images: Images = option(40, "Images the compensation of features is fitted on.")
+    vc: str | None = option(None, f"Form of the compensation of samples: {', '.join(FORMS)}. Default: least_squares.")
+    vc_target: str = option("sample", "What VC compensates: sample or noise.")
+    vc_start: int = option(0, "First step that VC compensates.")
+    vc_samples: Images = option(100, "Images that VC is fitted on, all at once.")
     cache: CacheConfig = field(init=False, repr=False)
     quant_config: QuantConfig = field(init=False, repr=False)
 
@@ -73,7 +79,8 @@ class CalibrationConfig:
             ("scheduler", self.scheduler, tuple(SCHEDULERS)),
             ("rounding", self.rounding, (None, *ROUNDINGS)),
             ("select", self.select, (*METHODS, *historical.CLUSTERERS)),
-            ("vc", self.vc, (*FORMS, NO_COMPENSATION)),
+            ("compensation", self.compensation, (None, *COMPENSATIONS)),
+            ("vc", self.vc, (None, *FORMS) if self.compensation == "samples" else (None, *FORMS, "none")),
             ("vc_target", self.vc_target, TARGETS),
         ):
             if chosen not in known:
@@ -91,6 +98,8 @@ class CalibrationConfig:
         for name in ("samples", "clusters") if self.select in CLUSTERERS else ("samples",):
             if getattr(self, name) > candidates:
                 raise ConfigError(f"{name} is {getattr(self, name)}; {pool} (lower it, or take more pool images)")
+        of_vc = {None: "features", "none": "none"}.get(self.vc, "samples")  # none: as it was told before
+        object.__setattr__(self, "compensation", self.compensation or of_vc)
         object.__setattr__(self, "cache", CacheConfig(self.cache_mode, interval=self.cache_interval))
         object.__setattr__(self, "cache_mode", self.cache.mode)
         clip = "mse" if self.gptq else "max"
