@@ -17,14 +17,12 @@ LARGEST_DENSE = 4000  # samples whose pairwise distances are held at once; other
 NEIGHBOURS = 5
 
 
-def _by_nearest(
-    features: np.ndarray, seed: int, fit: Callable[[np.ndarray], np.ndarray], largest: int = LARGEST_DENSE
-) -> np.ndarray:
+def _by_nearest(features: np.ndarray, seed: int, fit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Label a sub-sample that fits into memory; all other samples take the label of the nearest cluster mean."""
     n = len(features)
-    if n <= largest:
+    if n <= LARGEST_DENSE:
         return fit(features)
-    chosen = np.sort(np.random.default_rng(seed).choice(n, largest, replace=False))
+    chosen = np.sort(np.random.default_rng(seed).choice(n, LARGEST_DENSE, replace=False))
     labels = fit(features[chosen])
     names = np.unique(labels)
     means = np.stack([features[chosen][labels == name].mean(0) for name in names])

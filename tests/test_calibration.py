@@ -236,27 +236,6 @@ def test_layers_that_no_batch_reaches_stay_dynamic():
     assert model.unused.act_scale is None
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_data_is_refused_with_the_layer_and_ranges_are_kept(bad):
-    model, batches = model_and_batches()
-    calibrate(model, batches)
-    before = model[0].act_scale.clone()
-    batches[1][2, 3] = bad
-    with pytest.raises(DataError, match="layer 0: activation range"):
-        calibrate(model, batches)
-    assert torch.equal(model[0].act_scale, before)
-
-
-def test_an_exception_in_the_model_leaves_no_hook_and_no_change():
-    model, batches = model_and_batches()
-    calibrate(model, batches)
-    before = model[0].act_scale.clone()
-    with pytest.raises(ValueError, match="agree in K"):
-        calibrate(model, [batches[0], torch.zeros(2, 7)])
-    assert torch.equal(model[0].act_scale, before)
-    assert not model[0]._forward_pre_hooks
-
-
 def test_empty_set_is_refused():
     model, _ = model_and_batches()
     with pytest.raises(DataError, match="calibration set is empty"):
@@ -267,11 +246,6 @@ def test_batches_without_rows_are_refused():
     model, _ = model_and_batches()
     with pytest.raises(DataError, match="no quantized layer of Sequential was given a value"):
         calibrate(model, [torch.zeros(0, 8)])
-
-
-def test_model_that_is_not_quantized_is_refused():
-    with pytest.raises(ModelError, match="call quantize_model first"):
-        calibrate(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)])
 
 
 def test_weight_only_layers_have_no_range_and_no_warning(dit, caplog):
@@ -474,12 +448,14 @@ def test_estimators_take_any_finite_values(estimator, values):
 
 @pytest.mark.parametrize("estimator", ["minmax", "percentile", "mse"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_values_are_refused_by_every_estimator(estimator, bad):
+def test_bad_values_are_refused_by_every_estimator_and_ranges_are_kept(estimator, bad):
     model, batches = model_and_batches()
+    calibrate(model, batches)
+    before = model[0].act_scale.clone()
     batches[1][0, 0] = bad
     with pytest.raises(DataError, match="layer 0: activation range"):
         calibrate(model, batches, ranges=RangeConfig(estimator))
-    assert model[0].act_scale is None
+    assert torch.equal(model[0].act_scale, before)
 
 
 def test_estimators_reach_the_layers():
@@ -575,7 +551,6 @@ def test_fused_models_take_them(fused_anywhere):
             "no argument of DiTTransformer2DModel that is named timestep, timesteps or t was",
         ),
         ([{"timestep": torch.tensor([1, 2])}], None, DataError, "at one timestep"),
-        ([], None, DataError, "calibration set is empty"),
         (None, 3, ConfigError, "groups is 3; 2 timesteps can form 1 to 2"),
         (None, 0, ConfigError, "groups is 0"),
     ],
@@ -650,8 +625,6 @@ def test_smoothing_is_checked():
     model = nn.Sequential(linear)
     with pytest.raises(ConfigError, match=r"'1' is no nn\.Linear"):
         smoothing_factors(model, [x], ["1"])
-    with pytest.raises(DataError, match="calibration set is empty"):
-        smoothing_factors(model, [], ["0"])
     with pytest.raises(DataError, match="0 saw no input, or NaN"):
         smoothing_factors(model, [x * float("nan")], ["0"])
     with pytest.raises(ConfigError, match="smoothing names 'x'"):

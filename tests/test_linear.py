@@ -230,11 +230,6 @@ def test_refuses_weights_that_are_not_finite(name, bad):
         QuantLinear.from_linear(linear)
 
 
-def test_refuses_odd_width_at_four_bits():
-    with pytest.raises(ConfigError, match="even in_features; this layer has 33"):
-        QuantLinear.from_linear(nn.Linear(33, 4), w_bits=4)
-
-
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-40, 2e38])
 def test_refuses_a_static_scale_that_is_no_scale(scale):
     with pytest.raises(DataError, match="one finite number > 0"):

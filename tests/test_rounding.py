@@ -126,9 +126,7 @@ def test_a_cache_does_not_hide_inputs(dit, dit_inputs):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_hessians_need_layers_and_batches(dit, dit_inputs):
-    with pytest.raises(DataError, match="calibration set is empty"):
-        input_hessians(dit, [])
+def test_hessians_need_layers(dit, dit_inputs):
     with pytest.raises(ModelError, match="before quantizing"):
         input_hessians(quantize_model(dit), [dit_inputs])
 

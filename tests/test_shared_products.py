@@ -88,6 +88,19 @@ def settle(attention, forwards=3):
             attention(x_of(seed))
 
 
+def run(attention, forwards, alone, products):
+    """The products of each forward, on inputs of its own; outputs are those of layers that run alone."""
+    found = []
+    with torch.no_grad():
+        for forward in range(forwards):
+            x = x_of(forward)
+            wanted = alone(attention, x)
+            products.clear()
+            assert equal(attention(x), wanted)
+            found.append(list(products))
+    return found
+
+
 SHARED = {  # products of a forward where each layer runs alone, and where they share
     "DiTTransformer2DModel": 2 * 2,
     "PixArtTransformer2DModel": 2 * (2 + 1),
@@ -126,13 +139,7 @@ def test_one_product_from_the_second_forward_on(bias, w_bits, ranges, products, 
     if ranges in ("symmetric", "asymmetric"):
         for layer in attention.layers:
             layer.set_static_range(torch.tensor(0.02), torch.tensor(5) if ranges == "asymmetric" else None)
-    with torch.no_grad():
-        for forward in range(12):
-            x = x_of(forward)
-            wanted = alone(attention, x)
-            products.clear()
-            assert equal(attention(x), wanted)
-            assert products == ([8, 8, 24] if forward == 0 else [40])
+    assert run(attention, 12, alone, products) == [[8, 8, 24]] + [[40]] * 11
 
 
 @pytest.mark.parametrize("buffer", ["act_scale", "act_zero_point", "smoothing"])
@@ -143,13 +150,7 @@ def test_layers_that_quantize_differently_run_alone(buffer, products, alone):
     settle(attention)
     assert products[-1] == 40
     getattr(attention.to_v, buffer).mul_(2)  # in place: the same object
-    with torch.no_grad():
-        for forward in range(6):
-            x = x_of(forward)
-            wanted = alone(attention, x)
-            products.clear()
-            assert equal(attention(x), wanted)
-            assert products == [8, 8, 24]
+    assert run(attention, 6, alone, products) == [[8, 8, 24]] * 6
     getattr(attention.to_v, buffer).copy_(getattr(attention.to_q, buffer))
     settle(attention, 20)
     assert products[-1] == 40
@@ -175,13 +176,7 @@ def test_another_input_gets_its_own_product(products, alone):
     attention = Attention()
     settle(attention)
     attention.between = lambda x: x + 1
-    with torch.no_grad():
-        for forward in range(6):
-            x = x_of(forward)
-            wanted = alone(attention, x)
-            products.clear()
-            assert equal(attention(x), wanted)
-        assert products == [8, 32]  # k and v have found each other
+    assert run(attention, 6, alone, products)[-1] == [8, 32]  # k and v have found each other
 
 
 def test_a_guess_that_keeps_being_wrong_is_made_less_and_less(products):

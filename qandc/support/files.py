@@ -263,9 +263,7 @@ def _read_bytes(path: Path) -> bytes:
         return file.read(LARGEST_JSON)
 
 
-def read_json(
-    path: Path, what: str, advice: str, *, names: Iterable[str] = (), error: type[QandCError] = ConfigError
-) -> dict[str, Any]:
+def read_json(path: Path, what: str, advice: str, *, names: Iterable[str] = ()) -> dict[str, Any]:
     """Read a JSON file whose content is compared, not believed: an object, at most 64 MiB of UTF-8.
 
     Args:
@@ -273,13 +271,12 @@ def read_json(
         what: it should be, for messages: "record of settings".
         advice: ends the messages: what to do about it.
         names: that it must have.
-        error: the class of the errors.
 
     Raises:
-        ConfigError: or ``error``: no such file or no regular one, too large, no JSON, no object, nested too deeply, or
-            without one of the names.
+        ConfigError: no such file or no regular one, too large, no JSON, no object, nested too deeply, or without one of
+            the names.
     """
-    with reading(path, what, advice, error):
+    with reading(path, what, advice):
         found = json.loads(_read_bytes(path).decode())
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}, not an object")

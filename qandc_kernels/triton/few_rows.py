@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qandc_kernels.tiles.tables import FewRowsTile, few_rows_tile
+from qandc_kernels.tiles.tables import few_rows_tile
 from qandc_kernels.triton._epilogue import COMPILED, Epilogue, start_early, store_tile
 from qandc_kernels.triton._launch import Start
 
@@ -122,7 +122,6 @@ def few_rows_start(
     w: torch.Tensor,
     out: torch.Tensor,
     epilogue: Epilogue,
-    tile: FewRowsTile | None = None,
 ) -> Start:
     """Prepare the start of the kernel on 16-bit ``x [M, K]``, M <= 16, int8 ``w [N, K]`` or ``[N, K/2]`` of two int4.
 
@@ -131,8 +130,7 @@ def few_rows_start(
     """
     (m, k), n = x.shape, w.shape[0]
     packed = w.shape[1] != k
-    if tile is None:
-        tile = few_rows_tile(m, k, packed, x.device)
+    tile = few_rows_tile(m, k, packed, x.device)
     constants = {
         "K": k, "PACKED": packed,
         "BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "PARTS": tile.parts,
