@@ -469,7 +469,7 @@ def gated_sum(
         weights: ``[S] float32``; None for all 1.
         scales: ``[S, L, K, samples, tokens] float32``, contiguous, that int8 features, and only they, are multiplied
             with.
-        offset: ``[samples, D] float32``, contiguous; None for 0.
+        offset: ``[samples, D] float32``; None for 0.
 
     Returns:
         ``[samples, tokens, D]``, contiguous, dtype of ``x``.

@@ -117,5 +117,5 @@ def corrected(
         return gates, None
     gains, offsets = correction
     if gates is None:  # of all blocks together: L and K are 1
-        return gains[:, :, None].expand(-1, -1, samples, -1), offsets[0].repeat(samples, 1)
+        return gains[:, :, None].expand(-1, -1, samples, -1), offsets[0].expand(samples, -1)
     return corrected_gates(gates, gains, offsets)

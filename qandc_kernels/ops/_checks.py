@@ -225,7 +225,7 @@ def check_gated_sum(x, features, gates=None, weights=None, scales=None, offset=N
         check_tensor(op, "scales", scales, FLOAT32, (tuple(features.shape[:5]),))
     if offset is not None:
         check_tensor(op, "offset", offset, FLOAT32, ((samples, width),))
-    for name, tensor in (("features", features), ("scales", scales), ("weights", weights), ("offset", offset)):
+    for name, tensor in (("features", features), ("scales", scales), ("weights", weights)):
         if tensor is not None and not tensor.is_contiguous():
             raise ArgumentError(f"{op}: {name} must be contiguous; got strides {tensor.stride()}")
     check_devices(op, "x features gates weights scales offset", x, features, gates, weights, scales, offset)

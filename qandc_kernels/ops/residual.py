@@ -20,16 +20,19 @@ def _linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x
     multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_branch, gate=gate, tokens=tokens)
 
 
-def _gated_sum(x, features, gates, *others):
-    if gates is not None and gates.stride(3) != 1:
-        gates = gates.contiguous()
+def _along_rows(t):
+    """Return a tensor, or None, with unit stride along its last dimension."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _gated_sum(x, features, gates, weights, scales, offset):
     with launching_on(x):
-        return gated_sum_triton(x.contiguous(), features, gates, *others)
+        return gated_sum_triton(x.contiguous(), features, _along_rows(gates), weights, scales, _along_rows(offset))
 
 
 def _corrected_gates(gates, gains, offsets):
     with launching_on(gates):
-        return corrected_gates_triton(gates if gates.stride(3) == 1 else gates.contiguous(), gains, offsets)
+        return corrected_gates_triton(_along_rows(gates), gains, offsets)
 
 
 linear_gate_residual_ = public_op(

@@ -17,7 +17,7 @@ __all__ = ["corrected_gates_triton", "gated_sum_triton"]
 def _gated_sum_kernel(
     x_ptr, features_ptr, gates_ptr, weights_ptr, scales_ptr, offset_ptr, out_ptr,
     samples, tokens,
-    stride_gate_l, stride_gate_k, stride_gate_s,
+    stride_gate_l, stride_gate_k, stride_gate_s, stride_offset,
     D: tl.constexpr, SETS: tl.constexpr, LAYERS: tl.constexpr, BRANCHES: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _gated_sum_kernel(
     of_branch = tl.full((), 1, tl.int64) * samples * tokens  # rows of a feature; samples can be a plain 1
     acc = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
     if offset_ptr is not None:
-        acc += tl.load(offset_ptr + sample * D + channels, mask=inside)
+        acc += tl.load(offset_ptr + sample * stride_offset + channels, mask=inside)
     for s in tl.static_range(SETS):
         weight = 1.0
         if weights_ptr is not None:
@@ -64,7 +64,7 @@ def gated_sum_triton(
 ) -> torch.Tensor:
     """Launch on contiguous ``x [samples, tokens, D]`` and ``features [S, L, K, samples, tokens, D]``.
 
-    ``gates [L, K, samples, D]`` have unit stride along D; all others are contiguous.
+    ``gates [L, K, samples, D]`` and ``offset`` have unit stride along D; all others are contiguous.
     """
     out = torch.empty_like(x)
     if out.numel() == 0:
@@ -76,7 +76,7 @@ def gated_sum_triton(
     _gated_sum_kernel[grid](
         x, features, gates, weights, scales, offset, out,
         samples, tokens,
-        stride_gate_l, stride_gate_k, stride_gate_s,
+        stride_gate_l, stride_gate_k, stride_gate_s, 0 if offset is None else offset.stride(0),
         D=width, SETS=sets, LAYERS=layers, BRANCHES=branches,
         EVEN=tokens % block_t == 0 and width % block_d == 0,
         BLOCK_T=block_t, BLOCK_D=block_d, UNROLL=4,
@@ -117,7 +117,7 @@ def corrected_gates_triton(
     offset = torch.empty(samples, width, dtype=torch.float32, device=gates.device)
     if offset.numel() == 0:
         return out, offset
-    block_b, block_d = min(16, triton.next_power_of_2(layers * branches)), min(64, triton.next_power_of_2(width))
+    block_b, block_d = min(64, triton.next_power_of_2(layers * branches)), min(32, triton.next_power_of_2(width))
     stride_gate_l, stride_gate_k, stride_gate_s = gates.stride()[:3]
     _corrected_gates_kernel[samples, triton.cdiv(width, block_d)](
         gates, gains, offsets, out, offset,

@@ -102,6 +102,14 @@ def test_no_weights_are_ones(kernel_device, seeded):
     assert_close(gated_sum(*moved((x, features, gates, None, None), kernel_device)), expected.double(), size=10)
 
 
+def test_one_offset_of_all_samples(kernel_device, seeded):
+    (x, features, *_), _, _ = make((1, 1, 1, 3, 9, 20), seeded)
+    offset = torch.randn(1, 20, generator=seeded).expand(3, -1)
+    expected = x.double() + features[0, 0, 0].double() + offset.double()[:, None]
+    y = gated_sum(x.to(kernel_device), features.to(kernel_device), offset=offset[:1].to(kernel_device).expand(3, -1))
+    assert_close(y, expected, size=4)
+
+
 def test_nan_of_one_sample_stays_there(kernel_device, seeded):
     (x, features, gates, weights, *_), _, _ = make((1, 2, 2, 3, 9, 20), seeded)
     features[0, 1, 0, 1] = float("nan")
