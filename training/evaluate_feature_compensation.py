@@ -1,0 +1,303 @@
+"""Measure what compensation of features is worth on fashion-dit: precision x cache x schedule x what is corrected.
+
+python training/evaluate_feature_compensation.py                                          # on a GPU: some 20 minutes
+python training/evaluate_feature_compensation.py --images 20 --steps 10 --fit 10 --device cpu      # a try
+
+Every row of a repeat denoises the same noise. PSNR is that of images and of latents to those of the full-precision
+model without a cache, of the same scheduler, guidance and steps. Fits are made on other noise; those of samples (Eq. 9
+of the paper) on 256 images. Speed is images per second, decoding left out, of all batches but the first. A file that is
+there is continued; several processes may each take a ``--share`` and write a file, which ``--merge`` joins.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import DPMSolverMultistepScheduler
+
+from qandc import (
+    CacheConfig,
+    FeatureCompensation,
+    apply_cache,
+    calibrate,
+    fit_compensation,
+    fit_feature_compensation,
+    fuse,
+    make_scheduler,
+    quantize_model,
+    record_trajectory,
+    remove_cache,
+    sample_latents,
+    uniform_schedule,
+)
+from qandc.caching.schedule import optimal_schedule
+from qandc.evaluation.metrics import psnr
+from qandc.experiments.report import measure_rows
+from qandc.method.schedule_calibration import feature_gram
+from qandc.support.files import read_json, write_json
+from quality import Bench, Images, Out, Seconds, command
+
+FORMS = (("delta", 1), ("branch", 1), ("taylor", 1))
+PRECISIONS = {"FP": None, "W8A8": 8, "W4A8": 4}
+FIT, POOL, SAMPLES = (
+    30_000_000,
+    31_000_000,
+    32_000_000,
+)  # first seeds of fits, of ranges and schedules, of the paper's VC
+PLAIN: dict[str, Any] = {
+    "part": "main", "repeat": 0, "precision": "W8A8", "mode": "branch", "order": 1, "interval": 5,
+    "schedule": "uniform", "corrected": "none", "scheduler": "ddim", "guidance_scale": 1.5, "steps": 50,
+    "fit": 40, "fitted_on": "as drawn", "target": "self", "along": "uncached", "pull": None, "classes": "all",
+}  # fmt: skip
+NO_CACHE = {"mode": "none", "interval": 1}
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Give the rows, the most important first; a key that is left out is that of :data:`PLAIN`."""
+    forms = [{"mode": mode, "order": order} for mode, order in FORMS]
+    for precision in PRECISIONS:
+        yield {"precision": precision, **NO_CACHE}
+    for interval in (5, 8, 3, 2):
+        for form in forms:
+            for corrected in ("none", "features", "samples", "both"):
+                yield {**form, "interval": interval, "corrected": corrected}
+    for steps in (10, 17, 25):
+        for scheduler in ("ddim", "dpm++ 2m"):
+            yield {"part": "fewer steps", **NO_CACHE, "scheduler": scheduler, "steps": steps}
+    for form in forms:
+        for interval in (3, 5, 8):
+            for corrected in ("none", "features", "samples", "both"):
+                yield {"part": "ddpm", **form, "interval": interval, "corrected": corrected, "scheduler": "ddpm"}
+    yield {"part": "ddpm", **NO_CACHE, "scheduler": "ddpm"}
+    for form in forms:
+        for along, target, pull in (
+            ("corrected", "self", None), ("uncached", "full precision", None), ("corrected", "full precision", None),
+            ("uncached", "self", 0.0), ("uncached", "self", 0.5), ("uncached", "self", 1.0),
+        ):  # fmt: skip
+            yield {"part": "how fitted", **form, "corrected": "features"} | {
+                "along": along, "target": target, "pull": pull,
+            }  # fmt: skip
+    for interval in (5, 8, 3, 2):
+        for form in forms:
+            for corrected in ("none", "features"):
+                yield {**form, "interval": interval, "corrected": corrected, "schedule": "calibrated"}
+    for precision in ("FP", "W4A8"):
+        for interval in (5, 8, 3, 2):
+            for form in forms:
+                for corrected in ("none", "features"):
+                    yield {"precision": precision, **form, "interval": interval, "corrected": corrected}
+    for form in forms:
+        yield {"part": "how fitted", "precision": "W4A8", **form, "corrected": "features", "target": "full precision"}
+    for form in forms[1:]:
+        for fit in (5, 10, 160):
+            yield {"part": "images fitted on", **form, "corrected": "features", "fit": fit}
+        for scale, fitted_on in ((4.0, None), (4.0, "as drawn"), (4.0, "guidance 1.5")):
+            corrected = "none" if fitted_on is None else "features"
+            yield {"part": "other guidance", **form, "guidance_scale": scale, "corrected": corrected} | {
+                "fitted_on": fitted_on or "as drawn"
+            }
+        for fitted_on in (None, "as drawn", "the other five classes"):
+            corrected = "none" if fitted_on is None else "features"
+            yield {"part": "other classes", **form, "classes": "first five", "corrected": corrected} | {
+                "fitted_on": fitted_on or "as drawn"
+            }
+        yield {"part": "ddpm", **form, "corrected": "features", "scheduler": "ddpm", "fitted_on": "ddim"}
+    for repeat in (1, 2):
+        yield {"part": "repeat", "repeat": repeat, **NO_CACHE}
+        for interval in (5, 8):
+            for form in forms:
+                for corrected in ("none", "features"):
+                    yield {"part": "repeat", "repeat": repeat, **form, "interval": interval, "corrected": corrected}
+
+
+def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make the goals of W8A8 with uniform schedules, None where a row is missing; means over repeats."""
+
+    def mean(metric: str, **wanted: Any) -> float | None:
+        wanted = {**PLAIN, **wanted}
+        same = [name for name in PLAIN if name not in ("part", "repeat")]
+        values = [
+            row[metric] for row in measured
+            if row["part"] in ("main", "repeat") and all(row[name] == wanted[name] for name in same)
+        ]  # fmt: skip
+        return sum(values) / len(values) if values else None
+
+    found = []
+
+    def goal(name: str, value: float | None, must: float, best: float | None, better: str = "higher") -> None:
+        unit = "dB" if "psnr" in name else "1"
+        found.append({"name": name, "value": value, "unit": unit, "better": better, "must": must, "goal": best})
+
+    def gain(metric: str, best: dict[str, Any], base: dict[str, Any]) -> float | None:
+        values = mean(metric, **best), mean(metric, **base)
+        return None if None in values else values[0] - values[1]  # type: ignore[operator]
+
+    for metric in ("psnr_to_fp", "psnr_latents"):
+        for mode, must, best in (("branch", 4.0, 6.0), ("taylor", 3.0, 5.0)):
+            value = gain(metric, {"mode": mode, "corrected": "features"}, {"mode": mode})
+            goal(f"{metric}_gained_{mode}_5", value, must, best)
+        value = gain(metric, {"interval": 8, "corrected": "features"}, {})
+        goal(f"{metric}_of_branch_8_corrected_over_5_plain", value, 0.0, None)
+    value = gain("frechet_distance", {"interval": 8, "corrected": "features"}, {})
+    goal("frechet_distance_of_branch_8_corrected_over_5_plain", value, 0.0, None, "lower")
+    for mode in ("delta", "branch"):
+        opened = gain("frechet_distance", {"mode": mode}, NO_CACHE)
+        closed = gain("frechet_distance", {"mode": mode}, {"mode": mode, "corrected": "features"})
+        value = None if opened is None or closed is None or opened <= 0 else closed / opened
+        goal(f"recovered_share_of_distance_{mode}_5", value, 0.5, 0.8)
+    return found
+
+
+class Study(Bench):
+    """Draw rows, and keep the latents of what was drawn last."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.latents: list[torch.Tensor] = []
+        config = self.scheduler.config
+        self.schedulers = {name: make_scheduler(name, config) for name in ("ddim", "ddpm")}
+        self.schedulers["dpm++ 2m"] = DPMSolverMultistepScheduler.from_config(config)
+        self.all_labels = self.labels
+
+    def denoise(self, *args: Any) -> torch.Tensor:
+        self.latents.append(super().denoise(*args).cpu())
+        return self.latents[-1].to(self.device)
+
+    def set(self, row: dict[str, Any]) -> None:
+        """Take scheduler, steps, guidance and classes of a row."""
+        self.scheduler = self.schedulers[row["scheduler"]]
+        self.run = {"num_inference_steps": row["steps"], "guidance_scale": row["guidance_scale"]}
+        self.labels = self.all_labels if row["classes"] == "all" else self.all_labels % 5
+
+    def draw(self, model: Any, repeat: int, corrector: Any = None) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return pixels, latents and seconds per image."""
+        self.latents = []
+        pixels, seconds = self.sample(model, 1000 * repeat, corrector)
+        return pixels, torch.cat(self.latents), seconds
+
+
+def main(
+    out: Out = Path("results/h200/feature-compensation.json"),
+    images: Images = 10_000,
+    fit: Annotated[int, typer.Option(help="Images of a fit, where a row says nothing else.")] = 40,
+    batch: int = 2500,
+    steps: int = 50,
+    efficientnet: Annotated[
+        Path | None, typer.Option(help="Its statistics of the training images, .npz; made if missing.")
+    ] = None,
+    share: Annotated[str, typer.Option(help="i/n: measure every n-th row from the i-th on.")] = "0/1",
+    seconds: Seconds = 1e9,
+    merge: Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")] = None,
+    device: str = "cuda",
+) -> None:
+    """Draw with every configuration and score."""
+    work = [{**PLAIN, "fit": fit, "steps": steps, **row} for row in rows()]
+    if merge:
+        files = [read_json(path, "result", "leave it out", names=("rows",)) for path in merge]
+        known = {json.dumps([row[name] for name in PLAIN]): row for file in files for row in file["rows"]}
+        keys = [json.dumps([row[name] for name in PLAIN]) for row in work]
+        joined = [known[key] for key in keys if key in known]
+        write_json(out, {**files[0], "rows": joined, "goals": goals(joined)})
+        return
+    bench = Study(device, images, batch, steps, 1.5, "ddim", efficientnet=efficientnet)
+
+    @lru_cache(3)
+    def reference(key: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        return bench.draw(bench.base, key[0])[:2]
+
+    def runs(model: Any, count: int, first: int, labels: range = range(10)) -> Any:
+        chosen = [labels[i % len(labels)] for i in range(count)]
+        seeds = range(first, first + count)
+        return functools.partial(sample_latents, model, bench.scheduler, chosen, seeds=seeds, **bench.run)
+
+    @cache
+    def models(precision: str) -> tuple[Any, Any, dict[str, Any]]:
+        """Make the model as it is fitted, as it draws, and what schedules are found from."""
+        bench.set({**PLAIN, "steps": steps})
+        model, w_bits = bench.base, PRECISIONS[precision]
+        if w_bits is not None:
+            model = quantize_model(copy.deepcopy(model), w_bits=w_bits)
+            calibrate(model, runs(model, 30, POOL))
+        grams = {mode: feature_gram(model, runs(model, 30, POOL), mode)[0] for mode in ("delta", "branch")}
+        return model, model if w_bits is None else fuse(copy.deepcopy(model)), grams
+
+    def config_of(row: dict[str, Any]) -> CacheConfig:
+        warm_up = 2 if row["mode"] == "taylor" else 1
+        computed = uniform_schedule(row["steps"], row["interval"], warm_up_steps=warm_up)
+        if row["schedule"] == "calibrated":
+            gram = models(row["precision"])[2]["delta" if row["mode"] == "delta" else "branch"]
+            computed = optimal_schedule(gram, sum(computed), order=warm_up - 1, warm_up_steps=warm_up)
+        return CacheConfig(row["mode"], schedule=computed, order=row["order"])
+
+    @lru_cache(8)
+    def fitted(key: str) -> FeatureCompensation:
+        row = json.loads(key)
+        model, first, labels = models(row["precision"])[0], FIT + 1_000_000 * row["repeat"], range(10)
+        fitted_on, drawn = row["fitted_on"], {}
+        if fitted_on == "guidance 1.5":
+            drawn = {"guidance_scale": 1.5}
+        elif fitted_on == "ddim":
+            drawn = {"scheduler": "ddim"}
+        elif row["classes"] != "all":
+            labels = range(5, 10) if fitted_on == "the other five classes" else range(5)
+        bench.set({**row, **drawn})
+        target = bench.base if row["target"] == "full precision" and model is not bench.base else None
+        try:
+            return fit_feature_compensation(
+                model, runs(model, row["fit"], first, labels),
+                config=config_of(row), target=target, along=row["along"], pull=row["pull"],
+            )  # fmt: skip
+        finally:
+            bench.set(row)
+
+    @lru_cache(2)
+    def trajectories(scheduler: str) -> Any:
+        labels, seeds = [i % 10 for i in range(256)], range(SAMPLES, SAMPLES + 256)
+        return record_trajectory(bench.base, bench.scheduler, labels, seeds=seeds, **bench.run)
+
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
+        fused, corrected, corrector, found = models(row["precision"])[1], row["corrected"], None, {}
+        bench.set(row)
+        key = row["repeat"], row["scheduler"], row["steps"], row["guidance_scale"], row["classes"]
+        full = row if row["part"] != "fewer steps" else {**row, "scheduler": "ddim", "steps": steps}
+        bench.set(full)
+        pixels_of_full, latents_of_full = reference((full["repeat"], full["scheduler"], full["steps"], *key[3:]))
+        bench.set(row)
+        try:
+            if row["mode"] != "none":
+                features = None
+                if corrected in ("features", "both"):
+                    features = fitted(json.dumps({**row, "part": "", "corrected": ""}, sort_keys=True))
+                config = config_of(row) if features is None else None
+                apply_cache(fused, config=config, compensation=features)
+                found = {"compute_steps": sum(config_of(row).of_steps(row["steps"]))}
+                if features is not None:
+                    found["compensation_bytes"] = features.nbytes
+                if corrected in ("samples", "both"):
+                    given = trajectories(row["scheduler"])
+                    corrector = fit_compensation(given, fused, bench.scheduler, form="variance_ratio")
+            pixels, latents, seconds_per_image = bench.draw(fused, row["repeat"], corrector)
+        finally:
+            if row["mode"] != "none":
+                remove_cache(fused)
+        peak = float(latents_of_full.max() - latents_of_full.min())
+        likeness = psnr(latents, latents_of_full, peak).clamp(max=100)
+        found |= {"psnr_latents": float(likeness.mean()), "images_per_second": 1 / seconds_per_image}
+        second = row["part"] == "main" and row["schedule"] == "uniform"
+        return {**found, **bench.score(pixels, pixels_of_full, bench.labels, second=second)}
+
+    index, count = (int(part) for part in share.split("/"))
+    settings = {**bench.settings, "ranges": "static per tensor, min-max, from one run without cache"}
+    measure_rows(out, settings, work[index::count], measure, goals=goals, seconds=seconds)
+
+
+if __name__ == "__main__":
+    command(main)
