@@ -14,15 +14,14 @@ multiply, gated_sum_triton = launcher("linear.multiply"), launcher("residual.gat
 corrected_gates_triton = launcher("residual.corrected_gates_triton")
 
 
-def _linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, out_branch):
-    gate = gate if gate.stride(1) == 1 else gate.contiguous()
-    tokens = xq.shape[1]
-    multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_branch, gate=gate, tokens=tokens)
-
-
 def _along_rows(t):
     """Return a tensor, or None, with unit stride along its last dimension."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _linear_gate_residual_(residual, xq, weight, x_scale, w_scale, gate, bias, x_zero_point, w_sum, out_branch):
+    gate, tokens = _along_rows(gate), xq.shape[1]
+    multiply(residual, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_branch, gate=gate, tokens=tokens)
 
 
 def _gated_sum(x, features, gates, weights, scales, offset):
