@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from qandc import (
     remove_cache,
     sample_latents,
 )
+from qandc.sampling.trajectories import _Fitter
 from qandc.variance_compensation import (
     FILE,
     CompensationHeader,
@@ -101,10 +103,8 @@ def test_the_printed_equation_misses_the_known_gain():
 def test_the_printed_equation_by_hand():
     reference, sample = torch.tensor([[[2.0, 0.01, -1.0]]]), torch.tensor([[[1.0, 5.0, -2.0]]])
     mean = torch.tensor([0.5])
-    target, off = [1.5, -1.5], [0.5, -2.5]
     above = 1.5 * 0.5 + -1.5 * -2.5 + 0.5 / 2 + -2.5 / -1
     below = 0.25 + 6.25 + 0.25 / 4 + 6.25 / 1
-    assert len(target) == len(off)
     assert paper_gain(reference, sample, mean).item() == pytest.approx(above / below)
 
 
@@ -163,25 +163,9 @@ def test_gains_are_fitted_on_what_the_earlier_ones_made():
     model = make_dit()
     reference = record_trajectory(model, scheduler("ddim"), LABELS, **RUN)
 
-    class Off:
-        def noise(self, step, noise_pred):
-            return noise_pred
-
-        def sample(self, step, latents):
-            return latents * 0.9
-
-    from qandc.sampling.trajectories import _Fitter
-
     fitter = _Fitter(reference, "sample", least_squares, 0, 0.0)
-
-    class Both:
-        def noise(self, step, noise_pred):
-            return noise_pred
-
-        def sample(self, step, latents):
-            return fitter.sample(step, Off().sample(step, latents))
-
-    sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), corrector=Both(), **RUN)
+    off = SimpleNamespace(noise=fitter.noise, sample=lambda step, latents: fitter.sample(step, latents * 0.9))
+    sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), corrector=off, **RUN)
     assert torch.stack(fitter.gains) == pytest.approx(torch.full((6, 4), 1 / 0.9), abs=0.02)
 
 
@@ -272,14 +256,8 @@ def test_noise_and_scaling_are_applied_before_the_step():
     ).fitted_for
     scaled = epsilon_scaling(1.01, 4, fitted_for)
 
-    class Divide:
-        def noise(self, step, noise_pred):
-            return noise_pred / 1.01
-
-        def sample(self, step, latents):
-            return latents
-
-    by_hand = sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), corrector=Divide(), **RUN)
+    divide = SimpleNamespace(noise=lambda step, noise: noise / 1.01, sample=lambda step, latents: latents)
+    by_hand = sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), corrector=divide, **RUN)
     found = sample_latents(model, scheduler("ddim"), LABELS, seeds=range(4), compensation=scaled, **RUN)
     torch.testing.assert_close(found, by_hand, atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="scale is 0"):
