@@ -440,6 +440,19 @@ def test_sample_goes_on_only_with_its_own_settings(pipeline_dir, tmp_path, monke
     assert target.exists()
 
 
+@pytest.mark.parametrize("compensation", ["features", "samples"])
+def test_sample_draws_with_the_compensation_of_the_preset(pipeline_dir, tmp_path, compensation):
+    settings = dataclasses.replace(CALIBRATION, compensation=compensation)
+    preset = calibrate_pipeline(load_pipeline(pipeline_dir), settings, tmp_path / "preset").preset
+    drawn = []
+    for changes in ({}, {"compensation": None, "features": None}):
+        target = tmp_path / f"{len(drawn)}.npz"
+        changed = dataclasses.replace(preset, **changes)
+        sample_images(load_pipeline(pipeline_dir), target, preset=changed, steps=4)
+        drawn.append(np.load(target)["arr_0"])
+    assert not np.array_equal(*drawn)
+
+
 def test_sample_knows_another_model_scheduler_or_preset(pipeline_dir, tmp_path, monkeypatch):
     target = tmp_path / "x.npz"
     pipe = load_pipeline(pipeline_dir)

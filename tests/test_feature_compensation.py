@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from qandc import (
     sample_latents,
 )
 from qandc.caching.compensation import FeatureMoments
+from qandc.caching.features import FeatureStore
 from qandc.models import FAMILIES
 from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, step_of
 from tests.test_families import STEPS, forwards, run_of
@@ -140,6 +142,34 @@ def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
         gain = ((f - f.mean(0)) * (g - g.mean(0))).sum(0) / (f - f.mean(0)).square().sum(0)
         torch.testing.assert_close(gains[place].double(), gain, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(offsets[place].double(), g.mean(0) - gain * f.mean(0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["branch", "taylor"])
+def test_two_runs_may_take_turns_and_those_before_are_forgotten(mode):
+    """As with conditional and unconditional rows apart: the fit is that of the runs one after the other."""
+    name, config = "DiTTransformer2DModel", CacheConfig(mode, interval=4)
+    model = make_tiny(name, num_layers=1)
+    pairs = [[run_of(name) for _ in range(2)] for _ in range(3)]
+    for number, steps in enumerate(steps for pair in pairs for steps in pair):
+        labels = torch.full_like(steps[0]["class_labels"], number)
+        for given in steps:
+            given |= {"class_labels": labels, "hidden_states": given["hidden_states"] * (1 + number / 10)}
+    stored = []
+
+    def draw(take_turns):
+        for first, second in pairs:
+            for given in (
+                (g for both in zip(first, second, strict=True) for g in both) if take_turns else first + second
+            ):
+                with torch.no_grad():
+                    model(**given)
+            gc.collect()
+            stored.append(sum(found.nbytes for found in gc.get_objects() if isinstance(found, FeatureStore)))
+
+    in_turns, in_order = (fit_feature_compensation(model, lambda t=t: draw(t), config=config) for t in (True, False))
+    torch.testing.assert_close(in_turns.gains, in_order.gains, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(in_turns.offsets, in_order.offsets, rtol=1e-5, atol=1e-6)
+    assert stored[0] == stored[1] == stored[2] > 0
 
 
 @pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])

@@ -209,6 +209,9 @@ def test_what_belongs_to_the_model_comes_back_with_it(tmp_path, static_model, sy
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(theirs[name], values) for name, values in ours.items())
     assert bool(found.step_ranges.zero_points) is not symmetric
+    rewrite_manifest(tmp_path / "saved", lambda content: content["features"].update(mode="branch"))
+    with pytest.raises(ConfigError, match="fitted for mode 'branch'; this cache has 'taylor'"):
+        load(tmp_path / "saved")
     save(found.model, tmp_path / "saved", overwrite=True)
     assert (load(tmp_path / "saved").schedule, load(tmp_path / "saved").features) == (None, None)
     save(found.model, tmp_path / "saved", overwrite=True, features=features)  # whose cache needs no schedule beside it
