@@ -102,12 +102,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
 def _compiled_linear() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """``F.linear``, compiled once per (M, N, K) whichever weight it is called with."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # 8 shapes, as torch has it
-    return torch.compile(
-        _linear,
-        fullgraph=True,
-        dynamic=False,
-        options=INDUCTOR_OPTIONS,
-    )
+    return torch.compile(_linear, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)
 
 
 def torchao_int8dq(weight: torch.Tensor, bias: torch.Tensor) -> Layer:

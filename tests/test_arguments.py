@@ -384,20 +384,11 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "keep_weights": P(True, FLAG),
         "source": P("x", f"None {TEXTS}"),
     },
-    "Preset.check": lambda: {
-        "self": P(preset()),
-        "transformer": P(dit()),
-        "scheduler": P(ddim()),
-        **RUN,
-    },
+    "Preset.check": lambda: {"self": P(preset()), "transformer": P(dit()), "scheduler": P(ddim()), **RUN},
     "Preset.buffers": lambda: {"self": P(preset()), "name": P("act_scale", TEXTS)},
     "Preset.base_model": lambda: {"self": P(preset()), "given": P("x", f"None {TEXTS}")},
     "Preset.quantize": lambda: {"self": P(preset()), "model": P(dit())},
-    "Preset.save": lambda: {
-        "self": P(preset()),
-        "directory": P(FOLDER / "x", NEW_PATHS),
-        "pipe": P(None, "None"),
-    },
+    "Preset.save": lambda: {"self": P(preset()), "directory": P(FOLDER / "x", NEW_PATHS), "pipe": P(None, "None")},
     "Preset.load": lambda: {"directory": P(saved("preset"))},
     "QandCConfig": lambda: {
         **BITS,
@@ -445,11 +436,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "step_ranges": P(None, "None"),
         "features": P(feature_compensation(), "None"),
     },
-    "RangeConfig": lambda: {
-        "estimator": P("mse"),
-        "percentile": P(99.0),
-        "symmetric": P(True, FLAG),
-    },
+    "RangeConfig": lambda: {"estimator": P("mse"), "percentile": P(99.0), "symmetric": P(True, FLAG)},
     "StepRanges": lambda: {
         "timesteps": P(torch.tensor([5.0]), "tensor"),
         "scales": P({"a": torch.tensor([1.0])}),
@@ -546,17 +533,9 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     },
     **dict.fromkeys(
         ("load", "load_quantized"),
-        lambda: {
-            "directory": P(saved("checkpoint")),
-            "device": P("cpu"),
-            "dtype": P(torch.float16, "None"),
-        },
+        lambda: {"directory": P(saved("checkpoint")), "device": P("cpu"), "dtype": P(torch.float16, "None")},
     ),
-    "load_pipeline": lambda: {
-        "model": P(saved("pipeline"), "None"),
-        "device": P("cpu"),
-        "dtype": P(torch.float32),
-    },
+    "load_pipeline": lambda: {"model": P(saved("pipeline"), "None"), "device": P("cpu"), "dtype": P(torch.float32)},
     "make_scheduler": lambda: {
         "name": P("ddim"),
         "config": P({"num_train_timesteps": 100}, "{} {'x':_1} {'x':_object} {'x':_tensor}"),

@@ -210,12 +210,7 @@ def test_statistics_that_are_refused(tmp_path, extractor):
     refuses(DataError, r"mu is \[128\] and sigma \[2, 2\]", mu=np.ones(128), sigma=np.eye(2))
     refuses(DataError, "contains NaN", mu=np.full(128, np.nan), sigma=np.eye(128))
     refuses(DataError, "cannot be read", mu=np.ones(128))
-    refuses(
-        DataError,
-        r"cannot be read \(mu holds Python objects",
-        mu=np.array([None] * 128),
-        sigma=np.eye(128),
-    )
+    refuses(DataError, r"cannot be read \(mu holds Python objects", mu=np.array([None] * 128), sigma=np.eye(128))
     refuses(DataError, r"x\.npz'.* NumPy array of numbers", mu=np.ones(128, complex), sigma=np.eye(128))
     refuses(DataError, r"x\.npz'.* symmetric", mu=np.ones(128), sigma=-np.eye(128))
     refuses(DataError, "count is .* no integer", **good, count=np.ones(3))

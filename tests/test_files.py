@@ -167,10 +167,7 @@ BROKEN_JSON = {
     "too deep": (lambda path: path.write_bytes(nested(100_000)), "it is nested too deeply"),
     "UTF-16": (lambda path: path.write_bytes('{"version": 1}'.encode("utf-16")), "it is not UTF-8|malformed"),
     "too large": (huge, "it has more than 67,108,864 bytes"),
-    "many digits": (
-        lambda path: path.write_bytes(b'{"version": ' + b"1" * 5000 + b"}"),
-        "limit|out of range",
-    ),
+    "many digits": (lambda path: path.write_bytes(b'{"version": ' + b"1" * 5000 + b"}"), "limit|out of range"),
 }
 
 

@@ -98,10 +98,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {  # wha
         lambda at: COMPENSATION.save(at / "vc.safetensors"),
         lambda at: Compensation.load(at / "vc.safetensors"),
     ),
-    "features": (
-        lambda at: FEATURES.save(at / "f"),
-        lambda at: FeatureCompensation.load(at / "f"),
-    ),
+    "features": (lambda at: FEATURES.save(at / "f"), lambda at: FeatureCompensation.load(at / "f")),
     "figures": (lambda at: FIGURES.write(at / "fp.json", ROW), lambda at: FIGURES.read(at / "fp.json")),
     "settings": (
         lambda at: Preset.of(

@@ -319,9 +319,7 @@ def test_labels_that_are_refused():
 
 
 @pytest.mark.parametrize(
-    "given",
-    [IMAGES[:0], IMAGES[:, :, :0], IMAGES[0], IMAGES.numpy()],
-    ids=["empty", "no pixel", "one image", "array"],
+    "given", [IMAGES[:0], IMAGES[:, :, :0], IMAGES[0], IMAGES.numpy()], ids=["empty", "no pixel", "one image", "array"]
 )
 def test_images_that_are_refused(given):
     for compute in (lambda x: psnr(x, x), lambda x: extract_features(torch.nn.Linear(1, 1), x)):

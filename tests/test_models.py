@@ -9,14 +9,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, PipelineQuantizationConfig
 
-from qandc import (
-    QandCConfig,
-    calibrate,
-    graph,
-    quantization_plan,
-    quantize_model,
-    ungraph,
-)
+from qandc import QandCConfig, calibrate, graph, quantization_plan, quantize_model, ungraph
 from qandc.quantization import plan as planning
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear

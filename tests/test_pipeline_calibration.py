@@ -431,8 +431,7 @@ def test_clusters_matter_only_where_there_are_any():
 
 
 @pytest.mark.parametrize(
-    ("w_bits", "rounding", "feedback"),
-    [(4, None, True), (8, None, False), (4, "nearest", False), (8, "gptq", True)],
+    ("w_bits", "rounding", "feedback"), [(4, None, True), (8, None, False), (4, "nearest", False), (8, "gptq", True)]
 )
 def test_rounding_follows_the_bits_unless_it_is_given(w_bits, rounding, feedback):
     settings = CalibrationConfig(w_bits=w_bits, rounding=rounding)

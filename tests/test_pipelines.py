@@ -11,12 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qandc import ConfigError, DeviceError, ModelError, fashion_dit_path, load_pipeline, quantize_model
-from qandc.evaluation.metrics import (
-    class_accuracy,
-    extract_features,
-    fashion_classifier_path,
-    load_fashion_classifier,
-)
+from qandc.evaluation.metrics import class_accuracy, extract_features, fashion_classifier_path, load_fashion_classifier
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.pipelines import class_names, fingerprint, resolve_device, resolve_dtype
 

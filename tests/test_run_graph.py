@@ -68,10 +68,7 @@ def feature_compensation(name, seed=0, width=32, layers=3):
     shape = (2, STEPS - sum(schedule), layers, 2, width)
     gains, offsets = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).unbind(0)
     exact = CacheConfig(
-        config.mode,
-        schedule=schedule,
-        storage_dtype=config.storage_dtype,
-        timesteps=tuple(prepared.timesteps.tolist()),
+        config.mode, schedule=schedule, storage_dtype=config.storage_dtype, timesteps=tuple(prepared.timesteps.tolist())
     )
     return FeatureCompensation(exact, 1 + gains / 10, offsets / 10)
 

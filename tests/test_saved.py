@@ -77,8 +77,7 @@ def scheduler_timesteps():
 
 
 @pytest.mark.parametrize(
-    ("symmetric", "rounding"),
-    [(False, "nearest"), (True, "nearest"), (False, "error feedback"), (True, "smoothing")],
+    ("symmetric", "rounding"), [(False, "nearest"), (True, "nearest"), (False, "error feedback"), (True, "smoothing")]
 )
 def test_a_loaded_preset_makes_the_same_model(tmp_path, symmetric, rounding):
     """Bit for bit; weights are kept only where rounding to nearest would not make them again."""

@@ -483,10 +483,7 @@ def around_a_layer(model):
     ("change", "message"),
     [
         (lambda model: make_dit(), "this DiTTransformer2DModel is not quantized; quantize_model it"),
-        (
-            lambda model: QuantLinear(4, 4),
-            "writes models of diffusers; got QuantLinear: of a pipeline, pass",
-        ),
+        (lambda model: QuantLinear(4, 4), "writes models of diffusers; got QuantLinear: of a pipeline, pass"),
         (lambda model: torch.compile(model), "got OptimizedModule: .*the model before torch.compile"),
         (with_parametrization, r"proj_out_1.parametrizations.*remove LoRA, parametrizations"),
         (with_lora, rf"{QKV}.lora_A.weight is a tensor too many; .*remove LoRA"),

@@ -25,11 +25,7 @@ def _step(time: float) -> torch.Tensor:
 
 
 def _dit(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 8, 8),
-        "timestep": _step(time).long(),
-        "class_labels": torch.tensor([1, 7]),
-    }
+    return {"hidden_states": noise(2, 4, 8, 8), "timestep": _step(time).long(), "class_labels": torch.tensor([1, 7])}
 
 
 def _pixart(noise: Noise, time: float) -> dict[str, Any]:
@@ -116,11 +112,7 @@ def _lumina(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _text_and_image(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 8, 8),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "timestep": _step(time),
-    }
+    return {"hidden_states": noise(2, 4, 8, 8), "encoder_hidden_states": noise(2, 6, 48), "timestep": _step(time)}
 
 
 def _aura(noise: Noise, time: float) -> dict[str, Any]:
@@ -162,11 +154,7 @@ def _hunyuan_dit(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _wan(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 2, 8, 8),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "timestep": _step(time),
-    }
+    return {"hidden_states": noise(2, 4, 2, 8, 8), "encoder_hidden_states": noise(2, 6, 48), "timestep": _step(time)}
 
 
 def _hunyuan_video(noise: Noise, time: float) -> dict[str, Any]:
@@ -193,11 +181,7 @@ def _hunyuan_video_15(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _cogvideo(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 1, 4, 8, 8),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "timestep": _step(time),
-    }
+    return {"hidden_states": noise(2, 1, 4, 8, 8), "encoder_hidden_states": noise(2, 6, 48), "timestep": _step(time)}
 
 
 def _ltx(noise: Noise, time: float) -> dict[str, Any]:
@@ -232,13 +216,7 @@ def _unet(noise: Noise, time: float) -> dict[str, Any]:
 
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-FLUX = {
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    **HEADS,
-    "joint_attention_dim": 48,
-}
+FLUX = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, **HEADS, "joint_attention_dim": 48}
 TINY = {
     "DiTTransformer2DModel": Tiny(
         {**HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 10},

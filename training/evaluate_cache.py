@@ -17,14 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qandc import (
-    CacheConfig,
-    calibrate,
-    fuse_dit,
-    quantize_model,
-    sample_latents,
-    uniform_schedule,
-)
+from qandc import CacheConfig, calibrate, fuse_dit, quantize_model, sample_latents, uniform_schedule
 from qandc.caching.schedule import optimal_schedule, schedule_error
 from qandc.experiments.report import measure_rows
 from qandc.method.schedule_calibration import feature_gram

@@ -362,11 +362,7 @@ def train_dit(
         return latents, noise, timestep, labels[index].masked_fill(dropped, NULL_CLASS)
 
     def loss(
-        model: nn.Module,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
+        model: nn.Module, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
     ) -> torch.Tensor:
         signal = alphas_cumprod[timestep][:, None, None, None]
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -417,11 +413,7 @@ def main(
 ) -> None:
     """Train fashion-dit and its classifier on Fashion-MNIST and export them."""
     settings = Settings(
-        seed=seed,
-        classifier_steps=classifier_steps,
-        vae_steps=vae_steps,
-        dit_steps=dit_steps,
-        dit_batch=dit_batch,
+        seed=seed, classifier_steps=classifier_steps, vae_steps=vae_steps, dit_steps=dit_steps, dit_batch=dit_batch
     )
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")

@@ -53,11 +53,7 @@ def watch_inputs(
 
 
 @torch.no_grad()
-def run_batches(
-    model: nn.Module,
-    batches: Batches,
-    after_each: Callable[[], None] = lambda: None,
-) -> None:
+def run_batches(model: nn.Module, batches: Batches, after_each: Callable[[], None] = lambda: None) -> None:
     """Call the model with each batch, or call ``batches``, if it is a function that runs the model.
 
     Raises:
@@ -138,9 +134,7 @@ class SharedInputs:
     """
 
     def __init__(
-        self,
-        measure: Callable[[torch.Tensor], torch.Tensor],
-        merge: Callable[[torch.Tensor, torch.Tensor], Any],
+        self, measure: Callable[[torch.Tensor], torch.Tensor], merge: Callable[[torch.Tensor, torch.Tensor], Any]
     ) -> None:
         self._measure, self._merge = measure, merge
         self._groups: dict[str, _Group] = {}

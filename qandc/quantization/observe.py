@@ -150,11 +150,7 @@ def _calibration(observer: _Observer, config: RangeConfig) -> Iterator[None]:
 
 @checked
 def calibrate(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    symmetric: bool = False,
-    ranges: RangeConfig | None = None,
+    model: nn.Module, batches: Batches, *, symmetric: bool = False, ranges: RangeConfig | None = None
 ) -> nn.Module:
     """Run batches inside of :func:`qandc.calibration`: static ranges for every QuantLinear (Q&C Eq. 2 and 3).
 
@@ -181,11 +177,7 @@ def calibrate(
 
 @checked
 def calibrate_steps(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    groups: int | None = None,
-    ranges: RangeConfig | None = None,
+    model: nn.Module, batches: Batches, *, groups: int | None = None, ranges: RangeConfig | None = None
 ) -> StepRanges:
     """Find ranges that change along a run, for :func:`qandc.fuse_dit`, where they cost nothing; layers do not change.
 
@@ -301,9 +293,7 @@ def smoothing_factors(
 @checked
 @torch.no_grad()
 def input_hessians(
-    model: nn.Module,
-    batches: Batches,
-    skip_patterns: Iterable[str] | None = None,
+    model: nn.Module, batches: Batches, skip_patterns: Iterable[str] | None = None
 ) -> dict[str, torch.Tensor]:
     """Add up ``H = Σ x xᵀ`` over the inputs x of every linear layer that ``quantize_model`` would replace.
 

@@ -89,11 +89,7 @@ PLAIN = Roles({"pos_embed": "a position embedding", "norm": "a norm"})
 def _roles_of_blocks(blocks: str, sensitive: tuple[str, ...] = ()) -> Roles:
     inside = rf"{blocks}\.\d+\."
     return Roles(
-        {
-            f"re:^(?!{inside})": OUTSIDE,
-            SMALL: EMBEDDER,
-            **{f".{name}": SENSITIVE for name in sensitive},
-        },
+        {f"re:^(?!{inside})": OUTSIDE, SMALL: EMBEDDER, **{f".{name}": SENSITIVE for name in sensitive}},
         (rf"re:(?i)^{inside}(.+\.)?{MODULATION}(\.|$)",),
     )
 

@@ -20,14 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = [
-    "Membership",
-    "Placing",
-    "put_side_by_side",
-    "settle",
-    "shared_output",
-    "shared_output_to_compile",
-]
+__all__ = ["Membership", "Placing", "put_side_by_side", "settle", "shared_output", "shared_output_to_compile"]
 
 Tensor = torch.Tensor
 MaybeTensor = torch.Tensor | None

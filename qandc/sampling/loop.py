@@ -95,11 +95,7 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
 
 @checked
 def check_sampling(
-    transformer: Model,
-    scheduler: Scheduler,
-    conditions: Integers,
-    num_inference_steps: Steps,
-    guidance_scale: Guidance,
+    transformer: Model, scheduler: Scheduler, conditions: Integers, num_inference_steps: Steps, guidance_scale: Guidance
 ) -> list[int]:
     """Refuse what :func:`sample_latents` cannot sample, before any work; returns the class ids as a list.
 

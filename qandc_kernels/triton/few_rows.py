@@ -117,12 +117,7 @@ def _few_rows_kernel(
     store_tile(tl.sum(acc, 0), out, None, 0, column, M, N, epilogue, False, False, False, True, 1)
 
 
-def few_rows_start(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    out: torch.Tensor,
-    epilogue: Epilogue,
-) -> Start:
+def few_rows_start(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> Start:
     """Prepare the start of the kernel on 16-bit ``x [M, K]``, M <= 16, int8 ``w [N, K]`` or ``[N, K/2]`` of two int4.
 
     Both of any strides; ``out [M, N]`` is contiguous. Operands are those of :func:`mixed_gemm_start`, of which a branch

@@ -21,10 +21,7 @@ def test_round_trip_of_all_values():
 
 @pytest.mark.parametrize(
     ("q", "message"),
-    [
-        (torch.zeros(2, 3, dtype=torch.int8), "even"),
-        (torch.full((2, 4), 8, dtype=torch.int8), "-8 to 7"),
-    ],
+    [(torch.zeros(2, 3, dtype=torch.int8), "even"), (torch.full((2, 4), 8, dtype=torch.int8), "-8 to 7")],
 )
 def test_refusals(q, message):
     with pytest.raises(ArgumentError, match=message):
