@@ -70,7 +70,7 @@ def candidate(m: int, name: str) -> tuple[Candidate, int]:
         what, _, form = kind.partition(" ")
         mode, sets, storage_dtype = FORMS[form]
         store = FeatureStore(CacheConfig(mode, order=max(1, sets - 1), storage_dtype=storage_dtype))
-        store.make(len(step.blocks), 2, step.residual_shape(latents), latents.dtype, latents.device)
+        store.make(step.features_shape(latents), latents.dtype, latents.device)
         nbytes = store.nbytes
         plans = [Plan(Action.STORE, store, at) for at in range(sets)]
         with torch.no_grad():

@@ -21,12 +21,12 @@ from torch import nn
 
 from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.feature_cache import FeatureCache
-from qandc.caching.features import FeatureStore, corrected
+from qandc.caching.features import FeatureStore, Target, corrected
 from qandc.caching.plan import Action, Plan
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import arguments_of
+from qandc.models.family import Blocks, arguments_of, image_part
 from qandc.support.arguments import Steps, checked
 from qandc.support.attach import attach, detach, has_other_forward, original_class
 
@@ -38,23 +38,21 @@ TARGET = "_qandc_target"  # where a branch writes its output
 
 
 class _Place(NamedTuple):
-    """Tell a block which one of which stack it is."""
+    """Tell a block which one of all blocks it is."""
 
     cache: FeatureCache
-    family: Family
-    blocks: list[Any]
+    blocks: Blocks
     layer: int
 
     def store(self, plan: Plan, x: torch.Tensor) -> FeatureStore:
         """Return the buffers of this step for features of the shape of ``x``."""
-        return plan.make(len(self.blocks), len(self.family.branches), tuple(x.shape), x.dtype, x.device)
+        return plan.make((*self.blocks.shape, *x.shape), x.dtype, x.device)
 
     @torch.no_grad()
     def reuse(self, plan: Plan, x: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
         """Return what all blocks together make of ``x``; ``call`` is what the first block is given."""
-        store, gates = self.store(plan, x), None
-        if store.per_branch:
-            gates = self.family.all_gates(self.blocks, call)
+        store = self.store(plan, x)
+        gates = self.blocks.gates(call) if store.per_branch else None
         gates, offset = corrected(gates, plan.correction, len(x))
         return store.add_to(x, gates, plan.weights, offset)
 
@@ -75,28 +73,30 @@ class _CachedTransformer(nn.Module):
 
 class _CachedBlock(nn.Module):
     # not forward: what is decided here stays outside of a compiled block, and a reuse step does not enter it
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         place: _Place = getattr(self, PLACE)
         plan = place.cache.plan
         if plan.action is Action.COMPUTE:
-            return super().__call__(hidden_states, *args, **kwargs)
+            return super().__call__(*args, **kwargs)
+        call, block = arguments_of(self, args, kwargs), place.blocks.blocks[place.layer]
+        x = block.stream(call)
         if plan.action is Action.REUSE:
-            if place.layer > 0:
-                return hidden_states
-            return place.reuse(plan, hidden_states, arguments_of(self, (hidden_states, *args), kwargs))
-        store = place.store(plan, hidden_states)
+            return block.stack.returned(call, place.reuse(plan, x, call) if place.layer == 0 else x)
+        store = place.store(plan, x)
         if not store.per_branch:
             if place.layer == 0:
-                store.enter(hidden_states)
-            output = super().__call__(hidden_states, *args, **kwargs)
-            if place.layer == len(place.blocks) - 1:
-                store.leave(output)
+                store.enter(x)
+            output = super().__call__(*args, **kwargs)
+            if place.layer == len(place.blocks.blocks) - 1:
+                store.leave(output[-1] if isinstance(output, tuple) else output)
             return output
-        branches = [getattr(self, name) for name in place.family.branches]
-        for index, branch in enumerate(branches):
-            branch.__dict__[TARGET] = store.target(plan.at, place.layer, index)
+        branches = [getattr(self, name) for name in block.places]
+        for branch, at in zip(branches, block.places.values(), strict=True):
+            if TARGET not in branch.__dict__:  # it came later: a layer that was quantized, or has an adapter, since
+                attach(branch, _CachedBranch)
+            branch.__dict__[TARGET] = store.target(plan.at, *at)
         try:
-            return super().__call__(hidden_states, *args, **kwargs)
+            return super().__call__(*args, **kwargs)
         finally:
             for branch in branches:
                 branch.__dict__[TARGET] = None
@@ -104,11 +104,11 @@ class _CachedBlock(nn.Module):
 
 class _CachedBranch(nn.Module):
     # no hook: torch.compile guards on the classes of modules inside compiled code, and not on their having no hooks
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        output = super().forward(*args, **kwargs)
-        target = getattr(self, TARGET)  # an attribute of each branch, so that one compiled block serves all
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().__call__(*args, **kwargs)
+        target: Target | None = getattr(self, TARGET)  # of each branch, so that one compiled block serves all
         if target is not None:
-            target.store_(output)
+            target.store_(image_part(output, target.values.shape[1]))
         return output
 
 
@@ -180,9 +180,10 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
     family = _known(transformer)
     if get_cache(transformer) is not None:
         raise CacheError("a cache is attached already; call remove_cache(transformer) first")
-    blocks = list(transformer.transformer_blocks)
-    branches = [getattr(block, name) for block in blocks for name in family.branches if hasattr(block, name)]
-    for module in (transformer, *blocks, *branches):
+    blocks = family.blocks(transformer)
+    modules = [block.module for block in blocks.blocks]
+    branches = [getattr(block.module, name) for block in blocks.blocks for name in block.places]
+    for module in (transformer, *modules, *branches):
         if hasattr(module, "_orig_mod"):
             raise CacheError(
                 f"a {type(module._orig_mod).__name__} was replaced by torch.compile(...); compile it in place instead, "
@@ -196,8 +197,8 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
     if transformer._compiled_call_impl is not None:
         raise CacheError("the whole transformer was compiled; compile its blocks instead, each with block.compile()")
     if cache.config.mode != "delta":
-        for block in blocks:
-            reason = family.why_not(block)
+        for block, stack, _ in blocks.blocks:
+            reason = stack.why_not(block)
             if reason is not None:
                 raise CacheError(
                     f"cache mode {cache.config.mode!r} {reason}; got a {original_class(block).__name__} that is "
@@ -205,14 +206,15 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                 )
     compensation = cache.compensation
     if compensation is not None:
-        of_model = (1, 1) if cache.config.mode == "delta" else (len(blocks), len(family.branches))
+        of_model = (1, 1) if cache.config.mode == "delta" else blocks.shape
         if compensation.gains.shape[1:3] != of_model:
             raise ConfigError(
                 f"the feature compensation is for {compensation.gains.shape[1]} blocks with "
                 f"{compensation.gains.shape[2]} branches; this model has {of_model[0]} with {of_model[1]}"
             )
-    for layer, block in enumerate(blocks):
-        attach(block, _CachedBlock, **{PLACE: _Place(cache, family, blocks, layer)})
+    for layer, module in enumerate(modules):
+        attach(module, _CachedBlock, **{PLACE: _Place(cache, blocks, layer)})
+        arguments_of(module, (), {})  # looks their names up, which a compiler around the transformer cannot trace
     for branch in branches if cache.config.mode != "delta" else ():
         attach(branch, _CachedBranch, **{TARGET: None})
     attach(transformer, _CachedTransformer, **{CACHE: cache})
@@ -249,8 +251,8 @@ def remove_cache(transformer: nn.Module) -> None:
     if get_cache(transformer) is None:
         raise CacheError(f"no cache is attached to this {type(transformer).__name__}")
     transformer = getattr(transformer, "_orig_mod", transformer)
-    blocks = list(transformer.get_submodule("transformer_blocks").children())
-    modules = [(transformer, _CachedTransformer), *((block, _CachedBlock) for block in blocks)]
-    for block in blocks:
-        modules += [(branch, _CachedBranch) for branch in block.children() if TARGET in branch.__dict__]
+    modules: list[tuple[Any, Any]] = [(transformer, _CachedTransformer)]
+    for block in _known(transformer).blocks(transformer).blocks:
+        modules.append((block.module, _CachedBlock))
+        modules += [(branch, _CachedBranch) for branch in block.module.modules() if TARGET in branch.__dict__]
     detach(modules, CACHE, PLACE, TARGET, error=CacheError)

@@ -227,7 +227,7 @@ def test_of_three_runs_the_one_used_longest_ago_is_given_up():
 
 def test_features_of_another_shape_are_never_reused():
     cache, labels, x = FeatureCache(CacheConfig("branch", 3)), LABELS.clone(), torch.zeros(4, 4, 8, 8)
-    made_for = (3, 2, (4, 16, 32), torch.float32, x.device)
+    made_for = ((3, 2, 4, 16, 32), torch.float32, x.device)
     with cache.step(x, torch.tensor([900]), labels) as plan:
         store = plan.make(*made_for)
         assert plan.make(*made_for) is store
@@ -235,7 +235,7 @@ def test_features_of_another_shape_are_never_reused():
     with cache.step(x, torch.tensor([880]), labels) as plan:
         assert plan.make(*made_for) is store
         with pytest.raises(CacheError, match="no features of this shape"):
-            plan.make(3, 2, (4, 16, 64), torch.float32, x.device)
+            plan.make((3, 2, 4, 16, 64), torch.float32, x.device)
 
 
 @pytest.mark.parametrize("mode", ["block", "branch", "taylor"])

@@ -108,9 +108,10 @@ def test_families_know_their_classes():
     for name, family in FAMILIES.items():
         model = make_tiny(name)
         assert family_of(model) is family
-        assert family.why_not(model.transformer_blocks[0]) is None
-        others = [other for other in FAMILIES.values() if other is not family]
-        assert all(other.why_not(model.transformer_blocks[0]) for other in others)
+        others = [stack for other in FAMILIES.values() if other is not family for stack in other.stacks]
+        for block, stack, _ in family.blocks(model).blocks:
+            assert stack.why_not(block) is None
+            assert all(other.why_not(block) for other in others)
 
 
 @pytest.mark.parametrize("config", [None, *CONFIGS.values()], ids=["no cache", *CONFIGS])

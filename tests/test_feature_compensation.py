@@ -44,7 +44,7 @@ def exact(config, timesteps=STEPS):
 def made_up(name, config, layers=2, channels=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     schedule = config.schedule
-    of_model = (1, 1) if config.mode == "delta" else (layers, len(FAMILIES[name].branches))
+    of_model = (1, 1) if config.mode == "delta" else (layers, {"DiTTransformer2DModel": 2}.get(name, 3))
     shape = (len(schedule) - sum(schedule), *of_model, channels)
     return FeatureCompensation(
         config, 1 + torch.randn(shape, generator=generator) / 10, torch.randn(shape, generator=generator) / 10

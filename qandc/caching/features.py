@@ -55,19 +55,17 @@ class FeatureStore:
         self._made_for: tuple[Any, ...] | None = None
         self._input: torch.Tensor | None = None
 
-    def make(
-        self, layers: int, branches: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> bool:
-        """Make the buffers, unless there are such for features ``[B, tokens, D]`` already; return whether it did."""
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+        """Make the buffers, unless there are such for features ``[L, K, B, tokens, D]``; return whether it did."""
         if not self.per_branch:
-            layers = branches = 1
-        made_for = (layers, branches, shape, dtype, device)
+            shape = (1, 1, *shape[2:])
+        made_for = (shape, dtype, device)
         if made_for == self._made_for:
             return False
         self.__dict__.pop("values", None)  # its memory first
         stored = dtype if self._config.storage_dtype is None else DTYPES[self._config.storage_dtype]
         with torch.inference_mode(False):  # else only inference mode could write to them
-            self.values = torch.zeros(self._config.history, layers, branches, *shape, dtype=stored, device=device)
+            self.values = torch.zeros(self._config.history, *shape, dtype=stored, device=device)
             self.scales = None
             if stored == torch.int8:
                 self.scales = torch.zeros(self.values.shape[:-1], dtype=torch.float32, device=device)

@@ -40,16 +40,14 @@ class Plan:
     weights: torch.Tensor | None = None
     correction: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def make(
-        self, layers: int, branches: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> FeatureStore:
-        """Return the store, with buffers made for features ``shape [rows, tokens, hidden]`` of every branch.
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> FeatureStore:
+        """Return the store, with buffers made for features ``[L, K, B, tokens, D]`` of one step.
 
         Raises:
             CacheError: a step that reuses asks for features that no step has stored.
         """
         assert self.store is not None
-        if self.store.make(layers, branches, shape, dtype, device) and self.action is Action.REUSE:
+        if self.store.make(shape, dtype, device) and self.action is Action.REUSE:
             raise CacheError("the cache holds no features of this shape; call reset_all_caches and start again")
         return self.store
 

@@ -171,8 +171,7 @@ def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -
     if fused.run is not None:
         ahead = fused.run.find(call["timestep"], call[fused.family.run_key], len(latents))
     if plan.action is not Action.COMPUTE:
-        layers, branches = len(transformer.transformer_blocks), len(fused.family.branches)
-        plan.make(layers, branches, step.residual_shape(latents), latents.dtype, latents.device)
+        plan.make(step.features_shape(latents), latents.dtype, latents.device)
     launch = step.reuse(ahead, plan) if plan.action is Action.REUSE else step.compute(ahead, plan)
     inputs = (*inputs, *launch.extra)
     graphs = latents.is_cuda and fused.cuda_graphs and step.graphable and len(latents) > 0

@@ -17,7 +17,7 @@ from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.method.observation import observe
 from qandc.models import Family, family_of
-from qandc.models.family import arguments_of
+from qandc.models.family import arguments_of, image_part
 from qandc.sampling.loop import plain_timestep
 from qandc.support.arguments import Between, Model, checked
 
@@ -46,27 +46,29 @@ class _Branches:
     """Call ``see(layer, branch, feature)`` for what each branch of a model adds, or all blocks together (``delta``)."""
 
     def __init__(self, family: Family, model: Any, mode: str, see: Callable[[int, int, torch.Tensor], None]) -> None:
-        self.blocks = list(model.transformer_blocks)
-        self.shape = (1, 1) if mode == "delta" else (len(self.blocks), len(family.branches))
+        self.blocks = family.blocks(model)
+        self.shape = (1, 1) if mode == "delta" else self.blocks.shape
         self.call: dict[str, Any] = {}  # what the first block was given
+        self.stream = torch.empty(0)  # of the image, in it
         self._see = see
-        self.handles = [self.blocks[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
+        modules = [block.module for block in self.blocks.blocks]
+        self.handles = [modules[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
         if mode == "delta":
-            self.handles.append(self.blocks[-1].register_forward_hook(self._leave))
+            self.handles.append(modules[-1].register_forward_hook(self._leave))
             return
-        for layer, block in enumerate(self.blocks):
-            for branch, name in enumerate(family.branches):
-                hook = self._hook(layer, branch)
-                self.handles.append(getattr(block, name).register_forward_hook(hook))
+        for block in self.blocks.blocks:
+            for name, place in block.places.items():
+                self.handles.append(getattr(block.module, name).register_forward_hook(self._hook(*place)))
 
     def _begin(self, block: Any, args: Any, kwargs: Any) -> None:
         self.call = arguments_of(block, args, kwargs)
+        self.stream = self.blocks.blocks[0].stream(self.call)
 
-    def _leave(self, block: Any, args: Any, output: torch.Tensor) -> None:
-        self._see(0, 0, output - self.call["hidden_states"])
+    def _leave(self, block: Any, args: Any, output: Any) -> None:
+        self._see(0, 0, (output[-1] if isinstance(output, tuple) else output) - self.stream)
 
-    def _hook(self, layer: int, branch: int) -> Callable[[Any, Any, torch.Tensor], None]:
-        return lambda module, args, output: self._see(layer, branch, output)
+    def _hook(self, layer: int, branch: int) -> Callable[[Any, Any, Any], None]:
+        return lambda module, args, output: self._see(layer, branch, image_part(output, self.stream.shape[1]))
 
 
 class _Fitter:
@@ -83,7 +85,7 @@ class _Fitter:
         if target is not None:
             self.handles += _Branches(family, target, config.mode, self._note).handles
         if pull is not None:  # after the hooks of branches, whose features it replaces
-            self.handles.append(self.branches.blocks[-1].register_forward_hook(self._replace))
+            self.handles.append(self.branches.blocks.blocks[-1].module.register_forward_hook(self._replace))
 
     def _begin(self, model: Any, args: Any, kwargs: Any) -> None:
         """Take the next step of the run that a forward belongs to."""
@@ -110,7 +112,7 @@ class _Fitter:
         run, (layers, branches) = self._run, self.branches.shape
         assert run is not None
         if run.action is Action.STORE:
-            run.store.make(layers, branches, tuple(feature.shape), feature.dtype, feature.device)
+            run.store.make((layers, branches, *feature.shape), feature.dtype, feature.device)
             run.store.target(run.position.newest, layer, branch).store_(feature)
         if run.action is Action.REUSE:
             step = run.position.step
@@ -119,21 +121,20 @@ class _Fitter:
             reused = run.store.forecast(layer, branch, run.position.forecast())
             self.moments[step].add(layer, branch, reused, self._true.get((layer, branch), feature))
 
-    def _replace(self, block: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def _replace(self, block: Any, args: Any, output: Any) -> Any:
         """Go on from where the corrected cache would be, not from what the blocks have computed."""
-        run, call = self._run, self.branches.call
+        run, x = self._run, self.branches.stream
         assert run is not None
         if run.action is not Action.REUSE:
             return output
         assert self.pull is not None
         correction = self.moments[run.position.step].solve(self.pull)
-        gates = None
-        if run.store.per_branch:
-            gates = self.family.all_gates(self.branches.blocks, call)
+        gates = self.branches.blocks.gates(self.branches.call) if run.store.per_branch else None
         weights = run.position.forecast()
-        of_sets = torch.tensor(weights, device=output.device) if weights else None
-        gates, offset = corrected(gates, correction, len(output))
-        return run.store.add_to(call["hidden_states"], gates, of_sets, offset)
+        of_sets = torch.tensor(weights, device=x.device) if weights else None
+        gates, offset = corrected(gates, correction, len(x))
+        x = run.store.add_to(x, gates, of_sets, offset)
+        return (*output[:-1], x) if isinstance(output, tuple) else x
 
 
 def _observe(
@@ -143,10 +144,10 @@ def _observe(
 
     def attach(family: Family) -> _Fitter:
         if target is not None:
-            blocks = len(model.transformer_blocks)
+            blocks = len(family.blocks(model).blocks)
             if is_fused(target):
                 raise ModelError(f"the features of a fused transformer cannot be seen; {INSTEAD} before fuse")
-            if family_of(target) is not family or len(target.transformer_blocks) != blocks:
+            if family_of(target) is not family or len(family.blocks(target).blocks) != blocks:
                 given = type(target).__name__
                 raise ModelError(f"target must be a {family.transformer} of {blocks} blocks too; got {given}")
         return _Fitter(family, model, config, target, pull)

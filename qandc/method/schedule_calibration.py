@@ -13,7 +13,7 @@ from qandc.caching.schedule import CacheConfig, CalibratedSchedule, even_schedul
 from qandc.errors import ConfigError, DataError
 from qandc.method.observation import observe
 from qandc.models import Family, older_names
-from qandc.models.family import arguments_of
+from qandc.models.family import Block, arguments_of, image_part
 from qandc.sampling.loop import Guidance, check_sampling, plain_timestep, sample_latents, set_timesteps
 from qandc.support.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
 
@@ -55,15 +55,15 @@ class _Recorder:
         self._shape: torch.Size | None = None
         self._places: tuple[torch.Tensor, ...] = ()
         self._input: torch.Tensor | None = None
-        blocks = list(transformer.transformer_blocks)
+        blocks, _ = family.blocks(transformer)
         handles = [transformer.register_forward_hook(self._end, with_kwargs=True)]
-        handles.append(blocks[0].register_forward_pre_hook(self._begin, with_kwargs=True))
+        handles.append(blocks[0].module.register_forward_pre_hook(self._begin(blocks[0]), with_kwargs=True))
         if mode == "delta":
-            handles.append(blocks[-1].register_forward_hook(self._leave))
+            handles.append(blocks[-1].module.register_forward_hook(self._leave))
         else:
             for block in blocks:
-                handles.append(block.register_forward_pre_hook(self._gate, with_kwargs=True))
-                handles += [getattr(block, name).register_forward_hook(self._feature) for name in family.branches]
+                handles.append(block.module.register_forward_pre_hook(self._gate(block), with_kwargs=True))
+                handles += [getattr(block.module, n).register_forward_hook(self._feature) for n in block.places]
         self.handles = handles
 
     def _at(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,21 +75,28 @@ class _Recorder:
             self._places = tokens.to(x.device), channels.to(x.device)
         return x[:, self._places[0], self._places[1]].float()
 
-    def _begin(self, block: Any, args: Any, kwargs: Any) -> None:
-        self._of_step = [], []
-        self._input = self._at(arguments_of(block, args, kwargs)["hidden_states"])
+    def _begin(self, block: Block) -> Callable[[Any, Any, Any], None]:
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            self._of_step = [], []
+            self._input = self._at(block.stream(arguments_of(module, args, kwargs)))
 
-    def _leave(self, block: Any, args: Any, output: torch.Tensor) -> None:
+        return note
+
+    def _leave(self, block: Any, args: Any, output: Any) -> None:
         assert self._input is not None
-        self._of_step[0].append(self._at(output) - self._input)
+        self._of_step[0].append(self._at(output[-1] if isinstance(output, tuple) else output) - self._input)
         self._of_step[1].append(torch.ones_like(self._input))
 
-    def _gate(self, block: Any, args: Any, kwargs: Any) -> None:
-        for gate in self.family.gates(block, arguments_of(block, args, kwargs)):
-            self._of_step[1].append(gate[:, self._places[1]].float())
+    def _gate(self, block: Block) -> Callable[[Any, Any, Any], None]:
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            for gate in block.stack.gates(module, arguments_of(module, args, kwargs)):
+                self._of_step[1].append(gate[:, self._places[1]].float())
 
-    def _feature(self, branch: Any, args: Any, output: torch.Tensor) -> None:
-        self._of_step[0].append(self._at(output))
+        return note
+
+    def _feature(self, branch: Any, args: Any, output: Any) -> None:
+        assert self._shape is not None
+        self._of_step[0].append(self._at(image_part(output, self._shape[0])))
 
     def _end(self, transformer: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Note a step, as one tensor: many small ones, among its large temporary ones, would fragment the memory."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +13,18 @@ import torch
 from qandc.caching.plan import Plan
 from qandc.quantization.ranges import StepRanges
 
-__all__ = ["Call", "Family", "Launch", "Program", "arguments_of"]
+__all__ = [
+    "Block",
+    "Blocks",
+    "Call",
+    "Family",
+    "Launch",
+    "Program",
+    "Stack",
+    "arguments_of",
+    "image_part",
+    "zero_gates",
+]
 
 Call = Mapping[str, Any]  # the arguments of a forward, by name
 
@@ -56,8 +68,8 @@ class Program(Protocol):
     def inputs(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Return what every step takes, latents first, each with a row per sample."""
 
-    def residual_shape(self, latents: torch.Tensor) -> tuple[int, int, int]:
-        """Return the shape of the residual stream, ``[B, tokens, D]``."""
+    def features_shape(self, latents: torch.Tensor) -> tuple[int, ...]:
+        """Return the shape of what the branches add in one step, ``[L, K, B, tokens, D]``."""
 
     def compute(self, ahead: tuple[torch.Tensor, ...], plan: Plan) -> Launch:
         """Prepare a step that computes the blocks; ``ahead`` is its part of :meth:`prepare`, or empty."""
@@ -76,17 +88,66 @@ class Program(Protocol):
 
 
 @dataclass(frozen=True)
-class Family:
-    """Describe one class of transformers, whose ``transformer_blocks`` add branches to one stream.
+class Stack:
+    """Describe the blocks of one list of a transformer, which add the outputs of branches to the stream of the image.
 
-    A block computes ``x ← x + gate_k · f_k`` for its branches k in their order, with gates of the current timestep.
+    A block computes ``x ← x + Σ_k gate_k · f_k`` for its branches k, with gates of the current timestep. Other streams,
+    of text, are read by the blocks alone: where all blocks are reused, nobody reads them, so a cache leaves them out.
+
+    Attributes:
+        blocks: name of the list.
+        branches: modules of a block whose outputs it adds; a block may lack some.
+        gates: gives for a block and the arguments of its forward the gates ``[K, B, D]`` of the branches that it has.
+        why_not: says why the branches of a block can't be reused on their own, or None.
+        returns: the arguments of a block that it returns, in that order; the stream of the image is the last.
+    """
+
+    blocks: str
+    branches: tuple[str, ...]
+    gates: Callable[[Any, Call], torch.Tensor]
+    why_not: Callable[[Any], str | None]
+    returns: tuple[str, ...] = ("hidden_states",)
+
+    def returned(self, call: Call, x: torch.Tensor) -> Any:
+        """Return what a block called so returns, with ``x`` as the stream of the image and the others as they come."""
+        others = tuple(call[name] for name in self.returns[:-1])
+        return (*others, x) if others else x
+
+
+class Block(NamedTuple):
+    """Hold a block of a transformer, and by name of a branch its place ``(l, k)`` among features ``[L, K]``."""
+
+    module: Any
+    stack: Stack
+    places: dict[str, tuple[int, int]]
+
+    def stream(self, call: Call) -> torch.Tensor:
+        """Return the stream of the image in the arguments of this block."""
+        return call[self.stack.returns[-1]]
+
+
+class Blocks(NamedTuple):
+    """Hold all blocks of a transformer in order, and the shape (L, K) of what their branches add.
+
+    L blocks with K branches each; where their numbers differ, L branches, and K is 1.
+    """
+
+    blocks: list[Block]
+    shape: tuple[int, int]
+
+    def gates(self, call: Call) -> torch.Tensor:
+        """Return the gates of all branches, ``[L, K, B, D]``, from what the first block is given."""
+        return torch.cat([block.stack.gates(block.module, call) for block in self.blocks]).unflatten(0, self.shape)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Describe one class of transformers, whose blocks all add to one stream of the image.
 
     Attributes:
         transformer: its class in diffusers.
         run_key: the argument of its forward that is one tensor for all steps of a run.
-        branches: modules of a block, in the order in which it adds their outputs.
-        gates: gives for a block and the arguments of its forward the gates ``[branches, B, D]``.
-        why_not: says why the branches of a block can't be reused on their own, or None.
+        stacks: its blocks, in the order in which they run.
         program: runs it on fused kernels; None where there are none.
         classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
             None where images are of other things.
@@ -94,15 +155,30 @@ class Family:
 
     transformer: str
     run_key: str
-    branches: tuple[str, ...]
-    gates: Callable[[Any, Call], torch.Tensor]
-    why_not: Callable[[Any], str | None]
+    stacks: tuple[Stack, ...]
     program: type[Program] | None = None
     classes: Callable[[Any], int] | None = None
 
-    def all_gates(self, blocks: Sequence[Any], call: Call) -> torch.Tensor:
-        """Return the gates of all blocks, ``[L, branches, B, D]``, from what the first of them is given."""
-        return torch.stack([self.gates(block, call) for block in blocks])
+    def blocks(self, transformer: Any) -> Blocks:
+        """Return the blocks of a transformer of this family."""
+        modules = [(module, stack) for stack in self.stacks for module in getattr(transformer, stack.blocks)]
+        names = [[n for n in stack.branches if getattr(module, n, None) is not None] for module, stack in modules]
+        longest = max(map(len, names))
+        even = all(len(found) == longest for found in names)
+        shape = (len(names), longest) if even else (sum(map(len, names)), 1)
+        places = itertools.product(range(shape[0]), range(shape[1]))
+        found = [{name: next(places) for name in of_block} for of_block in names]
+        return Blocks([Block(*block, at) for block, at in zip(modules, found, strict=True)], shape)
+
+
+def zero_gates(modulation: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the gates ``[K, B, D]`` of an adaLN-Zero modulation ``[B, K · 3 · D]``: K times shift, scale and gate."""
+    return modulation.unflatten(1, (-1, 3, width))[:, :, 2].transpose(0, 1)
+
+
+def image_part(output: Any, tokens: int) -> torch.Tensor:
+    """Return what a branch gives the stream of the image, of several outputs the first, of a joint sequence the end."""
+    return (output[0] if isinstance(output, tuple) else output)[:, -tokens:]
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}  # class of a module: the arguments of its forward

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qandc.models.family import Call, Family
+from qandc.models.family import Call, Family, Stack
 
 __all__ = ["PIXART"]
 
@@ -24,4 +24,5 @@ def _why_not(block: Any) -> str | None:
     return "needs PixArt's blocks (adaLN-single, cross-attention, no chunked feed-forward)"
 
 
-PIXART = Family("PixArtTransformer2DModel", "encoder_hidden_states", ("attn1", "attn2", "ff"), _gates, _why_not)
+_BLOCKS = Stack("transformer_blocks", ("attn1", "attn2", "ff"), _gates, _why_not)
+PIXART = Family("PixArtTransformer2DModel", "encoder_hidden_states", (_BLOCKS,))

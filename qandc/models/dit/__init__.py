@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from qandc.models.dit.fused import FusedStep
-from qandc.models.family import Call, Family
+from qandc.models.family import Call, Family, Stack, zero_gates
 
 __all__ = ["DIT", "older_names"]
 
@@ -18,8 +18,7 @@ T = TypeVar("T")
 def _gates(block: Any, call: Call) -> torch.Tensor:
     norm = block.norm1
     embedding = norm.emb(call.get("timestep"), call.get("class_labels"), hidden_dtype=call["hidden_states"].dtype)
-    _, _, attention, _, _, mlp = norm.linear(norm.silu(embedding)).chunk(6, 1)
-    return torch.stack([attention, mlp])
+    return zero_gates(norm.linear(norm.silu(embedding)), call["hidden_states"].shape[-1])
 
 
 def _why_not(block: Any) -> str | None:
@@ -32,7 +31,8 @@ def _classes(transformer: Any) -> int:
     return int(transformer.config.num_embeds_ada_norm)
 
 
-DIT = Family("DiTTransformer2DModel", "class_labels", ("attn1", "ff"), _gates, _why_not, FusedStep, _classes)
+_BLOCKS = Stack("transformer_blocks", ("attn1", "ff"), _gates, _why_not)
+DIT = Family("DiTTransformer2DModel", "class_labels", (_BLOCKS,), FusedStep, _classes)
 
 
 def older_names(function: T) -> T:

@@ -432,9 +432,10 @@ class FusedStep:
             return self.embedding(latents), True
         return self.transformer.pos_embed(latents), False
 
-    def residual_shape(self, latents: torch.Tensor) -> tuple[int, int, int]:
+    def features_shape(self, latents: torch.Tensor) -> tuple[int, ...]:
         patch = self.transformer.patch_size
-        return len(latents), (latents.shape[2] // patch) * (latents.shape[3] // patch), self.transformer.inner_dim
+        tokens = (latents.shape[2] // patch) * (latents.shape[3] // patch)
+        return len(self.blocks), 2, len(latents), tokens, self.transformer.inner_dim
 
     def _project(self, x: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
         """Normalize, modulate and project to patches ``[B, tokens, p · p · out_channels]``."""
