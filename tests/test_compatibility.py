@@ -9,12 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 import diffusers.models.modeling_utils
 import pytest
 import torch
-from torch import nn
 
 from qandc import (
     ModelError,
     QandCConfig,
-    QuantLinear,
     apply_cache_to_dit,
     fuse_dit,
     load_pipeline,
@@ -226,7 +224,7 @@ def outputs_elsewhere(model, directory, inputs):
 
 @pytest.mark.slow
 def test_a_spawned_process(tmp_path, dit_inputs):
-    """The model by pickle, fused and with a cache as it is; and by the path where it was saved."""
+    """The model by pickle, fused and with a cache as it is, where no class was derived yet; and by its path."""
     model = make_quantized(4, how=["static", "smoothing"])
     expected = output(model, dit_inputs).numpy()
     model.save_pretrained(tmp_path / "saved")
@@ -234,9 +232,3 @@ def test_a_spawned_process(tmp_path, dit_inputs):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(outputs_elsewhere, model, tmp_path / "saved", dit_inputs).result(timeout=60)
     assert all((sample == expected).all() for sample in found)
-
-
-def test_a_layer_alone_is_copied_and_pickled(seeded):
-    layer = QuantLinear.from_linear(nn.Linear(8, 6), 4)
-    x = torch.randn(3, 8, generator=seeded)
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
 import pickle
 import threading
 
@@ -167,25 +166,6 @@ def test_a_shallow_copy_is_not_called_through_the_code_compiled_for_its_original
     other = copy.copy(model)
     assert other._compiled_call_impl is None
     assert get_cache(other) is get_cache(model)  # it has the very blocks of its original
-
-
-def _answer(model, batch, answers):
-    answers.put(run(model, batch).numpy())
-
-
-@pytest.mark.slow
-def test_in_another_process(dit_inputs):
-    """Where no class was derived yet."""
-    model = compile_blocks(cached_and_fused(make_dit(num_layers=1)))
-    expected = run(model, dit_inputs)
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    process = context.Process(target=_answer, args=(model, dit_inputs, answers))
-    process.start()
-    try:
-        torch.testing.assert_close(torch.from_numpy(answers.get(timeout=120)), expected, atol=1e-4, rtol=1e-4)
-    finally:
-        process.join(60)
 
 
 class Mixin: ...

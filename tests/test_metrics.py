@@ -158,19 +158,25 @@ def test_efficientnet_needs_its_packages(monkeypatch):
         EfficientNetFeatures()
 
 
-def test_running_statistics_are_those_of_all_rows(seeded):
+def running(*batches: torch.Tensor) -> FeatureStatistics:
+    statistics = RunningStatistics()
+    for batch in batches:
+        statistics.add(batch)
+    return statistics.result()
+
+
+@pytest.mark.parametrize("sizes", [(1, 40, 59), (0, 100), (100, 0), (50, 0, 50)], ids=str)
+def test_running_statistics_are_those_of_all_rows(seeded, sizes):
     features = torch.randn(100, 5, generator=seeded) + 1000  # far from zero: sums of squares would lose digits
-    running = RunningStatistics()
-    for batch in features.split([1, 40, 59]):
-        running.add(batch)
-    found, expected = running.result(), FeatureStatistics.of(features)
+    found, expected = running(*features.split(sizes)), FeatureStatistics.of(features)
     assert found.count == 100
     np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
     np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-9, atol=1e-12)
-    with pytest.raises(DataError, match="NaN"):
-        running.add(torch.tensor([[float("nan")] * 5]))
+
+
+def test_statistics_of_nothing_are_refused():
     with pytest.raises(DataError, match="two images or more; got 0"):
-        RunningStatistics().result()
+        running()
 
 
 def test_inception_score_in_parts():
@@ -222,6 +228,7 @@ def test_kernel_distance_is_unbiased_and_seeded(seeded):
     assert none == 0
     assert deviation > 0
     assert mean == pytest.approx(whole, abs=4 * deviation / 200**0.5)
+    assert kernel_distance(a, c, subsets=1, subset_size=100)[1] == 0
     same, deviation = kernel_distance(a, b, subsets=200, subset_size=100)
     assert abs(same) < 4 * deviation / 200**0.5
     assert whole > 10 * abs(same)
@@ -240,33 +247,14 @@ def test_distances_of_sets_refuse_what_is_none():
             metric(four, four[:1])
 
 
-def test_empty_batches_change_no_statistics(seeded):
-    features = torch.randn(8, 3, generator=seeded)
-    expected = FeatureStatistics.of(features)
-    for batches in ((features[:0], features), (features, features[:0]), (features[:5], features[:0], features[5:])):
-        running = RunningStatistics()
-        for batch in batches:
-            running.add(batch)
-        found = running.result()
-        assert found.count == 8
-        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
-        np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-12, atol=1e-14)
-
-
 def test_a_refused_batch_is_not_counted(seeded):
     features = torch.randn(8, 3, generator=seeded)
-    running = RunningStatistics()
-    running.add(features)
+    statistics = RunningStatistics()
+    statistics.add(features)
     for bad, kind in ((features[:, :2], ConfigError), (features[:0, :2], ConfigError), (features / 0, DataError)):
         with pytest.raises(kind):
-            running.add(bad)
-    assert np.array_equal(running.result().covariance, _running(features).covariance)
-
-
-def _running(features: torch.Tensor) -> FeatureStatistics:
-    running = RunningStatistics()
-    running.add(features)
-    return running.result()
+            statistics.add(bad)
+    assert np.array_equal(statistics.result().covariance, running(features).covariance)
 
 
 FOUR = torch.arange(8.0).reshape(4, 2).square()
@@ -381,11 +369,3 @@ def test_files_of_statistics(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=r"x\.npz' cannot be read \(.*No such file"):
         ReferenceStatistics.load(path)
-
-
-def test_spread_of_one_subset_is_zero(seeded):
-    """Documented: 0 says nothing where there is one subset."""
-    a, b = torch.randn(50, 3, generator=seeded), torch.randn(50, 3, generator=seeded)
-    assert kernel_distance(a, b, subset_size=10, subsets=1)[1] == 0
-    assert kernel_distance(a, b)[1] == 0  # 1000 of 50 are all
-    assert kernel_distance(a, b, subset_size=10)[1] > 0

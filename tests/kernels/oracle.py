@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -62,8 +64,8 @@ def terms_of(p: dict[str, torch.Tensor | None]) -> torch.Tensor:
     return terms if p["bias"] is None else terms + p["bias"].double().abs()
 
 
-def to(device: torch.device, p: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-    return {name: None if t is None else t.to(device) for name, t in p.items()}
+def to(device: torch.device | str, p: dict[str, Any]) -> dict[str, Any]:
+    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in p.items()}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, size: float = 1.0) -> None:

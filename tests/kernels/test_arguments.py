@@ -16,6 +16,7 @@ import qandc
 import qandc_kernels
 from qandc_kernels import ArgumentError, linear_gate_residual_, quantize_per_tensor, reference
 from qandc_kernels.ops import _checks as op_checks
+from tests.kernels.oracle import to
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 DTYPES = (
@@ -271,9 +272,8 @@ def test_checks_take_what_the_ops_take(function):
 @pytest.mark.parametrize("function", reference.__all__)
 def test_all_tensors_on_meta(function):
     """Tools that count operations or plan memory run a model without values."""
-    real, meta = fresh(function), {}
-    for name, value in real.items():
-        meta[name] = value.to("meta") if isinstance(value, torch.Tensor) else value
+    real = fresh(function)
+    meta = to("meta", real)
     for module in (qandc_kernels, reference):
         call = getattr(module, function)
         results, shapes = call(**meta), call(**real)

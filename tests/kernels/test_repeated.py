@@ -11,7 +11,7 @@ import torch
 
 from qandc_kernels import Backend, RepeatedLinear, pack_int4, quantized_linear, use_backend
 from qandc_kernels.ops import repeated
-from tests.kernels.oracle import assert_close
+from tests.kernels.oracle import assert_close, to
 
 N, K = 96, 64
 
@@ -161,12 +161,7 @@ def test_modes_and_transforms_see_the_op(seeded):
 def test_calls_in_any_order_equal_the_op(seeded, w_bits):
     kinds = list(itertools.product([True, False], [True, False], [torch.bfloat16, torch.float16, None]))
     layers = [
-        {
-            name: value.cuda() if isinstance(value, torch.Tensor) else value
-            for name, value in layer_of(
-                seeded, w_bits=w_bits, static=static, smoothing=smoothing, bias_dtype=bias, flag=static
-            ).items()
-        }
+        to("cuda", layer_of(seeded, w_bits=w_bits, static=static, smoothing=smoothing, bias_dtype=bias, flag=static))
         for static, smoothing, bias in kinds
     ]
     call = RepeatedLinear()
@@ -187,10 +182,7 @@ def test_calls_in_any_order_equal_the_op(seeded, w_bits):
 def test_nan_is_noticed_and_watchers_see_every_start(seeded):
     from triton import knobs
 
-    layer = {
-        name: value.cuda() if isinstance(value, torch.Tensor) else value
-        for name, value in layer_of(seeded, flag=True).items()
-    }
+    layer = to("cuda", layer_of(seeded, flag=True))
     call, x = RepeatedLinear(), torch.randn(33, K, generator=seeded).cuda()
     for _ in range(2):
         call(x, *layer.values())
@@ -210,12 +202,9 @@ def test_nan_is_noticed_and_watchers_see_every_start(seeded):
 @pytest.mark.gpu
 def test_a_chosen_backend_is_never_gone_past(seeded, monkeypatch):
     started: list[object] = []
-    monkeypatch.setattr(
-        "qandc_kernels.triton.linear.kept_starts", lambda *given: started.append
-    )  # refuses, as None does
-    layer = {
-        name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in layer_of(seeded).items()
-    }
+    # refuses, as None does
+    monkeypatch.setattr("qandc_kernels.triton.linear.kept_starts", lambda *given: started.append)
+    layer = to("cuda", layer_of(seeded))
     call, x = RepeatedLinear(), torch.randn(33, K, generator=seeded).cuda()
     call(x, *layer.values())
     expected = call(x, *layer.values())
