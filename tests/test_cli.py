@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from qandc import CalibratedSchedule
+from qandc import CalibratedSchedule, fashion_dit_preset
 from qandc.cli.main import main
 
 
@@ -64,7 +64,7 @@ def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
     target = tmp_path / "images.png"
     status, out, _ = run(capsys, "generate", "--classes", "bag", "--w-bits", 4, "--device", "cpu", "-o", target)
     assert status == 0
-    assert "W4A8 + branch 17/50 + VC" in out
+    assert f"W4A8 + branch 17/50{fashion_dit_preset(4).compensations}" in out
     assert "(W4A8 static per-tensor)" in out
     for changes in (["--no-calibrated"], ["--steps", 3], ["--scheduler", "ddim"], ["--cache-interval", 3]):
         status, out, _ = run(capsys, "generate", "--classes", "bag", "--device", "cpu", "-o", target, *changes)

@@ -1,7 +1,7 @@
 """Measure time and memory of calibrating, saving and loading DiT-XL/2 (random weights, as facebook/DiT-XL-2-256).
 
 python training/measure_large_model.py                       # on a GPU
-python training/measure_large_model.py --device cpu --steps 2 --uniform --pool-images 2 --samples 4 --vc-samples 2
+python training/measure_large_model.py --device cpu --steps 2 --uniform --pool-images 2 --samples 4 --feature-images 2
 
 Each part runs in a process of its own, so that its peak memory is its own.
 """
@@ -49,7 +49,7 @@ def calibrate(model: Path, out: Path, device: str, settings: dict[str, Any]) -> 
     report = calibrate_pipeline(pipe, CalibrationConfig(**settings), out, source=str(model))
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    save(pipe.transformer, out / "quantized", schedule=report.preset.schedule)
+    save(pipe.transformer, out / "quantized", schedule=report.preset.schedule, features=report.preset.features)
     before, after = report.quantization.quantized_bytes
     size = sum(path.stat().st_size for path in (out / "quantized").iterdir())
     return {
@@ -98,7 +98,7 @@ def main(
     steps: int = 50,
     pool_images: int = 20,
     samples: int = 100,
-    vc_samples: int = 16,
+    feature_images: int = 16,
     w_bits: str = "8,4",
     uniform: Annotated[bool, typer.Option("--uniform", help="Do not search for a schedule.")] = False,
 ) -> None:
@@ -108,7 +108,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = {
         "num_inference_steps": steps, "guidance_scale": 4.0, "scheduler": "ddim", "uniform": uniform,
-        "pool_images": pool_images, "samples": samples, "vc_samples": vc_samples,
+        "pool_images": pool_images, "samples": samples, "feature_images": feature_images,
         "clusters": min(50, max(2, samples // 8)),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

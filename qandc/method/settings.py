@@ -62,8 +62,8 @@ class CalibrationConfig:
     seed: Annotated[int, Between(0, 2**31 - 1)] = option(0, "Of the choice of samples.")
     compensation: str | None = option(
         None,
-        "Of features where the cache reuses them, of samples (the paper's VC), or none. Default: features; with "
-        "--vc samples.",
+        "Of features where the cache reuses them, of samples (the paper's VC), or none. Default: features; samples "
+        "if --vc is given.",
     )
     feature_images: Images = option(40, "Images the compensation of features is fitted on.")
     vc: str | None = option(None, f"Form of the compensation of samples: {', '.join(FORMS)}. Default: least_squares.")
