@@ -24,27 +24,30 @@ def _step(time: float) -> torch.Tensor:
     return torch.full((2,), 1000 * time)
 
 
+def _text_and(noise: Noise, *sizes: int, **others: Any) -> dict[str, Any]:
+    """Make what is denoised, two rows of it, and six tokens of text for each."""
+    return {"hidden_states": noise(2, *sizes), "encoder_hidden_states": noise(2, 6, 48), **others}
+
+
+def _text_and_image(noise: Noise, time: float) -> dict[str, Any]:
+    return _text_and(noise, 4, 8, 8, timestep=_step(time))
+
+
+def _text_and_patches(noise: Noise, time: float) -> dict[str, Any]:
+    return _text_and(noise, 16, 16, timestep=torch.full((2,), time))
+
+
 def _dit(noise: Noise, time: float) -> dict[str, Any]:
     return {"hidden_states": noise(2, 4, 8, 8), "timestep": _step(time).long(), "class_labels": torch.tensor([1, 7])}
 
 
 def _pixart(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 8, 8),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "timestep": _step(time),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "encoder_attention_mask": torch.ones(2, 6),
-    }
+    sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return {**_text_and_image(noise, time), **sizes, "encoder_attention_mask": torch.ones(2, 6)}
 
 
 def _sd3(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 8, 8),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "pooled_projections": noise(2, 64),
-        "timestep": _step(time),
-    }
+    return {**_text_and_image(noise, time), "pooled_projections": noise(2, 64)}
 
 
 def _places(axes: int) -> dict[str, torch.Tensor]:
@@ -54,44 +57,20 @@ def _places(axes: int) -> dict[str, torch.Tensor]:
     return {"img_ids": image, "txt_ids": torch.zeros(6, axes)}
 
 
+def _chroma(noise: Noise, time: float) -> dict[str, Any]:
+    return {**_text_and_patches(noise, time), **_places(3)}
+
+
 def _flux(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 16, 16),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "pooled_projections": noise(2, 32),
-        "timestep": torch.full((2,), time),
-        "guidance": torch.full((2,), 3.5),
-        **_places(3),
-    }
+    return {**_chroma(noise, time), "pooled_projections": noise(2, 32), "guidance": torch.full((2,), 3.5)}
 
 
 def _flux2(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 16, 16),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "timestep": torch.full((2,), time),
-        "guidance": torch.full((2,), 3.5),
-        **_places(4),
-    }
-
-
-def _chroma(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 16, 16),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "timestep": torch.full((2,), time),
-        **_places(3),
-    }
+    return {**_text_and_patches(noise, time), "guidance": torch.full((2,), 3.5), **_places(4)}
 
 
 def _qwen(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 16, 16),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "encoder_hidden_states_mask": None,
-        "timestep": torch.full((2,), time),
-        "img_shapes": [[(1, 4, 4)]] * 2,
-    }
+    return {**_text_and_patches(noise, time), "encoder_hidden_states_mask": None, "img_shapes": [[(1, 4, 4)]] * 2}
 
 
 def _z_image(noise: Noise, time: float) -> dict[str, Any]:
@@ -103,30 +82,18 @@ def _z_image(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _lumina(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 8, 8),
-        "timestep": torch.full((2,), 1 - time),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "encoder_attention_mask": torch.ones(2, 6, dtype=torch.bool),
-    }
-
-
-def _text_and_image(noise: Noise, time: float) -> dict[str, Any]:
-    return {"hidden_states": noise(2, 4, 8, 8), "encoder_hidden_states": noise(2, 6, 48), "timestep": _step(time)}
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    return _text_and(noise, 4, 8, 8, timestep=torch.full((2,), 1 - time), encoder_attention_mask=mask)
 
 
 def _aura(noise: Noise, time: float) -> dict[str, Any]:
-    return {**_text_and_image(noise, time), "timestep": torch.full((2,), time)}
+    return _text_and(noise, 4, 8, 8, timestep=torch.full((2,), time))
 
 
 def _cogview(noise: Noise, time: float) -> dict[str, Any]:
     size = torch.full((2, 2), 64.0)
-    return {
-        **_text_and_image(noise, time),
-        "original_size": size,
-        "target_size": size,
-        "crop_coords": torch.zeros(2, 2),
-    }
+    sizes = {"original_size": size, "target_size": size, "crop_coords": torch.zeros(2, 2)}
+    return {**_text_and_image(noise, time), **sizes}
 
 
 def _hidream(noise: Noise, time: float) -> dict[str, Any]:
@@ -154,26 +121,17 @@ def _hunyuan_dit(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _wan(noise: Noise, time: float) -> dict[str, Any]:
-    return {"hidden_states": noise(2, 4, 2, 8, 8), "encoder_hidden_states": noise(2, 6, 48), "timestep": _step(time)}
+    return _text_and(noise, 4, 2, 8, 8, timestep=_step(time))
 
 
 def _hunyuan_video(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 2, 8, 8),
-        "timestep": _step(time),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "encoder_attention_mask": torch.ones(2, 6),
-        "pooled_projections": noise(2, 32),
-        "guidance": torch.full((2,), 6000.0),
-    }
+    others = {"encoder_attention_mask": torch.ones(2, 6), "guidance": torch.full((2,), 6000.0)}
+    return {**_wan(noise, time), **others, "pooled_projections": noise(2, 32)}
 
 
 def _hunyuan_video_15(noise: Noise, time: float) -> dict[str, Any]:
     return {
-        "hidden_states": noise(2, 4, 2, 4, 4),
-        "timestep": _step(time),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "encoder_attention_mask": torch.ones(2, 6),
+        **_text_and(noise, 4, 2, 4, 4, timestep=_step(time), encoder_attention_mask=torch.ones(2, 6)),
         "encoder_hidden_states_2": noise(2, 5, 32),
         "encoder_attention_mask_2": torch.ones(2, 5),
         "image_embeds": noise(2, 4, 32),
@@ -181,26 +139,17 @@ def _hunyuan_video_15(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _cogvideo(noise: Noise, time: float) -> dict[str, Any]:
-    return {"hidden_states": noise(2, 1, 4, 8, 8), "encoder_hidden_states": noise(2, 6, 48), "timestep": _step(time)}
+    return _text_and(noise, 1, 4, 8, 8, timestep=_step(time))
 
 
 def _ltx(noise: Noise, time: float) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 16, 16),
-        "encoder_hidden_states": noise(2, 6, 48),
-        "timestep": _step(time),
-        "encoder_attention_mask": torch.ones(2, 6),
-        "num_frames": 1,
-        "height": 4,
-        "width": 4,
-    }
+    others = {"encoder_attention_mask": torch.ones(2, 6), "num_frames": 1, "height": 4, "width": 4}
+    return _text_and(noise, 16, 16, timestep=_step(time), **others)
 
 
 def _stable_audio(noise: Noise, time: float) -> dict[str, Any]:
     return {
-        "hidden_states": noise(2, 4, 16),
-        "timestep": torch.full((2,), time),
-        "encoder_hidden_states": noise(2, 6, 48),
+        **_text_and(noise, 4, 16, timestep=torch.full((2,), time)),
         "global_hidden_states": noise(2, 1, 32),
         "rotary_embedding": (torch.ones(17, 8), torch.zeros(17, 8)),
     }
