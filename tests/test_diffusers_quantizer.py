@@ -311,19 +311,10 @@ def damage(directory, change):
         (lambda t: t.pop(f"{TO_Q}.act_scale"), "act_zero_point has no act_scale beside it"),
     ],
     ids=[
-        "packed weight",
-        "other weight",
-        "bits",
-        "scales in half",
-        "NaN",
-        "negative range",
-        "zero point outside",
-        "float sums",
-        "short sums",
-        "unpacked",
-        "zero point alone",
+        "packed weight", "other weight", "bits", "scales in half", "NaN", "negative range", "zero point outside",
+        "float sums", "short sums", "unpacked", "zero point alone",
     ],
-)
+)  # fmt: skip
 def test_damaged_checkpoints(saved, change, message):
     damage(saved, change)
     with pytest.raises(ModelError, match=message):

@@ -119,24 +119,8 @@ KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {  # wha
     ),
 }
 ODD = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    0.5,
-    10**6,
-    10**30,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "../x",
-    "/dev/zero",
-    [],
-    {},
-]
+    None, True, -1, 0, 1, 0.5, 10**6, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../x", "/dev/zero", [], {},
+]  # fmt: skip
 
 
 def huge(path: Path) -> None:
@@ -179,10 +163,8 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damage(chance: random.Random, path: Path) -> None:
-    data, how = (
-        bytearray(path.read_bytes()),
-        chance.choice(["bit", "bit", "bit", "bytes", "cut", "inside", "inside", "special"]),
-    )
+    data = bytearray(path.read_bytes())
+    how = chance.choice(["bit", "bit", "bit", "bytes", "cut", "inside", "inside", "special"])
     header = 8 + int.from_bytes(data[:8], "little") if path.suffix != ".json" else len(data)
     if how == "bit":
         data[chance.randrange(chance.choice([len(data), header]))] ^= 1 << chance.randrange(8)

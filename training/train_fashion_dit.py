@@ -71,12 +71,12 @@ class Stage:
         model: nn.Module,
         draw: Callable[[torch.Generator], tuple[torch.Tensor, ...]],
         loss: Callable[..., torch.Tensor],
-        *,
-        steps: int,
-        learning_rate: float,
-        ema_decay: float,
         settings: Settings,
         work: Path,
+        *,
+        steps: int,
+        ema_decay: float,
+        learning_rate: float = 2e-3,
     ) -> None:
         self.name, self.model, self.draw, self.loss, self.steps = name, model, draw, loss, steps
         self.learning_rate, self.ema_decay, self.settings = learning_rate, ema_decay, settings
@@ -220,18 +220,7 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor, settings: Setti
             return F.cross_entropy(model(batch)[1].float(), targets)
 
     model = FashionClassifier().to(device)
-    stage = Stage(
-        "classifier",
-        model,
-        draw,
-        loss,
-        steps=settings.classifier_steps,
-        learning_rate=2e-3,
-        ema_decay=0.99,
-        settings=settings,
-        work=work,
-    )
-    return stage.run()
+    return Stage("classifier", model, draw, loss, settings, work, steps=settings.classifier_steps, ema_decay=0.99).run()
 
 
 def make_vae() -> AutoencoderKL:
@@ -270,18 +259,7 @@ def train_vae(images: torch.Tensor, settings: Settings, work: Path, *, compile_m
             return compiled(model, batch, noise)
 
     model = make_vae().to(device)
-    stage = Stage(
-        "vae",
-        model,
-        draw,
-        loss,
-        steps=settings.vae_steps,
-        learning_rate=2e-3,
-        ema_decay=0.999,
-        settings=settings,
-        work=work,
-    )
-    return stage.run()
+    return Stage("vae", model, draw, loss, settings, work, steps=settings.vae_steps, ema_decay=0.999).run()
 
 
 @torch.no_grad()
@@ -372,17 +350,8 @@ def train_dit(
         return (weights[timestep] * error).mean()
 
     model = make_dit().to(device)
-    stage = Stage(
-        "dit",
-        model,
-        draw,
-        loss,
-        steps=settings.dit_steps,
-        learning_rate=settings.dit_learning_rate,
-        ema_decay=settings.dit_ema,
-        settings=settings,
-        work=work,
-    )
+    kind = {"steps": settings.dit_steps, "ema_decay": settings.dit_ema, "learning_rate": settings.dit_learning_rate}
+    stage = Stage("dit", model, draw, loss, settings, work, **kind)
     if compile_model:
         for block in model.transformer_blocks:
             block.compile()

@@ -17,16 +17,8 @@ from tests.kernels.oracle import assert_rounded, float_dtypes
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # (batch, tokens, heads, D): tokens below, at and beyond a block; D in one piece and in two
-SHAPES = [
-    (3, 1, 2, 40),
-    (2, 1, 2, 72),
-    (2, 64, 2, 72),
-    (1, 50, 3, 32),
-    (2, 100, 1, 64),
-    (1, 130, 1, 128),
-    (1, 17, 2, 48),
-    (1, 1, 1, 16),
-]
+SHAPES = [(3, 1, 2, 40), (2, 1, 2, 72), (2, 64, 2, 72), (1, 50, 3, 32), (2, 100, 1, 64), (1, 130, 1, 128)]
+SHAPES += [(1, 17, 2, 48), (1, 1, 1, 16)]
 LARGE_SHAPES = [(2, 256, 16, 72), (16, 256, 16, 72), (64, 256, 16, 72), (2, 1024, 16, 72), (32, 64, 6, 32)]
 SCALE, ZERO_POINT = 0.02, 7
 # of the size of v: the softmax is rounded to the inputs' type before it is multiplied with v

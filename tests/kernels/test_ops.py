@@ -15,7 +15,6 @@ from qandc_kernels import (
     int8_linear,
     quantize_per_token,
     reference,
-    select_backend,
     weight_only_linear,
 )
 
@@ -232,14 +231,3 @@ def test_reference_has_the_signatures_of_the_ops():
         assert str(inspect.signature(definition)) == str(inspect.signature(op))
         assert op.__doc__ == definition.__doc__
         assert pickle.loads(pickle.dumps(op)) is op
-
-
-def test_backend_says_why_not():
-    backend = select_backend("cpu")
-    assert backend.name == "reference"
-    assert "CUDA" in backend.reason
-
-
-@pytest.mark.gpu
-def test_backend_on_a_gpu():
-    assert select_backend("cuda").name == "triton"
