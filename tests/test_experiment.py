@@ -1,4 +1,4 @@
-"""The six rows: what is switched on in each, what an interruption costs, what is refused; many processes."""
+"""The seven rows: what is switched on in each, what an interruption costs, what is refused; many processes."""
 
 from __future__ import annotations
 

@@ -80,15 +80,11 @@ VARIANTS = {
     "W8A6, no compensation, no smoothing": {"a_bits": 6, "compensation": "none", "smoothing": False},
     "W8A8 with VC": {"compensation": "samples"},
     "uniform block cache, ddim, of the noise": {
-        "cache_mode": "delta",
-        "uniform": True,
-        "scheduler": "ddim",
-        "vc_target": "noise",
-        "vc_start": 2,
-        "vc": "variance_ratio",
+        "cache_mode": "delta", "uniform": True, "scheduler": "ddim",
+        "vc_target": "noise", "vc_start": 2, "vc": "variance_ratio",
     },
     "no guidance, mse": {"guidance_scale": 1.0, "ranges": RangeConfig("mse", symmetric=True), "rounding": "gptq"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -227,15 +227,8 @@ def test_compensations_of_features_and_samples(tmp_path):
 def test_features_of_another_cache_are_refused(tmp_path):
     preset, _ = make_preset()
     schedule = preset.schedule
-    for changes, message in (
-        ({"mode": "branch", "order": 0}, "fitted for mode 'branch'; this cache has 'taylor'"),
-        ({"order": 2, "schedule": (True, True, True, False, False, False)}, "fitted for order 2; this cache has 1"),
-        ({"schedule": (True, True, False, False, True, False)}, "fitted for schedule .* this cache has"),
-        ({"timesteps": (900, 700, 500, 300, 100, 0)}, "fitted for timesteps .* this cache has"),
-    ):
-        other = make_features(dataclasses.replace(schedule, **changes))
-        with pytest.raises(ConfigError, match=message):
-            dataclasses.replace(preset, features=other)
+    with pytest.raises(ConfigError, match="fitted for mode 'branch'; this cache has 'taylor'"):
+        dataclasses.replace(preset, features=make_features(dataclasses.replace(schedule, mode="branch", order=0)))
     both = dataclasses.replace(preset, features=make_features(schedule))
     schedule = [True, True, False, False, True, False]
     for change in ({"mode": "branch"}, {"storage_dtype": "bfloat16"}, {"schedule": schedule}, {"timesteps": [0] * 6}):
