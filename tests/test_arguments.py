@@ -480,7 +480,12 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "progress": P(lambda stage, done, total: None, CALLABLES),
     },
     "calibrate_schedule": lambda: sampling(
-        mode=P("branch"), order=P(1), computed_steps=P(2), seeds=SEEDS, callback=CALLBACK
+        mode=P("branch"),
+        order=P(1),
+        computed_steps=P(2),
+        compensated=P(False, FLAG),
+        seeds=SEEDS,
+        callback=CALLBACK,
     ),
     "calibrate_steps": lambda: {
         "model": P(quantized()),
@@ -575,7 +580,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         corrector=P(None, "None"),
         cuda_graph=P(False, FLAG),
     ),
-    "schedule_from_run": lambda: running(mode=P("branch"), order=P(1), computed_steps=P(2)),
+    "schedule_from_run": lambda: running(mode=P("branch"), order=P(1), computed_steps=P(2), compensated=P(False, FLAG)),
     **dict.fromkeys(
         ("save", "save_quantized"),
         lambda: {

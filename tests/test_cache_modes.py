@@ -28,7 +28,7 @@ from qandc import (
 )
 from qandc.caching.plan import Action
 from qandc.fusion.fuse import Fused
-from qandc.method.schedule_calibration import feature_gram
+from qandc.method.schedule_calibration import feature_moments
 from qandc.models.dit.fused import FusedBlock
 from tests import definition
 from tests.conftest import make_dit
@@ -522,23 +522,23 @@ def test_calibrated_schedule(mode, order):
     assert found == calibrate_schedule(model, scheduler, [1, 2], **arguments)
 
 
-def record_gram(model, mode):
+def record_products(model, mode):
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
     run = {"num_inference_steps": 4, "seeds": [0, 1]}
-    return feature_gram(model, lambda: sample_latents(model, scheduler, [3, 4], **run), mode)[0]
+    return feature_moments(model, lambda: sample_latents(model, scheduler, [3, 4], **run), mode)[0].products
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["delta", "branch"])
 def test_features_of_compiled_blocks_that_have_run(mode):
-    expected = record_gram(make_dit(num_layers=2), mode)
+    expected = record_products(make_dit(num_layers=2), mode)
     model = make_dit(num_layers=2)
     for block in model.transformer_blocks:
         block.compile(backend="eager")
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
     for compiled in (model, torch.compile(make_dit(num_layers=2), backend="eager")):
         sample_latents(compiled, scheduler, [3, 4], num_inference_steps=4, seeds=[0, 1])
-        assert record_gram(compiled, mode) == pytest.approx(expected, rel=1e-3)
+        assert record_products(compiled, mode) == pytest.approx(expected, rel=1e-3)
 
 
 def heun():
@@ -573,7 +573,9 @@ def test_a_scheduler_that_calls_the_model_twice_a_step(mode, order):
 def test_a_calibrated_schedule_is_no_worse_than_an_even_one(monkeypatch):
     """Of order 2 not all schedules are tried; here none is but a bad one."""
     bad = (True, True, True, True, False, False, False, False)
-    monkeypatch.setattr("qandc.method.schedule_calibration.optimal_schedule", lambda gram, computed, **order: bad)
+    monkeypatch.setattr(
+        "qandc.method.schedule_calibration.optimal_schedule", lambda errors, steps, computed, **order: bad
+    )
     scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
     arguments = {"mode": "taylor", "order": 2, "computed_steps": 4, "num_inference_steps": 8}
     found = calibrate_schedule(make_dit(num_layers=2), scheduler, [1], **arguments)

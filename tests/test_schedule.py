@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from qandc import (
     CacheConfig,
@@ -21,11 +22,11 @@ from qandc import (
 from qandc.caching.schedule import (
     FILE,
     even_schedule,
-    forecast_errors,
     forecast_weights,
     optimal_schedule,
     schedule_error,
 )
+from qandc.method.schedule_calibration import StepMoments
 
 
 def stars(schedule) -> str:
@@ -190,50 +191,62 @@ def test_with_fewer_steps_the_order_is_lower():
     assert forecast_weights([4, 2], 6, 2) == forecast_weights([4, 2], 6, 1)
 
 
-def make_gram(steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random walks of features, and gates that change from step to step."""
-    generator = np.random.default_rng(seed)
-    features = generator.normal(size=(steps, 7)).cumsum(0) * generator.random((steps, 1))
-    gates = generator.normal(size=(steps, 7))
-    contributions = gates[:, None] * features[None]  # of step a at step j: [j, a, :]
-    return np.einsum("jap,jbp->jab", contributions, contributions), contributions
+def walk(steps, seed):
+    """Random walks of features, ``[S, samples, M]``, and gates that change from step to step, ``[S, M]``."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(steps, 20, 7, generator=generator, dtype=torch.float64).cumsum(0)
+    scales, gates = (torch.rand(steps, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    return features * scales[:, None], gates
+
+
+def moments_of(features, gates):
+    return StepMoments(features.mean(1), torch.einsum("anm,bnm->abm", features, features) / 20, gates.square())
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_forecast_errors_by_definition(order):
-    gram, contributions = make_gram(9, 3)
+@pytest.mark.parametrize("pull", [None, 0.0, 0.5, 1.0])
+def test_errors_of_steps_by_definition(order, pull):
+    features, gates = walk(9, 3)
     computed = [5, 3, 0][: order + 1]
-    errors = forecast_errors(gram, computed, order)
+    errors = moments_of(features, gates).errors(computed, pull)
+    assert len(errors) == 3
     for j in range(6, 9):
         weights = forecast_weights(computed, j, order)
-        forecast = sum(w * contributions[j, s] for w, s in zip(weights, computed, strict=True))
-        truth = contributions[j, j]
-        assert errors[j - 6] == pytest.approx(np.linalg.norm(forecast - truth) / np.linalg.norm(truth))
+        f, g = sum(w * features[s] for w, s in zip(weights, computed, strict=True)), features[j]
+        if pull is not None:
+            fitted = [torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y).solution[0] for x, y in zip(
+                f.T, g.T, strict=True)]  # fmt: skip
+            f = f * (1 + (1 - pull) * (torch.stack(fitted) - 1))
+            f = f + (g - f).mean(0)
+        expected = (gates[j] * (f - g)).norm() / (gates[j] * g).norm()
+        assert errors[j - 6] == pytest.approx(expected.item())
+    assert len(moments_of(features, gates).errors([8, 3, 0], pull)) == 0
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_optimum_is_that_of_trying_all(order, seed):
     steps, computed = 9, 5
-    gram, _ = make_gram(steps, seed)
-    found = optimal_schedule(gram, computed, order=order, warm_up_steps=order + 1)
+    errors = moments_of(*walk(steps, seed)).errors
+    found = optimal_schedule(errors, steps, computed, order=order, warm_up_steps=order + 1)
     assert sum(found) == computed
     assert all(found[: order + 1])
     tried = []
     for chosen in itertools.combinations(range(order + 1, steps), computed - order - 1):
-        tried.append(schedule_error(gram, tuple(s <= order or s in chosen for s in range(steps)), order))
-    assert schedule_error(gram, found, order) == pytest.approx(min(tried))
+        tried.append(schedule_error(errors, tuple(s <= order or s in chosen for s in range(steps)), order))
+    assert schedule_error(errors, found, order) == pytest.approx(min(tried))
 
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_gaps_may_be_as_long_as_they_like(order):
     """Features that change in the last steps alone: all that lies between is reused at no cost."""
-    features = np.eye(5)[[0] * 17 + [1, 2, 3]]
-    gram = np.broadcast_to(features @ features.T, (20, 20, 20))
-    found = optimal_schedule(gram, 5, order=order, warm_up_steps=order + 1)
-    assert schedule_error(gram, found, order) == 0
+    features = torch.eye(5, dtype=torch.float64)[[0] * 17 + [1, 2, 3]][:, None].repeat(1, 20, 1)
+    errors = moments_of(features, torch.ones(20, 5)).errors
+    found = optimal_schedule(errors, 20, 5, order=order, warm_up_steps=order + 1)
+    assert schedule_error(errors, found, order) == 0
     assert found[17:] == (True,) * 3
-    assert optimal_schedule(gram, 5, order=1, warm_up_steps=2) == (True, True, *(False,) * 15, True, True, True)
+    expected = (True, True, *(False,) * 15, True, True, True)
+    assert optimal_schedule(errors, 20, 5, order=1, warm_up_steps=2) == expected
 
 
 @pytest.mark.parametrize("warm_up", [1, 2, 3])
@@ -248,11 +261,11 @@ def test_an_even_schedule_computes_as_many_steps_as_asked_for(computed, warm_up)
 
 
 def test_all_steps_or_too_few():
-    gram, _ = make_gram(6, 0)
-    assert optimal_schedule(gram, 6) == (True,) * 6
+    errors = moments_of(*walk(6, 0)).errors
+    assert optimal_schedule(errors, 6, 6) == (True,) * 6
     for computed, order in ((7, 0), (0, 0), (1, 1)):
         with pytest.raises(ConfigError, match="of 6 steps"):
-            optimal_schedule(gram, computed, order=order, warm_up_steps=order + 1)
+            optimal_schedule(errors, 6, computed, order=order, warm_up_steps=order + 1)
 
 
 FOUND = CalibratedSchedule((True, True, False), (981, 661, 321), "taylor", 1, 0.25, 0.5)

@@ -43,9 +43,9 @@ from qandc import (
     smoothing_factors,
     uniform_schedule,
 )
-from qandc.caching.schedule import optimal_schedule
+from qandc.caching.schedule import Errors, optimal_schedule
 from qandc.experiments.report import measure_rows
-from qandc.method.schedule_calibration import feature_gram
+from qandc.method.schedule_calibration import feature_moments
 from qandc.quantization.ranges import RangeConfig
 from qandc.variance_compensation import epsilon_scaling
 from quality import Bench, Images, Out, Seconds, cached, command
@@ -190,7 +190,7 @@ class Method(Bench):
         super().__init__(*args, **others)
         self.pool_images, self.fit_images = pool_images, fit_images
         self.settings |= {"pool_images": pool_images, "fit_images": fit_images}
-        self.grams: dict[tuple[int, str], np.ndarray] = {}  # of the first model of these bits, to find schedules
+        self.errors: dict[tuple[int, str], Errors] = {}  # of the first model of these bits, to find schedules
         self.executor = ProcessPoolExecutor(6, multiprocessing.get_context("spawn"))
 
     def runs(self, images: int, first: int = FIRST_SEED) -> tuple[list[int], range]:
@@ -249,10 +249,10 @@ class Method(Bench):
         of_steps = None
         if "groups" in row.ranges:
             of_steps = calibrate_steps(model, batches(by_timestep=True), groups=STEP_GROUPS)
-        if row.mode != "none" and (row.w_bits, row.mode) not in self.grams:
+        if row.mode != "none" and (row.w_bits, row.mode) not in self.errors:
             labels, seeds = self.runs(30, FIRST_SEED + 2_000_000)
             run = functools.partial(sample_latents, model, self.scheduler, labels, seeds=seeds, **self.run)
-            self.grams[row.w_bits, row.mode] = feature_gram(model, run, row.mode)[0]
+            self.errors[row.w_bits, row.mode] = feature_moments(model, run, row.mode)[0].errors
         return fuse_dit(model, step_ranges=of_steps)
 
     def cache_of(self, row: Configuration) -> CacheConfig | None:
@@ -260,9 +260,9 @@ class Method(Bench):
             return None
         if row.schedule == "uniform":
             return CacheConfig(row.mode, interval=row.interval)
-        computed = sum(uniform_schedule(self.run["num_inference_steps"], row.interval))
-        gram = self.grams[row.w_bits, row.mode]
-        return CacheConfig(row.mode, schedule=optimal_schedule(gram, computed, order=0, warm_up_steps=1))
+        steps, errors = self.run["num_inference_steps"], self.errors[row.w_bits, row.mode]
+        computed = sum(uniform_schedule(steps, row.interval))
+        return CacheConfig(row.mode, schedule=optimal_schedule(errors, steps, computed))
 
     def compensation(self, model: Any, form: str) -> Compensation:
         start = self.run["num_inference_steps"] // 2 if form.endswith("later half") else 0

@@ -20,7 +20,7 @@ import typer
 from qandc import CacheConfig, calibrate, fuse_dit, quantize_model, sample_latents, uniform_schedule
 from qandc.caching.schedule import optimal_schedule, schedule_error
 from qandc.experiments.report import measure_rows
-from qandc.method.schedule_calibration import feature_gram
+from qandc.method.schedule_calibration import feature_moments
 from quality import Bench, Images, Out, Seconds, cached, command
 
 INTERVALS = (2, 3, 4, 5, 8)
@@ -71,20 +71,20 @@ def main(
 
         if w_bits is not None:
             calibrate(model, run)
-        grams = {mode: feature_gram(model, run, mode)[0] for mode in ("block", "branch")}
-        return model if w_bits is None else fuse_dit(model), grams
+        errors = {mode: feature_moments(model, run, mode)[0].errors for mode in ("block", "branch")}
+        return model if w_bits is None else fuse_dit(model), errors
 
     def measure(row: dict[str, Any]) -> dict[str, Any]:
-        model, grams = model_of(row["precision"])
+        model, of_modes = model_of(row["precision"])
         mode, order, config, schedule = row["mode"], row["order"], None, {}
         if mode != "none":
-            gram, warm_up = grams["block" if mode == "block" else "branch"], order + 1
+            errors, warm_up = of_modes["block" if mode == "block" else "branch"], order + 1
             computed = uniform_schedule(steps, row["interval"], warm_up_steps=warm_up)
             if row["schedule"] == "calibrated":
-                computed = optimal_schedule(gram, sum(computed), order=order, warm_up_steps=warm_up)
+                computed = optimal_schedule(errors, steps, sum(computed), order=order, warm_up_steps=warm_up)
             config = CacheConfig(mode, schedule=computed, order=max(1, order))
             schedule = {"compute_steps": sum(computed), "steps": "".join(".C"[step] for step in computed)}
-            schedule["feature_error"] = schedule_error(gram, computed, order)
+            schedule["feature_error"] = schedule_error(errors, computed, order)
         with cached(model, config) as cache:
             pixels, seconds_per_image = bench.sample(model)
             nbytes = 0 if cache is None else cache.nbytes

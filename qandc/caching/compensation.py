@@ -19,9 +19,10 @@ from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
 from qandc.support.files import FileKind, reading
 
-__all__ = ["FeatureCompensation", "FeatureHeader", "FeatureMoments"]
+__all__ = ["FeatureCompensation", "FeatureHeader", "FeatureMoments", "least_squares"]
 
 SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
+DEFAULT_PULL = {"delta": 0.0, "branch": 0.0, "taylor": 0.5}  # a forecast errs less, and fits of it overshoot
 
 
 class FeatureHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,6 +36,24 @@ class FeatureHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 FILE = FileKind("feature compensation", 1, FeatureHeader, "make one with fit_feature_compensation")
+
+
+def least_squares(
+    f: torch.Tensor, g: torch.Tensor, ff: torch.Tensor, fg: torch.Tensor, pull: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gain a and the offset b with the least mean of ``(a f + b - g)²``, pulled towards no gain.
+
+    ``a = 1 + (1 - pull) (Cov(f, g) / Var(f) - 1)``, ``b = mean(g) - a mean(f)``: at a pull of 1 the offset alone is
+    left. Where f does not vary, a is 1.
+
+    Args:
+        f, g, ff, fg: means of reused features f, of true ones g, of f² and of f · g, in float64.
+    """
+    variance = ff - f * f
+    varies = variance > SMALLEST_SHARE * ff
+    gain = torch.where(varies, (fg - f * g) / torch.where(varies, variance, 1.0), 1.0)
+    gain = 1 + (1 - pull) * (gain - 1)
+    return gain, g - gain * f
 
 
 class FeatureMoments:
@@ -55,22 +74,16 @@ class FeatureMoments:
             total[layer, branch] += values.sum(0)
 
     def solve(self, pull: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gains and offsets ``[L, K, D] float32`` with the least ``Σ (a f + b - g)²``, pulled towards no gain.
-
-        ``a = 1 + (1 - pull) (Cov(f, g) / Var(f) - 1)``, ``b = mean(g) - a mean(f)``: at a pull of 1 the offset alone is
-        left. A channel of f that does not vary gets the offset alone.
+        """Return gains and offsets ``[L, K, D] float32``, those of :func:`least_squares`.
 
         Raises:
             DataError: features are NaN or infinite.
         """
-        f, g, ff, fg = self.sums / self.count[None, :, :, None]
         if not torch.isfinite(self.sums).all():
             raise DataError("features of the blocks are NaN or infinite; check the weights and the dtype")
-        variance = ff - f * f
-        varies = variance > SMALLEST_SHARE * ff
-        gain = torch.where(varies, (fg - f * g) / torch.where(varies, variance, 1.0), 1.0)
-        gain = 1 + (1 - pull) * (gain - 1)
-        return gain.float(), (g - gain * f).float()
+        f, g, ff, fg = self.sums / self.count[:, :, None]
+        gain, offset = least_squares(f, g, ff, fg, pull)
+        return gain.float(), offset.float()
 
 
 @dataclass(frozen=True, eq=False)  # one is itself alone: graphs that hold one are found by it

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -21,9 +21,9 @@ from qandc.support.files import FileKind
 __all__ = [
     "CacheConfig",
     "CalibratedSchedule",
+    "Errors",
     "Schedule",
     "even_schedule",
-    "forecast_errors",
     "forecast_weights",
     "format_schedule",
     "optimal_schedule",
@@ -33,6 +33,7 @@ __all__ = [
 SAME_TIMESTEP = 1e-6  # relative difference up to which machines may round one timestep differently
 
 Schedule = tuple[bool, ...]
+Errors = Callable[[tuple[int, ...]], np.ndarray]  # computed steps, newest first -> of all steps after the newest
 MODES = ("delta", "branch", "taylor")
 OLDER_MODES = {"block": "delta"}
 STORAGE_DTYPES = ("float32", "bfloat16", "int8")
@@ -261,35 +262,22 @@ def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[flo
     return weights
 
 
-def forecast_errors(gram: np.ndarray, computed: Sequence[int], order: int) -> np.ndarray:
-    """Compute ``‖forecast - c_j‖ / ‖c_j‖`` of all steps j after the newest computed one: ``[S - 1 - newest]``.
-
-    ``gram [S, S, S]`` holds at ``[j, a, b]`` the product of what features of steps a and b contribute at step j:
-    ``‖Σ_k w_k c_k - c_j‖² = wᵀ G w - 2 wᵀ G_j + G_jj``.
-    """
-    at, kept = np.arange(computed[0] + 1, len(gram)), list(computed)
-    weights = np.array([forecast_weights(computed, int(j), order) for j in at]).reshape(len(at), len(kept))
-    between = gram[at[:, None, None], np.array(kept)[:, None], np.array(kept)]
-    with_truth = gram[at[:, None], np.array(kept), at[:, None]]
-    truth = gram[at, at, at]
-    squares = np.einsum("ja,jab,jb->j", weights, between, weights) - 2 * (weights * with_truth).sum(1) + truth
-    return np.sqrt(squares.clip(min=0) / truth)
-
-
-def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, warm_up_steps: int = 1) -> Schedule:
-    """Find the schedule of ``computed_steps`` compute steps with the least summed relative error.
+def optimal_schedule(
+    errors: Errors, steps: int, computed_steps: int, *, order: int = 0, warm_up_steps: int = 1
+) -> Schedule:
+    """Find the schedule of ``computed_steps`` compute steps with the least summed error.
 
     Dynamic programming, exact for order 0 and 1.
 
     The state is the last ``order + 1`` computed steps, on which the forecasts until the next one depend.
 
     Args:
-        gram: as :func:`forecast_errors`.
-        computed_steps: how many of the S steps are computed, ``warm_up_steps`` to S.
+        errors: gives for such a state, newest first, the errors of all steps after the newest.
+        steps: of the run.
+        computed_steps: how many of them are computed, ``warm_up_steps`` to all.
         order: of the forecast; 0 repeats the newest features.
         warm_up_steps: first steps that are computed in any case, at least ``order + 1``.
     """
-    steps = len(gram)
     if not order < warm_up_steps <= computed_steps <= steps:
         raise ConfigError(
             f"of {steps} steps {computed_steps} cannot be computed with {warm_up_steps} first ones and order {order}; "
@@ -302,7 +290,7 @@ def optimal_schedule(gram: np.ndarray, computed_steps: int, *, order: int = 0, w
     def until(history: tuple[int, ...], stop: int) -> float:
         """Sum the errors of all reuse steps before ``stop``."""
         if history not in sums:
-            sums[history] = np.concatenate([[0.0], forecast_errors(gram, history, order).cumsum()])
+            sums[history] = np.concatenate([[0.0], errors(history).cumsum()])
         return float(sums[history][stop - history[0] - 1])
 
     start = tuple(range(warm_up_steps - 1, warm_up_steps - 2 - order, -1))
@@ -333,13 +321,13 @@ def even_schedule(steps: int, computed_steps: int, warm_up_steps: int) -> Schedu
     return tuple(computed_steps == steps or step < warm_up_steps or step in chosen for step in range(steps))
 
 
-def schedule_error(gram: np.ndarray, schedule: Schedule, order: int) -> float:
-    """Sum the relative errors of the reuse steps of a schedule."""
+def schedule_error(errors: Errors, schedule: Schedule, order: int) -> float:
+    """Sum the errors of the reuse steps of a schedule; ``errors`` as :func:`optimal_schedule` takes it."""
     computed = [step for step, chosen in enumerate(schedule) if chosen]
     total = 0.0
     for i, (step, following) in enumerate(itertools.pairwise([*computed, len(schedule)])):
         history = tuple(reversed(computed[max(0, i - order) : i + 1]))
-        total += float(forecast_errors(gram, history, order)[: following - step - 1].sum())
+        total += float(errors(history)[: following - step - 1].sum())
     return total
 
 

@@ -9,16 +9,14 @@ from typing import Annotated, Any
 import torch
 
 from qandc.cache import apply_cache, detached_cache, remove_cache
-from qandc.caching.compensation import FeatureCompensation, FeatureMoments
+from qandc.caching.compensation import DEFAULT_PULL, FeatureCompensation, FeatureMoments
 from qandc.caching.features import FeatureStore, corrected
 from qandc.caching.plan import Action, Position
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import is_fused
-from qandc.method.observation import observe
+from qandc.method.observation import Branches, Observer, Run, observe
 from qandc.models import Family, family_of
-from qandc.models.family import arguments_of, image_part
-from qandc.sampling.loop import plain_timestep
 from qandc.support.arguments import Between, Model, checked
 
 __all__ = ["fit_feature_compensation"]
@@ -28,89 +26,47 @@ logger = logging.getLogger(__name__)
 ALONG = ("uncached", "corrected")
 INSTEAD = "fit their compensation"  # of seeing what a fused model computes
 PULLS = (0.0, 0.25, 0.5, 0.75, 1.0)
-DEFAULT_PULL = {"delta": 0.0, "branch": 0.0, "taylor": 0.5}  # a forecast errs less, and fits of it overshoot
 
 
-class _Run:
-    """Hold one run while it is observed: where it stands, its timesteps, and what a cache would have stored."""
+class _Run(Run):
+    """Hold one run while it is observed: where it stands, and what a cache would have stored."""
 
     def __init__(self, key: Any, config: CacheConfig) -> None:
-        self.key = key  # kept, so that no other tensor gets its id
+        super().__init__(key)
         self.position = Position(config)
-        self.timesteps: list[float] = []
         self.store = FeatureStore(config)
         self.action = Action.COMPUTE
 
 
-class _Branches:
-    """Call ``see(layer, branch, feature)`` for what each branch of a model adds, or all blocks together (``delta``)."""
-
-    def __init__(self, family: Family, model: Any, mode: str, see: Callable[[int, int, torch.Tensor], None]) -> None:
-        self.blocks = family.blocks(model)
-        self.shape = (1, 1) if mode == "delta" else self.blocks.shape
-        self.call: dict[str, Any] = {}  # what the first block was given
-        self.stream = torch.empty(0)  # of the image, in it
-        self._see = see
-        modules = [block.module for block in self.blocks.blocks]
-        self.handles = [modules[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
-        if mode == "delta":
-            self.handles.append(modules[-1].register_forward_hook(self._leave))
-            return
-        for block in self.blocks.blocks:
-            for name, place in block.places.items():
-                self.handles.append(getattr(block.module, name).register_forward_hook(self._hook(*place)))
-
-    def _begin(self, block: Any, args: Any, kwargs: Any) -> None:
-        self.call = arguments_of(block, args, kwargs)
-        self.stream = self.blocks.blocks[0].stream(self.call)
-
-    def _leave(self, block: Any, args: Any, output: Any) -> None:
-        self._see(0, 0, (output[-1] if isinstance(output, tuple) else output) - self.stream)
-
-    def _hook(self, layer: int, branch: int) -> Callable[[Any, Any, Any], None]:
-        return lambda module, args, output: self._see(layer, branch, image_part(output, self.stream.shape[1]))
-
-
-class _Fitter:
+class _Fitter(Observer[_Run]):
     """Sum moments of reused and true features at every reuse step while a model runs without a cache."""
 
     def __init__(self, family: Family, model: Any, config: CacheConfig, target: Any, pull: float | None) -> None:
-        self.family, self.config, self.target, self.pull = family, config, target, pull
+        super().__init__(family, model, config.mode)
+        self.config, self.target, self.pull = config, target, pull
         self.moments: dict[int, FeatureMoments] = {}
-        self.runs: dict[int, _Run] = {}
-        self._run: _Run | None = None
         self._true: dict[tuple[int, int], torch.Tensor] = {}  # features of the target at this step
-        self.branches = _Branches(family, model, config.mode, self._see)
-        self.handles = [*self.branches.handles, model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         if target is not None:
-            self.handles += _Branches(family, target, config.mode, self._note).handles
-        if pull is not None:  # after the hooks of branches, whose features it replaces
-            self.handles.append(self.branches.blocks.blocks[-1].module.register_forward_hook(self._replace))
+            self.handles += Branches(family, target, config.mode, self._note).handles
 
-    def _begin(self, model: Any, args: Any, kwargs: Any) -> None:
-        """Take the next step of the run that a forward belongs to."""
-        call = arguments_of(model, args, kwargs)
-        key = call.get(self.family.run_key)
-        if id(key) not in self.runs:
-            for over in list(self.runs.values())[:-1]:  # two may take turns: conditional and unconditional rows apart
-                over.store = FeatureStore(self.config)
-            self.runs[id(key)] = _Run(key, self.config)
-        run = self._run = self.runs[id(key)]
+    def make_run(self, key: Any) -> _Run:
+        return _Run(key, self.config)
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        run = self.run
         if self.config.length is not None and run.position.step + 1 >= self.config.length:
             raise ConfigError(
                 f"the cache schedule has {self.config.length} steps, and the run more; give one for the run"
             )
         run.action = run.position.advance()
-        run.timesteps.append(plain_timestep(torch.as_tensor(call["timestep"]).reshape(-1)[0]))
         if run.action is Action.REUSE and self.target is not None:
             self.target(*args, **kwargs)
 
     def _note(self, layer: int, branch: int, feature: torch.Tensor) -> None:
         self._true[layer, branch] = feature
 
-    def _see(self, layer: int, branch: int, feature: torch.Tensor) -> None:
-        run, (layers, branches) = self._run, self.branches.shape
-        assert run is not None
+    def see(self, layer: int, branch: int, feature: torch.Tensor) -> None:
+        run, (layers, branches) = self.run, self.branches.shape
         if run.action is Action.STORE:
             run.store.make((layers, branches, *feature.shape), feature.dtype, feature.device)
             run.store.target(run.position.newest, layer, branch).store_(feature)
@@ -121,20 +77,16 @@ class _Fitter:
             reused = run.store.forecast(layer, branch, run.position.forecast())
             self.moments[step].add(layer, branch, reused, self._true.get((layer, branch), feature))
 
-    def _replace(self, block: Any, args: Any, output: Any) -> Any:
+    def end(self, stream: torch.Tensor) -> torch.Tensor | None:
         """Go on from where the corrected cache would be, not from what the blocks have computed."""
-        run, x = self._run, self.branches.stream
-        assert run is not None
-        if run.action is not Action.REUSE:
-            return output
-        assert self.pull is not None
-        correction = self.moments[run.position.step].solve(self.pull)
-        gates = self.branches.blocks.gates(self.branches.call) if run.store.per_branch else None
+        run = self.run
+        if self.pull is None or run.action is not Action.REUSE:
+            return None
         weights = run.position.forecast()
-        of_sets = torch.tensor(weights, device=x.device) if weights else None
-        gates, offset = corrected(gates, correction, len(x))
-        x = run.store.add_to(x, gates, of_sets, offset)
-        return (*output[:-1], x) if isinstance(output, tuple) else x
+        of_sets = torch.tensor(weights, device=stream.device) if weights else None
+        correction = self.moments[run.position.step].solve(self.pull)
+        gates, offset = corrected(self.branches.gates(), correction, len(stream))
+        return run.store.add_to(self.branches.stream, gates, of_sets, offset)
 
 
 def _observe(

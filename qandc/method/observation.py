@@ -2,39 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.models import FAMILIES, Family, family_of
+from qandc.models.family import arguments_of, image_part
+from qandc.sampling.loop import plain_timestep
 from qandc.support.attach import eager, paused
 
-__all__ = ["observe"]
+__all__ = ["Branches", "Observer", "Run", "observe"]
 
 
-class _Run(Protocol):
-    timesteps: list[float]
+class Branches:
+    """Call ``see(layer, branch, feature)`` for what each branch of a model adds, or all blocks together (``delta``)."""
+
+    def __init__(self, family: Family, model: Any, mode: str, see: Callable[[int, int, torch.Tensor], None]) -> None:
+        self.blocks, self.mode = family.blocks(model), mode
+        self.shape = (1, 1) if mode == "delta" else self.blocks.shape
+        self.call: dict[str, Any] = {}  # what the first block was given
+        self.stream = torch.empty(0)  # of the image, in it
+        self._see = see
+        modules = [block.module for block in self.blocks.blocks]
+        self.handles = [modules[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
+        if mode == "delta":
+            self.handles.append(modules[-1].register_forward_hook(self._leave))
+            return
+        for block in self.blocks.blocks:
+            for name, place in block.places.items():
+                self.handles.append(getattr(block.module, name).register_forward_hook(self._hook(*place)))
+
+    def gates(self) -> torch.Tensor | None:
+        """Return the gates of this step, ``[L, K, B, D]``; None with ``delta``."""
+        return None if self.mode == "delta" else self.blocks.gates(self.call)
+
+    def _begin(self, block: Any, args: Any, kwargs: Any) -> None:
+        self.call = arguments_of(block, args, kwargs)
+        self.stream = self.blocks.blocks[0].stream(self.call)
+
+    def _leave(self, block: Any, args: Any, output: Any) -> None:
+        self._see(0, 0, (output[-1] if isinstance(output, tuple) else output) - self.stream)
+
+    def _hook(self, layer: int, branch: int) -> Callable[[Any, Any, Any], None]:
+        return lambda module, args, output: self._see(layer, branch, image_part(output, self.stream.shape[1]))
 
 
-class Observer(Protocol):
-    """Hold hooks on a model, and what they have seen of each run.
+class Run:
+    """Hold one run while it is observed, by the tensor that a cache would know it by.
 
     Attributes:
-        handles: of the hooks; they are removed after the runs.
-        runs: by the id of the tensor that a cache would know a run by.
+        timesteps: of its steps so far.
     """
 
-    handles: list[RemovableHandle]
+    def __init__(self, key: Any) -> None:
+        self.key = (lambda: None) if key is None else weakref.ref(key)  # when nobody holds the tensor, the run is over
+        self.timesteps: list[float] = []
 
-    @property
-    def runs(self) -> Mapping[int, _Run]: ...
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
-Watching = TypeVar("Watching", bound=Observer)
+class Observer(Generic[AnyRun]):
+    """Look at the features of a model at every step of its runs. A run is let go when the next begins after it.
+
+    Attributes:
+        run: the one that the current step belongs to.
+        timesteps: of the runs that are over, which have the same; empty before.
+        handles: of hooks, which are removed after the runs.
+    """
+
+    run: AnyRun
+
+    def __init__(self, family: Family, model: Any, mode: str) -> None:
+        self.branches = Branches(family, model, mode, self.see)
+        self.timesteps: tuple[float, ...] = ()
+        self._run_key = family.run_key
+        self._runs: list[AnyRun] = []
+        self.handles = [*self.branches.handles, model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        # after the hooks of branches
+        self.handles.append(self.branches.blocks.blocks[-1].module.register_forward_hook(self._end))
+
+    def make_run(self, key: Any) -> AnyRun:
+        """Make what holds a run."""
+        raise NotImplementedError
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """Take what the model is given at the next step of ``run``."""
+
+    def see(self, layer: int, branch: int, feature: torch.Tensor) -> None:
+        """Take a feature of this step, ``[B, tokens, D]``."""
+        raise NotImplementedError
+
+    def end(self, stream: torch.Tensor) -> torch.Tensor | None:
+        """Take the stream of the image behind all blocks, and return what the model goes on with instead, or None."""
+
+    def finish(self, run: AnyRun) -> None:
+        """Take what a run that is over holds."""
+
+    def finish_all(self, runs: list[AnyRun] | None = None) -> None:
+        """Finish these runs, or all that have begun.
+
+        Raises:
+            ConfigError: one run has other timesteps than another.
+        """
+        for run in list(self._runs) if runs is None else runs:
+            self._runs.remove(run)
+            first, found = self.timesteps or tuple(run.timesteps), tuple(run.timesteps)
+            if found != first:
+                raise ConfigError(
+                    f"one run has {len(first)} steps from timestep {first[0]:g} on and another {len(found)} from "
+                    f"{found[0]:g} on; give a function whose runs have the same steps"
+                )
+            self.timesteps = first
+            self.finish(run)
+
+    def _begin(self, model: Any, args: Any, kwargs: Any) -> None:
+        call = arguments_of(model, args, kwargs)
+        key = call.get(self._run_key)
+        known = next((run for run in self._runs if run.key() is key), None)
+        if known is None:
+            # two may take turns: conditional and unconditional rows apart
+            self.finish_all([run for run in self._runs if run.key() is None or run is not self._runs[-1]])
+            known = self.make_run(key)
+            self._runs.append(known)
+        self.run = known
+        known.timesteps.append(plain_timestep(torch.as_tensor(call["timestep"]).reshape(-1)[0]))
+        self.begin(args, kwargs)
+
+    def _end(self, block: Any, args: Any, output: Any) -> Any:
+        others = output[:-1] if isinstance(output, tuple) else ()
+        stream = self.end(output[-1] if others else output)
+        return stream if stream is None or not others else (*others, stream)
+
+
+Watching = TypeVar("Watching", bound=Observer[Any])
 
 
 def observe(
@@ -66,13 +171,7 @@ def observe(
         finally:
             for handle in observer.handles:
                 handle.remove()
-    runs = [tuple(found.timesteps) for found in observer.runs.values()]
-    if not runs:
+    observer.finish_all()
+    if not observer.timesteps:
         raise DataError(f"the function did not run this {type(model).__name__}; give one that draws with its pipeline")
-    for timesteps in runs:
-        if timesteps != runs[0]:
-            raise ConfigError(
-                f"one run has {len(runs[0])} steps from timestep {runs[0][0]:g} on and another {len(timesteps)} from "
-                f"{timesteps[0]:g} on; give a function whose runs have the same steps"
-            )
-    return observer, runs[0]
+    return observer, observer.timesteps

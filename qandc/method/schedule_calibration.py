@@ -3,137 +3,154 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from qandc.caching.schedule import CacheConfig, CalibratedSchedule, even_schedule, optimal_schedule, schedule_error
+from qandc.caching.compensation import DEFAULT_PULL, least_squares
+from qandc.caching.schedule import (
+    CacheConfig,
+    CalibratedSchedule,
+    even_schedule,
+    forecast_weights,
+    optimal_schedule,
+    schedule_error,
+)
 from qandc.errors import ConfigError, DataError
-from qandc.method.observation import observe
+from qandc.method.observation import Observer, Run, observe
 from qandc.models import Family, older_names
-from qandc.models.family import Block, arguments_of, image_part
-from qandc.sampling.loop import Guidance, check_sampling, plain_timestep, sample_latents, set_timesteps
+from qandc.sampling.loop import Guidance, check_sampling, sample_latents, set_timesteps
 from qandc.support.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
 
-__all__ = ["calibrate_schedule", "feature_gram", "schedule_from_run"]
+__all__ = ["calibrate_schedule", "feature_moments", "schedule_from_run"]
 
 logger = logging.getLogger(__name__)
 
-POSITIONS = 512  # places (token, channel) of a sample at which features are compared
+TOKENS = 8  # of a sample, drawn by chance, at which features are compared
+CHANNELS = 2048  # of all branches together, drawn for each
 
 
-class _RecordedRun:
-    """Hold features and gates of one run at the recorded places, a step each."""
+class StepMoments:
+    """Hold means over samples and tokens of what features of S steps have in common, for M channels of all branches.
 
-    def __init__(self, key: Any) -> None:
-        self.key = key  # kept, so that no other tensor gets its id
-        self.timesteps: list[float] = []
-        self.features: list[torch.Tensor] = []  # [S] of [L · K, B, P]
-        self.gates: list[torch.Tensor] = []
-
-    def gram(self) -> np.ndarray:
-        features, found = torch.stack(self.features), []  # [S, L · K, B, P]
-        for gates in self.gates:
-            contributions = torch.einsum("slbp,lbp->sbp", features, gates).flatten(1).double()
-            found.append((contributions @ contributions.t()).cpu().numpy())
-        return np.stack(found)
-
-
-class _Recorder:
-    """Record features and gates of every step at a few places, the same in all steps and blocks.
-
-    What a feature adds is its product with the gate, place by place, so errors at these places estimate those at all.
-    Runs are told apart by the tensor that a cache knows them by.
+    Attributes:
+        means, products: of f_a ``[S, M]``, and of f_a f_b ``[S, S, M]``, for steps a and b; float64.
+        gates: of the square of the gates, ``[S, M]``.
     """
 
-    def __init__(self, family: Family, transformer: Any, mode: str, seed: int) -> None:
-        self.family, self.seed = family, seed
-        self.runs: dict[int, _RecordedRun] = {}
-        self._of_step: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        self._shape: torch.Size | None = None
-        self._places: tuple[torch.Tensor, ...] = ()
-        self._input: torch.Tensor | None = None
-        blocks, _ = family.blocks(transformer)
-        handles = [transformer.register_forward_hook(self._end, with_kwargs=True)]
-        handles.append(blocks[0].module.register_forward_pre_hook(self._begin(blocks[0]), with_kwargs=True))
-        if mode == "delta":
-            handles.append(blocks[-1].module.register_forward_hook(self._leave))
+    def __init__(self, means: torch.Tensor, products: torch.Tensor, gates: torch.Tensor) -> None:
+        self.means, self.products, self.gates = means, products, gates
+        self._truth = (gates * products.diagonal().T).sum(1)  # [S]
+        if not torch.isfinite(self._truth).all() or not (self._truth > 0).all():
+            raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
+
+    def errors(self, computed: Sequence[int], pull: float | None = None) -> np.ndarray:
+        """Compute relative errors of the forecasts for all steps after the newest of ``computed``, newest first.
+
+        ``√(Σ gate_j² |a f + b - g|² / Σ gate_j² |g|²)`` with f the forecast of feature g at step j, sums over all
+        channels of all branches. Without ``pull`` a is 1 and b 0, else they are those of
+        :func:`qandc.caching.compensation.least_squares`: what is left when a compensation corrects the features.
+        """
+        at, kept, order = torch.arange(computed[0] + 1, len(self.means)), list(computed), len(computed) - 1
+        if not len(at):
+            return np.zeros(0)
+        weights = torch.tensor([forecast_weights(computed, int(j), order) for j in at], dtype=torch.float64)
+        f, g = weights @ self.means[kept], self.means[at]
+        ff = torch.einsum("ja,abm,jb->jm", weights, self.products[kept][:, kept], weights)
+        fg = torch.einsum("ja,ajm->jm", weights, self.products[kept][:, at])
+        gg = self.products[at, at]
+        if pull is None:
+            squares = ff - 2 * fg + gg
         else:
-            for block in blocks:
-                handles.append(block.module.register_forward_pre_hook(self._gate(block), with_kwargs=True))
-                handles += [getattr(block.module, n).register_forward_hook(self._feature) for n in block.places]
-        self.handles = handles
+            a, b = least_squares(f, g, ff, fg, pull)
+            squares = a * a * ff + 2 * a * b * f + b * b - 2 * (a * fg + b * g) + gg
+        return ((self.gates[at] * squares).sum(1).clamp(min=0) / self._truth[at]).sqrt().numpy()
 
-    def _at(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the recorded places ``[B, P]`` of ``x [B, tokens, D]``."""
-        if self._shape != x.shape[1:]:  # of the first step, or of a run at another resolution
-            self._shape = x.shape[1:]
-            generator = torch.Generator().manual_seed(self.seed)
-            tokens, channels = (torch.randint(n, (POSITIONS,), generator=generator) for n in x.shape[1:])
-            self._places = tokens.to(x.device), channels.to(x.device)
-        return x[:, self._places[0], self._places[1]].float()
 
-    def _begin(self, block: Block) -> Callable[[Any, Any, Any], None]:
-        def note(module: Any, args: Any, kwargs: Any) -> None:
-            self._of_step = [], []
-            self._input = self._at(block.stream(arguments_of(module, args, kwargs)))
+def _drawn(size: int, most: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Draw ``most`` of so many indices; all where there are no more."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:most].to(device)
 
-        return note
 
-    def _leave(self, block: Any, args: Any, output: Any) -> None:
-        assert self._input is not None
-        self._of_step[0].append(self._at(output[-1] if isinstance(output, tuple) else output) - self._input)
-        self._of_step[1].append(torch.ones_like(self._input))
+class _RecordedRun(Run):
+    """Hold features ``[L · K, B, tokens, channels]`` and gates ``[L · K, B, channels]`` of each step of a run."""
 
-    def _gate(self, block: Block) -> Callable[[Any, Any, Any], None]:
-        def note(module: Any, args: Any, kwargs: Any) -> None:
-            for gate in block.stack.gates(module, arguments_of(module, args, kwargs)):
-                self._of_step[1].append(gate[:, self._places[1]].float())
+    def __init__(self, key: Any) -> None:
+        super().__init__(key)
+        self.features: list[torch.Tensor] = []
+        self.gates: list[torch.Tensor] = []
 
-        return note
 
-    def _feature(self, branch: Any, args: Any, output: Any) -> None:
-        assert self._shape is not None
-        self._of_step[0].append(self._at(image_part(output, self._shape[0])))
+class _Recorder(Observer[_RecordedRun]):
+    """Record features and gates at a few tokens and some channels of each branch, the same at all steps."""
 
-    def _end(self, transformer: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def __init__(self, family: Family, model: Any, mode: str) -> None:
+        super().__init__(family, model, mode)
+        self.count = 0
+        self.sums = [torch.zeros(())] * 3  # of what StepMoments holds the means of
+        self._of_step: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # channels, features
+
+    def make_run(self, key: Any) -> _RecordedRun:
+        return _RecordedRun(key)
+
+    def see(self, layer: int, branch: int, feature: torch.Tensor) -> None:
+        (_, tokens, channels), (layers, branches) = feature.shape, self.branches.shape
+        each = -(-CHANNELS // (layers * branches))
+        found = _drawn(channels, each, layer * branches + branch, feature.device)
+        at = _drawn(tokens, TOKENS, 0, feature.device)
+        self._of_step[layer, branch] = found, feature[:, at][:, :, found].float()
+
+    def end(self, stream: torch.Tensor) -> None:
         """Note a step, as one tensor: many small ones, among its large temporary ones, would fragment the memory."""
-        call = arguments_of(transformer, args, kwargs)
-        key = call.get(self.family.run_key)
-        run = self.runs.setdefault(id(key), _RecordedRun(key))
-        run.timesteps.append(plain_timestep(torch.as_tensor(call["timestep"]).reshape(-1)[0]))
-        run.features.append(torch.stack(self._of_step[0]))
-        run.gates.append(torch.stack(self._of_step[1]))
+        gates = self.branches.gates()
+        channels, features = zip(*(self._of_step[place] for place in sorted(self._of_step)), strict=True)
+        of_branches = [torch.ones_like(stream[:, 0])] if gates is None else gates.flatten(0, 1)
+        self.run.features.append(torch.stack(features))
+        self.run.gates.append(torch.stack([g[:, at].float() for g, at in zip(of_branches, channels, strict=True)]))
+
+    def finish(self, run: _RecordedRun) -> None:
+        tokens = run.features[0].shape[2]
+        of_branches = []
+        for features in torch.stack(run.features, 1).flatten(2, 3):  # [S, B · tokens, channels]
+            f = features.double()
+            of_branches.append((f.sum(1), torch.einsum("anc,bnc->abc", f, f)))
+        sums, products = (torch.cat(found, -1) for found in zip(*of_branches, strict=True))  # [S, M], [S, S, M]
+        gates = torch.stack(run.gates).double().square().sum(2).flatten(1) * tokens
+        self.count += f.shape[1]
+        found = sums, products, gates
+        self.sums = [total + more.cpu() for total, more in zip(self.sums, found, strict=True)]
 
 
-def feature_gram(transformer: Any, run: Callable[[], Any], mode: str) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Run a model without cache and compare, for all steps a, b and j, what the features of a and b add at step j.
+def feature_moments(transformer: Any, run: Callable[[], Any], mode: str) -> tuple[StepMoments, tuple[float, ...]]:
+    """Run a model without cache and compare the features of all its steps; return their moments, and the timesteps.
+
+    A step is a call of the model. Modes "branch" and "taylor" have the same moments.
 
     Errors: as :func:`schedule_from_run`.
-
-    Returns:
-        ``[S, S, S] float64``, the sum over all runs, S being calls of the model, as
-        :func:`qandc.schedule.optimal_schedule` takes it; modes "branch" and "taylor" have the same. The timesteps.
     """
     model = getattr(transformer, "_orig_mod", transformer)
     recorder, timesteps = observe(
         model,
         run,
-        lambda family: _Recorder(family, model, CacheConfig(mode).mode, seed=0),
+        lambda family: _Recorder(family, model, CacheConfig(mode).mode),
         known="schedules are found for",
         instead="calibrate the schedule",
     )
-    gram = np.sum([found.gram() for found in recorder.runs.values()], axis=0)
-    if not np.isfinite(gram).all() or not (np.einsum("jjj->j", gram) > 0).all():
-        raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
-    return gram, timesteps
+    return StepMoments(*(total / recorder.count for total in recorder.sums)), timesteps
 
 
 @checked
 def schedule_from_run(
-    transformer: Model, run: Callable[[], Any], *, mode: str = "branch", order: int = 1, computed_steps: Count
+    transformer: Model,
+    run: Callable[[], Any],
+    *,
+    mode: str = "branch",
+    order: int = 1,
+    computed_steps: Count,
+    compensated: bool = False,
 ) -> CalibratedSchedule:
     """Choose the ``computed_steps`` steps of a run whose features serve the other steps best.
 
@@ -143,8 +160,8 @@ def schedule_from_run(
     the gates of j) with what is added there. The sum of the relative errors of all reuse steps is minimised by dynamic
     programming, exactly for order 0 and 1, and never to more than that of evenly spaced steps.
 
-    The error is an estimate: of the sum of what all branches add, from 512 places of it instead of all, and on a run
-    without cache. It says which schedule to prefer, not how far images will be off.
+    The error is an estimate: as if errors of branches were independent, from some tokens and channels of them instead
+    of all, and on a run without cache. It says which schedule to prefer, not how far images will be off.
 
     Args:
         transformer: DiT or PixArt, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache
@@ -153,6 +170,8 @@ def schedule_from_run(
         mode, order: of the cache, as in :class:`qandc.CacheConfig`.
         computed_steps: how many of the steps, which are calls of the model: a scheduler of second order (Heun) makes
             2 n - 1 for n inference steps.
+        compensated: minimise what is left of the errors once :func:`qandc.fit_feature_compensation`, with its default
+            pull, corrects the features: for a cache that will have one.
 
     Raises:
         ConfigError: an unknown mode, fewer computed steps than the order needs, timesteps that rise within a run, or
@@ -161,15 +180,14 @@ def schedule_from_run(
         DataError: the transformer did not run, its features are NaN or infinite, or nothing is added at all.
     """
     mode = CacheConfig(mode, order=order).mode  # refuses others before any work
-    gram, timesteps = feature_gram(transformer, run, mode)
+    moments, timesteps = feature_moments(transformer, run, mode)
     order = _check_steps(mode, order, computed_steps, timesteps)
+    errors = partial(moments.errors, pull=DEFAULT_PULL[mode] if compensated else None)
     even = even_schedule(len(timesteps), computed_steps, order + 1)
-    found = optimal_schedule(gram, computed_steps, order=order, warm_up_steps=order + 1)
+    found = optimal_schedule(errors, len(timesteps), computed_steps, order=order, warm_up_steps=order + 1)
     # for order 2 not all schedules were tried
-    found = min(found, even, key=lambda schedule: schedule_error(gram, schedule, order))
-    result = CalibratedSchedule(
-        found, timesteps, mode, order, schedule_error(gram, found, order), schedule_error(gram, even, order)
-    )
+    error, found = min((schedule_error(errors, schedule, order), schedule) for schedule in (even, found))
+    result = CalibratedSchedule(found, timesteps, mode, order, error, schedule_error(errors, even, order))
     logger.info("calibrated schedule: error %.4g, evenly spaced %.4g", result.error, result.uniform_error)
     return result
 
@@ -184,6 +202,7 @@ def calibrate_schedule(
     mode: str = "branch",
     order: int = 1,
     computed_steps: Count,
+    compensated: bool = False,
     num_inference_steps: Steps = 50,
     guidance_scale: Guidance = 1.5,
     seeds: Seeds | None = None,
@@ -192,7 +211,7 @@ def calibrate_schedule(
     """Choose the steps to compute as :func:`schedule_from_run` does, from a run of :func:`qandc.sample_latents`.
 
     Args:
-        transformer, mode, order: as :func:`schedule_from_run`; a DiT.
+        transformer, mode, order, compensated: as :func:`schedule_from_run`; a DiT.
         scheduler: of the runs to come.
         conditions: classes of the samples, ``[B]`` integers, a few dozen.
         computed_steps: e.g. ``sum(uniform_schedule(num_inference_steps, 3))``. Counts calls of the model.
@@ -217,7 +236,9 @@ def calibrate_schedule(
             callback=callback,
         )
 
-    return schedule_from_run(transformer, run, mode=mode, order=order, computed_steps=computed_steps)
+    return schedule_from_run(
+        transformer, run, mode=mode, order=order, computed_steps=computed_steps, compensated=compensated
+    )
 
 
 def _check_steps(mode: str, order: int, computed_steps: int, timesteps: tuple[float, ...]) -> int:
