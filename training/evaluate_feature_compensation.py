@@ -38,10 +38,11 @@ from qandc import (
     sample_latents,
     uniform_schedule,
 )
+from qandc.caching.compensation import DEFAULT_PULL
 from qandc.caching.schedule import optimal_schedule
 from qandc.evaluation.metrics import psnr
 from qandc.experiments.report import measure_rows
-from qandc.method.schedule_calibration import feature_gram
+from qandc.method.schedule_calibration import feature_moments
 from qandc.support.files import read_json, write_json
 from quality import Bench, Images, Out, Seconds, command
 
@@ -226,15 +227,17 @@ def main(
         if w_bits is not None:
             model = quantize_model(copy.deepcopy(model), w_bits=w_bits)
             calibrate(model, runs(model, 30, POOL))
-        grams = {mode: feature_gram(model, runs(model, 30, POOL), mode)[0] for mode in ("delta", "branch")}
-        return model, model if w_bits is None else fuse(copy.deepcopy(model)), grams
+        moments = {mode: feature_moments(model, runs(model, 30, POOL), mode)[0] for mode in ("delta", "branch")}
+        return model, model if w_bits is None else fuse(copy.deepcopy(model)), moments
 
     def config_of(row: dict[str, Any]) -> CacheConfig:
         warm_up = 2 if row["mode"] == "taylor" else 1
         computed = uniform_schedule(row["steps"], row["interval"], warm_up_steps=warm_up)
         if row["schedule"] == "calibrated":
-            gram = models(row["precision"])[2]["delta" if row["mode"] == "delta" else "branch"]
-            computed = optimal_schedule(gram, sum(computed), order=warm_up - 1, warm_up_steps=warm_up)
+            moments = models(row["precision"])[2]["delta" if row["mode"] == "delta" else "branch"]
+            pull = DEFAULT_PULL[row["mode"]] if row["corrected"] in ("features", "both") else None
+            errors = functools.partial(moments.errors, pull=pull)
+            computed = optimal_schedule(errors, steps, sum(computed), order=warm_up - 1, warm_up_steps=warm_up)
         return CacheConfig(row["mode"], schedule=computed, order=row["order"])
 
     @lru_cache(8)

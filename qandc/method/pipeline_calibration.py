@@ -342,6 +342,7 @@ class _Calibration:
                 mode=cache.mode,
                 order=cache.order,
                 computed_steps=sum(uniform),
+                compensated=self.settings.compensation == "features",
                 callback=stage.step,
                 **self._noise(SCHEDULE_SEED, SCHEDULE_IMAGES),
             )
