@@ -65,7 +65,7 @@ def moments_of(f, g):
 def test_known_gains_and_offsets_are_found(seeded):
     f = torch.randn(6, 50, 4, generator=seeded) + 3
     gain, offset = torch.tensor([0.5, 1.0, 1.5, -2.0]), torch.tensor([0.0, 1.0, -4.0, 2.0])
-    a, b = moments_of(f, gain * f + offset).solve()
+    a, b = moments_of(f, gain * f + offset).solve("least_squares", 0.0)
     torch.testing.assert_close(a[0, 0], gain, atol=1e-5, rtol=0)
     torch.testing.assert_close(b[0, 0], offset, atol=1e-5, rtol=0)
 
@@ -77,17 +77,26 @@ def test_a_pull_lies_between_least_squares_and_no_gain(pull, seeded):
     pairs_f, pairs_g = f.flatten(0, 1).double(), g.flatten(0, 1).double()
     fitted = torch.stack([torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y).solution for x, y in zip(
         pairs_f.T, pairs_g.T, strict=True)])  # fmt: skip
-    a, b = moments_of(f, g).solve(pull)
+    a, b = moments_of(f, g).solve("least_squares", pull)
     expected = 1 + (1 - pull) * (fitted[:, 0] - 1)
     torch.testing.assert_close(a[0, 0].double(), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(b[0, 0].double(), pairs_g.mean(0) - expected * pairs_f.mean(0), atol=1e-5, rtol=0)
+
+
+def test_features_can_be_made_to_vary_as_true_ones_do(seeded):
+    f, noise = torch.randn(2, 4, 30, 3, generator=seeded).unbind(0)
+    g = 1.4 * f + 2 * noise - 2  # least squares would leave the noise out
+    a, b = moments_of(f, g).solve("variance_ratio", 0.0)
+    corrected = a * f + b
+    torch.testing.assert_close(corrected.std((0, 1)), g.std((0, 1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(corrected.mean((0, 1)), g.mean((0, 1)), atol=1e-5, rtol=0)
 
 
 def test_a_feature_that_never_varies_gets_the_offset_alone(seeded):
     f = torch.randn(2, 9, 3, generator=seeded)
     f[..., 0], f[..., 1] = 0, 1e4
     g = f + torch.tensor([0.5, -2.0, 0.0])
-    a, b = moments_of(f, g).solve()
+    a, b = moments_of(f, g).solve("least_squares", 0.0)
     assert torch.equal(a[0, 0, :2], torch.ones(2))
     torch.testing.assert_close(b[0, 0, :2], torch.tensor([0.5, -2.0]), atol=1e-3, rtol=0)
 
@@ -98,7 +107,7 @@ def test_features_that_are_not_finite_are_refused(value, seeded):
     g = f.clone()
     g[1, 2, 1] = value
     with pytest.raises(DataError, match="NaN or infinite"):
-        moments_of(f, g).solve()
+        moments_of(f, g).solve("least_squares", 0.0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

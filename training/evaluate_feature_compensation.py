@@ -56,7 +56,8 @@ FIT, POOL, SAMPLES = (
 PLAIN: dict[str, Any] = {
     "part": "main", "repeat": 0, "precision": "W8A8", "mode": "branch", "order": 1, "interval": 5,
     "schedule": "uniform", "corrected": "none", "scheduler": "ddim", "guidance_scale": 1.5, "steps": 50,
-    "fit": 40, "fitted_on": "as drawn", "target": "self", "along": "uncached", "pull": None, "classes": "all",
+    "fit": 40, "fitted_on": "as drawn", "target": "self", "along": "uncached", "form": "least_squares",
+    "pull": None, "classes": "all",
 }  # fmt: skip
 NO_CACHE = {"mode": "none", "interval": 1}
 
@@ -64,59 +65,67 @@ NO_CACHE = {"mode": "none", "interval": 1}
 def rows() -> Iterator[dict[str, Any]]:
     """Give the rows, the most important first; a key that is left out is that of :data:`PLAIN`."""
     forms = [{"mode": mode, "order": order} for mode, order in FORMS]
+    none, samples, both = ({"corrected": what} for what in ("none", "samples", "both"))
+    features = {"corrected": "features"}
+    ratio = {**features, "form": "variance_ratio"}
     for precision in PRECISIONS:
         yield {"precision": precision, **NO_CACHE}
-    for interval in (5, 8, 3, 2):
+    for interval in (5, 8):
         for form in forms:
-            for corrected in ("none", "features", "samples", "both"):
-                yield {**form, "interval": interval, "corrected": corrected}
+            for how in (none, features, samples, ratio):
+                yield {**form, "interval": interval, **how}
+    yield {"part": "ddpm", **NO_CACHE, "scheduler": "ddpm"}
+    for interval in (3, 5):
+        for form in forms:
+            for how in (none, features, samples, ratio):
+                yield {"part": "ddpm", **form, "interval": interval, **how, "scheduler": "ddpm"}
+    for form in forms:
+        for how in ({"along": "corrected"}, {"target": "full precision"}, {"pull": 0.0}, {"pull": 0.5}, {"pull": 1.0}):
+            yield {"part": "how fitted", **form, **features, **how}
+        yield {"part": "how fitted", **form, **features, "along": "corrected", "target": "full precision"}
+        yield {"part": "how fitted", **form, **ratio, "target": "full precision"}
     for steps in (10, 17, 25):
         for scheduler in ("ddim", "dpm++ 2m"):
             yield {"part": "fewer steps", **NO_CACHE, "scheduler": scheduler, "steps": steps}
-    for form in forms:
-        for interval in (3, 5, 8):
-            for corrected in ("none", "features", "samples", "both"):
-                yield {"part": "ddpm", **form, "interval": interval, "corrected": corrected, "scheduler": "ddpm"}
-    yield {"part": "ddpm", **NO_CACHE, "scheduler": "ddpm"}
-    for form in forms:
-        for along, target, pull in (
-            ("corrected", "self", None), ("uncached", "full precision", None), ("corrected", "full precision", None),
-            ("uncached", "self", 0.0), ("uncached", "self", 0.5), ("uncached", "self", 1.0),
-        ):  # fmt: skip
-            yield {"part": "how fitted", **form, "corrected": "features"} | {
-                "along": along, "target": target, "pull": pull,
-            }  # fmt: skip
-    for interval in (5, 8, 3, 2):
+    for interval in (5, 8):
         for form in forms:
-            for corrected in ("none", "features"):
-                yield {**form, "interval": interval, "corrected": corrected, "schedule": "calibrated"}
-    for precision in ("FP", "W4A8"):
-        for interval in (5, 8, 3, 2):
-            for form in forms:
-                for corrected in ("none", "features"):
-                    yield {"precision": precision, **form, "interval": interval, "corrected": corrected}
+            for how in (none, features):
+                yield {**form, "interval": interval, **how, "schedule": "calibrated"}
     for form in forms:
-        yield {"part": "how fitted", "precision": "W4A8", **form, "corrected": "features", "target": "full precision"}
+        yield {**form, **both}
+    for precision in ("W4A8", "FP"):
+        for form in forms:
+            for how in (none, features, ratio) if precision == "W4A8" else (none, features):
+                yield {"precision": precision, **form, **how}
+            if precision == "W4A8":
+                yield {"precision": precision, **form, **features, "target": "full precision"}
+    for interval in (3, 2):
+        for form in forms:
+            for how in (none, features, samples):
+                yield {**form, "interval": interval, **how}
     for form in forms[1:]:
         for fit in (5, 10, 160):
-            yield {"part": "images fitted on", **form, "corrected": "features", "fit": fit}
-        for scale, fitted_on in ((4.0, None), (4.0, "as drawn"), (4.0, "guidance 1.5")):
-            corrected = "none" if fitted_on is None else "features"
-            yield {"part": "other guidance", **form, "guidance_scale": scale, "corrected": corrected} | {
-                "fitted_on": fitted_on or "as drawn"
-            }
-        for fitted_on in (None, "as drawn", "the other five classes"):
-            corrected = "none" if fitted_on is None else "features"
-            yield {"part": "other classes", **form, "classes": "first five", "corrected": corrected} | {
-                "fitted_on": fitted_on or "as drawn"
-            }
-        yield {"part": "ddpm", **form, "corrected": "features", "scheduler": "ddpm", "fitted_on": "ddim"}
+            yield {"part": "images fitted on", **form, **features, "fit": fit}
+        other = {"part": "other guidance", **form, "guidance_scale": 4.0}
+        yield from ({**other, **none}, {**other, **features}, {**other, **features, "fitted_on": "guidance 1.5"})
+        other = {"part": "other classes", **form, "classes": "first five"}
+        yield from ({**other, **none}, {**other, **features})
+        yield {**other, **features, "fitted_on": "the other five classes"}
+        yield {"part": "ddpm", **form, **features, "scheduler": "ddpm", "fitted_on": "ddim"}
     for repeat in (1, 2):
         yield {"part": "repeat", "repeat": repeat, **NO_CACHE}
-        for interval in (5, 8):
+        for form in forms:
+            for how in (none, features, samples):
+                yield {"part": "repeat", "repeat": repeat, **form, **how}
+    for repeat in (1, 2):
+        for form in forms:
+            for how in (none, features):
+                yield {"part": "repeat", "repeat": repeat, **form, "interval": 8, **how}
+    for precision in ("W4A8", "FP"):
+        for interval in (8, 3):
             for form in forms:
-                for corrected in ("none", "features"):
-                    yield {"part": "repeat", "repeat": repeat, **form, "interval": interval, "corrected": corrected}
+                for how in (none, features):
+                    yield {"precision": precision, **form, "interval": interval, **how}
 
 
 def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -256,7 +265,7 @@ def main(
         try:
             return fit_feature_compensation(
                 model, runs(model, row["fit"], first, labels),
-                config=config_of(row), target=target, along=row["along"], pull=row["pull"],
+                config=config_of(row), target=target, along=row["along"], form=row["form"], pull=row["pull"],
             )  # fmt: skip
         finally:
             bench.set(row)
@@ -278,7 +287,7 @@ def main(
             if row["mode"] != "none":
                 features = None
                 if corrected in ("features", "both"):
-                    features = fitted(json.dumps({**row, "part": "", "corrected": ""}, sort_keys=True))
+                    features = fitted(json.dumps({**row, "part": "", "corrected": "features"}, sort_keys=True))
                 config = config_of(row) if features is None else None
                 apply_cache(fused, config=config, compensation=features)
                 found = {"compute_steps": sum(config_of(row).of_steps(row["steps"]))}
@@ -294,7 +303,7 @@ def main(
         peak = float(latents_of_full.max() - latents_of_full.min())
         likeness = psnr(latents, latents_of_full, peak).clamp(max=100)
         found |= {"psnr_latents": float(likeness.mean()), "images_per_second": 1 / seconds_per_image}
-        second = row["part"] == "main" and row["schedule"] == "uniform"
+        second = row["part"] == "main" and row["precision"] == "W8A8" and row["interval"] >= 5
         return {**found, **bench.score(pixels, pixels_of_full, bench.labels, second=second)}
 
     index, count = (int(part) for part in share.split("/"))

@@ -19,8 +19,9 @@ from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
 from qandc.support.files import FileKind, reading
 
-__all__ = ["FeatureCompensation", "FeatureHeader", "FeatureMoments", "least_squares"]
+__all__ = ["FORMS", "FeatureCompensation", "FeatureHeader", "FeatureMoments", "gain_and_offset"]
 
+FORMS = ("least_squares", "variance_ratio")
 SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
 DEFAULT_PULL = {"delta": 0.0, "branch": 0.0, "taylor": 0.5}  # a forecast errs less, and fits of it overshoot
 
@@ -38,51 +39,59 @@ class FeatureHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 FILE = FileKind("feature compensation", 1, FeatureHeader, "make one with fit_feature_compensation")
 
 
-def least_squares(
-    f: torch.Tensor, g: torch.Tensor, ff: torch.Tensor, fg: torch.Tensor, pull: float
+def gain_and_offset(
+    f: torch.Tensor,
+    g: torch.Tensor,
+    ff: torch.Tensor,
+    gg: torch.Tensor,
+    fg: torch.Tensor,
+    *,
+    form: str = "least_squares",
+    pull: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gain a and the offset b with the least mean of ``(a f + b - g)²``, pulled towards no gain.
+    """Return the gain a and the offset b with which ``a f + b`` comes closest to g, pulled towards no gain.
 
-    ``a = 1 + (1 - pull) (Cov(f, g) / Var(f) - 1)``, ``b = mean(g) - a mean(f)``: at a pull of 1 the offset alone is
-    left. Where f does not vary, a is 1.
+    ``a = 1 + (1 - pull) (ρ - 1)``, ``b = mean(g) - a mean(f)``: at a pull of 1 the offset alone is left. With
+    ``least_squares`` ρ is ``Cov(f, g) / Var(f)``, which errs least, but varies less than g where f tells little of it;
+    with ``variance_ratio``, ``√(Var(g) / Var(f))``, what varies as g does. Where f does not vary, a is 1.
 
     Args:
-        f, g, ff, fg: means of reused features f, of true ones g, of f² and of f · g, in float64.
+        f, g, ff, gg, fg: means of reused features f, of true ones g, of f², g² and f · g, in float64.
     """
     variance = ff - f * f
     varies = variance > SMALLEST_SHARE * ff
-    gain = torch.where(varies, (fg - f * g) / torch.where(varies, variance, 1.0), 1.0)
-    gain = 1 + (1 - pull) * (gain - 1)
+    spread = torch.where(varies, variance, 1.0)
+    ratio = (fg - f * g) / spread if form == "least_squares" else ((gg - g * g).clamp(min=0) / spread).sqrt()
+    gain = torch.where(varies, 1 + (1 - pull) * (ratio - 1), 1.0)
     return gain, g - gain * f
 
 
 class FeatureMoments:
-    """Sum what reused features f and true features g have in common: n, Σf, Σg, Σf², Σfg per branch and channel.
+    """Sum what reused features f and true features g have in common: n, Σf, Σg, Σf², Σg², Σfg.
 
-    Sums are float64 ``[L, K, D]``, over samples and tokens; no feature is kept.
+    Sums are float64 ``[L, K, D]``, over samples and tokens, per branch and channel; no feature is kept.
     """
 
     def __init__(self, layers: int, branches: int, channels: int, device: torch.device) -> None:
         self.count = torch.zeros(layers, branches, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(4, layers, branches, channels, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(5, layers, branches, channels, dtype=torch.float64, device=device)
 
     def add(self, layer: int, branch: int, reused: torch.Tensor, true: torch.Tensor) -> None:
         """Add pairs ``[B, tokens, D]``."""
         f, g = (t.detach().flatten(0, 1).double() for t in (reused, true))
         self.count[layer, branch] += len(f)
-        for total, values in zip(self.sums, (f, g, f * f, f * g), strict=True):
+        for total, values in zip(self.sums, (f, g, f * f, g * g, f * g), strict=True):
             total[layer, branch] += values.sum(0)
 
-    def solve(self, pull: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gains and offsets ``[L, K, D] float32``, those of :func:`least_squares`.
+    def solve(self, form: str, pull: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gains and offsets ``[L, K, D] float32``, those of :func:`gain_and_offset`.
 
         Raises:
             DataError: features are NaN or infinite.
         """
         if not torch.isfinite(self.sums).all():
             raise DataError("features of the blocks are NaN or infinite; check the weights and the dtype")
-        f, g, ff, fg = self.sums / self.count[:, :, None]
-        gain, offset = least_squares(f, g, ff, fg, pull)
+        gain, offset = gain_and_offset(*(self.sums / self.count[:, :, None]), form=form, pull=pull)
         return gain.float(), offset.float()
 
 

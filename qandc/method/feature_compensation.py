@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 
 from qandc.cache import apply_cache, detached_cache, remove_cache
-from qandc.caching.compensation import DEFAULT_PULL, FeatureCompensation, FeatureMoments
+from qandc.caching.compensation import DEFAULT_PULL, FORMS, FeatureCompensation, FeatureMoments
 from qandc.caching.features import FeatureStore, corrected
 from qandc.caching.plan import Action, Position
 from qandc.caching.schedule import CacheConfig
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 ALONG = ("uncached", "corrected")
 INSTEAD = "fit their compensation"  # of seeing what a fused model computes
+_How = tuple[str, float]  # form and pull
 PULLS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -41,9 +42,9 @@ class _Run(Run):
 class _Fitter(Observer[_Run]):
     """Sum moments of reused and true features at every reuse step while a model runs without a cache."""
 
-    def __init__(self, family: Family, model: Any, config: CacheConfig, target: Any, pull: float | None) -> None:
+    def __init__(self, family: Family, model: Any, config: CacheConfig, target: Any, how: _How | None) -> None:
         super().__init__(family, model, config.mode)
-        self.config, self.target, self.pull = config, target, pull
+        self.config, self.target, self.how = config, target, how
         self.moments: dict[int, FeatureMoments] = {}
         self._true: dict[tuple[int, int], torch.Tensor] = {}  # features of the target at this step
         if target is not None:
@@ -80,17 +81,17 @@ class _Fitter(Observer[_Run]):
     def end(self, stream: torch.Tensor) -> torch.Tensor | None:
         """Go on from where the corrected cache would be, not from what the blocks have computed."""
         run = self.run
-        if self.pull is None or run.action is not Action.REUSE:
+        if self.how is None or run.action is not Action.REUSE:
             return None
         weights = run.position.forecast()
         of_sets = torch.tensor(weights, device=stream.device) if weights else None
-        correction = self.moments[run.position.step].solve(self.pull)
+        correction = self.moments[run.position.step].solve(*self.how)
         gates, offset = corrected(self.branches.gates(), correction, len(stream))
         return run.store.add_to(self.branches.stream, gates, of_sets, offset)
 
 
 def _observe(
-    model: Any, run: Callable[[], Any], config: CacheConfig, target: Any, pull: float | None
+    model: Any, run: Callable[[], Any], config: CacheConfig, target: Any, how: _How | None
 ) -> tuple[dict[int, FeatureMoments], tuple[float, ...]]:
     """Run a model without cache; return the moments of each reuse step, and the timesteps of the run."""
 
@@ -102,7 +103,7 @@ def _observe(
             if family_of(target) is not family or len(family.blocks(target).blocks) != blocks:
                 given = type(target).__name__
                 raise ModelError(f"target must be a {family.transformer} of {blocks} blocks too; got {given}")
-        return _Fitter(family, model, config, target, pull)
+        return _Fitter(family, model, config, target, how)
 
     fitter, timesteps = observe(model, run, attach, known="features are known of", instead=INSTEAD)
     return fitter.moments, timesteps
@@ -116,16 +117,17 @@ def fit_feature_compensation(
     config: CacheConfig,
     target: Model | None = None,
     along: str = "uncached",
+    form: str = "least_squares",
     pull: Annotated[float, Between(0, 1)] | None = None,
     held_out: Callable[[], torch.Tensor] | None = None,
 ) -> FeatureCompensation:
-    """Fit a gain and an offset for each reuse step, branch and channel of a feature cache, by least squares.
+    """Fit a gain and an offset for each reuse step, branch and channel of a feature cache.
 
     ``fit_feature_compensation(pipe.transformer, lambda: pipe(prompts), config=CacheConfig("branch", interval=5))``.
 
     Runs without the cache and notes, at each step that would reuse a feature f, what the branch computes there, g. Then
-    ``a = 1 + (1 - pull) (Cov(f, g) / Var(f) - 1)`` and ``b = mean(g) - a mean(f)`` over samples and tokens, and the
-    cache takes ``a · f + b`` in the place of f: ``apply_cache(transformer, compensation=found)``.
+    ``a = 1 + (1 - pull) (ρ - 1)`` and ``b = mean(g) - a mean(f)`` over samples and tokens, and the cache takes
+    ``a · f + b`` in the place of f: ``apply_cache(transformer, compensation=found)``.
 
     Args:
         transformer: DiT or PixArt, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache
@@ -136,7 +138,9 @@ def fit_feature_compensation(
             ``transformer`` by default.
         along: ``uncached`` notes features on the run without a cache; ``corrected`` goes on from what the corrected
             cache makes of each step, so that later steps are fitted on what they will see; draw all images in one run.
-        pull: 0 for least squares, 1 for the offset alone; by default 0.5 for ``taylor``, else 0.
+        form: ``least_squares``, ρ = Cov(f, g) / Var(f), the least error; or ``variance_ratio``, ρ = √(Var(g) / Var(f)),
+            with which features vary as much as the true ones do.
+        pull: 0 for that gain, 1 for the offset alone; by default 0.5 for ``taylor``, else 0.
         held_out: draws other images, and returns latents or pixels. Then the pull is the one of 0, 0.25, 0.5, 0.75
             and 1 with the least squared distance to what the model draws without a cache.
 
@@ -148,12 +152,14 @@ def fit_feature_compensation(
     """
     if along not in ALONG:
         raise ConfigError(f"along is {along!r}; choose one of {', '.join(ALONG)}")
+    if form not in FORMS:
+        raise ConfigError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
     if pull is not None and held_out is not None:
         raise ConfigError("give pull or held_out, not both: held-out images choose the pull")
     model = getattr(transformer, "_orig_mod", transformer)
     pulls = PULLS if held_out is not None else (DEFAULT_PULL[config.mode] if pull is None else pull,)
     fitted = []
-    moments, timesteps = _observe(model, run, config, target, pulls[0] if along == "corrected" else None)
+    moments, timesteps = _observe(model, run, config, target, (form, pulls[0]) if along == "corrected" else None)
     schedule = config.of_steps(len(timesteps))
     if all(schedule):
         raise ConfigError("this cache computes every step: there is nothing to compensate")
@@ -162,8 +168,8 @@ def fit_feature_compensation(
     )
     for chosen in pulls:
         if along == "corrected" and chosen != pulls[0]:
-            moments, _ = _observe(model, run, config, target, chosen)
-        solved = [moments[step].solve(chosen) for step in sorted(moments)]
+            moments, _ = _observe(model, run, config, target, (form, chosen))
+        solved = [moments[step].solve(form, chosen) for step in sorted(moments)]
         gains, offsets = (torch.stack(parts).cpu() for parts in zip(*solved, strict=True))
         fitted.append(FeatureCompensation(exact, gains, offsets))
     return fitted[0] if held_out is None else _best(model, fitted, pulls, held_out)

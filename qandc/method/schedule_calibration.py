@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.caching.compensation import DEFAULT_PULL, least_squares
+from qandc.caching.compensation import DEFAULT_PULL, gain_and_offset
 from qandc.caching.schedule import (
     CacheConfig,
     CalibratedSchedule,
@@ -52,7 +52,7 @@ class StepMoments:
 
         ``√(Σ gate_j² |a f + b - g|² / Σ gate_j² |g|²)`` with f the forecast of feature g at step j, sums over all
         channels of all branches. Without ``pull`` a is 1 and b 0, else they are those of
-        :func:`qandc.caching.compensation.least_squares`: what is left when a compensation corrects the features.
+        :func:`qandc.caching.compensation.gain_and_offset`: what is left when a compensation corrects the features.
         """
         at, kept, order = torch.arange(computed[0] + 1, len(self.means)), list(computed), len(computed) - 1
         if not len(at):
@@ -65,7 +65,7 @@ class StepMoments:
         if pull is None:
             squares = ff - 2 * fg + gg
         else:
-            a, b = least_squares(f, g, ff, fg, pull)
+            a, b = gain_and_offset(f, g, ff, gg, fg, pull=pull)
             squares = a * a * ff + 2 * a * b * f + b * b - 2 * (a * fg + b * g) + gg
         return ((self.gates[at] * squares).sum(1).clamp(min=0) / self._truth[at]).sqrt().numpy()
 
