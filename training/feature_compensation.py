@@ -1,10 +1,12 @@
-"""Measure what compensation of features is worth on fashion-dit in full precision: cache mode x interval x pull.
+"""Measure what compensation of features is worth on fashion-dit in full precision: mode x interval x pull x schedule.
 
 python training/feature_compensation.py --out results/h200/feature-compensation.json      # seconds a row on a GPU
 python training/feature_compensation.py --out results/cpu/feature-compensation.json --device cpu --fit 20 --images 20 \
-    --steps 20 --intervals 4
+    --steps 20 --intervals 3,4,5
 
-PSNR is that of latents of other noise than was fitted on, to those of the model without a cache.
+PSNR is that of latents of other noise than was fitted on, to those of the model without a cache. A calibrated schedule
+has as many compute steps as the uniform one: "calibrated" where errors are least, "calibrated, compensated" where what
+compensation leaves of them is least.
 """
 
 from __future__ import annotations
@@ -15,12 +17,22 @@ import torch
 import typer
 from diffusers import DDIMScheduler, DiTPipeline
 
-from qandc import CacheConfig, apply_cache, fashion_dit_path, fit_feature_compensation, remove_cache, sample_latents
+from qandc import (
+    CacheConfig,
+    apply_cache,
+    fashion_dit_path,
+    fit_feature_compensation,
+    remove_cache,
+    sample_latents,
+    schedule_from_run,
+)
+from qandc.caching.compensation import DEFAULT_PULL
 from qandc.evaluation.metrics import psnr
 from qandc.experiments.report import measure_rows
 from quality import Out, Seconds, command
 
 FORMS = (("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2))
+COMPENSATED = "calibrated, compensated"
 FIRST_OF_OTHERS = 1_000_000  # seed
 
 
@@ -47,7 +59,11 @@ def main(
     peak = float(true.max() - true.min())
 
     def measure(row: dict[str, Any]) -> dict[str, Any]:
-        config, found = CacheConfig(row["mode"], interval=row["interval"], order=row["order"]), None
+        form, found = {"mode": row["mode"], "order": row["order"]}, None
+        config = CacheConfig(interval=row["interval"], **form)
+        if row["schedule"] != "uniform":
+            form |= {"computed_steps": sum(config.of_steps(steps)), "compensated": row["schedule"] == COMPENSATED}
+            config = schedule_from_run(model, lambda: draw(0, fit), **form).config()
         if row["pull"] is not None:
             found = fit_feature_compensation(model, lambda: draw(0, fit), config=config, along=along, pull=row["pull"])
         apply_cache(model, config=config, compensation=found)
@@ -56,14 +72,20 @@ def main(
         finally:
             remove_cache(model)
         bytes_ = 0 if found is None else found.nbytes
-        return {"psnr": float(values.mean()), "psnr_std": float(values.std()), "compensation_bytes": bytes_}
+        computed = "".join(".C"[step] for step in config.of_steps(steps))
+        figures = {"psnr": float(values.mean()), "psnr_std": float(values.std()), "compensation_bytes": bytes_}
+        return {**figures, "steps": computed}
 
-    rows = [
-        {"mode": mode, "order": order, "interval": int(interval), "pull": pull}
+    forms = [
+        {"mode": mode, "order": order, "interval": int(interval)}
         for interval in intervals.split(",")
         for mode, order in FORMS
-        for pull in (None, 0.0, 0.5, 1.0)
     ]
+    rows = [{**form, "pull": pull, "schedule": "uniform"} for form in forms for pull in (None, 0.0, 0.5, 1.0)]
+    for form in forms:
+        pull = DEFAULT_PULL[form["mode"]]
+        rows += [{**form, "pull": None, "schedule": "calibrated"}]
+        rows += [{**form, "pull": pull, "schedule": schedule} for schedule in ("calibrated", COMPENSATED)]
     settings = {"fit": fit, "images": images, "steps": steps, "guidance_scale": guidance_scale, "scheduler": "ddim"}
     measure_rows(out, {**settings, "along": along, "dtype": "float32"}, rows, measure, seconds=seconds)
 
