@@ -4,9 +4,9 @@ python training/feature_compensation.py --out results/h200/feature-compensation.
 python training/feature_compensation.py --out results/cpu/feature-compensation.json --device cpu --fit 20 --images 20 \
     --steps 20 --intervals 3,4,5
 
-PSNR is that of latents of other noise than was fitted on, to those of the model without a cache. A calibrated schedule
-has as many compute steps as the uniform one: "calibrated" where errors are least, "calibrated, compensated" where what
-compensation leaves of them is least.
+PSNR is that of latents of other noise than was fitted on, to those of the model without a cache. Without a schedule a
+row has the uniform one, else one of as many compute steps: "calibrated" where errors are least, "calibrated,
+compensated" where what compensation leaves of them is least.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(
     def measure(row: dict[str, Any]) -> dict[str, Any]:
         form, found = {"mode": row["mode"], "order": row["order"]}, None
         config = CacheConfig(interval=row["interval"], **form)
-        if row["schedule"] != "uniform":
+        if "schedule" in row:
             form |= {"computed_steps": sum(config.of_steps(steps)), "compensated": row["schedule"] == COMPENSATED}
             config = schedule_from_run(model, lambda: draw(0, fit), **form).config()
         if row["pull"] is not None:
@@ -78,14 +78,15 @@ def main(
 
     forms = [
         {"mode": mode, "order": order, "interval": int(interval)}
-        for interval in intervals.split(",")
         for mode, order in FORMS
+        for interval in intervals.split(",")
     ]
-    rows = [{**form, "pull": pull, "schedule": "uniform"} for form in forms for pull in (None, 0.0, 0.5, 1.0)]
+    rows: list[dict[str, Any]] = []
     for form in forms:
-        pull = DEFAULT_PULL[form["mode"]]
-        rows += [{**form, "pull": None, "schedule": "calibrated"}]
-        rows += [{**form, "pull": pull, "schedule": schedule} for schedule in ("calibrated", COMPENSATED)]
+        corrected = {**form, "pull": DEFAULT_PULL[form["mode"]]}
+        rows += [{**form, "pull": None}, corrected]
+        rows += [{**corrected, "schedule": schedule} for schedule in ("calibrated", COMPENSATED)]
+    rows += [{**form, "pull": pull} for form in forms for pull in (0.0, 0.5, 1.0)]
     settings = {"fit": fit, "images": images, "steps": steps, "guidance_scale": guidance_scale, "scheduler": "ddim"}
     measure_rows(out, {**settings, "along": along, "dtype": "float32"}, rows, measure, seconds=seconds)
 
