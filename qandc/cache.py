@@ -206,11 +206,12 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                 )
     compensation = cache.compensation
     if compensation is not None:
-        of_model = (1, 1) if cache.config.mode == "delta" else blocks.shape
-        if compensation.gains.shape[1:3] != of_model:
+        of_model = (*((1, 1) if cache.config.mode == "delta" else blocks.shape), transformer.inner_dim)
+        if compensation.gains.shape[1:] != of_model:
+            blocks_, branches_, channels = compensation.gains.shape[1:]
             raise ConfigError(
-                f"the feature compensation is for {compensation.gains.shape[1]} blocks with "
-                f"{compensation.gains.shape[2]} branches; this model has {of_model[0]} with {of_model[1]}"
+                f"the feature compensation is for {blocks_} blocks with {branches_} branches of {channels} channels; "
+                "this model has {} with {} of {}".format(*of_model)
             )
     for layer, module in enumerate(modules):
         attach(module, _CachedBlock, **{PLACE: _Place(cache, blocks, layer)})

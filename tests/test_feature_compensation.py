@@ -24,15 +24,20 @@ from qandc import (
     quantize_model,
     remove_cache,
     sample_latents,
+    schedule_from_run,
 )
 from qandc.caching.compensation import FeatureMoments
 from qandc.caching.features import FeatureStore
+from qandc.method.observation import Run
 from qandc.models import FAMILIES
 from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, step_of
 from tests.test_families import STEPS, forwards, run_of
 from tests.tiny_models import inputs_of, make_tiny
 
-PLACES = {"delta": (1, 1), "branch": (2, None), "taylor": (2, None)}
+LEARN = {
+    "compensation": lambda model, run: fit_feature_compensation(model, run, config=CacheConfig("branch")),
+    "schedule": lambda model, run: schedule_from_run(model, run, computed_steps=3),
+}
 
 
 def exact(config, timesteps=STEPS):
@@ -229,6 +234,53 @@ def test_other_images_of_fashion_dit_come_closer(mode, decibels):
     assert errors[0] - errors[1] > decibels
 
 
+def of_five_runs(model):
+    """Give a function that draws five times, and notes how many runs are held then."""
+    name, held = "DiTTransformer2DModel", []
+
+    def run():
+        inputs = [run_of(name) for _ in range(5)]  # who calls may hold all labels, too
+        for given in inputs:
+            with torch.no_grad():
+                [model(**step) for step in given]
+            held.append(sum(isinstance(found, Run) for found in gc.get_objects()))
+
+    return run, held
+
+
+@pytest.mark.parametrize("learn", LEARN.values(), ids=LEARN)
+def test_what_is_held_does_not_grow_with_images(learn):
+    model = make_tiny("DiTTransformer2DModel")
+    run, held = of_five_runs(model)
+    gc.collect()
+    learn(model, run)
+    assert not any(isinstance(found, Run) for found in gc.get_objects())
+    assert len(held) == 5
+    assert max(held) <= 2  # another may take turns
+
+
+@pytest.mark.parametrize("learn", LEARN.values(), ids=LEARN)
+def test_nan_in_a_branch_is_told(learn):
+    model = make_tiny("DiTTransformer2DModel")
+    torch.nn.init.constant_(model.transformer_blocks[1].ff.net[2].bias, float("nan"))
+    with pytest.raises(DataError, match=r"features of the blocks are NaN.*; check the weights and the dtype"):
+        learn(model, forwards("DiTTransformer2DModel", model))
+
+
+def test_a_branch_that_never_varies_gets_the_offset_alone():
+    name = "DiTTransformer2DModel"
+    model = make_tiny(name)
+    constant = model.transformer_blocks[0].ff.net[2]
+    torch.nn.init.zeros_(constant.weight)
+    target = copy.deepcopy(model)
+    with torch.no_grad():
+        target.transformer_blocks[0].ff.net[2].bias += 0.5
+    found = fit_feature_compensation(model, forwards(name, model), config=CacheConfig("branch"), target=target)
+    assert torch.equal(found.gains[:, 0, 1], torch.ones(8, 32))
+    torch.testing.assert_close(found.offsets[:, 0, 1], torch.full((8, 32), 0.5))
+    assert not torch.equal(found.gains[:, 0, 0], torch.ones(8, 32))
+
+
 def test_copies_and_pickles_are_compensated():
     name = "DiTTransformer2DModel"
     model = make_tiny(name)
@@ -275,8 +327,9 @@ def test_a_damaged_file_is_refused(tmp_path):
         ({"schedule": (*BRANCH.schedule[:-1], not BRANCH.schedule[-1])}, "fitted for schedule"),
         ({"timesteps": tuple(t - 1 for t in STEPS)}, "fitted for timesteps"),
         ({"storage_dtype": "bfloat16"}, "fitted for storage_dtype None; .* 'bfloat16'"),
+        ({"schedule": BRANCH.schedule[:-1], "timesteps": STEPS[1:]}, "has 9 steps and the run 10"),
     ],
-    ids=["mode", "schedule", "timesteps", "storage"],
+    ids=["mode", "schedule", "timesteps", "storage", "length"],
 )
 def test_another_cache_is_refused_by_field(change, message):
     model = make_tiny("DiTTransformer2DModel")
@@ -289,8 +342,11 @@ def test_another_cache_is_refused_by_field(change, message):
 
 
 def test_another_model_is_refused():
-    with pytest.raises(ConfigError, match="for 3 blocks with 2 branches; this model has 2 with 2"):
-        apply_cache(make_tiny("DiTTransformer2DModel"), compensation=made_up("DiTTransformer2DModel", BRANCH, 3))
+    name = "DiTTransformer2DModel"
+    for layers, channels in ((3, 32), (2, 48)):
+        message = f"for {layers} blocks with 2 branches of {channels} channels; this model has 2 with 2 of 32"
+        with pytest.raises(ConfigError, match=message):
+            apply_cache(make_tiny(name), compensation=made_up(name, BRANCH, layers, channels))
 
 
 def test_an_interval_that_comes_to_the_same_steps_is_taken():

@@ -129,6 +129,9 @@ def fit_feature_compensation(
     ``a = 1 + (1 - pull) (ρ - 1)`` and ``b = mean(g) - a mean(f)`` over samples and tokens, and the cache takes
     ``a · f + b`` in the place of f: ``apply_cache(transformer, compensation=found)``.
 
+    Memory does not grow with images: sums of 40 bytes per reuse step, branch and channel (100 MB for 40 reuse steps of
+    DiT-XL/2), and what the cache would store of one run, or of two that take turns.
+
     Args:
         transformer: DiT or PixArt, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache
             is paused, compiled modules run uncompiled.
@@ -172,6 +175,8 @@ def fit_feature_compensation(
         solved = [moments[step].solve(form, chosen) for step in sorted(moments)]
         gains, offsets = (torch.stack(parts).cpu() for parts in zip(*solved, strict=True))
         fitted.append(FeatureCompensation(exact, gains, offsets))
+    pairs = int(next(iter(moments.values())).count.max())
+    logger.info("feature compensation of %d reuse steps: %d tokens of all samples seen at each", len(gains), pairs)
     return fitted[0] if held_out is None else _best(model, fitted, pulls, held_out)
 
 

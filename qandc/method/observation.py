@@ -119,6 +119,8 @@ class Observer(Generic[AnyRun]):
                 )
             self.timesteps = first
             self.finish(run)
+        if not self._runs:
+            self.__dict__.pop("run", None)  # what it holds is large, and an observer is in a circle with its hooks
 
     def _begin(self, model: Any, args: Any, kwargs: Any) -> None:
         call = arguments_of(model, args, kwargs)
