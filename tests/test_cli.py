@@ -88,7 +88,19 @@ def settings_dir(tmp_path_factory, pipeline_dir):
 def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     """The likeness of the ten images that calibrate prints is the one that generate, told nothing else, measures."""
     directory, target = tmp_path / "my settings", tmp_path / "images.png"
-    status, out, err = run(capsys, "calibrate", "--model", pipeline_dir, *TINY, "--w-bits", 4, "--out", directory)
+    status, out, err = run(
+        capsys,
+        "calibrate",
+        "--model",
+        pipeline_dir,
+        *TINY,
+        "--w-bits",
+        4,
+        "--compensation",
+        "features",
+        "-o",
+        directory,
+    )
     assert status == 0
     for stage in ("candidate pool", "choosing samples", "inputs of layers", "ranges", "schedule", "features"):
         assert err.splitlines().count(f"{stage}: done") == 1

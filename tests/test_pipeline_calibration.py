@@ -39,7 +39,7 @@ from qandc.quantization.conversion import quant_layers
 
 STEPS = 4
 TINY = {"num_inference_steps": STEPS, "pool_images": 12, "samples": 20, "clusters": 3, "vc_samples": 4}
-TINY |= {"feature_images": 12}
+TINY |= {"feature_images": 12, "compensation": "features"}
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ VARIANTS = {
     "W8A8 with VC": {"compensation": "samples"},
     "uniform block cache, ddim, of the noise": {
         "cache_mode": "delta", "uniform": True, "scheduler": "ddim",
-        "vc_target": "noise", "vc_start": 2, "vc": "variance_ratio",
+        "vc_target": "noise", "vc_start": 2, "vc": "variance_ratio", "compensation": "samples",
     },
     "no guidance, mse": {"guidance_scale": 1.0, "ranges": RangeConfig("mse", symmetric=True), "rounding": "gptq"},
 }  # fmt: skip
@@ -414,9 +414,9 @@ def test_settings_are_checked(changes, message):
         CalibrationConfig(**{**TINY, **changes})
 
 
-def test_a_form_of_vc_alone_asks_for_compensation_of_samples():
+def test_what_is_compensated_depends_on_the_scheduler_and_the_form_of_vc():
     for given, expected in (
-        ({}, "features"), ({"vc": "paper"}, "samples"), ({"vc": "none"}, "none"),
+        ({}, "none"), ({"scheduler": "ddim"}, "features"), ({"vc": "paper"}, "samples"), ({"vc": "none"}, "none"),
         ({"vc": "paper", "compensation": "features"}, "features"), ({"vc": "none", "compensation": "none"}, "none"),
     ):  # fmt: skip
         assert CalibrationConfig(**given).compensation == expected

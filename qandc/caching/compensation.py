@@ -23,7 +23,9 @@ __all__ = ["FORMS", "FeatureCompensation", "FeatureHeader", "FeatureMoments", "g
 
 FORMS = ("least_squares", "variance_ratio")
 SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
-DEFAULT_PULL = {"delta": 0.0, "branch": 0.0, "taylor": 0.5}  # a forecast errs less, and fits of it overshoot
+# found on fashion-dit (results/h200/feature-compensation.json): a forecast errs less, and fits of it overshoot
+DEFAULT_FORM = {"delta": "variance_ratio", "branch": "least_squares", "taylor": "variance_ratio"}
+DEFAULT_PULL = {"delta": 0.0, "branch": 0.0, "taylor": 0.5}
 
 
 class FeatureHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 
 from qandc.cache import apply_cache, detached_cache, remove_cache
-from qandc.caching.compensation import DEFAULT_PULL, FORMS, FeatureCompensation, FeatureMoments
+from qandc.caching.compensation import DEFAULT_FORM, DEFAULT_PULL, FORMS, FeatureCompensation, FeatureMoments
 from qandc.caching.features import FeatureStore, corrected
 from qandc.caching.plan import Action, Position
 from qandc.caching.schedule import CacheConfig
@@ -117,7 +117,7 @@ def fit_feature_compensation(
     config: CacheConfig,
     target: Model | None = None,
     along: str = "uncached",
-    form: str = "least_squares",
+    form: str | None = None,
     pull: Annotated[float, Between(0, 1)] | None = None,
     held_out: Callable[[], torch.Tensor] | None = None,
 ) -> FeatureCompensation:
@@ -141,8 +141,8 @@ def fit_feature_compensation(
             ``transformer`` by default.
         along: ``uncached`` notes features on the run without a cache; ``corrected`` goes on from what the corrected
             cache makes of each step, so that later steps are fitted on what they will see; draw all images in one run.
-        form: ``least_squares``, ρ = Cov(f, g) / Var(f), the least error; or ``variance_ratio``, ρ = √(Var(g) / Var(f)),
-            with which features vary as much as the true ones do.
+        form: ``least_squares``, ρ = Cov(f, g) / Var(f), the least error, by default for ``branch``; or
+            ``variance_ratio``, ρ = √(Var(g) / Var(f)), with which features vary as much as the true ones do.
         pull: 0 for that gain, 1 for the offset alone; by default 0.5 for ``taylor``, else 0.
         held_out: draws other images, and returns latents or pixels. Then the pull is the one of 0, 0.25, 0.5, 0.75
             and 1 with the least squared distance to what the model draws without a cache.
@@ -155,6 +155,7 @@ def fit_feature_compensation(
     """
     if along not in ALONG:
         raise ConfigError(f"along is {along!r}; choose one of {', '.join(ALONG)}")
+    form = DEFAULT_FORM[config.mode] if form is None else form
     if form not in FORMS:
         raise ConfigError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
     if pull is not None and held_out is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.caching.compensation import DEFAULT_PULL, gain_and_offset
+from qandc.caching.compensation import DEFAULT_FORM, DEFAULT_PULL, gain_and_offset
 from qandc.caching.schedule import (
     CacheConfig,
     CalibratedSchedule,
@@ -47,7 +47,9 @@ class StepMoments:
         if not torch.isfinite(self._truth).all() or not (self._truth > 0).all():
             raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
 
-    def errors(self, computed: Sequence[int], pull: float | None = None) -> np.ndarray:
+    def errors(
+        self, computed: Sequence[int], pull: float | None = None, form: str = "least_squares"
+    ) -> np.ndarray:
         """Compute relative errors of the forecasts for all steps after the newest of ``computed``, newest first.
 
         ``√(Σ gate_j² |a f + b - g|² / Σ gate_j² |g|²)`` with f the forecast of feature g at step j, sums over all
@@ -65,7 +67,7 @@ class StepMoments:
         if pull is None:
             squares = ff - 2 * fg + gg
         else:
-            a, b = gain_and_offset(f, g, ff, gg, fg, pull=pull)
+            a, b = gain_and_offset(f, g, ff, gg, fg, form=form, pull=pull)
             squares = a * a * ff + 2 * a * b * f + b * b - 2 * (a * fg + b * g) + gg
         return ((self.gates[at] * squares).sum(1).clamp(min=0) / self._truth[at]).sqrt().numpy()
 
@@ -170,8 +172,8 @@ def schedule_from_run(
         mode, order: of the cache, as in :class:`qandc.CacheConfig`.
         computed_steps: how many of the steps, which are calls of the model: a scheduler of second order (Heun) makes
             2 n - 1 for n inference steps.
-        compensated: minimise what is left of the errors once :func:`qandc.fit_feature_compensation`, with its default
-            pull, corrects the features: for a cache that will have one.
+        compensated: minimise what is left of the errors once :func:`qandc.fit_feature_compensation`, with its
+            defaults, corrects the features: for a cache that will have one.
 
     Raises:
         ConfigError: an unknown mode, fewer computed steps than the order needs, timesteps that rise within a run, or
@@ -182,7 +184,7 @@ def schedule_from_run(
     mode = CacheConfig(mode, order=order).mode  # refuses others before any work
     moments, timesteps = feature_moments(transformer, run, mode)
     order = _check_steps(mode, order, computed_steps, timesteps)
-    errors = partial(moments.errors, pull=DEFAULT_PULL[mode] if compensated else None)
+    errors = partial(moments.errors, pull=DEFAULT_PULL[mode] if compensated else None, form=DEFAULT_FORM[mode])
     even = even_schedule(len(timesteps), computed_steps, order + 1)
     found = optimal_schedule(errors, len(timesteps), computed_steps, order=order, warm_up_steps=order + 1)
     # for order 2 not all schedules were tried
