@@ -65,7 +65,8 @@ def main(
             form |= {"computed_steps": sum(config.of_steps(steps)), "compensated": row["schedule"] == COMPENSATED}
             config = schedule_from_run(model, lambda: draw(0, fit), **form).config()
         if row["pull"] is not None:
-            found = fit_feature_compensation(model, lambda: draw(0, fit), config=config, along=along, pull=row["pull"])
+            how = {"form": "least_squares", "along": along, "pull": row["pull"]}
+            found = fit_feature_compensation(model, lambda: draw(0, fit), config=config, **how)
         apply_cache(model, config=config, compensation=found)
         try:
             values = psnr(draw(FIRST_OF_OTHERS, images), true, peak)

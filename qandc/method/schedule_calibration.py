@@ -47,9 +47,7 @@ class StepMoments:
         if not torch.isfinite(self._truth).all() or not (self._truth > 0).all():
             raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
 
-    def errors(
-        self, computed: Sequence[int], pull: float | None = None, form: str = "least_squares"
-    ) -> np.ndarray:
+    def errors(self, computed: Sequence[int], pull: float | None = None, form: str = "least_squares") -> np.ndarray:
         """Compute relative errors of the forecasts for all steps after the newest of ``computed``, newest first.
 
         ``√(Σ gate_j² |a f + b - g|² / Σ gate_j² |g|²)`` with f the forecast of feature g at step j, sums over all
