@@ -66,8 +66,15 @@ class _CachedTransformer(nn.Module):
                 "a cached model cannot recompute its blocks: disable gradient checkpointing, or use no_grad"
             )
         cache: FeatureCache = getattr(self, CACHE)
-        call = arguments_of(self, args, kwargs)
-        with cache.step(call["hidden_states"], call.get("timestep"), call.get(_known(self).run_key)):
+        family, call = _known(self), arguments_of(self, args, kwargs)
+        given = {name for name, value in call.items() if value is not None}
+        if given.intersection(family.uncached):
+            return super().forward(*args, **kwargs)
+        if cache.config.mode == "delta" and any("controlnet" in name for name in given):
+            raise CacheError(
+                "what a ControlNet adds between blocks would be added twice: use mode 'branch' or 'taylor'"
+            )
+        with cache.step(call["hidden_states"], call.get("timestep"), call.get(family.run_key)):
             return super().forward(*args, **kwargs)
 
 
@@ -132,7 +139,10 @@ def apply_cache(
     config: CacheConfig | None = None,
     compensation: FeatureCompensation | None = None,
 ) -> FeatureCache:
-    """Attach a feature cache to a transformer of diffusers, DiT or PixArt; the unmodified pipeline then uses it.
+    """Attach a feature cache to a transformer of diffusers; the unmodified pipeline then uses it.
+
+    It knows DiT, PixArt, FLUX.1, Qwen-Image, SD3 and SD3.5. Conditional and unconditional passes may be one batch, or
+    take turns.
 
     Blocks that ``block.compile()`` has compiled stay so. A fused transformer (:func:`qandc.fuse_dit`) runs compute and
     reuse steps as CUDA graphs of their own.
@@ -152,7 +162,7 @@ def apply_cache(
     Raises:
         ConfigError: the interval is not an integer >= 1, or it is given and a ``config`` too, or the compensation was
             fitted for another cache or model.
-        CacheError: no DiT or PixArt, a cache is attached already, or another tool has replaced ``forward``.
+        CacheError: no such transformer, a cache is attached already, or another tool has replaced ``forward``.
     """
     if config is not None and cache_interval is not None:
         raise ConfigError("give cache_interval or config, not both: the config has an interval of its own")

@@ -5,6 +5,7 @@ diffusers does all else, so gates are those of the current step, and nothing of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,45 +25,92 @@ CONFIGS = {
     "taylor 2": CacheConfig("taylor", interval=4, order=2),
     "taylor 2 uneven": CacheConfig("taylor", schedule=UNEVEN, order=2),
 }
-BRANCHES = {"DiTTransformer2DModel": ("attn1", "ff"), "PixArtTransformer2DModel": ("attn1", "attn2", "ff")}
+BRANCHES = {  # by list of blocks, in all streams
+    "DiTTransformer2DModel": {"transformer_blocks": ("attn1", "ff")},
+    "PixArtTransformer2DModel": {"transformer_blocks": ("attn1", "attn2", "ff")},
+    "FluxTransformer2DModel": {
+        "transformer_blocks": ("attn", "ff", "ff_context"),
+        "single_transformer_blocks": ("proj_out",),
+    },
+    "QwenImageTransformer2DModel": {"transformer_blocks": ("attn", "img_mlp", "txt_mlp")},
+    "SD3Transformer2DModel": {"transformer_blocks": ("attn", "ff", "attn2", "ff_context")},
+}
+TOKENS = 16  # of an image in the small models
+OF_TEXT = ("ff_context", "txt_mlp")
+STREAMS = ("encoder_hidden_states", "hidden_states")  # as blocks of two return them
 
 
 class Step(NamedTuple):
-    """A forward: what it predicts, the features of its branches or blocks, what all blocks together add."""
+    """A forward: its output, what its branches or blocks add (tuples for two streams), what all add to the image."""
 
     output: torch.Tensor
-    features: list[torch.Tensor]
+    features: list[Any]
     added: torch.Tensor
 
 
+def each(function: Callable[..., torch.Tensor], *values: Any) -> Any:
+    """Apply a function to tensors, or to each of tuples; None, a stream that ends, stays."""
+    if isinstance(values[0], tuple):
+        return tuple(each(function, *parts) for parts in zip(*values, strict=True))
+    return None if values[0] is None else function(*values)
+
+
+def parts_of(model: Any, mode: str) -> list[tuple[str, Any]]:
+    """List what a cache reuses, by name: blocks, or branches."""
+    lists = next(BRANCHES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in BRANCHES)
+    blocks = [(block, names) for name, names in lists.items() for block in getattr(model, name)]
+    if mode == "delta":
+        return [("block", block) for block, _ in blocks]
+    return [(name, getattr(block, name)) for block, names in blocks for name in names if getattr(block, name, None)]
+
+
 @torch.no_grad()
-def step_of(model: Any, given: dict[str, Any], mode: str, features: list[torch.Tensor] | None = None) -> Step:
+def step_of(model: Any, given: dict[str, Any], mode: str, features: list[Any] | None = None) -> Step:
     """Run a forward without a cache, with ``features`` in the place of its own."""
-    blocks = list(model.transformer_blocks)
-    names = next(BRANCHES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in BRANCHES)
-    parts = blocks if mode == "delta" else [getattr(block, name) for block in blocks for name in names]
-    found: list[torch.Tensor] = []
+    parts, blocks = parts_of(model, mode), [block for _, block in parts_of(model, "delta")]
+    found: list[Any] = []
     ends: list[torch.Tensor] = []
 
-    def replace(part: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        inside = args[0] if mode == "delta" else 0
-        found.append(output - inside)
-        return None if features is None else inside + features[len(found) - 1]
+    def replace(part: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        if mode != "delta":
+            found.append(output)
+            return None if features is None else features[len(found) - 1]
+        inside = args[0] if args else tuple(kwargs[name] for name in STREAMS)
+        found.append(each(lambda y, x: y - x, output, inside))
+        return None if features is None else each(lambda f, x: x + f, features[len(found) - 1], inside)
 
-    handles = [part.register_forward_hook(replace) for part in parts]
-    handles.append(blocks[0].register_forward_pre_hook(lambda block, args: ends.append(args[0].clone())))
-    handles.append(blocks[-1].register_forward_hook(lambda block, args, output: ends.append(output.clone())))
+    def begin(block: Any, args: Any, kwargs: Any) -> None:
+        ends.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def end(block: Any, args: Any, output: Any) -> None:
+        ends.append((output[-1] if isinstance(output, tuple) else output).clone())
+
+    handles = [part.register_forward_hook(replace, with_kwargs=True) for _, part in parts]
+    handles.append(blocks[0].register_forward_pre_hook(begin, with_kwargs=True))
+    handles.append(blocks[-1].register_forward_hook(end))
     output = model(**given)[0]
     for handle in handles:
         handle.remove()
     return Step(output, found, ends[1] - ends[0])
 
 
-def forecast(steps: dict[int, Step], computed: list[int], step: int, order: int) -> list[torch.Tensor]:
+def of_image(model: Any, mode: str, features: list[Any]) -> list[torch.Tensor]:
+    """Return the parts of features that add to the image, as views; those of text are left out."""
+    if mode == "delta":
+        return [f[-1] if isinstance(f, tuple) else f for f in features]
+    named = zip(parts_of(model, mode), features, strict=True)
+    return [(f[0] if isinstance(f, tuple) else f)[:, -TOKENS:] for (name, _), f in named if name not in OF_TEXT]
+
+
+def forecast(steps: dict[int, Step], computed: list[int], step: int, order: int) -> list[Any]:
     """Forecast the features of a step from those of computed steps, newest first."""
     weights = forecast_weights(computed, step, order)
+
+    def weighted(*features: torch.Tensor) -> torch.Tensor:
+        return sum(w * f for w, f in zip(weights, features, strict=True))  # type: ignore[return-value]
+
     kept = zip(*(steps[s].features for s in computed), strict=True)
-    return [sum(w * f for w, f in zip(weights, features, strict=True)) for features in kept]  # type: ignore[misc]
+    return [each(weighted, *features) for features in kept]
 
 
 def by_definition(
@@ -71,7 +119,7 @@ def by_definition(
     inputs: list[dict[str, Any]],
     compensation: FeatureCompensation | None = None,
 ) -> list[torch.Tensor]:
-    """Return the outputs of all steps of a run; in mode ``delta`` a compensation is for a model of one block."""
+    """Return the outputs of all steps of a run."""
     steps: dict[int, Step] = {}
     order, outputs, reused = config.history - 1, [], 0
     for step, given in enumerate(inputs):
@@ -79,8 +127,13 @@ def by_definition(
         if not config.computes(step):
             features = forecast(steps, sorted(steps, reverse=True)[: order + 1], step, order)
             if compensation is not None:
-                pairs = (t[reused].flatten(0, 1) for t in (compensation.gains, compensation.offsets))
-                features = [a * f + b for f, a, b in zip(features, *pairs, strict=True)]
+                gains, offsets = (t[reused].flatten(0, 1) for t in (compensation.gains, compensation.offsets))
+                corrected = of_image(model, config.mode, features)
+                if config.mode == "delta":  # of all blocks: the gain for each, the offset once
+                    gains = gains.expand(len(corrected), -1)
+                    offsets = torch.cat([torch.zeros(len(corrected) - 1, offsets.shape[1]), offsets])
+                for f, a, b in zip(corrected, gains, offsets, strict=True):
+                    f.mul_(a).add_(b)
             reused += 1
         now = step_of(model, given, config.mode, features)
         outputs.append(now.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -28,18 +29,35 @@ from qandc import (
 from qandc.models import FAMILIES, family_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantizer import scale_and_zero_point
-from tests.definition import BRANCHES, CONFIGS, LENGTH, assert_equal_runs, by_definition, forecast, step_of
+from tests.definition import (
+    BRANCHES,
+    CONFIGS,
+    LENGTH,
+    assert_equal_runs,
+    by_definition,
+    each,
+    forecast,
+    of_image,
+    step_of,
+)
 from tests.tiny_models import inputs_of, make_tiny
 
 STEPS = tuple(range(900, 400, -50))
+FRACTIONS = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")  # their timesteps end at 1
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def timesteps_of(name, steps=STEPS):
+    """Return timesteps in the unit of a class, exact in float32."""
+    return tuple(step / 1024 for step in steps) if name in FRACTIONS else steps
 
 
 def run_of(name, steps=STEPS):
     """Make the arguments of all forwards of a run; what it is known by is one tensor."""
     first, run = inputs_of(name), []
-    for step, timestep in enumerate(steps):
-        latents = torch.randn(first["hidden_states"].shape, generator=torch.Generator().manual_seed(step))
+    noise = torch.randn(2, *first["hidden_states"].shape, generator=torch.Generator().manual_seed(0))
+    for step, timestep in enumerate(timesteps_of(name, steps)):
+        latents = math.cos(step / 4) * noise[0] + math.sin(step / 4) * noise[1]  # neighbours are alike
         run.append({**first, "hidden_states": latents, "timestep": torch.full_like(first["timestep"], timestep)})
     return run
 
@@ -188,26 +206,31 @@ def test_a_schedule_is_that_of_all_schedules_tried(monkeypatch, name, mode, orde
     steps = {i: step_of(model, given, mode) for i, given in enumerate(inputs)}
 
     def added(step, features):
-        """Return the square of what each feature adds at a step, alone."""
+        """Return the square of what each feature adds to the image at a step, alone."""
         if mode == "delta":
             return sum(features).square().sum()
-        zeros = [torch.zeros_like(feature) for feature in features]
-        alone = ([*zeros[:k], feature, *zeros[k + 1 :]] for k, feature in enumerate(features))
-        return sum(step_of(model, inputs[step], mode, only).added.square().sum() for only in alone)
+        total = 0
+        for k, feature in enumerate(features):
+            only = [each(torch.zeros_like, f) for f in steps[step].features]
+            of_image(model, mode, only)[k].copy_(feature)
+            total += step_of(model, inputs[step], mode, only).added.square().sum()
+        return total
 
     def error(chosen):
         total = 0.0
         for step in steps.keys() - set(chosen):
             computed = sorted((c for c in chosen if c < step), reverse=True)[: order + 1]
-            reused, true = forecast(steps, computed, step, order), steps[step].features
+            reused, true = of_image(model, mode, forecast(steps, computed, step, order)), truth[step]
             if mode == "delta":
                 reused, true = [sum(reused)], [sum(true)]
             if compensated:
                 reused = [fitted(f, g, mode).view_as(g).float() for f, g in zip(reused, true, strict=True)]
             errors = [f - g for f, g in zip(reused, true, strict=True)]
-            total += (added(step, errors) / added(step, true)).sqrt().item()
+            total += (added(step, errors) / whole[step]).sqrt().item()
         return total
 
+    truth = {step: of_image(model, mode, found.features) for step, found in steps.items()}
+    whole = {step: added(step, features) for step, features in truth.items()}
     first = tuple(range(order + 1))
     all_of_them = itertools.combinations(range(order + 1, 6), 2 - order)
     errors = {(*first, *rest): error((*first, *rest)) for rest in all_of_them}
@@ -215,10 +238,10 @@ def test_a_schedule_is_that_of_all_schedules_tried(monkeypatch, name, mode, orde
         model, forwards(name, model, STEPS[:6]), mode=mode, computed_steps=3, compensated=compensated
     )
     chosen = tuple(step for step, computed in enumerate(found.schedule) if computed)
-    assert found.timesteps == STEPS[:6]
+    assert found.timesteps == timesteps_of(name, STEPS[:6])
     assert found.error == pytest.approx(errors[chosen], rel=0.05)  # gates by their mean square over samples
     assert errors[chosen] <= 1.03 * min(errors.values())
-    assert max(errors.values()) > 1.05 * min(errors.values())
+    assert max(errors.values()) > 1.1 * min(errors.values())
 
 
 def test_runs_of_a_schedule():
@@ -241,7 +264,7 @@ def test_runs_of_a_schedule():
         schedule_from_run(model, lambda: None, computed_steps=2)
     with pytest.raises(ConfigError, match=r"computed_steps is 11; .* can compute 1 to 10"):
         schedule_from_run(model, forwards(name, model), computed_steps=11)
-    with pytest.raises(ModelError, match="DiTTransformer2DModel and PixArtTransformer2DModel; got Linear"):
+    with pytest.raises(ModelError, match=" and ".join(FAMILIES) + "; got Linear"):
         schedule_from_run(torch.nn.Linear(2, 2), lambda: None, computed_steps=2)
 
 

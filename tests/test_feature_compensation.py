@@ -30,13 +30,20 @@ from qandc.caching.compensation import FeatureMoments
 from qandc.caching.features import FeatureStore
 from qandc.method.observation import Run
 from qandc.models import FAMILIES
-from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, step_of
-from tests.test_families import STEPS, forwards, run_of
+from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, of_image, step_of
+from tests.test_families import STEPS, forwards, run_of, timesteps_of
 from tests.tiny_models import inputs_of, make_tiny
 
 LEARN = {
     "compensation": lambda model, run: fit_feature_compensation(model, run, config=CacheConfig("branch")),
     "schedule": lambda model, run: schedule_from_run(model, run, computed_steps=3),
+}
+SHAPES = {  # [L, K] of features of small models, each of their stacks with two blocks
+    "DiTTransformer2DModel": (2, 2),
+    "PixArtTransformer2DModel": (2, 3),
+    "FluxTransformer2DModel": (6, 1),
+    "QwenImageTransformer2DModel": (2, 2),
+    "SD3Transformer2DModel": (2, 2),
 }
 
 
@@ -46,18 +53,14 @@ def exact(config, timesteps=STEPS):
     return CacheConfig(config.mode, schedule=schedule, order=config.order, timesteps=timesteps)
 
 
-def made_up(name, config, layers=2, channels=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def made_up(of_model, config, channels=32):
+    generator = torch.Generator().manual_seed(0)
     schedule = config.schedule
-    of_model = (1, 1) if config.mode == "delta" else (layers, {"DiTTransformer2DModel": 2}.get(name, 3))
+    of_model = (1, 1) if config.mode == "delta" else of_model
     shape = (len(schedule) - sum(schedule), *of_model, channels)
     return FeatureCompensation(
         config, 1 + torch.randn(shape, generator=generator) / 10, torch.randn(shape, generator=generator) / 10
     )
-
-
-def width(model):
-    return model.config.num_attention_heads * model.config.attention_head_dim
 
 
 def moments_of(f, g):
@@ -118,9 +121,8 @@ def test_features_that_are_not_finite_are_refused(value, seeded):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_compensated_cache_equals_the_definition(name, config):
-    layers = 1 if config.mode == "delta" else 2
-    model = make_tiny(name, num_layers=layers)
-    compensation = made_up(name, exact(config), layers, width(model))
+    model = make_tiny(name)
+    compensation = made_up(SHAPES[name], exact(config, timesteps_of(name)))
     expected = by_definition(model, config, run_of(name), compensation)
     plain = by_definition(model, config, run_of(name))
     apply_cache(model, compensation=compensation)
@@ -141,17 +143,20 @@ def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
     found = fit_feature_compensation(
         model, forwards(name, model), config=config, target=full if target else None, pull=0.0
     )
-    assert found.config.timesteps == STEPS
+    assert found.config.timesteps == timesteps_of(name)
     assert found.config.schedule == config.of_steps(LENGTH)
     step, computed = (2, [1, 0]) if mode == "taylor" else (1, [0])
     inputs = run_of(name)
     of_steps = [step_of(model, inputs[s], mode) for s in (*computed, step)]
-    true = (step_of(full, inputs[step], mode) if target else of_steps[-1]).features
-    reused = of_steps[0].features
+    if target:
+        of_steps[-1] = step_of(full, inputs[step], mode)
+    *reused, true = (of_image(model, mode, each.features) for each in of_steps)
+    if mode == "delta":
+        reused, true = [[sum(reused[0])]], [sum(true)]
     if mode == "taylor":
-        reused = [2 * new - old for new, old in zip(*(s.features for s in of_steps[:2]), strict=True)]
+        reused = [[2 * new - old for new, old in zip(*reused, strict=True)]]
     gains, offsets = (t[0].flatten(0, 1) for t in (found.gains, found.offsets))
-    for place, (f, g) in enumerate(zip(reused, true, strict=True)):
+    for place, (f, g) in enumerate(zip(reused[0], true, strict=True)):
         f, g = (t.flatten(0, -2).double() for t in (f, g))
         gain = ((f - f.mean(0)) * (g - g.mean(0))).sum(0) / (f - f.mean(0)).square().sum(0)
         torch.testing.assert_close(gains[place].double(), gain, atol=1e-3, rtol=1e-3)
@@ -284,7 +289,7 @@ def test_a_branch_that_never_varies_gets_the_offset_alone():
 def test_copies_and_pickles_are_compensated():
     name = "DiTTransformer2DModel"
     model = make_tiny(name)
-    compensation = made_up(name, exact(CONFIGS["branch"]), 2, width(model))
+    compensation = made_up(SHAPES[name], exact(CONFIGS["branch"]))
     apply_cache(model, compensation=compensation)
     expected = forwards(name, model)()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -298,7 +303,7 @@ BRANCH = exact(CONFIGS["branch"])
 @pytest.mark.parametrize("name", ["delta", "taylor 2 uneven"])
 def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     config = replace(exact(CONFIGS[name]), storage_dtype="int8")
-    compensation = made_up("DiTTransformer2DModel", config)
+    compensation = made_up((2, 2), config)
     compensation.save(tmp_path / "features.safetensors")
     loaded = FeatureCompensation.load(tmp_path / "features.safetensors")
     assert (loaded.config, loaded.config.timesteps) == (config, config.timesteps)
@@ -308,7 +313,7 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
 
 def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "features.safetensors"
-    made_up("DiTTransformer2DModel", BRANCH).save(path)
+    made_up((2, 2), BRANCH).save(path)
     whole = bytearray(path.read_bytes())
     for place in (9, 200, len(whole) // 2, len(whole) - 1):
         damaged = bytearray(whole)
@@ -333,7 +338,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 )
 def test_another_cache_is_refused_by_field(change, message):
     model = make_tiny("DiTTransformer2DModel")
-    compensation = made_up("DiTTransformer2DModel", BRANCH, 2, width(model))
+    compensation = made_up((2, 2), BRANCH)
     if change.get("mode") == "taylor":
         change = {"mode": "taylor", "schedule": (True, True, *BRANCH.schedule[2:])}
     with pytest.raises(ConfigError, match=message):
@@ -346,12 +351,12 @@ def test_another_model_is_refused():
     for layers, channels in ((3, 32), (2, 48)):
         message = f"for {layers} blocks with 2 branches of {channels} channels; this model has 2 with 2 of 32"
         with pytest.raises(ConfigError, match=message):
-            apply_cache(make_tiny(name), compensation=made_up(name, BRANCH, layers, channels))
+            apply_cache(make_tiny(name), compensation=made_up((layers, 2), BRANCH, channels))
 
 
 def test_an_interval_that_comes_to_the_same_steps_is_taken():
     model = make_tiny("DiTTransformer2DModel")
-    compensation = made_up("DiTTransformer2DModel", BRANCH, 2, width(model))
+    compensation = made_up((2, 2), BRANCH)
     cache = apply_cache(model, config=CONFIGS["branch"], compensation=compensation)
     assert cache.config is compensation.config
 

@@ -133,8 +133,8 @@ def fit_feature_compensation(
     DiT-XL/2), and what the cache would store of one run, or of two that take turns.
 
     Args:
-        transformer: DiT or PixArt, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache
-            is paused, compiled modules run uncompiled.
+        transformer: quantized as it will be used; not fused yet (fuse it afterwards). An attached cache is paused,
+            compiled modules run uncompiled.
         run: draws some dozens of images as they will be drawn later, with as many steps, in one run or several.
         config: of the cache: any mode and order, an interval or a schedule for that many steps.
         target: a model whose features are the true ones, the one in full precision, which corrects quantization too;

@@ -164,8 +164,8 @@ def schedule_from_run(
     of all, and on a run without cache. It says which schedule to prefer, not how far images will be off.
 
     Args:
-        transformer: DiT or PixArt, quantized as it will be used; not fused yet (fuse it afterwards). An attached cache
-            is paused, compiled modules run uncompiled.
+        transformer: quantized as it will be used; not fused yet (fuse it afterwards). An attached cache is paused,
+            compiled modules run uncompiled.
         run: draws some images as they will be drawn later, with as many steps, in one run or several.
         mode, order: of the cache, as in :class:`qandc.CacheConfig`.
         computed_steps: how many of the steps, which are calls of the model: a scheduler of second order (Heun) makes

@@ -7,11 +7,14 @@ from typing import Any
 from qandc.errors import ModelError
 from qandc.models.dit import DIT, older_names
 from qandc.models.family import Family
+from qandc.models.flux import FLUX
 from qandc.models.pixart import PIXART
+from qandc.models.qwen_image import QWEN_IMAGE
+from qandc.models.sd3 import SD3
 
 __all__ = ["DIT", "FAMILIES", "Family", "class_conditional", "family_of", "older_names"]
 
-FAMILIES = {family.transformer: family for family in (DIT, PIXART)}
+FAMILIES = {family.transformer: family for family in (DIT, PIXART, FLUX, QWEN_IMAGE, SD3)}
 
 
 def family_of(model: Any) -> Family | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from qandc.caching.plan import Plan
+from qandc.errors import CacheError
 from qandc.quantization.ranges import StepRanges
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "Launch",
     "Program",
     "Stack",
+    "adaln_gates",
     "arguments_of",
     "image_part",
+    "only",
     "zero_gates",
 ]
 
@@ -151,6 +154,7 @@ class Family:
         program: runs it on fused kernels; None where there are none.
         classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
             None where images are of other things.
+        uncached: arguments with which a forward is no step of a run: it is computed as if no cache were attached.
     """
 
     transformer: str
@@ -158,6 +162,7 @@ class Family:
     stacks: tuple[Stack, ...]
     program: type[Program] | None = None
     classes: Callable[[Any], int] | None = None
+    uncached: tuple[str, ...] = ()
 
     def blocks(self, transformer: Any) -> Blocks:
         """Return the blocks of a transformer of this family."""
@@ -176,8 +181,30 @@ def zero_gates(modulation: torch.Tensor, width: int) -> torch.Tensor:
     return modulation.unflatten(1, (-1, 3, width))[:, :, 2].transpose(0, 1)
 
 
+def adaln_gates(name: str) -> Callable[[Any, Call], torch.Tensor]:
+    """Return a function that gives the gates of blocks whose norm of that name modulates with ``temb``, adaLN-Zero."""
+
+    def gates(block: Any, call: Call) -> torch.Tensor:
+        norm = getattr(block, name)
+        return zero_gates(norm.linear(norm.silu(call["temb"])), call["hidden_states"].shape[-1])
+
+    return gates
+
+
+def only(name: str) -> Callable[[Any], str | None]:
+    """Return a function that says why a block can't be reused unless it has the forward of the class of that name."""
+    reason = f"needs blocks of the class {name}"
+    return lambda block: None if forward_of(block).__qualname__ == f"{name}.forward" else reason
+
+
 def image_part(output: Any, tokens: int) -> torch.Tensor:
-    """Return what a branch gives the stream of the image, of several outputs the first, of a joint sequence the end."""
+    """Return what a branch gives the stream of the image: of two outputs the first, of a joint sequence the end.
+
+    Raises:
+        CacheError: there are more outputs than streams.
+    """
+    if isinstance(output, tuple) and len(output) > 2:
+        raise CacheError("an IP-Adapter adds to the image beside the attention: use cache mode 'delta' with it")
     return (output[0] if isinstance(output, tuple) else output)[:, -tokens:]
 
 

@@ -25,7 +25,7 @@ from qandc.quantization.plan import assign, resolved
 from qandc.quantization.readers import kept_layers, tuner_layers
 from qandc.quantizer import COMPILED, QuantConfig
 from qandc.support.arguments import Between, check_fields, checked
-from qandc.support.attach import attachments
+from qandc.support.attach import attachments, original_class
 from qandc_kernels import select_backend
 
 __all__ = [
@@ -214,7 +214,7 @@ def note_to_save(model: nn.Module, config: QuantConfig, schemes: Mapping[str, st
     """
     bases = {f"{name}.base_layer": name for name, _ in tuner_layers(model)}
     inside = tuple(f"{name}." for name in bases.values())
-    linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, QuantLinear)]
+    linears = [name for name, module in model.named_modules() if original_class(module) in (nn.Linear, QuantLinear)]
     linears = [bases.get(name, name) for name in linears if name in bases or not name.startswith(inside)]
     schemes = {bases.get(name, name): scheme for name, scheme in schemes.items()}
     note = {"quant_method": "qandc", **settings_to_save(config)}

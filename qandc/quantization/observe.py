@@ -270,8 +270,8 @@ def smoothing_factors(
     if names is None:
         layers = _unquantized(model, skip_patterns, "find smoothing factors")
     for name in names or ():
-        layer = modules.get(name)
-        if type(layer) is not nn.Linear:
+        layer: Any = modules.get(name)
+        if original_class(layer) is not nn.Linear:
             raise ConfigError(f"{name!r} is no nn.Linear of this {type(model).__name__}; smooth before quantizing")
         layers[name] = layer
     seen = SharedInputs(lambda x: x.abs().amax(0), lambda total, new: torch.maximum(total, new, out=total))

@@ -20,6 +20,7 @@ from qandc.errors import ConfigError, ModelError
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.readers import kept_layers
 from qandc.quantizer import COMPILED, QuantConfig, matches, parse_scheme
+from qandc.support.attach import original_class
 
 __all__ = ["Assignment", "Roles", "assign", "resolved", "roles_of"]
 
@@ -178,7 +179,7 @@ def assign(model: nn.Module, config: QuantConfig, *, saved: bool = False) -> Ass
     main = (config.w_bits, config.a_bits)
     conditioning = None if config.conditioning is None else parse_scheme(config.conditioning)
     kept = {} if saved else kept_layers(model)
-    linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
+    linears = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if original_class(m) is nn.Linear]
     found, kept_here = Assignment(), {}
     # a subclass may compute something else, or be read past its forward, as in nn.MultiheadAttention
     for name, _ in linears:

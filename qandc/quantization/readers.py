@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from qandc.support.attach import original_class
+
 __all__ = ["kept_layers", "tuner_layers"]
 
 logger = logging.getLogger(__name__)
@@ -29,11 +31,11 @@ def kept_layers(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         for path in sorted(_weights_read_by(module)):
-            if type(_submodule(module, path)) is nn.Linear:
+            if original_class(_submodule(module, path)) is nn.Linear:
                 kept[prefix + path] = f"{type(module).__name__} reads its weight past its forward"
     for name, tuner in tuner_layers(model):
         for path, module in tuner.named_modules():
-            if type(module) is nn.Linear and path.split(".")[0] != "base_layer":
+            if original_class(module) is nn.Linear and path.split(".")[0] != "base_layer":
                 kept[f"{name}.{path}"] = "an adapter of PEFT"
     return kept
 

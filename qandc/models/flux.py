@@ -1,0 +1,23 @@
+"""Know FLUX.1 (Black Forest Labs, 2024): blocks of two streams, text and image, then blocks of both in one sequence."""
+
+from __future__ import annotations
+
+from qandc.models.family import Family, Stack, adaln_gates, only
+
+__all__ = ["FLUX"]
+
+_STREAMS = ("encoder_hidden_states", "hidden_states")
+FLUX = Family(
+    "FluxTransformer2DModel",
+    "encoder_hidden_states",
+    (
+        Stack("transformer_blocks", ("attn", "ff"), adaln_gates("norm1"), only("FluxTransformerBlock"), _STREAMS),
+        Stack(
+            "single_transformer_blocks",
+            ("proj_out",),
+            adaln_gates("norm"),
+            only("FluxSingleTransformerBlock"),
+            _STREAMS,
+        ),
+    ),
+)

@@ -1,0 +1,28 @@
+"""Know Qwen-Image (arXiv 2508.02324): blocks of two streams, text and image, modulated by the timestep alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qandc.models.family import Call, Family, Stack, only, zero_gates
+
+__all__ = ["QWEN_IMAGE"]
+
+_other_class = only("QwenImageTransformerBlock")
+
+
+def _gates(block: Any, call: Call) -> torch.Tensor:
+    return zero_gates(block.img_mod(call["temb"]), call["hidden_states"].shape[-1])
+
+
+def _why_not(block: Any) -> str | None:
+    if getattr(block, "zero_cond_t", False):  # of some editing models: tokens of their input have gates of their own
+        return "needs one modulation for all tokens (zero_cond_t=False)"
+    return _other_class(block)
+
+
+_STREAMS = ("encoder_hidden_states", "hidden_states")
+_BLOCKS = Stack("transformer_blocks", ("attn", "img_mlp"), _gates, _why_not, _STREAMS)
+QWEN_IMAGE = Family("QwenImageTransformer2DModel", "encoder_hidden_states", (_BLOCKS,))

@@ -1,0 +1,20 @@
+"""Know Stable Diffusion 3 and 3.5 (arXiv 2403.03206): two streams, in some blocks a second attention of the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qandc.models.family import Family, Stack, adaln_gates, only
+
+__all__ = ["SD3"]
+
+_other_class = only("JointTransformerBlock")
+
+
+def _why_not(block: Any) -> str | None:
+    return "needs feed-forwards that are not chunked" if getattr(block, "_chunk_size", None) else _other_class(block)
+
+
+_STREAMS = ("encoder_hidden_states", "hidden_states")
+_BLOCKS = Stack("transformer_blocks", ("attn", "ff", "attn2"), adaln_gates("norm1"), _why_not, _STREAMS)
+SD3 = Family("SD3Transformer2DModel", "encoder_hidden_states", (_BLOCKS,), uncached=("skip_layers",))
