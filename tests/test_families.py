@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from qandc import (
     CacheConfig,
+    CacheError,
     ConfigError,
     DataError,
     ModelError,
@@ -28,6 +30,7 @@ from qandc import (
 )
 from qandc.models import FAMILIES, family_of
 from qandc.quantization.conversion import quant_layers
+from qandc.quantization.linear import QuantLinear
 from qandc.quantizer import scale_and_zero_point
 from tests.definition import (
     BRANCHES,
@@ -268,54 +271,183 @@ def test_runs_of_a_schedule():
         schedule_from_run(torch.nn.Linear(2, 2), lambda: None, computed_steps=2)
 
 
-@pytest.fixture(params=["PixArtAlphaPipeline", "PixArtSigmaPipeline"])
-def pixart(request):
-    """A pipeline of random weights, and a function that draws with it from two prompts."""
-    pytest.importorskip("transformers")  # which the pipeline wants, though no text is encoded here
+def embeddings(seed, size, **widths):
+    """Make the arguments that say what prompts and negative prompts mean, in place of a text encoder."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, shape in widths.items():
+        for negative in ("", "negative_"):
+            found[negative + name] = torch.randn(2, *shape, generator=generator)
+    return {**found, "height": size, "width": size}
+
+
+def of_pixart(seed, size):
+    masks = dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), torch.ones(2, 4))
+    return {
+        **embeddings(seed, size, prompt_embeds=(4, 48)),
+        **masks,
+        "negative_prompt": None,
+        "use_resolution_binning": False,
+    }
+
+
+def of_flux(seed, size):
+    return {**embeddings(seed, size, prompt_embeds=(5, 48), pooled_prompt_embeds=(32,)), "true_cfg_scale": 2.0}
+
+
+def of_qwen(seed, size):
+    masks = dict.fromkeys(
+        ("prompt_embeds_mask", "negative_prompt_embeds_mask"), torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    )
+    return {**embeddings(seed, size, prompt_embeds=(5, 48)), **masks, "true_cfg_scale": 2.0}
+
+
+def of_sd3(seed, size):
+    return embeddings(seed, size, prompt_embeds=(5, 48), pooled_prompt_embeds=(64,))
+
+
+PIPELINES = {  # to their transformer, their scheduler, their arguments, and how many runs take turns
+    "PixArtAlphaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
+    "PixArtSigmaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
+    "FluxPipeline": ("FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler", of_flux, 2),
+    "QwenImagePipeline": ("QwenImageTransformer2DModel", "FlowMatchEulerDiscreteScheduler", of_qwen, 2),
+    "StableDiffusion3Pipeline": ("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", of_sd3, 1),
+}
+
+
+@pytest.fixture(params=PIPELINES)
+def pipeline(request):
+    """A pipeline of random weights, a function that draws with it from two prompts, and how many runs take turns."""
+    pytest.importorskip("transformers")  # which pipelines want, though no text is encoded here
     import diffusers
 
-    model = make_tiny("PixArtTransformer2DModel")
-    latents, channels = model.config.in_channels, model.config.caption_channels
-    vae = diffusers.AutoencoderKL(latent_channels=latents, block_out_channels=(8,), norm_num_groups=4)
-    pipe = getattr(diffusers, request.param)(None, None, vae, model, diffusers.DPMSolverMultistepScheduler())
+    name, scheduler, arguments, runs = PIPELINES[request.param]
+    cls = getattr(diffusers, request.param)
+    parts = {**dict.fromkeys(list(inspect.signature(cls).parameters)), "transformer": make_tiny(name)}
+    pipe = cls(**{**parts, "scheduler": getattr(diffusers, scheduler)()})
     pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    prompt, mask = torch.randn(2, 4, channels), torch.ones(2, 4)
 
-    def draw():
-        return pipe(
-            None, None, num_inference_steps=6, height=16, width=16, use_resolution_binning=False, output_type="latent",
-            prompt_embeds=prompt, prompt_attention_mask=mask, negative_prompt_embeds=-prompt,
-            negative_prompt_attention_mask=mask, generator=torch.Generator().manual_seed(0),
-        ).images  # fmt: skip
+    def draw(seed=0, size=64, steps=6):
+        given = {**arguments(seed, size), "num_inference_steps": steps, "output_type": "latent"}
+        return pipe(**given, generator=torch.Generator().manual_seed(0)).images
 
-    return pipe, draw
+    return pipe, draw, runs
 
 
 @pytest.mark.parametrize(("mode", "order"), [("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
-def test_pixart_is_quantized_calibrated_cached_and_sampled_in_its_own_pipeline(pixart, mode, order):
-    pipe, draw = pixart
+def test_a_model_is_quantized_calibrated_cached_and_sampled_in_its_own_pipeline(pipeline, mode, order):
+    pipe, draw, number = pipeline
     model = quantize_model(pipe.transformer)
     with calibration(model):
         draw()
     assert sum(layer.act_scale is not None for layer in quant_layers(model).values()) >= 12
     plain = draw()
     found = schedule_from_run(model, draw, mode=mode, order=order, computed_steps=4)
-    assert found.timesteps == tuple(pipe.scheduler.timesteps.tolist())
+    unit = 1000 if type(model).__name__ in FRACTIONS else 1
+    assert [unit * t for t in found.timesteps] == pytest.approx(pipe.scheduler.timesteps.tolist())
     slow = copy.deepcopy(model)
     cache = apply_cache(model, config=found.config())
-    calls = []
-    handle = model.register_forward_hook(
-        lambda model, args, kwargs, output: calls.append(({"hidden_states": args[0], **kwargs}, output[0])),
-        with_kwargs=True,
-    )
+    runs = {}  # by what they are known by
+
+    def note(model, args, kwargs, output):
+        given = {**dict(zip(["hidden_states"], args, strict=False)), **kwargs}
+        runs.setdefault(id(given["encoder_hidden_states"]), []).append((given, output[0]))
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
     images = draw()
     handle.remove()
-    assert (cache.compute_steps, cache.reuse_steps) == (4, 2)
-    expected = by_definition(slow, found.config(), [given for given, _ in calls])
-    assert_equal_runs([mine for _, mine in calls], expected)
+    assert len(runs) == number
+    assert (cache.compute_steps, cache.reuse_steps) == (4 * number, 2 * number)
+    for calls in runs.values():
+        expected = by_definition(slow, found.config(), [given for given, _ in calls])
+        assert_equal_runs([mine for _, mine in calls], expected)
     assert torch.isfinite(images).all()
     assert torch.equal(images, draw())
     assert not torch.equal(images, plain)
     remove_cache(model)
     assert torch.equal(draw(), plain)
+
+
+def test_other_prompts_sizes_and_steps_are_runs_of_their_own(pipeline):
+    pipe, draw, number = pipeline
+    changes = [{}, {"seed": 1}, {"size": 32}, {"steps": 4}, {"seed": 1, "steps": 5}, {}]
+    expected = []
+    for change in changes:
+        apply_cache(pipe.transformer, config=CacheConfig("branch", interval=3))
+        expected.append(draw(**change))
+        remove_cache(pipe.transformer)
+    cache = apply_cache(pipe.transformer, config=CacheConfig("branch", interval=3))
+    for change, wanted in zip(changes, expected, strict=True):
+        assert torch.equal(draw(**change), wanted)
+    assert cache.reuse_steps == number * (4 * 4 + 2 + 3)
+
+
+FLUX, SD3 = "FluxTransformer2DModel", "SD3Transformer2DModel"
+
+
+def assert_as_defined(model, config, inputs):
+    expected = by_definition(model, config, inputs)
+    apply_cache(model, config=config)
+    with torch.no_grad():
+        assert_equal_runs([model(**given)[0] for given in inputs], expected)
+
+
+def test_blocks_of_sd35_that_have_a_second_attention():
+    assert_as_defined(make_tiny(SD3, dual_attention_layers=(0,)), CONFIGS["taylor uneven"], run_of(SD3))
+
+
+def test_passes_that_skip_layers_are_no_steps():
+    model, plain, config = make_tiny(SD3), make_tiny(SD3), CONFIGS["delta"]
+    apply_cache(model, config=config)
+    found = []
+    with torch.no_grad():
+        for given in run_of(SD3):
+            found.append(model(**given)[0])
+            assert torch.equal(*(each(**given, skip_layers=[0])[0] for each in (model, plain)))
+    assert_equal_runs(found, by_definition(plain, config, run_of(SD3)))
+
+
+def test_a_branch_that_was_quantized_since():
+    """A layer that took its place: the output layer of a single block of FLUX."""
+    config, model = CONFIGS["branch"], make_tiny(FLUX)
+    expected = by_definition(quantize_model(make_tiny(FLUX)), config, run_of(FLUX))
+    apply_cache(model, config=config)
+    quantize_model(model)
+    assert_equal_runs(forwards(FLUX, model)(), expected)
+    remove_cache(model)
+    assert type(model.single_transformer_blocks[1].proj_out) is QuantLinear
+
+
+def test_what_a_controlnet_adds_between_blocks_is_added_once():
+    residuals = [torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    inputs = [{**given, "controlnet_block_samples": residuals} for given in run_of(FLUX)]
+    assert_as_defined(make_tiny(FLUX), CONFIGS["branch"], inputs)
+    model = make_tiny(FLUX)
+    apply_cache(model, config=CONFIGS["delta"])
+    with pytest.raises(CacheError, match=r"ControlNet .* would be added twice: use mode 'branch'"):
+        model(**inputs[0])
+
+
+def test_what_an_ip_adapter_adds_is_reused_with_all_that_blocks_add():
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    class WithAdapter(FluxAttnProcessor):
+        def __call__(self, *args, **kwargs):
+            image, *others = super().__call__(*args, **kwargs)
+            return image, *others, image / 2
+
+    model = make_tiny(FLUX)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(WithAdapter())
+    assert_as_defined(model, CONFIGS["delta"], run_of(FLUX))
+    remove_cache(model)
+    apply_cache(model, config=CONFIGS["branch"])
+    with pytest.raises(CacheError, match=r"IP-Adapter .* use cache mode 'delta'"):
+        forwards(FLUX, model)()
+
+
+def test_a_modulation_for_each_token_is_cached_for_all_blocks_alone():
+    name = "QwenImageTransformer2DModel"
+    model = make_tiny(name, zero_cond_t=True)
+    with pytest.raises(CacheError, match=r"needs one modulation for all tokens \(zero_cond_t=False\)"):
+        apply_cache(model, config=CONFIGS["branch"])
+    assert_as_defined(model, CONFIGS["delta"], run_of(name))
