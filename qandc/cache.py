@@ -180,7 +180,7 @@ def _known(transformer: Any) -> Family:
     family = family_of(transformer)
     if family is None:
         raise CacheError(
-            f"the cache knows diffusers' {' and '.join(FAMILIES)}; got {type(transformer).__name__} "
+            f"the cache knows diffusers' {', '.join(FAMILIES)}; got {type(transformer).__name__} "
             "(of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile)"
         )
     return family

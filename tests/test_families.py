@@ -267,7 +267,7 @@ def test_runs_of_a_schedule():
         schedule_from_run(model, lambda: None, computed_steps=2)
     with pytest.raises(ConfigError, match=r"computed_steps is 11; .* can compute 1 to 10"):
         schedule_from_run(model, forwards(name, model), computed_steps=11)
-    with pytest.raises(ModelError, match=" and ".join(FAMILIES) + "; got Linear"):
+    with pytest.raises(ModelError, match=", ".join(FAMILIES) + "; got Linear"):
         schedule_from_run(torch.nn.Linear(2, 2), lambda: None, computed_steps=2)
 
 

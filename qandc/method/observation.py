@@ -162,7 +162,7 @@ def observe(
     """
     family = family_of(model)
     if family is None:
-        raise ModelError(f"{known} diffusers' {' and '.join(FAMILIES)}; got {type(model).__name__}")
+        raise ModelError(f"{known} diffusers' {', '.join(FAMILIES)}; got {type(model).__name__}")
     if is_fused(model):
         raise ModelError(f"the features of a fused transformer cannot be seen; {instead} before fuse")
     with paused(model), eager():
