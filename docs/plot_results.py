@@ -1,4 +1,4 @@
-"""Draws the plots beside the measured files under results/h100/ (needs matplotlib).
+"""Draw the plots beside the measured files under results/ (needs matplotlib).
 
 python docs/plot_results.py
 """
@@ -9,7 +9,7 @@ import statistics
 from typing import Any
 
 import matplotlib
-from update_tables import ABLATION, MODEL_SIZES, QUALITY_FORMS, ROOT, ablation_cells, load, model_rows
+from update_tables import ABLATION, MODEL_SIZES, QUALITY_FORMS, ROOT, ablation_cells, load, model_rows, study
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -122,7 +122,44 @@ def draw_ablation() -> None:
     figure.savefig(RESULTS / "ablation.png", dpi=130)
 
 
+def draw_compensation() -> None:
+    """PSNR of latents and distance against speed: each cache plain and corrected, and runs of fewer steps."""
+    directory = ROOT / "results" / "h200"
+    result = load(directory / "feature-compensation.json")
+    plain = study(result, part="main", precision="W8A8", mode="none")[0]
+    figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axes, (key, label) in zip(
+        grid, {"psnr_latents": "PSNR of latents, dB", "frechet_distance": "Fréchet distance"}.items(), strict=True
+    ):
+
+        def draw(
+            rows: list[dict[str, Any]], style: str, colour: str, name: str, axes: Any = axes, key: str = key
+        ) -> None:
+            rows = sorted(rows, key=lambda row: row["images_per_second"])
+            speed = [row["images_per_second"] / plain["images_per_second"] for row in rows]
+            axes.plot(speed, [row[key] for row in rows], style, marker=".", color=colour, label=name)
+
+        for mode, colour in (("delta", "#9aa0a6"), ("branch", "#2f6db5"), ("taylor", "#3c9a5f")):
+            for what, style in (("none", ":"), ("samples", "--"), ("features", "-")):
+                common = {"part": "main", "precision": "W8A8", "schedule": "uniform", "form": "least_squares"}
+                name = f"{mode}, {'plain' if what == 'none' else what}"
+                draw(study(result, **common, mode=mode, corrected=what), style, colour, name)
+        for scheduler, style in (("ddim", ":"), ("dpm++ 2m", "-")):
+            name = f"fewer steps, {scheduler.upper()}"
+            draw(study(result, part="fewer steps", scheduler=scheduler), style, "#c98b8b", name)
+        axes.axhline(plain[key], color="#555", linewidth=0.8)
+        axes.set_ylabel(label, fontsize=8)
+        axes.set_xlabel("speed over W8A8 without a cache", fontsize=8)
+        axes.tick_params(labelsize=7)
+        bare(axes)
+    grid[1].set_yscale("log", base=2)
+    grid[1].yaxis.set_major_formatter(ScalarFormatter())
+    figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    figure.savefig(directory / "feature-compensation.png", dpi=130)
+
+
 if __name__ == "__main__":
+    draw_compensation()
     draw_ablation()
     draw_model()
     draw_cache()

@@ -494,6 +494,89 @@ def feature_compensation_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+CORRECTIONS = {  # heading: what a row of the study has
+    "plain cache": {"corrected": "none"},
+    "VC of samples": {"corrected": "samples"},
+    "features, least squares": {"corrected": "features", "form": "least_squares"},
+    "features, variance ratio": {"corrected": "features", "form": "variance_ratio"},
+}
+SCHEDULED = {
+    "calibrated, plain": {"corrected": "none", "schedule": "calibrated"},
+    "calibrated, features": {"corrected": "features", "schedule": "calibrated"},
+}
+
+
+def study(result: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if all(row[name] == value for name, value in wanted.items())]
+
+
+def _corrected_cell(rows: list[dict[str, Any]]) -> str:
+    return f"{rows[0]['psnr_latents']:.1f} / {rows[0]['frechet_distance']:.2f}" if rows else ""
+
+
+def corrections_table(result: dict[str, Any], scheduler: str) -> list[str]:
+    """Print PSNR of latents / Fréchet distance of W8A8: a line for each cache, a column for each correction."""
+    part = "main" if scheduler == "ddim" else scheduler
+    columns = {**CORRECTIONS, **(SCHEDULED if scheduler == "ddim" else {})}
+    lines = [f"| {scheduler.upper()}, W8A8 | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    common = {"part": part, "precision": "W8A8", "scheduler": scheduler}
+    common |= {"pull": None, "target": "self", "along": "uncached", "fitted_on": "as drawn"}
+    plain = _corrected_cell(study(result, **common, mode="none"))
+    lines.append(f"| no cache | {plain}{' |' * len(columns)}")
+    cached = study(result, **common, schedule="uniform")
+    for mode, interval in sorted({(r["mode"], r["interval"]) for r in cached if r["mode"] != "none"}):
+        uniform = {"schedule": "uniform", "mode": mode, "interval": interval}
+        cells = [_corrected_cell(study(result, **{**common, **uniform, **column})) for column in columns.values()]
+        lines.append(f"| {mode}, N = {interval} | {' | '.join(cells)} |")
+    return lines
+
+
+def equal_time_table(result: dict[str, Any]) -> list[str]:
+    """Print runs of fewer steps without a cache beside caches that compute as many."""
+    lines = [
+        "| W8A8 | computed steps | images/s | PSNR of latents | of images | distance | class accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def line(name: str, row: dict[str, Any], computed: int) -> None:
+        figures = f"{row['psnr_latents']:.1f} dB | {row['psnr_to_fp']:.1f} dB | {row['frechet_distance']:.2f}"
+        speed, accuracy = row["images_per_second"], row["class_accuracy"]
+        lines.append(f"| {name} | {computed} | {speed:.0f} | {figures} | {accuracy:.1%} |")
+
+    for interval, steps in ((5, 10), (3, 17), (2, 25)):
+        for row in study(result, part="fewer steps", steps=steps):
+            line(f"{row['scheduler'].upper()}, {steps} steps, no cache", row, steps)
+        for mode in ("branch", "taylor"):
+            common = {"part": "main", "precision": "W8A8", "schedule": "uniform", "mode": mode, "interval": interval}
+            for name, column in list(CORRECTIONS.items())[:3]:
+                for row in study(result, **common, **column)[:1]:
+                    line(f"DDIM, 50 steps, {mode}, N = {interval}, {name}", row, row["compute_steps"])
+    return lines
+
+
+def compensation_rest_table(result: dict[str, Any]) -> list[str]:
+    """Print all other rows: how a compensation is fitted, on what, for which precision, and where it carries over."""
+    lines = [
+        "| what | cache | compensation | PSNR of latents | of images | distance |",
+        "|---|---|---|---|---|---|",
+    ]
+    shown = ("scheduler", "guidance_scale", "classes", "fit", "fitted_on", "target", "along", "form", "pull")
+    usual = study(result, part="main", precision="W8A8", mode="none")[0]
+    for row in result["rows"]:
+        if row["part"] in ("main", "fewer steps") and row["precision"] == "W8A8" and row["corrected"] != "both":
+            continue
+        if row["part"] == "ddpm" and row["fitted_on"] == "as drawn":
+            continue
+        special = [f"{name.replace('_', ' ')} {row[name]}" for name in shown if row[name] != usual[name]]
+        what = row["part"] + (f" {row['repeat']}" if row["part"] == "repeat" else "")
+        cache = "none" if row["mode"] == "none" else f"{row['mode']}, N = {row['interval']}"
+        figures = f"{row['psnr_latents']:.1f} dB | {row['psnr_to_fp']:.1f} dB | {row['frechet_distance']:.2f}"
+        lines.append(
+            f"| {what}, {row['precision']} | {cache} | {', '.join((row['corrected'], *special))} | {figures} |"
+        )
+    return lines
+
+
 SHORT = (  # candidates of the short table, the first of which the others are compared with
     "bf16 compiled",
     "QuantLinear W8A8, compiled",
@@ -569,6 +652,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/outliers.json": outliers_table,
     "results/cpu/experiment.json": experiment_table,
     "results/cpu/feature-compensation.json": feature_compensation_table,
+    "results/h200/feature-compensation.json": partial(corrections_table, scheduler="ddim"),
+    "results/h200/feature-compensation.json ddpm": partial(corrections_table, scheduler="ddpm"),
+    "results/h200/feature-compensation.json equal": equal_time_table,
+    "results/h200/feature-compensation.json rest": compensation_rest_table,
+    "results/h200/feature-compensation.json goals": goals_table,
     "results/cpu/large-model.json": large_model_table,
     "results/h100/large-model.json": large_model_table,
     "results/h100/sample.json": sample_table,

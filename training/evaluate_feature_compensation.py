@@ -40,7 +40,7 @@ from qandc import (
 )
 from qandc.caching.compensation import DEFAULT_PULL
 from qandc.caching.schedule import optimal_schedule
-from qandc.evaluation.metrics import psnr
+from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
 from qandc.experiments.report import measure_rows
 from qandc.method.schedule_calibration import feature_moments
 from qandc.support.files import read_json, write_json
@@ -129,16 +129,13 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Make the goals of W8A8 with uniform schedules, None where a row is missing; means over repeats."""
+    """Make the goals of W8A8 with uniform schedules, None where rows are missing; means over repeats with both."""
 
-    def mean(metric: str, **wanted: Any) -> float | None:
+    def figures(metric: str, wanted: dict[str, Any]) -> dict[int, float]:
         wanted = {**PLAIN, **wanted}
         same = [name for name in PLAIN if name not in ("part", "repeat")]
-        values = [
-            row[metric] for row in measured
-            if row["part"] in ("main", "repeat") and all(row[name] == wanted[name] for name in same)
-        ]  # fmt: skip
-        return sum(values) / len(values) if values else None
+        ours = [row for row in measured if row["part"] in ("main", "repeat")]
+        return {row["repeat"]: row[metric] for row in ours if all(row[name] == wanted[name] for name in same)}
 
     found = []
 
@@ -147,8 +144,9 @@ def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append({"name": name, "value": value, "unit": unit, "better": better, "must": must, "goal": best})
 
     def gain(metric: str, best: dict[str, Any], base: dict[str, Any]) -> float | None:
-        values = mean(metric, **best), mean(metric, **base)
-        return None if None in values else values[0] - values[1]  # type: ignore[operator]
+        ours, theirs = figures(metric, best), figures(metric, base)
+        both = ours.keys() & theirs.keys()
+        return sum(ours[repeat] - theirs[repeat] for repeat in both) / len(both) if both else None
 
     for metric in ("psnr_to_fp", "psnr_latents"):
         for mode, must, best in (("branch", 4.0, 6.0), ("taylor", 3.0, 5.0)):
@@ -302,7 +300,9 @@ def main(
                 remove_cache(fused)
         peak = float(latents_of_full.max() - latents_of_full.min())
         likeness = psnr(latents, latents_of_full, peak).clamp(max=100)
-        found |= {"psnr_latents": float(likeness.mean()), "images_per_second": 1 / seconds_per_image}
+        sets = (FeatureStatistics.of(extract_features(bench.classifier, x)[0]) for x in (pixels, pixels_of_full))
+        found |= {"psnr_latents": float(likeness.mean()), "frechet_distance_to_fp": frechet_distance(*sets)}
+        found |= {"images_per_second": 1 / seconds_per_image}
         second = row["part"] == "main" and row["precision"] == "W8A8" and row["interval"] >= 5
         return {**found, **bench.score(pixels, pixels_of_full, bench.labels, second=second)}
 

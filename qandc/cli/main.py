@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import sys
 from pathlib import Path
@@ -101,7 +102,7 @@ def generate(
     from qandc.caching.schedule import CacheConfig, CalibratedSchedule
     from qandc.experiments.generate import Comparison, GenerateConfig, comparison_record, draw_grid, quantized_name
     from qandc.experiments.generate import generate as run
-    from qandc.method.saved import Preset, fashion_dit_preset, is_finished
+    from qandc.method.saved import LIKENESS, Preset, fashion_dit_preset, is_finished
     from qandc.quantizer import QuantConfig
     from qandc.sampling.loop import check_sampling, make_scheduler
     from qandc.sampling.pipelines import check_full_precision, class_names, load_pipeline, resolve_device, resolve_dtype
@@ -111,7 +112,7 @@ def generate(
     arguments.check_value("--seed", arguments.Seed, seed)
     if no_calibrated and calibrated is not None:
         raise ConfigError("--calibrated and --no-calibrated contradict each other; give one of them")
-    preset, held = None, {}
+    preset, held, many = None, {}, None
     if calibrated is not None:
         preset = Preset.load(calibrated)
         held = calibrated_options(preset)
@@ -126,6 +127,7 @@ def generate(
     as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4
     if preset is None and not no_calibrated and as_shipped:
         preset = fashion_dit_preset(chosen["w_bits"])
+        many = json.loads(LIKENESS.read_text())[f"w{chosen['w_bits']}a8"]
     elif preset is None and not no_calibrated:
         logger.info(
             "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
@@ -178,7 +180,7 @@ def generate(
         err.print(f"stopped early; {save_rows()}", soft_wrap=True)
         raise
     saved = save_rows()
-    print_comparison(result, str(torch_dtype).removeprefix("torch."))
+    print_comparison(result, str(torch_dtype).removeprefix("torch."), many)
     if json_output is not None:
         write_json(json_output, comparison_record(result, drawn, str(where), str(torch_dtype)))
     out.print(saved, soft_wrap=True)

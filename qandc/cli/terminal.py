@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -93,8 +93,8 @@ def quiet_diffusers() -> None:
         diffusers_logging.set_verbosity_error()
 
 
-def print_comparison(result: Comparison, dtype: str) -> None:
-    """Print the table of ``qandc generate``."""
+def print_comparison(result: Comparison, dtype: str, many: Mapping[str, Any] | None = None) -> None:
+    """Print the table of ``qandc generate``; ``many`` is the likeness of more images, measured before."""
     assert result.report is not None
     full, quantized = result.rows
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -108,6 +108,9 @@ def print_comparison(result: Comparison, dtype: str) -> None:
         memory = f"{row.transformer_bytes / 1e6:.1f} MB"
         table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
     out.print(table)
+    if many is not None:
+        of_many = f"{many['psnr_mean']:.1f} dB (worst {many['psnr_min']:.1f})"
+        out.print(f"PSNR of {many['images']} other images, measured before: {of_many}", soft_wrap=True)
     layers = result.report.quantized
     before, after = result.report.quantized_bytes
     out.print(

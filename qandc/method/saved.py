@@ -102,11 +102,15 @@ FILE = FileKind(WHAT, 1, Manifest, AGAIN)
 TENSOR_FILE = FileKind(f"part of a {WHAT}", 1, dict, AGAIN)
 
 
+FASHION_DIT_PRESETS = Path(__file__).parents[1] / "assets" / "fashion-dit-presets"
+LIKENESS = FASHION_DIT_PRESETS / "likeness.json"  # of many images drawn with them: training/evaluate_presets.py
+
+
 @checked
 def fashion_dit_preset(w_bits: int = 8) -> Preset:
     """Load the settings that come with the embedded model: 50 DDPM steps, guidance 1.5, W8A8 or W4A8."""
     check_bits(w_bits, 8)
-    return Preset.load(Path(__file__).parents[1] / "assets" / "fashion-dit-presets" / f"w{w_bits}a8")
+    return Preset.load(FASHION_DIT_PRESETS / f"w{w_bits}a8")
 
 
 def is_finished(directory: str | Path) -> bool:
