@@ -141,7 +141,7 @@ def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
     model = calibrate(quantize_model(copy.deepcopy(full)), [inputs_of(name)])
     config = CacheConfig(mode, interval=5)
     found = fit_feature_compensation(
-        model, forwards(name, model), config=config, target=full if target else None, pull=0.0
+        model, forwards(name, model), config=config, target=full if target else None, form="least_squares", pull=0.0
     )
     assert found.config.timesteps == timesteps_of(name)
     assert found.config.schedule == config.of_steps(LENGTH)
@@ -161,6 +161,22 @@ def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
         gain = ((f - f.mean(0)) * (g - g.mean(0))).sum(0) / (f - f.mean(0)).square().sum(0)
         torch.testing.assert_close(gains[place].double(), gain, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(offsets[place].double(), g.mean(0) - gain * f.mean(0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
+def test_forms_and_pulls_that_are_not_given_are_those_of_the_mode(mode):
+    model, config = make_tiny("DiTTransformer2DModel"), CacheConfig(mode, interval=2)
+    given = {"delta": ("variance_ratio", 0.0), "branch": ("least_squares", 0.0), "taylor": ("variance_ratio", 0.5)}[
+        mode
+    ]
+    run = forwards("DiTTransformer2DModel", model)
+    ours, theirs = (
+        fit_feature_compensation(model, run, config=config, **how) for how in ({}, {"form": given[0], "pull": given[1]})
+    )
+    assert torch.equal(ours.gains, theirs.gains)
+    assert torch.equal(ours.offsets, theirs.offsets)
+    with pytest.raises(ConfigError, match="form 'ridge' is unknown; choose one of least_squares, variance_ratio"):
+        fit_feature_compensation(model, run, config=config, form="ridge")
 
 
 @pytest.mark.parametrize("mode", ["branch", "taylor"])

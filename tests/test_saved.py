@@ -437,7 +437,7 @@ def test_the_shipped_settings_fit_the_shipped_model(w_bits, computed):
     preset = fashion_dit_preset(w_bits)
     assert (preset.config.w_bits, preset.config.a_bits) == (w_bits, 8)
     assert (len(preset.schedule.schedule), sum(preset.schedule.schedule)) == (50, computed)
-    assert preset.compensations in (" + FC", " + VC")
+    assert preset.compensations == ""  # none wins with DDPM: docs/compensation.md
     pipe = load_pipeline()
     model = preset.quantize(pipe.transformer)
     layers = quant_layers(model)
