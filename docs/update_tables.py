@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qandc.caching.schedule import MODES
 from qandc.experiments.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -481,16 +482,25 @@ def by_turns_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def feature_compensation_table(result: dict[str, Any]) -> list[str]:
-    """Print PSNR of latents to those without a cache: plain, and by how far gains are pulled towards 1."""
-    rows = {(row["mode"], row["order"], row["interval"], row["pull"]): row for row in result["rows"]}
-    pulls = list(dict.fromkeys(key[-1] for key in rows))
-    heads = ["plain cache" if pull is None else f"pull {pull:g}" for pull in pulls]
+def feature_compensation_table(result: dict[str, Any], what: str = "pull") -> list[str]:
+    """Print PSNR of latents to those without a cache: plain, and corrected, by pull or by schedule."""
+    pulls: dict[Any, str] = {None: "plain cache", 0.0: "pull 0", 0.5: "pull 0.5", 1.0: "pull 1"}
+    heads = [*pulls.values()] if what == "pull" else ["plain cache", "uniform", "calibrated", "calibrated, compensated"]
+    rows: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in result["rows"]:
+        schedule = row.get("schedule", "uniform")
+        found = rows.setdefault((row["mode"], row["order"], row["interval"]), {})
+        if schedule == "uniform":
+            found[pulls[row["pull"]]] = row["psnr"]
+        if row["pull"] == (0.5 if row["mode"] == "taylor" else 0.0):
+            found[schedule] = row["psnr"]
     lines = [f"| dB | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for mode, order, interval in dict.fromkeys(key[:3] for key in rows):
-        values = [rows[mode, order, interval, pull]["psnr"] for pull in pulls]
-        cells = [f"**{value:.1f}**" if value == max(values) else f"{value:.1f}" for value in values]
-        lines.append(f"| {mode}{f' {order}' if mode == 'taylor' else ''}, N = {interval} | {' | '.join(cells)} |")
+    for mode, order, interval in sorted(rows, key=lambda key: (MODES.index(key[0]), *key[1:])):
+        found = rows[mode, order, interval]
+        if all(head in found for head in heads):
+            values = [found[head] for head in heads]
+            cells = [f"**{value:.1f}**" if value == max(values) else f"{value:.1f}" for value in values]
+            lines.append(f"| {mode}{f' {order}' if mode == 'taylor' else ''}, N = {interval} | {' | '.join(cells)} |")
     return lines
 
 
@@ -652,6 +662,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/outliers.json": outliers_table,
     "results/cpu/experiment.json": experiment_table,
     "results/cpu/feature-compensation.json": feature_compensation_table,
+    "results/cpu/feature-compensation.json schedule": partial(feature_compensation_table, what="schedule"),
     "results/h200/feature-compensation.json": partial(corrections_table, scheduler="ddim"),
     "results/h200/feature-compensation.json ddpm": partial(corrections_table, scheduler="ddpm"),
     "results/h200/feature-compensation.json equal": equal_time_table,
