@@ -21,6 +21,7 @@ from qandc import (
     ModelError,
     QandCConfig,
     QuantLinear,
+    apply_cache,
     apply_cache_to_dit,
     fuse_dit,
     quantize_model,
@@ -31,6 +32,8 @@ from qandc.quantization import registration
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.lora import lora_for_quantized
 from qandc.support.watch import Watch
+from tests.definition import CONFIGS, assert_equal_runs, by_definition
+from tests.test_families import forwards, run_of
 from tests.test_saved_models import make_quantized, output
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
 
@@ -652,3 +655,20 @@ def test_adapters_that_were_there_before(peft, merged, seeded):
         with pytest.raises(ModelError, match="quantized weights take no adapter in"):
             change()
     assert torch.equal(model(x), changed)
+
+
+def test_an_adapter_loaded_since_a_cache_was_attached_is_in_its_features(peft):
+    """The output layer of a single block of FLUX is what the cache keeps, and what the adapter replaces."""
+    name, config = "FluxTransformer2DModel", CONFIGS["branch"]
+
+    def with_adapter(model):
+        torch.manual_seed(2)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["proj_out", "to_q"], init_lora_weights=False))
+        return model
+
+    model = make_tiny(name)
+    apply_cache(model, config=config)
+    expected = by_definition(with_adapter(make_tiny(name)), config, run_of(name))
+    assert_equal_runs(forwards(name, with_adapter(model))(), expected)
+    remove_cache(model)
+    assert not any("_qandc" in key for module in model.modules() for key in vars(module))
