@@ -47,6 +47,9 @@ def with_machine(lines: list[str], result: dict[str, Any]) -> list[str]:
     return [f"| {card}{': ' if first.strip() else ''}{first.strip()} |{rest}", *lines[1:]]
 
 
+PRESETS = "results/h200/presets.json"
+
+
 def generate_table(result: dict[str, Any]) -> list[str]:
     full, quantized = result["rows"]
     lines = ["| | speed | transformer | PSNR to FP |", "|---|---|---|---|"]
@@ -56,7 +59,27 @@ def generate_table(result: dict[str, Any]) -> list[str]:
         f"{quantized['psnr_mean']:.1f} dB (worst {quantized['psnr_min']:.1f}) |"
     )
     before, after = (quantized[f"quantized_bytes_{when}"] / 1e6 for when in ("before", "after"))
+    many = next(row for row in load(ROOT / PRESETS)["rows"] if row["w_bits"] == 8 and row["compensation"] == "none")
+    likeness = f"{many['psnr_mean']:.1f} dB (worst {many['psnr_min']:.1f})"
+    lines += ["", f"PSNR of {many['images']:,} other images, on an H200: {likeness}; [{PRESETS}](/{PRESETS})."]
     lines += ["", f"{quantized['layers_quantized']} layers quantized, their weights {before:.1f} -> {after:.1f} MB."]
+    return lines
+
+
+def presets_table(result: dict[str, Any]) -> list[str]:
+    """Print the likeness of many images drawn with the shipped settings, and what a compensation adds."""
+    lines = [
+        "| settings | compensation | PSNR to FP | gained | Fréchet distance | class accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        gained = f"{row['psnr_gained']:+.2f} ± {row['psnr_gained_ci95']:.2f} dB"
+        likeness = f"{row['psnr_mean']:.1f} dB (worst {row['psnr_min']:.1f})"
+        lines.append(
+            f"| W{row['w_bits']}A8 | {row['compensation']} | {likeness} | "
+            f"{'' if row['compensation'] == 'none' else gained} | {row['frechet_distance']:.2f} | "
+            f"{row['class_accuracy']:.1%} |"
+        )
     return lines
 
 
@@ -661,6 +684,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/outliers.json": outliers_table,
     "results/h100/outliers.json": outliers_table,
     "results/cpu/experiment.json": experiment_table,
+    "results/h200/presets.json": presets_table,
     "results/cpu/feature-compensation.json": feature_compensation_table,
     "results/cpu/feature-compensation.json schedule": partial(feature_compensation_table, what="schedule"),
     "results/h200/feature-compensation.json": partial(corrections_table, scheduler="ddim"),

@@ -66,11 +66,13 @@ def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
     assert status == 0
     assert f"W4A8 + branch 17/50{fashion_dit_preset(4).compensations}" in out
     assert "(W4A8 static per-tensor)" in out
+    assert "PSNR of 1000 other images, measured before: 27.3 dB (worst 7.7)" in out
     for changes in (["--no-calibrated"], ["--steps", 3], ["--scheduler", "ddim"], ["--cache-interval", 3]):
         status, out, _ = run(capsys, "generate", "--classes", "bag", "--device", "cpu", "-o", target, *changes)
         assert status == 0
         assert "W8A8 + branch cache 3" in out
         assert "(W8A8 dynamic per-token)" in out
+        assert "other images" not in out
 
 
 TINY = ("--steps", 4, "--pool-images", 12, "--samples", 20, "--clusters", 3, "--feature-images", 4, "--device", "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
 import subprocess
@@ -215,3 +216,14 @@ def test_the_table_of_models_says_what_is_tested():
         assert projections == ("yes" if name in PROJECTIONS_FUSED else "")
         assert cached == ("yes" if name in FAMILIES else "")
         assert fused == ("yes" if cached and FAMILIES[name].program is not None else "")
+
+
+def test_the_likeness_that_generate_prints_is_the_measured_one():
+    from qandc.method.saved import LIKENESS
+
+    rows = json.loads((ROOT / "results/h200/presets.json").read_text())["rows"]
+    measured = {f"w{row['w_bits']}a8": row for row in rows if row["compensation"] == "none"}
+    shipped = json.loads(LIKENESS.read_text())
+    assert shipped.keys() == measured.keys()
+    for name, figures in shipped.items():
+        assert figures.items() <= measured[name].items()
