@@ -13,7 +13,7 @@ from update_tables import ABLATION, MODEL_SIZES, QUALITY_FORMS, ROOT, ablation_c
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 RESULTS = ROOT / "results" / "h100"
 SHOWN = {
@@ -158,7 +158,30 @@ def draw_compensation() -> None:
     figure.savefig(directory / "feature-compensation.png", dpi=130)
 
 
+def draw_residuals() -> None:
+    """Errors of reused features by step and block, plain and corrected."""
+    path = ROOT / "results" / "cpu" / "feature-residuals.json"
+    rows = load(path)["rows"]
+    figure, grid = plt.subplots(len(rows), 2, figsize=(9, 4.4), layout="constrained", sharey=True)
+    for row, line in zip(rows, grid, strict=True):
+        steps = [str(of_step["step"]) for of_step in row["errors"]]
+        plain = [of_step["plain"] for of_step in row["errors"]]
+        for what, axes in zip(("plain", "corrected"), line, strict=True):
+            values = [list(of_block) for of_block in zip(*(s[what] for s in row["errors"]), strict=True)]
+            shown = axes.imshow(values, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=max(map(max, plain)))
+            mean = statistics.mean(map(statistics.mean, values))
+            axes.set_title(f"{row['mode']}, {what}: mean error {mean:.1%}", fontsize=9)
+            axes.set_xticks(range(len(steps)), steps)
+            axes.tick_params(labelsize=6)
+        figure.colorbar(shown, ax=line, format=PercentFormatter(1, 0)).ax.tick_params(labelsize=6)
+        line[0].set_ylabel("block", fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("reuse step", fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
 if __name__ == "__main__":
+    draw_residuals()
     draw_compensation()
     draw_ablation()
     draw_model()
