@@ -74,7 +74,7 @@ class _CachedTransformer(nn.Module):
             raise CacheError(
                 "what a ControlNet adds between blocks would be added twice: use mode 'branch' or 'taylor'"
             )
-        with cache.step(call["hidden_states"], call.get("timestep"), call.get(family.run_key)):
+        with cache.step(call["hidden_states"], call.get("timestep"), *family.run_of(call)):
             return super().forward(*args, **kwargs)
 
 

@@ -21,6 +21,7 @@ from qandc import (
     apply_cache,
     calibrate,
     calibration,
+    fit_feature_compensation,
     fuse,
     quantize_model,
     remove_cache,
@@ -28,6 +29,7 @@ from qandc import (
     schedule_from_run,
     unfuse,
 )
+from qandc.caching.timestep_watch import TimestepWatch
 from qandc.models import FAMILIES, family_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear
@@ -379,6 +381,26 @@ def test_other_prompts_sizes_and_steps_are_runs_of_their_own(pipeline):
     for change, wanted in zip(changes, expected, strict=True):
         assert torch.equal(draw(**change), wanted)
     assert cache.reuse_steps == number * (4 * 4 + 2 + 3)
+
+
+@pytest.mark.parametrize("pipeline", ["FluxPipeline"], indirect=True)
+def test_a_prompt_that_is_encoded_once_serves_two_calls(pipeline, monkeypatch):
+    """FLUX.1 hands the embeddings on as they are given: calls are told apart by what else they make."""
+    pipe, _, _ = pipeline
+    model, config = pipe.transformer, CacheConfig("branch", interval=4)
+    given = {**of_flux(0, 64), "num_inference_steps": 6, "output_type": "latent", "true_cfg_scale": 1.0}
+    monkeypatch.setattr(TimestepWatch, "rises", lambda *args: False)  # as on a GPU, where nothing waits for timesteps
+
+    def draw():
+        return pipe(**given, generator=torch.Generator().manual_seed(0)).images
+
+    cache = apply_cache(model, config=config)
+    images = draw()
+    assert torch.equal(draw(), images)
+    assert (cache.compute_steps, cache.reuse_steps) == (4, 8)
+    remove_cache(model)
+    found = fit_feature_compensation(model, lambda: (draw(), draw()), config=config)
+    assert len(found.config.timesteps) == 6
 
 
 FLUX, SD3 = "FluxTransformer2DModel", "SD3Transformer2DModel"

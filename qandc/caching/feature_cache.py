@@ -75,8 +75,10 @@ class FeatureCache(Attachment):
         return sum(store.nbytes for store in self._runs.stores())
 
     @contextlib.contextmanager
-    def step(self, latents: torch.Tensor, timestep: Any, key: torch.Tensor | None) -> Iterator[Plan]:
-        """Plan one forward of the transformer, which runs inside; ``key`` is what all steps of its run share.
+    def step(
+        self, latents: torch.Tensor, timestep: Any, key: torch.Tensor | None, mark: torch.Tensor | None = None
+    ) -> Iterator[Plan]:
+        """Plan one forward of the transformer, which runs inside; all steps of a run share ``key`` and ``mark``.
 
         An exception, Ctrl-C included, leaves nothing of the run behind.
         """
@@ -90,7 +92,7 @@ class FeatureCache(Attachment):
             if not self.paused:
                 if timestep is None:
                     raise CacheError("a cached model needs timestep: pass the timestep of this denoising step")
-                run = self._runs.of(key, latents)
+                run = self._runs.of(key, mark, latents)
                 self.plan = self._plan(run, timestep, latents.device)
             yield self.plan
         except BaseException:

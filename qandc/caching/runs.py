@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,16 @@ from qandc.caching.plan import Position
 from qandc.caching.schedule import CacheConfig
 from qandc.caching.timestep_watch import TimestepWatch
 
-__all__ = ["Run", "Runs"]
+__all__ = ["Run", "Runs", "weakly"]
 
 logger = logging.getLogger(__name__)
 
 LIVE_RUNS = 2  # a run and one that is interleaved with it
+
+
+def weakly(tensor: torch.Tensor | None) -> Callable[[], torch.Tensor | None]:
+    """Return a function that gives the tensor for as long as somebody else holds it, then None."""
+    return (lambda: None) if tensor is None else weakref.ref(tensor)
 
 
 @dataclass(eq=False)  # a run is itself alone
@@ -26,6 +32,7 @@ class Run:
     """Hold one denoising run so far. It lasts as long as its key and the shape of its latents."""
 
     key: Any  # a weak reference to the tensor that all steps of the run share, or None where there is none
+    mark: Callable[[], torch.Tensor | None]  # gives a second such tensor, of models whose first is the user's own
     kind: tuple[Any, ...]  # version of that tensor; shape, dtype and device of the latents
     position: Position
     watch: TimestepWatch
@@ -48,7 +55,7 @@ class Runs:
         self._runs: list[Run] = []  # the one used last at the end
         self._said: set[str] = set()
 
-    def of(self, key: torch.Tensor | None, latents: torch.Tensor) -> Run:
+    def of(self, key: torch.Tensor | None, mark: torch.Tensor | None, latents: torch.Tensor) -> Run:
         """Return the run that a step belongs to, a new one if there is none."""
         version = None if key is None or key.is_inference() else key._version  # writing to the tensor changes it
         kind = (version, latents.shape, latents.dtype, latents.device)
@@ -56,13 +63,13 @@ class Runs:
             if run.is_of(key):
                 self._runs.remove(run)
                 self._runs.append(run)
-                if run.kind != kind:
+                if run.kind != kind or run.mark() is not mark:
                     self.restart(run)
-                    run.kind, run.watch = kind, TimestepWatch(self._config.timesteps)
+                    run.kind, run.mark, run.watch = kind, weakly(mark), TimestepWatch(self._config.timesteps)
                 return run
         store = self._free(kind) or FeatureStore(self._config)
         known_by = None if key is None else weakref.ref(key)
-        run = Run(known_by, kind, Position(self._config), TimestepWatch(self._config.timesteps), store)
+        run = Run(known_by, weakly(mark), kind, Position(self._config), TimestepWatch(self._config.timesteps), store)
         self._runs.append(run)
         return run
 

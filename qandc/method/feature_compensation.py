@@ -32,8 +32,8 @@ PULLS = (0.0, 0.25, 0.5, 0.75, 1.0)
 class _Run(Run):
     """Hold one run while it is observed: where it stands, and what a cache would have stored."""
 
-    def __init__(self, key: Any, config: CacheConfig) -> None:
-        super().__init__(key)
+    def __init__(self, config: CacheConfig, *known_by: Any) -> None:
+        super().__init__(*known_by)
         self.position = Position(config)
         self.store = FeatureStore(config)
         self.action = Action.COMPUTE
@@ -50,8 +50,8 @@ class _Fitter(Observer[_Run]):
         if target is not None:
             self.handles += Branches(family, target, config.mode, self._note).handles
 
-    def make_run(self, key: Any) -> _Run:
-        return _Run(key, self.config)
+    def make_run(self, *known_by: Any) -> _Run:
+        return _Run(self.config, *known_by)
 
     def begin(self, args: Any, kwargs: Any) -> None:
         run = self.run

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from qandc.caching.runs import weakly
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.models import FAMILIES, Family, family_of
@@ -58,9 +58,13 @@ class Run:
         timesteps: of its steps so far.
     """
 
-    def __init__(self, key: Any) -> None:
-        self.key = (lambda: None) if key is None else weakref.ref(key)  # when nobody holds the tensor, the run is over
+    def __init__(self, *known_by: Any) -> None:
+        self.known_by = [weakly(tensor) for tensor in known_by]  # when nobody holds the first, the run is over
         self.timesteps: list[float] = []
+
+    def is_of(self, *known_by: Any) -> bool:
+        """Tell whether it is known by these tensors."""
+        return all(ours() is theirs for ours, theirs in zip(self.known_by, known_by, strict=True))
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -80,13 +84,13 @@ class Observer(Generic[AnyRun]):
     def __init__(self, family: Family, model: Any, mode: str) -> None:
         self.branches = Branches(family, model, mode, self.see)
         self.timesteps: tuple[float, ...] = ()
-        self._run_key = family.run_key
+        self._run_of = family.run_of
         self._runs: list[AnyRun] = []
         self.handles = [*self.branches.handles, model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         # after the hooks of branches
         self.handles.append(self.branches.blocks.blocks[-1].module.register_forward_hook(self._end))
 
-    def make_run(self, key: Any) -> AnyRun:
+    def make_run(self, *known_by: Any) -> AnyRun:
         """Make what holds a run."""
         raise NotImplementedError
 
@@ -124,12 +128,12 @@ class Observer(Generic[AnyRun]):
 
     def _begin(self, model: Any, args: Any, kwargs: Any) -> None:
         call = arguments_of(model, args, kwargs)
-        key = call.get(self._run_key)
-        known = next((run for run in self._runs if run.key() is key), None)
+        known_by = self._run_of(call)
+        known = next((run for run in self._runs if run.is_of(*known_by)), None)
         if known is None:
             # two may take turns: conditional and unconditional rows apart
-            self.finish_all([run for run in self._runs if run.key() is None or run is not self._runs[-1]])
-            known = self.make_run(key)
+            self.finish_all([run for run in self._runs if run.known_by[0]() is None or run is not self._runs[-1]])
+            known = self.make_run(*known_by)
             self._runs.append(known)
         self.run = known
         known.timesteps.append(plain_timestep(torch.as_tensor(call["timestep"]).reshape(-1)[0]))

@@ -78,8 +78,8 @@ def _drawn(size: int, most: int, seed: int, device: torch.device) -> torch.Tenso
 class _RecordedRun(Run):
     """Hold features ``[L · K, B, tokens, channels]`` and gates ``[L · K, B, channels]`` of each step of a run."""
 
-    def __init__(self, key: Any) -> None:
-        super().__init__(key)
+    def __init__(self, *known_by: Any) -> None:
+        super().__init__(*known_by)
         self.features: list[torch.Tensor] = []
         self.gates: list[torch.Tensor] = []
 
@@ -93,8 +93,8 @@ class _Recorder(Observer[_RecordedRun]):
         self.sums = [torch.zeros(())] * 3  # of what StepMoments holds the means of
         self._of_step: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # channels, features
 
-    def make_run(self, key: Any) -> _RecordedRun:
-        return _RecordedRun(key)
+    def make_run(self, *known_by: Any) -> _RecordedRun:
+        return _RecordedRun(*known_by)
 
     def see(self, layer: int, branch: int, feature: torch.Tensor) -> None:
         (_, tokens, channels), (layers, branches) = feature.shape, self.branches.shape

@@ -150,6 +150,7 @@ class Family:
     Attributes:
         transformer: its class in diffusers.
         run_key: the argument of its forward that is one tensor for all steps of a run.
+        run_mark: another one, which pipelines make anew in each call; for models whose ``run_key`` may be the user's.
         stacks: its blocks, in the order in which they run.
         program: runs it on fused kernels; None where there are none.
         classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
@@ -163,6 +164,11 @@ class Family:
     program: type[Program] | None = None
     classes: Callable[[Any], int] | None = None
     uncached: tuple[str, ...] = ()
+    run_mark: str | None = None
+
+    def run_of(self, call: Call) -> tuple[Any, Any]:
+        """Return the tensors that a run is known by, or None in the place of one."""
+        return call.get(self.run_key), call.get(self.run_mark) if self.run_mark is not None else None
 
     def blocks(self, transformer: Any) -> Blocks:
         """Return the blocks of a transformer of this family."""

@@ -20,4 +20,5 @@ FLUX = Family(
             _STREAMS,
         ),
     ),
+    run_mark="txt_ids",
 )
