@@ -141,8 +141,8 @@ def apply_cache(
 ) -> FeatureCache:
     """Attach a feature cache to a transformer of diffusers; the unmodified pipeline then uses it.
 
-    It knows DiT, PixArt, FLUX.1, Qwen-Image, SD3 and SD3.5. Conditional and unconditional passes may be one batch, or
-    take turns.
+    It knows DiT, PixArt, FLUX.1, Qwen-Image, SD3, SD3.5 and Wan. Conditional and unconditional passes may be one batch,
+    or take turns.
 
     Blocks that ``block.compile()`` has compiled stay so. A fused transformer (:func:`qandc.fuse_dit`) runs compute and
     reuse steps as CUDA graphs of their own.
@@ -216,7 +216,8 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                 )
     compensation = cache.compensation
     if compensation is not None:
-        of_model = (*((1, 1) if cache.config.mode == "delta" else blocks.shape), transformer.inner_dim)
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        of_model = (*((1, 1) if cache.config.mode == "delta" else blocks.shape), width)
         if compensation.gains.shape[1:] != of_model:
             blocks_, branches_, channels = compensation.gains.shape[1:]
             raise ConfigError(

@@ -34,6 +34,7 @@ BRANCHES = {  # by list of blocks, in all streams
     },
     "QwenImageTransformer2DModel": {"transformer_blocks": ("attn", "img_mlp", "txt_mlp")},
     "SD3Transformer2DModel": {"transformer_blocks": ("attn", "ff", "attn2", "ff_context")},
+    "WanTransformer3DModel": {"blocks": ("attn1", "attn2", "ffn")},
 }
 TOKENS = 16  # of an image in the small models
 OF_TEXT = ("ff_context", "txt_mlp")

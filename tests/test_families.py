@@ -179,7 +179,7 @@ def test_ranges_are_those_of_all_that_layers_are_given(name):
     forwards(name, slow)()
     calibrate(model, forwards(name, model))
     static = {name for name, layer in quant_layers(model).items() if layer.act_scale is not None}
-    assert len(static) >= 6 * len(model.transformer_blocks)
+    assert len(static) >= 6 * len(FAMILIES[name].blocks(model).blocks)
     for layer, (low, high) in bounds.items():
         if names[layer] in static:
             scale, zero_point = scale_and_zero_point(torch.tensor(low), torch.tensor(high), 8)
@@ -307,12 +307,17 @@ def of_sd3(seed, size):
     return embeddings(seed, size, prompt_embeds=(5, 48), pooled_prompt_embeds=(64,))
 
 
+def of_wan(seed, size):
+    return {**embeddings(seed, size, prompt_embeds=(5, 48)), "num_frames": 5}
+
+
 PIPELINES = {  # to their transformer, their scheduler, their arguments, and how many runs take turns
     "PixArtAlphaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
     "PixArtSigmaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
     "FluxPipeline": ("FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler", of_flux, 2),
     "QwenImagePipeline": ("QwenImageTransformer2DModel", "FlowMatchEulerDiscreteScheduler", of_qwen, 2),
     "StableDiffusion3Pipeline": ("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", of_sd3, 1),
+    "WanPipeline": ("WanTransformer3DModel", "UniPCMultistepScheduler", of_wan, 2),
 }
 
 
@@ -330,7 +335,7 @@ def pipeline(request):
 
     def draw(seed=0, size=64, steps=6):
         given = {**arguments(seed, size), "num_inference_steps": steps, "output_type": "latent"}
-        return pipe(**given, generator=torch.Generator().manual_seed(0)).images
+        return pipe(**given, generator=torch.Generator().manual_seed(0))[0]
 
     return pipe, draw, runs
 
@@ -403,7 +408,20 @@ def test_a_prompt_that_is_encoded_once_serves_two_calls(pipeline, monkeypatch):
     assert len(found.config.timesteps) == 6
 
 
-FLUX, SD3 = "FluxTransformer2DModel", "SD3Transformer2DModel"
+@pytest.mark.parametrize("pipeline", ["WanPipeline"], indirect=True)
+def test_two_transformers_that_share_a_run_have_a_cache_each(pipeline):
+    pipe, draw, _ = pipeline
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.6)
+    models = (pipe.transformer, pipe.transformer_2)
+    plain, caches = draw(), [apply_cache(model, config=CacheConfig("branch", interval=3)) for model in models]
+    images = draw()
+    assert [(cache.compute_steps, cache.reuse_steps) for cache in caches] == [(2, 4), (2, 4)]
+    assert torch.equal(draw(), images)
+    assert not torch.equal(images, plain)
+
+
+FLUX, SD3, WAN = "FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel"
 
 
 def assert_as_defined(model, config, inputs):
@@ -473,3 +491,26 @@ def test_a_modulation_for_each_token_is_cached_for_all_blocks_alone():
     with pytest.raises(CacheError, match=r"needs one modulation for all tokens \(zero_cond_t=False\)"):
         apply_cache(model, config=CONFIGS["branch"])
     assert_as_defined(model, CONFIGS["delta"], run_of(name))
+
+
+def test_videos_of_an_image_attend_to_it_too():
+    model = make_tiny(WAN, image_dim=24, added_kv_proj_dim=32)
+    seen = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
+    inputs = [{**given, "encoder_hidden_states_image": seen} for given in run_of(WAN)]
+    cache = apply_cache(model, config=CONFIGS["taylor uneven"])
+    with torch.no_grad():
+        found = [model(**given)[0] for given in inputs]
+        model(**{**inputs[-1], "encoder_hidden_states_image": seen.clone()})  # the same prompt in another call
+    assert (cache.compute_steps, cache.reuse_steps) == (6, 5)
+    assert_equal_runs(found, by_definition(make_tiny(WAN, image_dim=24, added_kv_proj_dim=32), cache.config, inputs))
+
+
+def test_a_timestep_for_each_token_is_cached_for_all_blocks_alone():
+    model = make_tiny(WAN)
+    noisy = torch.arange(16) >= 8  # not the frame that a video begins with
+    inputs = [{**given, "timestep": given["timestep"][:, None] * noisy} for given in run_of(WAN)]
+    assert_as_defined(model, CONFIGS["delta"], inputs)
+    remove_cache(model)
+    apply_cache(model, config=CONFIGS["branch"])
+    with pytest.raises(CacheError, match=r"timestep for each token .* needs cache mode 'delta'"):
+        [model(**given) for given in inputs]

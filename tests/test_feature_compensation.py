@@ -44,6 +44,7 @@ SHAPES = {  # [L, K] of features of small models, each of their stacks with two 
     "FluxTransformer2DModel": (6, 1),
     "QwenImageTransformer2DModel": (2, 2),
     "SD3Transformer2DModel": (2, 2),
+    "WanTransformer3DModel": (2, 3),
 }
 
 

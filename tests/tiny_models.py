@@ -121,7 +121,7 @@ def _hunyuan_dit(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _wan(noise: Noise, time: float) -> dict[str, Any]:
-    return _text_and(noise, 4, 2, 8, 8, timestep=_step(time))
+    return _text_and(noise, 4, 2, 8, 4, timestep=_step(time))
 
 
 def _hunyuan_video(noise: Noise, time: float) -> dict[str, Any]:

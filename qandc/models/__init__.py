@@ -11,10 +11,11 @@ from qandc.models.flux import FLUX
 from qandc.models.pixart import PIXART
 from qandc.models.qwen_image import QWEN_IMAGE
 from qandc.models.sd3 import SD3
+from qandc.models.wan import WAN
 
 __all__ = ["DIT", "FAMILIES", "Family", "class_conditional", "family_of", "older_names"]
 
-FAMILIES = {family.transformer: family for family in (DIT, PIXART, FLUX, QWEN_IMAGE, SD3)}
+FAMILIES = {family.transformer: family for family in (DIT, PIXART, FLUX, QWEN_IMAGE, SD3, WAN)}
 
 
 def family_of(model: Any) -> Family | None:

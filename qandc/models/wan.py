@@ -1,0 +1,24 @@
+"""Know Wan 2.1 and 2.2 (arXiv 2503.20314): video, from text or an image too, one modulation for all blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qandc.errors import CacheError
+from qandc.models.family import Call, Family, Stack, only
+
+__all__ = ["WAN"]
+
+
+def _gates(block: Any, call: Call) -> torch.Tensor:
+    temb = call["temb"]
+    if temb.ndim == 4:  # the 5B model of Wan 2.2, whose pipelines give every token a timestep
+        raise CacheError("a timestep for each token (expand_timesteps=True) needs cache mode 'delta'")
+    _, _, attention, _, _, mlp = (block.scale_shift_table + temb.float()).unbind(1)
+    return torch.stack([attention, torch.ones_like(mlp), mlp])  # what attends to the text has no gate
+
+
+_BLOCKS = Stack("blocks", ("attn1", "attn2", "ffn"), _gates, only("WanTransformerBlock"))
+WAN = Family("WanTransformer3DModel", "encoder_hidden_states", (_BLOCKS,), run_mark="encoder_hidden_states_image")
