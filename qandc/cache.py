@@ -26,7 +26,7 @@ from qandc.caching.plan import Action, Plan
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import Blocks, arguments_of, image_part
+from qandc.models.family import Blocks, adds_between, arguments_of, image_part
 from qandc.support.arguments import Steps, checked
 from qandc.support.attach import attach, detach, has_other_forward, original_class
 
@@ -67,10 +67,9 @@ class _CachedTransformer(nn.Module):
             )
         cache: FeatureCache = getattr(self, CACHE)
         family, call = _known(self), arguments_of(self, args, kwargs)
-        given = {name for name, value in call.items() if value is not None}
-        if given.intersection(family.uncached):
+        if not family.is_step(call):
             return super().forward(*args, **kwargs)
-        if cache.config.mode == "delta" and any("controlnet" in name for name in given):
+        if cache.config.mode == "delta" and adds_between(call):
             raise CacheError(
                 "what a ControlNet adds between blocks would be added twice: use mode 'branch' or 'taylor'"
             )

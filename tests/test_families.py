@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -435,6 +437,36 @@ def test_blocks_of_sd35_that_have_a_second_attention():
     assert_as_defined(make_tiny(SD3, dual_attention_layers=(0,)), CONFIGS["taylor uneven"], run_of(SD3))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_and_pickles_are_cached(name):
+    model = make_tiny(name)
+    apply_cache(model, config=CONFIGS["branch"])
+    expected = forwards(name, model)()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal_runs(forwards(name, other)(), expected, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["delta", "branch"])
+def test_passes_that_skip_layers_are_not_observed(mode):
+    model, config = make_tiny(SD3, num_layers=3), CONFIGS[mode]
+
+    def run():
+        with torch.no_grad():
+            for given in run_of(SD3):
+                model(**given)
+                skipped = {name: given[name][:1] for name in ("hidden_states", "timestep", "pooled_projections")}
+                model(**{**given, **skipped, "encoder_hidden_states": prompt}, skip_layers=[1])
+
+    prompt = run_of(SD3)[0]["encoder_hidden_states"][:1]
+    alone = forwards(SD3, model)
+    found, expected = (schedule_from_run(model, r, mode=mode, computed_steps=4) for r in (run, alone))
+    assert found == expected
+    for along in ("uncached", "corrected"):
+        found, expected = (fit_feature_compensation(model, r, config=config, along=along) for r in (run, alone))
+        assert torch.equal(found.gains, expected.gains)
+        assert torch.equal(found.offsets, expected.offsets)
+
+
 def test_passes_that_skip_layers_are_no_steps():
     model, plain, config = make_tiny(SD3), make_tiny(SD3), CONFIGS["delta"]
     apply_cache(model, config=config)
@@ -465,6 +497,9 @@ def test_what_a_controlnet_adds_between_blocks_is_added_once():
     apply_cache(model, config=CONFIGS["delta"])
     with pytest.raises(CacheError, match=r"ControlNet .* would be added twice: use mode 'branch'"):
         model(**inputs[0])
+    run = functools.partial(model, **inputs[0])
+    with pytest.raises(ConfigError, match=r"ControlNet .* is lost along='corrected'; use along='uncached'"):
+        fit_feature_compensation(model, run, config=CONFIGS["branch"], along="corrected")
 
 
 def test_what_an_ip_adapter_adds_is_reused_with_all_that_blocks_add():

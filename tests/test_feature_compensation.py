@@ -303,6 +303,20 @@ def test_a_branch_that_never_varies_gets_the_offset_alone():
     assert not torch.equal(found.gains[:, 0, 0], torch.ones(8, 32))
 
 
+def test_a_target_may_have_a_cache_or_be_the_model_itself():
+    name = "FluxTransformer2DModel"
+    model, target = quantize_model(make_tiny(name)), make_tiny(name)
+
+    def fitted(target):
+        return fit_feature_compensation(model, forwards(name, model), config=CONFIGS["branch"], target=target).gains
+
+    alone = fitted(target)
+    cache = apply_cache(target, config=CONFIGS["branch"])
+    assert torch.equal(fitted(target), alone)
+    assert get_cache(target) is cache
+    assert torch.equal(fitted(model), fitted(None))
+
+
 def test_copies_and_pickles_are_compensated():
     name = "DiTTransformer2DModel"
     model = make_tiny(name)
@@ -413,4 +427,8 @@ def test_what_cannot_be_fitted_is_refused():
         fit_feature_compensation(torch.nn.Linear(2, 2), run, config=CacheConfig())
     with pytest.raises(ModelError, match="target must be a DiTTransformer2DModel of 2 blocks"):
         fit_feature_compensation(model, run, config=CacheConfig(), target=make_tiny(name, num_layers=3))
+    name = "SD3Transformer2DModel"
+    model, target = make_tiny(name), make_tiny(name, dual_attention_layers=(0,))
+    with pytest.raises(ModelError, match="of 2 blocks with the same branches; got a different SD3"):
+        fit_feature_compensation(model, forwards(name, model), config=CacheConfig("branch"), target=target)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

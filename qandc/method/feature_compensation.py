@@ -17,7 +17,9 @@ from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.method.observation import Branches, Observer, Run, observe
 from qandc.models import Family, family_of
+from qandc.models.family import Call, adds_between
 from qandc.support.arguments import Between, Model, checked
+from qandc.support.attach import paused
 
 __all__ = ["fit_feature_compensation"]
 
@@ -53,15 +55,18 @@ class _Fitter(Observer[_Run]):
     def make_run(self, *known_by: Any) -> _Run:
         return _Run(self.config, *known_by)
 
-    def begin(self, args: Any, kwargs: Any) -> None:
+    def begin(self, call: Call, args: Any, kwargs: Any) -> None:
         run = self.run
+        if self.how is not None and adds_between(call):
+            raise ConfigError("what a ControlNet adds between blocks is lost along='corrected'; use along='uncached'")
         if self.config.length is not None and run.position.step + 1 >= self.config.length:
             raise ConfigError(
                 f"the cache schedule has {self.config.length} steps, and the run more; give one for the run"
             )
         run.action = run.position.advance()
         if run.action is Action.REUSE and self.target is not None:
-            self.target(*args, **kwargs)
+            with paused(self.target):
+                self.target(*args, **kwargs)
 
     def _note(self, layer: int, branch: int, feature: torch.Tensor) -> None:
         self._true[layer, branch] = feature
@@ -76,7 +81,7 @@ class _Fitter(Observer[_Run]):
             if step not in self.moments:
                 self.moments[step] = FeatureMoments(layers, branches, feature.shape[-1], feature.device)
             reused = run.store.forecast(layer, branch, run.position.forecast())
-            self.moments[step].add(layer, branch, reused, self._true.get((layer, branch), feature))
+            self.moments[step].add(layer, branch, reused, feature if self.target is None else self._true[layer, branch])
 
     def end(self, stream: torch.Tensor) -> torch.Tensor | None:
         """Go on from where the corrected cache would be, not from what the blocks have computed."""
@@ -97,12 +102,12 @@ def _observe(
 
     def attach(family: Family) -> _Fitter:
         if target is not None:
-            blocks = len(family.blocks(model).blocks)
             if is_fused(target):
                 raise ModelError(f"the features of a fused transformer cannot be seen; {INSTEAD} before fuse")
-            if family_of(target) is not family or len(family.blocks(target).blocks) != blocks:
-                given = type(target).__name__
-                raise ModelError(f"target must be a {family.transformer} of {blocks} blocks too; got {given}")
+            ours = [block.places for block in family.blocks(model).blocks]
+            if family_of(target) is not family or [block.places for block in family.blocks(target).blocks] != ours:
+                needed = f"{family.transformer} of {len(ours)} blocks with the same branches"
+                raise ModelError(f"target must be a {needed}; got a different {type(target).__name__}")
         return _Fitter(family, model, config, target, how)
 
     fitter, timesteps = observe(model, run, attach, known="features are known of", instead=INSTEAD)
@@ -138,7 +143,7 @@ def fit_feature_compensation(
         run: draws some dozens of images as they will be drawn later, with as many steps, in one run or several.
         config: of the cache: any mode and order, an interval or a schedule for that many steps.
         target: a model whose features are the true ones, the one in full precision, which corrects quantization too;
-            ``transformer`` by default.
+            ``transformer`` by default. An attached cache is paused.
         along: ``uncached`` notes features on the run without a cache; ``corrected`` goes on from what the corrected
             cache makes of each step, so that later steps are fitted on what they will see; draw all images in one run.
         form: ``least_squares``, ρ = Cov(f, g) / Var(f), the least error, by default for ``branch``; or
@@ -161,6 +166,7 @@ def fit_feature_compensation(
     if pull is not None and held_out is not None:
         raise ConfigError("give pull or held_out, not both: held-out images choose the pull")
     model = getattr(transformer, "_orig_mod", transformer)
+    target = None if target in (transformer, model) else target
     pulls = PULLS if held_out is not None else (DEFAULT_PULL[config.mode] if pull is None else pull,)
     fitted = []
     moments, timesteps = _observe(model, run, config, target, (form, pulls[0]) if along == "corrected" else None)

@@ -11,7 +11,7 @@ from qandc.caching.runs import weakly
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import arguments_of, image_part
+from qandc.models.family import Call, arguments_of, image_part
 from qandc.sampling.loop import plain_timestep
 from qandc.support.attach import eager, paused
 
@@ -26,6 +26,7 @@ class Branches:
         self.shape = (1, 1) if mode == "delta" else self.blocks.shape
         self.call: dict[str, Any] = {}  # what the first block was given
         self.stream = torch.empty(0)  # of the image, in it
+        self.seeing = True  # what belongs to a step
         self._see = see
         modules = [block.module for block in self.blocks.blocks]
         self.handles = [modules[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
@@ -45,10 +46,15 @@ class Branches:
         self.stream = self.blocks.blocks[0].stream(self.call)
 
     def _leave(self, block: Any, args: Any, output: Any) -> None:
-        self._see(0, 0, (output[-1] if isinstance(output, tuple) else output) - self.stream)
+        if self.seeing:
+            self._see(0, 0, (output[-1] if isinstance(output, tuple) else output) - self.stream)
 
     def _hook(self, layer: int, branch: int) -> Callable[[Any, Any, Any], None]:
-        return lambda module, args, output: self._see(layer, branch, image_part(output, self.stream.shape[1]))
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if self.seeing:
+                self._see(layer, branch, image_part(output, self.stream.shape[1]))
+
+        return hook
 
 
 class Run:
@@ -84,7 +90,7 @@ class Observer(Generic[AnyRun]):
     def __init__(self, family: Family, model: Any, mode: str) -> None:
         self.branches = Branches(family, model, mode, self.see)
         self.timesteps: tuple[float, ...] = ()
-        self._run_of = family.run_of
+        self._family = family
         self._runs: list[AnyRun] = []
         self.handles = [*self.branches.handles, model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         # after the hooks of branches
@@ -94,8 +100,8 @@ class Observer(Generic[AnyRun]):
         """Make what holds a run."""
         raise NotImplementedError
 
-    def begin(self, args: Any, kwargs: Any) -> None:
-        """Take what the model is given at the next step of ``run``."""
+    def begin(self, call: Call, args: Any, kwargs: Any) -> None:
+        """Take what the model is given at the next step of ``run``, by name in ``call``."""
 
     def see(self, layer: int, branch: int, feature: torch.Tensor) -> None:
         """Take a feature of this step, ``[B, tokens, D]``."""
@@ -128,7 +134,10 @@ class Observer(Generic[AnyRun]):
 
     def _begin(self, model: Any, args: Any, kwargs: Any) -> None:
         call = arguments_of(model, args, kwargs)
-        known_by = self._run_of(call)
+        self.branches.seeing = self._family.is_step(call)
+        if not self.branches.seeing:
+            return
+        known_by = self._family.run_of(call)
         known = next((run for run in self._runs if run.is_of(*known_by)), None)
         if known is None:
             # two may take turns: conditional and unconditional rows apart
@@ -137,9 +146,11 @@ class Observer(Generic[AnyRun]):
             self._runs.append(known)
         self.run = known
         known.timesteps.append(plain_timestep(torch.as_tensor(call["timestep"]).reshape(-1)[0]))
-        self.begin(args, kwargs)
+        self.begin(call, args, kwargs)
 
     def _end(self, block: Any, args: Any, output: Any) -> Any:
+        if not self.branches.seeing:
+            return None
         others = output[:-1] if isinstance(output, tuple) else ()
         stream = self.end(output[-1] if others else output)
         return stream if stream is None or not others else (*others, stream)

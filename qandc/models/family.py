@@ -23,6 +23,7 @@ __all__ = [
     "Program",
     "Stack",
     "adaln_gates",
+    "adds_between",
     "arguments_of",
     "image_part",
     "only",
@@ -101,6 +102,7 @@ class Stack:
         blocks: name of the list.
         branches: modules of a block whose outputs it adds; a block may lack some.
         gates: gives for a block and the arguments of its forward the gates ``[K, B, D]`` of the branches that it has.
+            As ``why_not`` it can be pickled, since blocks of a cached model hold it.
         why_not: says why the branches of a block can't be reused on their own, or None.
         returns: the arguments of a block that it returns, in that order; the stream of the image is the last.
     """
@@ -170,6 +172,10 @@ class Family:
         """Return the tensors that a run is known by, or None in the place of one."""
         return call.get(self.run_key), call.get(self.run_mark) if self.run_mark is not None else None
 
+    def is_step(self, call: Call) -> bool:
+        """Tell whether a forward with these arguments is a step of a run."""
+        return all(call.get(name) is None for name in self.uncached)
+
     def blocks(self, transformer: Any) -> Blocks:
         """Return the blocks of a transformer of this family."""
         modules = [(module, stack) for stack in self.stacks for module in getattr(transformer, stack.blocks)]
@@ -187,20 +193,20 @@ def zero_gates(modulation: torch.Tensor, width: int) -> torch.Tensor:
     return modulation.unflatten(1, (-1, 3, width))[:, :, 2].transpose(0, 1)
 
 
-def adaln_gates(name: str) -> Callable[[Any, Call], torch.Tensor]:
-    """Return a function that gives the gates of blocks whose norm of that name modulates with ``temb``, adaLN-Zero."""
-
-    def gates(block: Any, call: Call) -> torch.Tensor:
-        norm = getattr(block, name)
-        return zero_gates(norm.linear(norm.silu(call["temb"])), call["hidden_states"].shape[-1])
-
-    return gates
+def adaln_gates(name: str, block: Any, call: Call) -> torch.Tensor:
+    """Return the gates of a block whose norm of that name modulates with ``temb``, adaLN-Zero."""
+    norm = getattr(block, name)
+    return zero_gates(norm.linear(norm.silu(call["temb"])), call["hidden_states"].shape[-1])
 
 
-def only(name: str) -> Callable[[Any], str | None]:
-    """Return a function that says why a block can't be reused unless it has the forward of the class of that name."""
-    reason = f"needs blocks of the class {name}"
-    return lambda block: None if forward_of(block).__qualname__ == f"{name}.forward" else reason
+def only(name: str, block: Any) -> str | None:
+    """Say why a block can't be reused unless it has the forward of the class of that name."""
+    return None if forward_of(block).__qualname__ == f"{name}.forward" else f"needs blocks of the class {name}"
+
+
+def adds_between(call: Call) -> bool:
+    """Tell whether a forward with these arguments adds what a ControlNet has made to the stream between blocks."""
+    return any("controlnet" in name and value is not None for name, value in call.items())
 
 
 def image_part(output: Any, tokens: int) -> torch.Tensor:

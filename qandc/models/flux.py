@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from qandc.models.family import Family, Stack, adaln_gates, only
 
 __all__ = ["FLUX"]
@@ -11,12 +13,18 @@ FLUX = Family(
     "FluxTransformer2DModel",
     "encoder_hidden_states",
     (
-        Stack("transformer_blocks", ("attn", "ff"), adaln_gates("norm1"), only("FluxTransformerBlock"), _STREAMS),
+        Stack(
+            "transformer_blocks",
+            ("attn", "ff"),
+            partial(adaln_gates, "norm1"),
+            partial(only, "FluxTransformerBlock"),
+            _STREAMS,
+        ),
         Stack(
             "single_transformer_blocks",
             ("proj_out",),
-            adaln_gates("norm"),
-            only("FluxSingleTransformerBlock"),
+            partial(adaln_gates, "norm"),
+            partial(only, "FluxSingleTransformerBlock"),
             _STREAMS,
         ),
     ),

@@ -10,8 +10,6 @@ from qandc.models.family import Call, Family, Stack, only, zero_gates
 
 __all__ = ["QWEN_IMAGE"]
 
-_other_class = only("QwenImageTransformerBlock")
-
 
 def _gates(block: Any, call: Call) -> torch.Tensor:
     return zero_gates(block.img_mod(call["temb"]), call["hidden_states"].shape[-1])
@@ -20,7 +18,7 @@ def _gates(block: Any, call: Call) -> torch.Tensor:
 def _why_not(block: Any) -> str | None:
     if getattr(block, "zero_cond_t", False):  # of some editing models: tokens of their input have gates of their own
         return "needs one modulation for all tokens (zero_cond_t=False)"
-    return _other_class(block)
+    return only("QwenImageTransformerBlock", block)
 
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from qandc.models.family import Family, Stack, adaln_gates, only
 
 __all__ = ["SD3"]
 
-_other_class = only("JointTransformerBlock")
-
 
 def _why_not(block: Any) -> str | None:
-    return "needs feed-forwards that are not chunked" if getattr(block, "_chunk_size", None) else _other_class(block)
+    chunked = getattr(block, "_chunk_size", None)
+    return "needs feed-forwards that are not chunked" if chunked else only("JointTransformerBlock", block)
 
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
-_BLOCKS = Stack("transformer_blocks", ("attn", "ff", "attn2"), adaln_gates("norm1"), _why_not, _STREAMS)
+_BLOCKS = Stack("transformer_blocks", ("attn", "ff", "attn2"), partial(adaln_gates, "norm1"), _why_not, _STREAMS)
 SD3 = Family("SD3Transformer2DModel", "encoder_hidden_states", (_BLOCKS,), uncached=("skip_layers",))
