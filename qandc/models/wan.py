@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,5 +21,5 @@ def _gates(block: Any, call: Call) -> torch.Tensor:
     return torch.stack([attention, torch.ones_like(mlp), mlp])  # what attends to the text has no gate
 
 
-_BLOCKS = Stack("blocks", ("attn1", "attn2", "ffn"), _gates, only("WanTransformerBlock"))
+_BLOCKS = Stack("blocks", ("attn1", "attn2", "ffn"), _gates, partial(only, "WanTransformerBlock"))
 WAN = Family("WanTransformer3DModel", "encoder_hidden_states", (_BLOCKS,), run_mark="encoder_hidden_states_image")
