@@ -52,6 +52,11 @@ class _Place(NamedTuple):
     def reuse(self, plan: Plan, x: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
         """Return what all blocks together make of ``x``; ``call`` is what the first block is given."""
         store = self.store(plan, x)
+        if store.per_branch and any(has_other_forward(block.module) for block in self.blocks.blocks):
+            raise CacheError(
+                "forward of blocks was replaced since (by hooks that offload them one by one, for example), so weights "
+                "of their gates may not be here on a reuse step: use mode 'delta', or offload the whole model"
+            )
         gates = self.blocks.gates(call) if store.per_branch else None
         gates, offset = corrected(gates, plan.correction, len(x))
         return store.add_to(x, gates, plan.weights, offset)

@@ -446,6 +446,29 @@ def test_copies_and_pickles_are_cached(name):
         assert_equal_runs(forwards(name, other)(), expected, atol=0)
 
 
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "PixArtTransformer2DModel"])
+def test_blocks_that_are_offloaded_one_by_one(name, tmp_path):
+    """Their weights are not there on a reuse step, which enters no block; ``delta`` needs none."""
+
+    def offloaded(config):
+        model, device = make_tiny(name), torch.device("cpu")
+        apply_cache(model, config=config)
+        model.enable_group_offload(
+            device,
+            device,
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            offload_to_disk_path=tmp_path / config.mode,
+        )
+        return model
+
+    assert_equal_runs(
+        forwards(name, offloaded(CONFIGS["delta"]))(), by_definition(make_tiny(name), CONFIGS["delta"], run_of(name))
+    )
+    with pytest.raises(CacheError, match=r"weights of their gates may not be here .*: use mode 'delta'"):
+        forwards(name, offloaded(CONFIGS["branch"]))()
+
+
 @pytest.mark.parametrize("mode", ["delta", "branch"])
 def test_passes_that_skip_layers_are_not_observed(mode):
     model, config = make_tiny(SD3, num_layers=3), CONFIGS[mode]

@@ -419,6 +419,9 @@ def test_what_cannot_be_fitted_is_refused():
         fit_feature_compensation(model, run, config=CacheConfig("branch", schedule=(True, False, False)))
     with pytest.raises(ConfigError, match="pull or held_out"):
         fit_feature_compensation(model, run, config=CacheConfig(), pull=0.5, held_out=lambda: torch.zeros(1))
+    for drawn, found in ((torch.full((2,), float("nan")), "NaN or infinite"), ([torch.zeros(1)], "list")):
+        with pytest.raises(DataError, match=f"held_out must return .* one finite tensor; got {found}"):
+            fit_feature_compensation(model, run, config=CacheConfig(), held_out=lambda drawn=drawn: drawn)
     with pytest.raises(ConfigError, match="along is 'cached'"):
         fit_feature_compensation(model, run, config=CacheConfig(), along="cached")
     with pytest.raises(DataError, match="did not run"):

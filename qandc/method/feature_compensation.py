@@ -13,7 +13,7 @@ from qandc.caching.compensation import DEFAULT_FORM, DEFAULT_PULL, FORMS, Featur
 from qandc.caching.features import FeatureStore, corrected
 from qandc.caching.plan import Action, Position
 from qandc.caching.schedule import CacheConfig
-from qandc.errors import ConfigError, ModelError
+from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.method.observation import Branches, Observer, Run, observe
 from qandc.models import Family, family_of
@@ -191,12 +191,20 @@ def _best(
     model: Any, fitted: list[FeatureCompensation], pulls: tuple[float, ...], held_out: Callable[[], torch.Tensor]
 ) -> FeatureCompensation:
     """Return the compensation whose held-out images are closest to those without a cache."""
+
+    def draw() -> torch.Tensor:
+        found: Any = held_out()
+        if not isinstance(found, torch.Tensor) or not torch.isfinite(found).all():
+            what = "NaN or infinite values" if isinstance(found, torch.Tensor) else type(found).__name__
+            raise DataError(f"held_out must return latents or pixels as one finite tensor; got {what}")
+        return found.double()
+
     with detached_cache(model):
-        true, errors = held_out().double(), []
+        true, errors = draw(), []
         for compensation in fitted:
             apply_cache(model, compensation=compensation)
             try:
-                errors.append(float((held_out().double() - true).square().mean()))
+                errors.append(float((draw() - true).square().mean()))
             finally:
                 remove_cache(model)
     for pull, error in zip(pulls, errors, strict=True):
