@@ -71,7 +71,8 @@ class _CachedTransformer(nn.Module):
                 "a cached model cannot recompute its blocks: disable gradient checkpointing, or use no_grad"
             )
         cache: FeatureCache = getattr(self, CACHE)
-        family, call = _known(self), arguments_of(self, args, kwargs)
+        family = _known(self)
+        call = family.call_of(self, args, kwargs)
         if not family.is_step(call):
             return super().forward(*args, **kwargs)
         if cache.config.mode == "delta" and adds_between(call):
@@ -145,8 +146,8 @@ def apply_cache(
 ) -> FeatureCache:
     """Attach a feature cache to a transformer of diffusers; the unmodified pipeline then uses it.
 
-    It knows DiT, PixArt, FLUX.1, Qwen-Image, SD3, SD3.5 and Wan. Conditional and unconditional passes may be one batch,
-    or take turns.
+    It knows DiT, PixArt, FLUX.1, Qwen-Image, SD3, SD3.5, Wan and Z-Image. Conditional and unconditional passes may be
+    one batch, or take turns.
 
     Blocks that ``block.compile()`` has compiled stay so. A fused transformer (:func:`qandc.fuse_dit`) runs compute and
     reuse steps as CUDA graphs of their own.
@@ -220,8 +221,7 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                 )
     compensation = cache.compensation
     if compensation is not None:
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        of_model = (*((1, 1) if cache.config.mode == "delta" else blocks.shape), width)
+        of_model = (*((1, 1) if cache.config.mode == "delta" else blocks.shape), family.width(transformer))
         if compensation.gains.shape[1:] != of_model:
             blocks_, branches_, channels = compensation.gains.shape[1:]
             raise ConfigError(

@@ -12,6 +12,7 @@ import torch
 
 from qandc import FeatureCompensation
 from qandc.caching.schedule import CacheConfig, forecast_weights
+from tests.tiny_models import output_of
 
 LENGTH = 10  # of the runs that these are for
 UNEVEN = (True, True, True, False, True, False, False, True, False, False)
@@ -35,8 +36,9 @@ BRANCHES = {  # by list of blocks, in all streams
     "QwenImageTransformer2DModel": {"transformer_blocks": ("attn", "img_mlp", "txt_mlp")},
     "SD3Transformer2DModel": {"transformer_blocks": ("attn", "ff", "attn2", "ff_context")},
     "WanTransformer3DModel": {"blocks": ("attn1", "attn2", "ffn")},
+    "ZImageTransformer2DModel": {"layers": ("attention_norm2", "ffn_norm2")},
 }
-TOKENS = 16  # of an image in the small models
+TOKENS = 16  # of an image in the small FLUX.1, whose single blocks have it behind the text
 OF_TEXT = ("ff_context", "txt_mlp")
 STREAMS = ("encoder_hidden_states", "hidden_states")  # as blocks of two return them
 
@@ -89,7 +91,7 @@ def step_of(model: Any, given: dict[str, Any], mode: str, features: list[Any] | 
     handles = [part.register_forward_hook(replace, with_kwargs=True) for _, part in parts]
     handles.append(blocks[0].register_forward_pre_hook(begin, with_kwargs=True))
     handles.append(blocks[-1].register_forward_hook(end))
-    output = model(**given)[0]
+    output = output_of(model, given)
     for handle in handles:
         handle.remove()
     return Step(output, found, ends[1] - ends[0])
@@ -100,7 +102,8 @@ def of_image(model: Any, mode: str, features: list[Any]) -> list[torch.Tensor]:
     if mode == "delta":
         return [f[-1] if isinstance(f, tuple) else f for f in features]
     named = zip(parts_of(model, mode), features, strict=True)
-    return [(f[0] if isinstance(f, tuple) else f)[:, -TOKENS:] for (name, _), f in named if name not in OF_TEXT]
+    images = [(name, f[0] if isinstance(f, tuple) else f) for (name, _), f in named if name not in OF_TEXT]
+    return [f[:, -TOKENS:] if name == "proj_out" else f for name, f in images]
 
 
 def forecast(steps: dict[int, Step], computed: list[int], step: int, order: int) -> list[Any]:

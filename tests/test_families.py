@@ -33,6 +33,7 @@ from qandc import (
 )
 from qandc.caching.timestep_watch import TimestepWatch
 from qandc.models import FAMILIES, family_of
+from qandc.models.family import arguments_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear
 from qandc.quantizer import scale_and_zero_point
@@ -47,10 +48,11 @@ from tests.definition import (
     of_image,
     step_of,
 )
-from tests.tiny_models import inputs_of, make_tiny
+from tests.tiny_models import as_one, inputs_of, make_tiny, output_of
 
 STEPS = tuple(range(900, 400, -50))
-FRACTIONS = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")  # their timesteps end at 1
+Z_IMAGE = "ZImageTransformer2DModel"
+FRACTIONS = ("FluxTransformer2DModel", "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -62,10 +64,13 @@ def timesteps_of(name, steps=STEPS):
 def run_of(name, steps=STEPS):
     """Make the arguments of all forwards of a run; what it is known by is one tensor."""
     first, run = inputs_of(name), []
-    noise = torch.randn(2, *first["hidden_states"].shape, generator=torch.Generator().manual_seed(0))
+    x, t = ("x", "t") if name == Z_IMAGE else ("hidden_states", "timestep")
+    noise = torch.randn(2, len(first[x]), *first[x][0].shape, generator=torch.Generator().manual_seed(0))
     for step, timestep in enumerate(timesteps_of(name, steps)):
         latents = math.cos(step / 4) * noise[0] + math.sin(step / 4) * noise[1]  # neighbours are alike
-        run.append({**first, "hidden_states": latents, "timestep": torch.full_like(first["timestep"], timestep)})
+        if name == Z_IMAGE:
+            latents, timestep = list(latents), 1 - timestep
+        run.append({**first, x: latents, t: torch.full_like(first[t], timestep)})
     return run
 
 
@@ -75,7 +80,7 @@ def forwards(name, model, steps=STEPS):
 
     def run():
         with torch.no_grad():
-            return [model(**given)[0] for given in inputs]
+            return [output_of(model, given) for given in inputs]
 
     return run
 
@@ -313,6 +318,12 @@ def of_wan(seed, size):
     return {**embeddings(seed, size, prompt_embeds=(5, 48)), "num_frames": 5}
 
 
+def of_z_image(seed, size):
+    texts = embeddings(seed, size, prompt_embeds=(40, 48))
+    texts |= {name: [texts[name][0], texts[name][1, :6]] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    return texts  # rows of two lengths
+
+
 PIPELINES = {  # to their transformer, their scheduler, their arguments, and how many runs take turns
     "PixArtAlphaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
     "PixArtSigmaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
@@ -320,6 +331,7 @@ PIPELINES = {  # to their transformer, their scheduler, their arguments, and how
     "QwenImagePipeline": ("QwenImageTransformer2DModel", "FlowMatchEulerDiscreteScheduler", of_qwen, 2),
     "StableDiffusion3Pipeline": ("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", of_sd3, 1),
     "WanPipeline": ("WanTransformer3DModel", "UniPCMultistepScheduler", of_wan, 2),
+    "ZImagePipeline": (Z_IMAGE, "FlowMatchEulerDiscreteScheduler", of_z_image, 1),
 }
 
 
@@ -358,8 +370,9 @@ def test_a_model_is_quantized_calibrated_cached_and_sampled_in_its_own_pipeline(
     runs = {}  # by what they are known by
 
     def note(model, args, kwargs, output):
-        given = {**dict(zip(["hidden_states"], args, strict=False)), **kwargs}
-        runs.setdefault(id(given["encoder_hidden_states"]), []).append((given, output[0]))
+        given = arguments_of(model, args, kwargs)
+        key = given["cap_feats"][0] if "cap_feats" in given else given["encoder_hidden_states"]
+        runs.setdefault(id(key), []).append((given, as_one(output[0])))
 
     handle = model.register_forward_hook(note, with_kwargs=True)
     images = draw()
@@ -565,10 +578,29 @@ def test_videos_of_an_image_attend_to_it_too():
 
 def test_a_timestep_for_each_token_is_cached_for_all_blocks_alone():
     model = make_tiny(WAN)
-    noisy = torch.arange(16) >= 8  # not the frame that a video begins with
+    noisy = torch.arange(32) >= 16  # not the frame that a video begins with
     inputs = [{**given, "timestep": given["timestep"][:, None] * noisy} for given in run_of(WAN)]
     assert_as_defined(model, CONFIGS["delta"], inputs)
     remove_cache(model)
     apply_cache(model, config=CONFIGS["branch"])
     with pytest.raises(CacheError, match=r"timestep for each token .* needs cache mode 'delta'"):
         [model(**given) for given in inputs]
+
+
+def test_images_of_z_image_that_share_a_prompt_are_other_runs():
+    model, given = make_tiny(Z_IMAGE), inputs_of(Z_IMAGE)
+    cache = apply_cache(model, cache_interval=5)
+    a, b = given["cap_feats"]
+    for texts in ([a, b], [a, a.clone(), b], [a, b.clone(), b.clone()]):
+        for _ in range(2):
+            rows = {"x": given["x"][:1] * len(texts), "t": given["t"][:1].repeat(len(texts))}
+            output_of(model, {**rows, "cap_feats": texts})
+    assert (cache.compute_steps, cache.reuse_steps) == (3, 3)
+
+
+def test_images_beside_the_one_that_z_image_draws_are_refused():
+    model, given = make_tiny(Z_IMAGE), inputs_of(Z_IMAGE)
+    cache = apply_cache(model)
+    with pytest.raises(CacheError, match=r"knows no images beside .* \(omni\): call remove_cache"):
+        model(**{**given, "x": [[x] for x in given["x"]]})
+    assert cache.compute_steps == 0

@@ -45,6 +45,7 @@ SHAPES = {  # [L, K] of features of small models, each of their stacks with two 
     "QwenImageTransformer2DModel": (2, 2),
     "SD3Transformer2DModel": (2, 2),
     "WanTransformer3DModel": (2, 3),
+    "ZImageTransformer2DModel": (2, 2),
 }
 
 
@@ -123,7 +124,8 @@ def test_features_that_are_not_finite_are_refused(value, seeded):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_compensated_cache_equals_the_definition(name, config):
     model = make_tiny(name)
-    compensation = made_up(SHAPES[name], exact(config, timesteps_of(name)))
+    channels = FAMILIES[name].width(model)
+    compensation = made_up(SHAPES[name], exact(config, timesteps_of(name)), channels)
     expected = by_definition(model, config, run_of(name), compensation)
     plain = by_definition(model, config, run_of(name))
     apply_cache(model, compensation=compensation)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["TINY", "Tiny", "inputs_of", "make_tiny", "output_of"]
+__all__ = ["TINY", "Tiny", "as_one", "inputs_of", "make_tiny", "output_of"]
 
 Noise = Callable[..., torch.Tensor]
 
@@ -121,7 +121,7 @@ def _hunyuan_dit(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _wan(noise: Noise, time: float) -> dict[str, Any]:
-    return _text_and(noise, 4, 2, 8, 4, timestep=_step(time))
+    return _text_and(noise, 4, 2, 8, 8, timestep=_step(time))
 
 
 def _hunyuan_video(noise: Noise, time: float) -> dict[str, Any]:
@@ -209,7 +209,7 @@ TINY = {
     "ZImageTransformer2DModel": Tiny(
         {
             "in_channels": 4, "dim": 48, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 3,
-            "cap_feat_dim": 48, "axes_dims": [4, 6, 6], "axes_lens": [64, 16, 16],
+            "cap_feat_dim": 48, "axes_dims": [4, 6, 6], "axes_lens": [128, 16, 16],
         },
         _z_image,
     ),
@@ -321,6 +321,8 @@ def make_tiny(name: str, **changes: Any) -> Any:
     import diffusers
 
     torch.manual_seed(0)
+    if "n_layers" in TINY[name].config and "num_layers" in changes:
+        changes["n_layers"] = changes.pop("num_layers")
     model = getattr(diffusers, name)(**{**TINY[name].config, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -338,5 +340,9 @@ def inputs_of(name: str, time: float = 0.5, seed: int = 0) -> dict[str, Any]:
 def output_of(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
     """Run a forward and return what it predicts, as one tensor."""
     with torch.no_grad():
-        result = model(**arguments, return_dict=False)[0]
+        return as_one(model(**{**arguments, "return_dict": False})[0])
+
+
+def as_one(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """Return what a model predicts as one tensor."""
     return torch.stack(result) if isinstance(result, list) else result

@@ -133,7 +133,7 @@ class Observer(Generic[AnyRun]):
             self.__dict__.pop("run", None)  # what it holds is large, and an observer is in a circle with its hooks
 
     def _begin(self, model: Any, args: Any, kwargs: Any) -> None:
-        call = arguments_of(model, args, kwargs)
+        call = self._family.call_of(model, args, kwargs)
         self.branches.seeing = self._family.is_step(call)
         if not self.branches.seeing:
             return

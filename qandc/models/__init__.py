@@ -12,10 +12,11 @@ from qandc.models.pixart import PIXART
 from qandc.models.qwen_image import QWEN_IMAGE
 from qandc.models.sd3 import SD3
 from qandc.models.wan import WAN
+from qandc.models.z_image import Z_IMAGE
 
 __all__ = ["DIT", "FAMILIES", "Family", "class_conditional", "family_of", "older_names"]
 
-FAMILIES = {family.transformer: family for family in (DIT, PIXART, FLUX, QWEN_IMAGE, SD3, WAN)}
+FAMILIES = {family.transformer: family for family in (DIT, PIXART, FLUX, QWEN_IMAGE, SD3, WAN, Z_IMAGE)}
 
 
 def family_of(model: Any) -> Family | None:

@@ -158,6 +158,8 @@ class Family:
         classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
             None where images are of other things.
         uncached: arguments with which a forward is no step of a run: it is computed as if no cache were attached.
+        named: adds ``hidden_states``, of which shape, dtype and device count, and a ``timestep`` that falls to the
+            arguments of a forward that has neither.
     """
 
     transformer: str
@@ -167,6 +169,17 @@ class Family:
     classes: Callable[[Any], int] | None = None
     uncached: tuple[str, ...] = ()
     run_mark: str | None = None
+    named: Callable[[Call], Call] | None = None
+
+    def call_of(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return the arguments of ``transformer(*args, **kwargs)`` by name."""
+        call = arguments_of(transformer, args, kwargs)
+        return call if self.named is None else self.named(call)
+
+    def width(self, transformer: Any) -> int:
+        """Return the number of channels of what blocks add to."""
+        config = transformer.config
+        return config.get("dim") or config.num_attention_heads * config.attention_head_dim
 
     def run_of(self, call: Call) -> tuple[Any, Any]:
         """Return the tensors that a run is known by, or None in the place of one."""
