@@ -521,6 +521,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         config=P(qandc.CacheConfig()),
         target=P(None, "None"),
         along=P("corrected"),
+        form=P("least_squares", "None"),
         pull=P(0.5, "None 0 1/2"),
         held_out=P(None, "None"),
     ),
