@@ -1,8 +1,9 @@
 """Measure what compensation of features is worth on fashion-dit in full precision: mode x interval x pull x schedule.
 
-python training/feature_compensation.py --out results/h200/feature-compensation.json      # seconds a row on a GPU
 python training/feature_compensation.py --out results/cpu/feature-compensation.json --device cpu --fit 20 --images 20 \
     --steps 20 --intervals 3,4,5
+
+On two cores, with few images; ``evaluate_feature_compensation.py`` is for a GPU, and for quantized models.
 
 PSNR is that of latents of other noise than was fitted on, to those of the model without a cache. Without a schedule a
 row has the uniform one, else one of as many compute steps: "calibrated" where errors are least, "calibrated,
