@@ -26,7 +26,7 @@ from qandc.caching.plan import Action, Plan
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import Blocks, adds_between, arguments_of, image_part
+from qandc.models.family import Blocks, arguments_of, check_added_once, image_part
 from qandc.support.arguments import Steps, checked
 from qandc.support.attach import attach, detach, has_other_forward, original_class
 
@@ -75,10 +75,8 @@ class _CachedTransformer(nn.Module):
         call = family.call_of(self, args, kwargs)
         if not family.is_step(call):
             return super().forward(*args, **kwargs)
-        if cache.config.mode == "delta" and adds_between(call):
-            raise CacheError(
-                "what a ControlNet adds between blocks would be added twice: use mode 'branch' or 'taylor'"
-            )
+        if not cache.paused:
+            check_added_once(call, cache.config.mode)
         with cache.step(call["hidden_states"], call.get("timestep"), *family.run_of(call)):
             return super().forward(*args, **kwargs)
 

@@ -534,6 +534,12 @@ def test_what_a_controlnet_adds_between_blocks_is_added_once():
     with pytest.raises(CacheError, match=r"ControlNet .* would be added twice: use mode 'branch'"):
         model(**inputs[0])
     run = functools.partial(model, **inputs[0])
+    schedule_from_run(model, run, computed_steps=1)  # the cache is paused
+    remove_cache(model)
+    for learn in (schedule_from_run, fit_feature_compensation):
+        given = {"computed_steps": 1, "mode": "delta"} if learn is schedule_from_run else {"config": CONFIGS["delta"]}
+        with pytest.raises(CacheError, match="would be added twice: use mode 'branch'"):
+            learn(model, run, **given)
     with pytest.raises(ConfigError, match=r"ControlNet .* is lost along='corrected'; use along='uncached'"):
         fit_feature_compensation(model, run, config=CONFIGS["branch"], along="corrected")
 

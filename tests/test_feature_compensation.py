@@ -319,6 +319,18 @@ def test_a_target_may_have_a_cache_or_be_the_model_itself():
     assert torch.equal(fitted(model), fitted(None))
 
 
+def test_gains_may_have_any_strides():
+    name = "FluxTransformer2DModel"
+    model = make_tiny(name)
+    found = fit_feature_compensation(model, forwards(name, model), config=CONFIGS["branch"])
+    apply_cache(model, compensation=found)
+    expected = forwards(name, model)()
+    remove_cache(model)
+    strided = [t.transpose(0, 3).contiguous().transpose(0, 3) for t in (found.gains, found.offsets)]
+    apply_cache(model, compensation=FeatureCompensation(found.config, *strided))
+    assert_equal_runs(forwards(name, model)(), expected, atol=0)
+
+
 def test_copies_and_pickles_are_compensated():
     name = "DiTTransformer2DModel"
     model = make_tiny(name)

@@ -136,7 +136,7 @@ class FeatureCache(Attachment):
             return None
         if device not in self._corrections:
             with torch.inference_mode(False):
-                self._corrections[device] = found.gains.to(device), found.offsets.to(device)
+                self._corrections[device] = found.gains.to(device).contiguous(), found.offsets.to(device).contiguous()
         gains, offsets = self._corrections[device]
         return gains[reused], offsets[reused]
 

@@ -11,7 +11,7 @@ from qandc.caching.runs import weakly
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import Call, arguments_of, image_part
+from qandc.models.family import Call, arguments_of, check_added_once, image_part
 from qandc.sampling.loop import plain_timestep
 from qandc.support.attach import eager, paused
 
@@ -137,6 +137,7 @@ class Observer(Generic[AnyRun]):
         self.branches.seeing = self._family.is_step(call)
         if not self.branches.seeing:
             return
+        check_added_once(call, self.branches.mode)
         known_by = self._family.run_of(call)
         known = next((run for run in self._runs if run.is_of(*known_by)), None)
         if known is None:

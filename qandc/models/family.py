@@ -25,6 +25,7 @@ __all__ = [
     "adaln_gates",
     "adds_between",
     "arguments_of",
+    "check_added_once",
     "image_part",
     "only",
     "zero_gates",
@@ -220,6 +221,12 @@ def only(name: str, block: Any) -> str | None:
 def adds_between(call: Call) -> bool:
     """Tell whether a forward with these arguments adds what a ControlNet has made to the stream between blocks."""
     return any("controlnet" in name and value is not None for name, value in call.items())
+
+
+def check_added_once(call: Call, mode: str) -> None:
+    """Refuse, with a CacheError, a ControlNet beside ``delta``, which stores what it adds with all that blocks add."""
+    if mode == "delta" and adds_between(call):
+        raise CacheError("what a ControlNet adds between blocks would be added twice: use mode 'branch' or 'taylor'")
 
 
 def image_part(output: Any, tokens: int) -> torch.Tensor:
