@@ -416,7 +416,8 @@ def test_settings_are_checked(changes, message):
 
 def test_what_is_compensated_depends_on_the_scheduler_and_the_form_of_vc():
     for given, expected in (
-        ({}, "none"), ({"scheduler": "ddim"}, "features"), ({"vc": "paper"}, "samples"), ({"vc": "none"}, "none"),
+        ({}, "none"), ({"scheduler": "ddim"}, "features"), ({"cache_mode": "block"}, "features"),
+        ({"vc": "paper"}, "samples"), ({"vc": "none"}, "none"),
         ({"vc": "paper", "compensation": "features"}, "features"), ({"vc": "none", "compensation": "none"}, "none"),
     ):  # fmt: skip
         assert CalibrationConfig(**given).compensation == expected

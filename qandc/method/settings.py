@@ -62,8 +62,8 @@ class CalibrationConfig:
     seed: Annotated[int, Between(0, 2**31 - 1)] = option(0, "Of the choice of samples.")
     compensation: str | None = option(
         None,
-        "Of features where the cache reuses them, of samples (the paper's VC), or none. Default: features with ddim, "
-        "none with ddpm, where it does harm (docs/calibration.md); samples if --vc is given.",
+        "Of features where the cache reuses them, of samples (the paper's VC), or none. Default: features with ddim or "
+        "the mode delta, else none, as it does harm (docs/calibration.md); samples if --vc is given.",
     )
     feature_images: Images = option(40, "Images the compensation of features is fitted on.")
     vc: str | None = option(None, f"Form of the compensation of samples: {', '.join(FORMS)}. Default: least_squares.")
@@ -98,10 +98,10 @@ class CalibrationConfig:
         for name in ("samples", "clusters") if self.select in CLUSTERERS else ("samples",):
             if getattr(self, name) > candidates:
                 raise ConfigError(f"{name} is {getattr(self, name)}; {pool} (lower it, or take more pool images)")
-        usual = "features" if self.scheduler == "ddim" else "none"
+        object.__setattr__(self, "cache", CacheConfig(self.cache_mode, interval=self.cache_interval))
+        usual = "features" if self.scheduler == "ddim" or self.cache.mode == "delta" else "none"
         of_vc = {None: usual, "none": "none"}.get(self.vc, "samples")  # none: as it was told before
         object.__setattr__(self, "compensation", self.compensation or of_vc)
-        object.__setattr__(self, "cache", CacheConfig(self.cache_mode, interval=self.cache_interval))
         object.__setattr__(self, "cache_mode", self.cache.mode)
         clip = "mse" if self.gptq else "max"
         object.__setattr__(self, "quant_config", QuantConfig(self.w_bits, self.a_bits, weight_clip=clip))
