@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,6 +38,9 @@ from qandc_kernels.ops._operands import (
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+RAISES = """Raises:
+    ArgumentError: an argument has another type, dtype, shape, stride, device or value than is said above.
+"""
 LINEAR_NAMES = "xq weight x_scale w_scale bias x_zero_point w_sum"
 QUANTIZED_NAMES = "x weight w_scale bias act_scale act_zero_point w_sum smoothing"
 GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier"
@@ -44,7 +48,10 @@ RESIDUAL_NAMES = f"{LINEAR_NAMES} gate out_branch residual"
 
 
 def checked(definition: Function) -> Function:
-    """Return a function that calls ``check_<its name>``, then ``definition``, which stays there as ``__wrapped__``."""
+    """Return a function that calls ``check_<its name>``, then ``definition``, which stays there as ``__wrapped__``.
+
+    Its docstring ends with the error that all of them raise.
+    """
     check = globals()[f"check_{definition.__name__}"]
 
     @functools.wraps(definition)
@@ -52,6 +59,7 @@ def checked(definition: Function) -> Function:
         check(*args, **kwargs)
         return definition(*args, **kwargs)
 
+    wrapper.__doc__ = f"{inspect.getdoc(definition)}\n\n{RAISES}"
     return wrapper  # type: ignore[return-value]
 
 
