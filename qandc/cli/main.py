@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import sys
 from pathlib import Path
@@ -39,7 +38,7 @@ from qandc.cli.terminal import (
 )
 from qandc.errors import ConfigError, QandCError
 from qandc.support import arguments
-from qandc.support.files import write_json, write_whole
+from qandc.support.files import read_json, write_json, write_whole
 
 logger = logging.getLogger(__name__)
 DEFAULTS = {"cache_mode": "branch"}  # of generate, beside those of the fields
@@ -127,7 +126,7 @@ def generate(
     as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4
     if preset is None and not no_calibrated and as_shipped:
         preset = fashion_dit_preset(chosen["w_bits"])
-        many = json.loads(LIKENESS.read_text())[f"w{chosen['w_bits']}a8"]
+        many = read_json(LIKENESS, "measured likeness", "install qandc again")[f"w{chosen['w_bits']}a8"]
     elif preset is None and not no_calibrated:
         logger.info(
             "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
