@@ -26,7 +26,7 @@ from qandc.caching.plan import Action, Plan
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import Blocks, arguments_of, check_added_once, image_part
+from qandc.models.family import Blocks, arguments_of, check_added_once, image_part, stream_of
 from qandc.support.arguments import Steps, checked
 from qandc.support.attach import attach, detach, has_other_forward, original_class
 
@@ -98,7 +98,7 @@ class _CachedBlock(nn.Module):
                 store.enter(x)
             output = super().__call__(*args, **kwargs)
             if place.layer == len(place.blocks.blocks) - 1:
-                store.leave(output[-1] if isinstance(output, tuple) else output)
+                store.leave(stream_of(output))
             return output
         branches = [getattr(self, name) for name in block.places]
         for branch, at in zip(branches, block.places.values(), strict=True):

@@ -11,7 +11,7 @@ from qandc.caching.runs import weakly
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import Call, arguments_of, check_added_once, image_part
+from qandc.models.family import Call, arguments_of, check_added_once, image_part, stream_of
 from qandc.sampling.loop import plain_timestep
 from qandc.support.attach import eager, paused
 
@@ -47,7 +47,7 @@ class Branches:
 
     def _leave(self, block: Any, args: Any, output: Any) -> None:
         if self.seeing:
-            self._see(0, 0, (output[-1] if isinstance(output, tuple) else output) - self.stream)
+            self._see(0, 0, stream_of(output) - self.stream)
 
     def _hook(self, layer: int, branch: int) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -152,9 +152,8 @@ class Observer(Generic[AnyRun]):
     def _end(self, block: Any, args: Any, output: Any) -> Any:
         if not self.branches.seeing:
             return None
-        others = output[:-1] if isinstance(output, tuple) else ()
-        stream = self.end(output[-1] if others else output)
-        return stream if stream is None or not others else (*others, stream)
+        stream = self.end(stream_of(output))
+        return (*output[:-1], stream) if isinstance(output, tuple) and stream is not None else stream
 
 
 Watching = TypeVar("Watching", bound=Observer[Any])

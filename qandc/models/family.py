@@ -28,6 +28,7 @@ __all__ = [
     "check_added_once",
     "image_part",
     "only",
+    "stream_of",
     "zero_gates",
 ]
 
@@ -200,6 +201,11 @@ class Family:
         places = itertools.product(range(shape[0]), range(shape[1]))
         found = [{name: next(places) for name in of_block} for of_block in names]
         return Blocks([Block(*block, at) for block, at in zip(modules, found, strict=True)], shape)
+
+
+def stream_of(output: Any) -> torch.Tensor:
+    """Return the stream of the image in what a block returns: of several streams the last."""
+    return output[-1] if isinstance(output, tuple) else output
 
 
 def zero_gates(modulation: torch.Tensor, width: int) -> torch.Tensor:
