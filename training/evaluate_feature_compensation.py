@@ -217,9 +217,13 @@ def main(
         return
     bench = Study(device, images, batch, steps, 1.5, "ddim", efficientnet=efficientnet)
 
+    def statistics(pixels: torch.Tensor) -> FeatureStatistics:
+        return FeatureStatistics.of(extract_features(bench.classifier, pixels)[0])
+
     @lru_cache(3)
-    def reference(key: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        return bench.draw(bench.base, key[0])[:2]
+    def reference(of_run: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, FeatureStatistics]:
+        pixels, latents, _ = bench.draw(bench.base, of_run[0])
+        return pixels, latents, statistics(pixels)
 
     def runs(model: Any, count: int, first: int, labels: range = range(10)) -> Any:
         chosen = [labels[i % len(labels)] for i in range(count)]
@@ -275,20 +279,19 @@ def main(
 
     def measure(row: dict[str, Any]) -> dict[str, Any]:
         fused, corrected, corrector, found = models(row["precision"])[1], row["corrected"], None, {}
-        bench.set(row)
-        key = row["repeat"], row["scheduler"], row["steps"], row["guidance_scale"], row["classes"]
         full = row if row["part"] != "fewer steps" else {**row, "scheduler": "ddim", "steps": steps}
         bench.set(full)
-        pixels_of_full, latents_of_full = reference((full["repeat"], full["scheduler"], full["steps"], *key[3:]))
+        of_run = ("repeat", "scheduler", "steps", "guidance_scale", "classes")
+        pixels_of_full, latents_of_full, statistics_of_full = reference(tuple(full[name] for name in of_run))
         bench.set(row)
         try:
             if row["mode"] != "none":
                 features = None
                 if corrected in ("features", "both"):
                     features = fitted(json.dumps({**row, "part": "", "corrected": "features"}, sort_keys=True))
-                config = config_of(row) if features is None else None
+                config = config_of(row) if features is None else features.config
                 apply_cache(fused, config=config, compensation=features)
-                found = {"compute_steps": sum(config_of(row).of_steps(row["steps"]))}
+                found = {"compute_steps": sum(config.of_steps(row["steps"]))}
                 if features is not None:
                     found["compensation_bytes"] = features.nbytes
                 if corrected in ("samples", "both"):
@@ -300,9 +303,11 @@ def main(
                 remove_cache(fused)
         peak = float(latents_of_full.max() - latents_of_full.min())
         likeness = psnr(latents, latents_of_full, peak).clamp(max=100)
-        sets = (FeatureStatistics.of(extract_features(bench.classifier, x)[0]) for x in (pixels, pixels_of_full))
-        found |= {"psnr_latents": float(likeness.mean()), "frechet_distance_to_fp": frechet_distance(*sets)}
-        found |= {"images_per_second": 1 / seconds_per_image}
+        found |= {
+            "psnr_latents": float(likeness.mean()),
+            "frechet_distance_to_fp": frechet_distance(statistics(pixels), statistics_of_full),
+            "images_per_second": 1 / seconds_per_image,
+        }
         second = row["part"] == "main" and row["precision"] == "W8A8" and row["interval"] >= 5
         return {**found, **bench.score(pixels, pixels_of_full, bench.labels, second=second)}
 
