@@ -44,7 +44,7 @@ STREAMS = ("encoder_hidden_states", "hidden_states")  # as blocks of two return 
 
 
 class Step(NamedTuple):
-    """A forward: its output, what its branches or blocks add (tuples for two streams), what all add to the image."""
+    """Hold a forward: its output, what branches or blocks add (tuples for two streams), what they add to the image."""
 
     output: torch.Tensor
     features: list[Any]

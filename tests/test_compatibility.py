@@ -224,7 +224,7 @@ def outputs_elsewhere(model, directory, inputs):
 
 @pytest.mark.slow
 def test_a_spawned_process(tmp_path, dit_inputs):
-    """The model by pickle, fused and with a cache as it is, where no class was derived yet; and by its path."""
+    """Load a fused, cached model from a pickle in a process that has derived no class yet; and it by its path."""
     model = make_quantized(4, how=["static", "smoothing"])
     expected = output(model, dit_inputs).numpy()
     model.save_pretrained(tmp_path / "saved")

@@ -337,7 +337,7 @@ PIPELINES = {  # to their transformer, their scheduler, their arguments, and how
 
 @pytest.fixture(params=PIPELINES)
 def pipeline(request):
-    """A pipeline of random weights, a function that draws with it from two prompts, and how many runs take turns."""
+    """Make a pipeline of random weights, a function that draws from two prompts with it, and count runs in turns."""
     pytest.importorskip("transformers")  # which pipelines want, though no text is encoded here
     import diffusers
 
@@ -515,7 +515,7 @@ def test_passes_that_skip_layers_are_no_steps():
 
 
 def test_a_branch_that_was_quantized_since():
-    """A layer that took its place: the output layer of a single block of FLUX."""
+    """Quantize the output layer of a single block of FLUX after the cache was attached: it is kept all the same."""
     config, model = CONFIGS["branch"], make_tiny(FLUX)
     expected = by_definition(quantize_model(make_tiny(FLUX)), config, run_of(FLUX))
     apply_cache(model, config=config)

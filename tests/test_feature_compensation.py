@@ -184,7 +184,7 @@ def test_forms_and_pulls_that_are_not_given_are_those_of_the_mode(mode):
 
 @pytest.mark.parametrize("mode", ["branch", "taylor"])
 def test_two_runs_may_take_turns_and_those_before_are_forgotten(mode):
-    """As with conditional and unconditional rows apart: the fit is that of the runs one after the other."""
+    """Fit on two runs whose steps alternate, and on the same runs one after the other: gains and offsets are equal."""
     name, config = "DiTTransformer2DModel", CacheConfig(mode, interval=4)
     model = make_tiny(name, num_layers=1)
     pairs = [[run_of(name) for _ in range(2)] for _ in range(3)]

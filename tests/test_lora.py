@@ -658,7 +658,7 @@ def test_adapters_that_were_there_before(peft, merged, seeded):
 
 
 def test_an_adapter_loaded_since_a_cache_was_attached_is_in_its_features(peft):
-    """The output layer of a single block of FLUX is what the cache keeps, and what the adapter replaces."""
+    """Load an adapter for the output layer of a single block of FLUX, whose output the cache keeps."""
     name, config = "FluxTransformer2DModel", CONFIGS["branch"]
 
     def with_adapter(model):

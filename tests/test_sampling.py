@@ -82,7 +82,7 @@ def test_callback_sees_every_step(pipe):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_the_noise_is_the_first_half_of_what_is_predicted(pipe, guidance_scale, seeded):
-    """As DiT-XL/2 predicts 8 channels, of which the last 4 are a variance: whatever they are, the same images."""
+    """Sample with a model that predicts a variance in four more channels, as DiT-XL/2 does: it changes no image."""
     from tests.conftest import make_dit
 
     narrow, wide = make_dit(), make_dit()

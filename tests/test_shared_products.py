@@ -89,7 +89,7 @@ def settle(attention, forwards=3):
 
 
 def run(attention, forwards, alone, products):
-    """The products of each forward, on inputs of its own; outputs are those of layers that run alone."""
+    """Count the products of each forward, on inputs of its own; outputs are those of layers that run alone."""
     found = []
     with torch.no_grad():
         for forward in range(forwards):

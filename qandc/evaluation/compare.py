@@ -45,7 +45,8 @@ class ReferenceStatistics:
 
     Attributes:
         features: of the pooled features; its ``count`` is 0 where the file does not say.
-        spatial: of the spatial features (after norm and ReLU, see :class:`qandc.extractors.Extractor`), or None.
+        spatial: of the spatial features (after norm and ReLU, see
+            :class:`qandc.evaluation.extractors.Extractor`), or None.
         extractor: the name of the network, or None where the file does not say.
     """
 

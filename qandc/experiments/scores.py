@@ -47,8 +47,8 @@ def scorer_for(
 
     Args:
         pipe: a ``DiTPipeline``.
-        features: a name of :data:`qandc.extractors.EXTRACTORS`; "auto", the shipped classifier where it knows the
-            classes of the pipeline, else "none", likeness alone.
+        features: a name of :data:`qandc.evaluation.extractors.EXTRACTORS`; "auto", the shipped classifier where it
+            knows the classes of the pipeline, else "none", likeness alone.
         reference: of the Fréchet distance: images or statistics, as :func:`qandc.evaluation.evaluate` takes them. By
             default the training images of Fashion-MNIST for the shipped classifier, else there is no distance.
         inception_weights: file of the weights of "inception".

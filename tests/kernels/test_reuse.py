@@ -128,7 +128,7 @@ def test_nothing_to_do(kernel_device):
     "shape", [(1, 1, 2, 128), (3, 2, 2, 40), (2, 3, 1, 1), (28, 2, 2, 1152), (9, 2, 5, 129)], ids=str
 )
 def test_corrected_gates(kernel_device, shape, seeded):
-    """What the sum makes of folded gates equals what it is of corrected features, to the rounding of gates."""
+    """Compare folded gates and offset with the float64 product of gates and gains, and sum of gates and offsets."""
     layers, branches, samples, width = shape
     gains, offsets = torch.randn(2, layers, branches, width, generator=seeded)
     for dtype in float_dtypes(kernel_device):
