@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.rivals import library
 from benchmarks.timing import DEVICE
+from qandc import calibrate, quantization_plan, quantize_model
 
-__all__ = ["FAMILIES", "Family", "inputs", "model_of"]
+__all__ = ["FAMILIES", "Family", "clone", "compiled", "inputs", "model_of", "quantized", "torchao_quantized"]
 
 Model = Any
 TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
@@ -131,3 +135,38 @@ def inputs(layer: str, timestep: float = 500.0) -> dict[str, Any]:
 
     arguments = FAMILIES[layer].inputs(noise, torch.tensor([timestep], device=DEVICE, dtype=torch.bfloat16))
     return {**arguments, "return_dict": False}
+
+
+def clone(model: Model) -> Model:
+    """Copy modules, not what they hold: two models of 40 GB would be too much for some GPUs."""
+    held = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in held})
+
+
+def compiled(model: Model, fullgraph: bool = True) -> Model:
+    """Regional compilation, as diffusers recommends it."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in model.modules():
+        if type(block).__name__.endswith("Block"):  # PixArt does not say which of its blocks repeat
+            block.compile(fullgraph=fullgraph, dynamic=False)
+    return model
+
+
+def quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None) -> Model:
+    """The default plan with static ranges; modulation stays in bf16, or its weights alone are quantized.
+
+    PixArt has none in its blocks.
+    """
+    found = quantize_model(clone(model), w_bits=w_bits, conditioning=conditioning)
+    return calibrate(found, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
+
+
+def torchao_quantized(model: Model, config: str, per_row: bool = False) -> Model:
+    """Quantize by torchao the layers that ``quantize_model`` would, and compile the blocks."""
+    library("torchao")
+    quantization = importlib.import_module("torchao.quantization")
+    names = {row.name for row in quantization_plan(model).quantized}
+    options = {"granularity": quantization.PerRow()} if per_row else {}
+    chosen, model = getattr(quantization, config)(set_inductor_config=False, **options), copy.deepcopy(model)
+    quantization.quantize_(model, chosen, filter_fn=lambda module, name: name in names)
+    return compiled(model)

@@ -19,6 +19,9 @@ __all__ = [
     "GELU",
     "HOST_RIVALS",
     "HOST_ROWS",
+    "IMAGES_BF16",
+    "IMAGES_CACHED",
+    "IMAGES_OURS",
     "INT_MM",
     "INT_MM_COMPILED",
     "LARGE_LAYERS",
@@ -34,6 +37,7 @@ __all__ = [
     "SUITES",
     "cache_goals",
     "goals",
+    "images_goals",
     "median",
     "model_goals",
     "models_goals",
@@ -53,6 +57,7 @@ ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
 COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
 OWN_ATTENTION, CUDNN = "attention_quantize_per_tensor", "torch cuDNN attention + quantize"
 COMPUTE, RUN = "compute step", "no cache"
+IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = "bf16 compiled", "W8A8 + W8A16, compiled", ("delta", "branch", "taylor")
 PIPELINE_EAGER, PIPELINE_COMPILED = "diffusers bf16, eager", "bf16 compiled, a graph per step"
 FULL_METHOD = "fused W8A8 + branch cache + VC"
 DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"
@@ -229,6 +234,24 @@ def models_goals(rows: list[Row]) -> Iterator[Row]:
         yield _goal(f"{layer}_{_words(ours)}_over_{_words(theirs)}", ratio(first, median(rows, *key, ours)), *bounds)
 
 
+def images_goals(rows: list[Row]) -> Iterator[Row]:
+    """Seconds for an image with every third step computed, and how many times faster that is than without a cache."""
+    for layer, steps, must, goal in (("FLUX.1-dev", 28, 1.6, 1.3), ("FLUX.1-dev", 50, 2.3, 1.9)):
+        found = median(rows, "images", layer, steps, f"{IMAGES_OURS}, taylor cache")
+        seconds = None if found is None else found / 1e6
+        yield _goal(f"seconds_{layer}_{steps}_steps_taylor", seconds, must, goal, "lower", "s")
+    for layer, steps in (
+        ("FLUX.1-dev", 28),
+        ("FLUX.1-dev", 50),
+        ("Qwen-Image", 50),
+        ("SD3.5-large", 28),
+        ("PixArt-Sigma", 20),
+    ):
+        for mode in IMAGES_CACHED:
+            plain, cached = (median(rows, "images", layer, steps, IMAGES_OURS + end) for end in ("", f", {mode} cache"))
+            yield _goal(f"{mode}_over_no_cache_{layer}_{steps}_steps", ratio(plain, cached), 2.2)
+
+
 def _words(candidate: str) -> str:
     return candidate.replace(", ", "_").replace(" ", "_")
 
@@ -239,6 +262,7 @@ SUITES: dict[str, tuple[set[str], Callable[[list[Row]], Iterator[Row]]]] = {
     "cache": ({"cache"}, cache_goals),
     "pipeline": ({"pipeline"}, pipeline_goals),
     "models": ({"models"}, models_goals),
+    "images": ({"images"}, images_goals),
     "host": ({"host"}, host_goals),
     "products": ({"products"}, products_goals),
 }

@@ -35,6 +35,7 @@ BASELINES = {
     "copy": (),
     "attention": ((CUDNN, "ratio_to_cudnn"),),
     "model": ((COMPILED, "ratio_to_compiled_bf16"),),
+    "images": (("bf16 compiled", "ratio_to_compiled_bf16"), ("bf16 eager", "ratio_to_eager")),
     "models": (("bf16 compiled", "ratio_to_compiled_bf16"), ("bf16 eager", "ratio_to_eager")),
     "host": (("F.linear", "ratio_to_f_linear"),),
     "products": ((FP8, "ratio_to_fp8"), (BF16, "ratio_to_bf16")),

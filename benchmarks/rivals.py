@@ -43,7 +43,7 @@ def library(name: str) -> ModuleType:
     try:
         with warnings.catch_warnings():  # pytest makes errors of them here
             warnings.simplefilter("ignore")
-            return importlib.import_module(name)
+            return importlib.import_module(name.replace("-", "_"))
     except Exception as error:
         raise NotInstalled(f"{name} {found} with torch {torch.__version__}: {error}") from error
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +9,10 @@ import pytest
 import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
-from benchmarks.families import FAMILIES, inputs, model_of
+from benchmarks.families import FAMILIES, clone, compiled, inputs, model_of, quantized, torchao_quantized
 from benchmarks.models import tensor_bytes
-from benchmarks.rivals import library
 from benchmarks.timing import Candidate, relative_error
-from qandc import calibrate, graph, quantization_plan, quantize_model
+from qandc import graph
 from qandc.quantization.linear import QuantLinear
 
 Model = Any
@@ -23,62 +20,30 @@ LAUNCHES = 5  # forwards behind one measurement
 current: dict[str, Any] = {}  # the model of the candidate measured last; the next one's takes its place
 
 
-def _clone(model: Model) -> Model:
-    """Copy modules, not what they hold: two models of 40 GB would be too much for some GPUs."""
-    held = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in held})
-
-
-def _compiled(model: Model) -> Model:
-    """Regional compilation, as diffusers recommends it."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in model.modules():
-        if type(block).__name__.endswith("Block"):  # PixArt does not say which of its blocks repeat
-            block.compile(fullgraph=True, dynamic=False)
-    return model
-
-
-def _quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None) -> Model:
-    """The default plan with static ranges; modulation stays in bf16, or its weights alone are quantized.
-
-    PixArt has none in its blocks.
-    """
-    quantized = quantize_model(_clone(model), w_bits=w_bits, conditioning=conditioning)
-    return calibrate(quantized, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
-
-
-def _torchao(model: Model, config: str, per_row: bool = False) -> Model:
-    """Quantize by torchao the layers that ``quantize_model`` would, and compile the blocks."""
-    library("torchao")
-    quantization = importlib.import_module("torchao.quantization")
-    names = {row.name for row in quantization_plan(model).quantized}
-    options = {"granularity": quantization.PerRow()} if per_row else {}
-    chosen, model = getattr(quantization, config)(set_inductor_config=False, **options), copy.deepcopy(model)
-    quantization.quantize_(model, chosen, filter_fn=lambda module, name: name in names)
-    return _compiled(model)
-
-
 CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     # how it is made from the bf16 model, and how far its output may be from that model's
-    "bf16 eager": (lambda model, layer: _clone(model), 0.02),
-    "bf16 compiled": (lambda model, layer: _compiled(_clone(model)), 0.05),
-    "QuantLinear W8A8": (lambda model, layer: _quantized(model, layer, 8), 0.2),
-    "QuantLinear W8A8, graph()": (lambda model, layer: graph(_quantized(model, layer, 8)), 0.2),
-    "QuantLinear W8A8, compiled": (lambda model, layer: _compiled(_quantized(model, layer, 8)), 0.2),
+    "bf16 eager": (lambda model, layer: clone(model), 0.02),
+    "bf16 compiled": (lambda model, layer: compiled(clone(model)), 0.05),
+    "QuantLinear W8A8": (lambda model, layer: quantized(model, layer, 8), 0.2),
+    "QuantLinear W8A8, graph()": (lambda model, layer: graph(quantized(model, layer, 8)), 0.2),
+    "QuantLinear W8A8, compiled": (lambda model, layer: compiled(quantized(model, layer, 8)), 0.2),
     "QuantLinear W8A8 + W8A16, compiled, graph()": (
-        lambda model, layer: graph(_compiled(_quantized(model, layer, 8, "W8A16"))),
+        lambda model, layer: graph(compiled(quantized(model, layer, 8, "W8A16"))),
         0.2,
     ),
-    "QuantLinear W4A8 + W4A16": (lambda model, layer: _quantized(model, layer, 4, "W4A16"), 0.6),
+    "QuantLinear W4A8 + W4A16": (lambda model, layer: quantized(model, layer, 4, "W4A16"), 0.6),
     "QuantLinear W4A8 + W4A16, compiled, graph()": (
-        lambda model, layer: graph(_compiled(_quantized(model, layer, 4, "W4A16"))),
+        lambda model, layer: graph(compiled(quantized(model, layer, 4, "W4A16"))),
         0.6,
     ),
     "torchao fp8 rowwise, compiled": (
-        lambda model, layer: _torchao(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
+        lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
         0.3,
     ),
-    "torchao int8dq, compiled": (lambda model, layer: _torchao(model, "Int8DynamicActivationInt8WeightConfig"), 0.3),
+    "torchao int8dq, compiled": (
+        lambda model, layer: torchao_quantized(model, "Int8DynamicActivationInt8WeightConfig"),
+        0.3,
+    ),
 }
 BY_TURNS = {"QuantLinear W8A8": "bf16 eager", "QuantLinear W8A8, compiled": "bf16 compiled"}
 CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES]

@@ -1,0 +1,306 @@
+"""Images of the pipelines that people run, as called: real sizes, random weights, embeddings in place of a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.conftest import WITHOUT_GPU, Measure
+from benchmarks.families import clone, compiled, model_of, quantized, torchao_quantized
+from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_OURS
+from benchmarks.rivals import NotInstalled, library
+from benchmarks.timing import DEVICE, Candidate, relative_error
+from qandc import CacheConfig, apply_cache, graph, remove_cache
+
+Model = Any
+INTERVAL = 3  # of steps one is computed, where something is cached
+TEXT, PIXELS = 512, 1024
+CACHED_BOUND = 2.0  # random weights draw no images; what is reused must all the same not be far off or NaN
+TO_BE_COMPILED = "bf16"  # by what caches it
+
+
+class Pipe(NamedTuple):
+    """A pipeline with all but its transformer, and how people call it."""
+
+    name: str
+    scheduler: tuple[str, dict[str, Any]]
+    decoder: Callable[[], Any]
+    embeddings: dict[str, tuple[int, ...]]  # shapes; of a negative prompt, too, where guidance needs one
+    guided: bool
+    call: dict[str, Any]
+    steps: tuple[int, ...]
+
+
+def _decoder(channels: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    widths = (128, 256, 512, 512)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=channels,
+        sample_size=PIXELS,
+        shift_factor=0.1,
+    )
+
+
+def _decoder_of_qwen() -> Any:
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage()
+
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+PIPES = {
+    "FLUX.1-dev": Pipe(
+        "FluxPipeline",
+        (FLOW, {"shift": 3.0, "use_dynamic_shifting": True}),
+        lambda: _decoder(16),
+        {"prompt_embeds": (TEXT, 4096), "pooled_prompt_embeds": (768,)},
+        False,
+        {"guidance_scale": 3.5},
+        (28, 50),
+    ),
+    "Qwen-Image": Pipe(
+        "QwenImagePipeline",
+        (FLOW, {"shift": 1.0, "use_dynamic_shifting": True}),
+        _decoder_of_qwen,
+        {"prompt_embeds": (128, 3584)},
+        True,
+        {"true_cfg_scale": 4.0},
+        (50,),
+    ),
+    "SD3.5-large": Pipe(
+        "StableDiffusion3Pipeline",
+        (FLOW, {"shift": 3.0}),
+        lambda: _decoder(16),
+        {"prompt_embeds": (333, 4096), "pooled_prompt_embeds": (2048,)},
+        True,
+        {"guidance_scale": 3.5},
+        (28,),
+    ),
+    "PixArt-Sigma": Pipe(
+        "PixArtSigmaPipeline",
+        ("DPMSolverMultistepScheduler", {}),
+        lambda: _decoder(4),
+        {"prompt_embeds": (300, 4096), "prompt_attention_mask": (300,)},
+        True,
+        {"guidance_scale": 4.5, "negative_prompt": None},
+        (20,),
+    ),
+}
+
+
+def _ours(model: Model, layer: str) -> Model:
+    return compiled(quantized(model, layer, 8, "W8A16"))
+
+
+RECIPES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
+    # how a transformer is made from the bf16 model, and how far its latents may be from that model's
+    "bf16 eager": (lambda model, layer: clone(model), 0.05),
+    IMAGES_BF16: (lambda model, layer: compiled(clone(model)), 0.2),
+    TO_BE_COMPILED: (lambda model, layer: clone(model), 0.2),
+    IMAGES_OURS: (_ours, 0.4),
+    f"{IMAGES_OURS}, graph()": (lambda model, layer: graph(_ours(model, layer)), 0.4),
+    "torchao fp8 rowwise, compiled": (
+        lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
+        0.4,
+    ),
+}
+
+
+@contextmanager
+def _ours_cached(config: CacheConfig, pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+    cache = apply_cache(pipe.transformer, config=config)
+    try:
+        yield
+        row["cache_bytes"] = cache.nbytes
+    finally:
+        remove_cache(pipe.transformer)
+
+
+@contextmanager
+def _taylorseer(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+    from diffusers import TaylorSeerCacheConfig
+
+    with _of_diffusers(pipe, TaylorSeerCacheConfig(cache_interval=INTERVAL, disable_cache_before_step=1)):
+        yield
+
+
+@contextmanager
+def _first_block(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+
+    decide, computed = FBCHeadBlockHook._should_compute_remaining_blocks, 0
+
+    def counted(hook: Any, residual: torch.Tensor) -> bool:
+        nonlocal computed
+        computed += (found := decide(hook, residual))
+        return found
+
+    FBCHeadBlockHook._should_compute_remaining_blocks = torch.compiler.disable(counted)
+    try:
+        with _of_diffusers(pipe, FirstBlockCacheConfig(threshold=0.12)):
+            yield
+            computed = 0
+            row["launch"](0)
+            row["compute_steps"] = computed
+    finally:
+        FBCHeadBlockHook._should_compute_remaining_blocks = decide
+
+
+@contextmanager
+def _of_diffusers(pipe: Any, config: Any) -> Iterator[None]:
+    """Hooks first, compiled then, as diffusers wants it; hooks decide in Python, so that graphs of blocks break."""
+    if not hasattr(pipe.transformer, "enable_cache"):
+        raise NotInstalled(f"diffusers has no such cache for a {type(pipe.transformer).__name__}")
+    pipe.transformer.enable_cache(config)
+    compiled(pipe.transformer, fullgraph=False)
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()
+
+
+@contextmanager
+def _cache_dit(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+    """Compute every third step, as the others here, and the first block always; no threshold decides otherwise."""
+    cache_dit = library("cache-dit")
+    mask = [int(step % INTERVAL == 0) for step in range(row["m"])]
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=1,
+        residual_diff_threshold=1e9,
+        num_inference_steps=row["m"],
+        steps_computation_mask=mask,
+    )
+    cache_dit.enable_cache(pipe, cache_config=config)
+    compiled(pipe.transformer, fullgraph=False)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(pipe)
+
+
+Cache = Callable[[Any, dict[str, Any]], Any]
+CANDIDATES: dict[str, tuple[str, Cache | None]] = {name: (name, None) for name in RECIPES if name != TO_BE_COMPILED}
+CANDIDATES |= {  # the transformer that is cached, and how
+    f"{IMAGES_OURS}, {mode} cache": (
+        IMAGES_OURS,
+        lambda pipe, row, mode=mode: _ours_cached(CacheConfig(mode, interval=INTERVAL), pipe, row),
+    )
+    for mode in IMAGES_CACHED
+}
+CANDIDATES |= {
+    "bf16 compiled, diffusers' TaylorSeer": (TO_BE_COMPILED, _taylorseer),
+    "bf16 compiled, diffusers' FirstBlockCache": (TO_BE_COMPILED, _first_block),
+    "bf16 compiled, cache-dit": (TO_BE_COMPILED, _cache_dit),
+}
+# a transformer is made once for all that follow each other with it
+ORDER = sorted(CANDIDATES, key=lambda name: ("torchao" in name, list(RECIPES).index(CANDIDATES[name][0])))
+CASES = [(layer, name, steps) for layer, pipe in PIPES.items() for name in ORDER for steps in pipe.steps]
+
+current: dict[str, Any] = {}  # the transformer used last, by what it is made of
+expected: dict[tuple[str, int], torch.Tensor] = {}  # latents of the bf16 model
+
+
+def transformer(layer: str, recipe: str, fresh: bool) -> Model:
+    if current.get("key") != (layer, recipe) or fresh:
+        current.clear()
+        torch._dynamo.reset()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        current.update(key=(layer, recipe), model=RECIPES[recipe][0](model_of(layer), layer))
+    return current["model"]
+
+
+def pipeline(layer: str, model: Model) -> Any:
+    import diffusers
+
+    pipe = PIPES[layer]
+    cls = getattr(diffusers, pipe.name)
+    parts = dict.fromkeys(list(inspect.signature(cls).parameters))
+    torch.manual_seed(1)
+    decoder = pipe.decoder().to(DEVICE, torch.bfloat16).eval()
+    scheduler = getattr(diffusers, pipe.scheduler[0])(**pipe.scheduler[1])
+    made = cls(**{**parts, "transformer": model, "vae": decoder, "scheduler": scheduler})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def images(layer: str, pipe: Any, steps: int) -> Callable[[int], torch.Tensor]:
+    """A call of the pipeline, picture included; what it gives here are the latents, as the decoder gets them."""
+    about, seen = PIPES[layer], []
+    generator = torch.Generator().manual_seed(0)
+    names = [sign + name for name in about.embeddings for sign in (("", "negative_") if about.guided else ("",))]
+    shapes = [about.embeddings[name.removeprefix("negative_")] for name in names]
+    given = {
+        name: torch.ones(1, *shape, dtype=torch.int64)
+        if name.endswith("mask")
+        else torch.randn(1, *shape, generator=generator).bfloat16()
+        for name, shape in zip(names, shapes, strict=True)
+    }
+    if layer == "Qwen-Image":
+        given |= {f"{name}_mask": torch.ones(1, 128, dtype=torch.int64) for name in names}
+    decode = pipe.vae.decode
+
+    def kept(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen[:] = [latents]
+        return decode(latents, *args, **kwargs)
+
+    pipe.vae.decode = kept
+
+    def launch(i: int) -> torch.Tensor:
+        texts = {name: value.to(DEVICE) for name, value in given.items()}  # new ones, as an encoder makes them
+        noise = torch.Generator().manual_seed(0)
+        size = {"height": PIXELS, "width": PIXELS, "num_inference_steps": steps}
+        pipe(**texts, **about.call, **size, generator=noise)
+        return seen[0]
+
+    return launch
+
+
+def build(layer: str, name: str, steps: int, row: dict[str, Any], held: ExitStack) -> Candidate:
+    """Attach what the candidate caches for as long as ``held`` is open."""
+    recipe, cache = CANDIDATES[name]
+    theirs = recipe == TO_BE_COMPILED
+    if (layer, steps) not in expected:
+        expected[layer, steps] = images(layer, pipeline(layer, model_of(layer)), steps)(0)
+    pipe = pipeline(layer, transformer(layer, recipe, fresh=theirs))
+    launch = images(layer, pipe, steps)
+    if cache is not None:
+        row["launch"] = launch
+        try:
+            held.enter_context(cache(pipe, row))
+            if theirs:
+                launch(0)
+        except Exception as reason:
+            if not theirs:
+                raise
+            raise NotInstalled(f"{type(reason).__name__}: {reason}") from reason
+
+    def error(y: torch.Tensor, i: int) -> float:
+        return relative_error(y, expected[layer, steps])
+
+    return Candidate(launch, error, RECIPES[recipe][1] if cache is None else CACHED_BOUND, 1, wall_clock=True)
+
+
+@pytest.mark.parametrize(("layer", "name", "m"), CASES)
+def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, name: str, m: int) -> None:
+    """M is the number of steps."""
+    row: dict[str, Any] = {"op": "images", "layer": layer, "m": m, "candidate": name}
+    skip = WITHOUT_GPU
+    if any(word in name for word in ("torchao", "cache-dit")) and request.config.getoption("--rivals") == "none":
+        skip = "rivals: none"
+    with ExitStack() as held:
+        held.callback(row.pop, "launch", None)
+        measure(row, lambda: build(layer, name, m, row, held), skip)
