@@ -112,6 +112,9 @@ def rows() -> Iterator[dict[str, Any]]:
         yield from ({**other, **none}, {**other, **features})
         yield {**other, **features, "fitted_on": "the other five classes"}
         yield {"part": "ddpm", **form, **features, "scheduler": "ddpm", "fitted_on": "ddim"}
+    for interval in (8, 3, 2):
+        for form in forms:
+            yield {**form, "interval": interval, **both}
     for repeat in (1, 2):
         yield {"part": "repeat", "repeat": repeat, **NO_CACHE}
         for form in forms:
@@ -122,7 +125,7 @@ def rows() -> Iterator[dict[str, Any]]:
             for how in (none, features):
                 yield {"part": "repeat", "repeat": repeat, **form, "interval": 8, **how}
     for precision in ("W4A8", "FP"):
-        for interval in (8, 3):
+        for interval in (8, 3, 2):
             for form in forms:
                 for how in (none, features):
                     yield {"precision": precision, **form, "interval": interval, **how}
