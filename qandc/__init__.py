@@ -24,6 +24,7 @@ from qandc.fusion.model_graph import graph, ungraph
 from qandc.method.feature_compensation import fit_feature_compensation
 from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.method.pool import CandidatePool, record_pool
+from qandc.method.run_pool import RunPool, pool_from_run
 from qandc.method.saved import CalibratedModel, Preset, fashion_dit_preset, load, save
 from qandc.method.schedule_calibration import calibrate_schedule, schedule_from_run
 from qandc.method.settings import CalibrationConfig, CalibrationSettings
@@ -67,6 +68,7 @@ __all__ = [
     "QuantLinear",
     "QuantizationReport",
     "RangeConfig",
+    "RunPool",
     "StepRanges",
     "TapConfig",
     "Trajectory",
@@ -94,6 +96,7 @@ __all__ = [
     "load_pipeline",
     "load_quantized",
     "make_scheduler",
+    "pool_from_run",
     "prepare_run",
     "quantization_plan",
     "quantization_report",

@@ -94,6 +94,12 @@ def pool() -> qandc.CandidatePool:
     return qandc.record_pool(dit(), ddim(), [1, 2], num_inference_steps=STEPS)
 
 
+@functools.cache
+def run_pool() -> qandc.RunPool:
+    good = {name: value.good for name, value in running().items()}
+    return qandc.pool_from_run(**good)
+
+
 def schedule() -> qandc.CalibratedSchedule:
     return qandc.CalibratedSchedule((True, True, False), (66, 33, 0), "branch", 0)
 
@@ -436,6 +442,13 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "step_ranges": P(None, "None"),
         "features": P(feature_compensation(), "None"),
     },
+    "RunPool": lambda: {"directory": P(run_pool().directory)},
+    "RunPool.select": lambda: {"self": P(run_pool()), "count": P(2), **choosing()},
+    "RunPool.batches": lambda: {
+        "self": P(run_pool()),
+        "indices": P([0, 1], "None [] () array_[] tensor_[]"),
+        "device": P("cpu", "meta"),
+    },
     "RangeConfig": lambda: {"estimator": P("mse"), "percentile": P(99.0), "symmetric": P(True, FLAG)},
     "StepRanges": lambda: {
         "timesteps": P(torch.tensor([5.0]), "tensor"),
@@ -546,6 +559,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "name": P("ddim"),
         "config": P({"num_train_timesteps": 100}, "{} {'x':_1} {'x':_object} {'x':_tensor}"),
     },
+    "pool_from_run": lambda: running(directory=P(None, "None 'x' cuda:99"), about=P("x", TEXTS)),
     "prepare_run": lambda: {
         "transformer": P(fused()),
         "timesteps": P(torch.tensor([9.0, 1.0]), "tensor tensor_[]"),

@@ -24,7 +24,7 @@ from qandc.support.attach import eager
 from qandc.support.files import FileKind, keep_settings
 from qandc.tap import TapConfig, select_samples
 
-__all__ = ["CandidatePool", "read_shard", "record_pool"]
+__all__ = ["CandidatePool", "chosen_samples", "read_shard", "record_pool"]
 
 SETTINGS = "pool.json"
 SHARD = FileKind("shard of a pool", 1, dict, "delete it to have it sampled again", DataError)
@@ -96,10 +96,7 @@ class CandidatePool:
             ConfigError: an index that the pool does not have, or a dtype without fractions.
             DeviceError: the device is not here.
         """
-        chosen = torch.tensor(list(range(len(self)) if indices is None else indices), dtype=torch.int64)
-        outside = chosen[(chosen < 0) | (chosen >= len(self))]
-        if len(outside):
-            raise ConfigError(f"index {int(outside[0])} is out of range; the pool has samples 0 to {len(self) - 1}")
+        chosen = chosen_samples(indices, len(self))
         if not dtype.is_floating_point:
             raise ConfigError(f"dtype is {dtype}; give one of floating point, such as torch.float32")
         return self._batches(chosen, batch_size, by_timestep, device, dtype)
@@ -118,6 +115,19 @@ class CandidatePool:
                 x, t = torch.cat([x, x]), torch.cat([t, t])
                 conditions = torch.cat([conditions, torch.full_like(conditions, self.null_label)])
             yield {"hidden_states": x.to(dtype), "timestep": t, DIT.run_key: conditions}
+
+
+def chosen_samples(indices: Any, count: int) -> torch.Tensor:
+    """Return indices of a pool of ``count`` samples as a tensor, all by default.
+
+    Raises:
+        ConfigError: one that the pool does not have.
+    """
+    chosen = torch.tensor(list(range(count) if indices is None else indices), dtype=torch.int64)
+    outside = chosen[(chosen < 0) | (chosen >= count)]
+    if len(outside):
+        raise ConfigError(f"index {int(outside[0])} is out of range; the pool has samples 0 to {count - 1}")
+    return chosen
 
 
 @older_names

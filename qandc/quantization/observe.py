@@ -21,7 +21,7 @@ from qandc.quantizer import QuantConfig, are_divisors, scale_and_zero_point
 from qandc.support.arguments import Batches, Share, checked
 from qandc.support.attach import original_class
 
-__all__ = ["calibrate", "calibrate_steps", "calibration", "input_hessians", "smoothing_factors"]
+__all__ = ["TIMESTEP_NAMES", "calibrate", "calibrate_steps", "calibration", "input_hessians", "smoothing_factors"]
 
 logger = logging.getLogger(__name__)
 
