@@ -4,7 +4,8 @@ A run is a sequence of *compute steps* and *reuse steps*, fixed before it begins
 ``delta`` a compute step keeps ``r = Σ_l (block_l(x_l) - x_l)``, one tensor for the whole stack, since residuals of
 successive blocks add up; a reuse step computes ``x + r`` (Q&C, arXiv 2503.02508, Sec. 2.1). With ``branch`` it keeps
 the output f of every attention and MLP before its gate, and a reuse step computes ``x + Σ gate(t) · f`` with the gates
-of its own timestep (FORA, arXiv 2407.01425); with ``taylor`` f is a forecast (TaylorSeer, arXiv 2503.06923).
+of its own timestep (FORA, arXiv 2407.01425); with ``taylor`` and ``hicache`` f is a forecast (arXiv 2503.06923,
+2508.16984), with ``crf`` r is one (2510.08669).
 
 The model is not forked: while a cache is attached, the transformer, its blocks and their branches are instances of
 subclasses of their own classes (:mod:`qandc.support.attach`).
@@ -76,7 +77,7 @@ class _CachedTransformer(nn.Module):
         if not family.is_step(call):
             return super().forward(*args, **kwargs)
         if not cache.paused:
-            check_added_once(call, cache.config.mode)
+            check_added_once(call, cache.config.per_branch)
         with cache.step(call["hidden_states"], call.get("timestep"), *family.run_of(call)):
             return super().forward(*args, **kwargs)
 
@@ -98,7 +99,7 @@ class _CachedBlock(nn.Module):
                 store.enter(x)
             output = super().__call__(*args, **kwargs)
             if place.layer == len(place.blocks.blocks) - 1:
-                store.leave(stream_of(output))
+                store.leave(plan.at, stream_of(output))
             return output
         branches = [getattr(self, name) for name in block.places]
         for branch, at in zip(branches, block.places.values(), strict=True):
@@ -209,7 +210,7 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
             )
     if transformer._compiled_call_impl is not None:
         raise CacheError("the whole transformer was compiled; compile its blocks instead, each with block.compile()")
-    if cache.config.mode != "delta":
+    if cache.config.per_branch:
         for block, stack, _ in blocks.blocks:
             reason = stack.why_not(block)
             if reason is not None:
@@ -219,7 +220,7 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                 )
     compensation = cache.compensation
     if compensation is not None:
-        of_model = (*((1, 1) if cache.config.mode == "delta" else blocks.shape), family.width(transformer))
+        of_model = (*(blocks.shape if cache.config.per_branch else (1, 1)), family.width(transformer))
         if compensation.gains.shape[1:] != of_model:
             blocks_, branches_, channels = compensation.gains.shape[1:]
             raise ConfigError(
@@ -229,7 +230,7 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
     for layer, module in enumerate(modules):
         attach(module, _CachedBlock, **{PLACE: _Place(cache, blocks, layer)})
         arguments_of(module, (), {})  # looks their names up, which a compiler around the transformer cannot trace
-    for branch in branches if cache.config.mode != "delta" else ():
+    for branch in branches if cache.config.per_branch else ():
         attach(branch, _CachedBranch, **{TARGET: None})
     attach(transformer, _CachedTransformer, **{CACHE: cache})
 

@@ -88,7 +88,7 @@ class FittedFor:
         guidance_scale: of the run.
         model: number and width of its blocks.
         schemes: of its quantized layers ("W8A8 static per-tensor"), sorted.
-        cache_mode, cache_order, cache_storage: of the cache, as :class:`qandc.CacheConfig`; order 0 but for ``taylor``,
+        cache_mode, cache_order, cache_storage: of the cache, as :class:`qandc.CacheConfig`; order 0 but of forecasts,
             mode None without a cache.
         cache_schedule: whether each step is computed; None without a cache.
         cache_compensated: whether what the cache reuses is compensated.

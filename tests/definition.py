@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from qandc import FeatureCompensation
@@ -25,7 +26,10 @@ CONFIGS = {
     "taylor uneven": CacheConfig("taylor", schedule=UNEVEN),
     "taylor 2": CacheConfig("taylor", interval=4, order=2),
     "taylor 2 uneven": CacheConfig("taylor", schedule=UNEVEN, order=2),
+    "hicache 2 uneven": CacheConfig("hicache", schedule=UNEVEN, order=2),
+    "crf": CacheConfig("crf", interval=3),
 }
+LATER = ("hicache 2 uneven", "crf")  # what modes before prove for each family is shown for few of these
 BRANCHES = {  # by list of blocks, in all streams
     "DiTTransformer2DModel": {"transformer_blocks": ("attn1", "ff")},
     "PixArtTransformer2DModel": {"transformer_blocks": ("attn1", "attn2", "ff")},
@@ -38,7 +42,13 @@ BRANCHES = {  # by list of blocks, in all streams
     "WanTransformer3DModel": {"blocks": ("attn1", "attn2", "ffn")},
     "ZImageTransformer2DModel": {"layers": ("attention_norm2", "ffn_norm2")},
 }
+PER_BRANCH = ("branch", "taylor", "hicache")
 TOKENS = 16  # of an image in the small FLUX.1, whose single blocks have it behind the text
+CASES = [
+    pytest.param(name, config, id=f"{kind}-{name}", marks=[pytest.mark.slow] * (kind in LATER and i > 2))
+    for i, name in enumerate(BRANCHES)
+    for kind, config in CONFIGS.items()
+]
 OF_TEXT = ("ff_context", "txt_mlp")
 STREAMS = ("encoder_hidden_states", "hidden_states")  # as blocks of two return them
 
@@ -62,7 +72,7 @@ def parts_of(model: Any, mode: str) -> list[tuple[str, Any]]:
     """List what a cache reuses, by name: blocks, or branches."""
     lists = next(BRANCHES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in BRANCHES)
     blocks = [(block, names) for name, names in lists.items() for block in getattr(model, name)]
-    if mode == "delta":
+    if mode not in PER_BRANCH:
         return [("block", block) for block, _ in blocks]
     return [(name, getattr(block, name)) for block, names in blocks for name in names if getattr(block, name, None)]
 
@@ -75,7 +85,7 @@ def step_of(model: Any, given: dict[str, Any], mode: str, features: list[Any] | 
     ends: list[torch.Tensor] = []
 
     def replace(part: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        if mode != "delta":
+        if mode in PER_BRANCH:
             found.append(output)
             return None if features is None else features[len(found) - 1]
         inside = args[0] if args else tuple(kwargs[name] for name in STREAMS)
@@ -99,16 +109,16 @@ def step_of(model: Any, given: dict[str, Any], mode: str, features: list[Any] | 
 
 def of_image(model: Any, mode: str, features: list[Any]) -> list[torch.Tensor]:
     """Return the parts of features that add to the image, as views; those of text are left out."""
-    if mode == "delta":
+    if mode not in PER_BRANCH:
         return [f[-1] if isinstance(f, tuple) else f for f in features]
     named = zip(parts_of(model, mode), features, strict=True)
     images = [(name, f[0] if isinstance(f, tuple) else f) for (name, _), f in named if name not in OF_TEXT]
     return [f[:, -TOKENS:] if name == "proj_out" else f for name, f in images]
 
 
-def forecast(steps: dict[int, Step], computed: list[int], step: int, order: int) -> list[Any]:
+def forecast(steps: dict[int, Step], computed: list[int], step: int, order: int, mode: str = "taylor") -> list[Any]:
     """Forecast the features of a step from those of computed steps, newest first."""
-    weights = forecast_weights(computed, step, order)
+    weights = forecast_weights(computed, step, order, mode)
 
     def weighted(*features: torch.Tensor) -> torch.Tensor:
         return sum(w * f for w, f in zip(weights, features, strict=True))  # type: ignore[return-value]
@@ -129,11 +139,11 @@ def by_definition(
     for step, given in enumerate(inputs):
         features = None
         if not config.computes(step):
-            features = forecast(steps, sorted(steps, reverse=True)[: order + 1], step, order)
+            features = forecast(steps, sorted(steps, reverse=True)[: order + 1], step, order, config.mode)
             if compensation is not None:
                 gains, offsets = (t[reused].flatten(0, 1) for t in (compensation.gains, compensation.offsets))
                 corrected = of_image(model, config.mode, features)
-                if config.mode == "delta":  # of all blocks: the gain for each, the offset once
+                if not config.per_branch:  # of all blocks: the gain for each, the offset once
                     gains = gains.expand(len(corrected), -1)
                     offsets = torch.cat([torch.zeros(len(corrected) - 1, offsets.shape[1]), offsets])
                 for f, a, b in zip(corrected, gains, offsets, strict=True):

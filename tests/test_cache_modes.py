@@ -41,7 +41,7 @@ from tests.test_fused_dit import make_quantized, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 STEPS = LENGTH
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-all_modes = pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
+all_modes = pytest.mark.parametrize("mode", ["delta", "branch", "taylor", "crf"])
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_interleaved_runs_do_not_share_state(mode):
                 found[which].append(y)
     for actual, wanted in zip(found, expected, strict=True):
         assert_equal_runs(actual, wanted)
-    one = 4 * 16 * 32 * 4 * {"delta": 1, "branch": 6, "taylor": 12}[mode]
+    one = 4 * 16 * 32 * 4 * {"delta": 1, "crf": 2, "branch": 6, "taylor": 12}[mode]
     assert cache.nbytes == 2 * one
     model(**inputs(STEPS, 2), class_labels=labels[1])
     model(**inputs(STEPS + 1, 2), class_labels=labels[1])  # the run used last goes on
@@ -149,10 +149,10 @@ def test_storage(mode, storage_dtype, bound):
     found = run(model)
     # a forecast magnifies the rounding of what it is made from
     assert max(relative_error(a, e) for a, e in zip(found, expected, strict=True)) <= bound * (
-        4 if mode == "taylor" else 1
+        4 if mode in ("taylor", "crf") else 1
     )
     per_token = {"float32": 128, "bfloat16": 64, "int8": 36}[storage_dtype]
-    assert cache.nbytes <= 4 * 16 * per_token * {"delta": 1, "branch": 6, "taylor": 12}[mode]
+    assert cache.nbytes <= 4 * 16 * per_token * {"delta": 1, "crf": 2, "branch": 6, "taylor": 12}[mode]
 
 
 def test_memory_is_made_once():

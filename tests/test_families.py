@@ -39,6 +39,7 @@ from qandc.quantization.linear import QuantLinear
 from qandc.quantizer import scale_and_zero_point
 from tests.definition import (
     BRANCHES,
+    CASES,
     CONFIGS,
     LENGTH,
     assert_equal_runs,
@@ -53,7 +54,11 @@ from tests.tiny_models import as_one, inputs_of, make_tiny, output_of
 STEPS = tuple(range(900, 400, -50))
 Z_IMAGE = "ZImageTransformer2DModel"
 FRACTIONS = ("FluxTransformer2DModel", "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
-all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def later(order):
+    """Return modes and an order for what takes longer."""
+    return [pytest.param(mode, order, marks=pytest.mark.slow) for mode in ("hicache", "crf")]
 
 
 def timesteps_of(name, steps=STEPS):
@@ -85,8 +90,7 @@ def forwards(name, model, steps=STEPS):
     return run
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@all_configs
+@pytest.mark.parametrize(("name", "config"), CASES)
 @pytest.mark.parametrize("quantized", [False, True], ids=["fp", "w8a8"])
 def test_a_cached_model_equals_the_definition(name, config, quantized):
     model = make_tiny(name)
@@ -106,13 +110,13 @@ def test_a_cached_model_equals_the_definition(name, config, quantized):
 @settings(max_examples=12, deadline=None)
 @given(
     name=st.sampled_from(list(FAMILIES)),
-    mode=st.sampled_from(["delta", "branch", "taylor"]),
+    mode=st.sampled_from(["delta", "branch", "taylor", "hicache", "crf"]),
     order=st.integers(1, 2),
     later=st.lists(st.booleans(), min_size=1, max_size=7),
     layers=st.integers(1, 3),
 )
 def test_any_schedule_equals_the_definition(name, mode, order, later, layers):
-    history = order + 1 if mode == "taylor" else 1
+    history = order + 1 if mode in ("taylor", "hicache", "crf") else 1
     config = CacheConfig(mode, schedule=[True] * history + later, order=order)
     model = make_tiny(name, num_layers=layers)
     steps = STEPS[: config.length]
@@ -203,12 +207,12 @@ def fitted(f, g, mode):
     gain = g.std(0) / f.std(0)
     if mode == "branch":
         gain = ((f - f.mean(0)) * (g - g.mean(0))).mean(0) / f.var(0, correction=0)
-    gain = (gain + 1) / 2 if mode == "taylor" else gain
+    gain = gain if mode in ("delta", "branch") else (gain + 1) / 2
     return gain * f + (g - gain * f).mean(0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("mode", "order"), [("delta", 0), ("branch", 0), ("taylor", 1)])
+@pytest.mark.parametrize(("mode", "order"), [("delta", 0), ("branch", 0), ("taylor", 1), *later(1)])
 @pytest.mark.parametrize("compensated", [False, True])
 def test_a_schedule_is_that_of_all_schedules_tried(monkeypatch, name, mode, order, compensated):
     """Compare what features add at every step with what a schedule would add in its place, and take the least error."""
@@ -219,7 +223,7 @@ def test_a_schedule_is_that_of_all_schedules_tried(monkeypatch, name, mode, orde
 
     def added(step, features):
         """Return the square of what each feature adds to the image at a step, alone."""
-        if mode == "delta":
+        if mode in ("delta", "crf"):
             return sum(features).square().sum()
         total = 0
         for k, feature in enumerate(features):
@@ -232,8 +236,8 @@ def test_a_schedule_is_that_of_all_schedules_tried(monkeypatch, name, mode, orde
         total = 0.0
         for step in steps.keys() - set(chosen):
             computed = sorted((c for c in chosen if c < step), reverse=True)[: order + 1]
-            reused, true = of_image(model, mode, forecast(steps, computed, step, order)), truth[step]
-            if mode == "delta":
+            reused, true = of_image(model, mode, forecast(steps, computed, step, order, mode)), truth[step]
+            if mode in ("delta", "crf"):
                 reused, true = [sum(reused)], [sum(true)]
             if compensated:
                 reused = [fitted(f, g, mode).view_as(g).float() for f, g in zip(reused, true, strict=True)]
@@ -354,7 +358,7 @@ def pipeline(request):
     return pipe, draw, runs
 
 
-@pytest.mark.parametrize(("mode", "order"), [("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2)])
+@pytest.mark.parametrize(("mode", "order"), [("delta", 1), ("branch", 1), ("taylor", 1), ("taylor", 2), *later(2)])
 def test_a_model_is_quantized_calibrated_cached_and_sampled_in_its_own_pipeline(pipeline, mode, order):
     pipe, draw, number = pipeline
     model = quantize_model(pipe.transformer)

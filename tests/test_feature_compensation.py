@@ -30,7 +30,7 @@ from qandc.caching.compensation import FeatureMoments
 from qandc.caching.features import FeatureStore
 from qandc.method.observation import Run
 from qandc.models import FAMILIES
-from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, of_image, step_of
+from tests.definition import CASES, CONFIGS, LENGTH, assert_equal_runs, by_definition, of_image, step_of
 from tests.test_families import STEPS, forwards, run_of, timesteps_of
 from tests.tiny_models import inputs_of, make_tiny
 
@@ -58,7 +58,7 @@ def exact(config, timesteps=STEPS):
 def made_up(of_model, config, channels=32):
     generator = torch.Generator().manual_seed(0)
     schedule = config.schedule
-    of_model = (1, 1) if config.mode == "delta" else of_model
+    of_model = of_model if config.per_branch else (1, 1)
     shape = (len(schedule) - sum(schedule), *of_model, channels)
     return FeatureCompensation(
         config, 1 + torch.randn(shape, generator=generator) / 10, torch.randn(shape, generator=generator) / 10
@@ -120,8 +120,7 @@ def test_features_that_are_not_finite_are_refused(value, seeded):
         moments_of(f, g).solve("least_squares", 0.0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("name", "config"), CASES)
 def test_a_compensated_cache_equals_the_definition(name, config):
     model = make_tiny(name)
     channels = FAMILIES[name].width(model)
@@ -136,7 +135,7 @@ def test_a_compensated_cache_equals_the_definition(name, config):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
+@pytest.mark.parametrize("mode", ["delta", "branch", "taylor", pytest.param("crf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", [False, True], ids=["own", "full_precision"])
 def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
     """The fit of one step, from features that hooks of the test collect."""
@@ -148,15 +147,15 @@ def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
     )
     assert found.config.timesteps == timesteps_of(name)
     assert found.config.schedule == config.of_steps(LENGTH)
-    step, computed = (2, [1, 0]) if mode == "taylor" else (1, [0])
+    step, computed = (2, [1, 0]) if mode in ("taylor", "crf") else (1, [0])
     inputs = run_of(name)
     of_steps = [step_of(model, inputs[s], mode) for s in (*computed, step)]
     if target:
         of_steps[-1] = step_of(full, inputs[step], mode)
     *reused, true = (of_image(model, mode, each.features) for each in of_steps)
-    if mode == "delta":
-        reused, true = [[sum(reused[0])]], [sum(true)]
-    if mode == "taylor":
+    if not config.per_branch:
+        reused, true = [[sum(features)] for features in reused], [sum(true)]
+    if len(computed) == 2:
         reused = [[2 * new - old for new, old in zip(*reused, strict=True)]]
     gains, offsets = (t[0].flatten(0, 1) for t in (found.gains, found.offsets))
     for place, (f, g) in enumerate(zip(reused[0], true, strict=True)):
@@ -166,15 +165,19 @@ def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
         torch.testing.assert_close(offsets[place].double(), g.mean(0) - gain * f.mean(0), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
-def test_forms_and_pulls_that_are_not_given_are_those_of_the_mode(mode):
+@pytest.mark.parametrize(
+    ("mode", "form", "pull"),
+    [
+        ("delta", "variance_ratio", 0.0),
+        ("branch", "least_squares", 0.0),
+        *((mode, "variance_ratio", 0.5) for mode in ("taylor", "hicache", "crf")),
+    ],
+)
+def test_forms_and_pulls_that_are_not_given_are_those_of_the_mode(mode, form, pull):
     model, config = make_tiny("DiTTransformer2DModel"), CacheConfig(mode, interval=2)
-    given = {"delta": ("variance_ratio", 0.0), "branch": ("least_squares", 0.0), "taylor": ("variance_ratio", 0.5)}[
-        mode
-    ]
     run = forwards("DiTTransformer2DModel", model)
     ours, theirs = (
-        fit_feature_compensation(model, run, config=config, **how) for how in ({}, {"form": given[0], "pull": given[1]})
+        fit_feature_compensation(model, run, config=config, **how) for how in ({}, {"form": form, "pull": pull})
     )
     assert torch.equal(ours.gains, theirs.gains)
     assert torch.equal(ours.offsets, theirs.offsets)
@@ -345,7 +348,7 @@ def test_copies_and_pickles_are_compensated():
 BRANCH = exact(CONFIGS["branch"])
 
 
-@pytest.mark.parametrize("name", ["delta", "taylor 2 uneven"])
+@pytest.mark.parametrize("name", ["delta", "hicache 2 uneven"])
 def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     config = replace(exact(CONFIGS[name]), storage_dtype="int8")
     compensation = made_up((2, 2), config)

@@ -185,7 +185,7 @@ def test_size_of_the_quantized_layers(tmp_path, w_bits, limit):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_what_belongs_to_the_model_comes_back_with_it(tmp_path, static_model, symmetric):
     model = static_model
-    schedule = CalibratedSchedule((True, True, False), (900, 500, 100), "taylor", 1, 0.1, 0.2)
+    schedule = CalibratedSchedule((True, True, False), (900, 500, 100), "hicache", 1, 0.1, 0.2)
     compensation = epsilon_scaling(1.01, 4, FittedFor("DDIMScheduler", (900, 500, 100), 1.5, "W8A8"))
     ranges = calibrate_steps(model, dit_batches([900, 500, 100], rows=1), ranges=RangeConfig(symmetric=symmetric))
     features = make_features(replace(schedule, timesteps=(900, 500, 0)), 1)
@@ -210,7 +210,7 @@ def test_what_belongs_to_the_model_comes_back_with_it(tmp_path, static_model, sy
         assert all(torch.equal(theirs[name], values) for name, values in ours.items())
     assert bool(found.step_ranges.zero_points) is not symmetric
     rewrite_manifest(tmp_path / "saved", lambda content: content["features"].update(mode="branch"))
-    with pytest.raises(ConfigError, match="fitted for mode 'branch'; this cache has 'taylor'"):
+    with pytest.raises(ConfigError, match="fitted for mode 'branch'; this cache has 'hicache'"):
         load(tmp_path / "saved")
     save(found.model, tmp_path / "saved", overwrite=True)
     assert (load(tmp_path / "saved").schedule, load(tmp_path / "saved").features) == (None, None)

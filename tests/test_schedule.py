@@ -59,7 +59,8 @@ def test_uniform_schedule(arguments, expected):
 def test_defaults():
     assert (CacheConfig().mode, CacheConfig().interval, CacheConfig().warm_up_steps) == ("delta", 5, 1)
     assert CacheConfig("taylor", order=2).warm_up_steps == 3
-    assert [CacheConfig(mode).history for mode in ("delta", "branch", "taylor")] == [1, 1, 2]
+    modes = {"delta": 1, "branch": 1, "taylor": 2, "hicache": 2, "crf": 2}
+    assert {mode: CacheConfig(mode).history for mode in modes} == modes
 
 
 def test_the_older_name_of_a_mode():
@@ -105,7 +106,7 @@ def test_runs_at_other_timesteps_are_refused():
         ({"interval": 3, "timesteps": (9, 8)}, "timesteps need a schedule or num_inference_steps"),
         ({"schedule": (True, True), "timesteps": (9,)}, "a schedule of 2 steps needs as many timesteps; got 1"),
         ({"schedule": (True, True), "timesteps": (8, 9)}, "timesteps rise from 8 to 9"),
-        ({"mode": "blocks"}, "mode 'blocks' is unknown; choose one of delta, branch, taylor"),
+        ({"mode": "blocks"}, "mode 'blocks' is unknown; choose one of delta, branch, taylor, hicache, crf"),
         ({"order": 0}, "order is 0"),
         ({"mode": "taylor", "order": 3}, "order is 3; give 1 or 2"),
         ({"mode": "taylor", "warm_up_steps": 1}, "order 1 needs 2 computed steps before the first reuse; this.* has 1"),
@@ -160,8 +161,8 @@ def test_what_is_stored_is_what_a_later_step_uses(history):
     assert CacheConfig(mode, interval=2, order=order).stores(history - 1)
 
 
-def taylor_seer(features: dict[int, float], computed: list[int], step: int, order: int) -> float:
-    """As its paper defines it: differences of differences, kept from one computed step to the next."""
+def series(features, computed, step, order, basis):
+    """Forecast as TaylorSeer's paper does: differences of differences, kept from one computed step to the next."""
     factors: list[float] = []
     previous = None
     for at in sorted(computed):
@@ -170,20 +171,26 @@ def taylor_seer(features: dict[int, float], computed: list[int], step: int, orde
             for i in range(min(order, len(factors))):
                 new.append((new[i] - factors[i]) / (at - previous))
         factors, previous = new, at
-    return sum(f * (step - previous) ** i / math.factorial(i) for i, f in enumerate(factors))
+    return sum(f * basis(step - previous, i) / math.factorial(i) for i, f in enumerate(factors))
+
+
+def hermite(x, i):
+    """Return ``σ^i H_i(σ x)``, with numpy's physicists' Hermite polynomials."""
+    return 0.5**i * np.polynomial.hermite.hermval(0.5 * x, [0] * i + [1])
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_forecast_weights_are_those_of_taylor_seer(order):
+@pytest.mark.parametrize(("mode", "basis"), [("taylor", pow), ("crf", pow), ("hicache", hermite)])
+def test_forecast_weights_are_those_of_the_series(order, mode, basis):
     generator = np.random.default_rng(1)
     for _ in range(100):
         computed = sorted(generator.choice(30, order + 1, replace=False).tolist(), reverse=True)
         features = {step: float(generator.normal()) for step in computed}
         step = computed[0] + int(generator.integers(1, 9))
-        weights = forecast_weights(computed, step, order)
+        weights = forecast_weights(computed, step, order, mode)
         assert sum(weights) == pytest.approx(1)
         forecast = sum(w * features[s] for w, s in zip(weights, computed, strict=True))
-        assert forecast == pytest.approx(taylor_seer(features, computed, step, order))
+        assert forecast == pytest.approx(series(features, computed, step, order, basis))
 
 
 def test_with_fewer_steps_the_order_is_lower():
@@ -205,13 +212,14 @@ def moments_of(features, gates):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("pull", [None, 0.0, 0.5, 1.0])
-def test_errors_of_steps_by_definition(order, pull):
+@pytest.mark.parametrize("mode", ["taylor", "hicache"])
+def test_errors_of_steps_by_definition(order, pull, mode):
     features, gates = walk(9, 3)
     computed = [5, 3, 0][: order + 1]
-    errors = moments_of(features, gates).errors(computed, pull)
+    errors = moments_of(features, gates).errors(computed, pull, mode=mode)
     assert len(errors) == 3
     for j in range(6, 9):
-        weights = forecast_weights(computed, j, order)
+        weights = forecast_weights(computed, j, order, mode)
         f, g = sum(w * features[s] for w, s in zip(weights, computed, strict=True)), features[j]
         if pull is not None:
             fitted = [torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y).solution[0] for x, y in zip(

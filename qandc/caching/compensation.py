@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from qandc.caching.schedule import CacheConfig
+from qandc.caching.schedule import FORECASTS, MODES, CacheConfig
 from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
 from qandc.support.files import FileKind, reading
@@ -24,8 +24,8 @@ __all__ = ["FORMS", "FeatureCompensation", "FeatureHeader", "FeatureMoments", "g
 FORMS = ("least_squares", "variance_ratio")
 SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
 # found on fashion-dit (results/h200/feature-compensation.json): a forecast errs less, and fits of it overshoot
-DEFAULT_FORM = {"delta": "variance_ratio", "branch": "least_squares", "taylor": "variance_ratio"}
-DEFAULT_PULL = {"delta": 0.0, "branch": 0.0, "taylor": 0.5}
+DEFAULT_FORM = {mode: "least_squares" if mode == "branch" else "variance_ratio" for mode in MODES}
+DEFAULT_PULL = {mode: 0.5 if mode in FORECASTS else 0.0 for mode in MODES}
 
 
 class FeatureHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,7 +104,7 @@ class FeatureCompensation:
     Attributes:
         config: of the cache: its schedule and timesteps are those of the runs it was fitted on.
         gains, offsets: ``[R, L, K, D] float32`` for R reuse steps, L blocks, K branches a block and D channels; L and K
-            are 1 for ``delta``.
+            are 1 where features are those of all blocks together.
 
     Raises:
         ConfigError: the config has no schedule.

@@ -31,8 +31,7 @@ class FeatureCache(Attachment):
     at the latest.
 
     Memory is one :class:`qandc.caching.features.FeatureStore` per run, made once: one tensor ``[rows, tokens, hidden]``
-    for ``delta``, one per branch for ``branch`` (2 a block of DiT, 3 of PixArt), ``order + 1`` times that for
-    ``taylor``.
+    for ``delta``, one per branch for ``branch`` (2 a block of DiT, 3 of PixArt), ``order + 1`` times that to forecast.
 
     Attributes:
         config: what it does when.

@@ -49,7 +49,7 @@ class FeatureStore:
     serial: int
 
     def __init__(self, config: CacheConfig) -> None:
-        self.per_branch = config.mode != "delta"
+        self.per_branch = config.per_branch
         self.nbytes = 0
         self._config = config
         self._made_for: tuple[Any, ...] | None = None
@@ -77,10 +77,10 @@ class FeatureStore:
         """Note what the first block is given."""
         self._input = x
 
-    def leave(self, x: torch.Tensor) -> None:
-        """Keep what all blocks together have added, ``x`` being what the last one returns."""
+    def leave(self, at: int, x: torch.Tensor) -> None:
+        """Keep in set ``at`` what all blocks together have added, ``x`` being what the last one returns."""
         assert self._input is not None
-        self.target(0, 0, 0).store_(x - self._input)
+        self.target(at, 0, 0).store_(x - self._input)
         self._input = None
 
     def target(self, at: int, layer: int, branch: int) -> Target:

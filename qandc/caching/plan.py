@@ -84,9 +84,9 @@ class Position:
 
     def forecast(self) -> tuple[float, ...]:
         """Return a weight for each set, to forecast the features of this step; none where one set is taken as it is."""
-        if self.config.mode != "taylor":
+        if self.config.history == 1:
             return ()
         weights = [0.0] * self.config.history
-        for age, weight in enumerate(forecast_weights(self.computed, self.step, self.config.order)):
+        for age, weight in enumerate(forecast_weights(self.computed, self.step, self.config.order, self.config.mode)):
             weights[(self.newest - age) % self.config.history] = weight
         return tuple(weights)

@@ -34,11 +34,14 @@ SAME_TIMESTEP = 1e-6  # relative difference up to which machines may round one t
 
 Schedule = tuple[bool, ...]
 Errors = Callable[[tuple[int, ...]], np.ndarray]  # computed steps, newest first -> of all steps after the newest
-MODES = ("delta", "branch", "taylor")
+MODES = ("delta", "branch", "taylor", "hicache", "crf")
+PER_BRANCH = ("branch", "taylor", "hicache")
+FORECASTS = ("taylor", "hicache", "crf")
 OLDER_MODES = {"block": "delta"}
 STORAGE_DTYPES = ("float32", "bfloat16", "int8")
 LARGEST_ORDER = 2
 DEFAULT_INTERVAL = 5
+SIGMA = 0.5  # of hicache, as in the code of its authors for FLUX.1
 
 
 def _is_computed(step: int, interval: int, warm_up_steps: int) -> bool:
@@ -76,11 +79,12 @@ class CacheConfig:
         mode: ``delta`` keeps what all blocks together add to the residual stream, one tensor (``block`` is its older
             name). ``branch`` keeps the output of every attention and MLP before its gate, and applies the gate of the
             current step (FORA). ``taylor`` forecasts these from the last ``order + 1`` compute steps (TaylorSeer, arXiv
-            2503.06923).
+            2503.06923), ``hicache`` does with Hermite polynomials (HiCache, arXiv 2508.16984). ``crf`` forecasts what
+            ``delta`` keeps, as ``taylor`` does (cumulative residual feature, FreqCa, arXiv 2510.08669).
         interval: every ``interval``-th step is computed; 5 if neither it nor a schedule is given.
         schedule: instead of an interval, whether each step of a run is computed.
-        order: of the forecast, 1 or 2; only for ``taylor``.
-        warm_up_steps: how many first steps are computed; by default 1, for ``taylor`` ``order + 1``.
+        order: of the forecast, 1 or 2; only for modes that forecast.
+        warm_up_steps: how many first steps are computed; by default 1, for modes that forecast ``order + 1``.
         num_inference_steps: steps of a run, if the interval should be a schedule of that many.
         last_step_computed: needs ``num_inference_steps``.
         storage_dtype: ``float32``, ``bfloat16`` or ``int8`` (with a scale per token); None as the model computes.
@@ -183,7 +187,12 @@ class CacheConfig:
     @property
     def history(self) -> int:
         """Return of how many compute steps features are stored."""
-        return self.order + 1 if self.mode == "taylor" else 1
+        return self.order + 1 if self.mode in FORECASTS else 1
+
+    @property
+    def per_branch(self) -> bool:
+        """Tell whether features are those of each branch, before its gate; else of all blocks together."""
+        return self.mode in PER_BRANCH
 
     @property
     def length(self) -> int | None:
@@ -237,25 +246,30 @@ class CacheConfig:
                 )
 
 
-def forecast_weights(computed: Sequence[int], step: int, order: int) -> list[float]:
+def forecast_weights(computed: Sequence[int], step: int, order: int, mode: str = "taylor") -> list[float]:
     """Write the forecast at ``step`` as a weighted sum of the features at ``computed`` steps, newest first.
 
     TaylorSeer (arXiv 2503.06923): ``F(s) = Σ_i Δ^i F · x^i / i!`` with x the steps since the newest, and
     ``Δ^i = (Δ^(i-1) now - Δ^(i-1) at the computed step before) / d``, d the steps between these two.
+    HiCache (arXiv 2508.16984) has ``σ^i H_i(σ x)`` in the place of ``x^i``, H_i the physicists' Hermite polynomials:
+    ``σ · 2 σ x`` and ``σ² (4 σ² x² - 2)``, σ = 0.5. So order 1 goes half as far as TaylorSeer's.
 
     >>> forecast_weights([6, 3], 8, 1)  # 2 of 3 steps further along the line
     [1.6666666666666665, -0.6666666666666666]
     """
     order = min(order, len(computed) - 1)
     since = step - computed[0]
+    linear, square = float(since), float(since**2)
+    if mode == "hicache":
+        linear, square = 2 * SIGMA**2 * since, SIGMA**2 * (4 * SIGMA**2 * since**2 - 2)
     weights = [1.0] + [0.0] * (len(computed) - 1)
     if order >= 1:
         last = computed[0] - computed[1]
-        weights[0] += since / last
-        weights[1] -= since / last
+        weights[0] += linear / last
+        weights[1] -= linear / last
     if order >= 2:
         before = computed[1] - computed[2]
-        half = since**2 / 2 / last
+        half = square / 2 / last
         weights[0] += half / last
         weights[1] -= half * (1 / last + 1 / before)
         weights[2] += half / before
@@ -338,7 +352,7 @@ class CalibratedSchedule:
     Attributes:
         schedule: whether each step is computed, one entry for each call of the model.
         timesteps: of these calls.
-        mode, order: as in :class:`CacheConfig`; order 0 but for ``taylor``.
+        mode, order: as in :class:`CacheConfig`; order 0 of modes that do not forecast.
         error, uniform_error: an estimate of the summed relative feature error of its reuse steps, and of those of an
             evenly spaced schedule with as many compute steps (:func:`qandc.calibrate_schedule` says what of); None of a
             uniform one, for which no features were compared.

@@ -45,12 +45,12 @@ class _Fitter(Observer[_Run]):
     """Sum moments of reused and true features at every reuse step while a model runs without a cache."""
 
     def __init__(self, family: Family, model: Any, config: CacheConfig, target: Any, how: _How | None) -> None:
-        super().__init__(family, model, config.mode)
+        super().__init__(family, model, config.per_branch)
         self.config, self.target, self.how = config, target, how
         self.moments: dict[int, FeatureMoments] = {}
         self._true: dict[tuple[int, int], torch.Tensor] = {}  # features of the target at this step
         if target is not None:
-            self.handles += Branches(family, target, config.mode, self._note).handles
+            self.handles += Branches(family, target, config.per_branch, self._note).handles
 
     def make_run(self, *known_by: Any) -> _Run:
         return _Run(self.config, *known_by)
@@ -148,7 +148,7 @@ def fit_feature_compensation(
             cache makes of each step, so that later steps are fitted on what they will see; draw all images in one run.
         form: ``least_squares``, ρ = Cov(f, g) / Var(f), the least error, by default for ``branch``; or
             ``variance_ratio``, ρ = √(Var(g) / Var(f)), with which features vary as much as the true ones do.
-        pull: 0 for that gain, 1 for the offset alone; by default 0.5 for ``taylor``, else 0.
+        pull: 0 for that gain, 1 for the offset alone; by default 0.5 for modes that forecast, else 0.
         held_out: draws other images, and returns latents or pixels. Then the pull is the one of 0, 0.25, 0.5, 0.75
             and 1 with the least squared distance to what the model draws without a cache.
 

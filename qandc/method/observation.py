@@ -19,18 +19,20 @@ __all__ = ["Branches", "Observer", "Run", "observe"]
 
 
 class Branches:
-    """Call ``see(layer, branch, feature)`` for what each branch of a model adds, or all blocks together (``delta``)."""
+    """Call ``see(layer, branch, feature)`` for what each branch of a model adds, or all blocks together."""
 
-    def __init__(self, family: Family, model: Any, mode: str, see: Callable[[int, int, torch.Tensor], None]) -> None:
-        self.blocks, self.mode = family.blocks(model), mode
-        self.shape = (1, 1) if mode == "delta" else self.blocks.shape
+    def __init__(
+        self, family: Family, model: Any, per_branch: bool, see: Callable[[int, int, torch.Tensor], None]
+    ) -> None:
+        self.blocks, self.per_branch = family.blocks(model), per_branch
+        self.shape = self.blocks.shape if per_branch else (1, 1)
         self.call: dict[str, Any] = {}  # what the first block was given
         self.stream = torch.empty(0)  # of the image, in it
         self.seeing = True  # what belongs to a step
         self._see = see
         modules = [block.module for block in self.blocks.blocks]
         self.handles = [modules[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
-        if mode == "delta":
+        if not per_branch:
             self.handles.append(modules[-1].register_forward_hook(self._leave))
             return
         for block in self.blocks.blocks:
@@ -38,8 +40,8 @@ class Branches:
                 self.handles.append(getattr(block.module, name).register_forward_hook(self._hook(*place)))
 
     def gates(self) -> torch.Tensor | None:
-        """Return the gates of this step, ``[L, K, B, D]``; None with ``delta``."""
-        return None if self.mode == "delta" else self.blocks.gates(self.call)
+        """Return the gates of this step, ``[L, K, B, D]``; None of all blocks together."""
+        return self.blocks.gates(self.call) if self.per_branch else None
 
     def _begin(self, block: Any, args: Any, kwargs: Any) -> None:
         self.call = arguments_of(block, args, kwargs)
@@ -87,8 +89,8 @@ class Observer(Generic[AnyRun]):
 
     run: AnyRun
 
-    def __init__(self, family: Family, model: Any, mode: str) -> None:
-        self.branches = Branches(family, model, mode, self.see)
+    def __init__(self, family: Family, model: Any, per_branch: bool) -> None:
+        self.branches = Branches(family, model, per_branch, self.see)
         self.timesteps: tuple[float, ...] = ()
         self._family = family
         self._runs: list[AnyRun] = []
@@ -137,7 +139,7 @@ class Observer(Generic[AnyRun]):
         self.branches.seeing = self._family.is_step(call)
         if not self.branches.seeing:
             return
-        check_added_once(call, self.branches.mode)
+        check_added_once(call, self.branches.per_branch)
         known_by = self._family.run_of(call)
         known = next((run for run in self._runs if run.is_of(*known_by)), None)
         if known is None:

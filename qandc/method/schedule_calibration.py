@@ -47,7 +47,9 @@ class StepMoments:
         if not torch.isfinite(self._truth).all() or not (self._truth > 0).all():
             raise DataError("features of the blocks are NaN, infinite or all zero; check the weights and the dtype")
 
-    def errors(self, computed: Sequence[int], pull: float | None = None, form: str = "least_squares") -> np.ndarray:
+    def errors(
+        self, computed: Sequence[int], pull: float | None = None, form: str = "least_squares", mode: str = "taylor"
+    ) -> np.ndarray:
         """Compute relative errors of the forecasts for all steps after the newest of ``computed``, newest first.
 
         ``√(Σ gate_j² |a f + b - g|² / Σ gate_j² |g|²)`` with f the forecast of feature g at step j, sums over all
@@ -57,7 +59,7 @@ class StepMoments:
         at, kept, order = torch.arange(computed[0] + 1, len(self.means)), list(computed), len(computed) - 1
         if not len(at):
             return np.zeros(0)
-        weights = torch.tensor([forecast_weights(computed, int(j), order) for j in at], dtype=torch.float64)
+        weights = torch.tensor([forecast_weights(computed, int(j), order, mode) for j in at], dtype=torch.float64)
         f, g = weights @ self.means[kept], self.means[at]
         ff = torch.einsum("ja,abm,jb->jm", weights, self.products[kept][:, kept], weights)
         fg = torch.einsum("ja,ajm->jm", weights, self.products[kept][:, at])
@@ -87,8 +89,8 @@ class _RecordedRun(Run):
 class _Recorder(Observer[_RecordedRun]):
     """Record features and gates at a few tokens and some channels of each branch, the same at all steps."""
 
-    def __init__(self, family: Family, model: Any, mode: str) -> None:
-        super().__init__(family, model, mode)
+    def __init__(self, family: Family, model: Any, per_branch: bool) -> None:
+        super().__init__(family, model, per_branch)
         self.count = 0
         self.sums = [torch.zeros(())] * 3  # of what StepMoments holds the means of
         self._of_step: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # channels, features
@@ -127,7 +129,7 @@ class _Recorder(Observer[_RecordedRun]):
 def feature_moments(transformer: Any, run: Callable[[], Any], mode: str) -> tuple[StepMoments, tuple[float, ...]]:
     """Run a model without cache and compare the features of all its steps; return their moments, and the timesteps.
 
-    A step is a call of the model. Modes "branch" and "taylor" have the same moments.
+    A step is a call of the model. Modes that keep the same have the same moments.
 
     Errors: as :func:`schedule_from_run`.
     """
@@ -135,7 +137,7 @@ def feature_moments(transformer: Any, run: Callable[[], Any], mode: str) -> tupl
     recorder, timesteps = observe(
         model,
         run,
-        lambda family: _Recorder(family, model, CacheConfig(mode).mode),
+        lambda family: _Recorder(family, model, CacheConfig(mode).per_branch),
         known="schedules are found for",
         instead="calibrate the schedule",
     )
@@ -182,7 +184,8 @@ def schedule_from_run(
     mode = CacheConfig(mode, order=order).mode  # refuses others before any work
     moments, timesteps = feature_moments(transformer, run, mode)
     order = _check_steps(mode, order, computed_steps, timesteps)
-    errors = partial(moments.errors, pull=DEFAULT_PULL[mode] if compensated else None, form=DEFAULT_FORM[mode])
+    pull = DEFAULT_PULL[mode] if compensated else None
+    errors = partial(moments.errors, pull=pull, form=DEFAULT_FORM[mode], mode=mode)
     even = even_schedule(len(timesteps), computed_steps, order + 1)
     found = optimal_schedule(errors, len(timesteps), computed_steps, order=order, warm_up_steps=order + 1)
     # for order 2 not all schedules were tried

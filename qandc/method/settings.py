@@ -47,7 +47,10 @@ class CalibrationConfig:
     rounding: str | None = option(None, "Of weights: nearest, or gptq, which clips too. Default: gptq with 4 bits.")
     smoothing: bool = option(True, "Move outliers from activations to weights.", "--no-smoothing")
     ranges: RangeConfig = field(default_factory=RangeConfig)
-    cache_mode: str = option("taylor", "What is kept: delta (the sum of all), branch, or taylor (branches, forecast).")
+    cache_mode: str = option(
+        "taylor",
+        "What is kept: delta (the sum of all), branch; or forecast: crf (the sum), taylor or hicache (branches).",
+    )
     cache_interval: Steps = option(
         3, "Compute every Nth step, or as many steps; 1 computes all.", "--cache-interval", "--interval"
     )

@@ -229,9 +229,9 @@ def adds_between(call: Call) -> bool:
     return any("controlnet" in name and value is not None for name, value in call.items())
 
 
-def check_added_once(call: Call, mode: str) -> None:
-    """Refuse, with a CacheError, a ControlNet beside ``delta``, which stores what it adds with all that blocks add."""
-    if mode == "delta" and adds_between(call):
+def check_added_once(call: Call, per_branch: bool) -> None:
+    """Refuse, with a CacheError, a ControlNet where what it adds is stored with all that blocks add."""
+    if not per_branch and adds_between(call):
         raise CacheError("what a ControlNet adds between blocks would be added twice: use mode 'branch' or 'taylor'")
 
 

@@ -381,8 +381,8 @@ class FusedStep:
                 x, ours = block(x, modulation, targets), True
             else:
                 x, ours = block(x, timestep=timestep, class_labels=class_labels), False
-        if store is not None and not store.per_branch:
-            store.leave(x)
+        if plan is not None and store is not None and not store.per_branch:
+            store.leave(plan.at, x)
         return self._unpatchify(self._project(x, next(modulations)))
 
     def reused(
