@@ -1,325 +1,284 @@
-"""Quantize and cache all transformers of a pipeline in one call, and undo it."""
+"""Record each call of a transformer while its own pipeline draws: candidates to calibrate with, for any family.
+
+Text embeddings, masks and tables of positions are given to every call of a run and stored once: a tensor is named by
+the hash of its values.
+"""
 
 from __future__ import annotations
 
 import inspect
-import logging
-import textwrap
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import msgspec
+import numpy as np
+import torch
 
-from qandc.cache import apply_cache, get_cache
-from qandc.caching.schedule import CacheConfig, CalibratedSchedule, format_schedule
-from qandc.errors import ConfigError, ModelError
-from qandc.fusion.fuse import Fused, fuse
-from qandc.fusion.model_graph import Graphed, graph
-from qandc.models import FAMILIES, family_of
-from qandc.quantization.conversion import (
-    ORIGINALS,
-    QuantizationReport,
-    quant_layers,
-    quantization_plan,
-    quantization_report,
-    quantize_model,
-)
-from qandc.support.arguments import Steps, check_fields, checked
-from qandc.support.attach import attachments, original_class
-from qandc.support.undo import Undo
+from qandc.cache import get_cache
+from qandc.errors import ConfigError, DataError
+from qandc.method.pool import chosen_samples
+from qandc.models.family import arguments_of, forward_of
+from qandc.quantization.observe import TIMESTEP_NAMES
+from qandc.sampling.pipelines import fingerprint
+from qandc.support.arguments import Integers, Model, check_fields, checked
+from qandc.support.attach import eager
+from qandc.support.files import FileKind, content_digest, keep_settings, read_json
+from qandc.tap import CLUSTERERS, TapConfig, select_samples
 
-__all__ = ["OptimizationPlan", "TransformerPlan", "optimize", "restore"]
+__all__ = ["RunPool", "pool_from_run"]
 
-logger = logging.getLogger(__name__)
+SETTINGS = "runs.json"
+LOOKS = 1 << 14  # numbers that are compared of a call; latents of more are projected to so many
+PLAIN = (type(None), bool, int, float, str)
 
-PARTS = ("transformer", "transformer_2", "unet")  # names of what denoises in pipelines of diffusers
-OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline
-INTERVAL = 3
-USUAL_STEPS = 50  # of a pipeline that does not say
-ADD_A_FAMILY = "docs/models.md says how a family is added"
+
+class RecordedCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Hold one call: its timestep, and its arguments by name, latents first, tensors by the name they are stored by."""
+
+    timestep: float
+    arguments: dict[str, Any]
+
+
+SHARD = FileKind("recorded run", 1, list[RecordedCall], "delete it to have it recorded again", DataError)
+
+
+def _flat(value: Any, keep: Callable[[torch.Tensor], str], name: str) -> Any:
+    """Describe an argument in JSON; its tensors go to ``keep``, which names them."""
+    if isinstance(value, torch.Tensor):
+        return {"tensor": keep(value)}
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [_flat(part, keep, name) for part in value]}
+    if isinstance(value, dict):
+        return {"dict": [[key, _flat(part, keep, name)] for key, part in value.items()]}
+    if type(value) not in PLAIN:
+        raise DataError(
+            f"the model was given {name} with a {type(value).__name__}; tensors, numbers, strings, None, and lists, "
+            "tuples and dictionaries of these can be recorded (run without it, or calibrate on a run itself)"
+        )
+    return value
+
+
+def _restored(value: Any, tensors: Mapping[str, torch.Tensor], device: torch.device | str) -> Any:
+    """Undo :func:`_flat`, with tensors on a device."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content].to(device)
+    if kind == "dict":
+        return {key: _restored(part, tensors, device) for key, part in content}
+    return {"list": list, "tuple": tuple}[kind](_restored(part, tensors, device) for part in content)
+
+
+def _leaves(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
 
 
 @dataclass(frozen=True)
-class TransformerPlan:
-    """Say what became of one transformer of a pipeline.
+class RunPool:
+    """Read calls of a transformer that :func:`pool_from_run` has recorded; a sample is a call, all its rows.
+
+    Conditional and unconditional rows that a pipeline computes in two calls are two samples. One run at a time is in
+    memory.
 
     Attributes:
-        name: of the part of the pipeline.
-        model: its class.
-        layers: all linear layers, and why some stay.
-        cache: what its feature cache does; None without one.
-        steps: of a run, for which a cache of any length is printed.
-        others: what else was done, or why not, by a word for it.
+        directory: that holds them.
+        timesteps: of all calls, ``[N] float64``.
+
+    Raises:
+        ConfigError: there is no pool.
+        DataError: a run is missing or damaged.
     """
 
-    name: str
-    model: str
-    layers: QuantizationReport
-    cache: CacheConfig | None
-    steps: Steps
-    others: Mapping[str, str]
+    directory: str | Path
+    timesteps: np.ndarray = field(init=False)
+    _calls: list[tuple[int, int]] = field(init=False, repr=False)  # of each sample its run, and which of it
 
     def __post_init__(self) -> None:
         check_fields(self)
+        advice = "give a directory that pool_from_run has written"
+        runs = read_json(Path(self.directory) / SETTINGS, "record of runs", advice, names=("runs",))["runs"]
+        timesteps: list[float] = []
+        calls: list[tuple[int, int]] = []
+        for run in range(runs):
+            found = SHARD.read_tensors(_path(self.directory, run))[1]
+            timesteps += [call.timestep for call in found]
+            calls += [(run, i) for i in range(len(found))]
+        object.__setattr__(self, "timesteps", np.array(timesteps))
+        object.__setattr__(self, "_calls", calls)
 
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """Yield what is printed: a word and what it says."""
-        rows, (before, after) = self.layers.layers, self.layers.total_bytes
-        for (scheme, kernel, why), count in _counted((r.scheme, r.kernel, r.reason) for r in self.layers.quantized):
-            yield "quantized", f"{count} of {len(rows)} linear layers, {scheme}, by {kernel} ({why})"
-        left = "; ".join(f"{count} {why}" for why, count in _counted(r.reason for r in rows if not r.quantized))
-        if left:
-            yield "left", left
-        yield "weights", f"{_size(before)} -> {_size(after)}, with all that is left"
-        if self.cache is not None:
-            schedule = self.cache.of_steps(self.cache.length or self.steps)
-            kind = f"{self.cache.mode} of order {self.cache.order}" if self.cache.mode == "taylor" else self.cache.mode
-            of_any = "" if self.cache.length else " or as many as a run has"
-            shown = format_schedule(schedule, self.cache.timesteps)
-            yield "cache", f"{kind}, {sum(schedule)} of {len(schedule)} steps{of_any} are computed (*): {shown}"
-        yield from self.others.items()
+    def __len__(self) -> int:
+        return len(self._calls)
 
+    @checked
+    def select(
+        self, count: int = 800, config: TapConfig | None = None, *, method: str = "tap", seed: int = 0
+    ) -> np.ndarray:
+        """Choose the samples to calibrate with, by number: :func:`qandc.select_samples` on latents and steps.
 
-def _counted(values: Iterable[Any]) -> Iterable[tuple[Any, int]]:
-    return Counter(values).items()
+        Latents of more than 16384 numbers are projected to so many by chance, which keeps cosines to about 0.01.
 
+        Raises:
+            ConfigError: as :func:`qandc.select_samples`.
+            DataError: the latents have several sizes, which cannot be compared, or are not finite.
+        """
+        steps = np.unique(-self.timesteps, return_inverse=True)[1]
+        looks = self._looks() if method in CLUSTERERS else np.zeros((len(self), 1))
+        return select_samples(looks, steps, count, config, method=method, seed=seed)
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    def _looks(self) -> np.ndarray:
+        """Describe the latents of each sample, ``[N, D]``; D is at most ``LOOKS``."""
+        found: list[torch.Tensor] = []
+        sizes = None
+        for arguments in self._arguments(range(len(self))):
+            latents = list(_leaves(next(iter(arguments.values()))))
+            x = torch.cat([part.float().flatten() for part in latents])
+            shapes = [list(part.shape) for part in latents]
+            if sizes is None:
+                sizes = shapes
+                generator = torch.Generator().manual_seed(0)
+                places = torch.randint(LOOKS, x.shape, generator=generator)
+                signs = torch.randint(2, x.shape, generator=generator).mul_(2).sub_(1)
+            if sizes != shapes:
+                raise DataError(
+                    f"latents of a pool are compared, which needs one size; it has {sizes} and {shapes} (take method "
+                    "'random' or 'uniform', or a pool for each size)"
+                )
+            # each number is added to one of LOOKS, or taken away: inner products stay on average (Charikar et al. 2002)
+            found.append(x if len(x) <= LOOKS else torch.zeros(LOOKS).index_add_(0, places, x * signs))
+        return torch.stack(found).numpy()
 
+    @checked
+    def batches(
+        self, indices: Integers | None = None, *, device: torch.device | str = "cpu"
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the arguments of these calls (by default of all), one call at a time, in the dtypes they had.
 
-@dataclass(frozen=True, repr=False)
-class OptimizationPlan:
-    """Say what :func:`optimize` did to a pipeline; ``print`` it, or have a notebook show it.
+        Each is a batch as :func:`qandc.calibrate`, :func:`qandc.smoothing_factors` and :func:`qandc.input_hessians`
+        take it, at one timestep, as :func:`qandc.calibrate_steps` needs it.
 
-    Attributes:
-        pipeline: its class.
-        transformers: what became of each; their ``layers`` print as a table.
-    """
+        Raises:
+            ConfigError: an index that the pool does not have.
+            DeviceError: the device is not here.
+        """
+        return self._arguments(chosen_samples(indices, len(self)).tolist(), device)
 
-    pipeline: str
-    transformers: tuple[TransformerPlan, ...]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def __repr__(self) -> str:
-        lines = [self.pipeline]
-        for part in self.transformers:
-            lines.append(f"  {part.name} ({part.model})")
-            for word, text in part.rows():
-                lines += textwrap.wrap(text, 118, initial_indent=f"    {word:10} ", subsequent_indent=" " * 15)
-        return "\n".join(lines)
-
-
-class _Optimized:
-    """Hold what undoes the optimization of a pipeline; copies of the pipeline have none."""
-
-    def __init__(self, pipe: Any, names: list[str], restorable: bool) -> None:
-        self.pipe, self.names, self.restorable = pipe, names, restorable
-        self.undos = [Undo(getattr(pipe, name)) for name in names]
-        self.originals: list[dict[str, nn.Linear]] = [{} for _ in names]
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    def check(self) -> None:
-        """Refuse to undo what cannot be, with a ModelError."""
-        if not self.restorable:
-            raise ModelError("optimize(restorable=False) kept no full-precision layers; load the pipeline again")
-        for undo in self.undos:
-            undo.check()
-
-    def host_bytes(self, index: int) -> int:
-        """Count the bytes of the full-precision layers of a transformer."""
-        layers = {id(layer): layer for layer in self.originals[index].values()}
-        return sum(p.numel() * p.element_size() for layer in layers.values() for p in layer.parameters())
-
-    def settle(self) -> None:
-        """Take the pipeline as it is now for what is to be undone."""
-        for undo in self.undos:
-            undo.settle()
-        if not self.restorable:
-            self.undos, self.originals = [], []
-
-    def undo(self) -> None:
-        """Make all transformers again what they were, with their layers where the quantized ones are now."""
-        for undo, originals in zip(self.undos, self.originals, strict=True):
-            for name, linear in originals.items():
-                layer: Any = undo.model.get_submodule(name)
-                linear.to(layer.qweight.device, layer.weight_dtype_holder.dtype)
-        for undo in self.undos:
-            for attachment in attachments(undo.model):
-                attachment.drop() if isinstance(attachment, Fused | Graphed) else attachment.reset()
-            undo.undo()
+    def _arguments(self, chosen: Sequence[int], device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
+        last = None
+        tensors: dict[str, torch.Tensor] = {}
+        for run, place in (self._calls[i] for i in chosen):
+            if run != last:
+                tensors, calls = SHARD.read_tensors(_path(self.directory, run))
+                last = run
+            yield _restored({"dict": list(calls[place].arguments.items())}, tensors, device)
 
 
-def _parts_of(pipe: Any, only: str | None) -> list[str]:
-    """Return the names of the transformers of a pipeline, or the one that is wanted."""
-    found = [name for name in PARTS if isinstance(getattr(pipe, name, None), nn.Module)]
-    if isinstance(pipe, nn.Module) or not found or not hasattr(pipe, "components"):
-        raise ModelError(
-            f"optimize takes a pipeline of diffusers that denoises with {', '.join(PARTS)}; got {type(pipe).__name__} "
-            "(of a model alone: quantize_model and apply_cache)"
-        )
-    if only is not None and only not in found:
-        raise ConfigError(f"transformer {only!r} is none of this {type(pipe).__name__}, which has {', '.join(found)}")
-    return found if only is None else [only]
-
-
-def _config_of(cache: str | CacheConfig | CalibratedSchedule | None, interval: int | None) -> CacheConfig | None:
-    if isinstance(cache, str):
-        return CacheConfig(cache, interval=interval or INTERVAL)
-    if interval is not None:
-        raise ConfigError("give cache_interval with the name of a cache mode; a config or schedule has its own steps")
-    return cache.config() if isinstance(cache, CalibratedSchedule) else cache
+def _path(directory: str | Path, run: int) -> Path:
+    return Path(directory) / f"run-{run:06d}.safetensors"
 
 
 @checked
-def optimize(
-    pipe: Any,
-    w_bits: int = 8,
-    a_bits: int = 8,
-    cache: str | CacheConfig | CalibratedSchedule | None = "taylor",
-    cache_interval: Steps | None = None,
+def pool_from_run(
+    transformer: Model,
+    run: Callable[[], Any] | Sequence[Callable[[], Any]],
+    directory: str | Path | None = None,
     *,
-    transformer: str | None = None,
-    conditioning: str | None = None,
-    compile: bool | None = None,
-    restorable: bool = True,
-) -> OptimizationPlan:
-    """Quantize and cache the transformers of a pipeline of diffusers, in place: the whole way in one call.
+    about: str = "",
+) -> RunPool:
+    """Record what a transformer is given while its own pipeline draws: the pool to choose calibration samples from.
 
-    ``print`` what is returned to see what was done, and why not more. :func:`restore` undoes it. Call it before
-    ``enable_model_cpu_offload``.
+    ``pool_from_run(pipe.transformer, [partial(pipe, prompt, num_inference_steps=28) for prompt in prompts])``.
 
     Args:
-        pipe: any pipeline with a ``transformer`` (Wan 2.2: both), or a ``unet``. Classes that no cache knows are
-            quantized alone.
-        w_bits, a_bits, conditioning: as for :func:`qandc.quantize_model`.
-        cache: a mode (``taylor``, ``branch``, ``delta``), a config or schedule, or None.
-        cache_interval: with a mode, which steps are computed: every third by default.
-        transformer: only this one, ``"transformer_2"`` for example.
-        compile: compile the blocks, which takes a minute at the first image, and without a cache run them from a CUDA
-            graph. By default where the model is on a GPU; a graph holds one way through the model, and a cache has two.
-        restorable: keep the layers that are replaced, in host memory.
+        transformer: as it is to be calibrated: with its cache attached, as the paper does it, or without. Compiled
+            modules run uncompiled.
+        run: draws some images; or several such functions. What one of them gives the model is held in memory, then
+            stored.
+        directory: where each run is stored as soon as it is over. Runs that are there already are not repeated, so that
+            an interrupted recording goes on; one of another model, cache, number of runs or ``about`` is refused. By
+            default a temporary one, removed with the pool.
+        about: says what is drawn, to tell this recording from others: prompts, steps, seeds.
 
     Raises:
-        ModelError: no such pipeline, it is optimized already, quantized or cached, or nothing can be quantized.
-        ConfigError: a setting is none of these.
-        CacheError: the model cannot be cached so; the message says how it can.
-
-    After any error, also Ctrl-C, the pipeline is what it was.
+        DataError: a function did not run the model, or gave it what cannot be recorded.
+        ConfigError: no function is given, or the directory holds another pool.
+        OutputError: the directory cannot be written.
     """
-    names = _parts_of(pipe, transformer)
-    config = _config_of(cache, cache_interval)
-    if config is not None and config.length is not None and len(names) > 1:
-        raise ConfigError(
-            f"a schedule of {config.length} steps is for one transformer, and this {type(pipe).__name__} has "
-            f"{', '.join(names)}, which share a run; give transformer={names[0]!r}, or a mode and an interval"
-        )
-    for name in names:
-        model = getattr(pipe, name)
-        done = {"quantized": bool(quant_layers(model)), "cached": get_cache(model) is not None}
-        if OPTIMIZED in pipe.__dict__ or any(done.values()) or attachments(model):
-            what = next((what for what, is_so in done.items() if is_so), "optimized")
-            raise ModelError(
-                f"pipe.{name} is {what} already; call qandc.restore(pipe) first, or load the pipeline again"
-            )
-    state = _Optimized(pipe, names, restorable)
-    parts = []
+    runs = list(run) if isinstance(run, Sequence) else [run]
+    if not runs:
+        raise ConfigError("run is an empty list; give at least one function that draws with the pipeline")
+    model = getattr(transformer, "_orig_mod", transformer)
+    folder = Path(tempfile.mkdtemp(prefix="qandc-pool-") if directory is None else directory)
     try:
-        for index, name in enumerate(names):
-            model = getattr(pipe, name)
-            planned = quantization_plan(model, w_bits, a_bits, conditioning=conditioning)
-            model.__dict__[ORIGINALS] = state.originals[index]
-            try:
-                quantize_model(model, w_bits, a_bits, conditioning=conditioning)
-            finally:
-                del model.__dict__[ORIGINALS]
-            known = family_of(model) is not None
-            others = {} if known or config is None else {"no cache": _no_cache(model)}
-            own = config if known else None
-            others |= _speed_up(model, own, compile)
-            others["restore"] = "qandc.restore(pipe)" if restorable else "no: restorable=False"
-            if restorable:
-                others["restore"] += f"; the layers take {_size(state.host_bytes(index))} of host memory"
-            if own is not None:
-                apply_cache(model, config=own)
-            layers = _with_reasons(quantization_report(model), planned)
-            kind = original_class(model).__name__
-            parts.append(TransformerPlan(name, kind, layers, own, _usual_steps(pipe), others))
+        keep_settings(folder / SETTINGS, _settings(model, len(runs), about, directory is not None), "a pool")
+        for number, draw in enumerate(runs):
+            if not _path(folder, number).exists():
+                calls, tensors = _record(model, draw)
+                SHARD.write_tensors(_path(folder, number), tensors, calls)
+                del tensors
+        pool = RunPool(folder)
     except BaseException:
-        state.undo()
+        if directory is None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    state.settle()
-    pipe.__dict__[OPTIMIZED] = state
-    plan = OptimizationPlan(type(pipe).__name__, tuple(parts))
-    logger.info("%s", plan)
-    return plan
+    if directory is None:
+        weakref.finalize(pool, shutil.rmtree, folder, ignore_errors=True)
+    return pool
 
 
-def _no_cache(model: nn.Module) -> str:
-    return f"caches know {', '.join(FAMILIES)}, not {original_class(model).__name__}; {ADD_A_FAMILY}"
+def _settings(model: Any, runs: int, about: str, others_may_follow: bool) -> dict[str, Any]:
+    """Say what a recording goes on with: weights by their hash, unless they are offloaded or nobody will ask."""
+    cache = get_cache(model)
+    known = others_may_follow and not any(weight.is_meta for weight in model.parameters())
+    return {
+        "version": SHARD.version,
+        "runs": runs,
+        "about": about,
+        "cache": None if cache is None else {"compensated": cache.compensation is not None, **asdict(cache.config)},
+        "weights_sha256": fingerprint(model) if known else None,
+    }
 
 
-def _usual_steps(pipe: Any) -> int:
-    """Return the number of steps that a pipeline takes if nobody says one."""
-    found = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    return found.default if found is not None and isinstance(found.default, int) else USUAL_STEPS
+def _record(model: Any, draw: Callable[[], Any]) -> tuple[list[RecordedCall], dict[str, torch.Tensor]]:
+    """Run the model; return its calls, and their tensors by name."""
+    calls: list[RecordedCall] = []
+    tensors: dict[str, torch.Tensor] = {}
+    latents = tuple(inspect.signature(forward_of(model)).parameters)[1]
 
+    def keep(tensor: torch.Tensor) -> str:
+        found = tensor.detach().cpu()
+        name = content_digest(b"", {"": found})[:32]
+        if name not in tensors:
+            tensors[name] = found.clone()  # what is on the CPU may be written to later
+        return name
 
-def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> QuantizationReport:
-    """Say of layers that were left alone why, as the plan did."""
-    reasons = {row.name: row.reason for row in planned.layers if not row.quantized}
-    rows = (replace(row, reason=reasons.get(row.name, row.reason)) for row in report.layers)
-    return QuantizationReport(tuple(rows), report.other_bytes)
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = arguments_of(module, args, kwargs)
+        timestep = next((given[name] for name in TIMESTEP_NAMES if given.get(name) is not None), None)
+        if timestep is None or given.get(latents) is None:
+            raise DataError(
+                f"a call of this {type(module).__name__} without {latents} or one of {', '.join(TIMESTEP_NAMES)} is no "
+                "step of a run; give pipe.transformer"
+            )
+        given = {latents: given[latents], **given}
+        arguments = {name: _flat(value, keep, name) for name, value in given.items()}
+        calls.append(RecordedCall(float(torch.as_tensor(timestep).max()), arguments))
 
-
-def _speed_up(model: Any, config: CacheConfig | None, wanted: bool | None) -> dict[str, str]:
-    """Fuse, or compile and graph, what can be; returns what was done, or why not."""
-    device = next(model.parameters()).device
-    family = family_of(model)
-    if wanted is False:
-        return {"compile": "no: compile=False"}
-    if wanted is None and device.type != "cuda":
-        return {"compile": f"no: on {device} nothing is gained"}
-    if family is not None and family.program is not None and None in family.program.why_not(model, None).values():
-        fuse(model)
-        return {"fused": "its blocks, with CUDA graphs"}
-    blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
-    kinds = getattr(model, "_repeated_blocks", None) or ()
-    blocks = blocks or [module for module in model.modules() if type(module).__name__ in kinds]
-    for block in blocks:
-        block.compile()
-    said = {"compile": f"{len(blocks)} blocks, when they first run" if blocks else "no: its class names no blocks"}
-    if config is not None:
-        return {**said, "graph": "no: a graph holds one way through the model, and a cache has two"}
-    if device.type == "cuda":
-        graph(model)
-    return {**said, "graph": "one for each size" if device.type == "cuda" else f"no: on {device} there are none"}
-
-
-@checked
-def restore(pipe: Any) -> Any:
-    """Undo :func:`optimize`: the pipeline has the very modules that it had, and draws the same images.
-
-    Returns:
-        ``pipe``.
-
-    Raises:
-        ModelError: it is not optimized, was optimized with ``restorable=False``, or its transformer was changed since
-            (by an adapter, for example). The pipeline is unchanged then.
-    """
-    state = getattr(pipe, "__dict__", {}).get(OPTIMIZED)
-    if state is None:
-        raise ModelError(f"this {type(pipe).__name__} is not optimized; give the pipeline that optimize was given")
-    state.check()
-    state.undo()
-    del pipe.__dict__[OPTIMIZED]
-    return pipe
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad(), eager():
+            draw()
+    finally:
+        handle.remove()
+    if not calls:
+        raise DataError(f"the function did not run this {type(model).__name__}; give one that draws with its pipeline")
+    return calls, tensors
