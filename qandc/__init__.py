@@ -28,6 +28,7 @@ from qandc.method.run_pool import RunPool, pool_from_run
 from qandc.method.saved import CalibratedModel, Preset, fashion_dit_preset, load, save
 from qandc.method.schedule_calibration import calibrate_schedule, schedule_from_run
 from qandc.method.settings import CalibrationConfig, CalibrationSettings
+from qandc.optimize import OptimizationPlan, optimize, restore
 from qandc.quantization.conversion import QuantizationReport, quantization_plan, quantization_report, quantize_model
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.observe import calibrate, calibrate_steps, calibration, input_hessians, smoothing_factors
@@ -59,6 +60,7 @@ __all__ = [
     "FeatureCache",
     "FeatureCompensation",
     "ModelError",
+    "OptimizationPlan",
     "OutputError",
     "Preset",
     "ProcessError",
@@ -96,6 +98,7 @@ __all__ = [
     "load_pipeline",
     "load_quantized",
     "make_scheduler",
+    "optimize",
     "pool_from_run",
     "prepare_run",
     "quantization_plan",
@@ -105,6 +108,7 @@ __all__ = [
     "record_trajectory",
     "remove_cache",
     "reset_all_caches",
+    "restore",
     "sample_latents",
     "save",
     "save_quantized",

@@ -66,6 +66,12 @@ def cached() -> Any:
     return model
 
 
+def optimized() -> Any:
+    pipe = copy.deepcopy(pipeline())
+    qandc.optimize(pipe)
+    return pipe
+
+
 def batch() -> dict[str, torch.Tensor]:
     return {"hidden_states": torch.ones(1, 4, 4, 4), "timestep": torch.tensor([5]), "class_labels": torch.tensor([1])}
 
@@ -431,6 +437,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "scale": P(torch.tensor(1.0)),
         "zero_point": P(torch.tensor(1, dtype=torch.int32), "None tensor_0-d"),
     },
+    "OptimizationPlan": lambda: {"pipeline": P("x", TEXTS), "transformers": P([], "[] () array_[] tensor_[]")},
     "QuantizationReport": lambda: {
         "layers": P(report().layers, "[] () array_[] tensor_[]"),
         "other_bytes": P(1, "0 10**12 10**30 10**400"),
@@ -559,6 +566,16 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "name": P("ddim"),
         "config": P({"num_train_timesteps": 100}, "{} {'x':_1} {'x':_object} {'x':_tensor}"),
     },
+    "optimize": lambda: {
+        "pipe": P(copy.deepcopy(pipeline()), "pipeline"),
+        **BITS,
+        "cache": P("branch", "None"),
+        "cache_interval": P(2, "None"),
+        "transformer": P("transformer", "None"),
+        "conditioning": P("W8A8", "None"),
+        "compile": P(False, f"None {FLAG}"),
+        "restorable": P(True, FLAG),
+    },
     "pool_from_run": lambda: running(directory=P(None, "None 'x' cuda:99"), about=P("x", TEXTS)),
     "prepare_run": lambda: {
         "transformer": P(fused()),
@@ -587,6 +604,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     "record_trajectory": lambda: sampling(seeds=SEEDS, callback=CALLBACK),
     "remove_cache": lambda: {"transformer": P(cached())},
     "reset_all_caches": lambda: {"transformer": P(dit(), MODULES)},
+    "restore": lambda: {"pipe": P(optimized())},
     "sample_latents": lambda: sampling(
         seeds=P([7, 8]),
         callback=CALLBACK,

@@ -78,6 +78,7 @@ ROOMS = [  # a room imports from itself and from those before it
     "evaluation",
     "sampling",
     "method",
+    "optimize",
     "experiments",
     "cli",
 ]

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 EXACT_WEIGHTS = "_qandc_exact_weights"  # attribute of a model that was cast: a function that gives its tensors before
+ORIGINALS = "_qandc_originals"  # attribute of a model: a dictionary that gets each layer that is replaced, by name
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -128,6 +129,7 @@ def quantize_model(
     factors = {id(linears[name]): value for name, value in smoothing.items()}
     exact = model.__dict__.get(EXACT_WEIGHTS, dict)()
     inputs = {id(linears[name]): value for name, value in hessians.items()}
+    originals: dict[str, nn.Linear] | None = model.__dict__.get(ORIGINALS)
     converted: dict[int, QuantLinear] = {}  # a layer registered under two names stays one layer
 
     def stored(name: str, linear: nn.Linear) -> torch.Tensor | None:
@@ -154,6 +156,8 @@ def quantize_model(
         convert(name, linear)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], converted[id(linear)])
+        if originals is not None:
+            originals[name] = _in_host_memory(linear)
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # else its fast path, when compiled, passes by linear1 and linear2
     for _, tuner in tuner_layers(model):
@@ -166,6 +170,14 @@ def quantize_model(
         attachment.reset()
     _note_for_diffusers(model, config)
     return model
+
+
+def _in_host_memory(linear: nn.Linear) -> nn.Linear:
+    """Move the parameters of a layer to the CPU, but for others that hold them too."""
+    for name, parameter in linear._parameters.items():
+        if parameter is not None and not parameter.is_cpu:
+            linear._parameters[name] = nn.Parameter(parameter.detach().cpu(), parameter.requires_grad)
+    return linear
 
 
 def _unrounded(weight: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor | None:

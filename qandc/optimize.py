@@ -1,0 +1,325 @@
+"""Quantize and cache all transformers of a pipeline in one call, and undo it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from qandc.cache import apply_cache, get_cache
+from qandc.caching.schedule import CacheConfig, CalibratedSchedule, format_schedule
+from qandc.errors import ConfigError, ModelError
+from qandc.fusion.fuse import Fused, fuse
+from qandc.fusion.model_graph import Graphed, graph
+from qandc.models import FAMILIES, family_of
+from qandc.quantization.conversion import (
+    ORIGINALS,
+    QuantizationReport,
+    quant_layers,
+    quantization_plan,
+    quantization_report,
+    quantize_model,
+)
+from qandc.support.arguments import Steps, check_fields, checked
+from qandc.support.attach import attachments, original_class
+from qandc.support.undo import Undo
+
+__all__ = ["OptimizationPlan", "TransformerPlan", "optimize", "restore"]
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("transformer", "transformer_2", "unet")  # names of what denoises in pipelines of diffusers
+OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline
+INTERVAL = 3
+USUAL_STEPS = 50  # of a pipeline that does not say
+ADD_A_FAMILY = "docs/models.md says how a family is added"
+
+
+@dataclass(frozen=True)
+class TransformerPlan:
+    """Say what became of one transformer of a pipeline.
+
+    Attributes:
+        name: of the part of the pipeline.
+        model: its class.
+        layers: all linear layers, and why some stay.
+        cache: what its feature cache does; None without one.
+        steps: of a run, for which a cache of any length is printed.
+        others: what else was done, or why not, by a word for it.
+    """
+
+    name: str
+    model: str
+    layers: QuantizationReport
+    cache: CacheConfig | None
+    steps: Steps
+    others: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield what is printed: a word and what it says."""
+        rows, (before, after) = self.layers.layers, self.layers.total_bytes
+        for (scheme, kernel, why), count in _counted((r.scheme, r.kernel, r.reason) for r in self.layers.quantized):
+            yield "quantized", f"{count} of {len(rows)} linear layers, {scheme}, by {kernel} ({why})"
+        left = "; ".join(f"{count} {why}" for why, count in _counted(r.reason for r in rows if not r.quantized))
+        if left:
+            yield "left", left
+        yield "weights", f"{_size(before)} -> {_size(after)}, with all that is left"
+        if self.cache is not None:
+            schedule = self.cache.of_steps(self.cache.length or self.steps)
+            kind = self.cache.mode + (f" of order {self.cache.order}" if self.cache.history > 1 else "")
+            of_any = "" if self.cache.length else " or as many as a run has"
+            shown = format_schedule(schedule, self.cache.timesteps)
+            yield "cache", f"{kind}, {sum(schedule)} of {len(schedule)} steps{of_any} are computed (*): {shown}"
+        yield from self.others.items()
+
+
+def _counted(values: Iterable[Any]) -> Iterable[tuple[Any, int]]:
+    return Counter(values).items()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True, repr=False)
+class OptimizationPlan:
+    """Say what :func:`optimize` did to a pipeline; ``print`` it, or have a notebook show it.
+
+    Attributes:
+        pipeline: its class.
+        transformers: what became of each; their ``layers`` print as a table.
+    """
+
+    pipeline: str
+    transformers: tuple[TransformerPlan, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __repr__(self) -> str:
+        lines = [self.pipeline]
+        for part in self.transformers:
+            lines.append(f"  {part.name} ({part.model})")
+            for word, text in part.rows():
+                lines += textwrap.wrap(text, 118, initial_indent=f"    {word:10} ", subsequent_indent=" " * 15)
+        return "\n".join(lines)
+
+
+class _Optimized:
+    """Hold what undoes the optimization of a pipeline; copies of the pipeline have none."""
+
+    def __init__(self, pipe: Any, names: list[str], restorable: bool) -> None:
+        self.pipe, self.names, self.restorable = pipe, names, restorable
+        self.undos = [Undo(getattr(pipe, name)) for name in names]
+        self.originals: list[dict[str, nn.Linear]] = [{} for _ in names]
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def check(self) -> None:
+        """Refuse to undo what cannot be, with a ModelError."""
+        if not self.restorable:
+            raise ModelError("optimize(restorable=False) kept no full-precision layers; load the pipeline again")
+        for undo in self.undos:
+            undo.check()
+
+    def host_bytes(self, index: int) -> int:
+        """Count the bytes of the full-precision layers of a transformer."""
+        layers = {id(layer): layer for layer in self.originals[index].values()}
+        return sum(p.numel() * p.element_size() for layer in layers.values() for p in layer.parameters())
+
+    def settle(self) -> None:
+        """Take the pipeline as it is now for what is to be undone."""
+        for undo in self.undos:
+            undo.settle()
+        if not self.restorable:
+            self.undos, self.originals = [], []
+
+    def undo(self) -> None:
+        """Make all transformers again what they were, with their layers where the quantized ones are now."""
+        for undo, originals in zip(self.undos, self.originals, strict=True):
+            for name, linear in originals.items():
+                layer: Any = undo.model.get_submodule(name)
+                linear.to(layer.qweight.device, layer.weight_dtype_holder.dtype)
+        for undo in self.undos:
+            for attachment in attachments(undo.model):
+                attachment.drop() if isinstance(attachment, Fused | Graphed) else attachment.reset()
+            undo.undo()
+
+
+def _parts_of(pipe: Any, only: str | None) -> list[str]:
+    """Return the names of the transformers of a pipeline, or the one that is wanted."""
+    found = [name for name in PARTS if isinstance(getattr(pipe, name, None), nn.Module)]
+    if isinstance(pipe, nn.Module) or not found or not hasattr(pipe, "components"):
+        raise ModelError(
+            f"optimize takes a pipeline of diffusers that denoises with {', '.join(PARTS)}; got {type(pipe).__name__} "
+            "(of a model alone: quantize_model and apply_cache)"
+        )
+    if only is not None and only not in found:
+        raise ConfigError(f"transformer {only!r} is none of this {type(pipe).__name__}, which has {', '.join(found)}")
+    return found if only is None else [only]
+
+
+def _config_of(cache: str | CacheConfig | CalibratedSchedule | None, interval: int | None) -> CacheConfig | None:
+    if isinstance(cache, str):
+        return CacheConfig(cache, interval=interval or INTERVAL)
+    if interval is not None:
+        raise ConfigError("give cache_interval with the name of a cache mode; a config or schedule has its own steps")
+    return cache.config() if isinstance(cache, CalibratedSchedule) else cache
+
+
+@checked
+def optimize(
+    pipe: Any,
+    w_bits: int = 8,
+    a_bits: int = 8,
+    cache: str | CacheConfig | CalibratedSchedule | None = "taylor",
+    cache_interval: Steps | None = None,
+    *,
+    transformer: str | None = None,
+    conditioning: str | None = None,
+    compile: bool | None = None,
+    restorable: bool = True,
+) -> OptimizationPlan:
+    """Quantize and cache the transformers of a pipeline of diffusers, in place: the whole way in one call.
+
+    ``print`` what is returned to see what was done, and why not more. :func:`restore` undoes it. Call it before
+    ``enable_model_cpu_offload``.
+
+    Args:
+        pipe: any pipeline with a ``transformer`` (Wan 2.2: both), or a ``unet``. Classes that no cache knows are
+            quantized alone.
+        w_bits, a_bits, conditioning: as for :func:`qandc.quantize_model`.
+        cache: a mode of :class:`qandc.CacheConfig`, a config or schedule, or None.
+        cache_interval: with a mode, which steps are computed: every third by default.
+        transformer: only this one, ``"transformer_2"`` for example.
+        compile: compile the blocks, which takes a minute at the first image, and without a cache run them from a CUDA
+            graph. By default where the model is on a GPU; a graph holds one way through the model, and a cache has two.
+        restorable: keep the layers that are replaced, in host memory.
+
+    Raises:
+        ModelError: no such pipeline, it is optimized already, quantized or cached, or nothing can be quantized.
+        ConfigError: a setting is none of these.
+        CacheError: the model cannot be cached so; the message says how it can.
+
+    After any error, also Ctrl-C, the pipeline is what it was.
+    """
+    names = _parts_of(pipe, transformer)
+    config = _config_of(cache, cache_interval)
+    if config is not None and config.length is not None and len(names) > 1:
+        raise ConfigError(
+            f"a schedule of {config.length} steps is for one transformer, and this {type(pipe).__name__} has "
+            f"{', '.join(names)}, which share a run; give transformer={names[0]!r}, or a mode and an interval"
+        )
+    for name in names:
+        model = getattr(pipe, name)
+        done = {"quantized": bool(quant_layers(model)), "cached": get_cache(model) is not None}
+        if OPTIMIZED in pipe.__dict__ or any(done.values()) or attachments(model):
+            what = next((what for what, is_so in done.items() if is_so), "optimized")
+            raise ModelError(
+                f"pipe.{name} is {what} already; call qandc.restore(pipe) first, or load the pipeline again"
+            )
+    state = _Optimized(pipe, names, restorable)
+    parts = []
+    try:
+        for index, name in enumerate(names):
+            model = getattr(pipe, name)
+            planned = quantization_plan(model, w_bits, a_bits, conditioning=conditioning)
+            model.__dict__[ORIGINALS] = state.originals[index]
+            try:
+                quantize_model(model, w_bits, a_bits, conditioning=conditioning)
+            finally:
+                del model.__dict__[ORIGINALS]
+            known = family_of(model) is not None
+            others = {} if known or config is None else {"no cache": _no_cache(model)}
+            own = config if known else None
+            others |= _speed_up(model, own, compile)
+            others["restore"] = "qandc.restore(pipe)" if restorable else "no: restorable=False"
+            if restorable:
+                others["restore"] += f"; the layers take {_size(state.host_bytes(index))} of host memory"
+            if own is not None:
+                apply_cache(model, config=own)
+            layers = _with_reasons(quantization_report(model), planned)
+            kind = original_class(model).__name__
+            parts.append(TransformerPlan(name, kind, layers, own, _usual_steps(pipe), others))
+    except BaseException:
+        state.undo()
+        raise
+    state.settle()
+    pipe.__dict__[OPTIMIZED] = state
+    plan = OptimizationPlan(type(pipe).__name__, tuple(parts))
+    logger.info("%s", plan)
+    return plan
+
+
+def _no_cache(model: nn.Module) -> str:
+    return f"caches know {', '.join(FAMILIES)}, not {original_class(model).__name__}; {ADD_A_FAMILY}"
+
+
+def _usual_steps(pipe: Any) -> int:
+    """Return the number of steps that a pipeline takes if nobody says one."""
+    found = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    return found.default if found is not None and isinstance(found.default, int) else USUAL_STEPS
+
+
+def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> QuantizationReport:
+    """Say of layers that were left alone why, as the plan did."""
+    reasons = {row.name: row.reason for row in planned.layers if not row.quantized}
+    rows = (replace(row, reason=reasons.get(row.name, row.reason)) for row in report.layers)
+    return QuantizationReport(tuple(rows), report.other_bytes)
+
+
+def _speed_up(model: Any, config: CacheConfig | None, wanted: bool | None) -> dict[str, str]:
+    """Fuse, or compile and graph, what can be; returns what was done, or why not."""
+    device = next(model.parameters()).device
+    family = family_of(model)
+    if wanted is False:
+        return {"compile": "no: compile=False"}
+    if wanted is None and device.type != "cuda":
+        return {"compile": f"no: on {device} nothing is gained"}
+    if family is not None and family.program is not None and None in family.program.why_not(model, None).values():
+        fuse(model)
+        return {"fused": "its blocks, with CUDA graphs"}
+    blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
+    kinds = getattr(model, "_repeated_blocks", None) or ()
+    blocks = blocks or [module for module in model.modules() if type(module).__name__ in kinds]
+    for block in blocks:
+        block.compile()
+    said = {"compile": f"{len(blocks)} blocks, when they first run" if blocks else "no: its class names no blocks"}
+    if config is not None:
+        return {**said, "graph": "no: a graph holds one way through the model, and a cache has two"}
+    if device.type == "cuda":
+        graph(model)
+    return {**said, "graph": "one for each size" if device.type == "cuda" else f"no: on {device} there are none"}
+
+
+@checked
+def restore(pipe: Any) -> Any:
+    """Undo :func:`optimize`: the pipeline has the very modules that it had, and draws the same images.
+
+    Returns:
+        ``pipe``.
+
+    Raises:
+        ModelError: it is not optimized, was optimized with ``restorable=False``, or its transformer was changed since
+            (by an adapter, for example). The pipeline is unchanged then.
+    """
+    state = getattr(pipe, "__dict__", {}).get(OPTIMIZED)
+    if state is None:
+        raise ModelError(f"this {type(pipe).__name__} is not optimized; give the pipeline that optimize was given")
+    state.check()
+    state.undo()
+    del pipe.__dict__[OPTIMIZED]
+    return pipe

@@ -1,0 +1,285 @@
+"""One call that quantizes and caches a pipeline: what it does equals doing it by hand, and it is undone bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from qandc import (
+    CacheConfig,
+    CacheError,
+    CalibratedSchedule,
+    ConfigError,
+    ModelError,
+    QuantLinear,
+    apply_cache,
+    get_cache,
+    graph,
+    load_pipeline,
+    optimize,
+    quantization_report,
+    quantize_model,
+    remove_cache,
+    restore,
+)
+from qandc.quantization.conversion import quant_layers
+from tests import tiny_pipelines
+from tests.tiny_models import make_tiny
+from tests.tiny_pipelines import draw, make_pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture
+def dit_pipe(pipeline_dir):
+    pipe = load_pipeline(pipeline_dir)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def prompted(request):
+    """Make a pipeline that draws from prompts."""
+    pytest.importorskip("transformers")
+    return make_pipeline(getattr(request, "param", "FluxPipeline"))
+
+
+def images(pipe):
+    torch.manual_seed(0)  # DDPM's noise
+    return torch.tensor(pipe([1, 2], num_inference_steps=5, output_type="np").images)
+
+
+def contents(model):
+    """Return what a model is: its modules with their classes and attributes, and its tensors."""
+    modules = {name: (module, type(module), set(module.__dict__)) for name, module in model.named_modules()}
+    return modules, list(model.named_parameters()), dict(model.config)
+
+
+def assert_as_before(model, before):
+    found = contents(model)
+    assert found[0] == before[0]
+    assert [name for name, _ in found[1]] == [name for name, _ in before[1]]
+    assert all(mine is theirs for (_, mine), (_, theirs) in zip(found[1], before[1], strict=True))
+    assert found[2] == before[2]
+
+
+@pytest.mark.parametrize("prompted", tiny_pipelines.PIPELINES, indirect=True)
+@pytest.mark.parametrize("mode", ["delta", "taylor"])
+def test_a_pipeline_is_optimized_as_by_hand_and_restored_bit_for_bit(prompted, mode):
+    pipe, by_hand = prompted, make_pipeline(type(prompted).__name__)
+    plain, before = draw(pipe), contents(pipe.transformer)
+    plan = optimize(pipe, 4, cache=mode, cache_interval=2, conditioning="W8A16")
+    apply_cache(quantize_model(by_hand.transformer, 4, conditioning="W8A16"), config=CacheConfig(mode, interval=2))
+    optimized = draw(pipe)
+    assert torch.allclose(optimized, draw(by_hand), atol=1e-5, rtol=0)
+    assert not torch.allclose(optimized, plain, atol=1e-5, rtol=0)
+    assert get_cache(pipe.transformer).reuse_steps == get_cache(by_hand.transformer).reuse_steps > 0
+    (part,) = plan.transformers
+    assert part.layers.quantized == quantization_report(pipe.transformer).quantized
+    assert part.cache == CacheConfig(mode, interval=2)
+    restore(pipe)
+    assert_as_before(pipe.transformer, before)
+    assert torch.equal(draw(pipe), plain)
+    optimize(pipe, cache=None)  # once more
+    assert quant_layers(pipe.transformer)
+
+
+def test_the_plan_says_what_was_done_and_why_not_more(dit_pipe, caplog):
+    with caplog.at_level(logging.INFO, "qandc"):
+        plan = optimize(dit_pipe)
+    assert str(plan) == repr(plan)
+    assert str(plan) in caplog.text
+    lines = " ".join(str(plan).split())
+    for said in (
+        "DiTPipeline transformer (DiTTransformer2DModel)",
+        "quantized 20 of 29 linear layers, W8A8 dynamic per-token, by reference int8_linear (plain torch",
+        "left 6 an embedder or a router; 3 modulation, which sees one row per sample",
+        "weights 0.7 MB -> 0.6 MB",
+        "cache taylor of order 1, 18 of 50 steps or as many as a run has are computed (*): 0* 1* 2 3 4* 5 6 7*",
+        "compile no: on cpu nothing is gained",
+        "restore qandc.restore(pipe); the layers take 0.2 MB of host memory",
+    ):
+        assert said in lines
+    assert max(map(len, str(plan).splitlines())) <= 120
+
+
+def test_a_calibrated_schedule_is_printed_with_its_timesteps(dit_pipe):
+    schedule = CalibratedSchedule((True, False, True, False, False), (801, 601, 401, 201, 1), "branch", 0)
+    plan = optimize(dit_pipe, cache=schedule)
+    assert "branch, 2 of 5 steps are computed (*): 801* 601 401* 201 1\n" in str(plan)
+    assert get_cache(dit_pipe.transformer).config == schedule.config()
+
+
+@pytest.mark.parametrize("prompted", ["WanPipeline"], indirect=True)
+def test_two_transformers(prompted):
+    pipe = prompted
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.6)
+    plain, before = draw(pipe), [contents(model) for model in (pipe.transformer, pipe.transformer_2)]
+    with pytest.raises(
+        ConfigError, match=r"schedule of 2 steps is for one transformer.* give transformer='transformer'"
+    ):
+        optimize(pipe, cache=CacheConfig(schedule=[True, False]))
+    optimize(pipe, transformer="transformer_2")
+    assert not quant_layers(pipe.transformer)
+    restore(pipe)
+    plan = optimize(pipe)
+    assert [part.name for part in plan.transformers] == ["transformer", "transformer_2"]
+    draw(pipe, steps=9)
+    assert all(get_cache(model).reuse_steps for model in (pipe.transformer, pipe.transformer_2))
+    restore(pipe)
+    for model, was in zip((pipe.transformer, pipe.transformer_2), before, strict=True):
+        assert_as_before(model, was)
+    assert torch.equal(draw(pipe), plain)
+
+
+class Pipe:
+    """Stand for a pipeline of a class that nobody knows."""
+
+    def __init__(self, **components):
+        self.components = components
+        self.__dict__.update(components)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("transformer", "Lumina2Transformer2DModel"), ("unet", "UNet2DConditionModel")]
+)
+def test_models_that_no_cache_knows_are_quantized_alone(part, name):
+    pipe = Pipe(**{part: make_tiny(name)})
+    plan = optimize(pipe)
+    assert f"not {name}; docs/models.md says how a family is added" in " ".join(str(plan).split())
+    assert quant_layers(getattr(pipe, part))
+    assert "no cache" not in str(optimize(Pipe(**{part: make_tiny(name)}), cache=None))
+    assert quant_layers(getattr(restore(pipe), part)) == {}
+
+
+@pytest.mark.parametrize("restorable", [True, False])
+def test_an_interrupt_leaves_the_pipeline_as_it_was(dit_pipe, monkeypatch, restorable):
+    plain, before, made = images(dit_pipe), contents(dit_pipe.transformer), []
+    original = QuantLinear.from_linear
+
+    def interrupted(*args):
+        made.append(args)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(QuantLinear, "from_linear", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimize(dit_pipe, restorable=restorable)
+    assert_as_before(dit_pipe.transformer, before)
+    assert torch.equal(images(dit_pipe), plain)
+    with pytest.raises(ModelError, match="this DiTPipeline is not optimized"):
+        restore(dit_pipe)
+
+
+def test_a_model_that_cannot_be_cached_so_is_left_as_it_was():
+    pipe = Pipe(transformer=make_tiny("QwenImageTransformer2DModel", zero_cond_t=True))
+    before = contents(pipe.transformer)
+    with pytest.raises(CacheError, match="use mode 'delta'"):
+        optimize(pipe)
+    assert_as_before(pipe.transformer, before)
+    optimize(pipe, cache="delta")
+
+
+def test_what_is_optimized_already_is_refused(dit_pipe):
+    optimize(dit_pipe)
+    with pytest.raises(ModelError, match=r"pipe.transformer is quantized already; call qandc.restore\(pipe\) first"):
+        optimize(dit_pipe)
+    restore(dit_pipe)
+    apply_cache(dit_pipe.transformer)
+    with pytest.raises(ModelError, match=r"pipe.transformer is cached already"):
+        optimize(dit_pipe)
+    remove_cache(dit_pipe.transformer)
+    graph(dit_pipe.transformer)
+    with pytest.raises(ModelError, match=r"pipe.transformer is optimized already"):
+        optimize(dit_pipe)
+
+
+def test_what_was_changed_since_is_restored_or_refused(dit_pipe):
+    model, plain = dit_pipe.transformer, images(dit_pipe)
+    before = contents(model)
+    optimize(dit_pipe, cache="branch")
+    remove_cache(model)
+    apply_cache(model, 2)  # another cache
+    model.transformer_blocks[0].requires_grad_(False)
+    restore(dit_pipe)
+    assert_as_before(model, before)
+    assert torch.equal(images(dit_pipe), plain)
+    optimize(dit_pipe, cache=None)
+    model.transformer_blocks[0].attn1.to_q = nn.Linear(32, 32)
+    changed = contents(model)
+    with pytest.raises(ModelError, match=r"this DiTTransformer2DModel was changed since .*; undo that first"):
+        restore(dit_pipe)
+    assert_as_before(model, changed)
+
+
+def test_layers_go_where_the_model_is_now(dit_pipe):
+    optimize(dit_pipe)
+    dit_pipe.transformer.to(torch.float64)
+    restore(dit_pipe)
+    assert {parameter.dtype for parameter in dit_pipe.transformer.parameters()} == {torch.float64}
+
+
+def test_layers_that_are_not_kept(dit_pipe):
+    plan = optimize(dit_pipe, restorable=False)
+    assert "restore    no: restorable=False" in str(plan)
+    with pytest.raises(ModelError, match="kept no full-precision layers; load the pipeline again"):
+        restore(dit_pipe)
+
+
+def test_a_copy_of_the_pipeline_draws_the_same_and_cannot_be_restored(dit_pipe):
+    optimize(dit_pipe)
+    other = copy.deepcopy(dit_pipe)
+    assert torch.equal(images(other), images(dit_pipe))
+    with pytest.raises(ModelError, match="is not optimized; give the pipeline that optimize was given"):
+        restore(other)
+    restore(dit_pipe)
+    assert quant_layers(other.transformer)
+
+
+REFUSED = {
+    "a model": (lambda pipe: optimize(pipe.transformer), ModelError, "takes a pipeline of diffusers"),
+    "no pipeline": (lambda pipe: optimize(3), ModelError, "denoises with transformer, transformer_2, unet; got int"),
+    "a part": (lambda pipe: optimize(pipe, transformer="unet"), ConfigError, "DiTPipeline, which has transformer"),
+    "a mode": (lambda pipe: optimize(pipe, cache="all"), ConfigError, "cache mode 'all' is unknown"),
+    "two intervals": (lambda pipe: optimize(pipe, cache=CacheConfig(), cache_interval=2), ConfigError, "give cache_i"),
+    "bits": (lambda pipe: optimize(pipe, 3), ConfigError, "w_bits"),
+    "restore": (lambda pipe: restore(pipe), ModelError, "is not optimized"),
+    "restore none": (lambda pipe: restore(3), ModelError, "this int is not optimized"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals(dit_pipe, call, error, message):
+    before = contents(dit_pipe.transformer)
+    with pytest.raises(error, match=message):
+        call(dit_pipe)
+    assert_as_before(dit_pipe.transformer, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["branch", None])
+def test_blocks_are_compiled_in_place(dit_pipe, monkeypatch, cache):
+    graphs = []
+    backend = functools.partialmethod(nn.Module.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(nn.Module, "compile", backend)
+    plain, before = images(dit_pipe), contents(dit_pipe.transformer)
+    optimize(dit_pipe, cache=cache, compile=False)
+    eager = images(dit_pipe)
+    restore(dit_pipe)
+    plan = optimize(dit_pipe, cache=cache, compile=True)
+    assert "compile    3 blocks" in str(plan)
+    assert f"graph      no: {'a graph holds one way' if cache else 'on cpu there are none'}" in str(plan)
+    torch.testing.assert_close(images(dit_pipe), eager, atol=1e-3, rtol=0)
+    assert graphs
+    restore(dit_pipe)
+    graphs.clear()
+    assert_as_before(dit_pipe.transformer, before)
+    assert torch.equal(images(dit_pipe), plain)
+    assert not graphs
