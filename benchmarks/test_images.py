@@ -18,6 +18,8 @@ from benchmarks.timing import DEVICE, Candidate, relative_error
 from qandc import CacheConfig, apply_cache, graph, remove_cache
 
 Model = Any
+Row = dict[str, Any]
+Launch = Callable[[int], torch.Tensor]
 INTERVAL = 3  # of steps one is computed, where something is cached
 TEXT, PIXELS = 512, 1024
 CACHED_BOUND = 2.0  # random weights draw no images; what is reused must all the same not be far off or NaN
@@ -117,7 +119,7 @@ RECIPES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
 
 
 @contextmanager
-def _ours_cached(config: CacheConfig, pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+def _ours_cached(config: CacheConfig, pipe: Any, row: Row) -> Iterator[None]:
     cache = apply_cache(pipe.transformer, config=config)
     try:
         yield
@@ -127,7 +129,7 @@ def _ours_cached(config: CacheConfig, pipe: Any, row: dict[str, Any]) -> Iterato
 
 
 @contextmanager
-def _taylorseer(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+def _taylorseer(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
     from diffusers import TaylorSeerCacheConfig
 
     with _of_diffusers(pipe, TaylorSeerCacheConfig(cache_interval=INTERVAL, disable_cache_before_step=1)):
@@ -135,7 +137,7 @@ def _taylorseer(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _first_block(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+def _first_block(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
     from diffusers import FirstBlockCacheConfig
     from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 
@@ -151,7 +153,7 @@ def _first_block(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
         with _of_diffusers(pipe, FirstBlockCacheConfig(threshold=0.12)):
             yield
             computed = 0
-            row["launch"](0)
+            launch(0)
             row["compute_steps"] = computed
     finally:
         FBCHeadBlockHook._should_compute_remaining_blocks = decide
@@ -171,7 +173,7 @@ def _of_diffusers(pipe: Any, config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _cache_dit(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
+def _cache_dit(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
     """Compute every third step, as the others here, and the first block always; no threshold decides otherwise."""
     cache_dit = library("cache-dit")
     mask = [int(step % INTERVAL == 0) for step in range(row["m"])]
@@ -191,12 +193,12 @@ def _cache_dit(pipe: Any, row: dict[str, Any]) -> Iterator[None]:
         cache_dit.disable_cache(pipe)
 
 
-Cache = Callable[[Any, dict[str, Any]], Any]
+Cache = Callable[[Any, Row, Launch], Any]
 CANDIDATES: dict[str, tuple[str, Cache | None]] = {name: (name, None) for name in RECIPES if name != TO_BE_COMPILED}
 CANDIDATES |= {  # the transformer that is cached, and how
     f"{IMAGES_OURS}, {mode} cache": (
         IMAGES_OURS,
-        lambda pipe, row, mode=mode: _ours_cached(CacheConfig(mode, interval=INTERVAL), pipe, row),
+        lambda pipe, row, launch, mode=mode: _ours_cached(CacheConfig(mode, interval=INTERVAL), pipe, row),
     )
     for mode in IMAGES_CACHED
 }
@@ -237,7 +239,7 @@ def pipeline(layer: str, model: Model) -> Any:
     return made
 
 
-def images(layer: str, pipe: Any, steps: int) -> Callable[[int], torch.Tensor]:
+def images(layer: str, pipe: Any, steps: int) -> Launch:
     """A call of the pipeline, picture included; what it gives here are the latents, as the decoder gets them."""
     about, seen = PIPES[layer], []
     generator = torch.Generator().manual_seed(0)
@@ -269,7 +271,7 @@ def images(layer: str, pipe: Any, steps: int) -> Callable[[int], torch.Tensor]:
     return launch
 
 
-def build(layer: str, name: str, steps: int, row: dict[str, Any], held: ExitStack) -> Candidate:
+def build(layer: str, name: str, steps: int, row: Row, held: ExitStack) -> Candidate:
     """Attach what the candidate caches for as long as ``held`` is open."""
     recipe, cache = CANDIDATES[name]
     theirs = recipe == TO_BE_COMPILED
@@ -278,9 +280,8 @@ def build(layer: str, name: str, steps: int, row: dict[str, Any], held: ExitStac
     pipe = pipeline(layer, transformer(layer, recipe, fresh=theirs))
     launch = images(layer, pipe, steps)
     if cache is not None:
-        row["launch"] = launch
         try:
-            held.enter_context(cache(pipe, row))
+            held.enter_context(cache(pipe, row, launch))
             if theirs:
                 launch(0)
         except Exception as reason:
@@ -297,10 +298,9 @@ def build(layer: str, name: str, steps: int, row: dict[str, Any], held: ExitStac
 @pytest.mark.parametrize(("layer", "name", "m"), CASES)
 def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, name: str, m: int) -> None:
     """M is the number of steps."""
-    row: dict[str, Any] = {"op": "images", "layer": layer, "m": m, "candidate": name}
+    row: Row = {"op": "images", "layer": layer, "m": m, "candidate": name}
     skip = WITHOUT_GPU
     if any(word in name for word in ("torchao", "cache-dit")) and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
     with ExitStack() as held:
-        held.callback(row.pop, "launch", None)
         measure(row, lambda: build(layer, name, m, row, held), skip)
