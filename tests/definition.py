@@ -5,7 +5,8 @@ diffusers does all else, so gates are those of the current step, and nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +30,6 @@ CONFIGS = {
     "hicache 2 uneven": CacheConfig("hicache", schedule=UNEVEN, order=2),
     "crf": CacheConfig("crf", interval=3),
 }
-LATER = ("hicache 2 uneven", "crf")  # what modes before prove for each family is shown for few of these
 BRANCHES = {  # by list of blocks, in all streams
     "DiTTransformer2DModel": {"transformer_blocks": ("attn1", "ff")},
     "PixArtTransformer2DModel": {"transformer_blocks": ("attn1", "attn2", "ff")},
@@ -42,15 +42,26 @@ BRANCHES = {  # by list of blocks, in all streams
     "WanTransformer3DModel": {"blocks": ("attn1", "attn2", "ffn")},
     "ZImageTransformer2DModel": {"layers": ("attention_norm2", "ffn_norm2")},
 }
+QUICK = ("DiTTransformer2DModel", "FluxTransformer2DModel")  # one stream and two
 PER_BRANCH = ("branch", "taylor", "hicache")
 TOKENS = 16  # of an image in the small FLUX.1, whose single blocks have it behind the text
-CASES = [
-    pytest.param(name, config, id=f"{kind}-{name}", marks=[pytest.mark.slow] * (kind in LATER and i > 2))
-    for i, name in enumerate(BRANCHES)
-    for kind, config in CONFIGS.items()
-]
 OF_TEXT = ("ff_context", "txt_mlp")
 STREAMS = ("encoder_hidden_states", "hidden_states")  # as blocks of two return them
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name in QUICK else [pytest.mark.slow]
+
+
+def cases(kinds: Iterable[str], *more: str) -> list[Any]:
+    """Make parameters of a test: each class, a config of each kind, and what is given; slow for all but ``QUICK``."""
+    return [
+        pytest.param(name, CONFIGS[kind], *more, id="-".join([kind, name, *more]), marks=_marks(name))
+        for kind, name in itertools.product(kinds, BRANCHES)
+    ]
+
+
+all_families = pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in BRANCHES])
 
 
 class Step(NamedTuple):
@@ -132,8 +143,9 @@ def by_definition(
     config: CacheConfig,
     inputs: list[dict[str, Any]],
     compensation: FeatureCompensation | None = None,
+    known: list[Step] | None = None,
 ) -> list[torch.Tensor]:
-    """Return the outputs of all steps of a run."""
+    """Return the outputs of all steps of a run; ``known`` are those of the same run without a cache."""
     steps: dict[int, Step] = {}
     order, outputs, reused = config.history - 1, [], 0
     for step, given in enumerate(inputs):
@@ -149,7 +161,7 @@ def by_definition(
                 for f, a, b in zip(corrected, gains, offsets, strict=True):
                     f.mul_(a).add_(b)
             reused += 1
-        now = step_of(model, given, config.mode, features)
+        now = known[step] if known and features is None else step_of(model, given, config.mode, features)
         outputs.append(now.output)
         if features is None:
             steps[step] = now
