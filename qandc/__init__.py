@@ -24,6 +24,7 @@ from qandc.fusion.model_graph import graph, ungraph
 from qandc.method.feature_compensation import fit_feature_compensation
 from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.method.pool import CandidatePool, record_pool
+from qandc.method.prompt_calibration import calibrate_on_prompts
 from qandc.method.run_pool import RunPool, pool_from_run
 from qandc.method.saved import CalibratedModel, Preset, fashion_dit_preset, load, save
 from qandc.method.schedule_calibration import calibrate_schedule, schedule_from_run
@@ -77,6 +78,7 @@ __all__ = [
     "apply_cache",
     "apply_cache_to_dit",
     "calibrate",
+    "calibrate_on_prompts",
     "calibrate_pipeline",
     "calibrate_schedule",
     "calibrate_steps",

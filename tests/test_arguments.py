@@ -100,6 +100,17 @@ def pool() -> qandc.CandidatePool:
     return qandc.record_pool(dit(), ddim(), [1, 2], num_inference_steps=STEPS)
 
 
+class Prompted:
+    """A pipeline of a kind that nobody knows."""
+
+    def __init__(self) -> None:
+        self.transformer, self.scheduler = dit(), ddim()
+
+    def __call__(self, prompt: str, generator: Any = None, output_type: str = "pil") -> Any:
+        run = {"num_inference_steps": STEPS, "seeds": [generator.initial_seed()]}
+        return qandc.sample_latents(self.transformer, self.scheduler, [len(prompt)], **run)
+
+
 @functools.cache
 def run_pool() -> qandc.RunPool:
     good = {name: value.good for name, value in running().items()}
@@ -488,6 +499,20 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "batches": batches(),
         "symmetric": P(True, FLAG),
         "ranges": ranges(),
+    },
+    "calibrate_on_prompts": lambda: {
+        "pipe": P(Prompted()),
+        "prompts": P(["a coat"], "['x'] array_text"),
+        **BITS,
+        "cache": P(None, "None"),
+        "pool_images": P(1),
+        "samples": P(2),
+        "smoothing": P(True, FLAG),
+        "gptq": P(False, f"None {FLAG}"),
+        "compensation": P("none", "None"),
+        "transformer": P("transformer"),
+        "pool_directory": P(None, "None 'x' cuda:99"),
+        "progress": P(None, f"None {CALLABLES}"),
     },
     "calibrate_pipeline": lambda: {
         "pipe": P(copy.deepcopy(pipeline()), "pipeline"),

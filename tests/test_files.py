@@ -21,7 +21,7 @@ from qandc import CalibratedSchedule, Compensation, ConfigError, DataError, Outp
 from qandc.experiments.scores import load_images
 from qandc.experiments.shards import ImageSet, merge_shards
 from qandc.method import pool
-from qandc.support.files import keep_settings, locked, read_json, write_json
+from qandc.support.files import bytes_of, keep_settings, locked, read_json, write_json
 from qandc.variance_compensation import FittedFor
 from tests.conftest import in_time
 
@@ -55,6 +55,18 @@ with locked(pathlib.Path({str(path)!r})):
         raise KeyError
     with locked(path):
         pass
+
+
+def test_bytes_are_those_of_the_elements_whatever_the_strides():
+    """Also of one element that was expanded, whose stride is 0."""
+    for x in (
+        torch.arange(6.0).view(2, 3).T,
+        torch.tensor(3.0).expand(1),
+        torch.ones(2, 0),
+        torch.tensor(2).bfloat16(),
+    ):
+        plain = torch.tensor(x.tolist(), dtype=x.dtype)
+        assert bytes(bytes_of(x)) == plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def test_a_lock_without_fcntl(tmp_path):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.cache import apply_cache, get_cache, remove_cache
+from qandc.cache import get_cache
 from qandc.caching.compensation import FeatureCompensation
-from qandc.caching.schedule import CacheConfig, CalibratedSchedule
+from qandc.caching.schedule import CalibratedSchedule
 from qandc.errors import ModelError, OutputError
 from qandc.evaluation.metrics import psnr
 from qandc.method.feature_compensation import fit_feature_compensation
@@ -28,9 +28,9 @@ from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.saved import PIPELINE_FILES, Preset, check_target, is_finished
 from qandc.method.schedule_calibration import calibrate_schedule
 from qandc.method.settings import CalibrationConfig
+from qandc.method.stages import Stage, StageProgress, attached, quantize_on
 from qandc.models import class_conditional
-from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report, quantize_model
-from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors
+from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents, set_timesteps
 from qandc.sampling.pipelines import class_names, fingerprint
 from qandc.sampling.trajectories import Trajectory, fit_compensation, record_trajectory
@@ -43,8 +43,6 @@ from qandc.variance_compensation import Compensation
 __all__ = ["CalibrationConfig", "CalibrationReport", "calibrate_pipeline", "check_directory"]
 
 logger = logging.getLogger(__name__)
-
-StageProgress = Callable[[str, int, int], None]
 
 POOL, REPORT = "pool", "report.json"  # of a directory
 CLASSES = 10  # the first of the model, in turn
@@ -167,10 +165,10 @@ def calibrate_pipeline(
         work.quantize(pool, work.choose(pool))
         schedule = work.find_schedule()
         work.preset(schedule).save(quantized)
-    with _attached(model, schedule.config()):
+    with attached(model, schedule.config()):
         plain = psnr(work.draw("without compensation"), full)
     features = work.compensate_features(schedule)
-    with _attached(model, schedule.config(), features):
+    with attached(model, schedule.config(), features):
         compensation, compensated = work.compensate(reference), None
         if features is not None or compensation is not None:
             compensated = psnr(work.draw("with compensation", compensation), full)
@@ -180,44 +178,6 @@ def calibrate_pipeline(
     preset.save(directory, pipe if checkpoint else None)
     write_json(directory / REPORT, report.record(settings, source))
     return report
-
-
-@contextmanager
-def _attached(model: Any, config: CacheConfig, features: FeatureCompensation | None = None) -> Iterator[None]:
-    apply_cache(model, config=config, compensation=features)
-    try:
-        yield
-    finally:
-        remove_cache(model)
-
-
-class _Stage:
-    """Count what is done of one part of the work."""
-
-    def __init__(self, name: str, total: int, progress: StageProgress) -> None:
-        self.name, self.total, self.completed, self.progress = name, total, 0, progress
-
-    def __enter__(self) -> _Stage:
-        self.progress(self.name, 0, self.total)
-        return self
-
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is None and self.completed < self.total:  # parts that were there already
-            self.progress(self.name, self.total, self.total)
-
-    def add(self, count: int) -> None:
-        self.completed += count
-        self.progress(self.name, self.completed, self.total)
-
-    def step(self, step: int, timestep: float, latents: torch.Tensor) -> None:
-        """Count the images of a step; a callback of the denoising loop."""
-        self.add(len(latents))
-
-    def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches, each counted when the next one is asked for."""
-        for batch in batches:
-            yield batch
-            self.add(1)
 
 
 class _Calibration:
@@ -256,13 +216,13 @@ class _Calibration:
         labels = [self.classes[i % len(self.classes)] for i in range(count)]
         return {"conditions": labels, "seeds": list(range(first_seed, first_seed + count)), **self.run}
 
-    def _stage(self, name: str, images: int) -> _Stage:
-        return _Stage(name, images * self.settings.num_inference_steps, self.progress)
+    def _stage(self, name: str, images: int) -> Stage:
+        return Stage(name, images * self.settings.num_inference_steps, self.progress)
 
     def record_pool(self, directory: Path) -> CandidatePool:
         count = self.settings.pool_images
-        attached = _attached(self.model, self.settings.cache) if self.settings.pool_with_cache else nullcontext()
-        with attached, self._stage("candidate pool", count) as stage:
+        cached = attached(self.model, self.settings.cache) if self.settings.pool_with_cache else nullcontext()
+        with cached, self._stage("candidate pool", count) as stage:
             return record_pool(
                 self.model,
                 self.scheduler,
@@ -295,38 +255,26 @@ class _Calibration:
         settings = self.settings
         if settings.samples == len(pool):
             logger.warning("all %d candidates of the pool are taken: there is nothing to choose", len(pool))
-        with _Stage("choosing samples", 1, self.progress):
+        with Stage("choosing samples", 1, self.progress):
             config = TapConfig(settings.clusters)
             return pool.select(settings.samples, config, method=settings.select, seed=settings.seed)
 
     def quantize(self, pool: CandidatePool, chosen: np.ndarray) -> None:
-        """Find smoothing factors, round weights, then find static ranges."""
-        settings, config, model = self.settings, self.settings.quant_config, self.model
+        settings, model = self.settings, self.model
 
-        def batches(stage: _Stage) -> Iterator[dict[str, Any]]:
-            found = pool.batches(chosen, batch_size=SAMPLES_AT_ONCE, device=model.device, dtype=model.dtype)
-            return stage.counted(found)
+        def batches() -> Iterator[dict[str, Any]]:
+            return pool.batches(chosen, batch_size=SAMPLES_AT_ONCE, device=model.device, dtype=model.dtype)
 
-        count = -(-len(chosen) // SAMPLES_AT_ONCE)
-        smoothing = hessians = None
-        if settings.smoothing:
-            with _Stage("smoothing", count, self.progress) as stage:
-                smoothing = smoothing_factors(model, batches(stage), skip_patterns=config.skip_patterns)
-        if settings.gptq:
-            with _Stage("inputs of layers", count, self.progress) as stage:
-                hessians = input_hessians(model, batches(stage), config.skip_patterns)
-        with _Stage("rounding weights", 1, self.progress):
-            quantize_model(
-                model,
-                config.w_bits,
-                config.a_bits,
-                config.skip_patterns,
-                weight_clip=config.weight_clip,
-                smoothing=smoothing,
-                hessians=hessians,
-            )
-        with _Stage("ranges", count, self.progress) as stage:
-            calibrate(model, batches(stage), ranges=settings.ranges)
+        quantize_on(
+            model,
+            batches,
+            -(-len(chosen) // SAMPLES_AT_ONCE),
+            settings.quant_config,
+            self.progress,
+            smoothing=settings.smoothing,
+            gptq=settings.gptq,
+            ranges=settings.ranges,
+        )
 
     def find_schedule(self) -> CalibratedSchedule:
         """Find a schedule of as many compute steps as the uniform one has, where they serve the others best."""

@@ -25,7 +25,7 @@ from qandc.models import Family, older_names
 from qandc.sampling.loop import Guidance, check_sampling, sample_latents, set_timesteps
 from qandc.support.arguments import Count, Integers, Model, Scheduler, Seeds, Steps, checked
 
-__all__ = ["calibrate_schedule", "feature_moments", "schedule_from_run"]
+__all__ = ["calibrate_schedule", "feature_moments", "schedule_for", "schedule_from_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,26 @@ def schedule_from_run(
         DataError: the transformer did not run, its features are NaN or infinite, or nothing is added at all.
     """
     mode = CacheConfig(mode, order=order).mode  # refuses others before any work
-    moments, timesteps = feature_moments(transformer, run, mode)
+    return _best(*feature_moments(transformer, run, mode), mode, order, computed_steps, compensated)
+
+
+def schedule_for(
+    transformer: Any, run: Callable[[], Any], cache: CacheConfig, compensated: bool = False
+) -> CalibratedSchedule:
+    """Choose as many steps as a cache with an interval would compute; one that has a schedule keeps it.
+
+    Errors: as :func:`schedule_from_run`.
+    """
+    moments, timesteps = feature_moments(transformer, run, cache.mode)
+    computed = cache.of_steps(len(timesteps))
+    if cache.schedule is not None or all(computed):
+        return CalibratedSchedule(computed, timesteps, cache.mode, cache.history - 1)
+    return _best(moments, timesteps, cache.mode, cache.order, sum(computed), compensated)
+
+
+def _best(
+    moments: StepMoments, timesteps: tuple[float, ...], mode: str, order: int, computed_steps: int, compensated: bool
+) -> CalibratedSchedule:
     order = _check_steps(mode, order, computed_steps, timesteps)
     pull = DEFAULT_PULL[mode] if compensated else None
     errors = partial(moments.errors, pull=pull, form=DEFAULT_FORM[mode], mode=mode)

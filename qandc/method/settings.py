@@ -15,7 +15,7 @@ from qandc.support.arguments import Between, Count, Steps, check_fields
 from qandc.tap import CLUSTERERS, METHODS
 from qandc.variance_compensation import FORMS
 
-__all__ = ["COMPENSATIONS", "CalibrationConfig", "CalibrationSettings"]
+__all__ = ["COMPENSATIONS", "CalibrationConfig", "CalibrationSettings", "Images"]
 
 ROUNDINGS = ("nearest", "gptq")
 TARGETS = ("sample", "noise")

@@ -17,6 +17,7 @@ from qandc.errors import ConfigError, DataError, DeviceError, ModelError, QandCE
 from qandc.models import class_conditional
 from qandc.quantization.conversion import EXACT_WEIGHTS, quant_layers
 from qandc.support.arguments import checked
+from qandc.support.files import bytes_of
 
 __all__ = [
     "DTYPES",
@@ -192,7 +193,7 @@ def fingerprint(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FileEntry",
     "FileKind",
+    "bytes_of",
     "content_digest",
     "keep_settings",
     "locked",
@@ -247,13 +248,20 @@ class FileKind(Generic[Content]):
 
 def content_digest(body: bytes, tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of bytes and of tensors with their names, dtypes and shapes, in whatever order these are."""
-    import torch
-
     digest = hashlib.sha256(body)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor in the order of its elements."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous()
+    # a contiguous tensor of one element may have any strides
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _read_bytes(path: Path) -> bytes:

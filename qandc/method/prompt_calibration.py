@@ -1,0 +1,149 @@
+"""Calibrate a pipeline that draws from prompts, along its own runs: samples, ranges, schedule, compensation."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from qandc.cache import get_cache
+from qandc.caching.schedule import CacheConfig
+from qandc.errors import ConfigError, ModelError
+from qandc.method.feature_compensation import fit_feature_compensation
+from qandc.method.pipeline_calibration import FEATURES_SEED, POOL_SEED, SCHEDULE_SEED
+from qandc.method.run_pool import pool_from_run
+from qandc.method.saved import CalibratedModel
+from qandc.method.schedule_calibration import schedule_for
+from qandc.method.settings import Images
+from qandc.method.stages import Stage, StageProgress, attached, quantize_on
+from qandc.quantization.conversion import quant_layers
+from qandc.quantizer import QuantConfig
+from qandc.support.arguments import Count, Pipeline, checked
+from qandc.tap import TapConfig
+
+__all__ = ["calibrate_on_prompts"]
+
+logger = logging.getLogger(__name__)
+
+OURS = ("prompt", "generator", "output_type", "latents", "return_dict")  # arguments of a pipeline that are set here
+COMPENSATIONS = ("features", "none")
+SAMPLES_PER_CLUSTER = 8
+
+
+@checked
+def calibrate_on_prompts(
+    pipe: Annotated[Any, Pipeline],
+    prompts: Sequence[str],
+    *,
+    w_bits: int = 8,
+    a_bits: int = 8,
+    cache: CacheConfig | None = None,
+    pool_images: Images = 16,
+    samples: Count = 128,
+    smoothing: bool = True,
+    gptq: bool | None = None,
+    compensation: str | None = None,
+    transformer: str = "transformer",
+    pool_directory: str | Path | None = None,
+    progress: StageProgress | None = None,
+    **pipeline_arguments: Any,
+) -> CalibratedModel:
+    """Quantize a transformer on images that its own pipeline draws from prompts, and find schedule and compensation.
+
+    ``calibrate_on_prompts(pipe, prompts, cache=CacheConfig("taylor", interval=3), num_inference_steps=28)``. The
+    transformer is quantized in place; no cache is attached: ``apply_cache(found.model, config=found.schedule.config(),
+    compensation=found.features)``. :func:`qandc.save` takes what is returned.
+
+    Args:
+        pipe: any pipeline of diffusers that takes ``prompt``, with its transformer in full precision, without a cache.
+        prompts: taken in turn.
+        w_bits, a_bits: as :func:`qandc.quantize_model`.
+        cache: that the model will have: samples are taken from runs with it, as the paper does it. With an interval,
+            as many steps are computed, those that serve the others best; a schedule is kept. None: no cache.
+        pool_images: images that are drawn for each part of the work, pool, schedule and compensation, each from noise
+            of its own.
+        samples: calls of the transformer to calibrate with, chosen by TAP among all of the pool.
+        smoothing: move outliers from activations to weights.
+        gptq: round weights with Hessians, by default those of 4 bits.
+        compensation: ``features`` corrects what the cache reuses (:func:`qandc.fit_feature_compensation`), the default
+            with a cache; or ``none``.
+        transformer: name of the transformer in the pipeline: ``transformer_2`` for the second one of Wan 2.2.
+        pool_directory: keeps the pool, as :func:`qandc.pool_from_run` does; an interrupted recording goes on.
+        progress: called as ``progress(stage, completed, total)``, first with 0, last with the total.
+        pipeline_arguments: of each call of the pipeline: ``height``, ``width``, ``num_inference_steps``,
+            ``guidance_scale``, ``negative_prompt`` and others, by the names that it has for them.
+
+    Raises:
+        ConfigError: no prompt, an empty one or no string; an argument that the pipeline does not have or that is set
+            here; another compensation.
+        ModelError: the pipeline takes no prompts, or its transformer is quantized, cached or of no family that a cache
+            knows.
+        DataError: samples or features are NaN, infinite or do not vary.
+    """
+    model: Any = getattr(pipe, transformer, None)
+    _check(pipe, model, transformer, prompts, pipeline_arguments)
+    if compensation not in (None, *COMPENSATIONS):
+        raise ConfigError(f"compensation {compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+    gptq = w_bits == 4 if gptq is None else gptq
+    config = QuantConfig(w_bits, a_bits, weight_clip="mse" if gptq else "max")
+    if len(prompts) < pool_images:
+        logger.info("%d prompts for %d images: they are taken in turn", len(prompts), pool_images)
+    report: StageProgress = progress or (lambda stage, completed, total: None)
+
+    def image(stage: Stage, first_seed: int, number: int) -> None:
+        generator = torch.Generator().manual_seed(first_seed + number)
+        pipe(prompt=prompts[number % len(prompts)], generator=generator, output_type="latent", **pipeline_arguments)
+        stage.add(1)
+
+    def images(stage: Stage, first_seed: int) -> list[Callable[[], None]]:
+        return [partial(image, stage, first_seed, number) for number in range(pool_images)]
+
+    def all_images(stage: Stage, first_seed: int) -> None:
+        for draw in images(stage, first_seed):
+            draw()
+
+    with attached(model, cache) if cache else nullcontext(), Stage("candidate pool", pool_images, report) as stage:
+        about = json.dumps([prompts, pipeline_arguments], default=lambda value: type(value).__name__)
+        pool = pool_from_run(model, images(stage, POOL_SEED), pool_directory, about=about)
+    with Stage("choosing samples", 1, report):
+        count = min(samples, len(pool))
+        if count < samples:
+            logger.info("the pool has %d samples, and all are taken: there are no %d", count, samples)
+        chosen = pool.select(count, TapConfig(max(1, count // SAMPLES_PER_CLUSTER)))
+    batches = partial(pool.batches, chosen, device=model.device)
+    quantize_on(model, batches, count, config, report, smoothing=smoothing, gptq=gptq)
+    if cache is None:
+        return CalibratedModel(model)
+    with Stage("schedule", pool_images, report) as stage:
+        compensated = compensation != "none"
+        schedule = schedule_for(model, partial(all_images, stage, SCHEDULE_SEED), cache, compensated)
+    if not compensated or all(schedule.schedule):
+        return CalibratedModel(model, schedule)
+    with Stage("features", pool_images, report) as stage:
+        run = partial(all_images, stage, FEATURES_SEED)
+        features = fit_feature_compensation(model, run, config=schedule.config(cache.storage_dtype))
+    return CalibratedModel(model, schedule, features=features)
+
+
+def _check(pipe: Any, model: Any, name: str, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
+    """Refuse, before any work, what cannot be calibrated or drawn."""
+    kind, known = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    if "prompt" not in known:
+        raise ModelError(f"{kind} takes no prompt; calibrate a DiTPipeline with calibrate_pipeline")
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"{kind} has no model {name!r}; give the name of its transformer")
+    if quant_layers(model) or get_cache(model) is not None:
+        raise ModelError(f"{name} is quantized or has a cache already; load the pipeline anew to calibrate it")
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError("prompts is an empty list, or one of them is empty; give at least one, and text in each")
+    for argument in arguments:
+        if argument in OURS or argument not in known:
+            why = "is set here" if argument in OURS else f"is no argument of {kind}"
+            raise ConfigError(f"{argument} {why}; give what a call of the pipeline takes beside a prompt")
