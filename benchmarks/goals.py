@@ -57,7 +57,11 @@ ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
 COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
 OWN_ATTENTION, CUDNN = "attention_quantize_per_tensor", "torch cuDNN attention + quantize"
 COMPUTE, RUN = "compute step", "no cache"
-IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = "bf16 compiled", "W8A8 + W8A16, compiled", ("delta", "branch", "taylor")
+IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = (
+    "bf16 compiled",
+    "W8A8 + W8A16, compiled, graph()",
+    ("delta", "branch", "taylor"),
+)
 PIPELINE_EAGER, PIPELINE_COMPILED = "diffusers bf16, eager", "bf16 compiled, a graph per step"
 FULL_METHOD = "fused W8A8 + branch cache + VC"
 DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"

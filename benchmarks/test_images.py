@@ -24,6 +24,7 @@ INTERVAL = 3  # of steps one is computed, where something is cached
 TEXT, PIXELS = 512, 1024
 CACHED_BOUND = 2.0  # random weights draw no images; what is reused must all the same not be far off or NaN
 TO_BE_COMPILED = "bf16"  # by what caches it
+COMPILED = IMAGES_OURS.removesuffix(", graph()")
 
 
 class Pipe(NamedTuple):
@@ -109,8 +110,8 @@ RECIPES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     "bf16 eager": (lambda model, layer: clone(model), 0.05),
     IMAGES_BF16: (lambda model, layer: compiled(clone(model)), 0.2),
     TO_BE_COMPILED: (lambda model, layer: clone(model), 0.2),
-    IMAGES_OURS: (_ours, 0.4),
-    f"{IMAGES_OURS}, graph()": (lambda model, layer: graph(_ours(model, layer)), 0.4),
+    COMPILED: (_ours, 0.4),
+    IMAGES_OURS: (lambda model, layer: graph(_ours(model, layer)), 0.4),
     "torchao fp8 rowwise, compiled": (
         lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
         0.4,
@@ -123,7 +124,7 @@ def _ours_cached(config: CacheConfig, pipe: Any, row: Row) -> Iterator[None]:
     cache = apply_cache(pipe.transformer, config=config)
     try:
         yield
-        row["cache_bytes"] = cache.nbytes
+        row["cache_bytes"], row["compute_steps"] = cache.nbytes, sum(config.of_steps(row["m"]))
     finally:
         remove_cache(pipe.transformer)
 
@@ -196,10 +197,11 @@ def _cache_dit(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
 Cache = Callable[[Any, Row, Launch], Any]
 CANDIDATES: dict[str, tuple[str, Cache | None]] = {name: (name, None) for name in RECIPES if name != TO_BE_COMPILED}
 CANDIDATES |= {  # the transformer that is cached, and how
-    f"{IMAGES_OURS}, {mode} cache": (
-        IMAGES_OURS,
+    f"{ours}, {mode} cache": (
+        ours,
         lambda pipe, row, launch, mode=mode: _ours_cached(CacheConfig(mode, interval=INTERVAL), pipe, row),
     )
+    for ours in (COMPILED, IMAGES_OURS)
     for mode in IMAGES_CACHED
 }
 CANDIDATES |= {

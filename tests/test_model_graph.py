@@ -11,10 +11,22 @@ import pytest
 import torch
 from torch import nn
 
-from qandc import ModelError, apply_cache_to_dit, graph, quantize_model, ungraph
+from qandc import (
+    CacheConfig,
+    ModelError,
+    apply_cache,
+    fit_feature_compensation,
+    get_cache,
+    graph,
+    quantize_model,
+    remove_cache,
+    ungraph,
+)
+from qandc.caching.features import FeatureStore
 from qandc.fusion.model_graph import Graphed, UnknownArgumentError, rebuild, structure_of
 from qandc.support.watch import Watch
 from tests.conftest import make_dit
+from tests.tiny_models import inputs_of, make_tiny
 
 GPU = pytest.mark.gpu
 
@@ -102,10 +114,26 @@ def test_refusals():
     compiled.compile(backend="eager")
     with pytest.raises(ModelError, match="was replaced"):
         graph(compiled)
-    cached = graph(make_dit())
-    apply_cache_to_dit(cached)
-    with pytest.raises(ModelError, match="wrapped since"):
-        ungraph(cached)
+
+
+@pytest.mark.parametrize("cached_first", [False, True])
+@torch.no_grad()
+def test_graphs_and_a_cache_come_and_go_in_any_order(cached_first, dit_inputs):
+    model = make_dit()
+    cls, expected = type(model), model(**dit_inputs).sample
+    cache = apply_cache(model) if cached_first else None
+    graph(model)
+    cache = cache or apply_cache(model)
+    assert get_cache(model) is cache
+    for _ in range(2):
+        torch.testing.assert_close(model(**dit_inputs).sample, expected)
+    assert (cache.compute_steps, cache.reuse_steps) == (1, 1)
+    ungraph(model)
+    assert Graphed.of(model) is None
+    assert get_cache(model) is cache
+    remove_cache(graph(model))
+    assert Graphed.of(model) is not None
+    assert type(ungraph(model)) is cls
 
 
 @pytest.mark.parametrize(
@@ -248,7 +276,7 @@ def test_graphs_are_bounded():
     model = graph(Mixed().eval().cuda(), limit=2)
     for rows in (1, 2, 3, 1):
         model(**inputs("cuda", rows))
-    assert captures(model) == 4
+    assert captures(model) == 6  # the last step of a run of known length keeps nothing, as none comes after it
     assert len(Graphed.of(model).graphs) == 2
 
 
@@ -267,3 +295,93 @@ def test_a_quantized_transformer(compiled, dit_inputs):
     for _ in range(2):
         torch.testing.assert_close(model(**given).sample, expected, rtol=0, atol=0)
     assert captures(model) == 1
+
+
+FLUX = "FluxTransformer2DModel"
+
+
+def two_runs(model, tokens=16, steps=7):
+    """Draw an image: two prompts of two lengths take turns, as with a guidance of two calls a step."""
+    given = {name: value.cuda() for name, value in inputs_of(FLUX, 0.5).items() if isinstance(value, torch.Tensor)}
+    generator = torch.Generator().manual_seed(0)
+    width = given["encoder_hidden_states"].shape[-1]
+    texts = [torch.randn(1, length, width, generator=generator).cuda() for length in (5, 3)]
+    places = [torch.zeros(length, 3, device="cuda") for length in (5, 3, tokens)]
+    latents = torch.randn(1, tokens, given["hidden_states"].shape[-1], generator=generator).cuda()
+    outputs = []
+    for step in range(steps):
+        for text, ids in zip(texts, places, strict=False):
+            call = {**given, "hidden_states": latents * (1 - step / steps), "encoder_hidden_states": text}
+            call |= {"txt_ids": ids, "img_ids": places[2], "timestep": torch.full((1,), 1 - step / steps).cuda()}
+            call |= {name: call[name][:1] for name in ("pooled_projections", "guidance")}
+            outputs.append(model(**call, return_dict=False)[0])
+    return torch.stack([output.float() for output in outputs])
+
+
+@GPU
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("mode", "order"), [("delta", 1), ("branch", 1), ("taylor", 2)])
+def test_a_cached_transformer(mode, order, compiled, said):
+    model = quantize_model(make_tiny(FLUX)).cuda()
+    if compiled:
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.compile(fullgraph=True, dynamic=False)
+    config = CacheConfig(mode, interval=3, order=order)
+    apply_cache(model, config=config)
+    expected, larger = two_runs(model), two_runs(model, tokens=64)
+    remove_cache(model)
+    graph(model, limit=32)
+    cache = apply_cache(model, config=config)
+    for _ in range(2):
+        torch.testing.assert_close(two_runs(model), expected, rtol=0, atol=0)
+    taken = captures(model)
+    assert taken == 2 * (1 + cache.config.history)  # for each run: a step that reuses, one for each set of features
+    torch.testing.assert_close(two_runs(model), expected, rtol=0, atol=0)
+    assert captures(model) == taken
+    for _ in range(2):
+        torch.testing.assert_close(two_runs(model, tokens=64), larger, rtol=0, atol=0)
+    torch.testing.assert_close(two_runs(model), expected, rtol=0, atol=0)
+    assert not said()
+    remove_cache(model)
+    plain = two_runs(model)
+    assert not torch.equal(plain, expected)
+    torch.testing.assert_close(plain, two_runs(ungraph(model)), rtol=0, atol=0)
+
+
+@GPU
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+def test_a_compensated_transformer(said):
+    model = make_tiny(FLUX).cuda()
+    config = CacheConfig("branch", interval=3)
+    found = fit_feature_compensation(model, lambda: two_runs(model), config=config)
+    apply_cache(model, compensation=found)
+    expected = two_runs(model)
+    graph(model)
+    for _ in range(3):
+        torch.testing.assert_close(two_runs(model), expected, rtol=0, atol=0)
+    assert captures(model) == 6  # the last step of a run of known length keeps nothing, as none comes after it
+    assert not said()
+
+
+@torch.no_grad()
+def test_runs_that_take_turns_find_their_memory_again(monkeypatch):
+    """What a graph was captured for is found again, one run's by that run."""
+    made = []
+    make = FeatureStore.make
+
+    def counted(store, *args):
+        made.append(make(store, *args))
+        return made[-1]
+
+    monkeypatch.setattr(FeatureStore, "make", counted)
+    model = make_tiny(FLUX)
+    apply_cache(model, config=CacheConfig("branch", interval=3))
+    for _ in range(3):
+        runs = [{name: inputs_of(FLUX, 0.5)[name] for name in ("encoder_hidden_states", "txt_ids")} for _ in range(2)]
+        for step in range(4):
+            for run in runs:
+                model(**{**inputs_of(FLUX, 1 - step / 4), **run})
+    assert sum(made) == 2

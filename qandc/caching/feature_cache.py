@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,6 +101,17 @@ class FeatureCache(Attachment):
             raise
         finally:
             self._in_step, self.plan = False, Plan()
+
+    @contextlib.contextmanager
+    def planned(
+        self, weights: torch.Tensor | None, correction: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> Iterator[None]:
+        """Take these tensors in the place of those of the current plan, inside the block: memory of a CUDA graph."""
+        before, self.plan = self.plan, replace(self.plan, weights=weights, correction=correction)
+        try:
+            yield
+        finally:
+            self.plan = before
 
     def _plan(self, run: Run, timestep: Any, device: torch.device) -> Plan:
         if run.watch.rises(run.position.step + 1, torch.as_tensor(timestep).reshape(-1)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,14 @@ class Plan:
     at: int = 0
     weights: torch.Tensor | None = None
     correction: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Return what a CUDA graph of the step depends on beside its tensors; None before the store has its buffers."""
+        if self.store is None or self.action is Action.COMPUTE:
+            return (Action.COMPUTE,)
+        serial = getattr(self.store, "serial", None)
+        return None if serial is None else (self.action, serial, self.at)
 
     def make(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> FeatureStore:
         """Return the store, with buffers made for features ``[L, K, B, tokens, D]`` of one step.

@@ -74,7 +74,10 @@ class Runs:
         return run
 
     def _free(self, kind: tuple[Any, ...]) -> FeatureStore | None:
-        """Give up runs that are over, or the oldest of too many, and return memory that serves a new run."""
+        """Return memory that serves a new run, of one that is over or of the oldest of too many.
+
+        That of others that are over stays for runs that take turns with this one, unless there is none that serves.
+        """
         free = [run for run in self._runs if run.is_over()]
         if not free and len(self._runs) >= LIVE_RUNS:
             free = self._runs[:1]
@@ -85,13 +88,14 @@ class Runs:
                 "prompt than in the steps before; if this is a denoising loop of your own, make it once and pass the "
                 "same tensor to every step (conditional and unconditional rows in one batch), or nothing is ever reused"
             )
-        for run in free:
+        serves = next((run for run in free if run.kind[1:] == kind[1:]), None)
+        for run in free if serves is None else [serves]:
             self._runs.remove(run)
         for run in free:
             if run.is_over():
                 self._note_length(run)
             run.watch.settle()
-        return next((run.store for run in free if run.kind[1:] == kind[1:]), None)
+        return None if serves is None else serves.store
 
     def restart(self, run: Run) -> None:
         """Let the next step of a run be its first."""

@@ -2,22 +2,26 @@
 
 A forward of a large model is some thousand launches, each of which Python, torch and the driver work on for longer than
 a small kernel takes. A graph holds them all and is started once. As with the feature cache the model is not forked: it
-is an instance of a subclass of its own class (:mod:`qandc.support.attach`).
+is an instance of a subclass of its own class (:mod:`qandc.support.attach`). A feature cache is the outer of the two: it
+plans a step, and each kind of step is a graph, which finds features where the cache keeps them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterator
+from contextlib import nullcontext
 from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from qandc.cache import FeatureCache, detached_cache, get_cache
+from qandc.caching.plan import Plan
 from qandc.errors import ModelError
 from qandc.fusion.fuse import is_fused
-from qandc.fusion.graphs import MAX_GRAPHS, GraphCache
+from qandc.fusion.graphs import GraphCache
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import Attachment, attach, attachments, detach
 from qandc.support.watch import Watch
@@ -107,8 +111,8 @@ def _why_not_model(model: nn.Module) -> str | None:
         where = name or type(module).__name__
         if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
             return f"{where} has hooks or a forward of its own, which a graph would not run"
-        if any(not isinstance(found, Graphed) for found in attachments(module)):
-            return f"{where} has a feature cache or is fused, which choose in Python what a step runs"
+        if any(not isinstance(found, Graphed | FeatureCache) for found in attachments(module)):
+            return f"{where} is fused, which chooses in Python what a step runs"
     return None
 
 
@@ -134,9 +138,13 @@ class _GraphedModel(nn.Module):
         graphed: Graphed = getattr(self, Graphed.attribute)
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return super().forward(*args, **kwargs)  # part of something larger
+        cache = get_cache(self)
+        plan = Plan() if cache is None else cache.plan
+        if plan.key is None:  # the first step of a cache makes the memory of its features
+            return super().forward(*args, **kwargs)
         tensors: list[torch.Tensor] = []
         try:
-            structure = structure_of((args, kwargs), tensors)
+            structure = structure_of((args, kwargs, (plan.weights, plan.correction)), tensors)
             reason = _why_not_now(self, tensors)
         except UnknownArgumentError as error:
             reason = str(error)
@@ -151,12 +159,13 @@ class _GraphedModel(nn.Module):
         forward = super().forward
 
         def function(*given: torch.Tensor) -> Any:
-            args, kwargs = rebuild(structure, iter(given))
-            return forward(*args, **kwargs)
+            args, kwargs, of_plan = rebuild(structure, iter(given))
+            with nullcontext() if cache is None else cache.planned(*of_plan):
+                return forward(*args, **kwargs)
 
         captures, replays = graphed.graphs.captures, graphed.graphs.replays
         with torch.inference_mode(False), torch.no_grad():
-            output = graphed.graphs(function, tuple(tensors), kind=structure)
+            output = graphed.graphs(function, tuple(tensors), kind=(structure, plan.key))
         if graphed.graphs.captures != captures:
             assert graphed.watch is not None
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
@@ -169,7 +178,7 @@ class _GraphedModel(nn.Module):
 
 
 @checked
-def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS) -> ModelT:
+def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> ModelT:
     """Replay the forwards of ``model`` from CUDA graphs, one for each structure, shapes and plain values of arguments.
 
     The first call of a kind runs the forward twice to compile and choose kernels, captures a graph, and replays it, as
@@ -179,7 +188,8 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS
     A call runs as before, and the reason is logged once, where its tensors are not on one CUDA device, with gradients,
     autocast or training mode, with arguments of other types, where modules have hooks, and where the forward can't be
     captured because it reads values back from the GPU. A model whose modules, weights or attributes were replaced
-    captures anew; writing into weights takes effect at once.
+    captures anew; writing into weights takes effect at once. With a feature cache (:func:`qandc.apply_cache`) each
+    kind of step is a graph of its own: two to four for each run that is going on.
 
     Args:
         model: any module; changed in place. :func:`qandc.fuse_dit` has graphs of its own.
@@ -200,7 +210,8 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = MAX_GRAPHS
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
-    attach(model, _GraphedModel, Graphed(limit))
+    with detached_cache(model):  # the graph is the inner of the two
+        attach(model, _GraphedModel, Graphed(limit))
     return model
 
 
@@ -214,6 +225,7 @@ def ungraph(model: ModelT) -> ModelT:
     graphed = Graphed.of(model)
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
-    detach([(model, _GraphedModel)], Graphed.attribute, error=ModelError)
+    with detached_cache(model):
+        detach([(model, _GraphedModel)], Graphed.attribute, error=ModelError)
     graphed.drop()
     return model
