@@ -119,7 +119,11 @@ def test_interleaved_runs_do_not_share_state(mode):
     model(**inputs(STEPS + 1, 2), class_labels=labels[1])  # the run used last goes on
     assert cache.reuse_steps + cache.compute_steps == 2 * STEPS + 2
     del labels
-    run(model)  # both runs are over: their memory serves the new one
+    run(
+        model
+    )  # both runs are over: the memory of one serves the new one, that of the other one that takes turns with it
+    assert cache.nbytes == 2 * one
+    run(model)  # none did
     assert cache.nbytes == one
 
 

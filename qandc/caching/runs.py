@@ -37,6 +37,7 @@ class Run:
     position: Position
     watch: TimestepWatch
     store: FeatureStore
+    left: bool = False  # it was over, and its memory stayed, when another began
 
     def is_over(self) -> bool:
         """Tell whether nobody holds the tensor of this run any more."""
@@ -76,7 +77,7 @@ class Runs:
     def _free(self, kind: tuple[Any, ...]) -> FeatureStore | None:
         """Return memory that serves a new run, of one that is over or of the oldest of too many.
 
-        That of others that are over stays for runs that take turns with this one, unless there is none that serves.
+        That of others that are over stays for a run that takes turns with this one, until a run is over that did not.
         """
         free = [run for run in self._runs if run.is_over()]
         if not free and len(self._runs) >= LIVE_RUNS:
@@ -88,9 +89,12 @@ class Runs:
                 "prompt than in the steps before; if this is a denoising loop of your own, make it once and pass the "
                 "same tensor to every step (conditional and unconditional rows in one batch), or nothing is ever reused"
             )
-        serves = next((run for run in free if run.kind[1:] == kind[1:]), None)
-        for run in free if serves is None else [serves]:
-            self._runs.remove(run)
+        ended = [run for run in free if not run.left] or free
+        serves = next((run for run in ended if run.kind[1:] == kind[1:]), None)
+        for run in free:
+            run.left = serves is not None and run in ended and run is not serves
+            if not run.left:
+                self._runs.remove(run)
         for run in free:
             if run.is_over():
                 self._note_length(run)
