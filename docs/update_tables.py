@@ -490,6 +490,27 @@ def models_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def images_table(result: dict[str, Any]) -> list[str]:
+    """What could not run says why."""
+    rows = result["rows"]
+    runs, names = (
+        list(dict.fromkeys((r["layer"], r["m"]) for r in rows)),
+        list(dict.fromkeys(r["candidate"] for r in rows)),
+    )
+    found = {(row["layer"], row["m"], row["candidate"]): row for row in rows}
+    titles = (f"{layer}, {steps} steps" for layer, steps in runs)
+    lines = [f"| seconds for an image, as called | {' | '.join(titles)} |", "|---" * (1 + len(runs)) + "|"]
+
+    def cell(run: tuple[str, int], name: str) -> str:
+        row = found.get((*run, name))
+        if row is None or "median_us" not in row:
+            return "" if row is None else "no such cache" if "no such" in row["skipped"] else "did not run"
+        faster = f"{row['median_us'] / 1e6:.2f} ({_faster(row, found[(*run, 'bf16 compiled')]):.2f}x)"
+        return f"{faster}, computes {row['compute_steps']}" if "FirstBlock" in name else faster
+
+    return [*lines, *(f"| {name} | {' | '.join(cell(run, name) for run in runs)} |" for name in names)]
+
+
 def by_turns_table(result: dict[str, Any]) -> list[str]:
     """Compare medians of both in the same rounds."""
     rows = {(row["layer"], row["candidate"]): row for row in result["rows"]}
@@ -704,6 +725,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model-torchao.json goals": goals_table,
     "results/h200/models.json": models_table,
     "results/h200/models.json short": short_models_table,
+    "results/h200/images.json": images_table,
+    "results/h200/images.json goals": goals_table,
     "results/h200/models-by-turns.json": by_turns_table,
     "results/h200/models-by-turns.json goals": goals_table,
     "results/h200/models-fp8.json": models_table,
