@@ -205,8 +205,8 @@ def optimize(
         cache: a mode of :class:`qandc.CacheConfig`, a config or schedule, or None.
         cache_interval: with a mode, which steps are computed: every third by default.
         transformer: only this one, ``"transformer_2"`` for example.
-        compile: compile the blocks, which takes a minute at the first image, and without a cache run them from a CUDA
-            graph. By default where the model is on a GPU; a graph holds one way through the model, and a cache has two.
+        compile: compile the blocks, which takes a minute at the first image, and replay steps from CUDA graphs. By
+            default where the model is on a GPU.
         restorable: keep the layers that are replaced, in host memory.
 
     Raises:
@@ -245,7 +245,7 @@ def optimize(
             known = family_of(model) is not None
             others = {} if known or config is None else {"no cache": _no_cache(model)}
             own = config if known else None
-            others |= _speed_up(model, own, compile)
+            others |= _speed_up(model, compile)
             others["restore"] = "qandc.restore(pipe)" if restorable else "no: restorable=False"
             if restorable:
                 others["restore"] += f"; the layers take {_size(state.host_bytes(index))} of host memory"
@@ -281,7 +281,7 @@ def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> Qu
     return QuantizationReport(tuple(rows), report.other_bytes)
 
 
-def _speed_up(model: Any, config: CacheConfig | None, wanted: bool | None) -> dict[str, str]:
+def _speed_up(model: Any, wanted: bool | None) -> dict[str, str]:
     """Fuse, or compile and graph, what can be; returns what was done, or why not."""
     device = next(model.parameters()).device
     family = family_of(model)
@@ -298,11 +298,9 @@ def _speed_up(model: Any, config: CacheConfig | None, wanted: bool | None) -> di
     for block in blocks:
         block.compile()
     said = {"compile": f"{len(blocks)} blocks, when they first run" if blocks else "no: its class names no blocks"}
-    if config is not None:
-        return {**said, "graph": "no: a graph holds one way through the model, and a cache has two"}
     if device.type == "cuda":
         graph(model)
-    return {**said, "graph": "one for each size" if device.type == "cuda" else f"no: on {device} there are none"}
+    return {**said, "graph": "of each kind of step" if device.type == "cuda" else f"no: on {device} there are none"}
 
 
 @checked
