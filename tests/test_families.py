@@ -25,6 +25,7 @@ from qandc import (
     calibration,
     fit_feature_compensation,
     fuse,
+    graph,
     quantize_model,
     remove_cache,
     reset_all_caches,
@@ -636,3 +637,38 @@ def test_images_beside_the_one_that_z_image_draws_are_refused():
     with pytest.raises(CacheError, match=r"knows no images beside .* \(omni\): call remove_cache"):
         model(**{**given, "x": [[x] for x in given["x"]]})
     assert cache.compute_steps == 0
+
+
+# on a GPU
+
+
+def on_a_gpu(run):
+    """Move the arguments of all forwards of a run; what is one tensor stays one."""
+    moved = {}
+
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return moved.setdefault(id(value), value.cuda())
+        return [move(part) for part in value] if isinstance(value, list) else value
+
+    return [{name: move(value) for name, value in given.items()} for given in run]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.parametrize("kind", OF_EACH_MODE)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_compiled_and_steps_in_graphs_change_nothing(name, kind):
+    model, inputs, config = make_tiny(name).cuda(), on_a_gpu(run_of(name)), CONFIGS[kind]
+    expected = by_definition(model, config, inputs)
+    apply_cache(model, config=config)
+    assert_equal_runs([output_of(model, given) for given in inputs], expected)
+    remove_cache(model)
+    for block in family_of(model).blocks(model).blocks:
+        block.module.compile(fullgraph=True, dynamic=False)
+    graph(model)
+    apply_cache(model, config=config)
+    for _ in range(3):  # a run makes memory, one captures, one replays
+        inputs = on_a_gpu(run_of(name))
+        assert_equal_runs([output_of(model, given) for given in inputs], expected)
