@@ -36,9 +36,16 @@ from qandc.quantization.observe import calibrate, calibrate_steps, calibration, 
 from qandc.quantization.ranges import RangeConfig, StepRanges
 from qandc.quantization.registration import config_class, register_when_imported
 from qandc.quantizer import QuantConfig
+from qandc.sampling.corrected_scheduler import compensated_scheduler
 from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents
 from qandc.sampling.pipelines import fashion_dit_path, load_pipeline
-from qandc.sampling.trajectories import Trajectory, compensated_scheduler, fit_compensation, record_trajectory
+from qandc.sampling.trajectories import (
+    Trajectory,
+    compensation_from_run,
+    fit_compensation,
+    record_trajectory,
+    trajectory_from_run,
+)
 from qandc.tap import TapConfig, cluster_pool, select_samples
 from qandc.variance_compensation import Compensation
 
@@ -85,6 +92,7 @@ __all__ = [
     "calibration",
     "cluster_pool",
     "compensated_scheduler",
+    "compensation_from_run",
     "decode_latents",
     "fashion_dit_path",
     "fashion_dit_preset",
@@ -117,6 +125,7 @@ __all__ = [
     "schedule_from_run",
     "select_samples",
     "smoothing_factors",
+    "trajectory_from_run",
     "unfuse",
     "unfuse_dit",
     "ungraph",

@@ -26,6 +26,7 @@ __all__ = [
     "Compensation",
     "CompensationHeader",
     "FittedFor",
+    "channels_first",
     "compensate",
     "epsilon_scaling",
     "least_squares",
@@ -33,6 +34,11 @@ __all__ = [
     "shown",
     "variance_ratio",
 ]
+
+
+def channels_first(x: torch.Tensor) -> torch.Tensor:
+    """View packed tokens ``[B, tokens, C]`` as ``[B, C, tokens]``, or those as they were; pictures and video stay."""
+    return x.transpose(1, 2) if x.ndim == 3 else x
 
 
 def _sums(x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +134,8 @@ class Compensation:
     Attributes:
         gain: K, ``[steps, channels] float32``; 1 where nothing is changed.
         mean: μ, ``[steps, channels] float32``; what a gain leaves where it is.
-        target: ``sample``, the latents after each step; or ``noise``, the guided noise prediction before it.
+        target: ``sample``, the latents after each step; or ``noise``, the guided prediction before it, of noise or, of
+            flow matching, velocity.
         form: how it was fitted.
         fitted_for: the runs it is for.
 
@@ -173,19 +180,20 @@ class Compensation:
         return (*(values.cpu().numpy().tobytes() for values in (self.gain, self.mean)), self.target, self.fitted_for)
 
     def _apply(self, step: int, x: torch.Tensor) -> torch.Tensor:
+        x = channels_first(x)
         if x.shape[1] != self.gain.shape[1]:  # one channel would be spread over all
             raise ConfigError(
                 f"the variance compensation has gains for {self.gain.shape[1]} channels; these samples have "
                 f"{x.shape[1]} (fit it for this run)"
             )
-        return compensate(x, self.gain[step].to(x.device), self.mean[step].to(x.device))
+        return channels_first(compensate(x, self.gain[step].to(x.device), self.mean[step].to(x.device)))
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
-        """Correct the guided noise prediction ``[B, C, H, W]`` of a step."""
+        """Correct the guided prediction, of noise or velocity, of a step: ``[B, C, ...]`` or ``[B, tokens, C]``."""
         return self._apply(step, noise_pred) if self.target == "noise" else noise_pred
 
     def sample(self, step: int, latents: torch.Tensor) -> torch.Tensor:
-        """Correct the latents ``[B, C, H, W]`` that a step ends with."""
+        """Correct the latents that a step ends with: ``[B, C, ...]`` or packed tokens ``[B, tokens, C]``."""
         return self._apply(step, latents) if self.target == "sample" else latents
 
     @checked

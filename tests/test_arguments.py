@@ -111,6 +111,11 @@ class Prompted:
         return qandc.sample_latents(self.transformer, self.scheduler, [len(prompt)], **run)
 
 
+def prompted() -> dict[str, P]:
+    pipe = Prompted()
+    return {"pipe": P(pipe), "run": P(functools.partial(pipe, "a", torch.Generator()))}
+
+
 @functools.cache
 def run_pool() -> qandc.RunPool:
     good = {name: value.good for name, value in running().items()}
@@ -545,6 +550,15 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "compensation": P(compensation()),
         "force": P(True, FLAG),
     },
+    "compensation_from_run": lambda: {
+        **prompted(),
+        "reference": P(qandc.trajectory_from_run(**{name: value.good for name, value in prompted().items()})),
+        "form": P("paper"),
+        "target": P("noise"),
+        "start_step": P(1, "0"),
+        "shrinkage": P(0.5, "0 1/2"),
+    },
+    "trajectory_from_run": prompted,
     "decode_latents": lambda: {"vae": P(pipeline().vae), "latents": P(torch.ones(1, 4, 4, 4))},
     "fashion_dit_path": dict,
     "fashion_dit_preset": lambda: {"w_bits": P(8)},

@@ -14,6 +14,8 @@ from qandc import (
     TapConfig,
     apply_cache,
     calibrate,
+    compensated_scheduler,
+    compensation_from_run,
     fit_feature_compensation,
     load,
     pool_from_run,
@@ -22,8 +24,15 @@ from qandc import (
     save,
     schedule_from_run,
     smoothing_factors,
+    trajectory_from_run,
 )
-from qandc.method.prompt_calibration import FEATURES_SEED, POOL_SEED, SCHEDULE_SEED, calibrate_on_prompts
+from qandc.method.prompt_calibration import (
+    FEATURES_SEED,
+    FIRST_SEED,
+    POOL_SEED,
+    SCHEDULE_SEED,
+    calibrate_on_prompts,
+)
 from qandc.quantization.conversion import quant_layers, quantization_report
 from tests.conftest import recorded_calls
 
@@ -125,10 +134,38 @@ def test_a_schedule_and_what_is_stored_are_kept():
         )
 
 
+@pytest.mark.parametrize("cache", [None, CACHE], ids=["no cache", "cache"])
+def test_samples_are_compensated(cache, tmp_path):
+    """Gains are those of images that are drawn at once, before and after the model is quantized and cached."""
+    name, given = "FluxPipeline", arguments("FluxPipeline")
+    pipe, theirs = make_pipeline(name), make_pipeline(name)
+    found = calibrate_on_prompts(pipe, PROMPTS, cache=cache, compensation="samples", **BRIEF, **given)
+    assert found.features is None
+    assert found.compensation.gain.shape == (6, 16)
+    generators = [torch.Generator().manual_seed(FIRST_SEED + i) for i in range(2)]
+    reference = trajectory_from_run(
+        theirs, lambda: theirs(PROMPTS, generator=generators, output_type="latent", **given)
+    )
+    if cache is not None:
+        apply_cache(pipe.transformer, config=found.schedule.config())
+    generators = [torch.Generator().manual_seed(FIRST_SEED + i) for i in range(2)]
+    expected = compensation_from_run(
+        pipe, lambda: pipe(PROMPTS, generator=generators, output_type="latent", **given), reference
+    )
+    torch.testing.assert_close(found.compensation.gain, expected.gain)
+    assert found.compensation.fitted_for == expected.fitted_for
+    save(found.model, tmp_path / "model", schedule=found.schedule, compensation=found.compensation)
+    kept = load(tmp_path / "model").compensation
+    assert torch.equal(kept.gain, found.compensation.gain)
+    pipe.scheduler = compensated_scheduler(pipe.scheduler, kept)
+    draw(pipe)
+
+
 def test_weights_alone():
     pipe = make_pipeline("PixArtSigmaPipeline")
     found = calibrate_on_prompts(pipe, PROMPTS, w_bits=4, a_bits=16, **BRIEF, **arguments("PixArtSigmaPipeline"))
     assert {row.scheme for row in quantization_report(found.model).quantized} == {"W4A16 weight-only"}
+    assert all(layer.smoothing is None for layer in quant_layers(found.model).values())
 
 
 def test_the_second_transformer_of_a_pipeline():
@@ -169,7 +206,7 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(pipeline_dir):
         (["a coat", " "], {}, "prompts is an empty list, or one of them is empty"),
         (["a coat", 3], {}, r"a sequence whose every element is a string \(3 is not\)"),
         ("a coat", {}, "prompts is 'a coat'; give a list"),
-        (PROMPTS, {"compensation": "samples"}, "compensation 'samples' is unknown"),
+        (PROMPTS, {"compensation": "all"}, "compensation 'all' is unknown; choose one of features, samples, none"),
         (PROMPTS, {"steps": 4}, "steps is no argument of PixArtSigmaPipeline"),
         (PROMPTS, {"output_type": "pil"}, "output_type is set here"),
         (PROMPTS, {"w_bits": 5}, "w_bits"),

@@ -17,14 +17,15 @@ from qandc.cache import get_cache
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, ModelError
 from qandc.method.feature_compensation import fit_feature_compensation
-from qandc.method.pipeline_calibration import FEATURES_SEED, POOL_SEED, SCHEDULE_SEED
+from qandc.method.pipeline_calibration import FEATURES_SEED, FIRST_SEED, POOL_SEED, SCHEDULE_SEED
 from qandc.method.run_pool import pool_from_run
 from qandc.method.saved import CalibratedModel
 from qandc.method.schedule_calibration import schedule_for
-from qandc.method.settings import Images
+from qandc.method.settings import COMPENSATIONS, Images
 from qandc.method.stages import Stage, StageProgress, attached, quantize_on
 from qandc.quantization.conversion import quant_layers
 from qandc.quantizer import QuantConfig
+from qandc.sampling.trajectories import compensation_from_run, trajectory_from_run
 from qandc.support.arguments import Count, Pipeline, checked
 from qandc.tap import TapConfig
 
@@ -33,7 +34,6 @@ __all__ = ["calibrate_on_prompts"]
 logger = logging.getLogger(__name__)
 
 OURS = ("prompt", "generator", "output_type", "latents", "return_dict")  # arguments of a pipeline that are set here
-COMPENSATIONS = ("features", "none")
 SAMPLES_PER_CLUSTER = 8
 
 
@@ -73,7 +73,8 @@ def calibrate_on_prompts(
         smoothing: move outliers from activations to weights.
         gptq: round weights with Hessians, by default those of 4 bits.
         compensation: ``features`` corrects what the cache reuses (:func:`qandc.fit_feature_compensation`), the default
-            with a cache; or ``none``.
+            with a cache; ``samples`` the latents after each step (:func:`qandc.compensation_from_run`), for which all
+            images are drawn at once; or ``none``, the default without a cache.
         transformer: name of the transformer in the pipeline: ``transformer_2`` for the second one of Wan 2.2.
         pool_directory: keeps the pool, as :func:`qandc.pool_from_run` does; an interrupted recording goes on.
         progress: called as ``progress(stage, completed, total)``, first with 0, last with the total.
@@ -97,21 +98,33 @@ def calibrate_on_prompts(
         logger.info("%d prompts for %d images: they are taken in turn", len(prompts), pool_images)
     report: StageProgress = progress or (lambda stage, completed, total: None)
 
-    def image(stage: Stage, first_seed: int, number: int) -> None:
-        generator = torch.Generator().manual_seed(first_seed + number)
-        pipe(prompt=prompts[number % len(prompts)], generator=generator, output_type="latent", **pipeline_arguments)
-        stage.add(1)
+    def draw(stage: Stage, first_seed: int, numbers: Sequence[int]) -> None:
+        texts, generators = zip(
+            *((prompts[i % len(prompts)], torch.Generator().manual_seed(first_seed + i)) for i in numbers), strict=True
+        )
+        batch: dict[str, Any] = {"prompt": list(texts), "generator": list(generators)}
+        if len(numbers) == 1:  # some pipelines take one alone
+            batch = {"prompt": texts[0], "generator": generators[0]}
+        pipe(**batch, output_type="latent", **pipeline_arguments)
+        stage.add(len(numbers))
 
     def images(stage: Stage, first_seed: int) -> list[Callable[[], None]]:
-        return [partial(image, stage, first_seed, number) for number in range(pool_images)]
+        return [partial(draw, stage, first_seed, [number]) for number in range(pool_images)]
 
-    def all_images(stage: Stage, first_seed: int) -> None:
-        for draw in images(stage, first_seed):
-            draw()
+    def one_by_one(stage: Stage, first_seed: int) -> None:
+        for image in images(stage, first_seed):
+            image()
 
-    with attached(model, cache) if cache else nullcontext(), Stage("candidate pool", pool_images, report) as stage:
+    def stage_of(name: str) -> Stage:
+        return Stage(name, pool_images, report)
+
+    with attached(model, cache) if cache else nullcontext(), stage_of("candidate pool") as stage:
         about = json.dumps([prompts, pipeline_arguments], default=lambda value: type(value).__name__)
         pool = pool_from_run(model, images(stage, POOL_SEED), pool_directory, about=about)
+    together, reference = range(pool_images), None
+    if compensation == "samples":
+        with stage_of("reference") as stage:
+            reference = trajectory_from_run(pipe, partial(draw, stage, FIRST_SEED, together))
     with Stage("choosing samples", 1, report):
         count = min(samples, len(pool))
         if count < samples:
@@ -119,17 +132,20 @@ def calibrate_on_prompts(
         chosen = pool.select(count, TapConfig(max(1, count // SAMPLES_PER_CLUSTER)))
     batches = partial(pool.batches, chosen, device=model.device)
     quantize_on(model, batches, count, config, report, smoothing=smoothing, gptq=gptq)
-    if cache is None:
-        return CalibratedModel(model)
-    with Stage("schedule", pool_images, report) as stage:
-        compensated = compensation != "none"
-        schedule = schedule_for(model, partial(all_images, stage, SCHEDULE_SEED), cache, compensated)
-    if not compensated or all(schedule.schedule):
-        return CalibratedModel(model, schedule)
-    with Stage("features", pool_images, report) as stage:
-        run = partial(all_images, stage, FEATURES_SEED)
-        features = fit_feature_compensation(model, run, config=schedule.config(cache.storage_dtype))
-    return CalibratedModel(model, schedule, features=features)
+    schedule = features = gains = None
+    if cache is not None:
+        with stage_of("schedule") as stage:
+            schedule = schedule_for(
+                model, partial(one_by_one, stage, SCHEDULE_SEED), cache, compensation in (None, "features")
+            )
+        cache = schedule.config(cache.storage_dtype)
+        if compensation in (None, "features") and not all(schedule.schedule):
+            with stage_of("features") as stage:
+                features = fit_feature_compensation(model, partial(one_by_one, stage, FEATURES_SEED), config=cache)
+    if reference is not None:
+        with attached(model, cache) if cache else nullcontext(), stage_of("compensation") as stage:
+            gains = compensation_from_run(pipe, partial(draw, stage, FIRST_SEED, together), reference)
+    return CalibratedModel(model, schedule, gains, features=features)
 
 
 def _check(pipe: Any, model: Any, name: str, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:

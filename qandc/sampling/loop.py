@@ -21,7 +21,7 @@ from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused, prepare_run
 from qandc.fusion.nan_flags import lower_nan_flags, raised_nan_flag
 from qandc.fusion.run_graph import run_as_graph, why_no_run_graph
-from qandc.models import class_conditional, older_names
+from qandc.models import class_conditional, family_of, older_names
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.affine_step import affine_coefficients, is_affine, why_not_plain_ddim
 from qandc.support.arguments import Between, Integers, Model, Scheduler, Seeds, Steps, checked
@@ -77,13 +77,18 @@ def describe_run(transformer: Any, scheduler: Any, guidance_scale: float) -> dic
 
     Called after ``scheduler.set_timesteps``.
     """
-    config, cache, timesteps = transformer.config, get_cache(transformer), timesteps_of(scheduler)
+    cache, timesteps = get_cache(transformer), timesteps_of(scheduler)
+    model = getattr(transformer, "_orig_mod", transformer)
+    family = family_of(model)
+    size = type(model).__name__
+    if family is not None:
+        size = f"{len(family.blocks(model).blocks)} blocks of {family.width(model)}"
     cached = None if cache is None else cache.config
     return {
         "scheduler": type(scheduler).__name__,
         "timesteps": timesteps,
         "guidance_scale": float(guidance_scale),
-        "model": f"{config.num_layers} blocks of {config.num_attention_heads * config.attention_head_dim}",
+        "model": size,
         "schemes": tuple(sorted({layer.scheme for layer in quant_layers(transformer).values()})),
         "cache_mode": None if cached is None else cached.mode,
         "cache_schedule": None if cached is None else cached.of_steps(len(timesteps)),

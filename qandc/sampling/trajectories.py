@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from qandc.errors import ConfigError, DataError
 from qandc.models import older_names
-from qandc.sampling.loop import (
-    Guidance,
-    check_gains,
-    check_sampling,
-    describe_run,
-    plain_timestep,
-    sample_latents,
-    set_timesteps,
-    timesteps_of,
-)
-from qandc.support.arguments import Integers, Scheduler, Seed, Seeds, Share, Steps, check_fields, checked
-from qandc.support.attach import attach
-from qandc.variance_compensation import FORMS, Compensation, FittedFor, compensate, least_squares
+from qandc.sampling.corrected_scheduler import run_with
+from qandc.sampling.loop import Guidance, check_sampling, describe_run, sample_latents, set_timesteps
+from qandc.support.arguments import Integers, Pipeline, Scheduler, Seed, Seeds, Share, Steps, check_fields, checked
+from qandc.variance_compensation import FORMS, Compensation, FittedFor, channels_first, compensate
 
-__all__ = ["Trajectory", "compensated_scheduler", "fit_compensation", "record_trajectory"]
-
-COMPENSATION = "_qandc_compensation"
+__all__ = [
+    "Trajectory",
+    "compensation_from_run",
+    "fit_compensation",
+    "record_trajectory",
+    "trajectory_from_run",
+]
 
 
 @older_names
@@ -37,9 +31,11 @@ class Trajectory:
     """Hold what a model made of some noise, step by step.
 
     Attributes:
-        samples: the latents after each step, ``[S, B, C, H, W] float32``; S counts calls of the model.
-        noises: the guided noise predictions, likewise.
-        conditions, seeds, num_inference_steps, guidance_scale: of the run, to repeat it with another model.
+        samples: the latents after each step, ``[S, B, C, H, W] float32``, of other pipelines as they have them; S
+            counts calls of the model.
+        noises: the guided predictions of noise or velocity, likewise.
+        conditions, seeds: of the run, to repeat it with another model; empty of a run of a pipeline.
+        num_inference_steps, guidance_scale: of the run.
     """
 
     samples: torch.Tensor
@@ -52,9 +48,11 @@ class Trajectory:
     def __post_init__(self) -> None:
         check_fields(self)
         shape, images = tuple(self.samples.shape), len(self.conditions)
-        if len(shape) != 5 or self.noises.shape != shape or not images == len(self.seeds) == shape[1]:
+        of_run = len(shape) in (4, 5, 6) and images == len(self.seeds) == 0
+        of_images = len(shape) == 5 and images == len(self.seeds) == shape[1]
+        if self.noises.shape != shape or not (of_run or of_images):
             raise DataError(
-                "a trajectory is samples and noises [S, B, C, H, W] with B class ids and seeds; got "
+                "a trajectory is samples and noises [S, B, C, H, W] with B class ids and seeds, or without any; got "
                 f"{list(shape)}, {list(self.noises.shape)}, {images} and {len(self.seeds)}"
             )
         for name in ("samples", "noises"):
@@ -71,12 +69,20 @@ class _Recorder:
         self.noises: list[torch.Tensor] = []
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
-        self.noises.append(noise_pred.clone())
+        self.noises.append(_kept(noise_pred))
         return noise_pred
 
     def sample(self, step: int, latents: torch.Tensor) -> torch.Tensor:
-        self.samples.append(latents.clone())
+        self.samples.append(_kept(latents))
         return latents
+
+    def trajectory(self, *of_run: Any) -> Trajectory:
+        """Return what was kept, with the other fields of a trajectory."""
+        return Trajectory(torch.stack(self.samples), torch.stack(self.noises), *of_run)
+
+
+def _kept(x: torch.Tensor) -> torch.Tensor:
+    return x.to("cpu", torch.float32, copy=True)
 
 
 @older_names
@@ -94,7 +100,7 @@ def record_trajectory(
     """Sample, and keep every step: the reference of :func:`fit_compensation`, taken before the model is quantized.
 
     Arguments and errors: as :func:`qandc.sample_latents`; seeds are 0, 1, 2, ... by default. Memory: twice the latents
-    of all steps, on the device of the model.
+    of all steps, on the CPU.
     """
     conditions = check_sampling(transformer, scheduler, conditions, num_inference_steps, guidance_scale)
     seeds = tuple(range(len(conditions)) if seeds is None else seeds)
@@ -109,14 +115,32 @@ def record_trajectory(
         corrector=recorder,
         callback=callback,
     )
-    return Trajectory(
-        torch.stack(recorder.samples),
-        torch.stack(recorder.noises),
-        tuple(conditions),
-        seeds,
-        num_inference_steps,
-        guidance_scale,
-    )
+    return recorder.trajectory(conditions, seeds, num_inference_steps, guidance_scale)
+
+
+@checked
+def trajectory_from_run(pipe: Annotated[Any, Pipeline], run: Callable[[], Any]) -> Trajectory:
+    """Keep every step of a run of a pipeline: the reference of :func:`compensation_from_run`, before it is quantized.
+
+    ``trajectory_from_run(pipe, lambda: pipe(prompts, generator=[torch.Generator().manual_seed(i) for i in seeds]))``.
+
+    Args:
+        pipe: any pipeline of diffusers. While it runs its scheduler is one that keeps what it is given and returns.
+        run: draws all images in one call of the pipeline, from noise that is the same each time.
+
+    Raises:
+        ConfigError: it calls the pipeline more than once.
+        DataError: it does not, or predictions or latents are NaN or infinite.
+    """
+    recorder = _Recorder()
+    run_with(pipe, run, recorder)
+    return recorder.trajectory((), (), len(recorder.samples), _guidance_of(pipe))
+
+
+def _guidance_of(pipe: Any) -> float:
+    """Return the guidance scale of the last run of a pipeline; 1 where it tells none."""
+    scale = getattr(pipe, "guidance_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 class _Fitter:
@@ -132,19 +156,46 @@ class _Fitter:
         self.means: list[torch.Tensor] = []
 
     def _fit(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        mean = x.double().transpose(0, 1).flatten(1).mean(1)
+        reference = self.reference[step].to(x.device)
+        if reference.shape != x.shape:
+            raise DataError(
+                f"the reference has latents {list(reference.shape)}, this run {list(x.shape)}; draw the same"
+            )
+        reference, first = channels_first(reference), channels_first(x)
+        mean = first.double().transpose(0, 1).flatten(1).mean(1)
         gain = torch.ones_like(mean)
         if step >= self.start_step:
-            gain += (1 - self.shrinkage) * (self.form(self.reference[step], x, mean) - 1)
+            gain += (1 - self.shrinkage) * (self.form(reference, first, mean) - 1)
         self.gains.append(gain.float())
         self.means.append(mean.float())
-        return compensate(x, self.gains[-1], self.means[-1])
+        return channels_first(compensate(first, self.gains[-1], self.means[-1]))
 
     def noise(self, step: int, noise_pred: torch.Tensor) -> torch.Tensor:
         return self._fit(step, noise_pred) if self.target == "noise" else noise_pred
 
     def sample(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         return self._fit(step, latents) if self.target == "sample" else latents
+
+    def compensation(self, form: str, run: Mapping[str, Any]) -> Compensation:
+        """Return what was found, for runs that are described so."""
+        gain, mean = torch.stack(self.gains).cpu(), torch.stack(self.means).cpu()
+        if not torch.isfinite(gain).all():
+            raise DataError(
+                "a gain is not finite: at some step a channel of the samples does not vary; check the model"
+            )
+        return Compensation(gain, mean, self.target, form, FittedFor(**run))
+
+
+def _fitter(reference: Trajectory, form: str, target: str, start_step: int, shrinkage: float) -> _Fitter:
+    """Make what finds gains along a run, or refuse its settings with a ConfigError."""
+    if form not in FORMS:
+        raise ConfigError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
+    if target not in ("sample", "noise"):
+        raise ConfigError(f"target {target!r} is unknown; choose sample or noise")
+    steps = len(reference.samples)
+    if not 0 <= start_step < steps:
+        raise ConfigError(f"start_step is {start_step!r}; the run has steps 0 to {steps - 1}")
+    return _Fitter(reference, target, FORMS[form], start_step, shrinkage)
 
 
 @checked
@@ -179,13 +230,7 @@ def fit_compensation(
         ConfigError: a value is not one of these, or the scheduler takes another number of steps than the reference has.
         DataError: a gain is not finite: a channel does not vary at some step.
     """
-    if form not in FORMS:
-        raise ConfigError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
-    if target not in ("sample", "noise"):
-        raise ConfigError(f"target {target!r} is unknown; choose sample or noise")
-    steps = len(reference.samples)
-    if not 0 <= start_step < steps:
-        raise ConfigError(f"start_step is {start_step!r}; the run has steps 0 to {steps - 1}")
+    fitter, steps = _fitter(reference, form, target, start_step, shrinkage), len(reference.samples)
     check_sampling(
         transformer, scheduler, reference.conditions, reference.num_inference_steps, reference.guidance_scale
     )
@@ -195,7 +240,6 @@ def fit_compensation(
             f"the reference has {steps} steps, but with this scheduler a run of num_inference_steps "
             f"{reference.num_inference_steps} has {calls} (calls of the model); record it with the same scheduler"
         )
-    fitter = _Fitter(reference, target, FORMS.get(form, least_squares), start_step, shrinkage)
     sample_latents(
         transformer,
         scheduler,
@@ -206,73 +250,37 @@ def fit_compensation(
         corrector=fitter,
         callback=callback,
     )
-    gain, mean = torch.stack(fitter.gains).cpu(), torch.stack(fitter.means).cpu()
-    if not torch.isfinite(gain).all():
-        raise DataError("a gain is not finite: at some step a channel of the samples does not vary; check the model")
-    run = describe_run(transformer, scheduler, reference.guidance_scale)
-    return Compensation(gain, mean, target, form, FittedFor(**run))
-
-
-@dataclass
-class _Applied:
-    """Hold what is applied to the steps of a scheduler, and how far its run is."""
-
-    compensation: Compensation
-    forced: bool
-    timesteps: tuple[float, ...] = ()
-    following: int = 0  # the step to come
-
-    def begin(self, timesteps: tuple[float, ...]) -> None:
-        """Begin a run with these timesteps, one for each step."""
-        if not self.forced:
-            self.compensation.check({"timesteps": timesteps})
-        check_gains(self.compensation, len(timesteps), self.compensation.gain.shape[1])
-        self.timesteps, self.following = timesteps, 0
-
-    def step_at(self, timestep: float) -> int:
-        """Return which step has this timestep, the one to come if it has, and go on to the next."""
-        steps = self.timesteps
-        if timestep not in steps:
-            known = f"the {len(steps)} of this run, {steps[0]:g} to {steps[-1]:g}" if steps else "a run; none has begun"
-            raise ConfigError(
-                f"timestep {timestep:g} is none of {known}: call set_timesteps, and give one of scheduler.timesteps"
-            )
-        # the second order has a timestep twice
-        step = steps.index(timestep, self.following if timestep in steps[self.following :] else 0)
-        self.following = step + 1
-        return step
-
-
-class _CompensatedScheduler:
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
-        getattr(self, COMPENSATION).begin(timesteps_of(self))
-
-    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        applied: _Applied = getattr(self, COMPENSATION)
-        compensation, step = applied.compensation, applied.step_at(plain_timestep(timestep))
-        check_gains(compensation, len(applied.timesteps), sample.shape[1])
-        output = super().step(compensation.noise(step, model_output), timestep, sample, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(output, tuple):
-            return (compensation.sample(step, output[0]), *output[1:])
-        output.prev_sample = compensation.sample(step, output.prev_sample)
-        return output
+    return fitter.compensation(form, describe_run(transformer, scheduler, reference.guidance_scale))
 
 
 @checked
-def compensated_scheduler(scheduler: Scheduler, compensation: Compensation, *, force: bool = False) -> Any:
-    """Copy ``scheduler``, to one whose steps apply ``compensation``: ``pipe.scheduler = compensated_scheduler(...)``.
+def compensation_from_run(
+    pipe: Annotated[Any, Pipeline],
+    run: Callable[[], Any],
+    reference: Trajectory,
+    *,
+    form: str = "least_squares",
+    target: str = "sample",
+    start_step: int = 0,
+    shrinkage: Share = 0.0,
+) -> Compensation:
+    """Find the gain of every step along a run of a pipeline, as :func:`fit_compensation` does along our own loop.
 
-    A scheduler does not see the model nor its guidance scale; that they are those of the fit is up to the caller here
-    (``qandc.sample_latents(compensation=...)`` checks them).
+    Gains are those of channels: the last dimension of packed tokens ``[B, tokens, C]``, else the second.
+    ``pipe.scheduler = compensated_scheduler(pipe.scheduler, found)`` applies them.
+
+    Args:
+        pipe: the pipeline as it will be used, its transformer quantized and its cache attached.
+        run: what ``reference`` was recorded with.
+        reference: of the unquantized model without a cache (:func:`trajectory_from_run`); some dozens of images.
+        form, start_step, shrinkage: as :func:`fit_compensation`.
+        target: ``sample`` (VC), or ``noise``, the guided prediction of noise or velocity.
 
     Raises:
-        ConfigError: another scheduler, or, when the run begins, other timesteps than those of the fit; unless forced.
-            Forced or not, when the run begins, more steps than there are gains; in its first step, other channels.
+        ConfigError: a value is not one of these, the run has other steps than the reference, or calls the pipeline
+            more than once.
+        DataError: the run does not call the pipeline, has other latents, or a gain is not finite.
     """
-    name = type(scheduler).__name__
-    if not force:
-        compensation.check({"scheduler": name})
-    found = copy.deepcopy(scheduler)
-    attach(found, _CompensatedScheduler, **{COMPENSATION: _Applied(compensation, force)})
-    return found
+    fitter = _fitter(reference, form, target, start_step, shrinkage)
+    scheduler = run_with(pipe, run, fitter, len(reference.samples))
+    return fitter.compensation(form, describe_run(pipe.transformer, scheduler, _guidance_of(pipe)))
