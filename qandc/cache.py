@@ -14,7 +14,7 @@ subclasses of their own classes (:mod:`qandc.support.attach`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,16 @@ from qandc.caching.plan import Action, Plan
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import CacheError, ConfigError, ModelError
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import Blocks, arguments_of, check_added_once, image_part, stream_of
+from qandc.models.family import (
+    Blocks,
+    Call,
+    arguments_of,
+    check_added_once,
+    image_of,
+    image_part,
+    stream_of,
+    with_image,
+)
 from qandc.support.arguments import Steps, checked
 from qandc.support.attach import attach, detach, has_other_forward, original_class
 
@@ -46,21 +55,32 @@ class _Place(NamedTuple):
     layer: int
 
     def store(self, plan: Plan, x: torch.Tensor) -> FeatureStore:
-        """Return the buffers of this step for features of the shape of ``x``."""
-        return plan.make((*self.blocks.shape, *x.shape), x.dtype, x.device)
+        """Return the buffers of this step; the first block makes them, for features like its stream ``x``."""
+        if self.layer == 0:
+            plan.make((*self.blocks.shape, *x.shape), x.dtype, x.device)
+        assert plan.store is not None
+        return plan.store
 
     @torch.no_grad()
-    def reuse(self, plan: Plan, x: torch.Tensor, call: Mapping[str, Any]) -> torch.Tensor:
-        """Return what all blocks together make of ``x``; ``call`` is what the first block is given."""
+    def reuse(self, plan: Plan, call: Call) -> torch.Tensor:
+        """Return the stream that a block passes on and does not run: the last adds what all blocks together do."""
+        block = self.blocks.blocks[self.layer]
+        x = block.stream(call)
         store = self.store(plan, x)
-        if store.per_branch and any(has_other_forward(block.module) for block in self.blocks.blocks):
-            raise CacheError(
-                "forward of blocks was replaced since (by hooks that offload them one by one, for example), so weights "
-                "of their gates may not be here on a reuse step: use mode 'delta', or offload the whole model"
-            )
-        gates = self.blocks.gates(call) if store.per_branch else None
-        gates, offset = corrected(gates, plan.correction, len(x))
-        return store.add_to(x, gates, plan.weights, offset)
+        if store.per_branch:
+            if has_other_forward(block.module):
+                raise CacheError(
+                    "forward of blocks was replaced since (by hooks that offload them one by one, for example), so "
+                    "weights of their gates may not be here on a reuse step: use mode 'delta', or offload the whole "
+                    "model"
+                )
+            if self.layer == 0:  # a step that is captured runs more than once
+                plan.gates.clear()
+            plan.gates.append(block.stack.gates(block.module, call))
+        if self.layer < len(self.blocks.blocks) - 1:
+            return x
+        gates, offset = corrected(self.blocks.join(plan.gates), plan.correction, len(x))
+        return with_image(x, store.add_to(image_of(x, store.tokens), gates, plan.weights, offset))
 
 
 class _CachedTransformer(nn.Module):
@@ -90,16 +110,16 @@ class _CachedBlock(nn.Module):
         if plan.action is Action.COMPUTE:
             return super().__call__(*args, **kwargs)
         call, block = arguments_of(self, args, kwargs), place.blocks.blocks[place.layer]
-        x = block.stream(call)
         if plan.action is Action.REUSE:
-            return block.stack.returned(call, place.reuse(plan, x, call) if place.layer == 0 else x)
+            return block.stack.returned(call, place.reuse(plan, call))
+        x = block.stream(call)
         store = place.store(plan, x)
         if not store.per_branch:
             if place.layer == 0:
                 store.enter(x)
             output = super().__call__(*args, **kwargs)
             if place.layer == len(place.blocks.blocks) - 1:
-                store.leave(plan.at, stream_of(output))
+                store.leave(plan.at, stream_of(output, store.tokens))
             return output
         branches = [getattr(self, name) for name in block.places]
         for branch, at in zip(branches, block.places.values(), strict=True):
@@ -145,8 +165,8 @@ def apply_cache(
 ) -> FeatureCache:
     """Attach a feature cache to a transformer of diffusers; the unmodified pipeline then uses it.
 
-    It knows DiT, PixArt, FLUX.1, Qwen-Image, SD3, SD3.5, Wan and Z-Image. Conditional and unconditional passes may be
-    one batch, or take turns.
+    It knows DiT, PixArt, FLUX.1, Chroma, Qwen-Image, SD3, SD3.5, Wan and Z-Image. Conditional and unconditional passes
+    may be one batch, or take turns.
 
     Blocks that ``block.compile()`` has compiled stay so. A fused transformer (:func:`qandc.fuse_dit`) runs compute and
     reuse steps as CUDA graphs of their own.

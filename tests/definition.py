@@ -37,6 +37,10 @@ BRANCHES = {  # by list of blocks, in all streams
         "transformer_blocks": ("attn", "ff", "ff_context"),
         "single_transformer_blocks": ("proj_out",),
     },
+    "ChromaTransformer2DModel": {
+        "transformer_blocks": ("attn", "ff", "ff_context"),
+        "single_transformer_blocks": ("proj_out",),
+    },
     "QwenImageTransformer2DModel": {"transformer_blocks": ("attn", "img_mlp", "txt_mlp")},
     "SD3Transformer2DModel": {"transformer_blocks": ("attn", "ff", "attn2", "ff_context")},
     "WanTransformer3DModel": {"blocks": ("attn1", "attn2", "ffn")},
@@ -99,7 +103,9 @@ def step_of(model: Any, given: dict[str, Any], mode: str, features: list[Any] | 
         if mode in PER_BRANCH:
             found.append(output)
             return None if features is None else features[len(found) - 1]
-        inside = args[0] if args else tuple(kwargs[name] for name in STREAMS)
+        inside = args[0] if args else kwargs["hidden_states"]
+        if isinstance(output, tuple):
+            inside = tuple(kwargs[name] for name in STREAMS)
         found.append(each(lambda y, x: y - x, output, inside))
         return None if features is None else each(lambda f, x: x + f, features[len(found) - 1], inside)
 
@@ -107,7 +113,7 @@ def step_of(model: Any, given: dict[str, Any], mode: str, features: list[Any] | 
         ends.append((args[0] if args else kwargs["hidden_states"]).clone())
 
     def end(block: Any, args: Any, output: Any) -> None:
-        ends.append((output[-1] if isinstance(output, tuple) else output).clone())
+        ends.append((output[-1] if isinstance(output, tuple) else output)[:, -ends[0].shape[1] :].clone())
 
     handles = [part.register_forward_hook(replace, with_kwargs=True) for _, part in parts]
     handles.append(blocks[0].register_forward_pre_hook(begin, with_kwargs=True))
@@ -121,7 +127,8 @@ def step_of(model: Any, given: dict[str, Any], mode: str, features: list[Any] | 
 def of_image(model: Any, mode: str, features: list[Any]) -> list[torch.Tensor]:
     """Return the parts of features that add to the image, as views; those of text are left out."""
     if mode not in PER_BRANCH:
-        return [f[-1] if isinstance(f, tuple) else f for f in features]
+        images = [f[-1] if isinstance(f, tuple) else f for f in features]
+        return [f[:, -images[0].shape[1] :] for f in images]
     named = zip(parts_of(model, mode), features, strict=True)
     images = [(name, f[0] if isinstance(f, tuple) else f) for (name, _), f in named if name not in OF_TEXT]
     return [f[:, -TOKENS:] if name == "proj_out" else f for name, f in images]

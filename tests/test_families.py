@@ -54,8 +54,8 @@ from tests.definition import (
 from tests.tiny_models import as_one, inputs_of, make_tiny, output_of
 
 STEPS = tuple(range(900, 400, -50))
-Z_IMAGE = "ZImageTransformer2DModel"
-FRACTIONS = ("FluxTransformer2DModel", "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
+CHROMA, Z_IMAGE = "ChromaTransformer2DModel", "ZImageTransformer2DModel"
+FRACTIONS = ("FluxTransformer2DModel", CHROMA, "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
 OF_EACH_MODE = ("delta", "branch", "taylor 2 uneven", "hicache 2 uneven", "crf")
 
 
@@ -351,10 +351,16 @@ def of_z_image(seed, size):
     return texts  # rows of two lengths
 
 
+def of_chroma(seed, size):
+    masks = dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), torch.ones(2, 5))
+    return {**embeddings(seed, size, prompt_embeds=(5, 48)), **masks}
+
+
 PIPELINES = {  # to their transformer, their scheduler, their arguments, and how many runs take turns
     "PixArtAlphaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
     "PixArtSigmaPipeline": ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", of_pixart, 1),
     "FluxPipeline": ("FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler", of_flux, 2),
+    "ChromaPipeline": (CHROMA, "FlowMatchEulerDiscreteScheduler", of_chroma, 2),
     "QwenImagePipeline": ("QwenImageTransformer2DModel", "FlowMatchEulerDiscreteScheduler", of_qwen, 2),
     "StableDiffusion3Pipeline": ("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", of_sd3, 1),
     "WanPipeline": ("WanTransformer3DModel", "UniPCMultistepScheduler", of_wan, 2),

@@ -42,6 +42,7 @@ SHAPES = {  # [L, K] of features of small models, each of their stacks with two 
     "DiTTransformer2DModel": (2, 2),
     "PixArtTransformer2DModel": (2, 3),
     "FluxTransformer2DModel": (6, 1),
+    "ChromaTransformer2DModel": (6, 1),
     "QwenImageTransformer2DModel": (2, 2),
     "SD3Transformer2DModel": (2, 2),
     "WanTransformer3DModel": (2, 3),
@@ -222,10 +223,13 @@ def test_two_runs_may_take_turns_and_those_before_are_forgotten(mode):
     assert stored[0] == stored[1] == stored[2] > 0
 
 
-@pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
-def test_along_the_corrected_run_the_moments_are_those_of_what_the_cache_will_see(mode):
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("DiTTransformer2DModel", mode) for mode in ("delta", "branch", "taylor")]
+    + [("ChromaTransformer2DModel", "branch")],
+)
+def test_along_the_corrected_run_the_moments_are_those_of_what_the_cache_will_see(name, mode):
     """Fitted on one run and applied to the same, means of reused features are those of the blocks at every step."""
-    name = "DiTTransformer2DModel"
     model = make_tiny(name, num_layers=1)
     config = CacheConfig(mode, interval=4)
     drawn = []
@@ -234,11 +238,11 @@ def test_along_the_corrected_run_the_moments_are_those_of_what_the_cache_will_se
     def run():  # a loop whose latents depend on what the model predicts
         latents, inputs = state, inputs_of(name)
         drawn.clear()
-        for timestep in STEPS:
+        for timestep in timesteps_of(name):
             given = {**inputs, "hidden_states": latents, "timestep": torch.full_like(inputs["timestep"], timestep)}
             with torch.no_grad():
                 drawn.append(model(**given)[0])
-            latents = latents - 0.3 * drawn[-1][:, :4]
+            latents = latents - 0.3 * drawn[-1][:, : latents.shape[1]]
 
     found = fit_feature_compensation(model, run, config=config, along="corrected", pull=0.0)
     fitted = list(drawn)

@@ -73,6 +73,11 @@ class FeatureStore:
         self.serial, self._made_for = next(_serials), made_for
         return True
 
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens of a feature."""
+        return self.values.shape[-2]
+
     def enter(self, x: torch.Tensor) -> None:
         """Note what the first block is given."""
         self._input = x

@@ -33,6 +33,7 @@ class Plan:
         weights: of each set in the forecast of a step that reuses, ``[S]`` on the device of the latents, or None for
             one set as it is.
         correction: gains and offsets ``[L, K, D]`` of a step that reuses, or None.
+        gates: of the branches of each block so far, in a step that reuses.
     """
 
     action: Action = Action.COMPUTE
@@ -40,6 +41,7 @@ class Plan:
     at: int = 0
     weights: torch.Tensor | None = None
     correction: tuple[torch.Tensor, torch.Tensor] | None = None
+    gates: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def key(self) -> Hashable:

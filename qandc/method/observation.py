@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from qandc.caching.runs import weakly
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.models import FAMILIES, Family, family_of
-from qandc.models.family import Call, arguments_of, check_added_once, image_part, stream_of
+from qandc.models.family import Block, Call, arguments_of, check_added_once, image_part, stream_of, with_image
 from qandc.sampling.loop import plain_timestep
 from qandc.support.attach import eager, paused
 
@@ -26,30 +27,36 @@ class Branches:
     ) -> None:
         self.blocks, self.per_branch = family.blocks(model), per_branch
         self.shape = self.blocks.shape if per_branch else (1, 1)
-        self.call: dict[str, Any] = {}  # what the first block was given
-        self.stream = torch.empty(0)  # of the image, in it
+        self.stream = torch.empty(0)  # of the image, in what the first block was given
         self.seeing = True  # what belongs to a step
         self._see = see
+        self._gates: list[torch.Tensor] = []
         modules = [block.module for block in self.blocks.blocks]
         self.handles = [modules[0].register_forward_pre_hook(self._begin, with_kwargs=True)]
         if not per_branch:
             self.handles.append(modules[-1].register_forward_hook(self._leave))
             return
         for block in self.blocks.blocks:
+            self.handles.append(
+                block.module.register_forward_pre_hook(partial(self._note_gates, block), with_kwargs=True)
+            )
             for name, place in block.places.items():
                 self.handles.append(getattr(block.module, name).register_forward_hook(self._hook(*place)))
 
     def gates(self) -> torch.Tensor | None:
         """Return the gates of this step, ``[L, K, B, D]``; None of all blocks together."""
-        return self.blocks.gates(self.call) if self.per_branch else None
+        return self.blocks.join(self._gates)
 
     def _begin(self, block: Any, args: Any, kwargs: Any) -> None:
-        self.call = arguments_of(block, args, kwargs)
-        self.stream = self.blocks.blocks[0].stream(self.call)
+        self.stream, self._gates = self.blocks.blocks[0].stream(arguments_of(block, args, kwargs)), []
+
+    def _note_gates(self, block: Block, module: Any, args: Any, kwargs: Any) -> None:
+        if self.seeing:
+            self._gates.append(block.stack.gates(module, arguments_of(module, args, kwargs)))
 
     def _leave(self, block: Any, args: Any, output: Any) -> None:
         if self.seeing:
-            self._see(0, 0, stream_of(output) - self.stream)
+            self._see(0, 0, stream_of(output, self.stream.shape[1]) - self.stream)
 
     def _hook(self, layer: int, branch: int) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -154,8 +161,10 @@ class Observer(Generic[AnyRun]):
     def _end(self, block: Any, args: Any, output: Any) -> Any:
         if not self.branches.seeing:
             return None
-        stream = self.end(stream_of(output))
-        return (*output[:-1], stream) if isinstance(output, tuple) and stream is not None else stream
+        image = self.end(stream_of(output, self.branches.stream.shape[1]))
+        if image is None:
+            return None
+        return (*output[:-1], with_image(output[-1], image)) if isinstance(output, tuple) else with_image(output, image)
 
 
 Watching = TypeVar("Watching", bound=Observer[Any])

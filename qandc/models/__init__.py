@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qandc.errors import ModelError
+from qandc.models.chroma import CHROMA
 from qandc.models.dit import DIT, older_names
 from qandc.models.family import Family
 from qandc.models.flux import FLUX
@@ -16,7 +17,7 @@ from qandc.models.z_image import Z_IMAGE
 
 __all__ = ["DIT", "FAMILIES", "Family", "class_conditional", "family_of", "older_names"]
 
-FAMILIES = {family.transformer: family for family in (DIT, PIXART, FLUX, QWEN_IMAGE, SD3, WAN, Z_IMAGE)}
+FAMILIES = {family.transformer: family for family in (DIT, PIXART, FLUX, CHROMA, QWEN_IMAGE, SD3, WAN, Z_IMAGE)}
 
 
 def family_of(model: Any) -> Family | None:

@@ -26,9 +26,11 @@ __all__ = [
     "adds_between",
     "arguments_of",
     "check_added_once",
+    "image_of",
     "image_part",
     "only",
     "stream_of",
+    "with_image",
     "zero_gates",
 ]
 
@@ -103,10 +105,12 @@ class Stack:
     Attributes:
         blocks: name of the list.
         branches: modules of a block whose outputs it adds; a block may lack some.
-        gates: gives for a block and the arguments of its forward the gates ``[K, B, D]`` of the branches that it has.
+        gates: gives for a block and the arguments of its forward the gates ``[K, B, D]`` of the branches that it has;
+            on a reuse step too each block is called, with the modulation of that step.
             As ``why_not`` it can be pickled, since blocks of a cached model hold it.
         why_not: says why the branches of a block can't be reused on their own, or None.
-        returns: the arguments of a block that it returns, in that order; the stream of the image is the last.
+        returns: the arguments of a block that it returns, in that order; the stream of the image is the last, or the
+            end of it, behind the text.
     """
 
     blocks: str
@@ -116,7 +120,7 @@ class Stack:
     returns: tuple[str, ...] = ("hidden_states",)
 
     def returned(self, call: Call, x: torch.Tensor) -> Any:
-        """Return what a block called so returns, with ``x`` as the stream of the image and the others as they come."""
+        """Return what a block called so returns, with ``x`` as its last stream and the others as they come."""
         others = tuple(call[name] for name in self.returns[:-1])
         return (*others, x) if others else x
 
@@ -129,7 +133,7 @@ class Block(NamedTuple):
     places: dict[str, tuple[int, int]]
 
     def stream(self, call: Call) -> torch.Tensor:
-        """Return the stream of the image in the arguments of this block."""
+        """Return the stream that holds the image in the arguments of this block."""
         return call[self.stack.returns[-1]]
 
 
@@ -142,9 +146,9 @@ class Blocks(NamedTuple):
     blocks: list[Block]
     shape: tuple[int, int]
 
-    def gates(self, call: Call) -> torch.Tensor:
-        """Return the gates of all branches, ``[L, K, B, D]``, from what the first block is given."""
-        return torch.cat([block.stack.gates(block.module, call) for block in self.blocks]).unflatten(0, self.shape)
+    def join(self, gates: list[torch.Tensor]) -> torch.Tensor | None:
+        """Join the gates of all blocks to ``[L, K, B, D]``; None where none are noted, as with ``delta``."""
+        return torch.cat(gates).unflatten(0, self.shape) if gates else None
 
 
 @dataclass(frozen=True)
@@ -203,9 +207,19 @@ class Family:
         return Blocks([Block(*block, at) for block, at in zip(modules, found, strict=True)], shape)
 
 
-def stream_of(output: Any) -> torch.Tensor:
-    """Return the stream of the image in what a block returns: of several streams the last."""
-    return output[-1] if isinstance(output, tuple) else output
+def image_of(x: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return the tokens of the image in a stream: its end, behind those of a text where both are one sequence."""
+    return x if x.shape[1] == tokens else x[:, -tokens:]
+
+
+def with_image(x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Return a stream with other tokens of the image."""
+    return image if x.shape == image.shape else torch.cat([x[:, : -image.shape[1]], image], 1)
+
+
+def stream_of(output: Any, tokens: int) -> torch.Tensor:
+    """Return the image in what a block returns: of several streams the last, of a joint sequence the end."""
+    return image_of(output[-1] if isinstance(output, tuple) else output, tokens)
 
 
 def zero_gates(modulation: torch.Tensor, width: int) -> torch.Tensor:
@@ -243,7 +257,7 @@ def image_part(output: Any, tokens: int) -> torch.Tensor:
     """
     if isinstance(output, tuple) and len(output) > 2:
         raise CacheError("an IP-Adapter adds to the image beside the attention: use cache mode 'delta' with it")
-    return (output[0] if isinstance(output, tuple) else output)[:, -tokens:]
+    return image_of(output[0] if isinstance(output, tuple) else output, tokens)
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}  # class of a module: the arguments of its forward
