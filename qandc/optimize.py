@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import textwrap
 from collections import Counter
@@ -26,18 +25,19 @@ from qandc.quantization.conversion import (
     quantization_report,
     quantize_model,
 )
+from qandc.sampling.prompts import usual_steps
 from qandc.support.arguments import Steps, check_fields, checked
 from qandc.support.attach import attachments, original_class
+from qandc.support.results import size_text
 from qandc.support.undo import Undo
 
-__all__ = ["OptimizationPlan", "TransformerPlan", "optimize", "restore"]
+__all__ = ["OptimizationPlan", "TransformerPlan", "optimize", "parts_of", "restore"]
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("transformer", "transformer_2", "unet")  # names of what denoises in pipelines of diffusers
 OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline
 INTERVAL = 3
-USUAL_STEPS = 50  # of a pipeline that does not say
 ADD_A_FAMILY = "docs/models.md says how a family is added"
 
 
@@ -72,7 +72,7 @@ class TransformerPlan:
         left = "; ".join(f"{count} {why}" for why, count in _counted(r.reason for r in rows if not r.quantized))
         if left:
             yield "left", left
-        yield "weights", f"{_size(before)} -> {_size(after)}, with all that is left"
+        yield "weights", f"{size_text(before)} -> {size_text(after)}, with all that is left"
         if self.cache is not None:
             schedule = self.cache.of_steps(self.cache.length or self.steps)
             kind = self.cache.mode + (f" of order {self.cache.order}" if self.cache.history > 1 else "")
@@ -84,10 +84,6 @@ class TransformerPlan:
 
 def _counted(values: Iterable[Any]) -> Iterable[tuple[Any, int]]:
     return Counter(values).items()
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,7 +155,7 @@ class _Optimized:
             undo.undo()
 
 
-def _parts_of(pipe: Any, only: str | None) -> list[str]:
+def parts_of(pipe: Any, only: str | None = None) -> list[str]:
     """Return the names of the transformers of a pipeline, or the one that is wanted."""
     found = [name for name in PARTS if isinstance(getattr(pipe, name, None), nn.Module)]
     if isinstance(pipe, nn.Module) or not found or not hasattr(pipe, "components"):
@@ -216,7 +212,7 @@ def optimize(
 
     After any error, also Ctrl-C, the pipeline is what it was.
     """
-    names = _parts_of(pipe, transformer)
+    names = parts_of(pipe, transformer)
     config = _config_of(cache, cache_interval)
     if config is not None and config.length is not None and len(names) > 1:
         raise ConfigError(
@@ -248,12 +244,12 @@ def optimize(
             others |= _speed_up(model, compile)
             others["restore"] = "qandc.restore(pipe)" if restorable else "no: restorable=False"
             if restorable:
-                others["restore"] += f"; the layers take {_size(state.host_bytes(index))} of host memory"
+                others["restore"] += f"; the layers take {size_text(state.host_bytes(index))} of host memory"
             if own is not None:
                 apply_cache(model, config=own)
             layers = _with_reasons(quantization_report(model), planned)
             kind = original_class(model).__name__
-            parts.append(TransformerPlan(name, kind, layers, own, _usual_steps(pipe), others))
+            parts.append(TransformerPlan(name, kind, layers, own, usual_steps(pipe), others))
     except BaseException:
         state.undo()
         raise
@@ -266,12 +262,6 @@ def optimize(
 
 def _no_cache(model: nn.Module) -> str:
     return f"caches know {', '.join(FAMILIES)}, not {original_class(model).__name__}; {ADD_A_FAMILY}"
-
-
-def _usual_steps(pipe: Any) -> int:
-    """Return the number of steps that a pipeline takes if nobody says one."""
-    found = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    return found.default if found is not None and isinstance(found.default, int) else USUAL_STEPS
 
 
 def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> QuantizationReport:

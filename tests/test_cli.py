@@ -298,7 +298,7 @@ def test_damaged_settings(capsys, tmp_path, settings_dir):
 
 
 def test_classes_by_name():
-    from qandc.cli.main import parse_classes
+    from qandc.cli.generate import parse_classes
 
     names = {0: "T-shirt", 1: "Trouser", 2: "Bag"}
     assert parse_classes(None, names) == (0, 1, 2)

@@ -100,7 +100,7 @@ def test_damaged_weights(pipeline_dir, tmp_path):
     shutil.copytree(pipeline_dir, broken)
     weights = next((broken / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="is damaged or not a DiT pipeline"):
+    with pytest.raises(ModelError, match="is damaged or incomplete; compare it with a fresh copy"):
         load_pipeline(broken)
 
 

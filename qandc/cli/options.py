@@ -15,6 +15,7 @@ import typer
 from qandc.caching.schedule import OLDER_MODES
 from qandc.errors import ConfigError
 from qandc.method.settings import CalibrationConfig
+from qandc.sampling.prompts import check_prompts
 from qandc.support.arguments import check_value
 
 __all__ = [
@@ -23,15 +24,22 @@ __all__ = [
     "Device",
     "Dtype",
     "Given",
+    "Height",
     "Model",
     "ModelOrSettings",
+    "NegativePrompt",
+    "PromptFile",
+    "Prompts",
     "Seed",
+    "Width",
     "calibrated_options",
+    "read_prompts",
+    "refuse",
     "resolve",
     "takes",
 ]
 
-MODEL = "Pipeline directory or hub id, e.g. facebook/DiT-XL-2-256. Default: fashion-dit."
+MODEL = "Pipeline directory or hub id, e.g. black-forest-labs/FLUX.1-dev. Default: fashion-dit."
 Given = dict[str, Any]
 """Type of what :func:`takes` passes to a command: the value given for each field, None for an option left out."""
 Model = Annotated[str | None, typer.Option(help=MODEL)]
@@ -47,6 +55,13 @@ Calibrated = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Image i is drawn with seed + i.")]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="What to draw, for models that draw from text; may be repeated.")
+]
+PromptFile = Annotated[Path | None, typer.Option(help="File of prompts, one a line.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw, if the model takes it.")]
+Height = Annotated[int | None, typer.Option(help="Of images from prompts, in pixels. Default: the model's.")]
+Width = Annotated[int | None, typer.Option(help="As --height.")]
 BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
 
 FIELDS = {field.name: field for field in fields(CalibrationConfig) if "help" in field.metadata}
@@ -144,3 +159,33 @@ def calibrated_options(preset: Any) -> dict[str, Any]:
         "smoothing": bool(preset.buffers("smoothing")),
         "cache_mode": preset.schedule.mode,
     }
+
+
+def refuse(options: Mapping[str, Any], why: str) -> None:
+    """Refuse options that were given, by their flags, to a model that they are not for.
+
+    Raises:
+        ConfigError: one of them was.
+    """
+    for flag, value in options.items():
+        if value is not None and value is not False:
+            raise ConfigError(f"{flag} {why}")
+
+
+def read_prompts(given: list[str] | None, file: Path | None, kind: str) -> list[str]:
+    """Return the prompts that were given, then those of a file, one a line; empty lines are left out.
+
+    Raises:
+        ConfigError: there are none, one is empty, or the file cannot be read.
+    """
+    prompts = list(given or ())
+    if file is not None:
+        try:
+            prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise ConfigError(f"--prompts {str(file)!r} cannot be read ({reason}); give a text file") from None
+    if not prompts:
+        raise ConfigError(f'{kind} draws from prompts; give --prompt "...", or --prompts FILE')
+    check_prompts(prompts)
+    return prompts

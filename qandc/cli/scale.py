@@ -59,9 +59,17 @@ def _resumable() -> Iterator[None]:
 
 def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[Any, str | None]:
     """Load the pipeline on the device of this process; return it and where it came from."""
-    from qandc.sampling.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype, source_of
+    from qandc.sampling.pipelines import (
+        check_draws_classes,
+        check_full_precision,
+        load_pipeline,
+        resolve_device,
+        resolve_dtype,
+        source_of,
+    )
 
     quiet_diffusers()
+    check_draws_classes(model)
     where = processes.device(resolve_device(device))
     pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
     check_full_precision(pipe, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shlex
 import tempfile
@@ -16,15 +17,18 @@ from rich.table import Table
 
 from qandc.caching.schedule import format_schedule
 from qandc.errors import ConfigError, OutputError, QandCError
+from qandc.support.results import size_text
 
 if TYPE_CHECKING:  # they load what no other command needs
     from qandc.evaluation.compare import Evaluation
     from qandc.experiments.generate import Comparison
     from qandc.method.pipeline_calibration import CalibrationReport
+    from qandc.optimize import OptimizationPlan
 
 __all__ = [
     "check_output",
     "err",
+    "loading",
     "out",
     "print_calibration",
     "print_comparison",
@@ -65,6 +69,17 @@ def stage_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+@contextmanager
+def loading(model: str | None) -> Iterator[None]:
+    """Say that a pipeline is loaded; downloads show progress of their own."""
+    if model is None or Path(model).is_dir():
+        with err.status("loading the pipeline"):
+            yield
+    else:
+        err.print(f"loading {model}", soft_wrap=True)
+        yield
+
+
 def check_output(path: Path, suffix: str) -> None:
     """Refuse, before the work begins, a file that could not be written after it."""
     try:
@@ -84,17 +99,32 @@ def check_output(path: Path, suffix: str) -> None:
         raise OutputError(f"output {str(path)!r} cannot be written ({reason}); give another file") from None
 
 
-def quiet_diffusers() -> None:
-    """Keep diffusers' loading bars and hints out of our output."""
+def quiet_diffusers(text: bool = False) -> None:
+    """Keep loading bars and hints of diffusers, transformers and the hub client out of our output, not downloads."""
     from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
 
-    diffusers_logging.disable_progress_bar()
+    libraries: list[Any] = [diffusers_logging]
+    if text and importlib.util.find_spec("transformers") is not None:
+        libraries.append(importlib.import_module("transformers.utils.logging"))
+    for library in libraries:
+        library.disable_progress_bar()
     if not logging.getLogger("qandc").isEnabledFor(logging.DEBUG):
-        diffusers_logging.set_verbosity_error()
+        for library in (*libraries, hub_logging):
+            library.set_verbosity_error()
 
 
-def print_comparison(result: Comparison, dtype: str, many: Mapping[str, Any] | None = None) -> None:
-    """Print the table of ``qandc generate``; ``many`` is the likeness of more images, measured before."""
+def print_comparison(
+    result: Comparison, dtype: str, many: Mapping[str, Any] | None = None, plan: OptimizationPlan | None = None
+) -> None:
+    """Print the table of ``qandc generate``, and what was done to the pipeline.
+
+    Args:
+        result: both rows.
+        dtype: of the full-precision one.
+        many: the likeness of more images, measured before.
+        plan: what optimize did.
+    """
     assert result.report is not None
     full, quantized = result.rows
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -105,12 +135,15 @@ def print_comparison(result: Comparison, dtype: str, many: Mapping[str, Any] | N
         (full, f"{full.name} ({dtype})", 1.0, ""),
         (quantized, quantized.name, result.speed_ratio, quality),
     ):
-        memory = f"{row.transformer_bytes / 1e6:.1f} MB"
+        memory = size_text(row.transformer_bytes)
         table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
     out.print(table)
     if many is not None:
         of_many = f"{many['psnr_mean']:.1f} dB (worst {many['psnr_min']:.1f})"
         out.print(f"PSNR of {many['images']} other images, measured before: {of_many}", soft_wrap=True)
+    if plan is not None:
+        out.print(plan, soft_wrap=True)
+        return
     layers = result.report.quantized
     before, after = result.report.quantized_bytes
     out.print(

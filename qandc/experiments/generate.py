@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "draw_grid",
     "generate",
     "quantized_name",
+    "scheme_and_cache",
 ]
 
 IMAGES_AT_ONCE = 32
@@ -54,6 +55,16 @@ class GenerateConfig:
     """Calibrated settings that ``config`` and ``cache`` are of; they add smoothing, ranges, weights, compensations."""
     smoothing: bool = True
     """Move outliers from activations to weights; with a preset, whether that does."""
+
+    def described(self) -> dict[str, Any]:
+        """Return what a record holds of it."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "preset"}
+        found |= {"config": asdict(self.config), "cache": str(self.cache)}
+        if self.preset is not None:
+            compensation = self.preset.compensation
+            found["compensation"] = None if compensation is None else compensation.form
+            found["features_compensated"] = self.preset.features is not None
+        return found
 
 
 @dataclass
@@ -193,12 +204,17 @@ def quantized_name(settings: GenerateConfig) -> str:
     if settings.preset is not None and cache.schedule is not None:
         computed = f"{sum(cache.schedule)}/{len(cache.schedule)}"
         return f"{settings.config.scheme} + {cache.mode} {computed}{settings.preset.compensations}"
-    if cache.schedule is not None:
-        return f"{settings.config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
-    return settings.config.scheme + ("" if cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
+    return scheme_and_cache(settings.config, cache)
 
 
-def comparison_record(result: Comparison, settings: GenerateConfig, device: str, dtype: str) -> dict[str, Any]:
+def scheme_and_cache(config: QuantConfig, cache: CacheConfig | None) -> str:
+    """Name what a model was made: "W8A8 + branch cache 3"."""
+    if cache is not None and cache.schedule is not None:
+        return f"{config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
+    return config.scheme + ("" if cache is None or cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
+
+
+def comparison_record(result: Comparison, settings: Mapping[str, Any], device: str, dtype: str) -> dict[str, Any]:
     """Return the finished comparison as a measured result (:mod:`qandc.support.results`)."""
     assert result.report is not None
     full, quantized = (
@@ -221,13 +237,7 @@ def comparison_record(result: Comparison, settings: GenerateConfig, device: str,
         "quantized_bytes_after": after,
         "kernel": layers[0].kernel,
     }
-    described = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "preset"}
-    described |= {"config": asdict(settings.config), "cache": str(settings.cache)}
-    if settings.preset is not None:
-        compensation = settings.preset.compensation
-        described["compensation"] = None if compensation is None else compensation.form
-        described["features_compensated"] = settings.preset.features is not None
-    header = result_header({**described, "device": device, "dtype": dtype})
+    header = result_header({**settings, "device": device, "dtype": dtype})
     return {**header, "rows": [full, quantized], "goals": []}
 
 

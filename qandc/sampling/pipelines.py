@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.util
+import json
 import logging
 import os
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +24,15 @@ from qandc.support.arguments import checked
 from qandc.support.files import bytes_of
 
 __all__ = [
+    "CLASS_CONDITIONAL",
     "DTYPES",
+    "check_draws_classes",
     "check_full_precision",
     "class_names",
     "fashion_dit_path",
     "fingerprint",
     "load_pipeline",
+    "pipeline_class",
     "resolve_device",
     "resolve_dtype",
     "source_of",
@@ -33,6 +40,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+INDEX = "model_index.json"
+CLASS_CONDITIONAL = "DiTPipeline"  # all others draw from prompts
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,29 +87,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-@checked
-def load_pipeline(
-    model: Annotated[str | Path | None, str | os.PathLike | None] = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Any:
-    """Load a ``DiTPipeline``; the autoencoder stays in float32.
-
-    Args:
-        model: a pipeline directory, a hub id such as "facebook/DiT-XL-2-256", or None for the embedded fashion-dit.
+def _located(model: Any) -> tuple[str, bool]:
+    """Return the directory or hub id that is meant, and whether it is a directory; no file is read.
 
     Raises:
-        ConfigError: a dtype that no kernel computes in, or the meta device.
-        DeviceError: the device is not here.
-        ModelError: the directory is missing or not a DiT pipeline, or the hub did not deliver.
-        DataError: a weight is NaN or infinite.
+        ModelError: it can be neither.
     """
-    from diffusers import DiTPipeline, DiTTransformer2DModel
-
-    if dtype not in DTYPES.values():
-        raise ConfigError(f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES.values()))}")
-    if torch.device(device).type == "meta":
-        raise ConfigError("a pipeline on the meta device would have no weights; give a device such as 'cpu'")
     source = str(fashion_dit_path() if model is None else model)
     try:
         path = Path(source).expanduser()
@@ -110,39 +102,107 @@ def load_pipeline(
     if not source:
         raise ModelError("the model name is empty; give a pipeline directory or a hub id (owner/name)")
     if is_directory:
-        if not (path / "model_index.json").is_file():
-            raise ModelError(f"{source} is not a diffusers pipeline: it has no model_index.json")
-        source = str(path)
-    elif exists:
+        if not (path / INDEX).is_file():
+            raise ModelError(f"{source} is not a diffusers pipeline: it has no {INDEX}")
+        return str(path), True
+    if exists:
         raise ModelError(f"{source} is a file; give the directory of a diffusers pipeline")
-    elif not HUB_ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         raise ModelError(
             f"model directory {source!r} does not exist; give a pipeline directory or a hub id (owner/name)"
         )
+    return source, False
+
+
+@contextlib.contextmanager
+def _loading(source: str, is_directory: bool) -> Iterator[None]:
+    """Say in one ModelError why a pipeline cannot be loaded, and what to do."""
+    from huggingface_hub import errors
+
     try:
-        pipe: Any = DiTPipeline.from_pretrained(source)
-        transformer = pipe.transformer
-        if not isinstance(transformer, DiTTransformer2DModel):
-            raise ModelError(f"model {source!r} is not a DiT pipeline: its transformer is {type(transformer).__name__}")
-        _check_pipeline(source, pipe)
-        if dtype != pipe.transformer.dtype:  # quantize_model is to round the weights once
-            files = sorted(Path(pipe.transformer.config["_name_or_path"]).glob("*.safetensors"))
-            pipe.transformer.__dict__[EXACT_WEIGHTS] = functools.partial(_tensors_of, files)
-        torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own .to() warns of layers that DiT does not have
-        return pipe.to(device)
+        yield
     except QandCError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
         logger.debug("loading %s failed", source, exc_info=True)
+        causes: list[BaseException | None] = [error]
+        while causes[-1] is not None:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        where, what_to_do = "is no local directory and the hub did not deliver it", "check the name and the network"
         if is_directory:
-            where, what_to_do = "is damaged or not a DiT pipeline", "compare it with a fresh copy"
-        else:
-            where, what_to_do = (
-                "is no local directory and the hub did not deliver it",
-                "check the name and the network, or give a pipeline directory",
-            )
+            where, what_to_do = "is damaged or incomplete", "compare it with a fresh copy"
+        elif any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+            what_to_do = f"accept its terms at https://huggingface.co/{source}, then log in (hf auth login)"
+        elif any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
+            what_to_do = "check the name; if it is private, log in (hf auth login)"
+        elif any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+            what_to_do = "check the name, unset HF_HUB_OFFLINE, or give a pipeline directory"
         cause = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         raise ModelError(f"model {source!r} {where}; {what_to_do} ({cause})") from error
+
+
+def pipeline_class(model: str | Path | None) -> str:
+    """Return the name of the class of a pipeline, of which nothing but the index is read or downloaded.
+
+    Raises:
+        ModelError: there is no such pipeline, or it is damaged.
+    """
+    from huggingface_hub import hf_hub_download
+
+    source, is_directory = _located(model)
+    with _loading(source, is_directory):
+        path = Path(source, INDEX) if is_directory else Path(hf_hub_download(source, INDEX))
+        return str(json.loads(path.read_text())["_class_name"])
+
+
+@checked
+def load_pipeline(
+    model: Annotated[str | Path | None, str | os.PathLike | None] = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load any pipeline of diffusers; the autoencoder of a ``DiTPipeline`` stays in float32.
+
+    Args:
+        model: a pipeline directory, a hub id such as "facebook/DiT-XL-2-256", or None for the embedded fashion-dit.
+
+    Raises:
+        ConfigError: a dtype that no kernel computes in, or the meta device.
+        DeviceError: the device is not here.
+        ModelError: the directory is missing, damaged or no pipeline, the hub did not deliver, or transformers is not
+            installed.
+        DataError: a weight of a ``DiTPipeline`` is NaN or infinite.
+    """
+    from diffusers import DiffusionPipeline
+
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES.values()))}")
+    if torch.device(device).type == "meta":
+        raise ConfigError("a pipeline on the meta device would have no weights; give a device such as 'cpu'")
+    kind = pipeline_class(model)
+    source, is_directory = _located(model)
+    if kind != CLASS_CONDITIONAL and importlib.util.find_spec("transformers") is None:
+        raise ModelError(f"{kind} has text encoders, which need transformers: pip install 'qandc-kernels[text]'")
+    with _loading(source, is_directory):
+        if kind == CLASS_CONDITIONAL:
+            return _load_dit(source, dtype).to(device)
+        pipe: Any = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        return pipe.to(device)
+
+
+def _load_dit(source: str, dtype: torch.dtype) -> Any:
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    pipe: Any = DiTPipeline.from_pretrained(source)
+    transformer: Any = pipe.transformer
+    if not issubclass(type(transformer), DiTTransformer2DModel):
+        raise ModelError(f"model {source!r} is not a DiT pipeline: its transformer is {type(transformer).__name__}")
+    _check_pipeline(source, pipe)
+    if dtype != transformer.dtype:  # quantize_model is to round the weights once
+        files = sorted(Path(transformer.config["_name_or_path"]).glob("*.safetensors"))
+        transformer.__dict__[EXACT_WEIGHTS] = functools.partial(_tensors_of, files)
+    torch.nn.Module.to(transformer, dtype)  # diffusers' own .to() warns of layers that DiT does not have
+    return pipe
 
 
 def _tensors_of(files: list[Path]) -> dict[str, torch.Tensor]:
@@ -175,13 +235,24 @@ def source_of(model: str | None) -> str | None:
     return str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
 
 
+def check_draws_classes(model: str | None) -> None:
+    """Refuse, before it is downloaded, a pipeline that draws from prompts.
+
+    Raises:
+        ModelError: it does, or as :func:`pipeline_class`.
+    """
+    kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
+    if kind != CLASS_CONDITIONAL:
+        raise ModelError(f"model {model!r} is a {kind}, which draws from prompts; give one that draws classes here")
+
+
 def check_full_precision(pipe: Any, model: str | None) -> None:
     """Refuse a pipeline that was saved quantized where one in full precision is needed.
 
     Raises:
         ModelError: it has quantized layers.
     """
-    if quant_layers(pipe.transformer):
+    if any(isinstance(part, torch.nn.Module) and quant_layers(part) for part in pipe.components.values()):
         raise ModelError(f"model {model!r} is quantized already; give the full-precision pipeline it was made from")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine", "result_header", "versions"]
+__all__ = ["machine", "result_header", "size_text", "versions"]
 
 PACKAGES = ("qandc-kernels", "torch", "triton", "diffusers", "numpy", "scipy", "scikit-learn")
 
@@ -27,6 +27,11 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def size_text(count: int) -> str:
+    """Write a number of bytes for people: "23.8 GB", "0.3 MB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def machine() -> dict[str, Any]:

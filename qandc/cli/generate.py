@@ -1,0 +1,284 @@
+"""Compare images in full precision with those of the quantized, cached model: ``qandc generate``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qandc.cli.options import (
+    Calibrated,
+    Device,
+    Dtype,
+    Given,
+    Height,
+    ModelOrSettings,
+    NegativePrompt,
+    PromptFile,
+    Prompts,
+    Seed,
+    Width,
+    calibrated_options,
+    read_prompts,
+    refuse,
+    resolve,
+    takes,
+)
+from qandc.cli.terminal import (
+    check_output,
+    err,
+    loading,
+    out,
+    print_comparison,
+    progress_bars,
+    quiet_diffusers,
+)
+from qandc.errors import ConfigError
+from qandc.support import arguments
+from qandc.support.files import read_json, write_json, write_whole
+
+__all__ = ["generate", "parse_classes"]
+
+logger = logging.getLogger(__name__)
+DEFAULTS = {"cache_mode": "branch"}  # of classes, beside those of the fields
+OF_PROMPTS: dict[str, Any] = {"w_bits": 8, "a_bits": 8, "cache_mode": "taylor", "cache_interval": 3}
+
+
+def parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
+    """Read ids and names separated by commas; without a text, the first ten classes."""
+    if text is None:
+        return tuple(names)[:10]
+    by_name = {name.lower(): label for label, name in names.items()}
+    first, last = min(names), max(names)
+    labels = []
+    for part in (part.strip() for part in text.split(",")):
+        if not part:
+            raise ConfigError(f"there is an empty class between the commas of {text!r}; give ids or names")
+        if part.lower() in by_name:
+            label = by_name[part.lower()]
+        else:
+            try:
+                label = int(part)
+            except ValueError:
+                known = f"{names[first]} .. {names[last]}"
+                raise ConfigError(f"class {part!r} is unknown; give ids {first} to {last} or names {known}") from None
+        if label not in names:
+            known = f"{len(names)} classes, {first} ({names[first]}) to {last} ({names[last]})"
+            raise ConfigError(f"class id {label} is out of range; this model knows {known}")
+        labels.append(label)
+    return tuple(labels)
+
+
+@takes("num_inference_steps guidance_scale scheduler w_bits a_bits smoothing cache_mode cache_interval", **DEFAULTS)
+def generate(
+    *,
+    model: ModelOrSettings = None,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    calibrated: Calibrated = None,
+    classes: Annotated[str | None, typer.Option(help="Class ids or names, comma-separated. Default: ten.")] = None,
+    given: Given,
+    schedule: Annotated[
+        Path | None, typer.Option(help="File of a calibrated schedule, in place of mode and interval.")
+    ] = None,
+    no_calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--no-calibrated",
+            help="Do not use what comes with fashion-dit (static ranges, schedule, compensation) where no "
+            "option above asks for anything else.",
+        ),
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write.")] = Path("qandc.png"),
+    json_output: Annotated[Path | None, typer.Option("--json", help="Also write the table to this JSON file.")] = None,
+) -> None:
+    """Draw each class or prompt in full precision and quantized + cached, from the same noise, into one PNG."""
+    from qandc.caching.schedule import CacheConfig, CalibratedSchedule
+    from qandc.experiments.generate import Comparison, GenerateConfig, comparison_record, quantized_name
+    from qandc.experiments.generate import generate as run
+    from qandc.method.saved import LIKENESS, Preset, fashion_dit_preset, is_finished
+    from qandc.quantizer import QuantConfig
+    from qandc.sampling.loop import check_sampling, make_scheduler
+    from qandc.sampling.pipelines import (
+        CLASS_CONDITIONAL,
+        check_full_precision,
+        class_names,
+        load_pipeline,
+        pipeline_class,
+        resolve_device,
+        resolve_dtype,
+    )
+
+    arguments.check_value("--seed", arguments.Seed, seed)
+    for flag, value in (("--height", height), ("--width", width)):
+        arguments.check_value(flag, arguments.Count | None, value)
+    of_prompts = {
+        "--prompt": prompt,
+        "--prompts": prompts,
+        "--height": height,
+        "--width": width,
+        "--negative-prompt": negative_prompt,
+    }
+    if calibrated is None and model is not None and is_finished(model):
+        calibrated, model = Path(model), None  # what qandc calibrate wrote names its pipeline
+    kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
+    if model is not None and kind != CLASS_CONDITIONAL:
+        of_classes = {
+            "--classes": classes,
+            "--calibrated": calibrated,
+            "--no-calibrated": no_calibrated,
+            "--scheduler": given["scheduler"],
+            "--no-smoothing": given["smoothing"] is not None,
+        }
+        refuse(of_classes, f"is for models that draw classes, and {kind} draws from prompts: give --prompt")
+        run_given = {"height": height, "width": width, "negative_prompt": negative_prompt, **given}
+        texts = read_prompts(prompt, prompts, kind)
+        _from_prompts(model, texts, run_given, schedule, seed, device, dtype, output, json_output)
+        return
+    refuse(of_prompts, f"is for models that draw from prompts, and {kind} draws classes: give --classes, or --model")
+    if no_calibrated and calibrated is not None:
+        raise ConfigError("--calibrated and --no-calibrated contradict each other; give one of them")
+    preset, held, many = None, {}, None
+    if calibrated is not None:
+        preset = Preset.load(calibrated)
+        held = calibrated_options(preset)
+        held["cache_interval"] = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
+        if schedule is not None:
+            raise ConfigError(
+                f"--schedule and --calibrated {str(calibrated)!r} contradict each other; give one of them"
+            )
+        model = preset.base_model(model)
+    chosen = resolve(given, held, DEFAULTS, f"in {str(calibrated)!r}")
+    plain = resolve({**dict.fromkeys(given), "w_bits": given["w_bits"]}, {}, DEFAULTS)
+    as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4
+    if preset is None and not no_calibrated and as_shipped:
+        preset = fashion_dit_preset(chosen["w_bits"])
+        many = read_json(LIKENESS, "measured likeness", "install qandc again")[f"w{chosen['w_bits']}a8"]
+    elif preset is None and not no_calibrated:
+        logger.info(
+            "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
+        )
+    if preset is not None:
+        chosen |= calibrated_options(preset)
+        config, cache = preset.config, preset.schedule.config()
+    else:
+        config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
+        if schedule is not None:
+            cache = CalibratedSchedule.load(schedule).config()
+            cache.of_steps(chosen["num_inference_steps"])
+        else:
+            cache = CacheConfig(chosen["cache_mode"], interval=chosen["cache_interval"])
+    steps, guidance_scale, scheduler = (chosen[name] for name in ("num_inference_steps", "guidance_scale", "scheduler"))
+    check_output(output, ".png")
+    if json_output is not None:
+        check_output(json_output, ".json")
+    quiet_diffusers()
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    with loading(model):
+        pipe = load_pipeline(model, where, torch_dtype)
+    check_full_precision(pipe, model)
+    names = class_names(pipe)
+    labels = parse_classes(classes, names)
+    noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)
+    check_sampling(pipe.transformer, noise_schedule, labels, steps, guidance_scale)
+    if preset is not None:
+        preset.check(pipe.transformer, noise_schedule, steps, guidance_scale)
+    drawn = GenerateConfig(labels, steps, guidance_scale, scheduler, config, cache, seed, preset, chosen["smoothing"])
+
+    result = Comparison()
+    caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"
+    with _saved(result, output, [names[label] for label in labels], caption) as save, progress_bars() as progress:
+        total = steps * len(labels)
+        tasks = {name: progress.add_task(name, total=total) for name in ("FP", quantized_name(drawn))}
+        run(pipe, drawn, result, lambda name, done: progress.advance(tasks[name], done))
+    saved = save()
+    print_comparison(result, str(torch_dtype).removeprefix("torch."), many)
+    if json_output is not None:
+        write_json(json_output, comparison_record(result, drawn.described(), str(where), str(torch_dtype)))
+    out.print(saved, soft_wrap=True)
+
+
+@contextmanager
+def _saved(result: Any, output: Path, columns: Sequence[str], caption: str) -> Iterator[Callable[[], str]]:
+    """Give a function that writes the picture of what is finished, which an exception in the block calls."""
+    from qandc.experiments.generate import draw_grid
+
+    def save() -> str:
+        rows = [row for row in result.rows if row.batches]
+        if not rows:
+            return "nothing was finished"
+        picture = draw_grid(rows, columns, caption)
+        write_whole(output, lambda path: picture.save(path, format="PNG"))
+        return f"wrote {output}"
+
+    try:
+        yield save
+    except BaseException:  # Ctrl-C, out of memory, a broken model: what is finished is kept
+        err.print(f"stopped early; {save()}", soft_wrap=True)
+        raise
+
+
+def _from_prompts(
+    model: str,
+    prompts: Sequence[str],
+    given: Given,
+    schedule: Path | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    output: Path,
+    json_output: Path | None,
+) -> None:
+    """Compare what a pipeline draws from prompts before and after :func:`qandc.optimize`."""
+    from qandc.caching.schedule import CacheConfig, CalibratedSchedule
+    from qandc.experiments.generate import Comparison, comparison_record
+    from qandc.experiments.prompts import PromptsConfig, compare_prompts
+    from qandc.quantizer import QuantConfig
+    from qandc.sampling.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype
+    from qandc.sampling.prompts import RUN, call_arguments, usual_steps, warn_of_long_prompts
+
+    chosen = {name: default if given[name] is None else given[name] for name, default in OF_PROMPTS.items()}
+    config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
+    cache: CacheConfig | None = CacheConfig(chosen["cache_mode"], interval=chosen["cache_interval"])
+    if schedule is not None:
+        cache = CalibratedSchedule.load(schedule).config()
+    elif chosen["cache_interval"] == 1:
+        cache = None
+    check_output(output, ".png")
+    if json_output is not None:
+        check_output(json_output, ".json")
+    quiet_diffusers(text=True)
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    with loading(model):
+        pipe = load_pipeline(model, where, torch_dtype)
+    check_full_precision(pipe, model)
+    of_call = call_arguments(pipe, {name: given[name] for name in RUN})
+    steps = of_call.get("num_inference_steps", usual_steps(pipe))
+    if schedule is not None and cache is not None:
+        cache.of_steps(steps)
+    warn_of_long_prompts(pipe, prompts)
+    drawn = PromptsConfig(tuple(prompts), of_call, config, cache, seed)
+
+    def show(name: str, number: int) -> None:
+        pipe.set_progress_bar_config(desc=f"{name}: {number + 1} of {len(prompts)}", leave=False)
+
+    result = Comparison()
+    with _saved(result, output, prompts, f"{type(pipe).__name__}, {steps} steps, seed {seed}") as save:
+        plan = compare_prompts(pipe, drawn, result, show)
+    saved = save()
+    print_comparison(result, str(torch_dtype).removeprefix("torch."), plan=plan)
+    if json_output is not None:
+        write_json(json_output, comparison_record(result, drawn.described(), str(where), str(torch_dtype)))
+    out.print(saved, soft_wrap=True)

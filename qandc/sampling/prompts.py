@@ -1,0 +1,102 @@
+"""Draw from prompts with any pipeline of diffusers, unmodified: what its call takes, pixels that come back."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qandc.errors import ConfigError, DataError, ModelError
+
+__all__ = ["RUN", "call_arguments", "check_prompts", "draw_prompt", "usual_steps", "warn_of_long_prompts"]
+
+logger = logging.getLogger(__name__)
+
+RUN = ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt")  # arguments that most take
+USUAL_STEPS = 50  # of a pipeline that does not say
+
+
+def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def usual_steps(pipe: Any) -> int:
+    """Return the number of denoising steps that a pipeline takes if nobody says one."""
+    found = _parameters(pipe).get("num_inference_steps")
+    return found.default if found is not None and isinstance(found.default, int) else USUAL_STEPS
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse a list that holds no prompt, or an empty one.
+
+    Raises:
+        ConfigError: it does.
+    """
+    empty = next((i for i, prompt in enumerate(prompts, 1) if not prompt.strip()), 0)
+    if empty or not prompts:
+        raise ConfigError(f"{f'prompt {empty} is empty' if empty else 'there is no prompt'}; give text in each")
+
+
+def warn_of_long_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Log which prompts have more tokens than any text encoder of a pipeline reads: pipelines cut them silently."""
+    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
+    longest = getattr(_parameters(pipe).get("max_sequence_length"), "default", None)
+    for prompt in prompts:
+        cut = []
+        for tokenizer in tokenizers:
+            limits = (getattr(tokenizer, "model_max_length", None), longest)
+            limit = min(value for value in (*limits, 1 << 20) if isinstance(value, int))
+            count = len(tokenizer(prompt, verbose=False).input_ids)
+            cut.append((count, limit))
+        if cut and all(count > limit for count, limit in cut):
+            count, limit = max(cut, key=lambda pair: pair[1])
+            logger.warning(
+                "a prompt has %d tokens, of which %s reads %d: %.60s...", count, type(pipe).__name__, limit, prompt
+            )
+
+
+def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a pipeline by the names that it has for them; None leaves one out.
+
+    Args:
+        pipe: draws from prompts.
+        given: values of ``RUN``.
+
+    Raises:
+        ModelError: the pipeline takes no prompt.
+        ConfigError: it does not take one of the others.
+    """
+    known, kind = _parameters(pipe), type(pipe).__name__
+    if "prompt" not in known:
+        raise ModelError(f"{kind} takes no prompt")
+    arguments = {name: value for name, value in given.items() if value is not None}
+    if "true_cfg_scale" in known:
+        if known["guidance_scale"].default is None and "guidance_scale" in arguments:  # Qwen-Image
+            arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+        elif known["true_cfg_scale"].default <= 1 and "negative_prompt" in arguments:  # FLUX.1
+            raise ConfigError(f"{kind} is distilled for guidance and reads no negative prompt; leave it out")
+    strangers = arguments.keys() - known.keys()
+    if strangers:
+        raise ConfigError(f"{kind} takes no {min(strangers)}; leave it out")
+    return arguments
+
+
+@torch.no_grad()
+def draw_prompt(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Draw one image from a prompt: ``[1, C, H, W]`` in [-1, 1], float32, on the CPU.
+
+    Of a video these are its first, middle and last frame, side by side.
+
+    Raises:
+        DataError: the pipeline does not return pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = pipe(prompt=prompt, generator=generator, output_type="pt", return_dict=False, **arguments)[0]
+    if not isinstance(made, torch.Tensor) or made.ndim not in (4, 5):
+        raise DataError(f"{type(pipe).__name__} returned {type(made).__name__}; images or frames are compared here")
+    if made.ndim == 5:
+        made = torch.cat([made[:, i] for i in (0, made.shape[1] // 2, -1)], -1)
+    return made.float().cpu() * 2 - 1

@@ -1,0 +1,236 @@
+"""Compare what pipelines draw from prompts: the command, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from qandc import CacheConfig, ConfigError, ModelError, apply_cache, load_pipeline, quantize_model
+from qandc.cli.main import main
+from qandc.evaluation.metrics import psnr
+from qandc.sampling.prompts import call_arguments, draw_prompt, warn_of_long_prompts
+from tests.tiny_pipelines import PIPELINES, make_pipeline
+
+SMALL = ("--height", 16, "--width", 16, "--steps", 6, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def flux_dir(tmp_path_factory):
+    """A small FLUX.1 with text encoders, as ``save_pretrained`` writes it."""
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("pipeline") / "tiny-flux"
+    make_pipeline("FluxPipeline").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def index_dir(tmp_path):
+    """The index of a pipeline that draws from prompts, and nothing else of it."""
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_generate_compares_what_a_pipeline_draws_from_prompts(capsys, tmp_path, flux_dir):
+    file, target, record = tmp_path / "prompts.txt", tmp_path / "x.png", tmp_path / "x.json"
+    file.write_text("a blue hat\n\n a bag \n")
+    status, out, _ = run(
+        capsys, "generate", "--model", flux_dir, "--prompt", "a red coat", "--prompts", file, *SMALL, "--seed", 3,
+        "--guidance-scale", 2, "--w-bits", 4, "--cache-mode", "branch", "--cache-interval", 2, "-o", target,
+        "--json", record,
+    )  # fmt: skip
+    assert status == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[1].startswith("FP (float32) ")
+    assert lines[2].startswith("W4A8 + branch cache 2 ")
+    assert lines[3:5] == ["FluxPipeline", "transformer (FluxTransformer2DModel)"]
+    assert lines[-1] == f"wrote {target}"
+    with Image.open(target) as picture:
+        assert picture.width >= 3 * 112
+        assert picture.height >= 2 * 112
+    result = json.loads(record.read_text())
+    assert result["settings"]["prompts"] == ["a red coat", "a blue hat", "a bag"]
+    full, quantized = result["rows"]
+    assert (full["images"], quantized["name"]) == (3, "W4A8 + branch cache 2")
+
+    pipe = load_pipeline(flux_dir)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"height": 16, "width": 16, "num_inference_steps": 6, "guidance_scale": 2.0}
+
+    def images():
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+        prompts = zip(result["settings"]["prompts"], generators, strict=True)
+        made = [pipe(text, generator=noise, output_type="pt", **given).images for text, noise in prompts]
+        return torch.cat(made).clamp(0, 1) * 2 - 1
+
+    expected = images()
+    apply_cache(quantize_model(pipe.transformer, 4), config=CacheConfig("branch", interval=2))
+    likeness = psnr(images(), expected)
+    assert quantized["psnr_mean"] == pytest.approx(likeness.mean().item(), abs=0.1)
+    assert quantized["psnr_min"] == pytest.approx(likeness.min().item(), abs=0.1)
+
+
+def test_without_options_a_pipeline_has_its_own_steps_and_guidance(capsys, tmp_path, flux_dir, monkeypatch):
+    import qandc.experiments.prompts
+
+    seen = []
+
+    def note(pipe, prompt, seed, arguments):
+        seen.append((prompt, seed, arguments))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return torch.zeros(1, 3, 16, 16)
+
+    monkeypatch.setattr(qandc.experiments.prompts, "draw_prompt", note)
+    target = tmp_path / "x.png"
+    status, _, err = run(
+        capsys, "generate", "--model", flux_dir, "--prompt", "a", "--prompt", "b", "--device", "cpu", "-o", target
+    )
+    assert status == 130
+    assert f"stopped early; wrote {target}" in err
+    assert seen == [("a", 0, {}), ("b", 1, {}), ("a", 0, {})]
+    assert target.exists()
+
+
+REFUSED = {
+    "no prompt": ((), "FluxPipeline draws from prompts; give --prompt"),
+    "an empty prompt": (("--prompt", "a", "--prompt", " "), "prompt 2 is empty; give text in each"),
+    "an empty file": (("--prompts", "/dev/null"), "FluxPipeline draws from prompts; give --prompt"),
+    "no file": (("--prompts", "/no/such"), "--prompts '/no/such' cannot be read (No such file or directory)"),
+    "no text": (("--prompts", sys.executable), "cannot be read (it is no UTF-8 text)"),
+    "classes": (("--prompt", "a", "--classes", "1"), "--classes is for models that draw classes, and FluxPipeline"),
+    "a scheduler": (("--prompt", "a", "--scheduler", "ddim"), "--scheduler is for models that draw classes"),
+    "smoothing": (("--prompt", "a", "--no-smoothing"), "--no-smoothing is for models that draw classes"),
+    "bits": (("--prompt", "a", "--w-bits", "3"), "w_bits is 3"),
+    "a height": (("--prompt", "a", "--height", "0"), "--height is 0; give an integer >= 1"),
+    "a mode": (("--prompt", "a", "--cache-mode", "all"), "cache mode 'all' is unknown"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals_before_a_pipeline_is_loaded(capsys, index_dir, options, message):
+    target = index_dir / "x.png"
+    status, out, err = run(capsys, "generate", "--model", index_dir, "--device", "cpu", "-o", target, *options)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--prompts", "--height", "--width", "--negative-prompt"])
+def test_models_that_draw_classes_take_no_prompt(capsys, tmp_path, pipeline_dir, flag):
+    for model in ((), ("--model", pipeline_dir)):
+        status, _, err = run(capsys, "generate", *model, flag, "7", "-o", tmp_path / "x.png")
+        assert status == 2
+        assert len(err.splitlines()) == 1
+        assert f"{flag} is for models that draw from prompts, and DiTPipeline draws classes" in err
+
+
+@pytest.mark.parametrize("command", [("calibrate",), ("sample", "-n", "2", "--full-precision"), ("ablate",)])
+def test_commands_that_draw_classes_refuse_other_models(capsys, index_dir, command):
+    status, _, err = run(capsys, *command, "--model", index_dir, "--device", "cpu", "-o", index_dir / "x.npz")
+    assert status == 2
+    assert "is a FluxPipeline, which draws from prompts; give one that draws classes here" in err
+
+
+def test_a_negative_prompt_that_would_not_be_read(capsys, tmp_path, flux_dir):
+    arguments = ("--prompt", "a", "--negative-prompt", "b", *SMALL, "-o", tmp_path / "x.png")
+    status, _, err = run(capsys, "generate", "--model", flux_dir, *arguments)
+    assert status == 2
+    assert "FluxPipeline is distilled for guidance and reads no negative prompt; leave it out" in err
+
+
+def test_a_damaged_pipeline_is_one_line(capsys, index_dir):
+    pytest.importorskip("transformers")
+    status, _, err = run(capsys, "generate", "--model", index_dir, "--prompt", "a", "-o", index_dir / "x.png")
+    assert status == 2
+    assert "is damaged or incomplete; compare it with a fresh copy" in err
+
+
+def test_transformers_is_asked_for_by_its_extra(index_dir, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"FluxPipeline has text encoders, .*: pip install 'qandc-kernels\[text\]'"):
+        load_pipeline(index_dir)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("GatedRepoError", "accept its terms at https://huggingface.co/owner/model, then log in"),
+        ("RepositoryNotFoundError", "check the name; if it is private, log in"),
+        ("OfflineModeIsEnabled", "check the name, unset HF_HUB_OFFLINE, or give a pipeline directory"),
+        (None, "check the name and the network"),
+    ],
+)
+def test_what_the_hub_says(capsys, tmp_path, monkeypatch, error, advice):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def refuse(*args, **kwargs):
+        kind = OSError if error is None else getattr(errors, error)
+        cause = kind.__new__(kind)
+        cause.args = ("no\nentry",)
+        raise OSError("there was an error") from cause
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    status, _, err = run(capsys, "generate", "--model", "owner/model", "--prompt", "a", "-o", tmp_path / "x.png")
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert f"'owner/model' is no local directory and the hub did not deliver it; {advice}" in err
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_prompts_are_drawn_as_the_pipeline_draws_them(name):
+    pytest.importorskip("transformers")
+    pipe, small = make_pipeline(name), PIPELINES[name][3]
+    given = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": None}
+    arguments = call_arguments(pipe, given)
+    assert arguments.keys() >= {"height", "width", "num_inference_steps"}
+    found = draw_prompt(pipe, "a red coat", 5, {**arguments, **small})
+    made = pipe("a red coat", generator=torch.Generator().manual_seed(5), output_type="pt", **{**arguments, **small})[0]
+    if made.ndim == 5:
+        made = torch.cat([made[:, 0], made[:, 2], made[:, 4]], -1)
+    assert torch.equal(found, made * 2 - 1)
+    assert found.shape == (1, 3, 16, 48 if name == "WanPipeline" else 16)
+    with pytest.raises(ConfigError, match="takes no strength; leave it out"):
+        call_arguments(pipe, {"strength": 1})
+
+
+def test_guidance_of_qwen_image_is_the_one_that_it_reads():
+    pytest.importorskip("transformers")
+    assert call_arguments(make_pipeline("QwenImagePipeline"), {"guidance_scale": 3.0}) == {"true_cfg_scale": 3.0}
+    assert call_arguments(make_pipeline("FluxPipeline"), {"guidance_scale": 3.0}) == {"guidance_scale": 3.0}
+
+
+def test_prompts_that_are_cut_are_told(caplog):
+    pytest.importorskip("transformers")
+    pipe = make_pipeline("FluxPipeline")
+    warn_of_long_prompts(pipe, ["x" * 100])  # CLIP cuts it, T5 reads it all
+    assert not caplog.messages
+    warn_of_long_prompts(pipe, ["x" * 100, "y" * 600])
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "a prompt has 601 tokens, of which FluxPipeline reads 512"
+    ]
+
+
+@pytest.mark.slow
+def test_without_a_network_it_is_one_line(tmp_path):
+    command = ("-m", "qandc", "generate", "--model", "owner/model", "--prompt", "a", "-o", tmp_path / "x.png")
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=variables)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "unset HF_HUB_OFFLINE" in done.stderr
