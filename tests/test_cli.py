@@ -177,15 +177,15 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
 
 
 def test_calibrate_resumes_after_ctrl_c(capsys, tmp_path, pipeline_dir, monkeypatch):
-    import qandc.method.pipeline_calibration
     import qandc.method.pool
+    import qandc.method.stages
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     arguments = ("calibrate", "--model", pipeline_dir, *TINY, "--compensation", "none", "--out", tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(qandc.method.pipeline_calibration, "quantize_model", interrupt)
+        patched.setattr(qandc.method.stages, "quantize_model", interrupt)
         status, _, err = run(capsys, *arguments)
     assert status == 130
     assert "stopped early; what was finished is kept, the same command goes on with it" in err
