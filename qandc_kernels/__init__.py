@@ -28,6 +28,7 @@ from qandc_kernels.ops.quantize import (
 )
 from qandc_kernels.ops.repeated import RepeatedLinear
 from qandc_kernels.ops.residual import corrected_gates, gated_sum, linear_gate_residual_
+from qandc_kernels.ops.rotary import qk_norm_rope_
 from qandc_kernels.packing import pack_int4, unpack_int4
 from qandc_kernels.tiles.warmup import warm_up
 
@@ -53,6 +54,7 @@ __all__ = [
     "linear_gelu_quantize",
     "pack_int4",
     "packing",
+    "qk_norm_rope_",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantized_linear",

@@ -29,6 +29,7 @@ __all__ = [
     "int8_matmul",
     "linear_gate_residual_",
     "linear_gelu_quantize",
+    "qk_norm_rope_",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantized_linear",
@@ -204,6 +205,40 @@ def attention_quantize_per_tensor(
     y = attention(*(t.to(torch.float32) for t in (q, k, v))).contiguous()
     _tell_nan(y, nan_flag)
     return _quantize_static(y, 1.0 / out_scale, out_zero_point)
+
+
+@checked
+@torch.no_grad()
+def qk_norm_rope_(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Normalize each head of q and k and rotate it by its position, in place; v stays as it is.
+
+    RMSNorm (arXiv 1910.07467), ``y = x / √(mean x² + eps) · weight``, then rotary embedding of neighbouring pairs
+    (RoFormer, arXiv 2104.09864): ``(y_0 cos_0 - y_1 sin_0, y_1 cos_1 + y_0 sin_1)``. Both are computed in float32 and
+    rounded to the dtype of ``qkv``, as diffusers does with FLUX.1: between norm and rotation, and at the end.
+
+    Args:
+        qkv: ``[samples, tokens, 3, heads, D]`` float16, bfloat16 or float32, D even, at most 1024, unit stride along D;
+            other strides may be any without overlap, e.g. those of some tokens of a joint sequence.
+        q_weight, k_weight: ``[D]`` floating point.
+        cos, sin: ``[tokens, D] float32``, of the angle of each value's pair.
+        eps: added to the mean square.
+
+    Returns:
+        ``qkv``.
+    """
+    for x, weight in zip(qkv.unbind(2)[:2], (q_weight, k_weight), strict=True):
+        y = F.rms_norm(x.to(torch.float32), x.shape[-1:], weight.to(torch.float32), eps)
+        y = y.to(x.dtype).to(torch.float32)
+        turned = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
+        x.copy_(y * cos[:, None] + turned * sin[:, None])
+    return qkv
 
 
 @checked

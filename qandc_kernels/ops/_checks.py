@@ -43,6 +43,7 @@ RAISES = """Raises:
 """
 LINEAR_NAMES = "xq weight x_scale w_scale bias x_zero_point w_sum"
 QUANTIZED_NAMES = "x weight w_scale bias act_scale act_zero_point w_sum smoothing"
+LARGEST_HEAD = 1024
 GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier"
 RESIDUAL_NAMES = f"{LINEAR_NAMES} gate out_branch residual"
 
@@ -197,6 +198,25 @@ def check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point=None,
     check_zero_point(op, "out_zero_point", out_zero_point)
     check_nan_flag(op, nan_flag, "q k v out_scale out_zero_point", q, k, v, out_scale, out_zero_point)
     check_devices(op, "q k v out_scale out_zero_point nan_flag", q, k, v, out_scale, out_zero_point, nan_flag)
+
+
+def check_qk_norm_rope_(qkv, q_weight, k_weight, cos, sin, eps=1e-6):
+    op, names = "qk_norm_rope_", "q_weight k_weight cos sin qkv"
+    check_tensor(op, "qkv", qkv, FLOAT_DTYPES)
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[4] not in range(2, LARGEST_HEAD + 1, 2):
+        raise ArgumentError(
+            f"{op}: qkv must be [samples, tokens, 3, heads, D] with an even D from 2 to {LARGEST_HEAD}; "
+            f"got {tuple(qkv.shape)}"
+        )
+    check_rows(op, "qkv", qkv.shape[:-1].numel())
+    tokens, width = qkv.shape[1], qkv.shape[4]
+    check_tensor(op, "q_weight", q_weight, FLOAT_DTYPES, ((width,),))
+    check_tensor(op, "k_weight", k_weight, FLOAT_DTYPES, ((width,),))
+    check_tensor(op, "cos", cos, FLOAT32, ((tokens, width),))
+    check_tensor(op, "sin", sin, FLOAT32, ((tokens, width),))
+    check_number(op, "eps", eps, 0.0, "a finite number >= 0")
+    check_written(op, "qkv", qkv, names, q_weight, k_weight, cos, sin, contiguous=False)
+    check_devices(op, names, q_weight, k_weight, cos, sin, qkv)
 
 
 def check_corrected_gates(gates, gains, offsets):

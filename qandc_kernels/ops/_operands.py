@@ -147,9 +147,26 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (int(steps) + 1) * tensor.itemsize
 
 
-def check_written(op: str, name: str, written: Tensor, names: str, *others: MaybeTensor) -> None:
+def _folded(tensor: Tensor) -> bool:
+    """Tell whether elements of a tensor may share memory, as those of an expanded one do."""
+    span = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span += (size - 1) * stride
+    return False
+
+
+def check_written(
+    op: str, name: str, written: Tensor, names: str, *others: MaybeTensor, contiguous: bool = True
+) -> None:
     """Refuse an output that has gaps, shares memory with one of ``others`` (``names``), or has a gradient to lose."""
-    if not written.is_contiguous():
+    if not contiguous and (written.stride(-1) != 1 or _folded(written)):
+        raise ArgumentError(
+            f"{op}: {name} is written to: its last stride must be 1 and its elements apart; got strides "
+            f"{written.stride()}, clone it"
+        )
+    if contiguous and not written.is_contiguous():
         raise ArgumentError(f"{op}: {name} must be contiguous, it is written to; got strides {written.stride()}")
     if written.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(f"{op}: {name} requires a gradient, which is not computed; use torch.no_grad()")

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from qandc_kernels.tiles import tables as tiles
 from qandc_kernels.tiles import tune
-from qandc_kernels.triton import _launch, adaln, attention, batched, denoise, few_rows, quantize, residual
+from qandc_kernels.triton import _launch, adaln, attention, batched, denoise, few_rows, quantize, residual, rotary
 from qandc_kernels.triton._driver import sizes as driver_sizes
 from qandc_kernels.triton._epilogue import Epilogue
 from qandc_kernels.triton.int8_gemm import int8_gemm_triton
@@ -185,6 +185,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         for flag in (None, integer):
             attention.attention_quantize_triton(*parts, one, integer, flag)
             yield record(arch, "attention", [batch, tokens, width, flag is not None])
+        cos, sin = torch.zeros(2, tokens, width)
+        rotary.qk_norm_rope_triton(torch.stack(parts, 2), cos[0].bfloat16(), sin[0].bfloat16(), cos, sin, 1e-6)
+        yield record(arch, "qk_norm_rope", [batch, tokens, width])
     for rows, inner, columns in ((2, 1152, 6912), (16, 256, 1152), (64, 1152, 6912), (5, 100, 70)):
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)

@@ -46,6 +46,8 @@ GOOD = {  # what each op takes
         "prediction": PREDICTION, "latents": LATENTS, "coefficients": torch.zeros(3, 4), "guidance_scale": 1.5
     },
 }  # fmt: skip
+ROPE = {"q_weight": torch.ones(8), "k_weight": torch.ones(8), "cos": torch.ones(3, 8), "sin": torch.ones(3, 8)}
+GOOD["qk_norm_rope_"] = {"qkv": torch.zeros(2, 3, 3, 2, 8), **ROPE}
 LONG = torch.zeros(1, 65536, dtype=torch.int8)
 REFUSALS = [  # changes to that, and what the message says; test_arguments.py tries all kinds of values
     ("int8_matmul", {"xq": LONG, "wq": LONG}, "up to K = 65535"),
@@ -89,6 +91,11 @@ REFUSALS = [  # changes to that, and what the message says; test_arguments.py tr
     ("gated_sum", {"features": torch.zeros(1, 2, 3, 2, 3, 16).transpose(1, 2)}, "features must be contiguous"),
     ("corrected_gates", {"gates": GAINS}, r"gates must be \[L, K, samples, D\]"),
     ("corrected_gates", {"gains": torch.zeros(2, 3, 8).transpose(0, 1)}, "gains must be contiguous"),
+    ("qk_norm_rope_", {"qkv": HEADS}, r"qkv must be \[samples, tokens, 3, heads, D\]"),
+    ("qk_norm_rope_", {"qkv": torch.zeros(2, 3, 3, 2, 7)}, "with an even D from 2 to 1024"),
+    ("qk_norm_rope_", {"cos": torch.ones(4, 8)}, r"cos must have shape \(3, 8\)"),
+    ("qk_norm_rope_", {"qkv": torch.zeros(1, 3, 3, 2, 8).expand(2, -1, -1, -1, -1)}, "its elements apart; .*clone it"),
+    ("qk_norm_rope_", {"qkv": torch.zeros(2, 3, 3, 8, 2).mT}, "its last stride must be 1"),
     ("guided_step", {"latents": LATENTS[0]}, r"latents must be \[B, C, H, W\]"),
     ("guided_step", {"latents": ONE}, r"latents must be \[B, C, H, W\]"),
     ("guided_step", {"prediction": PREDICTION[:2]}, r"prediction \[2 B, C or more, H, W\]"),
@@ -172,6 +179,10 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "batched_linear": (
             torch.randn(3, 2, 32, device=device), torch.randn(3, 8, 32, device=device), w_scale.expand(3, 8), 1.0
         ),
+        "qk_norm_rope_": (
+            torch.randn(2, 3, 3, 2, 16, device=device).half(), *torch.randn(2, 16, device=device),
+            *torch.randn(2, 3, 16, device=device), 1e-6,
+        ),
         "attention_quantize_per_tensor": (
             *torch.full((2, 3, 3, 2, 16), nan, device=device).unbind(2), one, zero_point, nan_flag
         ),
@@ -192,7 +203,7 @@ def test_opcheck(op, device):
 @pytest.mark.parametrize("op", reference.__all__)
 def test_checks_do_not_break_a_graph(op):
     """Compiled with the layer around it; weights are parameters there."""
-    written = ("residual", "out_branch", "nan_flag")
+    written = ("residual", "out_branch", "nan_flag", "qkv")
     names = inspect.signature(getattr(qandc_kernels, op)).parameters
     arguments = [
         torch.nn.Parameter(value, requires_grad=False)
