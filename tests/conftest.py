@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from collections import Counter
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # for libraries that count what is left at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,6 +70,13 @@ def _filled_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.set_deterministic_debug_mode(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _new_objects() -> None:
+    """Let garbage collections look at what a module of tests makes, not at the million objects there are before."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 
 from qandc import FeatureCompensation
 from qandc.caching.schedule import CacheConfig, forecast_weights
-from tests.tiny_models import output_of
+from tests.tiny_models import output_of, speed_of
 
 LENGTH = 10  # of the runs that these are for
 UNEVEN = (True, True, True, False, True, False, False, True, False, False)
@@ -46,26 +46,18 @@ BRANCHES = {  # by list of blocks, in all streams
     "WanTransformer3DModel": {"blocks": ("attn1", "attn2", "ffn")},
     "ZImageTransformer2DModel": {"layers": ("attention_norm2", "ffn_norm2")},
 }
-QUICK = ("DiTTransformer2DModel", "FluxTransformer2DModel")  # one stream and two
 PER_BRANCH = ("branch", "taylor", "hicache")
 TOKENS = 16  # of an image in the small FLUX.1, whose single blocks have it behind the text
 OF_TEXT = ("ff_context", "txt_mlp")
 STREAMS = ("encoder_hidden_states", "hidden_states")  # as blocks of two return them
 
 
-def _marks(name: str) -> list[pytest.MarkDecorator]:
-    return [] if name in QUICK else [pytest.mark.slow]
-
-
 def cases(kinds: Iterable[str], *more: str) -> list[Any]:
-    """Make parameters of a test: each class, a config of each kind, and what is given; slow for all but ``QUICK``."""
+    """Make parameters of a test: each class, a config of each kind, and what is given; slow for most classes."""
     return [
-        pytest.param(name, CONFIGS[kind], *more, id="-".join([kind, name, *more]), marks=_marks(name))
+        pytest.param(name, CONFIGS[kind], *more, id="-".join([kind, name, *more]), marks=speed_of(name))
         for kind, name in itertools.product(kinds, BRANCHES)
     ]
-
-
-all_families = pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in BRANCHES])
 
 
 class Step(NamedTuple):

@@ -202,6 +202,7 @@ def test_a_look_computes_nothing(monkeypatch):
         assert time.perf_counter() - started < 0.1  # a millisecond each; a dequantization takes longer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_code_that_reads_it_compiles(layer, grad, seeded):
     class Reader(nn.Module):

@@ -46,6 +46,7 @@ def compile_whole(model):
 WAYS = (compile_blocks, replace_blocks, compile_whole, lambda model: torch.compile(model, backend="eager"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", WAYS, ids=["block.compile", "compile(block)", "model.compile", "compile(model)"])
 def test_hooks_registered_after_a_compiled_run_are_called(compiled, dit_inputs):
     model = make_dit(num_layers=2)

@@ -25,7 +25,7 @@ from qandc.evaluation.metrics import FeatureStatistics, frechet_distance
 from qandc.evaluation.pixels import to_float
 
 ROOT = Path(__file__).parents[1]
-COUNT = 500
+COUNT = 200
 
 
 def draw(seed: int, count: int = COUNT, channels: int = 1) -> np.ndarray:

@@ -148,6 +148,7 @@ def test_interrupted_anywhere_it_goes_on(finished, pipeline_dir, tmp_path, monke
         assert np.array_equal(images_of(tmp_path, kind), images_of(finished[0], kind))
 
 
+@pytest.mark.slow
 def test_a_finished_experiment_is_only_read(finished, pipeline_dir, monkeypatch):
     directory, rows = finished
     monkeypatch.setattr(qandc.experiments.ablation, "calibrate_pipeline", None)

@@ -42,7 +42,6 @@ from tests.definition import (
     BRANCHES,
     CONFIGS,
     LENGTH,
-    all_families,
     assert_equal_runs,
     by_definition,
     cases,
@@ -51,7 +50,7 @@ from tests.definition import (
     of_image,
     step_of,
 )
-from tests.tiny_models import as_one, inputs_of, make_tiny, output_of
+from tests.tiny_models import as_one, each_class, inputs_of, make_tiny, output_of
 
 STEPS = tuple(range(900, 400, -50))
 CHROMA, Z_IMAGE = "ChromaTransformer2DModel", "ZImageTransformer2DModel"
@@ -188,7 +187,7 @@ def test_without_a_program_nothing_is_fused(name):
         fuse(model)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_class(FAMILIES)
 def test_ranges_are_those_of_all_that_layers_are_given(name):
     model = quantize_model(make_tiny(name))
     bounds = {}
@@ -244,7 +243,7 @@ def fitted(f, g, mode):
     return gain * f + (g - gain * f).mean(0)
 
 
-@all_families
+@each_class(FAMILIES)
 @pytest.mark.parametrize(("mode", "order"), [("delta", 0), ("branch", 0), ("taylor", 1), *later(1)])
 @pytest.mark.parametrize("compensated", [False, True])
 def test_a_schedule_is_that_of_all_schedules_tried(monkeypatch, name, mode, order, compensated):
@@ -483,7 +482,7 @@ def test_blocks_of_sd35_that_have_a_second_attention():
     assert_as_defined(make_tiny(SD3, dual_attention_layers=(0,)), CONFIGS["taylor uneven"], run_of(SD3))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_class(FAMILIES)
 def test_copies_and_pickles_are_cached(name):
     model = make_tiny(name)
     apply_cache(model, config=CONFIGS["branch"])

@@ -30,9 +30,9 @@ from qandc.caching.compensation import FeatureMoments
 from qandc.caching.features import FeatureStore
 from qandc.method.observation import Run
 from qandc.models import FAMILIES
-from tests.definition import CONFIGS, LENGTH, all_families, assert_equal_runs, by_definition, cases, of_image, step_of
+from tests.definition import CONFIGS, LENGTH, assert_equal_runs, by_definition, cases, of_image, step_of
 from tests.test_families import STEPS, forwards, run_of, steps_known, timesteps_of
-from tests.tiny_models import inputs_of, make_tiny
+from tests.tiny_models import each_class, inputs_of, make_tiny
 
 LEARN = {
     "compensation": lambda model, run: fit_feature_compensation(model, run, config=CacheConfig("branch")),
@@ -135,7 +135,7 @@ def test_a_compensated_cache_equals_the_definition(name, config):
         assert config.computes(step) or not torch.allclose(mine, theirs, atol=1e-3)  # else nothing was corrected
 
 
-@all_families
+@each_class(FAMILIES)
 @pytest.mark.parametrize("mode", ["delta", "branch", "taylor", pytest.param("crf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", [False, True], ids=["own", "full_precision"])
 def test_moments_are_those_of_the_run_without_a_cache(name, mode, target):
@@ -186,15 +186,6 @@ def test_forms_and_pulls_that_are_not_given_are_those_of_the_mode(mode, form, pu
         fit_feature_compensation(model, run, config=config, form="ridge")
 
 
-@pytest.fixture
-def few_objects():
-    """Hide from the garbage collector what there was before the test: half a million objects, slow to look through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("mode", ["branch", "taylor"])
 def test_two_runs_may_take_turns_and_those_before_are_forgotten(mode):
     """Fit on two runs whose steps alternate, and on the same runs one after the other: gains and offsets are equal."""
@@ -288,11 +279,11 @@ def of_five_runs(model):
     return run, held
 
 
-@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("learn", LEARN.values(), ids=LEARN)
 def test_what_is_held_does_not_grow_with_images(learn):
     model = make_tiny("DiTTransformer2DModel")
     run, held = of_five_runs(model)
+    gc.collect()
     learn(model, run)
     assert not any(isinstance(found, Run) for found in gc.get_objects())
     assert len(held) == 5

@@ -28,6 +28,7 @@ from tests.conftest import in_time
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_lock_is_free_again_however_its_run_ends(tmp_path):
     path = tmp_path / "run" / ".lock"
     code = f"""
@@ -69,6 +70,7 @@ def test_bytes_are_those_of_the_elements_whatever_the_strides():
         assert bytes(bytes_of(x)) == plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
+@pytest.mark.slow
 def test_a_lock_without_fcntl(tmp_path):
     """Import the package and lock a directory where there is no fcntl, as on systems that are not POSIX."""
     code = f"""

@@ -14,7 +14,7 @@ from qandc.quantization.conversion import quant_layers
 from qandc.quantization.fused_projections import FusedProjection
 from qandc.quantization.linear import QuantLinear
 from tests.test_shared_products import alone, products  # noqa: F401 (fixtures)
-from tests.tiny_models import inputs_of, make_tiny, output_of
+from tests.tiny_models import each_class, inputs_of, make_tiny, output_of
 
 FLUX = "FluxTransformer2DModel"
 CLASSES = {  # fused layers, and whether unfusing removes them
@@ -39,7 +39,7 @@ def quantized(name, way="W8A8"):
     return model
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@each_class(CLASSES)
 @pytest.mark.parametrize("way", ["W8A8", "W4A8", "static"])
 def test_fusing_and_unfusing_change_no_bit(name, way, alone):  # noqa: F811
     model, inputs = quantized(name, way), inputs_of(name)
@@ -89,7 +89,7 @@ def test_fused_weights_are_those_of_the_layers():
             )
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@each_class(CLASSES)
 def test_saved_while_fused_it_loads_unfused(name, tmp_path):
     model, inputs = quantized(name, "static"), inputs_of(name)
     wanted = output_of(model, inputs)

@@ -521,6 +521,7 @@ def _mutated_npz(random, data: bytes) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_damaged_files_raise_nothing_else(tmp_path, pixels):
     """Bytes of whole files changed at random, and bytes inside their checksums: our errors only, and no warning."""
     from PIL.PngImagePlugin import PngInfo

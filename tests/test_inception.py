@@ -42,6 +42,7 @@ def random_image() -> torch.Tensor:
     return torch.randint(0, 256, (1, 3, 40, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_answers_of_torch_fidelity(weights):
     extractor = load_extractor("inception", inception_weights=weights)
     [found] = extractor(Images.of(random_image()))

@@ -83,6 +83,7 @@ def test_compiled_models_that_have_run_hide_nothing(what, how):
             torch.testing.assert_close(model(**batches[0])[0], before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["blocks in place", "model in place", "model wrapped"])
 def test_a_pool_of_a_compiled_model(how):
     scheduler = make_scheduler("ddpm", {"clip_sample": False})

@@ -333,6 +333,7 @@ def test_gradient_is_that_of_the_dequantized_product(w_bits, smooth, is_static, 
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_gradient_under_autocast_and_compiled(w_bits, seeded):
     layer = make(w_bits)[1]

@@ -14,7 +14,7 @@ from qandc.quantization import plan as planning
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear
 from tests.test_saved_models import assert_same_model
-from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
+from tests.tiny_models import TINY, each_class, inputs_of, make_tiny, output_of
 
 CLASSES = pytest.mark.parametrize("name", TINY)
 # schemes to what the error may be, as a share of what the layers quantized by default do to the output: 1.5 times the
@@ -54,7 +54,7 @@ def quantized(name, way):
     return calibrated(model, name)
 
 
-@CLASSES
+@each_class(TINY)
 def test_error_against_full_precision(name):
     model, inputs = make_tiny(name), inputs_of(name)
     expected = output_of(model, inputs)

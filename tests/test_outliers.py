@@ -40,6 +40,7 @@ def outputs(model, calls):
     return torch.stack([model(*args, **kwargs)[0] for args, kwargs in calls])
 
 
+@pytest.mark.slow
 def test_planting_changes_no_output_and_many_inputs(plant_outliers, recorded):
     model, _, others, expected = recorded
     planted = plant_outliers(copy.deepcopy(model), 100)

@@ -41,6 +41,7 @@ def test_public_names_of_the_snippet():
     assert set(names) <= set(qandc_kernels.__all__)
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy():
     loaded = modules_after("import qandc")
     assert not loaded & set(HEAVY)
@@ -131,6 +132,7 @@ def test_the_command_is_where_it_is_installed_from():
     assert callable(getattr(importlib.import_module(module), name))
 
 
+@pytest.mark.slow
 def test_module_entry_point():
     done = subprocess.run(
         [sys.executable, "-m", "qandc", "generate", "--steps", "0"],

@@ -181,6 +181,7 @@ def test_an_interrupted_pool_goes_on(tmp_path, pipeline_dir, pool_runs):
     assert same(resumed, run(pipeline_dir, tmp_path / "b").preset)
 
 
+@pytest.mark.slow
 def test_what_was_quantized_is_kept(tmp_path, pipeline_dir, monkeypatch):
     """Stopped while features are fitted: what the stages before found is read, by other compensations too."""
 

@@ -176,6 +176,7 @@ def test_vc_snippet(tmp_path, monkeypatch):
     assert names["latents"].shape == (1, 4, 16, 16)
 
 
+@pytest.mark.slow
 def test_tables_are_up_to_date():
     done = subprocess.run(
         [sys.executable, ROOT / "docs" / "update_tables.py", "--check"], capture_output=True, text=True, check=False

@@ -152,6 +152,7 @@ def test_what_would_run_once_and_never_again_is_no_graph(fused_anywhere):
     assert "training" in why_no_run_graph(model.train(), device)
 
 
+@pytest.mark.slow
 def test_whatever_changes_the_steps_is_captured_anew(as_if_replayed):
     model, graphs = as_if_replayed, Fused.of(as_if_replayed).run_graphs
     for count, change in enumerate(

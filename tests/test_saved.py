@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -49,6 +51,12 @@ def scheduler():
 
 
 def make_preset(symmetric=False, rounding="nearest"):
+    """Copy what was calibrated once for all tests, and the model that it is of."""
+    return copy.deepcopy(_calibrated(symmetric, rounding))
+
+
+@functools.cache
+def _calibrated(symmetric, rounding):
     model = make_dit(num_layers=2)
     reference = record_trajectory(model, scheduler(), LABELS, **RUN)
     config = QuantConfig(4, 8, weight_clip="mse")

@@ -21,7 +21,7 @@ from qandc.fusion.nan_flags import lower_nan_flags, raised_nan_flag
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear
 from qandc.support.watch import Watch
-from tests.tiny_models import inputs_of, make_tiny, output_of
+from tests.tiny_models import each_class, inputs_of, make_tiny, output_of
 
 K = 16
 
@@ -112,7 +112,7 @@ SHARED = {  # products of a forward where each layer runs alone, and where they 
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
+@each_class(SHARED)
 @pytest.mark.parametrize("way", ["W8A8", "W4A8", "static", "inference"])
 def test_models_compute_the_same_bits_with_fewer_products(name, way, products, alone):
     model = quantize_model(make_tiny(name), w_bits=4 if way == "W4A8" else 8)

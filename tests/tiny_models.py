@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
-__all__ = ["TINY", "Tiny", "as_one", "inputs_of", "make_tiny", "output_of"]
+__all__ = ["TINY", "Tiny", "as_one", "each_class", "inputs_of", "make_tiny", "output_of", "speed_of"]
 
 Noise = Callable[..., torch.Tensor]
 
@@ -329,6 +330,16 @@ def make_tiny(name: str, **changes: Any) -> Any:
             if not parameter.any() or parameter.isnan().any():  # zero at the start, as gates are; or torch.empty
                 parameter.normal_(std=0.05)
     return model.eval()
+
+
+def speed_of(name: str) -> list[pytest.MarkDecorator]:
+    """Mark tests of a class of models as slow, but for one class with one stream and one with two."""
+    return [] if name in ("DiTTransformer2DModel", "FluxTransformer2DModel") else [pytest.mark.slow]
+
+
+def each_class(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test for each class of models, in its parameter ``name``; most are slow tests."""
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=speed_of(name)) for name in names])
 
 
 def inputs_of(name: str, time: float = 0.5, seed: int = 0) -> dict[str, Any]:

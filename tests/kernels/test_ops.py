@@ -200,6 +200,7 @@ def test_opcheck(op, device):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", reference.__all__)
 def test_checks_do_not_break_a_graph(op):
     """Compiled with the layer around it; weights are parameters there."""
@@ -214,6 +215,7 @@ def test_checks_do_not_break_a_graph(op):
     torch.compile(getattr(qandc_kernels, op), fullgraph=True, backend="eager")(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [True, False])
 def test_dynamic_shapes_compile(per_token):
     """One graph for all batch sizes."""

@@ -11,7 +11,7 @@ from qandc_kernels import quantize_per_tensor, quantize_per_token, reference
 from tests.kernels.oracle import float_dtypes
 
 SHAPES = [(1, 1), (1, 192), (17, 33), (256, 100), (727, 7), (3, 1152), (2, 4608)]
-ZERO_POINTS = [None, 0, -128, 127, 11]
+ZERO_POINTS = [None, -128, 11]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")

@@ -62,9 +62,11 @@ def check(device, shape, generator, **kinds):
             assert_summed(reference.gated_sum(*arguments), expected, terms, additions)
 
 
-@pytest.mark.parametrize("with_offset", [False, True], ids=["plain_sum", "offset"])
-@pytest.mark.parametrize("integers", [False, True], ids=["floats", "int8"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("gated", "integers", "with_offset"),  # each pair of values is there
+    [(False, False, False), (True, True, False), (True, False, True), (False, True, True)],
+    ids=["plain", "gated int8", "gated offset", "int8 offset"],
+)
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
 def test_gated_sum(kernel_device, shape, gated, integers, with_offset, seeded):
     if kernel_device.type == "cpu" and shape in LARGE_SHAPES:
