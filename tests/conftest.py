@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import gc
 import os
 import signal
@@ -134,6 +136,21 @@ def recorded_calls(model, run):
     finally:
         handle.remove()
     return calls
+
+
+def made_once(make):
+    """Call a function once for the same arguments, and return deep copies of what it made."""
+    known = {}
+
+    @functools.wraps(make)
+    def copied(*args, **kwargs):
+        key = repr((args, kwargs))
+        if key not in known:
+            known[key] = make(*args, **kwargs)
+        torch.manual_seed(0)  # whether it was made now or before
+        return copy.deepcopy(known[key])
+
+    return copied
 
 
 def make_dit(num_layers: int = 3, heads: int = 2, head_dim: int = 16, sample_size: int = 8, **changes):

@@ -38,6 +38,7 @@ from qandc.models.family import arguments_of
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.linear import QuantLinear
 from qandc.quantizer import scale_and_zero_point
+from tests.conftest import made_once
 from tests.definition import (
     BRANCHES,
     CONFIGS,
@@ -92,21 +93,22 @@ def forwards(name, model, steps=STEPS):
     return run
 
 
-@functools.cache
+@made_once
 def tiny(name, precision="fp"):
-    """Make the small model of a class once; tests change copies of it."""
+    """Make the small model of a class once; tests get copies of it."""
     return make_tiny(name) if precision == "fp" else calibrate(quantize_model(make_tiny(name)), [inputs_of(name)])
 
 
 @functools.cache
 def steps_known(name, mode, precision="fp"):
     """Run the small model of a class without a cache, once for all tests."""
-    return [step_of(tiny(name, precision), given, mode) for given in run_of(name)]
+    model = tiny(name, precision)
+    return [step_of(model, given, mode) for given in run_of(name)]
 
 
 @pytest.mark.parametrize(("name", "config", "precision"), [*cases(CONFIGS, "fp"), *cases(OF_EACH_MODE, "w8a8")])
 def test_a_cached_model_equals_the_definition(name, config, precision):
-    model, plain = copy.deepcopy(tiny(name, precision)), steps_known(name, config.mode, precision)
+    model, plain = tiny(name, precision), steps_known(name, config.mode, precision)
     expected = by_definition(model, config, run_of(name), known=plain)
     cache = apply_cache(model, config=config)
     found = forwards(name, model)()

@@ -55,6 +55,7 @@ def test_answers_of_torch_fidelity(weights):
     torch.testing.assert_close(found.spatial.view(7, -1).sum(1), torch.tensor(SPATIAL), atol=1e-3, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_names_say_whose_weights_they_are(weights, monkeypatch):
     extractor = load_extractor("inception", inception_weights=weights)
     assert extractor.name.startswith("inception-")
@@ -63,6 +64,7 @@ def test_names_say_whose_weights_they_are(weights, monkeypatch):
     assert load_extractor("inception", inception_weights=weights).description == "InceptionV3: FID, sFID, KID"
 
 
+@pytest.mark.slow
 def test_gray_images_are_three_equal_channels(weights):
     model, _ = load_inception(weights)
     gray = torch.rand(1, 1, 20, 20) * 2 - 1

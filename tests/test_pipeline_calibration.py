@@ -133,6 +133,7 @@ def test_settings_reach_what_they_are_of(tmp_path, pipeline_dir):
     assert preset.buffers("act_zero_point")
 
 
+@pytest.mark.slow
 def test_weights_are_kept_only_if_rounded_with_error_feedback(tmp_path, pipeline_dir):
     four = run(pipeline_dir, tmp_path / "4", w_bits=4, smoothing=False, ranges=RangeConfig(symmetric=True)).preset
     assert not four.buffers("act_zero_point")
@@ -164,6 +165,7 @@ def test_without_reuse_nothing_is_searched(tmp_path, pipeline_dir, caplog):
     assert report.psnr_uncompensated.min() > 30
 
 
+@pytest.mark.slow
 def test_an_interrupted_pool_goes_on(tmp_path, pipeline_dir, pool_runs):
     """Stopped in the second shard: the first is not sampled again, and the result is that of a run without a stop."""
 
@@ -207,6 +209,7 @@ def test_what_was_quantized_is_kept(tmp_path, pipeline_dir, monkeypatch):
             run(pipeline_dir, tmp_path / "a", overwrite=True, **changes)
 
 
+@pytest.mark.slow
 def test_features_are_fitted_on_noise_nobody_draws(tmp_path, pipeline_dir, monkeypatch):
     drawn = []
 
@@ -223,6 +226,7 @@ def test_features_are_fitted_on_noise_nobody_draws(tmp_path, pipeline_dir, monke
     assert of_features == [[(i % 10, 23_000_000 + i) for i in part] for part in (range(10), range(10, 12))]
 
 
+@pytest.mark.slow
 def test_a_finished_pool_serves_other_settings(tmp_path, pipeline_dir, pool_runs):
     def stop_after_the_pool(stage, completed, total):
         if stage == "choosing samples":
@@ -236,6 +240,7 @@ def test_a_finished_pool_serves_other_settings(tmp_path, pipeline_dir, pool_runs
     assert pool_runs == []
 
 
+@pytest.mark.slow
 def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
     found = "choosing samples", "smoothing", "inputs of layers", "rounding weights", "ranges", "schedule"
     for part, quantizing in (("new", found), ("quantized before", ())):
@@ -294,6 +299,7 @@ def test_a_finished_preset_is_replaced_only_if_asked(tmp_path, pipeline_dir):
     assert Preset.load(tmp_path).config.w_bits == 8
 
 
+@pytest.mark.slow
 def test_one_directory_is_read_by_three(tmp_path, pipeline_dir):
     """diffusers, qandc.load and Preset.load make the model that was calibrated; no file holds a path from here."""
     pipe = load_pipeline(pipeline_dir)

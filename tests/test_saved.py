@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -39,7 +37,7 @@ from qandc import (
 from qandc.method.saved import is_finished
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import describe_run
-from tests.conftest import make_dit
+from tests.conftest import made_once, make_dit
 from tests.test_calibration import dit_batches
 
 RUN = {"num_inference_steps": 6, "guidance_scale": 1.5}
@@ -50,13 +48,8 @@ def scheduler():
     return make_scheduler("ddim", {"num_train_timesteps": 1000, "clip_sample": False})
 
 
+@made_once
 def make_preset(symmetric=False, rounding="nearest"):
-    """Copy what was calibrated once for all tests, and the model that it is of."""
-    return copy.deepcopy(_calibrated(symmetric, rounding))
-
-
-@functools.cache
-def _calibrated(symmetric, rounding):
     model = make_dit(num_layers=2)
     reference = record_trajectory(model, scheduler(), LABELS, **RUN)
     config = QuantConfig(4, 8, weight_clip="mse")

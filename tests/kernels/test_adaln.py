@@ -76,7 +76,7 @@ def test_strided_input(kernel_device, seeded):
         assert torch.equal(adaln_quantize_per_tensor(view, shift, scale, q_scale), expected)
 
 
-@pytest.mark.parametrize("shape", [(5, 9, 7), (29, 1, 16), (3, 15, 20), (2, 8, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9, 7), (29, 1, 16), (2, 8, 33)], ids=str)
 def test_several_rows_per_program(kernel_device, monkeypatch, shape, seeded):
     """As on a GPU with one multiprocessor: programs of four rows, the last one with fewer, samples of any length."""
     monkeypatch.setattr("qandc_kernels.triton.adaln.gpu_of", lambda device: Gpu("small", (9, 0), 1))

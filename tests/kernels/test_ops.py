@@ -189,6 +189,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", reference.__all__)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_opcheck(op, device):

@@ -89,9 +89,11 @@ def test_sums_are_exact_at_the_extremes(kernel_device):
     assert torch.equal(int8_matmul(xq.to(kernel_device), wq.to(kernel_device)).cpu(), exact(xq, wq))
 
 
-@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
-@pytest.mark.parametrize("per_token", [False, True], ids=["per_tensor", "per_token"])
-@pytest.mark.parametrize("plain", [False, True], ids=["zero_point_and_bias", "plain"])
+@pytest.mark.parametrize(
+    ("bits", "per_token", "plain"),  # each pair of values is there
+    [(8, False, False), (8, True, True), (4, False, True), (4, True, False)],
+    ids=["int8 per_tensor", "int8 per_token plain", "int4 per_tensor plain", "int4 per_token"],
+)
 @all_shapes
 def test_linear(kernel_device, shape, bits, per_token, plain, seeded):
     p, expected = make_layer(shape, seeded, bits=bits, per_token=per_token, bias=not plain, zero_point=not plain)
