@@ -93,6 +93,7 @@ def calls(fused_anywhere, monkeypatch):
     return counted
 
 
+@pytest.mark.slow
 @targets
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_a_fused_model_draws_the_same_images(calls, target, guidance_scale, seeded):

@@ -178,6 +178,7 @@ def test_images_are_not_drawn_again_if_only_the_figures_are_lost(finished, pipel
     assert len(seen) == 12  # six rows of two shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -279,6 +280,7 @@ def test_the_classifier_scores_only_the_classes_it_knows(pipeline_dir, tmp_path)
         scorer_for(load_pipeline(pipeline_dir), reference=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_distance_is_the_one_that_evaluate_finds(tmp_path):
     from qandc.evaluation.compare import evaluate
 
@@ -441,6 +443,7 @@ def test_sample_goes_on_only_with_its_own_settings(pipeline_dir, tmp_path, monke
     assert target.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensation", ["features", "samples"])
 def test_sample_draws_with_the_compensation_of_the_preset(pipeline_dir, tmp_path, compensation):
     settings = dataclasses.replace(CALIBRATION, compensation=compensation)
@@ -454,6 +457,7 @@ def test_sample_draws_with_the_compensation_of_the_preset(pipeline_dir, tmp_path
     assert not np.array_equal(*drawn)
 
 
+@pytest.mark.slow
 def test_sample_knows_another_model_scheduler_or_preset(pipeline_dir, tmp_path, monkeypatch):
     target = tmp_path / "x.npz"
     pipe = load_pipeline(pipeline_dir)

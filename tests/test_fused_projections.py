@@ -168,6 +168,7 @@ def test_gradients_and_hooks_go_through_the_layers():
     assert seen == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_it_is_one_product(backend):
     model = quantized(FLUX, "static")

@@ -53,6 +53,7 @@ def test_same_settings_give_the_same_images(pipeline_dir):
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"seed": 1}, {"scheduler": "ddim"}, {"guidance_scale": 4.0}, {"num_inference_steps": 4}], ids=str
 )
@@ -78,6 +79,7 @@ def test_both_models_see_the_same_noise(pipeline_dir):
     assert result.psnr.min() > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensation", ["features", "samples"])
 def test_a_preset_compensates_the_second_row(tmp_path, pipeline_dir, compensation):
     few = {"num_inference_steps": 3, "pool_images": 2, "samples": 4, "vc_samples": 4, "feature_images": 2}

@@ -84,6 +84,7 @@ def test_output_has_the_dtype_of_the_input(w_bits, dtype, device, seeded):
     assert torch.isfinite(y).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("w_bits", [8, 4])

@@ -288,6 +288,7 @@ def test_samples_are_chosen_as_asked(tmp_path, pipeline_dir, monkeypatch):
     assert seen == [(12 * STEPS, 20, 3, "kmeans", 7)]
 
 
+@pytest.mark.slow
 def test_a_finished_preset_is_replaced_only_if_asked(tmp_path, pipeline_dir):
     run(pipeline_dir, tmp_path, w_bits=4)
     with pytest.raises(OutputError, match="holds a calibrated model; give another directory, or overwrite it"):
@@ -323,6 +324,7 @@ def test_one_directory_is_read_by_three(tmp_path, pipeline_dir):
     assert Preset.load(tmp_path).layers.keys() == report.preset.layers.keys()
 
 
+@pytest.mark.slow
 def test_settings_that_are_replaced_in_part_are_not_finished(tmp_path, pipeline_dir, monkeypatch):
     run(pipeline_dir, tmp_path, compensation="none")
 

@@ -144,6 +144,7 @@ def test_dtypes():
         resolve_dtype("int8", torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_weights_of_a_cast_pipeline_are_rounded_once(dtype):
     """Copies too; a weight that has been changed since counts as it is."""

@@ -22,7 +22,7 @@ from qandc.quantization.conversion import quant_layers
 from qandc.quantization.plan import CONDITIONING, OUTSIDE, SENSITIVE, assign, roles_of
 from tests.conftest import make_dit
 from tests.real_models import REAL, make_real
-from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
+from tests.tiny_models import TINY, each_class, inputs_of, make_tiny, output_of
 
 STREAMS = ("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear")
 SINGLE = "single_transformer_blocks.*.norm.linear"
@@ -128,7 +128,7 @@ def test_planned_bytes_are_those_of_the_tensors(w_bits):
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == after + bits
 
 
-@pytest.mark.parametrize("name", TINY)
+@each_class(TINY)
 def test_a_plan_comes_true(name):
     model = make_tiny(name)
     plan = quantization_plan(model, 4, conditioning="W8A16")

@@ -108,6 +108,7 @@ def as_if_replayed(fused_anywhere, monkeypatch):
     return model
 
 
+@pytest.mark.slow
 @all_configs
 def test_a_replay_depends_on_nothing_but_its_inputs(as_if_replayed, config):
     model, graphs = as_if_replayed, Fused.of(as_if_replayed).run_graphs

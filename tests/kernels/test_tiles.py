@@ -242,6 +242,7 @@ def test_warm_up_without_kernels_does_nothing():
         qandc_kernels.warm_up([(64, 64)], [8], w_bits=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_warm_up_runs_every_kernel(kernel_device, w_bits):
     qandc_kernels.warm_up([(48, 64)], [5, 12], torch.float16, w_bits, tokens=6, device=kernel_device)
