@@ -369,17 +369,23 @@ PIPELINES = {  # to their transformer, their scheduler, their arguments, and how
 }
 
 
-@pytest.fixture(params=PIPELINES)
-def pipeline(request):
-    """Make a pipeline of random weights, a function that draws from two prompts with it, and count runs in turns."""
+def make_pipeline(name, transformer, scheduler, **others):
+    """Make a pipeline of a class without encoders of text."""
     pytest.importorskip("transformers")  # which pipelines want, though no text is encoded here
     import diffusers
 
-    name, scheduler, arguments, runs = PIPELINES[request.param]
-    cls = getattr(diffusers, request.param)
-    parts = {**dict.fromkeys(list(inspect.signature(cls).parameters)), "transformer": make_tiny(name)}
-    pipe = cls(**{**parts, "scheduler": getattr(diffusers, scheduler)()})
+    cls = getattr(diffusers, name)
+    parts = {"transformer": transformer, "scheduler": getattr(diffusers, scheduler)(), **others}
+    pipe = cls(**{**dict.fromkeys(inspect.signature(cls).parameters), **parts})
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=PIPELINES)
+def pipeline(request):
+    """Make a pipeline of random weights, a function that draws from two prompts with it, and count runs in turns."""
+    name, scheduler, arguments, runs = PIPELINES[request.param]
+    pipe = make_pipeline(request.param, make_tiny(name), scheduler)
 
     def draw(seed=0, size=64, steps=6):
         given = {**arguments(seed, size), "num_inference_steps": steps, "output_type": "latent"}
@@ -437,6 +443,91 @@ def test_other_prompts_sizes_and_steps_are_runs_of_their_own(pipeline):
     assert cache.reuse_steps == number * (4 * 4 + 2 + 3)
 
 
+VIDEO = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+AUTOENCODERS = {
+    "QwenImagePipeline": ("AutoencoderKLQwenImage", VIDEO),
+    "WanPipeline": ("AutoencoderKLWan", VIDEO),
+    "any": (
+        "AutoencoderKL",
+        {
+            "latent_channels": 4, "block_out_channels": [4] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 2, "shift_factor": 0.0,
+        },
+    ),
+}  # fmt: skip
+FROM_IMAGES = {  # pipelines that begin with an image, to one with the same prompts, and to changes of its transformer
+    "FluxImg2ImgPipeline": ("FluxPipeline", {}),
+    "FluxInpaintPipeline": ("FluxPipeline", {}),
+    "FluxFillPipeline": ("FluxPipeline", {"in_channels": 288, "out_channels": 16}),
+    "FluxKontextPipeline": ("FluxPipeline", {}),
+    "ChromaImg2ImgPipeline": ("ChromaPipeline", {}),
+    "QwenImageImg2ImgPipeline": ("QwenImagePipeline", {}),
+    "QwenImageEditPipeline": ("QwenImagePipeline", {}),
+    "StableDiffusion3Img2ImgPipeline": ("StableDiffusion3Pipeline", {}),
+    "WanImageToVideoPipeline": ("WanPipeline", {"in_channels": 12}),
+}
+
+
+def make_from_image(kind, monkeypatch, text, changes, **others):
+    """Make a pipeline that begins with an image, and a function that draws with it."""
+    import diffusers
+    from PIL import Image
+
+    name, scheduler, arguments, _ = PIPELINES[text]
+    coder, config = AUTOENCODERS.get(text, AUTOENCODERS["any"])
+    torch.manual_seed(0)
+    coder = getattr(diffusers, coder)(**config).eval()
+    pipe = make_pipeline(kind, make_tiny(name, **changes), scheduler, vae=coder, **others)
+    known = inspect.signature(pipe.__call__).parameters
+
+    def draw(seed=0, size=64, steps=6, pipe=pipe, strength=0.7):
+        module = inspect.getmodule(type(pipe))
+        if hasattr(module, "calculate_dimensions"):  # of a million pixels
+            monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: (size, size, None))
+        image, mask = (Image.linear_gradient("L").resize((size, size)).convert(mode) for mode in ("RGB", "L"))
+        given = {**arguments(seed, size), "image": image, "mask_image": mask, "strength": strength}
+        given |= {"_auto_resize": False, "max_area": size * size, "num_inference_steps": steps, "output_type": "latent"}
+        given = {key: value for key, value in given.items() if key in known}
+        return pipe(**given, generator=torch.Generator().manual_seed(0))[0]
+
+    return pipe, draw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FROM_IMAGES)
+def test_pipelines_that_begin_with_an_image(name, monkeypatch):
+    pipe, draw = make_from_image(name, monkeypatch, *FROM_IMAGES[name])
+    model, config = pipe.transformer, CacheConfig("branch", interval=3)
+    plain = draw()
+    cache = apply_cache(model, cache_interval=1)
+    assert torch.equal(draw(), plain)
+    steps = cache.compute_steps
+    remove_cache(model)
+    other = type(pipe)(**pipe.components)  # shares the transformer
+    other.set_progress_bar_config(disable=True)
+    changes = [{}, {"seed": 1}, {"size": 32}, {"strength": 0.9}, {"pipe": other, "seed": 1}, {"steps": 5}, {}]
+    expected = []
+    for change in changes:
+        cache = apply_cache(model, config=config)
+        expected.append(draw(**change))
+        assert cache.reuse_steps > 0
+        remove_cache(model)
+    apply_cache(model, config=config)
+    with monkeypatch.context() as patched:  # as on a GPU, where nothing waits for timesteps
+        patched.setattr(TimestepWatch, "rises", lambda *args: False)
+        for change, wanted in zip(changes, expected, strict=True):
+            assert torch.equal(draw(**change), wanted)
+    assert not torch.equal(expected[0], plain)
+    remove_cache(model)
+    found = schedule_from_run(model, draw, computed_steps=3)
+    assert len(found.schedule) in (steps, steps // 2)  # conditional and unconditional passes are runs apart
+    cache = apply_cache(model, config=found.config())
+    assert torch.isfinite(draw()).all()
+    assert cache.compute_steps + cache.reuse_steps == steps
+    with pytest.raises(CacheError, match=f"for a run of {len(found.schedule)} steps, with step"):
+        draw(steps=9)
+
+
 @pytest.mark.parametrize("pipeline", ["FluxPipeline"], indirect=True)
 def test_a_prompt_that_is_encoded_once_serves_two_calls(pipeline, monkeypatch):
     """FLUX.1 hands the embeddings on as they are given: calls are told apart by what else they make."""
@@ -462,12 +553,23 @@ def test_two_transformers_that_share_a_run_have_a_cache_each(pipeline):
     pipe, draw, _ = pipeline
     pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
     pipe.register_to_config(boundary_ratio=0.6)
-    models = (pipe.transformer, pipe.transformer_2)
+    models = [quantize_model(model) for model in (pipe.transformer, pipe.transformer_2)]
+    with calibration(models[0]), calibration(models[1]):
+        draw()
+    assert all(layer.act_scale is not None for model in models for layer in quant_layers(model.blocks).values())
     plain, caches = draw(), [apply_cache(model, config=CacheConfig("branch", interval=3)) for model in models]
     images = draw()
     assert [(cache.compute_steps, cache.reuse_steps) for cache in caches] == [(2, 4), (2, 4)]
     assert torch.equal(draw(), images)
     assert not torch.equal(images, plain)
+    schedules = [schedule_from_run(model, draw, computed_steps=2) for model in models]  # of the calls of each
+    assert sum((found.timesteps for found in schedules), ()) == tuple(pipe.scheduler.timesteps.tolist())
+    for model, found in zip(models, schedules, strict=True):
+        remove_cache(model)
+        apply_cache(model, config=found.config())
+    draw()
+    with pytest.raises(CacheError, match="for a run of 3 steps, with step 2"):
+        draw(steps=7)
 
 
 FLUX, SD3, WAN = "FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel"
@@ -625,6 +727,24 @@ def test_a_timestep_for_each_token_is_cached_for_all_blocks_alone():
     apply_cache(model, config=CONFIGS["branch"])
     with pytest.raises(CacheError, match=r"timestep for each token .* needs cache mode 'delta'"):
         [model(**given) for given in inputs]
+
+
+@pytest.mark.slow
+def test_a_schedule_for_a_pipeline_that_gives_each_token_a_timestep(monkeypatch):
+    """Wan 2.2 (5B) gives the tokens of the first frame, an image, the timestep 0."""
+    pipe, draw = make_from_image("WanImageToVideoPipeline", monkeypatch, "WanPipeline", {}, expand_timesteps=True)
+    model, plain = pipe.transformer, draw()
+    for mode in ("delta", "crf"):
+        found = schedule_from_run(model, draw, mode=mode, computed_steps=3)
+        assert found.timesteps == tuple(pipe.scheduler.timesteps.tolist())
+        cache = apply_cache(model, config=found.config())
+        assert not torch.equal(draw(), plain)
+        assert (cache.compute_steps, cache.reuse_steps) == (6, 6)
+        with pytest.raises(CacheError, match="for a run of 6 steps, with step 2"):
+            draw(steps=9)
+        remove_cache(model)
+    with pytest.raises(CacheError, match="needs cache mode 'delta' or 'crf'"):
+        schedule_from_run(model, draw, mode="branch", computed_steps=3)
 
 
 def test_images_of_z_image_that_share_a_prompt_are_other_runs():

@@ -164,8 +164,8 @@ class Family:
         classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
             None where images are of other things.
         uncached: arguments with which a forward is no step of a run: it is computed as if no cache were attached.
-        named: adds ``hidden_states``, of which shape, dtype and device count, and a ``timestep`` that falls to the
-            arguments of a forward that has neither.
+        named: adds ``hidden_states``, of which shape, dtype and device count, and a ``timestep`` of each sample, that
+            falls, to the arguments of a forward that has others.
     """
 
     transformer: str
