@@ -30,6 +30,7 @@ from qandc.caching.plan import Action
 from qandc.fusion.fuse import Fused
 from qandc.method.schedule_calibration import feature_moments
 from qandc.models.dit.fused import FusedBlock
+from qandc.support.attach import original_class
 from tests import definition
 from tests.conftest import make_dit
 from tests.definition import CONFIGS, LENGTH, UNEVEN, assert_equal_runs, make_labels
@@ -436,6 +437,19 @@ def test_what_is_compiled_elsewhere_is_refused():
     model.compile(backend="eager")
     with pytest.raises(CacheError, match="compile its blocks instead"):
         apply_cache_to_dit(model)
+
+
+def test_a_reuse_step_that_runs_twice_gives_the_same():
+    """A step that becomes a CUDA graph runs before it is captured."""
+    model, labels = make_dit(), make_labels()
+    cache = apply_cache_to_dit(model, config=CacheConfig("branch", interval=3))
+    expected = run(model, labels=labels)[:2]
+    reset_all_caches(model)
+    for step in range(2):
+        given = {**inputs(step), "class_labels": labels}
+        with torch.no_grad(), cache.step(given["hidden_states"], given["timestep"], labels):
+            for _ in range(2):
+                assert torch.equal(original_class(model).forward(model, **given).sample, expected[step])
 
 
 @all_modes

@@ -24,8 +24,9 @@ def _gates(block: Any, call: Call) -> torch.Tensor:
 def _named(call: Call) -> Call:
     """Return arguments with one timestep for each sample: the latest of its tokens, since a given image has 0."""
     timestep = call.get("timestep")
-    of_tokens = isinstance(timestep, torch.Tensor) and timestep.ndim == 2
-    return {**call, "timestep": timestep.amax(1)} if of_tokens else call
+    if isinstance(timestep, torch.Tensor) and timestep.ndim == 2:
+        return {**call, "timestep": timestep.amax(1)}
+    return call
 
 
 _BLOCKS = Stack("blocks", ("attn1", "attn2", "ffn"), _gates, partial(only, "WanTransformerBlock"))
