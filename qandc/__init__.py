@@ -21,6 +21,7 @@ from qandc.errors import (
 )
 from qandc.fusion.fuse import fuse, fuse_dit, prepare_run, unfuse, unfuse_dit
 from qandc.fusion.model_graph import graph, ungraph
+from qandc.method.block_hessians import block_hessians
 from qandc.method.feature_compensation import fit_feature_compensation
 from qandc.method.pipeline_calibration import CalibrationReport, calibrate_pipeline
 from qandc.method.pool import CandidatePool, record_pool
@@ -84,6 +85,7 @@ __all__ = [
     "Trajectory",
     "apply_cache",
     "apply_cache_to_dit",
+    "block_hessians",
     "calibrate",
     "calibrate_on_prompts",
     "calibrate_pipeline",

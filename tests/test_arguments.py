@@ -240,6 +240,10 @@ VALUES: dict[str, Callable[[], Any]] = {
 CALLABLES = "class function linear unet pipeline model_class scheduler_class"
 MODULES = "linear unet"
 TEXTS = "'' 'x' NUL long surrogate cuda:99"
+LATER = (  # looked at when they are used
+    f"{CALLABLES} [] () set() {{1}} [None] ['x'] [''] [True] [-1] [nan] [10**30] [[1]] [object] (object,) range array "
+    "array_[] array_nan array_3-d array_object array_text array_bool array_complex"
+)
 NEW_PATHS = "'x' path cuda:99"  # that can be written, or are refused when they are
 
 
@@ -498,6 +502,11 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "cache_interval": P(2, "None"),
         "config": P(None, "None"),
         "compensation": P(None, "None"),
+    },
+    "block_hessians": lambda: {
+        "model": P(dit()),
+        "batches": P([batch()], LATER),
+        "skip_patterns": P(["norm"], f"{SKIPPED.legal} set()"),
     },
     "calibrate": lambda: {
         "model": P(quantized()),

@@ -104,7 +104,7 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
         directory,
     )
     assert status == 0
-    for stage in ("candidate pool", "choosing samples", "inputs of layers", "ranges", "schedule", "features"):
+    for stage in ("candidate pool", "choosing samples", "rounding weights", "ranges", "schedule", "features"):
         assert err.splitlines().count(f"{stage}: done") == 1
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "layers 20 (W4A8 static per-tensor)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from qandc.cache import apply_cache, remove_cache
 from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.schedule import CacheConfig
+from qandc.method.block_hessians import BlockHessians
+from qandc.models import family_of
 from qandc.quantization.conversion import quantize_model
-from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors
+from qandc.quantization.observe import calibrate, input_hessians, smoothing_factors, unquantized
 from qandc.quantization.ranges import RangeConfig
 from qandc.quantizer import QuantConfig
 
@@ -75,14 +77,21 @@ def quantize_on(
 
     Activations that stay as they are (``a_bits`` 16) have neither factors nor ranges.
     """
-    factors = hessians = None
+    factors: dict[str, torch.Tensor] | None = None
+    hessians: Mapping[str, torch.Tensor] | None = None
+    rounding = Stage("rounding weights", 1, progress)
     if smoothing and config.a_bits < 16:
         with Stage("smoothing", count, progress) as stage:
             factors = smoothing_factors(model, stage.counted(batches()), skip_patterns=config.skip_patterns)
-    if gptq:
+    if gptq and family_of(model) is not None:
+        found = BlockHessians(
+            model, lambda: rounding.counted(batches()), unquantized(model, config.skip_patterns, "gather Hessians")
+        )
+        hessians, rounding = found, Stage("rounding weights", count * len(found.layers), progress)
+    elif gptq:
         with Stage("inputs of layers", count, progress) as stage:
             hessians = input_hessians(model, stage.counted(batches()), config.skip_patterns)
-    with Stage("rounding weights", 1, progress):
+    with rounding:
         quantize_model(
             model,
             config.w_bits,

@@ -89,8 +89,9 @@ def quantize_model(
             the weights of FLUX.1, SD3.5 and Qwen-Image.
         weight_clip: ``max``, or ``mse``, the scale of least squared error, which pays with 4 bits and hessians.
         smoothing: layer name to ``[in_features]`` factors (:func:`qandc.smoothing_factors`).
-        hessians: layer name to ``[in_features, in_features]`` (:func:`qandc.input_hessians`): these weights are rounded
-            with GPTQ instead of to nearest. Worth much with 4 bits, nothing with 8.
+        hessians: layer name to ``[in_features, in_features]`` (:func:`qandc.input_hessians`, or of large models
+            :func:`qandc.block_hessians`): these weights are rounded with GPTQ instead of to nearest. Worth much with 4
+            bits, nothing with 8.
 
     Returns:
         ``model``.
@@ -128,7 +129,7 @@ def quantize_model(
         check_finite(linear.bias, f"{name}.bias")
     factors = {id(linears[name]): value for name, value in smoothing.items()}
     exact = model.__dict__.get(EXACT_WEIGHTS, dict)()
-    inputs = {id(linears[name]): value for name, value in hessians.items()}
+    inputs = {id(linears[name]): name for name in hessians}
     originals: dict[str, nn.Linear] | None = model.__dict__.get(ORIGINALS)
     converted: dict[int, QuantLinear] = {}  # a layer registered under two names stays one layer
 
@@ -138,11 +139,12 @@ def quantize_model(
     def convert(name: str, linear: nn.Linear) -> None:
         key = id(linear)
         if key not in converted:
+            hessian = hessians[inputs[key]] if key in inputs else None  # not before: it may be computed now
             converted[key] = QuantLinear.from_linear(
-                linear, *bits[name], factors.get(key), weight_clip, inputs.get(key), stored(name, linear)
+                linear, *bits[name], factors.get(key), weight_clip, hessian, stored(name, linear)
             )
 
-    for name in dict.fromkeys((*smoothing, *hessians)):
+    for name in dict.fromkeys((*hessians, *smoothing)):
         try:
             if name in hessians:  # whether it can be used is known when it has been: these are converted first
                 convert(name, linears[name])

@@ -15,7 +15,7 @@ from qandc.errors import DataError, QandCError
 from qandc.support.arguments import Batches
 from qandc.support.attach import eager, paused
 
-__all__ = ["SharedInputs", "TokenLayers", "input_of_call", "run_batches", "watch_inputs"]
+__all__ = ["SharedInputs", "TokenLayers", "input_of_call", "run_batch", "run_batches", "watch_inputs"]
 
 
 def input_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = "input") -> torch.Tensor:
@@ -66,13 +66,18 @@ def run_batches(model: nn.Module, batches: Batches, after_each: Callable[[], Non
     empty = True
     for batch in batches:
         empty = False
-        _call(model, batch)
+        run_batch(model, batch)
         after_each()
     if empty:
         raise DataError("the calibration set is empty; give at least one batch of model inputs")
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call the model with a batch.
+
+    Raises:
+        DataError: it is no input of the model.
+    """
     try:
         if isinstance(batch, Mapping):
             model(**batch)

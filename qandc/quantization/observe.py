@@ -21,7 +21,16 @@ from qandc.quantizer import QuantConfig, are_divisors, scale_and_zero_point
 from qandc.support.arguments import Batches, Share, checked
 from qandc.support.attach import original_class
 
-__all__ = ["TIMESTEP_NAMES", "calibrate", "calibrate_steps", "calibration", "input_hessians", "smoothing_factors"]
+__all__ = [
+    "TIMESTEP_NAMES",
+    "calibrate",
+    "calibrate_steps",
+    "calibration",
+    "hessians_of",
+    "input_hessians",
+    "smoothing_factors",
+    "unquantized",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +277,7 @@ def smoothing_factors(
     layers: dict[str, nn.Linear] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     if names is None:
-        layers = _unquantized(model, skip_patterns, "find smoothing factors")
+        layers = unquantized(model, skip_patterns, "find smoothing factors")
     for name in names or ():
         layer: Any = modules.get(name)
         if original_class(layer) is not nn.Linear:
@@ -310,13 +319,23 @@ def input_hessians(
         ModelError: there is no linear layer to quantize.
         DataError: a layer saw no input, or NaN or inf.
     """
-    layers = _unquantized(model, skip_patterns, "gather Hessians")
+    return hessians_of(model, batches, unquantized(model, skip_patterns, "gather Hessians"))
+
+
+@torch.no_grad()
+def hessians_of(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
+    """Add up ``H = Σ x xᵀ`` over the inputs of these layers."""
     # in place: autocast, inside of a model, would make it one of half precision
     seen = SharedInputs(lambda x: x.new_zeros(x.shape[1], x.shape[1]).addmm_(x.T, x), torch.Tensor.add_)
     return _totals(seen, model, batches, layers)
 
 
-def _unquantized(model: nn.Module, skip_patterns: Iterable[str] | None, what: str) -> dict[str, nn.Linear]:
+def unquantized(model: nn.Module, skip_patterns: Iterable[str] | None, what: str) -> dict[str, nn.Linear]:
+    """Choose the layers that ``quantize_model`` would replace, of a model that is not quantized yet.
+
+    Raises:
+        ModelError: there are none; ``what`` comes before quantizing.
+    """
     config = QuantConfig(skip_patterns=None if skip_patterns is None else list(skip_patterns))
     try:
         return layers_to_quantize(model, config)

@@ -17,7 +17,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, runtime_checkable
 
@@ -32,6 +32,7 @@ __all__ = [
     "Between",
     "Count",
     "Integers",
+    "Lazy",
     "Model",
     "Pipeline",
     "Scheduler",
@@ -70,6 +71,10 @@ Steps = Annotated[int, Between(1, 10_000)]
 Share = Annotated[float, Between(0, 1)]
 Integers = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[int]]
 Seeds = Annotated[Sequence[int] | torch.Tensor | np.ndarray, Sequence[Seed]]
+
+
+class Lazy(Mapping[str, torch.Tensor]):
+    """Compute tensors by name when they are asked for: not all are in memory at once, and none is checked ahead."""
 
 
 @runtime_checkable
@@ -227,6 +232,8 @@ def _elements(values: collections.abc.Iterable[Any], element: Any) -> list[Any]:
 
 
 def _mapping(value: Any, key: Any, element: Any) -> Any:
+    if isinstance(value, Lazy):
+        return value
     if not isinstance(value, collections.abc.Mapping):
         raise _Refused("a mapping such as a dictionary")
     return {_checked(key, name): _checked(element, part) for name, part in value.items()}
