@@ -5,7 +5,8 @@ A run is a sequence of *compute steps* and *reuse steps*, fixed before it begins
 successive blocks add up; a reuse step computes ``x + r`` (Q&C, arXiv 2503.02508, Sec. 2.1). With ``branch`` it keeps
 the output f of every attention and MLP before its gate, and a reuse step computes ``x + Σ gate(t) · f`` with the gates
 of its own timestep (FORA, arXiv 2407.01425); with ``taylor`` and ``hicache`` f is a forecast (arXiv 2503.06923,
-2508.16984), with ``crf`` r is one (2510.08669).
+2508.16984), with ``crf`` r is one (2510.08669). ``first_block`` alone decides while it runs: the first block is
+computed on every step, and r is that of all others.
 
 The model is not forked: while a cache is attached, the transformer, its blocks and their branches are instances of
 subclasses of their own classes (:mod:`qandc.support.attach`).
@@ -38,7 +39,7 @@ from qandc.models.family import (
     with_image,
 )
 from qandc.support.arguments import Steps, checked
-from qandc.support.attach import attach, detach, has_other_forward, original_class
+from qandc.support.attach import attach, attachments, detach, has_other_forward, original_class
 
 __all__ = ["FeatureCache", "apply_cache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
 
@@ -114,6 +115,12 @@ class _CachedBlock(nn.Module):
             return block.stack.returned(call, place.reuse(plan, call))
         x = block.stream(call)
         store = place.store(plan, x)
+        if plan.action is Action.DECIDE:
+            output = super().__call__(*args, **kwargs)
+            passed_on = stream_of(output, store.tokens)
+            if place.cache.decide(passed_on - x):
+                store.enter(passed_on)
+            return output
         if not store.per_branch:
             if place.layer == 0:
                 store.enter(x)
@@ -238,6 +245,8 @@ def _attach_cache(transformer: Any, cache: FeatureCache) -> None:
                     f"cache mode {cache.config.mode!r} {reason}; got a {original_class(block).__name__} that is "
                     "different; use mode 'delta'"
                 )
+    if attachments(transformer):
+        cache.config.check_planned("it cannot run on fused kernels or from CUDA graphs (unfuse or ungraph first)")
     compensation = cache.compensation
     if compensation is not None:
         of_model = (*(blocks.shape if cache.config.per_branch else (1, 1)), family.width(transformer))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qandc.cache import apply_cache, get_cache
-from qandc.caching.schedule import CacheConfig, CalibratedSchedule, format_schedule
+from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of, format_schedule
 from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import Fused, fuse
 from qandc.fusion.model_graph import Graphed, graph
@@ -73,7 +73,9 @@ class TransformerPlan:
         if left:
             yield "left", left
         yield "weights", f"{size_text(before)} -> {size_text(after)}, with all that is left"
-        if self.cache is not None:
+        if self.cache is not None and not self.cache.planned:
+            yield "cache", f"{self.cache.mode}, which decides at each step (threshold {self.cache.threshold:g})"
+        elif self.cache is not None:
             schedule = self.cache.of_steps(self.cache.length or self.steps)
             kind = self.cache.mode + (f" of order {self.cache.order}" if self.cache.history > 1 else "")
             of_any = "" if self.cache.length else " or as many as a run has"
@@ -170,7 +172,7 @@ def parts_of(pipe: Any, only: str | None = None) -> list[str]:
 
 def _config_of(cache: str | CacheConfig | CalibratedSchedule | None, interval: int | None) -> CacheConfig | None:
     if isinstance(cache, str):
-        return CacheConfig(cache, interval=interval or INTERVAL)
+        return cache_of(cache, interval, INTERVAL)
     if interval is not None:
         raise ConfigError("give cache_interval with the name of a cache mode; a config or schedule has its own steps")
     return cache.config() if isinstance(cache, CalibratedSchedule) else cache
@@ -241,7 +243,7 @@ def optimize(
             known = family_of(model) is not None
             others = {} if known or config is None else {"no cache": _no_cache(model)}
             own = config if known else None
-            others |= _speed_up(model, compile)
+            others |= _speed_up(model, own, compile)
             others["restore"] = "qandc.restore(pipe)" if restorable else "no: restorable=False"
             if restorable:
                 others["restore"] += f"; the layers take {size_text(state.host_bytes(index))} of host memory"
@@ -271,7 +273,7 @@ def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> Qu
     return QuantizationReport(tuple(rows), report.other_bytes)
 
 
-def _speed_up(model: Any, wanted: bool | None) -> dict[str, str]:
+def _speed_up(model: Any, cache: CacheConfig | None, wanted: bool | None) -> dict[str, str]:
     """Fuse, or compile and graph, what can be; returns what was done, or why not."""
     device = next(model.parameters()).device
     family = family_of(model)
@@ -279,7 +281,9 @@ def _speed_up(model: Any, wanted: bool | None) -> dict[str, str]:
         return {"compile": "no: compile=False"}
     if wanted is None and device.type != "cuda":
         return {"compile": f"no: on {device} nothing is gained"}
-    if family is not None and family.program is not None and None in family.program.why_not(model, None).values():
+    planned = cache is None or cache.planned
+    program = family.program if family is not None and planned else None
+    if program is not None and None in program.why_not(model, None).values():
         fuse(model)
         return {"fused": "its blocks, with CUDA graphs"}
     blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
@@ -288,6 +292,8 @@ def _speed_up(model: Any, wanted: bool | None) -> dict[str, str]:
     for block in blocks:
         block.compile()
     said = {"compile": f"{len(blocks)} blocks, when they first run" if blocks else "no: its class names no blocks"}
+    if not planned:
+        return {**said, "graph": "no: the cache decides while a step runs"}
     if device.type == "cuda":
         graph(model)
     return {**said, "graph": "of each kind of step" if device.type == "cuda" else f"no: on {device} there are none"}

@@ -303,6 +303,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "num_inference_steps": P(STEPS, "None"),
         "last_step_computed": P(False, FLAG),
         "storage_dtype": P("int8", "None"),
+        "threshold": P(None, "None"),
         "timesteps": P((9, 5, 1), "None"),
     },
     "CacheConfig.of_steps": lambda: {"self": P(qandc.CacheConfig(interval=2)), "num_inference_steps": P(STEPS)},
@@ -697,7 +698,7 @@ INTERNAL = {
     "CacheConfig.computes", "CacheConfig.stores", "Compensation.noise", "Compensation.sample", "QuantLinear.forward",
     "QuantLinear.extra_repr", "QuantLinear.fault_of", "QuantLinear.make_optional", "QuantConfig.skips",
     "QuantLinear.check_state", "QuantLinear.faults_of", "Compensation.of_parts", "FeatureCompensation.of_parts",
-    "QuantLinear.multiply", "QuantLinear.product_to_compile",
+    "QuantLinear.multiply", "QuantLinear.product_to_compile", "CacheConfig.check_planned",
     *(f"FeatureCache.{method}" for method in vars(qandc.FeatureCache)),
 }  # fmt: skip
 EXCEPTIONS = {

@@ -73,6 +73,10 @@ def test_the_main_job_uses_the_settings_that_ship(capsys, tmp_path):
         assert "W8A8 + branch cache 3" in out
         assert "(W8A8 dynamic per-token)" in out
         assert "other images" not in out
+    _, out, _ = run(
+        capsys, "generate", "--classes", "bag", "--device", "cpu", "-o", target, "--cache-mode", "first_block"
+    )
+    assert "W8A8 + first_block cache" in out
 
 
 TINY = ("--steps", 4, "--pool-images", 12, "--samples", 20, "--clusters", 3, "--feature-images", 4, "--device", "cpu")
@@ -358,6 +362,10 @@ REFUSALS = {
     "interval": (["--cache-interval", "0"], "--cache-interval is 0; give an integer >= 1"),
     "no cache mode": (["--cache-mode", ""], "cache mode '' is unknown"),
     "cache mode": (["--cache-mode", "all"], "cache mode 'all' is unknown; choose one of delta, branch, taylor"),
+    "no interval": (
+        ["--cache-mode", "first_block", "--cache-interval", "3"],
+        "so it has no interval; choose one of delta",
+    ),
     "schedule": (["--schedule", "none.json"], "'none.json' is no schedule"),
     "weight bits": (["--w-bits", "3"], "w_bits is 3; allowed are 4 and 8"),
     "activation bits": (["--a-bits", "9"], "a_bits is 9; allowed are"),

@@ -113,6 +113,10 @@ def test_a_calibrated_schedule_is_printed_with_its_timesteps(dit_pipe):
     plan = optimize(dit_pipe, cache=schedule)
     assert "branch, 2 of 5 steps are computed (*): 801* 601 401* 201 1\n" in str(plan)
     assert get_cache(dit_pipe.transformer).config == schedule.config()
+    restore(dit_pipe)
+    assert "cache      first_block, which decides at each step (threshold 0.05)\n" in str(
+        optimize(dit_pipe, cache="first_block")
+    )
 
 
 @pytest.mark.parametrize("prompted", ["WanPipeline"], indirect=True)
@@ -264,7 +268,7 @@ def test_refusals(dit_pipe, call, error, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["branch", None])
+@pytest.mark.parametrize("cache", ["branch", "first_block", None])
 def test_blocks_are_compiled_in_place(dit_pipe, monkeypatch, cache):
     graphs = []
     backend = functools.partialmethod(nn.Module.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
@@ -275,7 +279,8 @@ def test_blocks_are_compiled_in_place(dit_pipe, monkeypatch, cache):
     restore(dit_pipe)
     plan = optimize(dit_pipe, cache=cache, compile=True)
     assert "compile    3 blocks" in str(plan)
-    assert "graph      no: on cpu there are none" in str(plan)
+    why = "the cache decides while a step runs" if cache == "first_block" else "on cpu there are none"
+    assert f"graph      no: {why}" in str(plan)
     torch.testing.assert_close(images(dit_pipe), eager, atol=1e-3, rtol=0)
     assert graphs
     restore(dit_pipe)

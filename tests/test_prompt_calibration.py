@@ -210,6 +210,7 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(pipeline_dir):
         (PROMPTS, {"steps": 4}, "steps is no argument of PixArtSigmaPipeline"),
         (PROMPTS, {"output_type": "pil"}, "output_type is set here"),
         (PROMPTS, {"w_bits": 5}, "w_bits"),
+        (PROMPTS, {"cache": CacheConfig("first_block")}, "mode 'first_block' decides .* no schedule can be found"),
         (PROMPTS, {"pool_images": 0}, "pool_images is 0; give an integer >= 1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -32,7 +32,8 @@ class FeatureCache(Attachment):
     at the latest.
 
     Memory is one :class:`qandc.caching.features.FeatureStore` per run, made once: one tensor ``[rows, tokens, hidden]``
-    for ``delta``, one per branch for ``branch`` (2 a block of DiT, 3 of PixArt), ``order + 1`` times that to forecast.
+    for ``delta``, one per branch for ``branch`` (2 a block of DiT, 3 of PixArt), ``order + 1`` times that to forecast;
+    two for ``first_block``.
 
     Attributes:
         config: what it does when.
@@ -113,6 +114,25 @@ class FeatureCache(Attachment):
         finally:
             self.plan = before
 
+    @torch.no_grad()
+    def decide(self, added: torch.Tensor) -> bool:
+        """Tell whether to compute the rest of a step, by what its first block adds, and plan it so.
+
+        Waits for the GPU, on all but the first step.
+        """
+        store, position, threshold = self.plan.store, self._position, self.config.threshold
+        assert store is not None
+        assert threshold is not None
+        if position.stored and store.is_near(added, threshold):
+            self.reuse_steps += 1
+            self.plan = replace(self.plan, action=Action.REUSE)
+            return False
+        store.first = added.detach()
+        position.stored += 1
+        self.compute_steps += 1
+        self.plan = replace(self.plan, action=Action.STORE)
+        return True
+
     def _plan(self, run: Run, timestep: Any, device: torch.device) -> Plan:
         if run.watch.rises(run.position.step + 1, torch.as_tensor(timestep).reshape(-1)):
             self._runs.restart(run)
@@ -123,6 +143,9 @@ class FeatureCache(Attachment):
                 "call reset_all_caches(transformer) between runs that share one tensor of labels or of the prompt"
             )
         action = position.advance()
+        if action is Action.DECIDE:
+            self._position = position
+            return Plan(action, run.store)
         if action is Action.REUSE:
             self.reuse_steps += 1
             weights = self._on(device, position.forecast())

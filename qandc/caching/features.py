@@ -40,8 +40,8 @@ class FeatureStore:
     Attributes:
         per_branch: whether they are of each branch, before its gate.
         values, scales: the buffers, from the first :meth:`make` on.
+        first: what the first block added at the last compute step, with ``first_block``.
         serial: unique id of the buffers; part of CUDA graph keys, so graphs captured on other buffers are not replayed.
-        nbytes: memory taken, for as long as the store lives.
     """
 
     values: torch.Tensor
@@ -50,7 +50,7 @@ class FeatureStore:
 
     def __init__(self, config: CacheConfig) -> None:
         self.per_branch = config.per_branch
-        self.nbytes = 0
+        self.first: torch.Tensor | None = None
         self._config = config
         self._made_for: tuple[Any, ...] | None = None
         self._input: torch.Tensor | None = None
@@ -69,7 +69,6 @@ class FeatureStore:
             self.scales = None
             if stored == torch.int8:
                 self.scales = torch.zeros(self.values.shape[:-1], dtype=torch.float32, device=device)
-        self.nbytes = sum(t.nbytes for t in (self.values, self.scales) if t is not None)
         self.serial, self._made_for = next(_serials), made_for
         return True
 
@@ -77,6 +76,19 @@ class FeatureStore:
     def tokens(self) -> int:
         """Return the number of tokens of a feature."""
         return self.values.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory taken, for as long as the store lives."""
+        return sum(held.nbytes for held in vars(self).values() if isinstance(held, torch.Tensor))
+
+    def is_near(self, added: torch.Tensor, threshold: float) -> bool:
+        """Tell whether what the first block adds differs from ``first`` by no more than that share; NaN does.
+
+        Waits for the GPU. ``mean|added - first| / mean|first|`` in the dtype of the model, as in diffusers.
+        """
+        assert self.first is not None
+        return ((added - self.first).abs().mean() / self.first.abs().mean()).item() <= threshold
 
     def enter(self, x: torch.Tensor) -> None:
         """Note what the first block is given."""

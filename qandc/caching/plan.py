@@ -16,11 +16,12 @@ __all__ = ["Action", "Plan", "Position"]
 
 
 class Action(enum.Enum):
-    """Name what a step does: compute, compute and keep features, or reuse them."""
+    """Name what a step does: compute, compute and keep features, reuse them, or decide so behind the first block."""
 
     COMPUTE = enum.auto()
     STORE = enum.auto()
     REUSE = enum.auto()
+    DECIDE = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Position:
     def advance(self) -> Action:
         """Go on to the next step of the schedule, which must have one."""
         self.step += 1
+        if not self.config.planned:
+            return Action.DECIDE
         if not self.config.computes(self.step):
             return Action.REUSE
         if not self.config.stores(self.step):

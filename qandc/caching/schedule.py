@@ -23,6 +23,7 @@ __all__ = [
     "CalibratedSchedule",
     "Errors",
     "Schedule",
+    "cache_of",
     "even_schedule",
     "forecast_weights",
     "format_schedule",
@@ -34,13 +35,14 @@ SAME_TIMESTEP = 1e-6  # relative difference up to which machines may round one t
 
 Schedule = tuple[bool, ...]
 Errors = Callable[[tuple[int, ...]], np.ndarray]  # computed steps, newest first -> of all steps after the newest
-MODES = ("delta", "branch", "taylor", "hicache", "crf")
+MODES = ("delta", "branch", "taylor", "hicache", "crf", "first_block")
 PER_BRANCH = ("branch", "taylor", "hicache")
 FORECASTS = ("taylor", "hicache", "crf")
 OLDER_MODES = {"block": "delta"}
 STORAGE_DTYPES = ("float32", "bfloat16", "int8")
 LARGEST_ORDER = 2
 DEFAULT_INTERVAL = 5
+DEFAULT_THRESHOLD = 0.05  # as in diffusers
 SIGMA = 0.5  # of hicache, as in the code of its authors for FLUX.1
 
 
@@ -80,13 +82,17 @@ class CacheConfig:
             name). ``branch`` keeps the output of every attention and MLP before its gate, and applies the gate of the
             current step (FORA). ``taylor`` forecasts these from the last ``order + 1`` compute steps (TaylorSeer, arXiv
             2503.06923), ``hicache`` does with Hermite polynomials (HiCache, arXiv 2508.16984). ``crf`` forecasts what
-            ``delta`` keeps, as ``taylor`` does (cumulative residual feature, FreqCa, arXiv 2510.08669).
+            ``delta`` keeps, as ``taylor`` does (cumulative residual feature, FreqCa, arXiv 2510.08669). ``first_block``
+            computes the first block on every step, and reuses what all others added while the first adds nearly the
+            same (FBCache of ParaAttention); it waits for the GPU to say so, and has no schedule.
         interval: every ``interval``-th step is computed; 5 if neither it nor a schedule is given.
         schedule: instead of an interval, whether each step of a run is computed.
         order: of the forecast, 1 or 2; only for modes that forecast.
         warm_up_steps: how many first steps are computed; by default 1, for modes that forecast ``order + 1``.
         num_inference_steps: steps of a run, if the interval should be a schedule of that many.
         last_step_computed: needs ``num_inference_steps``.
+        threshold: of ``first_block``, 0.05 if not given: a step is computed if what the first block adds differs from
+            what it added on the last computed step by more than this share, both as means of absolute values.
         storage_dtype: ``float32``, ``bfloat16`` or ``int8`` (with a scale per token); None as the model computes.
         timesteps: of the run that a schedule is for, one for each of its steps, none above the one before. A cache
             refuses steps at others; None takes any. Configs that differ in nothing else are equal.
@@ -105,6 +111,7 @@ class CacheConfig:
     num_inference_steps: Steps | None = None
     last_step_computed: bool = False
     storage_dtype: str | None = None
+    threshold: Annotated[float, Between(0)] | None = None
     # which runs it is for, not what it does; str(config) is part of what compensations were fitted for
     timesteps: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     _steps: Schedule | None = field(init=False, repr=False, compare=False, default=None)
@@ -119,6 +126,11 @@ class CacheConfig:
             raise ConfigError(f"storage_dtype {self.storage_dtype!r} is unknown; choose one of {allowed}, or None")
         if not 1 <= self.order <= LARGEST_ORDER:
             raise ConfigError(f"order is {self.order}; give 1 or 2 (higher differences amplify quantization noise)")
+        if not self.planned:
+            self._check_unplanned()
+            return
+        if self.threshold is not None:
+            raise ConfigError(f"threshold is for mode 'first_block'; mode {self.mode!r} has an interval or a schedule")
         if self.schedule is not None:
             self._check_schedule(self.schedule)
             self._check_timesteps()
@@ -140,6 +152,21 @@ class CacheConfig:
             object.__setattr__(self, "_steps", schedule)
         self._check_order()
         self._check_timesteps()
+
+    def _check_unplanned(self) -> None:
+        for name in ("interval", "schedule", "warm_up_steps", "num_inference_steps", "last_step_computed", "timesteps"):
+            if getattr(self, name) not in (None, False):
+                self.check_planned(f"it has no {name}")
+        object.__setattr__(self, "threshold", DEFAULT_THRESHOLD if self.threshold is None else self.threshold)
+
+    def check_planned(self, what: str) -> None:
+        """Refuse, with a ConfigError, a mode that decides while it runs, and say what it therefore cannot."""
+        if not self.planned:
+            planned = ", ".join(mode for mode in MODES if mode != self.mode)
+            raise ConfigError(
+                f"cache mode {self.mode!r} decides at each step whether to compute it, so {what}; "
+                f"choose one of {planned}"
+            )
 
     def _check_timesteps(self) -> None:
         if self.timesteps is None:
@@ -190,6 +217,11 @@ class CacheConfig:
         return self.order + 1 if self.mode in FORECASTS else 1
 
     @property
+    def planned(self) -> bool:
+        """Tell whether it is known before a run which steps are computed."""
+        return self.mode != "first_block"
+
+    @property
     def per_branch(self) -> bool:
         """Tell whether features are those of each branch, before its gate; else of all blocks together."""
         return self.mode in PER_BRANCH
@@ -209,6 +241,8 @@ class CacheConfig:
 
     def stores(self, step: int) -> bool:
         """Tell whether a later step will use the features of this compute step."""
+        if not self.planned:
+            return True
         if self._steps is None and self.interval == 1:
             return False
         computed = 1
@@ -227,6 +261,7 @@ class CacheConfig:
         Raises:
             ConfigError: the schedule has another length.
         """
+        self.check_planned("it has no schedule")
         if self._steps is not None and len(self._steps) != num_inference_steps:
             raise ConfigError(
                 f"the cache schedule has {len(self._steps)} steps and the run {num_inference_steps}; give a schedule "
@@ -237,13 +272,19 @@ class CacheConfig:
     @checked
     def check_run(self, timesteps: Sequence[float]) -> None:
         """Raise ConfigError for a run, given by its timesteps, that the schedule is not for; it names both."""
-        self.of_steps(len(timesteps))
+        if self.planned:
+            self.of_steps(len(timesteps))
         for step, (expected, timestep) in enumerate(zip(self.timesteps or (), timesteps, strict=False)):
             if not math.isclose(timestep, expected, rel_tol=SAME_TIMESTEP):
                 raise ConfigError(
                     f"the cache schedule is for runs with step {step + 1} at timestep {expected:g}; this one has it at "
                     f"{timestep:g}: calibrate a schedule for this scheduler, or give an interval"
                 )
+
+
+def cache_of(mode: str, interval: int | None, usual: int) -> CacheConfig:
+    """Make the config of a mode with an interval, the usual one if none is given; ``first_block`` has none."""
+    return CacheConfig(mode, interval=usual if interval is None and mode != "first_block" else interval)
 
 
 def forecast_weights(computed: Sequence[int], step: int, order: int, mode: str = "taylor") -> list[float]:

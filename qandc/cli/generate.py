@@ -103,7 +103,7 @@ def generate(
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:
     """Draw each class or prompt in full precision and quantized + cached, from the same noise, into one PNG."""
-    from qandc.caching.schedule import CacheConfig, CalibratedSchedule
+    from qandc.caching.schedule import CalibratedSchedule, cache_of
     from qandc.experiments.generate import Comparison, GenerateConfig, comparison_record, quantized_name
     from qandc.experiments.generate import generate as run
     from qandc.method.saved import LIKENESS, Preset, fashion_dit_preset, is_finished
@@ -177,7 +177,7 @@ def generate(
             cache = CalibratedSchedule.load(schedule).config()
             cache.of_steps(chosen["num_inference_steps"])
         else:
-            cache = CacheConfig(chosen["cache_mode"], interval=chosen["cache_interval"])
+            cache = cache_of(chosen["cache_mode"], given["cache_interval"], chosen["cache_interval"])
     steps, guidance_scale, scheduler = (chosen[name] for name in ("num_inference_steps", "guidance_scale", "scheduler"))
     check_output(output, ".png")
     if json_output is not None:
@@ -241,7 +241,7 @@ def _from_prompts(
     json_output: Path | None,
 ) -> None:
     """Compare what a pipeline draws from prompts before and after :func:`qandc.optimize`."""
-    from qandc.caching.schedule import CacheConfig, CalibratedSchedule
+    from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of
     from qandc.experiments.generate import Comparison, comparison_record
     from qandc.experiments.prompts import PromptsConfig, compare_prompts
     from qandc.quantizer import QuantConfig
@@ -250,7 +250,7 @@ def _from_prompts(
 
     chosen = {name: default if given[name] is None else given[name] for name, default in OF_PROMPTS.items()}
     config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
-    cache: CacheConfig | None = CacheConfig(chosen["cache_mode"], interval=chosen["cache_interval"])
+    cache: CacheConfig | None = cache_of(chosen["cache_mode"], given["cache_interval"], chosen["cache_interval"])
     if schedule is not None:
         cache = CalibratedSchedule.load(schedule).config()
     elif chosen["cache_interval"] == 1:

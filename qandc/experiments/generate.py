@@ -211,7 +211,8 @@ def scheme_and_cache(config: QuantConfig, cache: CacheConfig | None) -> str:
     """Name what a model was made: "W8A8 + branch cache 3"."""
     if cache is not None and cache.schedule is not None:
         return f"{config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
-    return config.scheme + ("" if cache is None or cache.interval == 1 else f" + {cache.mode} cache {cache.interval}")
+    every = f" {cache.interval}" if cache is not None and cache.planned else ""
+    return config.scheme + ("" if cache is None or cache.interval == 1 else f" + {cache.mode} cache{every}")
 
 
 def comparison_record(result: Comparison, settings: Mapping[str, Any], device: str, dtype: str) -> dict[str, Any]:

@@ -208,7 +208,8 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
     Raises:
         ModelError: there are no fused kernels for this class, it is not quantized, no block is calibrated, it is in
             training mode, or fused already.
-        ConfigError: ``step_ranges`` names layers that are not there, or not one range per timestep.
+        ConfigError: ``step_ranges`` names layers that are not there, or not one range per timestep; or the attached
+            cache decides at each step whether to compute it.
     """
     family = family_of(transformer)
     if family is None or family.program is None:
@@ -227,6 +228,9 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
         raise ModelError(f"{type(transformer).__name__} has a forward of its own, which fuse does not know")
     if transformer.training:
         raise ModelError("this transformer is in training mode; call transformer.eval() first")
+    cache = get_cache(transformer)
+    if cache is not None:
+        cache.config.check_planned("it cannot run on fused kernels (remove_cache first)")
     layers = quant_layers(transformer)
     if not layers:
         raise ModelError("this transformer is not quantized; call quantize_model and calibrate first")

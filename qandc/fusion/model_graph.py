@@ -201,7 +201,7 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> Mod
     Raises:
         ModelError: not a module, graphed or fused already, compiled as a whole, or its ``forward`` was replaced on the
             instance.
-        ConfigError: the limit is not an integer from 1 to 1024.
+        ConfigError: the limit is not an integer from 1 to 1024, or the attached cache decides while a step runs.
     """
     if Graphed.of(model) is not None or is_fused(model):
         raise ModelError(f"this {type(model).__name__} has graphs already; call ungraph or unfuse first")
@@ -210,6 +210,9 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> Mod
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
+    cache = get_cache(model)
+    if cache is not None:
+        cache.config.check_planned("it cannot run from CUDA graphs (remove_cache first)")
     with detached_cache(model):  # the graph is the inner of the two
         attach(model, _GraphedModel, Graphed(limit))
     return model

@@ -19,10 +19,12 @@ __all__ = ["run_as_graph", "why_no_run_graph"]
 
 def why_no_run_graph(transformer: Any, device: torch.device) -> str | None:
     """Say why many forwards of this transformer can't be one CUDA graph, or None."""
+    cache = get_cache(transformer)
+    if cache is not None and not cache.config.planned:
+        return f"cache mode {cache.config.mode!r} decides at each step whether to compute it"
     fused = Fused.of(transformer)
     if fused is None:
         return "the transformer is not fused (fuse)"
-    cache = get_cache(transformer)
     if cache is not None and cache.paused:
         return "the feature cache is paused"
     reason = why_not_here(transformer, device)

@@ -160,6 +160,7 @@ def fit_feature_compensation(
     """
     if along not in ALONG:
         raise ConfigError(f"along is {along!r}; choose one of {', '.join(ALONG)}")
+    config.check_planned("its features cannot be compensated")
     form = DEFAULT_FORM[config.mode] if form is None else form
     if form not in FORMS:
         raise ConfigError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")

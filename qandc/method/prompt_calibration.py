@@ -92,6 +92,8 @@ def calibrate_on_prompts(
     _check(pipe, model, transformer, prompts, pipeline_arguments)
     if compensation not in (None, *COMPENSATIONS):
         raise ConfigError(f"compensation {compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+    if cache is not None:
+        cache.check_planned("no schedule can be found for it")
     gptq = w_bits == 4 if gptq is None else gptq
     config = QuantConfig(w_bits, a_bits, weight_clip="mse" if gptq else "max")
     if len(prompts) < pool_images:

@@ -133,11 +133,13 @@ def feature_moments(transformer: Any, run: Callable[[], Any], mode: str) -> tupl
 
     Errors: as :func:`schedule_from_run`.
     """
+    config = CacheConfig(mode)
+    config.check_planned("no schedule can be found for it")
     model = getattr(transformer, "_orig_mod", transformer)
     recorder, timesteps = observe(
         model,
         run,
-        lambda family: _Recorder(family, model, CacheConfig(mode).per_branch),
+        lambda family: _Recorder(family, model, config.per_branch),
         known="schedules are found for",
         instead="calibrate the schedule",
     )

@@ -49,7 +49,8 @@ class CalibrationConfig:
     ranges: RangeConfig = field(default_factory=RangeConfig)
     cache_mode: str = option(
         "taylor",
-        "What is kept: delta (the sum of all), branch; or forecast: crf (the sum), taylor or hicache (branches).",
+        "What is kept: delta (the sum of all), branch; forecast: crf (the sum), taylor, hicache (branches). generate "
+        "takes first_block too.",
     )
     cache_interval: Steps = option(
         3, "Compute every Nth step, or as many steps; 1 computes all.", "--cache-interval", "--interval"
