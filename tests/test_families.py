@@ -783,7 +783,7 @@ def on_a_gpu(run):
 
 @pytest.mark.gpu
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("kind", OF_EACH_MODE)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_compiled_and_steps_in_graphs_change_nothing(name, kind):
