@@ -24,7 +24,6 @@ from qandc import (
     reset_all_caches,
     sample_latents,
     unfuse_dit,
-    uniform_schedule,
 )
 from qandc.caching.plan import Action
 from qandc.fusion.fuse import Fused
@@ -157,7 +156,7 @@ def test_storage(mode, storage_dtype, bound):
         4 if mode in ("taylor", "crf") else 1
     )
     per_token = {"float32": 128, "bfloat16": 64, "int8": 36}[storage_dtype]
-    assert cache.nbytes <= 4 * 16 * per_token * {"delta": 1, "crf": 2, "branch": 6, "taylor": 12}[mode]
+    assert cache.nbytes == 4 * 16 * per_token * {"delta": 1, "crf": 2, "branch": 6, "taylor": 12}[mode]
 
 
 def test_memory_is_made_once():
@@ -174,15 +173,6 @@ def test_memory_is_made_once():
     assert cache.nbytes == 6 * 4 * 16 * 32 * 4
     reset_all_caches(model)
     assert cache.nbytes == 0
-
-
-@pytest.mark.parametrize(("storage_dtype", "per_token"), [("float32", 4 * 32), ("bfloat16", 2 * 32), ("int8", 32 + 4)])
-def test_memory_is_that_of_values_and_scales(storage_dtype, per_token):
-    """One byte a value and a float32 a token, of 2 branches in each of 3 layers, for 4 rows of 16 tokens."""
-    model = make_dit()
-    cache = apply_cache_to_dit(model, config=CacheConfig("branch", interval=3, storage_dtype=storage_dtype))
-    run(model, 1)
-    assert cache.nbytes == 2 * 3 * 4 * 16 * per_token
 
 
 def test_a_step_too_many_is_refused():
@@ -467,10 +457,11 @@ def test_copies_and_pickles_have_an_empty_cache_of_their_own(mode):
     assert_equal_runs(run(model), expected, atol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("mode", ["branch", "taylor"])
+@pytest.mark.parametrize(
+    "mode", ["delta", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("branch", "taylor"))]
+)
 def test_in_the_vanilla_pipeline(pipeline_dir, scheduler, guidance_scale, mode):
     from diffusers import DiTPipeline
 
@@ -496,6 +487,8 @@ def test_in_the_vanilla_pipeline(pipeline_dir, scheduler, guidance_scale, mode):
     apply_cache_to_dit(fresh.transformer, config=CacheConfig(mode, interval=3))
     assert (draw(fresh, 6) == six).all()
     assert (draw(pipe, 7) == seven).all()
+    remove_cache(pipe.transformer)
+    assert (draw(pipe, 7) == plain).all()
 
 
 def test_offloaded_by_accelerate(pipeline_dir):
@@ -806,12 +799,3 @@ def test_compiled_blocks_on_a_gpu():
     where = {"device": "cuda", "dtype": torch.bfloat16}
     for actual, wanted in zip(run(model, **where), run(plain, **where), strict=True):
         assert relative_error(actual, wanted) <= 1e-1
-
-
-def test_uniform_and_explicit_schedules_agree():
-    model = make_dit()
-    apply_cache_to_dit(model, config=CacheConfig("branch", interval=3))
-    expected = run(model)
-    remove_cache(model)
-    apply_cache_to_dit(model, config=CacheConfig("branch", schedule=uniform_schedule(STEPS, 3)))
-    assert_equal_runs(run(model), expected, atol=0)
