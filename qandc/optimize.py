@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,8 @@ from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of, fo
 from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import Fused, fuse
 from qandc.fusion.model_graph import Graphed, graph
+from qandc.method.prompt_calibration import calibrate_on_prompts
+from qandc.method.saved import CalibratedModel, load
 from qandc.models import FAMILIES, family_of
 from qandc.quantization.conversion import (
     ORIGINALS,
@@ -25,6 +28,8 @@ from qandc.quantization.conversion import (
     quantization_report,
     quantize_model,
 )
+from qandc.quantization.ranges import StepRanges
+from qandc.sampling.corrected_scheduler import compensated_scheduler
 from qandc.sampling.prompts import usual_steps
 from qandc.support.arguments import Steps, check_fields, checked
 from qandc.support.attach import attachments, original_class
@@ -116,9 +121,11 @@ class _Optimized:
     """Hold what undoes the optimization of a pipeline; copies of the pipeline have none."""
 
     def __init__(self, pipe: Any, names: list[str], restorable: bool) -> None:
-        self.pipe, self.names, self.restorable = pipe, names, restorable
-        self.undos = [Undo(getattr(pipe, name)) for name in names]
-        self.originals: list[dict[str, nn.Linear]] = [{} for _ in names]
+        self.pipe, self.restorable = pipe, restorable
+        self.undos = {name: Undo(getattr(pipe, name)) for name in names}
+        self.originals: dict[str, dict[str, nn.Linear]] = {name: {} for name in names}
+        self.scheduler = getattr(pipe, "scheduler", None)
+        self.left: dict[str, Any] = {}
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -130,31 +137,42 @@ class _Optimized:
         """Refuse to undo what cannot be, with a ModelError."""
         if not self.restorable:
             raise ModelError("optimize(restorable=False) kept no full-precision layers; load the pipeline again")
-        for undo in self.undos:
+        for name, model in self.left.items():
+            if getattr(self.pipe, name) is not model:
+                raise ModelError(f"pipe.{name} was replaced since; put back the one that optimize left there")
+        for undo in self.undos.values():
             undo.check()
 
-    def host_bytes(self, index: int) -> int:
-        """Count the bytes of the full-precision layers of a transformer."""
-        layers = {id(layer): layer for layer in self.originals[index].values()}
-        return sum(p.numel() * p.element_size() for layer in layers.values() for p in layer.parameters())
+    def host_bytes(self, name: str) -> int:
+        """Count the bytes that are kept of a transformer: of layers, or of all of it if another took its place."""
+        layers = {id(layer): layer for layer in self.originals[name].values()}
+        modules = layers.values() or [self.undos[name].model]
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     def settle(self) -> None:
         """Take the pipeline as it is now for what is to be undone."""
-        for undo in self.undos:
+        for name, undo in self.undos.items():
             undo.settle()
+            self.left[name] = getattr(self.pipe, name)
         if not self.restorable:
-            self.undos, self.originals = [], []
+            self.undos, self.originals = {}, {}
 
     def undo(self) -> None:
         """Make all transformers again what they were, with their layers where the quantized ones are now."""
-        for undo, originals in zip(self.undos, self.originals, strict=True):
-            for name, linear in originals.items():
+        for part, undo in self.undos.items():
+            for name, linear in self.originals[part].items():
                 layer: Any = undo.model.get_submodule(name)
                 linear.to(layer.qweight.device, layer.weight_dtype_holder.dtype)
-        for undo in self.undos:
-            for attachment in attachments(undo.model):
+            now = getattr(self.pipe, part)
+            if now is not undo.model:
+                nn.Module.to(undo.model, now.device)
+        for part, undo in self.undos.items():
+            for attachment in attachments(getattr(self.pipe, part)):
                 attachment.drop() if isinstance(attachment, Fused | Graphed) else attachment.reset()
             undo.undo()
+            setattr(self.pipe, part, undo.model)
+        if self.scheduler is not None:
+            self.pipe.scheduler = self.scheduler
 
 
 def parts_of(pipe: Any, only: str | None = None) -> list[str]:
@@ -188,8 +206,11 @@ def optimize(
     *,
     transformer: str | None = None,
     conditioning: str | None = None,
+    calibrate_on: Sequence[str] | None = None,
+    calibrated: str | Path | None = None,
     compile: bool | None = None,
     restorable: bool = True,
+    **calibration: Any,
 ) -> OptimizationPlan:
     """Quantize and cache the transformers of a pipeline of diffusers, in place: the whole way in one call.
 
@@ -203,9 +224,15 @@ def optimize(
         cache: a mode of :class:`qandc.CacheConfig`, a config or schedule, or None.
         cache_interval: with a mode, which steps are computed: every third by default.
         transformer: only this one, ``"transformer_2"`` for example.
+        calibrate_on: prompts like those to come. Images are drawn from them, in minutes to hours, to find smoothing,
+            static ranges, the steps to compute and a compensation (:func:`qandc.calibrate_on_prompts`).
+        calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote: its transformer
+            takes the place of the pipeline's, in its bits, and what it was saved with is used.
         compile: compile the blocks, which takes a minute at the first image, and replay steps from CUDA graphs. By
             default where the model is on a GPU.
-        restorable: keep the layers that are replaced, in host memory.
+        restorable: keep what is replaced, in host memory.
+        calibration: with ``calibrate_on``, other arguments of ``calibrate_on_prompts``, of which those of the
+            pipeline's call are some: ``num_inference_steps=28, height=1024, pool_images=8``.
 
     Raises:
         ModelError: no such pipeline, it is optimized already, quantized or cached, or nothing can be quantized.
@@ -216,40 +243,44 @@ def optimize(
     """
     names = parts_of(pipe, transformer)
     config = _config_of(cache, cache_interval)
-    if config is not None and config.length is not None and len(names) > 1:
-        raise ConfigError(
-            f"a schedule of {config.length} steps is for one transformer, and this {type(pipe).__name__} has "
-            f"{', '.join(names)}, which share a run; give transformer={names[0]!r}, or a mode and an interval"
-        )
-    for name in names:
-        model = getattr(pipe, name)
-        done = {"quantized": bool(quant_layers(model)), "cached": get_cache(model) is not None}
-        if OPTIMIZED in pipe.__dict__ or any(done.values()) or attachments(model):
-            what = next((what for what, is_so in done.items() if is_so), "optimized")
-            raise ModelError(
-                f"pipe.{name} is {what} already; call qandc.restore(pipe) first, or load the pipeline again"
-            )
+    _check(pipe, names, config, calibrate_on, calibrated, calibration)
+    bits: dict[str, Any] = {"w_bits": w_bits, "a_bits": a_bits, "conditioning": conditioning}
     state = _Optimized(pipe, names, restorable)
     parts = []
     try:
-        for index, name in enumerate(names):
+        for name in names:
             model = getattr(pipe, name)
-            planned = quantization_plan(model, w_bits, a_bits, conditioning=conditioning)
-            model.__dict__[ORIGINALS] = state.originals[index]
+            planned, own = quantization_plan(model, **bits), config if family_of(model) is not None else None
+            others = {} if own is config else {"no cache": _no_cache(model)}
+            model.__dict__[ORIGINALS] = state.originals[name]
             try:
-                quantize_model(model, w_bits, a_bits, conditioning=conditioning)
+                if calibrated is not None:
+                    found = _loaded(Path(calibrated), name, model)
+                elif calibrate_on is not None:
+                    more = {**bits, **calibration, "transformer": name, "cache": own}
+                    found = calibrate_on_prompts(pipe, calibrate_on, **more)
+                else:
+                    found = CalibratedModel(quantize_model(model, **bits))
             finally:
                 del model.__dict__[ORIGINALS]
-            known = family_of(model) is not None
-            others = {} if known or config is None else {"no cache": _no_cache(model)}
-            own = config if known else None
-            others |= _speed_up(model, own, compile)
-            others["restore"] = "qandc.restore(pipe)" if restorable else "no: restorable=False"
-            if restorable:
-                others["restore"] += f"; the layers take {size_text(state.host_bytes(index))} of host memory"
+            if found.model is not model:
+                setattr(pipe, name, found.model)
+                if restorable:
+                    nn.Module.to(model, "cpu")
+            if found.schedule is not None:
+                own = found.schedule.config(None if config is None else config.storage_dtype)
+            if calibrated is not None:
+                others["calibrated"] = _held(f"in {calibrated}", found)
+            elif calibrate_on is not None:
+                others["calibrated"] = _held(f"on {len(calibrate_on)} prompts", found)
+            others |= _speed_up(found.model, own, compile, found.step_ranges)
             if own is not None:
-                apply_cache(model, config=own)
-            layers = _with_reasons(quantization_report(model), planned)
+                apply_cache(found.model, config=own, compensation=found.features)
+            if found.compensation is not None:
+                pipe.scheduler = compensated_scheduler(pipe.scheduler, found.compensation)
+            kept = f"qandc.restore(pipe); what was replaced takes {size_text(state.host_bytes(name))} of host memory"
+            others["restore"] = kept if restorable else "no: restorable=False"
+            layers = _with_reasons(quantization_report(found.model), planned)
             kind = original_class(model).__name__
             parts.append(TransformerPlan(name, kind, layers, own, usual_steps(pipe), others))
     except BaseException:
@@ -260,6 +291,55 @@ def optimize(
     plan = OptimizationPlan(type(pipe).__name__, tuple(parts))
     logger.info("%s", plan)
     return plan
+
+
+def _check(
+    pipe: Any, names: list[str], config: CacheConfig | None, calibrate_on: Any, calibrated: Any, calibration: Any
+) -> None:
+    """Refuse, before any work, arguments that contradict each other, and what was optimized before."""
+    kind = type(pipe).__name__
+    if calibrate_on is not None and calibrated is not None:
+        raise ConfigError("give calibrate_on or calibrated, not both: prompts to calibrate on now, or what was found")
+    if calibration and calibrate_on is None:
+        raise ConfigError(f"{min(calibration)} is no argument of optimize without calibrate_on; leave it out")
+    single = "a calibrated model" if calibrated is not None else None
+    if config is not None and config.length is not None:
+        single = f"a schedule of {config.length} steps"
+    if single and len(names) > 1:
+        raise ConfigError(
+            f"{single} is for one transformer, and this {kind} has {', '.join(names)}; give "
+            f"transformer={names[0]!r}, or a mode and an interval"
+        )
+    for name in names:
+        model = getattr(pipe, name)
+        done = {"quantized": bool(quant_layers(model)), "cached": get_cache(model) is not None}
+        if OPTIMIZED in pipe.__dict__ or any(done.values()) or attachments(model):
+            what = next((what for what, is_so in done.items() if is_so), "optimized")
+            raise ModelError(
+                f"pipe.{name} is {what} already; call qandc.restore(pipe) first, or load the pipeline again"
+            )
+
+
+def _held(where: str, found: CalibratedModel) -> str:
+    """Say where a model was calibrated, and what was found beside ranges and weights."""
+    held = {
+        "steps to compute": found.schedule,
+        "compensation of features": found.features,
+        "compensation of samples": found.compensation,
+        "ranges per step": found.step_ranges,
+    }
+    return ", ".join([where, *(what for what, value in held.items() if value is not None)])
+
+
+def _loaded(directory: Path, name: str, model: Any) -> CalibratedModel:
+    """Load the calibrated model that takes the place of a transformer."""
+    found = load(directory, device=model.device, dtype=model.dtype)
+    if original_class(found.model) is not original_class(model):
+        raise ModelError(
+            f"{str(directory)!r} holds a {original_class(found.model).__name__}, and pipe.{name} is a "
+            f"{original_class(model).__name__}; give the model that was calibrated for this pipeline"
+        )
+    return found
 
 
 def _no_cache(model: nn.Module) -> str:
@@ -273,7 +353,7 @@ def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> Qu
     return QuantizationReport(tuple(rows), report.other_bytes)
 
 
-def _speed_up(model: Any, cache: CacheConfig | None, wanted: bool | None) -> dict[str, str]:
+def _speed_up(model: Any, cache: CacheConfig | None, wanted: bool | None, ranges: StepRanges | None) -> dict[str, str]:
     """Fuse, or compile and graph, what can be; returns what was done, or why not."""
     device = next(model.parameters()).device
     family = family_of(model)
@@ -283,8 +363,8 @@ def _speed_up(model: Any, cache: CacheConfig | None, wanted: bool | None) -> dic
         return {"compile": f"no: on {device} nothing is gained"}
     planned = cache is None or cache.planned
     program = family.program if family is not None and planned else None
-    if program is not None and None in program.why_not(model, None).values():
-        fuse(model)
+    if program is not None and None in program.why_not(model, ranges).values():
+        fuse(model, step_ranges=ranges)
         return {"fused": "its blocks, with CUDA graphs"}
     blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
     kinds = getattr(model, "_repeated_blocks", None) or ()

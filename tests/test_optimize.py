@@ -14,10 +14,13 @@ from qandc import (
     CacheConfig,
     CacheError,
     CalibratedSchedule,
+    Compensation,
     ConfigError,
     ModelError,
     QuantLinear,
     apply_cache,
+    calibrate,
+    calibrate_on_prompts,
     get_cache,
     graph,
     load_pipeline,
@@ -26,8 +29,10 @@ from qandc import (
     quantize_model,
     remove_cache,
     restore,
+    save,
 )
 from qandc.quantization.conversion import quant_layers
+from qandc.variance_compensation import FittedFor
 from tests import tiny_pipelines
 from tests.tiny_models import make_tiny
 from tests.tiny_pipelines import draw, make_pipeline
@@ -102,7 +107,7 @@ def test_the_plan_says_what_was_done_and_why_not_more(dit_pipe, caplog):
         "weights 0.7 MB -> 0.6 MB",
         "cache taylor of order 1, 18 of 50 steps or as many as a run has are computed (*): 0* 1* 2 3 4* 5 6 7*",
         "compile no: on cpu nothing is gained",
-        "restore qandc.restore(pipe); the layers take 0.2 MB of host memory",
+        "restore qandc.restore(pipe); what was replaced takes 0.2 MB of host memory",
     ):
         assert said in lines
     assert max(map(len, str(plan).splitlines())) <= 120
@@ -247,12 +252,88 @@ def test_a_copy_of_the_pipeline_draws_the_same_and_cannot_be_restored(dit_pipe):
     assert quant_layers(other.transformer)
 
 
+PROMPTS = ["a red coat", "a blue sneaker"]
+CACHE = CacheConfig("branch", interval=3)
+BRIEF = {"pool_images": 2, "samples": 8, "height": 16, "width": 16, "num_inference_steps": 6, "max_sequence_length": 32}
+
+
+@pytest.mark.slow
+def test_prompts_to_calibrate_on_and_what_was_saved_of_them(prompted, tmp_path):
+    pipe, by_hand, third = prompted, make_pipeline("FluxPipeline"), make_pipeline("FluxPipeline")
+    plain, before = draw(pipe), contents(pipe.transformer)
+    plan = optimize(pipe, cache=CACHE, conditioning="W8A16", calibrate_on=PROMPTS, **BRIEF)
+    found = calibrate_on_prompts(by_hand, PROMPTS, cache=CACHE, conditioning="W8A16", **BRIEF)
+    apply_cache(found.model, config=found.schedule.config(), compensation=found.features)
+    expected = draw(by_hand)
+    assert torch.allclose(draw(pipe), expected, atol=1e-5, rtol=0)
+    schemes = {row.scheme for row in plan.transformers[0].layers.quantized}
+    assert schemes == {"W8A8 static per-tensor", "W8A16 weight-only"}
+    assert "calibrated on 2 prompts, steps to compute, compensation of features" in " ".join(str(plan).split())
+    assert plan.transformers[0].cache == found.schedule.config()
+    restore(pipe)
+    assert_as_before(pipe.transformer, before)
+    assert torch.equal(draw(pipe), plain)
+
+    remove_cache(found.model)
+    save(found.model, tmp_path / "saved", schedule=found.schedule, features=found.features)
+    plain, before, model = draw(third), contents(third.transformer), third.transformer
+    plan = optimize(third, calibrated=tmp_path / "saved")
+    assert torch.allclose(draw(third), expected, atol=1e-5, rtol=0)
+    assert f"calibrated in {tmp_path / 'saved'}, steps to compute" in " ".join(str(plan).split())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert f"takes {size / 1e6:.1f} MB of host memory" in str(plan)
+    left, third.transformer = third.transformer, model
+    with pytest.raises(ModelError, match=r"pipe.transformer was replaced since; put back the one that optimize left"):
+        restore(third)
+    third.transformer = left
+    restore(third)
+    assert third.transformer is model
+    assert_as_before(model, before)
+    assert torch.equal(draw(third), plain)
+
+
+def test_what_a_calibrated_dit_was_saved_with_is_used(dit_pipe, tmp_path, fused_anywhere):
+    plain, scheduler, batch = images(dit_pipe), dit_pipe.scheduler, {"timestep": torch.tensor([5, 5])}
+    batch |= {"hidden_states": torch.randn(2, 4, 8, 8), "class_labels": torch.tensor([1, 2])}
+    model = calibrate(quantize_model(copy.deepcopy(dit_pipe.transformer)), [batch])
+    timesteps = (800.0, 600.0, 400.0, 200.0, 0.0)
+    schedule = CalibratedSchedule((True, False, True, False, False), timesteps, "branch", 0)
+    gains = Compensation(
+        torch.full((5, 4), 1.5), torch.zeros(5, 4), "sample", "paper", FittedFor("DDPMScheduler", timesteps, 4.0, "x")
+    )
+    save(model, tmp_path / "saved", schedule=schedule, compensation=gains)
+    plan = optimize(dit_pipe, calibrated=tmp_path / "saved", compile=True)
+    assert "fused      its blocks, with CUDA graphs" in str(plan)
+    assert "steps to compute, compensation of samples" in " ".join(str(plan).split())
+    corrected, left = images(dit_pipe), dit_pipe.scheduler
+    dit_pipe.scheduler = scheduler
+    assert not torch.equal(images(dit_pipe), corrected)
+    dit_pipe.scheduler = left
+    restore(dit_pipe)
+    assert dit_pipe.scheduler is scheduler
+    assert torch.equal(images(dit_pipe), plain)
+
+
+def test_a_calibrated_model_of_another_class_is_refused(dit_pipe, tmp_path):
+    save(quantize_model(make_tiny("PixArtTransformer2DModel")), tmp_path / "saved")
+    with pytest.raises(ModelError, match=r"holds a PixArtTransformer2DModel, and pipe.transformer is a DiT"):
+        optimize(dit_pipe, calibrated=tmp_path / "saved")
+    assert not quant_layers(dit_pipe.transformer)
+    two = Pipe(transformer=make_tiny("WanTransformer3DModel"), transformer_2=make_tiny("WanTransformer3DModel"))
+    with pytest.raises(ConfigError, match=r"a calibrated model is for one transformer.* transformer='transformer'"):
+        optimize(two, calibrated=tmp_path / "saved")
+
+
 REFUSED = {
     "a model": (lambda pipe: optimize(pipe.transformer), ModelError, "takes a pipeline of diffusers"),
     "no pipeline": (lambda pipe: optimize(3), ModelError, "denoises with transformer, transformer_2, unet; got int"),
     "a part": (lambda pipe: optimize(pipe, transformer="unet"), ConfigError, "DiTPipeline, which has transformer"),
     "a mode": (lambda pipe: optimize(pipe, cache="all"), ConfigError, "cache mode 'all' is unknown"),
     "two intervals": (lambda pipe: optimize(pipe, cache=CacheConfig(), cache_interval=2), ConfigError, "give cache_i"),
+    "two calibrations": (lambda pipe: optimize(pipe, calibrated="x", calibrate_on=["x"]), ConfigError, "not both"),
+    "no calibration": (lambda pipe: optimize(pipe, height=16), ConfigError, "height is no argument of optimize"),
+    "a directory": (lambda pipe: optimize(pipe, calibrated="x"), ConfigError, "'x' holds no calibrated model"),
+    "classes": (lambda pipe: optimize(pipe, calibrate_on=["x"]), ModelError, "DiTPipeline takes no prompt"),
     "bits": (lambda pipe: optimize(pipe, 3), ConfigError, "w_bits"),
     "restore": (lambda pipe: restore(pipe), ModelError, "is not optimized"),
     "restore none": (lambda pipe: restore(3), ModelError, "this int is not optimized"),

@@ -202,8 +202,8 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(pipeline_dir):
 
     pipe = make_pipeline("PixArtSigmaPipeline")
     for prompts, changes, message in (
-        ([], {}, "prompts is an empty list, or one of them is empty"),
-        (["a coat", " "], {}, "prompts is an empty list, or one of them is empty"),
+        ([], {}, "there is no prompt; give text in each"),
+        (["a coat", " "], {}, "prompt 2 is empty; give text in each"),
         (["a coat", 3], {}, r"a sequence whose every element is a string \(3 is not\)"),
         ("a coat", {}, "prompts is 'a coat'; give a list"),
         (PROMPTS, {"compensation": "all"}, "compensation 'all' is unknown; choose one of features, samples, none"),

@@ -25,6 +25,7 @@ from qandc.method.settings import COMPENSATIONS, Images
 from qandc.method.stages import Stage, StageProgress, attached, quantize_on
 from qandc.quantization.conversion import quant_layers
 from qandc.quantizer import QuantConfig
+from qandc.sampling.prompts import check_prompts
 from qandc.sampling.trajectories import compensation_from_run, trajectory_from_run
 from qandc.support.arguments import Count, Pipeline, checked
 from qandc.tap import TapConfig
@@ -44,6 +45,7 @@ def calibrate_on_prompts(
     *,
     w_bits: int = 8,
     a_bits: int = 8,
+    conditioning: str | None = None,
     cache: CacheConfig | None = None,
     pool_images: Images = 16,
     samples: Count = 128,
@@ -64,7 +66,7 @@ def calibrate_on_prompts(
     Args:
         pipe: any pipeline of diffusers that takes ``prompt``, with its transformer in full precision, without a cache.
         prompts: taken in turn.
-        w_bits, a_bits: as :func:`qandc.quantize_model`.
+        w_bits, a_bits, conditioning: as :func:`qandc.quantize_model`.
         cache: that the model will have: samples are taken from runs with it, as the paper does it. With an interval,
             as many steps are computed, those that serve the others best; a schedule is kept. None: no cache.
         pool_images: images that are drawn for each part of the work, pool, schedule and compensation, each from noise
@@ -95,7 +97,7 @@ def calibrate_on_prompts(
     if cache is not None:
         cache.check_planned("no schedule can be found for it")
     gptq = w_bits == 4 if gptq is None else gptq
-    config = QuantConfig(w_bits, a_bits, weight_clip="mse" if gptq else "max")
+    config = QuantConfig(w_bits, a_bits, None, "mse" if gptq else "max", conditioning)
     if len(prompts) < pool_images:
         logger.info("%d prompts for %d images: they are taken in turn", len(prompts), pool_images)
     report: StageProgress = progress or (lambda stage, completed, total: None)
@@ -159,8 +161,7 @@ def _check(pipe: Any, model: Any, name: str, prompts: Sequence[str], arguments: 
         raise ModelError(f"{kind} has no model {name!r}; give the name of its transformer")
     if quant_layers(model) or get_cache(model) is not None:
         raise ModelError(f"{name} is quantized or has a cache already; load the pipeline anew to calibrate it")
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ConfigError("prompts is an empty list, or one of them is empty; give at least one, and text in each")
+    check_prompts(prompts)
     for argument in arguments:
         if argument in OURS or argument not in known:
             why = "is set here" if argument in OURS else f"is no argument of {kind}"

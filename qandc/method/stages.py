@@ -97,6 +97,7 @@ def quantize_on(
             config.w_bits,
             config.a_bits,
             config.skip_patterns,
+            conditioning=config.conditioning,
             weight_clip=config.weight_clip,
             smoothing=factors,
             hessians=hessians,
