@@ -271,6 +271,13 @@ def reset_all_caches(transformer: nn.Module) -> None:
         cache.reset()
 
 
+def check_planned(transformer: nn.Module, what: str) -> None:
+    """Refuse, with a ConfigError, a transformer whose cache decides while it runs, and say what it therefore cannot."""
+    cache = get_cache(transformer)
+    if cache is not None:
+        cache.config.check_planned(what)
+
+
 @contextlib.contextmanager
 def detached_cache(transformer: nn.Module) -> Iterator[None]:
     """Detach a cache inside the block, and attach the same one, emptied, afterwards."""

@@ -14,12 +14,14 @@ from qandc import (
     ConfigError,
     apply_cache,
     calibrate_schedule,
+    fit_compensation,
     fit_feature_compensation,
     fuse,
     get_cache,
     graph,
     make_scheduler,
     quantize_model,
+    record_trajectory,
     remove_cache,
     sample_latents,
     schedule_from_run,
@@ -206,6 +208,10 @@ def test_what_needs_to_know_the_steps_before_refuses_it():
         calibrate_schedule(model, scheduler, [1], mode="first_block", computed_steps=3)
     with pytest.raises(ConfigError, match=f"{REFUSED}it has no interval"):
         CalibrationConfig(cache_mode="first_block")
+    reference = record_trajectory(model, scheduler, [1], num_inference_steps=2, seeds=[0])
+    apply_cache(model, config=config)
+    with pytest.raises(ConfigError, match=f"{REFUSED}its samples cannot be compensated"):
+        fit_compensation(reference, model, scheduler, callback=lambda *_: pytest.fail("it ran"))
 
 
 def test_fused_kernels_and_graphs_refuse_it(caplog):

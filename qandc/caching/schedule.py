@@ -111,9 +111,9 @@ class CacheConfig:
     num_inference_steps: Steps | None = None
     last_step_computed: bool = False
     storage_dtype: str | None = None
-    threshold: Annotated[float, Between(0)] | None = None
     # which runs it is for, not what it does; str(config) is part of what compensations were fitted for
     timesteps: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    threshold: Annotated[float, Between(0)] | None = None
     _steps: Schedule | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qandc.cache import detached_cache, get_cache
+from qandc.cache import check_planned, detached_cache, get_cache
 from qandc.caching.plan import Action, Plan
 from qandc.errors import ConfigError, DataError, ModelError
 from qandc.fusion.graphs import GraphCache
@@ -228,9 +228,7 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
         raise ModelError(f"{type(transformer).__name__} has a forward of its own, which fuse does not know")
     if transformer.training:
         raise ModelError("this transformer is in training mode; call transformer.eval() first")
-    cache = get_cache(transformer)
-    if cache is not None:
-        cache.config.check_planned("it cannot run on fused kernels (remove_cache first)")
+    check_planned(transformer, "it cannot run on fused kernels (remove_cache first)")
     layers = quant_layers(transformer)
     if not layers:
         raise ModelError("this transformer is not quantized; call quantize_model and calibrate first")

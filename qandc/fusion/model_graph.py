@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qandc.cache import FeatureCache, detached_cache, get_cache
+from qandc.cache import FeatureCache, check_planned, detached_cache, get_cache
 from qandc.caching.plan import Plan
 from qandc.errors import ModelError
 from qandc.fusion.fuse import is_fused
@@ -210,9 +210,7 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> Mod
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
-    cache = get_cache(model)
-    if cache is not None:
-        cache.config.check_planned("it cannot run from CUDA graphs (remove_cache first)")
+    check_planned(model, "it cannot run from CUDA graphs (remove_cache first)")
     with detached_cache(model):  # the graph is the inner of the two
         attach(model, _GraphedModel, Graphed(limit))
     return model

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
+from qandc.cache import check_planned
 from qandc.errors import ConfigError, DataError
 from qandc.models import older_names
 from qandc.sampling.corrected_scheduler import run_with
@@ -186,8 +187,11 @@ class _Fitter:
         return Compensation(gain, mean, self.target, form, FittedFor(**run))
 
 
-def _fitter(reference: Trajectory, form: str, target: str, start_step: int, shrinkage: float) -> _Fitter:
+def _fitter(
+    transformer: Any, reference: Trajectory, form: str, target: str, start_step: int, shrinkage: float
+) -> _Fitter:
     """Make what finds gains along a run, or refuse its settings with a ConfigError."""
+    check_planned(transformer, "its samples cannot be compensated")
     if form not in FORMS:
         raise ConfigError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
     if target not in ("sample", "noise"):
@@ -230,7 +234,7 @@ def fit_compensation(
         ConfigError: a value is not one of these, or the scheduler takes another number of steps than the reference has.
         DataError: a gain is not finite: a channel does not vary at some step.
     """
-    fitter, steps = _fitter(reference, form, target, start_step, shrinkage), len(reference.samples)
+    fitter, steps = _fitter(transformer, reference, form, target, start_step, shrinkage), len(reference.samples)
     check_sampling(
         transformer, scheduler, reference.conditions, reference.num_inference_steps, reference.guidance_scale
     )
@@ -281,6 +285,6 @@ def compensation_from_run(
             more than once.
         DataError: the run does not call the pipeline, has other latents, or a gain is not finite.
     """
-    fitter = _fitter(reference, form, target, start_step, shrinkage)
+    fitter = _fitter(pipe.transformer, reference, form, target, start_step, shrinkage)
     scheduler = run_with(pipe, run, fitter, len(reference.samples))
     return fitter.compensation(form, describe_run(pipe.transformer, scheduler, _guidance_of(pipe)))
