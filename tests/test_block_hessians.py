@@ -32,6 +32,15 @@ def batches_of(name, steps=(900, 600, 300)):
     return [{**given, "return_dict": False} for given in run_of(name, steps)]
 
 
+def test_blocks_that_are_offloaded():
+    """diffusers brings the weights of a block when it is entered; those that are passed over stay where they are."""
+    model, batches, device = make_tiny(FLUX), batches_of(FLUX), torch.device("cpu")
+    expected = input_hessians(model, batches)
+    model.enable_group_offload(device, device, offload_type="block_level", num_blocks_per_group=1)
+    for layer, found in block_hessians(model, batches).items():
+        assert torch.equal(found, expected[layer])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("skip_patterns", [None, ["norm"]], ids=["blocks", "all"])
 def test_hessians_are_those_of_all_layers_at_once(name, skip_patterns):
@@ -80,6 +89,7 @@ def test_each_block_runs_once_and_its_hessians_alone_are_in_memory():
     whole = input_hessians(model, batches)
     of_all = square_numbers() - before
     del whole
+    smoothing = dict(reversed(smoothing_factors(model, batches).items()))
 
     def look(norm, *args):  # layers that are quantized must have no hooks; norms come first in blocks
         ran[norm] += 1
@@ -89,7 +99,7 @@ def test_each_block_runs_once_and_its_hessians_alone_are_in_memory():
     norms += [model.get_submodule(f"single_transformer_blocks.{i}.norm") for i in range(4)]
     for norm in norms:
         norm.register_forward_hook(look)
-    quantize_model(model, w_bits=4, hessians=block_hessians(model, batches))
+    quantize_model(model, w_bits=4, smoothing=smoothing, hessians=block_hessians(model, batches))
     assert ran == dict.fromkeys(norms, len(batches))
     assert 0 < max(alive) < of_all / 3
 
@@ -135,5 +145,8 @@ def test_what_cannot_be_gathered_is_refused():
         quantize_model(model, hessians=found)
     with pytest.raises(DataError, match="the calibration set is empty"):
         quantize_model(model, hessians=block_hessians(model, []))
+    skipping = [*batches, {**batches[0], "skip_layers": [1]}]
+    with pytest.raises(DataError, match=r"batch 3 does not run block 1 \(skip_layers\?\); leave it out"):
+        quantize_model(model, hessians=block_hessians(model, skipping))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any("forward" in module.__dict__ for module in model.modules())

@@ -78,6 +78,8 @@ class BlockHessians(Lazy):
                 given = outputs[number] if outputs else None
                 with self._alone(place, last, given, kept), contextlib.suppress(_Stop):
                     run_batch(self.model, batch)
+                if len(kept) != number + 1:
+                    raise DataError(f"batch {number} does not run block {place} (skip_layers?); leave it out")
                 if outputs:
                     outputs[number] = None
             if not kept:
@@ -144,7 +146,8 @@ def block_hessians(model: Model, batches: Batches, skip_patterns: Iterable[str] 
 
     Raises:
         ModelError: a model of no family, or there is no linear layer to quantize.
-        DataError: the batches can be seen once only; when Hessians are asked for, as :func:`qandc.input_hessians`.
+        DataError: the batches can be seen once only; when Hessians are asked for, as :func:`qandc.input_hessians`, or
+            a batch leaves a block out.
     """
     model = getattr(model, "_orig_mod", model)
     if family_of(model) is None:
