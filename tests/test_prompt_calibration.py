@@ -134,6 +134,18 @@ def test_a_schedule_and_what_is_stored_are_kept():
         )
 
 
+def test_blocks_that_are_offloaded():
+    name = "FluxPipeline"
+    models = []
+    for offloaded in (False, True):
+        pipe, device = make_pipeline(name), torch.device("cpu")
+        if offloaded:
+            pipe.transformer.enable_group_offload(device, device, offload_type="block_level", num_blocks_per_group=1)
+        models.append(calibrate_on_prompts(pipe, PROMPTS, w_bits=4, **BRIEF, **arguments(name)).model)
+    ours, theirs = (model.state_dict() for model in models)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
 @pytest.mark.parametrize("cache", [None, CACHE], ids=["no cache", "cache"])
 def test_samples_are_compensated(cache, tmp_path):
     """Gains are those of images that are drawn at once, before and after the model is quantized and cached."""

@@ -134,7 +134,8 @@ def calibrate_on_prompts(
         if count < samples:
             logger.info("the pool has %d samples, and all are taken: there are no %d", count, samples)
         chosen = pool.select(count, TapConfig(max(1, count // SAMPLES_PER_CLUSTER)))
-    batches = partial(pool.batches, chosen, device=model.device)
+    device = getattr(pipe, "_execution_device", model.device)  # of diffusers: where an offloaded model runs
+    batches = partial(pool.batches, chosen, device=device)
     quantize_on(model, batches, count, config, report, smoothing=smoothing, gptq=gptq)
     schedule = features = gains = None
     if cache is not None:
