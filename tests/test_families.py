@@ -443,6 +443,45 @@ def test_other_prompts_sizes_and_steps_are_runs_of_their_own(pipeline):
     assert cache.reuse_steps == number * (4 * 4 + 2 + 3)
 
 
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler", "settings", "calls"),
+    [
+        ("PixArtSigmaPipeline", "DPMSolverMultistepScheduler", {}, 6),
+        ("PixArtSigmaPipeline", "DPMSolverMultistepScheduler", SDE, 6),
+        ("PixArtSigmaPipeline", "DPMSolverSinglestepScheduler", {}, 6),
+        ("PixArtSigmaPipeline", "UniPCMultistepScheduler", {}, 6),
+        ("PixArtSigmaPipeline", "DDIMScheduler", {}, 6),
+        ("PixArtSigmaPipeline", "HeunDiscreteScheduler", {}, 11),
+        ("PixArtSigmaPipeline", "KDPM2DiscreteScheduler", {}, 11),
+        ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler", {}, 6),
+        ("StableDiffusion3Pipeline", "FlowMatchHeunDiscreteScheduler", {}, 11),
+        ("WanPipeline", "UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, 6),
+        ("WanPipeline", "DPMSolverSinglestepScheduler", {}, 6),
+    ],
+    indirect=["pipeline"],
+)
+def test_a_schedule_counts_calls_of_the_model(pipeline, scheduler, settings, calls):
+    import diffusers
+
+    pipe, draw, number = pipeline
+    pipe.scheduler = getattr(diffusers, scheduler)(**settings)
+    found = schedule_from_run(pipe.transformer, draw, computed_steps=4)
+    assert found.timesteps == pytest.approx(pipe.scheduler.timesteps.tolist())
+    assert len(found.schedule) == calls
+    cache = apply_cache(pipe.transformer, config=found.config())
+    images = draw()
+    assert (cache.compute_steps, cache.reuse_steps) == (4 * number, (calls - 4) * number)
+    assert torch.equal(draw(), images)
+    assert torch.isfinite(images).all()
+    for steps in (4, 7):
+        with pytest.raises(CacheError, match=f"for a run of {calls} steps, with step . at timestep .* this run has it"):
+            draw(steps=steps)
+
+
 VIDEO = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 AUTOENCODERS = {
     "QwenImagePipeline": ("AutoencoderKLQwenImage", VIDEO),
