@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -632,6 +633,38 @@ def test_copies_and_pickles_are_cached(name):
     expected = forwards(name, model)()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_equal_runs(forwards(name, other)(), expected, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize(("name", "graphs"), [("FluxTransformer2DModel", 3), ("QwenImageTransformer2DModel", 1)])
+def test_blocks_that_diffusers_compiles(name, graphs, attach_first):
+    """Copies and pickles of a model with compiled blocks compute with weights of their own."""
+
+    def cached(model):
+        apply_cache(model, config=CONFIGS["branch"])
+        return model
+
+    def halved(model):
+        for layer in quant_layers(model).values():
+            layer.weight_scale.mul_(0.5)
+        return forwards(name, model)()
+
+    torch._dynamo.reset()
+    model = copy.deepcopy(tiny(name, "w8a8"))
+    expected = forwards(name, cached(copy.deepcopy(model)))()
+    expected_halved = halved(cached(copy.deepcopy(model)))
+    if attach_first:
+        cached(model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model.compile_repeated_blocks(fullgraph=True, backend=counter, dynamic=False)
+    if not attach_first:
+        cached(model)
+    assert_equal_runs(forwards(name, model)(), expected)
+    assert counter.frame_count == graphs  # not one for each block
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal_runs(halved(other), expected_halved)
+    assert_equal_runs(forwards(name, model)(), expected)
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "PixArtTransformer2DModel"])
