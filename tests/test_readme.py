@@ -94,6 +94,27 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
     assert Pipeline.calls == 1 + 8 + 8 + 1
 
 
+@pytest.mark.slow
+def test_snippet_of_one_call(monkeypatch, capsys):
+    """As printed, with a small pipeline in the place of FLUX.1, small images and fewer steps."""
+    pytest.importorskip("transformers")
+    import diffusers
+
+    from tests.tiny_pipelines import make_pipeline
+
+    pipe = make_pipeline("FluxPipeline")
+    monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    monkeypatch.setattr(pipe, "to", lambda device: pipe)
+    before = {name: weight.clone() for name, weight in pipe.transformer.state_dict().items()}
+    small = "num_inference_steps=6, height=16, width=16, max_sequence_length=32"
+    names = run(snippet(": optimize"), {"num_inference_steps=28": small})
+    assert names["image"].size == (16, 16)
+    assert "int8" in capsys.readouterr().out
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
 def test_fuse_snippet_follows_the_first():
     """As printed, with fewer steps; on a CPU the model runs unfused."""
     from qandc import fashion_dit_path
