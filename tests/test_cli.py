@@ -112,7 +112,7 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
         assert err.splitlines().count(f"{stage}: done") == 1
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "layers 20 (W4A8 static per-tensor)"
-    assert re.fullmatch(r"their weights 0\.\d -> 0\.\d MB", lines[1])
+    assert re.fullmatch(r"their weights 0\.\d MB -> 0\.\d MB", lines[1])
     assert lines[2] == "computed steps 2 of 4 (taylor)"
     assert re.fullmatch(r"PSNR to FP \d+\.\d dB \(worst \d+\.\d\)", lines[3])
     likeness = re.fullmatch(r"PSNR to FP, with FC (\d+\.\d dB \(worst \d+\.\d\))", lines[4])[1]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from qandc import CacheConfig, ConfigError, ModelError, apply_cache, load_pipeline, quantize_model
+from qandc import CacheConfig, ConfigError, ModelError, apply_cache, load, load_pipeline, quantize_model
 from qandc.cli.main import main
 from qandc.evaluation.metrics import psnr
+from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt, warn_of_long_prompts
 from tests.tiny_pipelines import PIPELINES, make_pipeline
 
@@ -130,20 +131,124 @@ def test_refusals_before_a_pipeline_is_loaded(capsys, index_dir, options, messag
     assert not target.exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "calibrate"])
 @pytest.mark.parametrize("flag", ["--prompt", "--prompts", "--height", "--width", "--negative-prompt"])
-def test_models_that_draw_classes_take_no_prompt(capsys, tmp_path, pipeline_dir, flag):
+def test_models_that_draw_classes_take_no_prompt(capsys, tmp_path, pipeline_dir, command, flag):
     for model in ((), ("--model", pipeline_dir)):
-        status, _, err = run(capsys, "generate", *model, flag, "7", "-o", tmp_path / "x.png")
+        status, _, err = run(capsys, command, *model, flag, "7", "-o", tmp_path / "x.png")
         assert status == 2
         assert len(err.splitlines()) == 1
         assert f"{flag} is for models that draw from prompts, and DiTPipeline draws classes" in err
 
 
-@pytest.mark.parametrize("command", [("calibrate",), ("sample", "-n", "2", "--full-precision"), ("ablate",)])
+@pytest.mark.parametrize("command", [("sample", "-n", "2", "--full-precision"), ("ablate",)])
 def test_commands_that_draw_classes_refuse_other_models(capsys, index_dir, command):
     status, _, err = run(capsys, *command, "--model", index_dir, "--device", "cpu", "-o", index_dir / "x.npz")
     assert status == 2
     assert "is a FluxPipeline, which draws from prompts; give one that draws classes here" in err
+
+
+@pytest.fixture(scope="module")
+def calibrated_dir(tmp_path_factory, flux_dir):
+    """What ``qandc calibrate`` wrote for the small FLUX.1: W4A8, 3 of 6 steps computed."""
+    path = tmp_path_factory.mktemp("calibrated") / "flux"
+    few = ("--pool-images", 2, "--samples", 8, "--w-bits", 4, "--rounding", "nearest")
+    cache = ("--cache-mode", "branch", "--cache-interval", 2)
+    command = ("calibrate", "--model", flux_dir, "--prompt", "a coat", "--prompt", "a hat", *SMALL, *few, *cache)
+    assert main([str(a) for a in (*command, "-o", path)]) == 0
+    return path
+
+
+@pytest.mark.slow
+def test_calibrate_on_prompts_then_generate(capsys, tmp_path, flux_dir, calibrated_dir):
+    found = load(calibrated_dir)
+    assert sum(found.schedule.schedule) == 3
+    assert found.features is not None
+    schemes = {layer.scheme for layer in quant_layers(found.model).values()}
+    assert schemes == {"W4A8 static per-tensor"}
+    options = ("--model", flux_dir, "--calibrated", calibrated_dir, "--prompt", "a bag", *SMALL[:4], "--device", "cpu")
+    status, out, _ = run(capsys, "generate", *options, "-o", tmp_path / "x.png")  # as many steps as the schedule has
+    assert status == 0
+    assert "W4A8 + branch, 3 steps " in out
+    assert "steps to compute, compensation of features" in " ".join(out.split())
+    again = ("calibrate", "--model", flux_dir, "--prompt", "a", "--device", "cpu", "-o", calibrated_dir)
+    assert "holds a calibrated model; give another directory" in run(capsys, *again)[2]
+    status, _, err = run(capsys, "generate", "--model", calibrated_dir, "-o", tmp_path / "y.png")
+    assert "holds a quantized model, but no settings for runs; give its pipeline too (--model PIPELINE" in err
+    for more, message in (
+        (("--steps", 5), "schedule has 6 steps and the run 5"),
+        (("--w-bits", 8), f"--w-bits and --calibrated {str(calibrated_dir)!r} contradict each other"),
+        (("--schedule", "x"), "--schedule and --calibrated"),
+    ):
+        status, _, err = run(capsys, "generate", *options, *more, "-o", tmp_path / "y.png")
+        assert status == 2
+        assert len(err.splitlines()) == 1
+        assert message in err
+
+
+def test_what_calibrate_passes_on(capsys, tmp_path, flux_dir, monkeypatch):
+    import qandc.method.prompt_calibration
+
+    seen = []
+
+    def note(pipe, prompts, **arguments):
+        seen.append((prompts, arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qandc.method.prompt_calibration, "calibrate_on_prompts", note)
+    command = ("calibrate", "--model", flux_dir, "--prompt", "a", "--device", "cpu", "-o", tmp_path / "x")
+    assert run(capsys, *command)[0] == 130
+    more = ("--no-smoothing", "--a-bits", 6, "--w-bits", 4, "--compensation", "none", "--cache-interval", 1)
+    assert run(capsys, *command, *more, "--steps", 7, "--guidance-scale", 2, "--height", 32)[0] == 130
+    (prompts, plain), (_, chosen) = seen
+    assert prompts == ["a"]
+    for each in (plain, chosen):
+        assert each.pop("pool_directory") == tmp_path / "x" / "pool"
+        del each["progress"]
+    assert plain == {"cache": CacheConfig("taylor", interval=3), "gptq": False}
+    assert chosen == {
+        "smoothing": False, "a_bits": 6, "w_bits": 4, "compensation": "none", "cache": None, "gptq": True,
+        "num_inference_steps": 7, "guidance_scale": 2.0, "height": 32,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--ranges", "mse"),
+            "--ranges is for models that draw classes, and FluxPipeline draws from prompts: leave it",
+        ),
+        (("--scheduler", "ddim"), "--scheduler is for models that draw classes"),
+        (("--vc", "paper"), "--vc is for models that draw classes"),
+        (("--rounding", "up"), "rounding 'up' is unknown; choose one of nearest, gptq"),
+        (("--cache-mode", "all"), "cache mode 'all' is unknown"),
+    ],
+)
+def test_what_calibrate_refuses_of_prompts(capsys, index_dir, options, message):
+    command = ("calibrate", "--model", index_dir, "--prompt", "a", "--device", "cpu", "-o", index_dir / "x")
+    status, _, err = run(capsys, *command, *options)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_files_of_another_model_are_not_replaced(capsys, index_dir):
+    (index_dir / "config.json").write_text("{}")
+    status, _, err = run(capsys, "calibrate", "--model", index_dir, "--prompt", "a", "-o", index_dir)
+    assert status == 2
+    assert "holds 'config.json', which is no part of a calibrated model" in err
+
+
+def test_two_transformers_are_calibrated_from_python(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    pipe = make_pipeline("WanPipeline")
+    pipe.register_modules(transformer_2=pipe.transformer)
+    pipe.save_pretrained(tmp_path / "wan")
+    command = ("calibrate", "--model", tmp_path / "wan", "--prompt", "a", "--device", "cpu", "-o", tmp_path / "x")
+    status, _, err = run(capsys, *command)
+    assert status == 2
+    assert "WanPipeline has transformer, transformer_2; calibrate them one by one, from Python" in err
 
 
 def test_a_negative_prompt_that_would_not_be_read(capsys, tmp_path, flux_dir):

@@ -23,6 +23,8 @@ from qandc.cli.options import (
     Seed,
     Width,
     calibrated_options,
+    draws_from_prompts,
+    flags_of,
     read_prompts,
     refuse,
     resolve,
@@ -109,43 +111,24 @@ def generate(
     from qandc.method.saved import LIKENESS, Preset, fashion_dit_preset, is_finished
     from qandc.quantizer import QuantConfig
     from qandc.sampling.loop import check_sampling, make_scheduler
-    from qandc.sampling.pipelines import (
-        CLASS_CONDITIONAL,
-        check_full_precision,
-        class_names,
-        load_pipeline,
-        pipeline_class,
-        resolve_device,
-        resolve_dtype,
-    )
+    from qandc.sampling.pipelines import check_full_precision, class_names, load_pipeline, resolve_device, resolve_dtype
 
     arguments.check_value("--seed", arguments.Seed, seed)
-    for flag, value in (("--height", height), ("--width", width)):
-        arguments.check_value(flag, arguments.Count | None, value)
-    of_prompts = {
-        "--prompt": prompt,
-        "--prompts": prompts,
-        "--height": height,
-        "--width": width,
-        "--negative-prompt": negative_prompt,
-    }
+    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
     if calibrated is None and model is not None and is_finished(model):
         calibrated, model = Path(model), None  # what qandc calibrate wrote names its pipeline
-    kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
-    if model is not None and kind != CLASS_CONDITIONAL:
-        of_classes = {
-            "--classes": classes,
-            "--calibrated": calibrated,
-            "--no-calibrated": no_calibrated,
-            "--scheduler": given["scheduler"],
-            "--no-smoothing": given["smoothing"] is not None,
-        }
+    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    if kind is not None:
+        of_classes: dict[str, Any] = {"--classes": classes, "--no-calibrated": no_calibrated}
+        of_classes |= flags_of(given, leave_out=("num_inference_steps", "guidance_scale", *OF_PROMPTS))
         refuse(of_classes, f"is for models that draw classes, and {kind} draws from prompts: give --prompt")
-        run_given = {"height": height, "width": width, "negative_prompt": negative_prompt, **given}
+        if calibrated is not None:
+            has = {"--schedule": schedule, **flags_of(given, leave_out=("num_inference_steps", "guidance_scale"))}
+            refuse(has, f"and --calibrated {str(calibrated)!r} contradict each other; give one of them")
         texts = read_prompts(prompt, prompts, kind)
-        _from_prompts(model, texts, run_given, schedule, seed, device, dtype, output, json_output)
+        everything = {**of_prompts, **given}
+        _from_prompts(str(model), texts, everything, schedule, calibrated, seed, device, dtype, output, json_output)
         return
-    refuse(of_prompts, f"is for models that draw from prompts, and {kind} draws classes: give --classes, or --model")
     if no_calibrated and calibrated is not None:
         raise ConfigError("--calibrated and --no-calibrated contradict each other; give one of them")
     preset, held, many = None, {}, None
@@ -234,6 +217,7 @@ def _from_prompts(
     prompts: Sequence[str],
     given: Given,
     schedule: Path | None,
+    calibrated: Path | None,
     seed: int,
     device: str,
     dtype: str,
@@ -244,6 +228,7 @@ def _from_prompts(
     from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of
     from qandc.experiments.generate import Comparison, comparison_record
     from qandc.experiments.prompts import PromptsConfig, compare_prompts
+    from qandc.method.saved import schedule_of
     from qandc.quantizer import QuantConfig
     from qandc.sampling.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype
     from qandc.sampling.prompts import RUN, call_arguments, usual_steps, warn_of_long_prompts
@@ -251,8 +236,9 @@ def _from_prompts(
     chosen = {name: default if given[name] is None else given[name] for name, default in OF_PROMPTS.items()}
     config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
     cache: CacheConfig | None = cache_of(chosen["cache_mode"], given["cache_interval"], chosen["cache_interval"])
-    if schedule is not None:
-        cache = CalibratedSchedule.load(schedule).config()
+    if schedule is not None or calibrated is not None:
+        found = schedule_of(calibrated) if calibrated is not None else CalibratedSchedule.load(str(schedule))
+        cache = None if found is None else found.config()
     elif chosen["cache_interval"] == 1:
         cache = None
     check_output(output, ".png")
@@ -266,10 +252,11 @@ def _from_prompts(
     check_full_precision(pipe, model)
     of_call = call_arguments(pipe, {name: given[name] for name in RUN})
     steps = of_call.get("num_inference_steps", usual_steps(pipe))
-    if schedule is not None and cache is not None:
+    if cache is not None and cache.length is not None and getattr(pipe.scheduler, "order", 1) == 1:
+        steps = of_call.setdefault("num_inference_steps", cache.length)
         cache.of_steps(steps)
     warn_of_long_prompts(pipe, prompts)
-    drawn = PromptsConfig(tuple(prompts), of_call, config, cache, seed)
+    drawn = PromptsConfig(tuple(prompts), of_call, config, cache, seed, calibrated)
 
     def show(name: str, number: int) -> None:
         pipe.set_progress_bar_config(desc=f"{name}: {number + 1} of {len(prompts)}", leave=False)

@@ -5,73 +5,23 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from qandc.cli.calibrate import calibrate
 from qandc.cli.evaluate import evaluate
 from qandc.cli.generate import generate
-from qandc.cli.options import Device, Dtype, Given, Model, resolve, takes
 from qandc.cli.scale import ablate, sample
-from qandc.cli.terminal import err, loading, out, print_calibration, quiet_diffusers, stage_bars
+from qandc.cli.terminal import err, out
 from qandc.errors import QandCError
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantized and cached diffusion transformers.")
-for command in (generate, sample, ablate):
+for command in (generate, calibrate, sample, ablate, evaluate):
     app.command()(command)
-
-
-@app.command()
-@takes()
-def calibrate(
-    *,
-    directory: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the settings to.")],
-    model: Model = None,
-    given: Given,
-    ranges: Annotated[str, typer.Option(help="How static ranges are found: minmax, percentile or mse.")] = "minmax",
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Ranges around zero, without zero points.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace finished settings; their candidate pool is used again.")
-    ] = False,
-) -> None:
-    """Calibrate a pipeline: smoothing, quantized weights, static ranges, cache schedule, compensation.
-
-    The same command after an interruption goes on with what was finished.
-    """
-    from qandc.method.pipeline_calibration import POOL, calibrate_pipeline, check_directory
-    from qandc.method.settings import CalibrationConfig
-    from qandc.quantization.ranges import RangeConfig
-    from qandc.sampling.pipelines import check_draws_classes, load_pipeline, resolve_device, resolve_dtype, source_of
-
-    settings = CalibrationConfig(ranges=RangeConfig(ranges, symmetric=symmetric), **resolve(given, {}, {}))
-    check_directory(directory, overwrite)
-    quiet_diffusers()
-    where = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, where)
-    check_draws_classes(model)
-    with loading(model):
-        pipe = load_pipeline(model, where, torch_dtype)
-    try:
-        with stage_bars() as show:
-            report = calibrate_pipeline(
-                pipe, settings, directory, overwrite=overwrite, source=source_of(model), progress=show
-            )
-    except QandCError:
-        raise
-    except BaseException:  # Ctrl-C, out of memory: what is finished is kept
-        if (directory / POOL).is_dir():
-            err.print("stopped early; what was finished is kept, the same command goes on with it", soft_wrap=True)
-        raise
-    print_calibration(report, directory)
-
-
-app.command()(evaluate)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +15,9 @@ import typer
 from qandc.caching.schedule import OLDER_MODES
 from qandc.errors import ConfigError
 from qandc.method.settings import CalibrationConfig
+from qandc.sampling.pipelines import CLASS_CONDITIONAL, pipeline_class
 from qandc.sampling.prompts import check_prompts
-from qandc.support.arguments import check_value
+from qandc.support.arguments import Count, check_value
 
 __all__ = [
     "BatchSize",
@@ -33,6 +34,8 @@ __all__ = [
     "Seed",
     "Width",
     "calibrated_options",
+    "draws_from_prompts",
+    "flags_of",
     "read_prompts",
     "refuse",
     "resolve",
@@ -170,6 +173,36 @@ def refuse(options: Mapping[str, Any], why: str) -> None:
     for flag, value in options.items():
         if value is not None and value is not False:
             raise ConfigError(f"{flag} {why}")
+
+
+def flags_of(given: Given, leave_out: Sequence[str]) -> dict[str, bool]:
+    """Tell by flag whether options were given, but for some."""
+    return {_flags(name)[0]: value is not None for name, value in given.items() if name not in leave_out}
+
+
+def draws_from_prompts(
+    model: str | None, prompt: list[str] | None, file: Path | None, others: Mapping[str, Any]
+) -> str | None:
+    """Return the class of a pipeline if it draws from prompts; of one that draws classes refuse options for prompts.
+
+    Args:
+        model: of which the index is read.
+        prompt, file: what was given to draw.
+        others: options for prompts, by name.
+
+    Raises:
+        ConfigError: an option is for prompts, and the model draws classes, or a size is none.
+        ModelError: as :func:`qandc.load_pipeline`.
+    """
+    for name in ("height", "width"):
+        check_value(f"--{name}", Count | None, others[name])
+    kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
+    if kind != CLASS_CONDITIONAL:
+        return kind
+    given = {"--prompt": prompt, "--prompts": file}
+    given |= {f"--{name.replace('_', '-')}": value for name, value in others.items()}
+    refuse(given, f"is for models that draw from prompts, and {kind} draws classes: give --classes, or --model")
+    return None
 
 
 def read_prompts(given: list[str] | None, file: Path | None, kind: str) -> list[str]:

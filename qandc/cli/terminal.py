@@ -20,10 +20,12 @@ from qandc.errors import ConfigError, OutputError, QandCError
 from qandc.support.results import size_text
 
 if TYPE_CHECKING:  # they load what no other command needs
+    from qandc.caching.schedule import CalibratedSchedule
     from qandc.evaluation.compare import Evaluation
     from qandc.experiments.generate import Comparison
     from qandc.method.pipeline_calibration import CalibrationReport
     from qandc.optimize import OptimizationPlan
+    from qandc.quantization.conversion import QuantizationReport
 
 __all__ = [
     "check_output",
@@ -33,6 +35,7 @@ __all__ = [
     "print_calibration",
     "print_comparison",
     "print_evaluation",
+    "print_settings",
     "progress_bars",
     "quiet_diffusers",
     "stage_bars",
@@ -156,25 +159,43 @@ def print_comparison(
 
 def print_calibration(report: CalibrationReport, directory: Path) -> None:
     """Print the table of ``qandc calibrate``."""
-    schedule, compensated = report.preset.schedule, report.preset.compensations.removeprefix(" + ")
-    layers = report.quantization.quantized
-    before, after = report.quantization.quantized_bytes
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("layers", f"{len(layers)} ({layers[0].scheme})")
-    table.add_row("their weights", f"{before / 1e6:.1f} -> {after / 1e6:.1f} MB")
-    table.add_row("computed steps", f"{sum(schedule.schedule)} of {len(schedule.schedule)} ({schedule.mode})")
+    compensated, rows = report.preset.compensations.removeprefix(" + "), {}
     for name, decibels in (
         ("PSNR to FP", report.psnr_uncompensated),
         (f"PSNR to FP, with {compensated}", report.psnr_compensated),
     ):
         if decibels is not None:
-            table.add_row(name, f"{decibels.mean():.1f} dB (worst {decibels.min():.1f})")
-    out.print(table)
+            rows[name] = f"{decibels.mean():.1f} dB (worst {decibels.min():.1f})"
+    worse = None
     if report.psnr_compensated is not None and report.psnr_compensated.mean() < report.psnr_uncompensated.mean():
         worse = f"{compensated} made these images less like those of full precision; --compensation none leaves it out"
-        out.print(worse, soft_wrap=True)
-    out.print(format_schedule(schedule.schedule, schedule.timesteps), soft_wrap=True)
-    out.print(f"wrote {directory}\nnext: qandc generate --calibrated {shlex.quote(str(directory))}", soft_wrap=True)
+    command = "qandc generate --calibrated"
+    print_settings(report.quantization, report.preset.schedule, directory, command, rows, worse)
+
+
+def print_settings(
+    quantization: QuantizationReport,
+    schedule: CalibratedSchedule | None,
+    directory: Path,
+    command: str,
+    rows: Mapping[str, str] | None = None,
+    note: str | None = None,
+) -> None:
+    """Print what was found for a model, and the command that uses its directory."""
+    layers, (before, after) = quantization.quantized, quantization.quantized_bytes
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("layers", f"{len(layers)} ({layers[0].scheme})")
+    table.add_row("their weights", f"{size_text(before)} -> {size_text(after)}")
+    if schedule is not None:
+        table.add_row("computed steps", f"{sum(schedule.schedule)} of {len(schedule.schedule)} ({schedule.mode})")
+    for row in (rows or {}).items():
+        table.add_row(*row)
+    out.print(table)
+    if note is not None:
+        out.print(note, soft_wrap=True)
+    if schedule is not None:
+        out.print(format_schedule(schedule.schedule, schedule.timesteps), soft_wrap=True)
+    out.print(f"wrote {directory}\nnext: {command} {shlex.quote(str(directory))}", soft_wrap=True)
 
 
 def print_evaluation(result: Evaluation) -> None:

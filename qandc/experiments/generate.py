@@ -31,8 +31,8 @@ __all__ = [
     "comparison_record",
     "draw_grid",
     "generate",
+    "name_of",
     "quantized_name",
-    "scheme_and_cache",
 ]
 
 IMAGES_AT_ONCE = 32
@@ -204,15 +204,15 @@ def quantized_name(settings: GenerateConfig) -> str:
     if settings.preset is not None and cache.schedule is not None:
         computed = f"{sum(cache.schedule)}/{len(cache.schedule)}"
         return f"{settings.config.scheme} + {cache.mode} {computed}{settings.preset.compensations}"
-    return scheme_and_cache(settings.config, cache)
+    return name_of(settings.config.scheme, cache)
 
 
-def scheme_and_cache(config: QuantConfig, cache: CacheConfig | None) -> str:
+def name_of(scheme: str, cache: CacheConfig | None) -> str:
     """Name what a model was made: "W8A8 + branch cache 3"."""
     if cache is not None and cache.schedule is not None:
-        return f"{config.scheme} + {cache.mode}, {sum(cache.schedule)} steps"
+        return f"{scheme} + {cache.mode}, {sum(cache.schedule)} steps"
     every = f" {cache.interval}" if cache is not None and cache.planned else ""
-    return config.scheme + ("" if cache is None or cache.interval == 1 else f" + {cache.mode} cache{every}")
+    return scheme + ("" if cache is None or cache.interval == 1 else f" + {cache.mode} cache{every}")
 
 
 def comparison_record(result: Comparison, settings: Mapping[str, Any], device: str, dtype: str) -> dict[str, Any]:

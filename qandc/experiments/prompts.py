@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from qandc.caching.schedule import CacheConfig
-from qandc.experiments.generate import Comparison, ModelImages, module_bytes, scheme_and_cache
+from qandc.experiments.generate import Comparison, ModelImages, module_bytes, name_of
 from qandc.optimize import OptimizationPlan, optimize, parts_of
 from qandc.quantizer import QuantConfig
 from qandc.sampling.prompts import draw_prompt
@@ -25,6 +26,7 @@ class PromptsConfig:
         arguments: of each call of the pipeline.
         config, cache: what is made of its transformers.
         seed: of the first image; later ones count on.
+        calibrated: a directory that holds the model to compare with, in the place of ``config`` and ``cache``.
     """
 
     prompts: tuple[str, ...]
@@ -32,15 +34,16 @@ class PromptsConfig:
     config: QuantConfig
     cache: CacheConfig | None
     seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """Name the row of the optimized pipeline."""
-        return scheme_and_cache(self.config, self.cache)
+    calibrated: Path | None = None
 
     def described(self) -> dict[str, Any]:
         """Return what a record holds of it."""
-        return {**asdict(self), "arguments": dict(self.arguments), "cache": str(self.cache)}
+        return {
+            **asdict(self),
+            "arguments": dict(self.arguments),
+            "cache": str(self.cache),
+            "calibrated": str(self.calibrated),
+        }
 
 
 def compare_prompts(
@@ -70,7 +73,11 @@ def compare_prompts(
             row.seconds += time.perf_counter() - started
 
     draw("FP")
-    plan = optimize(pipe, settings.config.w_bits, settings.config.a_bits, settings.cache, restorable=False)
-    result.report = plan.transformers[0].layers
-    draw(settings.name)
+    if settings.calibrated is not None:
+        plan = optimize(pipe, calibrated=settings.calibrated, cache=None, restorable=False)
+    else:
+        plan = optimize(pipe, settings.config.w_bits, settings.config.a_bits, settings.cache, restorable=False)
+    part = plan.transformers[0]
+    result.report = part.layers
+    draw(name_of(part.layers.quantized[0].scheme.partition(" ")[0], part.cache))
     return plan

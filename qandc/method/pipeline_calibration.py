@@ -91,7 +91,7 @@ class CalibrationReport:
         return {**result_header({**described, "model": source}), "rows": [row], "goals": []}
 
 
-def check_directory(directory: str | Path, overwrite: bool = False) -> None:
+def check_directory(directory: str | Path, overwrite: bool = False, names: tuple[str, ...] = PIPELINE_FILES) -> None:
     """Refuse, before the work begins, a directory that must not or cannot be written.
 
     Raises:
@@ -104,7 +104,7 @@ def check_directory(directory: str | Path, overwrite: bool = False) -> None:
             raise OutputError(f"{str(nearest)!r} is a file; give a directory to write settings to")
         with tempfile.TemporaryFile(dir=nearest):
             pass
-        check_target(directory, PIPELINE_FILES, overwrite)
+        check_target(directory, names, overwrite)
     except OutputError:
         raise
     except (OSError, ValueError) as error:

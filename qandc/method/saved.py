@@ -52,7 +52,16 @@ from qandc.support.files import (
 from qandc.variance_compensation import Compensation, CompensationHeader, shown
 from qandc_kernels import FLOAT_DTYPES
 
-__all__ = ["CalibratedModel", "Preset", "check_target", "fashion_dit_preset", "is_finished", "load", "save"]
+__all__ = [
+    "CalibratedModel",
+    "Preset",
+    "check_target",
+    "fashion_dit_preset",
+    "is_finished",
+    "load",
+    "save",
+    "schedule_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +125,21 @@ def fashion_dit_preset(w_bits: int = 8) -> Preset:
 def is_finished(directory: str | Path) -> bool:
     """Tell whether a directory holds a calibrated model; ``qandc.json`` is written last."""
     return (Path(directory) / MANIFEST).exists()
+
+
+def schedule_of(directory: str | Path) -> CalibratedSchedule | None:
+    """Return the schedule that a calibrated model was saved with; no weights are read.
+
+    Raises:
+        ConfigError: there is no such model, or of another version.
+    """
+    return _manifest(Path(directory)).schedule
+
+
+def _manifest(directory: Path) -> Manifest:
+    if not is_finished(directory):
+        raise ConfigError(f"{str(directory)!r} holds no calibrated model: {_what_is_there(directory)}")
+    return FILE.read(directory / MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -357,7 +381,8 @@ class Preset:
         directory, about, schedule = found.directory, found.manifest.calibration, found.manifest.schedule
         if about is None or schedule is None:
             raise ConfigError(
-                f"{str(directory)!r} holds a quantized model, but no settings for runs; make it with qandc calibrate"
+                f"{str(directory)!r} holds a quantized model, but no settings for runs; give its pipeline too "
+                "(--model PIPELINE --calibrated DIR), or make it with qandc calibrate"
             )
         layers = found.tensors("layers.")
         if found.model_prefix is not None:
@@ -509,12 +534,9 @@ class _Directory:
     """Read a directory whose files are as its manifest says: names of a fixed set, sizes, checksums."""
 
     def __init__(self, directory: Path) -> None:
-        path = directory / MANIFEST
-        if not path.exists():
-            raise ConfigError(f"{str(directory)!r} holds no calibrated model: {_what_is_there(directory)}")
-        self.directory, self.manifest = directory, FILE.read(path)
+        self.directory, self.manifest = directory, _manifest(directory)
         files = self.manifest.files.keys()
-        with reading(path, WHAT, AGAIN):
+        with reading(directory / MANIFEST, WHAT, AGAIN):
             kinds = {None: {TENSORS}, TRANSFORMER: {TENSORS, *PIPELINE_FILES}, "": {TENSORS, *MODEL_FILES}}
             prefix = next((prefix for prefix, names in kinds.items() if files == names), False)
             if prefix is False or (prefix is not None and self.manifest.dtype is None):

@@ -1,0 +1,151 @@
+"""Calibrate a pipeline, from class ids or prompts: ``qandc calibrate``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qandc.cli.options import (
+    Device,
+    Dtype,
+    Given,
+    Height,
+    Model,
+    NegativePrompt,
+    PromptFile,
+    Prompts,
+    Width,
+    draws_from_prompts,
+    flags_of,
+    read_prompts,
+    refuse,
+    resolve,
+    takes,
+)
+from qandc.cli.terminal import err, loading, print_calibration, print_settings, quiet_diffusers, stage_bars
+from qandc.errors import ConfigError, QandCError
+
+__all__ = ["calibrate"]
+
+PASSED = (
+    "w_bits",
+    "a_bits",
+    "smoothing",
+    "pool_images",
+    "samples",
+    "compensation",
+)  # to calibrate_on_prompts, if given
+OF_PROMPTS = (*PASSED, "num_inference_steps", "guidance_scale", "rounding", "cache_mode", "cache_interval")
+
+
+@takes()
+def calibrate(
+    *,
+    directory: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the settings to.")],
+    model: Model = None,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    given: Given,
+    ranges: Annotated[str, typer.Option(help="How static ranges are found: minmax, percentile or mse.")] = "minmax",
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Ranges around zero, without zero points.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace finished settings; their candidate pool is used again.")
+    ] = False,
+) -> None:
+    """Calibrate a pipeline: smoothing, quantized weights, static ranges, cache schedule, compensation.
+
+    The same command after an interruption goes on with what was finished.
+    """
+    from qandc.method.pipeline_calibration import POOL, calibrate_pipeline, check_directory
+    from qandc.method.settings import CalibrationConfig
+    from qandc.quantization.ranges import RangeConfig
+    from qandc.sampling.pipelines import load_pipeline, resolve_device, resolve_dtype, source_of
+
+    check_directory(directory, overwrite)
+    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
+    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    if kind is not None:
+        others = {"--ranges": ranges != "minmax", "--symmetric": symmetric, **flags_of(given, leave_out=OF_PROMPTS)}
+        refuse(others, f"is for models that draw classes, and {kind} draws from prompts: leave it out")
+        texts = read_prompts(prompt, prompts, kind)
+        _on_prompts(str(model), texts, {**of_prompts, **given}, directory, device, dtype, overwrite)
+        return
+    settings = CalibrationConfig(ranges=RangeConfig(ranges, symmetric=symmetric), **resolve(given, {}, {}))
+    quiet_diffusers()
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    with loading(model):
+        pipe = load_pipeline(model, where, torch_dtype)
+    with _resumable(directory / POOL), stage_bars() as show:
+        report = calibrate_pipeline(
+            pipe, settings, directory, overwrite=overwrite, source=source_of(model), progress=show
+        )
+    print_calibration(report, directory)
+
+
+@contextmanager
+def _resumable(pool: Path) -> Iterator[None]:
+    """Say after Ctrl-C or a lack of memory that what is finished is kept."""
+    try:
+        yield
+    except QandCError:
+        raise
+    except BaseException:
+        if pool.is_dir():
+            err.print("stopped early; what was finished is kept, the same command goes on with it", soft_wrap=True)
+        raise
+
+
+def _on_prompts(
+    model: str, prompts: Sequence[str], given: Given, directory: Path, device: str, dtype: str, overwrite: bool
+) -> None:
+    """Calibrate the transformer of a pipeline that draws from prompts, and save it."""
+    from qandc.caching.schedule import cache_of
+    from qandc.method.pipeline_calibration import POOL, check_directory
+    from qandc.method.prompt_calibration import calibrate_on_prompts
+    from qandc.method.saved import MODEL_FILES, save
+    from qandc.method.settings import CalibrationConfig
+    from qandc.optimize import parts_of
+    from qandc.quantization.conversion import quantization_report
+    from qandc.sampling.pipelines import load_pipeline, resolve_device, resolve_dtype
+    from qandc.sampling.prompts import RUN, call_arguments
+
+    gptq = CalibrationConfig(w_bits=given["w_bits"] or 8, rounding=given["rounding"]).gptq
+    cache = cache_of(given["cache_mode"] or "taylor", given["cache_interval"], 3)
+    check_directory(directory, overwrite, MODEL_FILES)
+    quiet_diffusers(text=True)
+    where = resolve_device(device)
+    with loading(model):
+        pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
+    if len(parts_of(pipe)) > 1:
+        raise ConfigError(
+            f"{type(pipe).__name__} has {', '.join(parts_of(pipe))}; calibrate them one by one, from Python: "
+            "qandc.calibrate_on_prompts(pipe, prompts, transformer=...)"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    of_call = call_arguments(pipe, {name: given[name] for name in RUN})
+    wanted = {name: given[name] for name in PASSED if given[name] is not None}
+    wanted |= {"cache": None if cache.interval == 1 else cache, "gptq": gptq}
+    with _resumable(directory / POOL), stage_bars() as show:
+        pool = directory / POOL
+        found = calibrate_on_prompts(pipe, prompts, pool_directory=pool, progress=show, **wanted, **of_call)
+        save(
+            found.model,
+            directory,
+            overwrite=overwrite,
+            schedule=found.schedule,
+            compensation=found.compensation,
+            features=found.features,
+        )
+    command = f"qandc generate --model {shlex.quote(model)} --prompt ... --calibrated"
+    print_settings(quantization_report(found.model), found.schedule, directory, command)
