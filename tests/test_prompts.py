@@ -234,8 +234,10 @@ def test_what_calibrate_refuses_of_prompts(capsys, index_dir, options, message):
 
 
 def test_files_of_another_model_are_not_replaced(capsys, index_dir):
-    (index_dir / "config.json").write_text("{}")
-    status, _, err = run(capsys, "calibrate", "--model", index_dir, "--prompt", "a", "-o", index_dir)
+    target = index_dir / "x"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    status, _, err = run(capsys, "calibrate", "--model", index_dir, "--prompt", "a", "-o", target)
     assert status == 2
     assert "holds 'config.json', which is no part of a calibrated model" in err
 
