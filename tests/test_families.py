@@ -733,12 +733,15 @@ def test_a_branch_that_was_quantized_since():
     assert type(model.single_transformer_blocks[1].proj_out) is QuantLinear
 
 
-def test_what_a_controlnet_adds_between_blocks_is_added_once():
-    residuals = [torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    inputs = [{**given, "controlnet_block_samples": residuals} for given in run_of(FLUX)]
-    assert_as_defined(make_tiny(FLUX), CONFIGS["branch"], inputs)
-    model = make_tiny(FLUX)
+@pytest.mark.parametrize("name", [FLUX, CHROMA])
+def test_what_a_controlnet_adds_between_blocks_is_added_once(name):
+    noise = torch.randn(4, 2, 16, 32, generator=torch.Generator().manual_seed(0))
+    residuals = {"controlnet_block_samples": [*noise[:2]], "controlnet_single_block_samples": [*noise[2:]]}
+    inputs = [{**given, **residuals} for given in run_of(name)]
+    assert_as_defined(make_tiny(name), CONFIGS["branch"], inputs)
+    model = make_tiny(name)
     apply_cache(model, config=CONFIGS["delta"])
+    model(**run_of(name)[0], controlnet_blocks_repeat=False)  # adds nothing
     with pytest.raises(CacheError, match=r"ControlNet .* would be added twice: use mode 'branch'"):
         model(**inputs[0])
     run = functools.partial(model, **inputs[0])

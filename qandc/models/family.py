@@ -240,7 +240,7 @@ def only(name: str, block: Any) -> str | None:
 
 def adds_between(call: Call) -> bool:
     """Tell whether a forward with these arguments adds what a ControlNet has made to the stream between blocks."""
-    return any("controlnet" in name and value is not None for name, value in call.items())
+    return any("controlnet" in name and value is not None and value is not False for name, value in call.items())
 
 
 def check_added_once(call: Call, per_branch: bool) -> None:
