@@ -430,17 +430,26 @@ def test_a_model_is_quantized_calibrated_cached_and_sampled_in_its_own_pipeline(
     assert torch.equal(draw(), plain)
 
 
-def test_other_prompts_sizes_and_steps_are_runs_of_their_own(pipeline):
+def draw_in_order(monkeypatch, model, draw, changes):
+    """Draw with one cache and compare with a cache for each image; return these images and the cache."""
+    images, config = [], CacheConfig("branch", interval=3)
+    for change in changes:
+        apply_cache(model, config=config)
+        images.append(draw(**change))
+        remove_cache(model)
+    cache = apply_cache(model, config=config)
+    with monkeypatch.context() as patched:  # as on a GPU, where nothing waits for timesteps
+        patched.setattr(TimestepWatch, "rises", lambda *args: False)
+        for change, wanted in zip(changes, images, strict=True):
+            assert torch.equal(draw(**change), wanted)
+    remove_cache(model)
+    return images, cache
+
+
+def test_other_prompts_sizes_and_steps_are_runs_of_their_own(pipeline, monkeypatch):
     pipe, draw, number = pipeline
     changes = [{}, {"seed": 1}, {"size": 32}, {"steps": 4}, {"seed": 1, "steps": 5}, {}]
-    expected = []
-    for change in changes:
-        apply_cache(pipe.transformer, config=CacheConfig("branch", interval=3))
-        expected.append(draw(**change))
-        remove_cache(pipe.transformer)
-    cache = apply_cache(pipe.transformer, config=CacheConfig("branch", interval=3))
-    for change, wanted in zip(changes, expected, strict=True):
-        assert torch.equal(draw(**change), wanted)
+    _, cache = draw_in_order(monkeypatch, pipe.transformer, draw, changes)
     assert cache.reuse_steps == number * (4 * 4 + 2 + 3)
 
 
@@ -537,8 +546,7 @@ def make_from_image(kind, monkeypatch, text, changes, **others):
 @pytest.mark.parametrize("name", FROM_IMAGES)
 def test_pipelines_that_begin_with_an_image(name, monkeypatch):
     pipe, draw = make_from_image(name, monkeypatch, *FROM_IMAGES[name])
-    model, config = pipe.transformer, CacheConfig("branch", interval=3)
-    plain = draw()
+    model, plain = pipe.transformer, draw()
     cache = apply_cache(model, cache_interval=1)
     assert torch.equal(draw(), plain)
     steps = cache.compute_steps
@@ -546,19 +554,9 @@ def test_pipelines_that_begin_with_an_image(name, monkeypatch):
     other = type(pipe)(**pipe.components)  # shares the transformer
     other.set_progress_bar_config(disable=True)
     changes = [{}, {"seed": 1}, {"size": 32}, {"strength": 0.9}, {"pipe": other, "seed": 1}, {"steps": 5}, {}]
-    expected = []
-    for change in changes:
-        cache = apply_cache(model, config=config)
-        expected.append(draw(**change))
-        assert cache.reuse_steps > 0
-        remove_cache(model)
-    apply_cache(model, config=config)
-    with monkeypatch.context() as patched:  # as on a GPU, where nothing waits for timesteps
-        patched.setattr(TimestepWatch, "rises", lambda *args: False)
-        for change, wanted in zip(changes, expected, strict=True):
-            assert torch.equal(draw(**change), wanted)
-    assert not torch.equal(expected[0], plain)
-    remove_cache(model)
+    images, cache = draw_in_order(monkeypatch, model, draw, changes)
+    assert not torch.equal(images[0], plain)
+    assert cache.reuse_steps > 0
     found = schedule_from_run(model, draw, computed_steps=3)
     assert len(found.schedule) in (steps, steps // 2)  # conditional and unconditional passes are runs apart
     cache = apply_cache(model, config=found.config())
