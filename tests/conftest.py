@@ -61,7 +61,7 @@ def fused_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let fused models run fused wherever they are: with plain torch in the place of kernels on a CPU."""
     from qandc_kernels import Backend
 
-    monkeypatch.setattr("qandc.fusion.fuse.select_backend", lambda device: Backend("triton", "as if"))
+    monkeypatch.setattr("qandc.fusion.blocks.select_backend", lambda device: Backend("triton", "as if"))
 
 
 @pytest.fixture(scope="session", autouse=True)

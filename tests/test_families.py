@@ -57,6 +57,7 @@ from tests.tiny_models import as_one, each_class, inputs_of, make_tiny, output_o
 STEPS = tuple(range(900, 400, -50))
 CHROMA, Z_IMAGE = "ChromaTransformer2DModel", "ZImageTransformer2DModel"
 FRACTIONS = ("FluxTransformer2DModel", CHROMA, "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
+FUSED = ("DiTTransformer2DModel", "FluxTransformer2DModel")
 OF_EACH_MODE = ("delta", "branch", "taylor 2 uneven", "hicache 2 uneven", "crf")
 
 
@@ -164,29 +165,30 @@ def test_families_know_their_classes():
 
 
 @pytest.mark.parametrize("config", [None, *CONFIGS.values()], ids=["no cache", *CONFIGS])
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.program is not None])
+@pytest.mark.parametrize("name", FUSED)
 def test_a_fused_model_equals_the_same_model_unfused(fused_anywhere, monkeypatch, name, config):
-    model = make_tiny(name)
+    model, family = make_tiny(name), FAMILIES[name]
     model = calibrate(quantize_model(model), forwards(name, model))
-    if config is not None:
-        apply_cache(model, config=config)
+    cache = None if config is None else apply_cache(model, config=config)
     expected = forwards(name, model)()
     ran = []
-    program = FAMILIES[name].program
-    original = program.inputs
-    monkeypatch.setattr(program, "inputs", lambda self, call: ran.append(call) or original(self, call))
+    kinds = [(stack.fused, "__call__") for stack in family.stacks if family.program is None]
+    for kind, method in kinds or [(family.program, "inputs")]:
+        original = getattr(kind, method)
+        monkeypatch.setattr(kind, method, lambda *a, o=original: ran.append(a) or o(*a))
     found = forwards(name, fuse(model))()
-    assert len(ran) == len(STEPS)
+    computed = len(STEPS) if cache is None or not kinds else cache.compute_steps
+    assert len(ran) >= computed * (len(family.blocks(model).blocks) if kinds else 1)
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine - theirs).norm() <= 0.05 * theirs.norm()  # some codes may differ
     for mine, theirs in zip(forwards(name, unfuse(model))(), expected, strict=True):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.program is None])
-def test_without_a_program_nothing_is_fused(name):
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FUSED])
+def test_without_fused_kernels_nothing_is_fused(name):
     model = calibrate(quantize_model(make_tiny(name)), [inputs_of(name)])
-    with pytest.raises(ModelError, match=f"there are fused kernels for diffusers' DiT.*; got {name}"):
+    with pytest.raises(ModelError, match=f"there are fused kernels for diffusers' DiT.* and Flux.*; got {name}"):
         fuse(model)
 
 

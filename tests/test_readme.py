@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from qandc.models import FAMILIES
+from tests.test_families import FUSED
 from tests.test_fused_projections import CLASSES as PROJECTIONS_FUSED
 from tests.test_lora import WITHOUT_PEFT
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
@@ -237,7 +238,7 @@ def test_the_table_of_models_says_what_is_tested():
         assert lora == ("PEFT" if name in WITHOUT_PEFT else "diffusers")
         assert projections == ("yes" if name in PROJECTIONS_FUSED else "")
         assert cached == ("yes" if name in FAMILIES else "")
-        assert fused == ("yes" if cached and FAMILIES[name].program is not None else "")
+        assert fused == ("yes" if name in FUSED else "")
 
 
 def test_the_likeness_that_generate_prints_is_the_measured_one():

@@ -19,6 +19,7 @@ from torch import nn
 from qandc.cache import check_planned, detached_cache, get_cache
 from qandc.caching.plan import Action, Plan
 from qandc.errors import ConfigError, DataError, ModelError
+from qandc.fusion.blocks import FusedBlocks, attach_blocks, detach_blocks, fuses_blocks, why_not_here
 from qandc.fusion.graphs import GraphCache
 from qandc.models import FAMILIES, Family, family_of, older_names
 from qandc.models.family import Program, arguments_of, forward_of
@@ -26,9 +27,8 @@ from qandc.quantization.conversion import quant_layers
 from qandc.quantization.ranges import StepRanges, check_step_ranges
 from qandc.support.arguments import Model, checked
 from qandc.support.attach import Attachment, attach, detach
-from qandc_kernels import select_backend
 
-__all__ = ["Fused", "fuse", "fuse_dit", "is_fused", "prepare_run", "unfuse", "unfuse_dit", "why_not_here"]
+__all__ = ["Fused", "fuse", "fuse_dit", "is_fused", "prepare_run", "unfuse", "unfuse_dit"]
 
 logger = logging.getLogger(__name__)
 
@@ -152,18 +152,6 @@ class _FusedTransformer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def why_not_here(transformer: Any, device: torch.device) -> str | None:
-    """Say why no forward can run fused on this device as things are, or None."""
-    backend = select_backend(device)
-    if backend.name != "triton":
-        return f"on {device} there are no fused kernels ({backend.reason})"
-    if transformer.training:
-        return "it is in training mode; call eval()"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast is on; convert the model to the dtype you want instead"
-    return None
-
-
 def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -> torch.Tensor:
     inputs = step.inputs(call)
     latents = inputs[0]
@@ -184,23 +172,24 @@ def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -
 
 @checked
 def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
-    """Run a quantized, calibrated transformer of diffusers, a DiT, on fused kernels, in the unmodified pipeline too.
+    """Run a quantized, calibrated DiT or FLUX.1 of diffusers on fused kernels, in unmodified pipelines too.
 
-    A block becomes seven launches without an int32 or a 16-bit copy of int8 data in between, the conditioning of all
-    blocks a few batched products, a forward one CUDA graph for each batch size and resolution (at most 8 are kept).
-    Results equal those of the unfused model to rounding. Weights are used where they are, those of q, k, v and of the
-    adaLN layers become parts of larger tensors; no weight is stored twice.
+    A block becomes seven launches (of FLUX.1 a few more) without an int32 or a 16-bit copy of int8 data in
+    between. Of DiT the conditioning of all blocks becomes a few batched products, and a forward one CUDA graph for each
+    batch size and resolution (at most 8 are kept); of FLUX.1 blocks alone are fused, and :func:`qandc.graph` makes the
+    forward a graph. Results equal those of the unfused model to rounding. Weights are used where they are, those of q,
+    k, v and of DiT's adaLN layers become parts of larger tensors; no weight is stored twice.
 
     A block that can't run fused (a layer is not quantized or has no static range, activations of fewer than 8 bits,
-    hooks, LoRA, parametrizations, another attention processor) runs as before, then without CUDA graphs, and
+    hooks, LoRA, parametrizations, another attention processor) runs as before, in DiT then without CUDA graphs, and
     ``quantization_report`` says why. On a CPU, under autocast and in training mode the whole model does, and logs it.
     Changes to modules, hooks, ranges, dtype or device are noticed; writing into a tensor of a layer need not be, unless
     ``load_state_dict`` of the transformer, or of a module that holds it, does so.
 
     Args:
-        transformer: a diffusers DiT after :func:`qandc.quantize_model` and :func:`qandc.calibrate`; changed in place.
-        cuda_graphs: False launches kernels one by one.
-        step_ranges: activation ranges that change from step to step, instead of those in the layers.
+        transformer: after :func:`qandc.quantize_model` and :func:`qandc.calibrate`; changed in place.
+        cuda_graphs: of a DiT, False launches kernels one by one.
+        step_ranges: of a DiT, activation ranges that change from step to step, instead of those in the layers.
 
     Returns:
         ``transformer``. :func:`unfuse` makes it again what it was.
@@ -212,19 +201,19 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
             cache decides at each step whether to compute it.
     """
     family = family_of(transformer)
-    if family is None or family.program is None:
-        known = " and ".join(name for name, family in FAMILIES.items() if family.program is not None)
+    if family is None or (family.program is None and not fuses_blocks(family)):
+        known = " and ".join(name for name, each in FAMILIES.items() if each.program is not None or fuses_blocks(each))
         raise ModelError(
             f"there are fused kernels for diffusers' {known}; got {type(transformer).__name__} "
             "(of a pipeline, pass pipe.transformer; of a compiled model, the model before torch.compile)"
         )
-    if is_fused(transformer):
+    if is_fused(transformer) or FusedBlocks.of(transformer) is not None:
         raise ModelError("this transformer is fused already; call unfuse(transformer) first")
     if "forward" in transformer.__dict__:
         raise ModelError(
             "forward of this transformer was replaced (by accelerate's offload hooks, for example); fuse first"
         )
-    if forward_of(transformer).__qualname__ != f"{family.transformer}.forward":
+    if family.program is not None and forward_of(transformer).__qualname__ != f"{family.transformer}.forward":
         raise ModelError(f"{type(transformer).__name__} has a forward of its own, which fuse does not know")
     if transformer.training:
         raise ModelError("this transformer is in training mode; call transformer.eval() first")
@@ -233,7 +222,13 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
     if not layers:
         raise ModelError("this transformer is not quantized; call quantize_model and calibrate first")
     if step_ranges is not None:
+        if family.program is None:
+            raise ConfigError(f"step_ranges are for a DiT; blocks of a {family.transformer} take those of their layers")
         check_step_ranges(step_ranges, layers)
+    if family.program is None:
+        with detached_cache(transformer):
+            attach_blocks(transformer, family)
+        return transformer
     reasons = family.program.why_not(transformer, step_ranges)
     if None not in reasons.values():
         raise ModelError(f"no block of this transformer can run fused: {next(iter(reasons.values()))}")
@@ -251,7 +246,7 @@ fuse_dit = fuse  # its name before other models could have fused kernels
 
 
 def is_fused(transformer: nn.Module) -> bool:
-    """Tell whether :func:`fuse` was called for this transformer."""
+    """Tell whether :func:`fuse` has put a program in the place of the forward of this transformer."""
     return Fused.of(transformer) is not None
 
 
@@ -304,9 +299,12 @@ def unfuse(transformer: nn.Module) -> Any:
         ModelError: the transformer is not fused, or another tool has wrapped it since.
     """
     fused = Fused.of(transformer)
-    if fused is None:
+    if fused is None and FusedBlocks.of(transformer) is None:
         raise ModelError(f"this {type(transformer).__name__} is not fused")
     with detached_cache(transformer):
+        if fused is None:
+            detach_blocks(transformer)
+            return transformer
         detach([(transformer, _FusedTransformer)], Fused.attribute, error=ModelError)
         fused.drop()  # a graph of a run holds what holds it
     return transformer

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qandc.cache import FeatureCache, check_planned, detached_cache, get_cache
+from qandc.cache import check_planned, detached_cache, get_cache
 from qandc.caching.plan import Plan
 from qandc.errors import ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.fusion.graphs import GraphCache
 from qandc.support.arguments import Between, checked
-from qandc.support.attach import Attachment, attach, attachments, detach
+from qandc.support.attach import Attachment, attach, detach
 from qandc.support.watch import Watch
 
 __all__ = ["Graphed", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
@@ -111,7 +111,7 @@ def _why_not_model(model: nn.Module) -> str | None:
         where = name or type(module).__name__
         if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
             return f"{where} has hooks or a forward of its own, which a graph would not run"
-        if any(not isinstance(found, Graphed | FeatureCache) for found in attachments(module)):
+        if is_fused(module):
             return f"{where} is fused, which chooses in Python what a step runs"
     return None
 

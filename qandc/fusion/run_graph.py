@@ -11,7 +11,8 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.cache import get_cache
-from qandc.fusion.fuse import Fused, why_not_here
+from qandc.fusion.blocks import why_not_here
+from qandc.fusion.fuse import Fused
 from qandc.support.attach import has_other_forward
 
 __all__ = ["run_as_graph", "why_no_run_graph"]

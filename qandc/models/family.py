@@ -6,16 +6,18 @@ import inspect
 import itertools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
+from qandc.caching.features import Target
 from qandc.caching.plan import Plan
 from qandc.errors import CacheError
 from qandc.quantization.ranges import StepRanges
 
 __all__ = [
     "Block",
+    "BlockProgram",
     "Blocks",
     "Call",
     "Family",
@@ -95,6 +97,30 @@ class Program(Protocol):
         """Map names of layers to the flag that the kernel before them raises when it meets NaN."""
 
 
+class BlockProgram(Protocol):
+    """Run a block on fused kernels, built for its layers as they are; nothing waits for the GPU.
+
+    Attributes:
+        layers: names of the quantized layers in whose place it runs.
+    """
+
+    layers: ClassVar[tuple[str, ...]]
+
+    def __init__(self, block: Any) -> None:
+        """Put weights side by side where one product reads them; a ModelError where that can't be."""
+
+    @staticmethod
+    def why_not(block: Any) -> str | None:
+        """Say why a block can't run fused, or None."""
+
+    @staticmethod
+    def why_not_call(call: Call) -> str | None:
+        """Say why a forward of a block with these arguments can't run fused, or None."""
+
+    def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> Any:
+        """Return what the block returns; ``targets`` take what its branches add before their gates."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """Describe the blocks of one list of a transformer, which add the outputs of branches to the stream of the image.
@@ -118,6 +144,7 @@ class Stack:
     gates: Callable[[Any, Call], torch.Tensor]
     why_not: Callable[[Any], str | None]
     returns: tuple[str, ...] = ("hidden_states",)
+    fused: type[BlockProgram] | None = None
 
     def returned(self, call: Call, x: torch.Tensor) -> Any:
         """Return what a block called so returns, with ``x`` as its last stream and the others as they come."""
@@ -160,7 +187,7 @@ class Family:
         run_key: the argument of its forward that is one tensor for all steps of a run.
         run_mark: another one, which pipelines make anew in each call; for models whose ``run_key`` may be the user's.
         stacks: its blocks, in the order in which they run.
-        program: runs it on fused kernels; None where there are none.
+        program: runs all of it on fused kernels; None where there is none.
         classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
             None where images are of other things.
         uncached: arguments with which a forward is no step of a run: it is computed as if no cache were attached.

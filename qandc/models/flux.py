@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from qandc.models.family import Family, Stack, adaln_gates, only
+from qandc.models.flux_fused import FusedDoubleBlock, FusedSingleBlock
 
 __all__ = ["FLUX"]
 
@@ -19,6 +20,7 @@ FLUX = Family(
             partial(adaln_gates, "norm1"),
             partial(only, "FluxTransformerBlock"),
             _STREAMS,
+            FusedDoubleBlock,
         ),
         Stack(
             "single_transformer_blocks",
@@ -26,6 +28,7 @@ FLUX = Family(
             partial(adaln_gates, "norm"),
             partial(only, "FluxSingleTransformerBlock"),
             _STREAMS,
+            FusedSingleBlock,
         ),
     ),
     run_mark="txt_ids",

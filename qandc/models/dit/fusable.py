@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from qandc.models.products import (
+    is_gelu_mlp,
+    plain_norm,
+    touched,
+    why_not_layer,
+    why_not_one_input,
+    why_not_one_product,
+)
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc.support.attach import original_class
@@ -15,7 +21,6 @@ from qandc.support.attach import original_class
 __all__ = [
     "BLOCK_LAYERS",
     "OUTPUT",
-    "SETTINGS",
     "is_batchable",
     "is_graphable",
     "is_plain_embedding",
@@ -24,51 +29,13 @@ __all__ = [
 ]
 
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward", "eps")
 OUTPUT = "proj_out_2"
 BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
-def _touched(module: nn.Module) -> str | None:
-    """Say what is put around a module that using its weights directly would leave out, or None."""
-    for name, part in module.named_modules():
-        where = name or type(part).__name__
-        if part._forward_hooks or part._forward_pre_hooks:
-            return f"{where} has forward hooks"
-        if "forward" in part.__dict__:
-            return f"{where} has a replaced forward"
-        if parametrize.is_parametrized(part):
-            return f"{where} has parametrizations"
-    return None
-
-
-def _why_not_layer(name: str, layer: Any, prefix: str, ranges: StepRanges | None) -> str | None:
-    if type(layer) is not QuantLinear:
-        return f"{name} is {type(layer).__name__}, not a QuantLinear"
-    if layer.weight_only:
-        return f"{name} is weight-only (a_bits 16), fused kernels quantize activations to 8 bits"
-    if layer.a_bits != 8:
-        return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
-    if _range_of(prefix + name, layer, ranges)[0] is None:
-        return f"{name} has no static range (calibrate the model)"
-    return None
-
-
-def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first, second)
-
-
-def _plain_norm(norm: Any) -> bool:
-    """Tell whether a norm is a LayerNorm without weights."""
-    return type(norm) is nn.LayerNorm and not norm.elementwise_affine
-
-
 def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | None:
     """Say why a block can't run on the fused kernels, or None. ``prefix`` is what its layers' names begin with."""
-    from diffusers.models.activations import GELU
-    from diffusers.models.attention import BasicTransformerBlock, FeedForward
+    from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
     from diffusers.models.normalization import AdaLayerNormZero
 
@@ -86,53 +53,33 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
         return "its attention is not the plain one of DiT"
     if block.attn2 is not None or block.pos_embed is not None or block._chunk_size is not None:
         return "it has cross-attention, a position embedding or a chunked feed-forward"
-    if type(block.norm1) is not AdaLayerNormZero or not _plain_norm(block.norm1.norm) or not _plain_norm(block.norm3):
+    if type(block.norm1) is not AdaLayerNormZero or not plain_norm(block.norm1.norm) or not plain_norm(block.norm3):
         return "its norms are not those of DiT, without weights"
-    if (
-        original_class(block.ff) is not FeedForward
-        or type(block.ff.net[0]) is not GELU
-        or block.ff.net[0].approximate != "tanh"
-    ):
+    if not is_gelu_mlp(block.ff):
         return "its activation is not tanh-GELU"
-    around = _touched(block)
+    around = touched(block)
     if around is not None:
         return around
     for name in BLOCK_LAYERS:
-        reason = _why_not_layer(name, block.get_submodule(name), prefix, ranges)
+        reason = why_not_layer(name, block.get_submodule(name), prefix, ranges)
         if reason is not None:
             return reason
-    q, k, v = (block.get_submodule(name) for name in QKV)
-    if not q.w_bits == k.w_bits == v.w_bits or len({layer.bias is None for layer in (q, k, v)}) > 1:
-        return "q, k and v have different bits or biases"
-    of_q, *others = (
-        (layer.smoothing, *_range_of(prefix + name, layer, ranges)) for name, layer in zip(QKV, (q, k, v), strict=True)
-    )
-    if not all(_equal(mine, theirs) for other in others for mine, theirs in zip(of_q, other, strict=True)):
-        return "q, k and v, which see one input, have different ranges for it"
-    return None
-
-
-def _range_of(
-    name: str, layer: QuantLinear, ranges: StepRanges | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if ranges is not None and name in ranges.scales:
-        return ranges.scales[name], ranges.zero_points.get(name)
-    return layer.act_scale, layer.act_zero_point
+    return why_not_one_product(block, QKV) or why_not_one_input(block, QKV, prefix, ranges)
 
 
 def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
     """Say why the last norm and projection can't run fused, or None."""
-    if not _plain_norm(transformer.norm_out):
+    if not plain_norm(transformer.norm_out):
         return "norm_out is not a LayerNorm without weights"
-    reason = _why_not_layer(OUTPUT, transformer.proj_out_2, "", ranges)
-    return reason or _touched(transformer.proj_out_2) or _touched(transformer.norm_out)
+    reason = why_not_layer(OUTPUT, transformer.proj_out_2, "", ranges)
+    return reason or touched(transformer.proj_out_2) or touched(transformer.norm_out)
 
 
 def is_graphable(transformer: Any) -> bool:
     """Tell whether all around the blocks is as diffusers made it: a graph replays no Python of other modules."""
     ends = (transformer.pos_embed, transformer.norm_out, transformer.proj_out_1, transformer.proj_out_2)
     kinds = all(type(end) in (nn.Linear, QuantLinear) for end in ends[2:]) and type(ends[1]) is nn.LayerNorm
-    return kinds and is_plain_embedding(ends[0]) and all(_touched(end) is None for end in ends[1:])
+    return kinds and is_plain_embedding(ends[0]) and all(touched(end) is None for end in ends[1:])
 
 
 def is_plain_embedding(module: Any) -> bool:
@@ -146,7 +93,7 @@ def is_plain_embedding(module: Any) -> bool:
         and not module.layer_norm
         and module.pos_embed is not None
         and module.pos_embed_max_size is None
-        and _touched(module) is None
+        and touched(module) is None
     )
 
 
@@ -167,7 +114,7 @@ def is_batchable(blocks: list[Any]) -> bool:
         parts = (type(emb.time_proj), type(time), type(emb.class_embedder), type(emb.class_embedder.embedding_table))
         return (
             parts == (Timesteps, TimestepEmbedding, LabelEmbedding, nn.Embedding)
-            and _touched(norm) is None
+            and touched(norm) is None
             and all(
                 type(linear) is nn.Linear and linear.bias is not None
                 for linear in (norm.linear, time.linear_1, time.linear_2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from qandc.models.dit.conditioning import Conditioning
 from qandc.models.dit.fusable import (
     BLOCK_LAYERS,
     OUTPUT,
-    SETTINGS,
     is_batchable,
     is_graphable,
     is_plain_embedding,
@@ -33,16 +32,13 @@ from qandc.models.dit.fusable import (
     why_not_output,
 )
 from qandc.models.family import Call, Launch
+from qandc.models.products import SETTINGS, Product, Ranges, product_of, smoothed
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc.support.watch import Watch
 from qandc_kernels import (
     adaln_quantize_per_tensor,
     attention_quantize_per_tensor,
-    int4_linear,
-    int8_linear,
-    linear_gate_residual_,
-    linear_gelu_quantize,
 )
 
 __all__ = ["FusedStep"]
@@ -52,55 +48,6 @@ logger = logging.getLogger(__name__)
 LARGEST_RUN = 2 << 30  # bytes of conditioning computed ahead
 ARGUMENTS = ("hidden_states", "timestep", "class_labels")
 WITH_RANGES = ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # whose ranges a fused block uses
-
-
-class Product(NamedTuple):
-    """Hold the operands of a quantized linear layer, as the kernels take them."""
-
-    weight: torch.Tensor  # [N, K] int8, or [N, K/2] uint8
-    x_scale: torch.Tensor
-    w_scale: torch.Tensor
-    bias: torch.Tensor | None
-    x_zero_point: torch.Tensor | None
-    w_sum: torch.Tensor
-
-    def __call__(self, xq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        linear = int4_linear if self.weight.dtype == torch.uint8 else int8_linear
-        return linear(xq, *self, out_dtype=dtype)
-
-    def gelu_quantize(self, xq: torch.Tensor, following: Product, multiplier: torch.Tensor | None) -> torch.Tensor:
-        """Return the product after GELU, quantized for the product ``following``."""
-        return linear_gelu_quantize(
-            xq,
-            self.weight,
-            self.x_scale,
-            self.w_scale,
-            following.x_scale,
-            self.bias,
-            following.x_zero_point,
-            multiplier,
-            self.x_zero_point,
-            self.w_sum,
-        )
-
-    def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:
-        """Add the product y to the residual stream, ``x += gate · y``; ``target`` takes y."""
-        branch = None if target is None else target.values
-        if target is not None and target.scales is not None:  # a token's scale needs all of it first
-            branch = torch.empty_like(x)
-        linear_gate_residual_(
-            x, xq, self.weight, self.x_scale, self.w_scale, gate, self.bias, self.x_zero_point, self.w_sum, branch
-        )
-        if target is not None and branch is not target.values:
-            assert branch is not None
-            target.store_(branch)
-
-
-class Ranges(NamedTuple):
-    """Hold the activation range of a layer: fixed, or a place in a vector that each step fills."""
-
-    scale: torch.Tensor
-    zero_point: torch.Tensor | None
 
 
 class StepRangeTable:
@@ -127,10 +74,6 @@ class StepRangeTable:
         return Ranges(self.scale[i], None if name in self.symmetric else self.zero_point[i])
 
 
-def _product(layer: QuantLinear, ranges: Ranges) -> Product:
-    return Product(layer.qweight, ranges.scale, layer.weight_scale, layer.bias, ranges.zero_point, layer.weight_sum)
-
-
 def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> Product:
     """Make q, k and v one product; v is divided by what the output layer would divide its input by."""
     layers = (attention.to_q, attention.to_k, attention.to_v)
@@ -155,10 +98,10 @@ class FusedBlock:
         self.nan_flag = nan_flag  # of attention, whose NaN int8 would hide; that of the residual stream stays there
         self.heads: int = attention.heads
         self.eps = (block.norm1.norm.eps, block.norm3.eps)
-        self.out = _product(attention.to_out[0], ranges["attn1.to_out.0"])
+        self.out = product_of(attention.to_out[0], ranges["attn1.to_out.0"])
         self.qkv = _qkv(attention, ranges["attn1.to_q"], attention.to_out[0].smoothing)
-        self.fc1 = _product(feed_forward[0].proj, ranges["ff.net.0.proj"])
-        self.fc2 = _product(feed_forward[2], ranges["ff.net.2"])
+        self.fc1 = product_of(feed_forward[0].proj, ranges["ff.net.0.proj"])
+        self.fc2 = product_of(feed_forward[2], ranges["ff.net.2"])
         fc2_smoothing = feed_forward[2].smoothing
         self.fc2_multiplier = None if fc2_smoothing is None else 1 / fc2_smoothing
         self.smoothing = (attention.to_q.smoothing, feed_forward[0].proj.smoothing)
@@ -232,7 +175,7 @@ class FusedStep:
         self.fast = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
         self.projection: Product | None = None
         if self.reasons[OUTPUT] is None:
-            self.projection = _product(transformer.proj_out_2, self._ranges(OUTPUT, transformer.proj_out_2))
+            self.projection = product_of(transformer.proj_out_2, self._ranges(OUTPUT, transformer.proj_out_2))
         self._watch = Watch(transformer, SETTINGS)  # only now: building has moved some weights together
 
     @staticmethod
@@ -443,9 +386,7 @@ class FusedStep:
         shift, scale = final.chunk(2, dim=1)
         if self.projection is None:
             return transformer.proj_out_2(transformer.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        smoothing = transformer.proj_out_2.smoothing
-        if smoothing is not None:
-            shift, scale = shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
+        shift, scale = smoothed(shift, scale, transformer.proj_out_2.smoothing)
         q_scale, zero_point = self.projection.x_scale, self.projection.x_zero_point
         xq = adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, transformer.norm_out.eps)
         return self.projection(xq, x.dtype)

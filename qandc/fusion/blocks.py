@@ -1,0 +1,180 @@
+"""Run blocks of a transformer on fused kernels, each by itself; all around them stays diffusers' own.
+
+As with the feature cache, no model is forked: a fused block is an instance of a subclass of its own class that
+overrides ``forward``. Nothing in it waits for the GPU, so that :func:`qandc.graph` can hold the whole forward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from qandc.cache import TARGET
+from qandc.errors import ModelError
+from qandc.models import Family, family_of
+from qandc.models.family import BlockProgram, Call, Stack, arguments_of
+from qandc.models.products import SETTINGS
+from qandc.support.attach import Attachment, attach, detach
+from qandc.support.watch import Watch
+from qandc_kernels import select_backend
+
+__all__ = ["FusedBlocks", "attach_blocks", "detach_blocks", "fuses_blocks", "why_not_here"]
+
+logger = logging.getLogger(__name__)
+
+BLOCK = "_qandc_fused_block"
+
+
+class FusedBlocks(Attachment):
+    """Stand for the fused blocks of a transformer, and log once why some run as they are."""
+
+    attribute = "_qandc_fused_blocks"
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, reason: str) -> None:
+        """Log a reason once."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("fuse: blocks run unfused: %s", reason)
+
+    def kernels_of(self, model: nn.Module) -> dict[str, tuple[str, str]]:
+        found: dict[str, tuple[str, str]] = {}
+        for name, block, program in _blocks(model):
+            why = _why_not(program, block)
+            how = ("unfused", why) if why else ("fused", "in a fused block")
+            found |= dict.fromkeys((f"{name}.{layer}" for layer in program.layers), how)
+        return found
+
+
+class _Fused:
+    """Hold the program of one block for its layers as they are, or why there is none."""
+
+    def __init__(self, owner: FusedBlocks, stack: Stack) -> None:
+        self.owner, self.stack = owner, stack
+        self.drop()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Fused, (self.owner, self.stack)  # a copy of the block builds its own
+
+    def drop(self) -> None:
+        """Forget what was built; the next forward builds it again."""
+        self.program: BlockProgram | None = None
+        self.reason: str | None = None
+        self.watch: Watch | None = None
+
+    def find(self, block: Any, call: Call) -> BlockProgram | None:
+        """Return the program for a call of the block, built anew where layers have changed; None if it runs unfused."""
+        kind = self.stack.fused
+        assert kind is not None
+        reason = why_not_here(block, call["hidden_states"].device) or kind.why_not_call(call)
+        if reason is None and torch.is_grad_enabled():
+            reason = "gradients are enabled, which fused kernels do not compute; use torch.no_grad()"
+        if reason is None:
+            if self.watch is None or not self.watch.unchanged():
+                self._build(kind, block)
+            reason = self.reason
+        if reason is not None:
+            self.owner.say(reason)
+            return None
+        return self.program
+
+    def _build(self, kind: type[BlockProgram], block: Any) -> None:
+        self.drop()
+        self.reason = _why_not(kind, block)
+        if self.reason is None:
+            try:  # weights prepared in inference mode could not be used outside of it
+                with torch.inference_mode(False), torch.no_grad():
+                    self.program = kind(block)
+            except ModelError as error:
+                self.reason = str(error)
+        self.watch = Watch(block, SETTINGS)  # only now: building has moved some weights together
+
+
+class _FusedBlock(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        fused: _Fused = getattr(self, BLOCK)
+        call = arguments_of(self, args, kwargs)
+        program = fused.find(self, call)
+        if program is None:
+            return super().forward(*args, **kwargs)
+        return program(call, tuple(getattr(self, name).__dict__.get(TARGET) for name in fused.stack.branches))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        getattr(self, BLOCK).drop()  # .to() replaces tensors that the program holds
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        getattr(self, BLOCK).drop()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def why_not_here(model: Any, device: torch.device) -> str | None:
+    """Say why no forward can run fused on this device as things are, or None."""
+    backend = select_backend(device)
+    if backend.name != "triton":
+        return f"on {device} there are no fused kernels ({backend.reason})"
+    if model.training:
+        return "it is in training mode; call eval()"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on; convert the model to the dtype you want instead"
+    return None
+
+
+def fuses_blocks(family: Family) -> bool:
+    """Tell whether there are fused kernels for blocks of a family."""
+    return any(stack.fused is not None for stack in family.stacks)
+
+
+def _why_not(program: type[BlockProgram], block: Any) -> str | None:
+    """Say why a block can't run fused, or None."""
+    compiled = "it is compiled (block.compile()), and runs compiled code"
+    return program.why_not(block) if block._compiled_call_impl is None else compiled
+
+
+def _blocks(model: Any) -> list[tuple[str, Any, type[BlockProgram]]]:
+    """List name, block and program of all blocks for which there is one."""
+    family = family_of(model)
+    stacks = () if family is None else family.stacks
+    return [
+        (f"{stack.blocks}.{i}", block, stack.fused)
+        for stack in stacks
+        if stack.fused is not None
+        for i, block in enumerate(getattr(model, stack.blocks))
+    ]
+
+
+def attach_blocks(model: Any, family: Family) -> None:
+    """Have the blocks of a model run fused where they can.
+
+    Raises:
+        ModelError: no block can, or another tool has replaced the forward of one.
+    """
+    reasons = [_why_not(program, block) for _, block, program in _blocks(model)]
+    if None not in reasons:
+        raise ModelError(f"no block of this transformer can run fused: {reasons[0]}")
+    owner = FusedBlocks()
+    for reason, count in Counter(reasons).items():
+        if reason is not None:
+            owner.say(f"{reason} ({count} of {len(reasons)})")
+    for stack in family.stacks:
+        for block in getattr(model, stack.blocks) if stack.fused is not None else ():
+            attach(block, _FusedBlock, **{BLOCK: _Fused(owner, stack)})
+    model.__dict__[FusedBlocks.attribute] = owner
+
+
+def detach_blocks(model: Any) -> None:
+    """Undo :func:`attach_blocks`.
+
+    Raises:
+        ModelError: another tool has wrapped a block since.
+    """
+    detach([(block, _FusedBlock) for _, block, _ in _blocks(model)], BLOCK, error=ModelError)
+    del model.__dict__[FusedBlocks.attribute]

@@ -1,0 +1,210 @@
+"""Hold what fused blocks of all families are made of: products of quantized layers, and why some can take no part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from qandc.caching.features import Target
+from qandc.errors import ModelError
+from qandc.quantization.linear import QuantLinear
+from qandc.quantization.ranges import StepRanges
+from qandc.quantization.shared_products import put_side_by_side
+from qandc.support.attach import original_class
+from qandc_kernels import (
+    int4_linear,
+    int8_linear,
+    linear_gate_residual_,
+    linear_gelu_quantize,
+    quantize_per_tensor,
+)
+
+__all__ = [
+    "SETTINGS",
+    "Product",
+    "Ranges",
+    "is_gelu_mlp",
+    "joined",
+    "plain_norm",
+    "product_of",
+    "quantized",
+    "smoothed",
+    "touched",
+    "why_not_layer",
+    "why_not_one_input",
+    "why_not_one_product",
+]
+
+SETTINGS = ("a_bits", "approximate", "processor", "_chunk_size", "forward", "eps")  # what a fused block was built for
+
+
+class Product(NamedTuple):
+    """Hold the operands of a quantized linear layer, as the kernels take them."""
+
+    weight: torch.Tensor  # [N, K] int8, or [N, K/2] uint8
+    x_scale: torch.Tensor
+    w_scale: torch.Tensor
+    bias: torch.Tensor | None
+    x_zero_point: torch.Tensor | None
+    w_sum: torch.Tensor
+
+    def __call__(self, xq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        linear = int4_linear if self.weight.dtype == torch.uint8 else int8_linear
+        return linear(xq, *self, out_dtype=dtype)
+
+    def gelu_quantize(self, xq: torch.Tensor, following: Product, multiplier: torch.Tensor | None) -> torch.Tensor:
+        """Return the product after GELU, quantized for the product ``following``."""
+        return linear_gelu_quantize(
+            xq,
+            self.weight,
+            self.x_scale,
+            self.w_scale,
+            following.x_scale,
+            self.bias,
+            following.x_zero_point,
+            multiplier,
+            self.x_zero_point,
+            self.w_sum,
+        )
+
+    def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:
+        """Add the product y to the residual stream, ``x += gate · y``; ``target`` takes y, or the end of its tokens."""
+        branch = None if target is None else target.values
+        # a token's scale needs all of it first
+        if branch is not None and target is not None and (target.scales is not None or branch.shape != x.shape):
+            branch = torch.empty_like(x)
+        linear_gate_residual_(
+            x, xq, self.weight, self.x_scale, self.w_scale, gate, self.bias, self.x_zero_point, self.w_sum, branch
+        )
+        if branch is not None and target is not None and branch is not target.values:
+            target.store_(branch[:, -target.values.shape[1] :])
+
+
+class Ranges(NamedTuple):
+    """Hold the activation range of a layer: fixed, or a place in a vector that each step fills."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+
+
+def product_of(layer: QuantLinear, ranges: Ranges | None = None) -> Product:
+    """Return the product of a layer with a static range, or with the one that is given."""
+    scale, zero_point = ranges or (layer.act_scale, layer.act_zero_point)
+    assert scale is not None
+    return Product(layer.qweight, scale, layer.weight_scale, layer.bias, zero_point, layer.weight_sum)
+
+
+def joined(layers: Sequence[QuantLinear]) -> Product:
+    """Return one product of layers that are given one input; their weights become parts of one tensor.
+
+    Raises:
+        ModelError: devices, dtypes or layouts of their weights differ.
+    """
+    wholes = put_side_by_side(layers)
+    if wholes is None:
+        raise ModelError("layers that see one input have weights of different devices, dtypes or layouts")
+    weight, w_scale, w_sum, bias = wholes
+    first = product_of(layers[0])
+    assert weight is not None
+    assert w_scale is not None
+    assert w_sum is not None
+    return first._replace(weight=weight, w_scale=w_scale, bias=bias, w_sum=w_sum)
+
+
+def smoothed(
+    shift: torch.Tensor, scale: torch.Tensor, smoothing: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return shift and scale of a modulation whose result is divided by ``smoothing``."""
+    if smoothing is None:
+        return shift, scale
+    return shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
+
+
+def quantized(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+    """Quantize ``[B, tokens, heads, D]`` as a layer does with its first input channels; gives ``[B, tokens, K]``."""
+    assert layer.act_scale is not None
+    if layer.smoothing is not None:
+        x = x.flatten(2).float() * (1.0 / layer.smoothing[: x.shape[2] * x.shape[3]])
+    xq = quantize_per_tensor(x, layer.act_scale, layer.act_zero_point, 8, layer.nan_flag)
+    return xq if xq.ndim == 3 else xq.flatten(2)
+
+
+def touched(module: nn.Module) -> str | None:
+    """Say what is put around a module that using its weights directly would leave out, or None."""
+    for name, part in module.named_modules():
+        where = name or type(part).__name__
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{where} has forward hooks"
+        if "forward" in part.__dict__:
+            return f"{where} has a replaced forward"
+        if parametrize.is_parametrized(part):
+            return f"{where} has parametrizations"
+    return None
+
+
+def plain_norm(norm: Any) -> bool:
+    """Tell whether a norm is a LayerNorm without weights."""
+    return type(norm) is nn.LayerNorm and not norm.elementwise_affine
+
+
+def is_gelu_mlp(module: Any) -> bool:
+    """Tell whether a module is diffusers' feed-forward with tanh-GELU."""
+    from diffusers.models.activations import GELU
+    from diffusers.models.attention import FeedForward
+
+    first = module.net[0] if original_class(module) is FeedForward else None
+    return type(first) is GELU and first.approximate == "tanh"
+
+
+def why_not_layer(name: str, layer: Any, prefix: str = "", ranges: StepRanges | None = None) -> str | None:
+    """Say why a layer can't be a product of a fused block, or None; ``ranges`` know it as ``prefix + name``."""
+    if original_class(layer) is not QuantLinear:  # of a branch that is cached too
+        return f"{name} is {type(layer).__name__}, not a QuantLinear"
+    if layer.weight_only:
+        return f"{name} is weight-only (a_bits 16), fused kernels quantize activations to 8 bits"
+    if layer.a_bits != 8:
+        return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
+    if _range_of(prefix + name, layer, ranges)[0] is None:
+        return f"{name} has no static range (calibrate the model)"
+    return None
+
+
+def why_not_one_input(
+    block: Any, names: Sequence[str], prefix: str = "", ranges: StepRanges | None = None
+) -> str | None:
+    """Say why layers of a block can't be given one quantized input, or None."""
+    layers = {name: block.get_submodule(name) for name in names}
+    first, *others = ((layer.smoothing, *_range_of(prefix + name, layer, ranges)) for name, layer in layers.items())
+    if all(_equal(mine, theirs) for other in others for mine, theirs in zip(first, other, strict=True)):
+        return None
+    return f"{_listed(names)}, which see one input, have different ranges for it"
+
+
+def why_not_one_product(block: Any, names: Sequence[str]) -> str | None:
+    """Say why layers of a block can't be one product, or None."""
+    layers = [block.get_submodule(name) for name in names]
+    alike = len({(layer.w_bits, layer.bias is None) for layer in layers}) == 1
+    return None if alike else f"{_listed(names)} have different bits or biases"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = (name.rpartition(".")[2].removeprefix("to_") for name in names)
+    return f"{', '.join(others)} and {last}"
+
+
+def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
+
+
+def _range_of(
+    name: str, layer: QuantLinear, ranges: StepRanges | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if ranges is not None and name in ranges.scales:
+        return ranges.scales[name], ranges.zero_points.get(name)
+    return layer.act_scale, layer.act_zero_point

@@ -1,0 +1,446 @@
+"""fuse of FLUX.1: blocks on fused kernels give what blocks of quantized layers give, and leave alone what they get."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import weakref
+
+import pytest
+import torch
+
+from qandc import (
+    CacheConfig,
+    ConfigError,
+    ModelError,
+    QuantLinear,
+    StepRanges,
+    apply_cache,
+    calibrate,
+    fuse,
+    get_cache,
+    graph,
+    quantization_report,
+    quantize_model,
+    remove_cache,
+    unfuse,
+    ungraph,
+)
+from qandc.models.flux import FLUX
+from qandc.models.flux_fused import FusedDoubleBlock, FusedSingleBlock
+from qandc_kernels import Backend
+from tests.tiny_models import inputs_of, make_tiny, output_of
+
+NAME = FLUX.transformer
+ONE_INPUT = (
+    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    *((name,) for name in ("attn.to_out.0", "attn.to_add_out", "proj_out", "ff.net.0.proj", "ff.net.2")),
+    ("ff_context.net.0.proj",),
+    ("ff_context.net.2",),
+)
+# as in test_fused_dit.py: a value next to the middle of two codes may take the other one; few do in float32
+BOUND = {torch.float32: 0.005, torch.float16: 0.02, torch.bfloat16: 0.05}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # RMSNorm under autocast
+]
+
+
+def blocks_of(model):
+    return [*model.transformer_blocks, *model.single_transformer_blocks]
+
+
+def make_quantized(w_bits=8, smoothing=False, dtype=torch.float32, device="cpu", **changes):
+    """Calibrated; with ``smoothing``, what sees one input with random factors of its own."""
+    model, generator = make_tiny(NAME, **changes), torch.Generator().manual_seed(1)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.RMSNorm):  # all ones else
+            norm.weight.data.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.5)
+    for block in blocks_of(model) if smoothing else ():
+        for names in ONE_INPUT:
+            factors = None
+            for name in names:
+                parent, _, child = name.rpartition(".")
+                linear = dict(block.named_modules()).get(name)
+                if linear is not None:
+                    if factors is None:
+                        factors = torch.rand(linear.in_features, generator=generator) * 1.5 + 0.5
+                    layer = QuantLinear.from_linear(linear, w_bits, 8, factors)
+                    setattr(block.get_submodule(parent), child, layer)
+    model = model if smoothing else quantize_model(model, w_bits)
+    calibrate(model, [inputs_of(NAME, time) for time in (0.9, 0.5, 0.1)])
+    return torch.nn.Module.to(model, device=device, dtype=dtype)
+
+
+def given(dtype=torch.float32, device="cpu", time=0.5):
+    return {
+        name: value.to(device, torch.float32 if "ids" in name else dtype)
+        for name, value in inputs_of(NAME, time).items()
+    }
+
+
+def error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Programs of blocks, in the order in which they were run."""
+    calls = []
+    for kind in (FusedDoubleBlock, FusedSingleBlock):
+        original = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda self, *a, o=original: calls.append(self) or o(self, *a))
+    return calls
+
+
+def calls_of_blocks(model, inputs):
+    """What each block is given and returns, with copies of both."""
+    seen = []
+
+    def see(block, args, kwargs, output):
+        assert not args
+        seen.append((block, kwargs, output))
+
+    handles = [block.register_forward_hook(see, with_kwargs=True) for block in blocks_of(model)]
+    output = output_of(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return seen, output
+
+
+def assert_equals_unfused(model, inputs, ran):
+    """Each block on the input that the unfused model gives it, and the whole."""
+    dtype = inputs["hidden_states"].dtype
+    seen, expected = calls_of_blocks(model, inputs)
+    fuse(model)
+    with torch.no_grad():
+        for block, kwargs, outputs in seen:
+            before = {name: value.clone() for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            for mine, theirs in zip(block(**kwargs), outputs, strict=True):
+                assert mine.dtype == theirs.dtype
+                assert error(mine, theirs) <= BOUND[dtype]
+            assert all(torch.equal(kwargs[name], value) for name, value in before.items())
+    assert len(ran) == len(seen)
+    assert error(output_of(model, inputs), expected) <= 2 * BOUND[dtype]
+    assert len(ran) == 2 * len(seen)
+    unfuse(model)
+    assert torch.equal(output_of(model, inputs), expected)
+
+
+@pytest.mark.parametrize("w_bits", [8, 4])
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_equals_the_unfused_model(fused_anywhere, ran, w_bits, smoothing):
+    assert_equals_unfused(make_quantized(w_bits, smoothing), given(), ran)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("w_bits", [8, 4])
+def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, ran, w_bits):
+    """In Triton's interpreter with a block of each kind, on the GPU with heads of real sizes."""
+    sizes, dtypes = [{"num_layers": 1, "num_single_layers": 1}], [torch.float32, torch.float16]
+    if kernel_device.type == "cuda":
+        sizes, dtypes = [], [*dtypes, torch.bfloat16]
+        for width, axes in ((64, (16, 24, 24)), (128, (16, 56, 56))):
+            sizes.append({"num_attention_heads": 3, "attention_head_dim": width, "axes_dims_rope": axes})
+    else:
+        from qandc_kernels.tiles.tables import Gpu
+
+        for module in ("tiles.tables", "triton._launch", "triton.adaln", "triton.attention", "triton.batched"):
+            monkeypatch.setattr(f"qandc_kernels.{module}.gpu_of", lambda device: Gpu("", (9, 0), 132))
+    for size in sizes:
+        for dtype in dtypes:
+            ran.clear()
+            model = make_quantized(w_bits, True, dtype, kernel_device, **size)
+            assert_equals_unfused(model, given(dtype, kernel_device), ran)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, CacheConfig("taylor", interval=2), CacheConfig("delta", interval=2)])
+def test_a_graph_of_fused_blocks(ran, caplog, config):
+    """Captured after what builds them; with a cache, each kind of step."""
+    size = {"num_attention_heads": 3, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+    model = make_quantized(8, True, torch.bfloat16, "cuda", **size)
+    steps = [given(torch.bfloat16, "cuda", time) for time in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)]
+    steps = [{**step, "encoder_hidden_states": steps[0]["encoder_hidden_states"]} for step in steps]
+
+    def run():
+        return [output_of(model, step).clone() for step in steps]
+
+    if config is not None:
+        apply_cache(model, config=config)
+    unfused = run()
+    fuse(model)
+    if config is not None:
+        get_cache(model).reset()
+    fused = run()
+    graph(model)
+    for _ in range(2):
+        if config is not None:
+            get_cache(model).reset()
+        ran.clear()
+        for mine, theirs, slow in zip(run(), fused, unfused, strict=True):
+            assert torch.equal(mine, theirs)
+            assert error(mine, slow) <= 2 * BOUND[torch.bfloat16]
+    assert not ran or config is not None  # replays of a graph call no Python
+    assert "no CUDA graph" not in caplog.text
+    ungraph(model)
+    unfuse(model)
+    if config is not None:
+        get_cache(model).reset()
+    for mine, theirs in zip(run(), unfused, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_smoothing_matters():
+    """Left out of any of its places, a factor would change what a block returns by more than rounding."""
+    model = make_quantized(smoothing=True)
+    seen, _ = calls_of_blocks(model, given())
+    for block, kwargs, outputs in seen:
+        for names in ONE_INPUT:
+            changed = copy.deepcopy(block)
+            layers = [layer for name, layer in changed.named_modules() if name in names]
+            for layer in layers:
+                layer.smoothing.fill_(1)
+            with torch.no_grad():
+                found = zip(changed(**kwargs), outputs, strict=True)
+                assert not layers or max(error(mine, theirs) for mine, theirs in found) > 2 * BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("first", ["cache", "fusion", "graph"])
+def test_cache_graph_and_fusion_in_any_order(fused_anywhere, ran, first):
+    model, config = make_quantized(), CacheConfig("branch", interval=3)
+    classes, inputs = [type(module) for module in model.modules()], given()
+    keys = [set(module.__dict__) for module in model.modules()]
+    expected = output_of(model, inputs)
+    attached = {"cache": lambda: apply_cache(model, config=config), "fusion": lambda: fuse(model)}
+    attached["graph"] = lambda: graph(model)
+    for what in (first, *(other for other in attached if other != first)):
+        attached[what]()
+    assert error(output_of(model, inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == 4
+    with pytest.raises(ModelError, match="fused already"):
+        fuse(model)
+    unfuse(model)
+    assert get_cache(model).config == config
+    remove_cache(model)
+    ungraph(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert [set(module.__dict__) for module in model.modules()] == keys
+    assert torch.equal(output_of(model, inputs), expected)
+    with pytest.raises(ModelError, match="not fused"):
+        unfuse(model)
+
+
+def test_copies_and_pickles_are_fused_too(fused_anywhere, ran):
+    model = fuse(make_quantized())
+    expected = output_of(model, given())
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        ran.clear()
+        assert torch.equal(output_of(again, given()), expected)
+        assert len(ran) == 4
+        with torch.no_grad():
+            blocks_of(again)[0].ff.net[2].bias.fill_(3)  # of the copy alone
+        assert not torch.equal(output_of(again, given()), expected)
+        assert torch.equal(output_of(model, given()), expected)
+        unfuse(again)
+
+
+def a_hook(model):
+    blocks_of(model)[3].proj_mlp.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def an_adapter(model):
+    attention = blocks_of(model)[3].attn
+    attention.to_q = torch.nn.Sequential(attention.to_q, torch.nn.Hardtanh(-0.1, 0.1))
+
+
+def range_of_the_mlp(model):
+    blocks_of(model)[3].proj_mlp.act_scale = blocks_of(model)[3].proj_mlp.act_scale * 2
+
+
+def range_of_added_k(model):
+    layer = blocks_of(model)[1].attn.add_k_proj
+    layer.act_scale = layer.act_scale * 2
+
+
+def another_processor(model):
+    kind = type(blocks_of(model)[1].attn.processor)
+
+    class Doubling(kind):
+        def __call__(self, *args, **kwargs):
+            return tuple(2 * each for each in super().__call__(*args, **kwargs))
+
+    blocks_of(model)[1].attn.set_processor(Doubling())
+
+
+def a_dynamic_layer(model):
+    blocks_of(model)[1].ff_context.net[2].set_static_range(None)
+
+
+def other_bits(model):
+    blocks_of(model)[3].attn.to_k.a_bits = 4
+
+
+def another_gelu(model):
+    blocks_of(model)[3].act_mlp = torch.nn.GELU()
+
+
+def norms_of_heads_without_weights(model):
+    width = model.config.attention_head_dim
+    blocks_of(model)[1].attn.norm_k = torch.nn.RMSNorm(width, 1e-6, elementwise_affine=False)
+
+
+CHANGES = [
+    (a_hook, "proj_mlp has forward hooks"),
+    (an_adapter, "attn.to_q is Sequential, not a QuantLinear"),
+    (range_of_the_mlp, "q, k, v and proj_mlp, which see one input, have different ranges for it"),
+    (range_of_added_k, "add_q_proj, add_k_proj and add_v_proj, which see one input, have different ranges"),
+    (another_processor, "attention is not the plain one of FLUX.1"),
+    (a_dynamic_layer, "ff_context.net.2 has no static range"),
+    (other_bits, "attn.to_k quantizes activations to 4 bits"),
+    (another_gelu, "not tanh-GELU"),
+    (norms_of_heads_without_weights, "norms of its heads"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_block_that_cannot_be_fused_runs_as_before(fused_anywhere, monkeypatch, caplog, ran, change, reason, when):
+    model, inputs = make_quantized(), given()
+    plain = copy.deepcopy(model)
+    change(plain)
+    expected = output_of(plain, inputs)
+    if when == "before":
+        change(model)
+        fuse(model)
+    else:
+        output_of(fuse(model), inputs)
+        ran.clear()
+        change(model)
+    assert error(output_of(model, inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == 3
+    assert reason in caplog.text
+    monkeypatch.setattr("qandc.quantization.conversion.select_backend", lambda device: Backend("triton", "as if"))
+    report = {layer.name: layer for layer in quantization_report(model).layers}
+    assert report["transformer_blocks.0.ff.net.2"].kernel == "triton int8_linear, fused"
+    unfused = [layer for layer in report.values() if layer.kernel.endswith(", unfused")]
+    assert {layer.name.split(".")[1] for layer in unfused} == {"1"}
+    assert all(reason in layer.reason for layer in unfused)
+
+
+def test_what_was_changed_is_noticed(fused_anywhere, ran):
+    fused, inputs = fuse(make_quantized()), given()
+    first = output_of(fused, inputs)
+    calibrate(fused, [inputs | {"hidden_states": 3 * inputs["hidden_states"]}])  # watches layers, which have to run
+    ran.clear()
+    second = output_of(fused, inputs)
+    assert len(ran) == 4
+    assert not torch.equal(first, second)
+    other = make_quantized(smoothing=True)
+    fused.load_state_dict(other.state_dict())
+    assert error(output_of(fused, inputs), output_of(other, inputs)) <= BOUND[torch.float32]
+    for block in blocks_of(other):
+        layer = block.proj_out if hasattr(block, "proj_out") else block.ff.net[2]
+        layer.smoothing *= 3
+    fused.load_state_dict(other.state_dict())  # into the memory that is there
+    assert error(output_of(fused, inputs), output_of(other, inputs)) <= BOUND[torch.float32]
+    torch.nn.Module.float(torch.nn.Module.half(fused))  # other weights, by rounding
+    third = output_of(fused, inputs)
+    assert len(ran) == 16
+    assert error(third, output_of(unfuse(fused), inputs)) <= BOUND[torch.float32]
+
+
+def test_moving_a_model_frees_its_memory(fused_anywhere):
+    model = fuse(make_quantized())
+    output_of(model, given())
+    weights = [weakref.ref(block.attn.to_q.qweight) for block in blocks_of(model)]
+    weights += [weakref.ref(block.proj_out.qweight) for block in model.single_transformer_blocks]
+    torch.nn.Module.to_empty(model, device="meta")
+    assert not any(weight() is not None for weight in weights)
+
+
+@pytest.mark.parametrize("how", ["gradients", "training", "autocast", "joint_attention_kwargs"])
+def test_what_fused_blocks_do_not_know_runs_unfused(fused_anywhere, caplog, ran, how):
+    model, inputs = make_quantized(), given()
+    if how == "joint_attention_kwargs":
+        inputs["joint_attention_kwargs"] = {"attention_mask": torch.zeros(2, 1, 1, 22)}
+
+    def run():
+        with torch.autocast("cpu", enabled=how == "autocast"), torch.set_grad_enabled(how == "gradients"):
+            output = model.train(how == "training")(**inputs).sample
+            model.eval()
+            return output
+
+    expected = run()
+    fuse(model)
+    assert torch.equal(run(), expected)
+    assert not ran
+    assert {"training": "training mode"}.get(how, how) in caplog.text
+
+
+def test_on_a_cpu_the_model_runs_as_before_and_says_so_once(caplog):
+    model, inputs = make_quantized(), given()
+    expected = output_of(model, inputs)
+    with caplog.at_level(logging.WARNING):
+        fuse(model)
+        for _ in range(2):
+            assert torch.equal(output_of(model, inputs), expected)
+    assert [record.message for record in caplog.records if "unfused" in record.message] == [
+        "fuse: blocks run unfused: on cpu there are no fused kernels "
+        "(plain torch: the kernels need a CUDA device, this is cpu)"
+    ]
+
+
+def test_compiled_blocks_stay_compiled(fused_anywhere, caplog, ran):
+    model, inputs = make_quantized(), given()
+    expected = output_of(model, inputs)
+    for block in model.single_transformer_blocks:
+        block.compile(backend="eager", fullgraph=True)
+    fuse(model)
+    assert error(output_of(model, inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == 2
+    assert "compiled" in caplog.text
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_in_and_out_of_inference_mode(fused_anywhere, ran, inference):
+    model, inputs = make_quantized(), given()
+    expected = output_of(model, inputs)
+    fuse(model)
+    for mode in (inference, not inference):
+        with torch.inference_mode(mode):
+            assert error(output_of(model, inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == 8
+
+
+def test_sums_beyond_float16_are_clipped(fused_anywhere):
+    model, inputs = make_quantized(dtype=torch.float16), given(torch.float16)
+    for block in blocks_of(model):
+        for norm in (getattr(block, name, None) for name in ("norm", "norm1_context")):
+            if norm is not None:
+                norm.linear.bias.data[-32:] = 60000  # gates
+        last = block.proj_out if hasattr(block, "proj_out") else block.ff_context.net[2]
+        last.bias.data.copy_(torch.linspace(-3, 3, 32))
+    seen, _ = calls_of_blocks(model, inputs)
+    fuse(model)
+    for block, kwargs, outputs in (seen[0], seen[2]):
+        with torch.no_grad():
+            for mine, theirs in zip(block(**kwargs), outputs, strict=True):
+                assert mine.isfinite().all()
+                assert error(mine, theirs) <= BOUND[torch.float16]
+    assert (seen[0][2][0].abs() == 65504).any()
+    assert (seen[2][2][0].abs() == 65504).any()
+
+
+def test_refusals():
+    with pytest.raises(ModelError, match=r"no block of this transformer can run fused: .* not a QuantLinear"):
+        fuse(quantize_model(make_tiny(NAME), skip_patterns=["blocks.0", "blocks.1"]))
+    with pytest.raises(ModelError, match=r"no block of this transformer can run fused: .* no static range"):
+        fuse(quantize_model(make_tiny(NAME)))
+    with pytest.raises(ModelError, match="is not quantized"):
+        fuse(make_tiny(NAME))
+    with pytest.raises(ConfigError, match="step_ranges are for a DiT"):
+        fuse(make_quantized(), step_ranges=StepRanges(torch.ones(1), {"proj_out": torch.ones(1)}, {}))
