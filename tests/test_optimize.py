@@ -31,9 +31,11 @@ from qandc import (
     restore,
     save,
 )
+from qandc.caching.schedule import MODES
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor
 from tests import tiny_pipelines
+from tests.test_lora import WITHOUT_PEFT
 from tests.tiny_models import make_tiny
 from tests.tiny_pipelines import draw, make_pipeline
 
@@ -73,25 +75,74 @@ def assert_as_before(model, before):
     assert found[2] == before[2]
 
 
+CELLS = {  # columns of the table in docs/text-to-image.md, to arguments of optimize
+    "W8A8": {"cache": None},
+    "W4A8": {"w_bits": 4, "conditioning": "W4A16", "cache": None},
+    **{mode: {"cache": mode, "cache_interval": None if mode == "first_block" else 2} for mode in MODES},
+}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("prompted", tiny_pipelines.PIPELINES, indirect=True)
-@pytest.mark.parametrize("mode", ["delta", "taylor"])
-def test_a_pipeline_is_optimized_as_by_hand_and_restored_bit_for_bit(prompted, mode):
-    pipe, by_hand = prompted, make_pipeline(type(prompted).__name__)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_pipeline_is_optimized_as_by_hand_and_restored_bit_for_bit(prompted, cell):
+    pipe, by_hand, given = prompted, make_pipeline(type(prompted).__name__), CELLS[cell]
     plain, before = draw(pipe), contents(pipe.transformer)
-    plan = optimize(pipe, 4, cache=mode, cache_interval=2, conditioning="W8A16")
-    apply_cache(quantize_model(by_hand.transformer, 4, conditioning="W8A16"), config=CacheConfig(mode, interval=2))
+    (part,) = optimize(pipe, **given).transformers
+    quantize_model(by_hand.transformer, given.get("w_bits", 8), conditioning=given.get("conditioning"))
+    if part.cache is not None:
+        assert part.cache.mode == cell
+        apply_cache(by_hand.transformer, config=part.cache)
     optimized = draw(pipe)
     assert torch.allclose(optimized, draw(by_hand), atol=1e-5, rtol=0)
     assert not torch.allclose(optimized, plain, atol=1e-5, rtol=0)
-    assert get_cache(pipe.transformer).reuse_steps == get_cache(by_hand.transformer).reuse_steps > 0
-    (part,) = plan.transformers
+    if part.cache is not None and part.cache.planned:
+        assert get_cache(pipe.transformer).reuse_steps == get_cache(by_hand.transformer).reuse_steps > 0
     assert part.layers.quantized == quantization_report(pipe.transformer).quantized
-    assert part.cache == CacheConfig(mode, interval=2)
     restore(pipe)
     assert_as_before(pipe.transformer, before)
     assert torch.equal(draw(pipe), plain)
     optimize(pipe, cache=None)  # once more
     assert quant_layers(pipe.transformer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompted", tiny_pipelines.PIPELINES, indirect=True)
+def test_a_pipeline_is_offloaded_after_it_was_optimized(prompted):
+    """The hook of ``enable_model_cpu_offload``, which moves the transformer as a whole; on a CPU nowhere else."""
+    from accelerate import cpu_offload_with_hook
+
+    plain = draw(prompted)
+    optimize(prompted)
+    expected = draw(prompted)
+    _, hook = cpu_offload_with_hook(prompted.transformer, torch.device("cpu"))
+    assert torch.equal(draw(prompted), expected)
+    with pytest.raises(ModelError, match=r"was changed since \(by an adapter, .* offloading"):
+        restore(prompted)
+    hook.remove()
+    restore(prompted)
+    assert torch.equal(draw(prompted), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompted", tiny_pipelines.PIPELINES, indirect=True)
+def test_a_pipeline_gets_an_adapter_after_it_was_optimized(prompted):
+    peft = pytest.importorskip("peft")
+    model, plain, before = prompted.transformer, draw(prompted), contents(prompted.transformer)
+    if type(model).__name__ in WITHOUT_PEFT:
+        pytest.skip("diffusers gives this class no adapters")
+    optimize(prompted)
+    without = draw(prompted)
+    target = next(name.rpartition(".")[2] for name in quant_layers(model) if name.endswith(("to_q", "to_k")))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    assert not torch.allclose(draw(prompted), without, atol=1e-5, rtol=0)
+    with pytest.raises(ModelError, match=r"was changed since \(by an adapter"):
+        restore(prompted)
+    model.unload_lora()
+    assert torch.equal(draw(prompted), without)
+    restore(prompted)
+    assert torch.equal(draw(prompted), plain)
+    assert contents(model)[1:] == before[1:]
 
 
 def test_the_plan_says_what_was_done_and_why_not_more(dit_pipe, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pkgutil
 import re
@@ -17,7 +18,9 @@ from qandc.models import FAMILIES
 from tests.test_families import FUSED
 from tests.test_fused_projections import CLASSES as PROJECTIONS_FUSED
 from tests.test_lora import WITHOUT_PEFT
+from tests.test_optimize import CELLS
 from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
+from tests.tiny_pipelines import PIPELINES, make_pipeline
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -100,8 +103,6 @@ def test_snippet_of_one_call(monkeypatch, capsys):
     """As printed, with a small pipeline in the place of FLUX.1, small images and fewer steps."""
     pytest.importorskip("transformers")
     import diffusers
-
-    from tests.tiny_pipelines import make_pipeline
 
     pipe = make_pipeline("FluxPipeline")
     monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
@@ -239,6 +240,23 @@ def test_the_table_of_models_says_what_is_tested():
         assert projections == ("yes" if name in PROJECTIONS_FUSED else "")
         assert cached == ("yes" if name in FAMILIES else "")
         assert fused == ("yes" if name in FUSED else "")
+
+
+def test_the_table_of_pipelines_says_what_is_tested():
+    """Each column is a test of test_optimize.py, or of test_prompt_calibration.py, for each of these pipelines."""
+    pytest.importorskip("transformers")
+    import diffusers
+
+    text = (ROOT / "docs/text-to-image.md").read_text()
+    header, *rows = re.findall(r"^\| (`?\w+Pipeline`?|pipeline) \|(.*)\|$", text, re.MULTILINE)
+    assert [cell.strip() for cell in header[1].split("|")] == ["steps", *CELLS, "calibrate_on", "LoRA", "offload"]
+    assert [name.strip("`") for name, _ in rows] == list(PIPELINES)
+    for (name, rest), (transformer, *_) in zip(rows, PIPELINES.values(), strict=True):
+        steps, *cells = (cell.strip() for cell in rest.split("|"))
+        pipe = getattr(diffusers, name.strip("`"))
+        assert int(steps) == inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
+        lora = "" if transformer in WITHOUT_PEFT else "yes"
+        assert cells == [*["yes"] * len(CELLS), "yes", lora, "yes"]
 
 
 def test_the_likeness_that_generate_prints_is_the_measured_one():
