@@ -12,11 +12,23 @@ import torch
 
 from benchmarks.rivals import library
 from benchmarks.timing import DEVICE
-from qandc import calibrate, quantization_plan, quantize_model
+from qandc import calibrate, fuse, graph, quantization_plan, quantize_model
 
-__all__ = ["FAMILIES", "Family", "clone", "compiled", "inputs", "model_of", "quantized", "torchao_quantized"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "clone",
+    "compiled",
+    "fused",
+    "inputs",
+    "measured",
+    "model_of",
+    "quantized",
+    "torchao_quantized",
+]
 
 Model = Any
+FUSED = ("FLUX.1-dev",)  # whose blocks have fused kernels
 TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
 
 
@@ -159,6 +171,16 @@ def quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = 
     """
     found = quantize_model(clone(model), w_bits=w_bits, conditioning=conditioning)
     return calibrate(found, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
+
+
+def fused(model: Model, layer: str, w_bits: int) -> Model:
+    """Quantize modulation too, its weights alone, and run blocks on fused kernels within a graph."""
+    return graph(fuse(quantized(model, layer, w_bits, f"W{w_bits}A16")))
+
+
+def measured(layer: str, name: str) -> bool:
+    """Tell whether there is a candidate of that name for a model."""
+    return layer in FUSED or ", fused" not in name
 
 
 def torchao_quantized(model: Model, config: str, per_row: bool = False) -> Model:

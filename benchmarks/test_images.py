@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
-from benchmarks.families import clone, compiled, model_of, quantized, torchao_quantized
+from benchmarks.families import clone, compiled, fused, measured, model_of, quantized, torchao_quantized
 from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_OURS
 from benchmarks.rivals import NotInstalled, library
 from benchmarks.timing import DEVICE, Candidate, relative_error
@@ -25,6 +25,7 @@ TEXT, PIXELS = 512, 1024
 CACHED_BOUND = 2.0  # random weights draw no images; what is reused must all the same not be far off or NaN
 TO_BE_COMPILED = "bf16"  # by what caches it
 COMPILED = IMAGES_OURS.removesuffix(", graph()")
+FUSED = "QuantLinear W8A8 + W8A16, fused, graph()"
 
 
 class Pipe(NamedTuple):
@@ -112,6 +113,7 @@ RECIPES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     TO_BE_COMPILED: (lambda model, layer: clone(model), 0.2),
     COMPILED: (_ours, 0.4),
     IMAGES_OURS: (lambda model, layer: graph(_ours(model, layer)), 0.4),
+    FUSED: (lambda model, layer: fused(model, layer, 8), 0.4),
     "torchao fp8 rowwise, compiled": (
         lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
         0.4,
@@ -201,7 +203,7 @@ CANDIDATES |= {  # the transformer that is cached, and how
         ours,
         lambda pipe, row, launch, mode=mode: _ours_cached(CacheConfig(mode, interval=INTERVAL), pipe, row),
     )
-    for ours in (COMPILED, IMAGES_OURS)
+    for ours in (COMPILED, IMAGES_OURS, FUSED)
     for mode in IMAGES_CACHED
 }
 CANDIDATES |= {
@@ -211,7 +213,13 @@ CANDIDATES |= {
 }
 # a transformer is made once for all that follow each other with it
 ORDER = sorted(CANDIDATES, key=lambda name: ("torchao" in name, list(RECIPES).index(CANDIDATES[name][0])))
-CASES = [(layer, name, steps) for layer, pipe in PIPES.items() for name in ORDER for steps in pipe.steps]
+CASES = [
+    (layer, name, steps)
+    for layer, pipe in PIPES.items()
+    for name in ORDER
+    if measured(layer, name)
+    for steps in pipe.steps
+]
 
 current: dict[str, Any] = {}  # the transformer used last, by what it is made of
 expected: dict[tuple[str, int], torch.Tensor] = {}  # latents of the bf16 model

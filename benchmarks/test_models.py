@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
-from benchmarks.families import FAMILIES, clone, compiled, inputs, model_of, quantized, torchao_quantized
+from benchmarks.families import (
+    FAMILIES,
+    clone,
+    compiled,
+    fused,
+    inputs,
+    measured,
+    model_of,
+    quantized,
+    torchao_quantized,
+)
 from benchmarks.models import tensor_bytes
 from benchmarks.timing import Candidate, relative_error
 from qandc import graph
@@ -31,11 +41,13 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
         lambda model, layer: graph(compiled(quantized(model, layer, 8, "W8A16"))),
         0.2,
     ),
+    "QuantLinear W8A8 + W8A16, fused, graph()": (lambda model, layer: fused(model, layer, 8), 0.2),
     "QuantLinear W4A8 + W4A16": (lambda model, layer: quantized(model, layer, 4, "W4A16"), 0.6),
     "QuantLinear W4A8 + W4A16, compiled, graph()": (
         lambda model, layer: graph(compiled(quantized(model, layer, 4, "W4A16"))),
         0.6,
     ),
+    "QuantLinear W4A8 + W4A16, fused, graph()": (lambda model, layer: fused(model, layer, 4), 0.6),
     "torchao fp8 rowwise, compiled": (
         lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
         0.3,
@@ -46,7 +58,7 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     ),
 }
 BY_TURNS = {"QuantLinear W8A8": "bf16 eager", "QuantLinear W8A8, compiled": "bf16 compiled"}
-CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES]
+CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES if measured(layer, name)]
 
 
 def candidate(layer: str, name: str) -> Candidate:

@@ -479,7 +479,7 @@ def models_table(result: dict[str, Any]) -> list[str]:
         row = found.get((layer, name))
         if row is None:
             return ""
-        rival = found[layer, "bf16 compiled" if "compiled" in name else "bf16 eager"]
+        rival = found[layer, "bf16 compiled" if "compiled" in name or "fused" in name else "bf16 eager"]
         return f"{row['median_us'] / 1e3:.1f} ({_faster(row, rival):.2f}x)"
 
     lines += [f"| {name} | {' | '.join(cell(layer, name) for layer in layers)} |" for name in names]
