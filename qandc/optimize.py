@@ -15,7 +15,8 @@ from torch import nn
 from qandc.cache import apply_cache, get_cache
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of, format_schedule
 from qandc.errors import ConfigError, ModelError
-from qandc.fusion.fuse import Fused, fuse
+from qandc.fusion.blocks import FusedBlocks, fuses_blocks
+from qandc.fusion.fuse import Fused, fuse, is_fused
 from qandc.fusion.model_graph import Graphed, graph
 from qandc.method.prompt_calibration import calibrate_on_prompts
 from qandc.method.saved import CalibratedModel, load
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("transformer", "transformer_2", "unet")  # names of what denoises in pipelines of diffusers
 OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline
 INTERVAL = 3
+UNPLANNED = "no: the cache decides while a step runs"
 ADD_A_FAMILY = "docs/models.md says how a family is added"
 
 
@@ -228,8 +230,8 @@ def optimize(
             static ranges, the steps to compute and a compensation (:func:`qandc.calibrate_on_prompts`).
         calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote: its transformer
             takes the place of the pipeline's, in its bits, and what it was saved with is used.
-        compile: compile the blocks, which takes a minute at the first image, and replay steps from CUDA graphs. By
-            default where the model is on a GPU.
+        compile: compile the blocks, which takes a minute at the first image, or fuse them (DiT and FLUX.1, once
+            calibrated), and replay steps from CUDA graphs. By default where the model is on a GPU.
         restorable: keep what is replaced, in host memory.
         calibration: with ``calibrate_on``, other arguments of ``calibrate_on_prompts``, of which those of the
             pipeline's call are some: ``num_inference_steps=28, height=1024, pool_images=8``.
@@ -361,22 +363,35 @@ def _speed_up(model: Any, cache: CacheConfig | None, wanted: bool | None, ranges
         return {"compile": "no: compile=False"}
     if wanted is None and device.type != "cuda":
         return {"compile": f"no: on {device} nothing is gained"}
-    planned = cache is None or cache.planned
-    program = family.program if family is not None and planned else None
-    if program is not None and None in program.why_not(model, ranges).values():
-        fuse(model, step_ranges=ranges)
-        return {"fused": "its blocks, with CUDA graphs"}
-    blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
-    kinds = getattr(model, "_repeated_blocks", None) or ()
-    blocks = blocks or [module for module in model.modules() if type(module).__name__ in kinds]
-    for block in blocks:
-        block.compile()
-    said = {"compile": f"{len(blocks)} blocks, when they first run" if blocks else "no: its class names no blocks"}
-    if not planned:
-        return {**said, "graph": "no: the cache decides while a step runs"}
+    said = _fused(model, cache is None or cache.planned, ranges)
+    if is_fused(model):
+        return said  # with graphs of its own
+    if FusedBlocks.of(model) is None:
+        blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
+        kinds = getattr(model, "_repeated_blocks", None) or ()
+        blocks = blocks or [module for module in model.modules() if type(module).__name__ in kinds]
+        for block in blocks:
+            block.compile()
+        said["compile"] = f"{len(blocks)} blocks, when they first run" if blocks else "no: its class names no blocks"
+    if cache is not None and not cache.planned:
+        return {**said, "graph": UNPLANNED}
     if device.type == "cuda":
         graph(model)
     return {**said, "graph": "of each kind of step" if device.type == "cuda" else f"no: on {device} there are none"}
+
+
+def _fused(model: Any, planned: bool, ranges: StepRanges | None) -> dict[str, str]:
+    """Fuse a model of a family that has fused kernels; returns that it was, or why not."""
+    family = family_of(model)
+    if family is None or (family.program is None and not fuses_blocks(family)):
+        return {}
+    if not planned:
+        return {"fused": UNPLANNED}
+    try:
+        fuse(model, step_ranges=ranges)
+    except ModelError as error:
+        return {"fused": f"no: {error}"}
+    return {"fused": "whole steps, with CUDA graphs" if is_fused(model) else "blocks, each by itself"}
 
 
 @checked

@@ -30,13 +30,15 @@ from qandc import (
     remove_cache,
     restore,
     save,
+    unfuse,
 )
 from qandc.caching.schedule import MODES
+from qandc.fusion.fuse import is_fused
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor
 from tests import tiny_pipelines
 from tests.test_lora import WITHOUT_PEFT
-from tests.tiny_models import make_tiny
+from tests.tiny_models import inputs_of, make_tiny, output_of
 from tests.tiny_pipelines import draw, make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -354,7 +356,8 @@ def test_what_a_calibrated_dit_was_saved_with_is_used(dit_pipe, tmp_path, fused_
     )
     save(model, tmp_path / "saved", schedule=schedule, compensation=gains)
     plan = optimize(dit_pipe, calibrated=tmp_path / "saved", compile=True)
-    assert "fused      its blocks, with CUDA graphs" in str(plan)
+    assert "fused      whole steps, with CUDA graphs" in str(plan)
+    assert is_fused(dit_pipe.transformer)
     assert "steps to compute, compensation of samples" in " ".join(str(plan).split())
     corrected, left = images(dit_pipe), dit_pipe.scheduler
     dit_pipe.scheduler = scheduler
@@ -363,6 +366,25 @@ def test_what_a_calibrated_dit_was_saved_with_is_used(dit_pipe, tmp_path, fused_
     restore(dit_pipe)
     assert dit_pipe.scheduler is scheduler
     assert torch.equal(images(dit_pipe), plain)
+
+
+def test_a_calibrated_flux_runs_on_fused_blocks(tmp_path, fused_anywhere):
+    name = "FluxTransformer2DModel"
+    save(calibrate(quantize_model(make_tiny(name)), [inputs_of(name)]), tmp_path / "saved")
+    pipe = Pipe(transformer=make_tiny(name))
+    plain = output_of(pipe.transformer, inputs_of(name))
+    plan = str(optimize(pipe, calibrated=tmp_path / "saved", compile=True))
+    assert "fused      blocks, each by itself\n" in plan
+    assert "graph      no: on cpu" in plan
+    assert "compile" not in plan
+    found = output_of(pipe.transformer, inputs_of(name))
+    assert 0 < (found - plain).norm() < 0.2 * plain.norm()
+    unfuse(pipe.transformer)  # refused if nothing is fused
+    restore(pipe)
+    assert torch.equal(output_of(pipe.transformer, inputs_of(name)), plain)
+    plan = " ".join(str(optimize(pipe, compile=True)).split())  # not calibrated
+    assert "fused no: no block of this transformer can run fused" in plan
+    assert "compile 4 blocks" in plan
 
 
 def test_a_calibrated_model_of_another_class_is_refused(dit_pipe, tmp_path):
@@ -413,6 +435,8 @@ def test_blocks_are_compiled_in_place(dit_pipe, monkeypatch, cache):
     assert "compile    3 blocks" in str(plan)
     why = "the cache decides while a step runs" if cache == "first_block" else "on cpu there are none"
     assert f"graph      no: {why}" in str(plan)
+    why = "the cache decides while a step runs" if cache == "first_block" else "no block of this transformer can run"
+    assert f"fused      no: {why}" in str(plan)
     torch.testing.assert_close(images(dit_pipe), eager, atol=1e-3, rtol=0)
     assert graphs
     restore(dit_pipe)
