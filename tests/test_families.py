@@ -554,12 +554,19 @@ def test_pipelines_that_begin_with_an_image(name, monkeypatch):
         draw(steps=9)
 
 
-@pytest.mark.parametrize("pipeline", ["FluxPipeline"], indirect=True)
-def test_a_prompt_that_is_encoded_once_serves_two_calls(pipeline, monkeypatch):
+@pytest.mark.parametrize(
+    ("pipeline", "given"),
+    [
+        ("FluxPipeline", {**of_flux(0, 64), "true_cfg_scale": 1.0}),
+        ("ChromaPipeline", {**of_chroma(0, 64), "guidance_scale": 1.0}),
+    ],
+    indirect=["pipeline"],
+)
+def test_a_prompt_that_is_encoded_once_serves_two_calls(pipeline, given, monkeypatch):
     """FLUX.1 hands the embeddings on as they are given: calls are told apart by what else they make."""
     pipe, _, _ = pipeline
     model, config = pipe.transformer, CacheConfig("branch", interval=4)
-    given = {**of_flux(0, 64), "num_inference_steps": 6, "output_type": "latent", "true_cfg_scale": 1.0}
+    given = {**given, "num_inference_steps": 6, "output_type": "latent"}
     monkeypatch.setattr(TimestepWatch, "rises", lambda *args: False)  # as on a GPU, where nothing waits for timesteps
 
     def draw():
