@@ -104,7 +104,6 @@ wan_vae = functools.partial(causal_vae, "AutoencoderKLWan")
 
 PIPELINES = {  # to transformer, scheduler, a function that makes the other parts, and arguments that keep calls small
     "FluxPipeline": ("FluxTransformer2DModel", FLOW, of_clip_and_t5, {"max_sequence_length": 32}),
-    "ChromaPipeline": ("ChromaTransformer2DModel", FLOW, functools.partial(of_one, t5), {"max_sequence_length": 32}),
     "QwenImagePipeline": (
         "QwenImageTransformer2DModel", FLOW, functools.partial(of_one, qwen_vl, qwen_vae), {"negative_prompt": " "}
     ),
