@@ -160,19 +160,24 @@ class _Optimized:
             self.undos, self.originals = {}, {}
 
     def undo(self) -> None:
-        """Make all transformers again what they were, with their layers where the quantized ones are now."""
+        """Make all transformers again what they were; what was kept goes where the quantized layers were, now gone."""
+        homes: list[tuple[nn.Module, Any, Any]] = []
         for part, undo in self.undos.items():
-            for name, linear in self.originals[part].items():
-                layer: Any = undo.model.get_submodule(name)
-                linear.to(layer.qweight.device, layer.weight_dtype_holder.dtype)
             now = getattr(self.pipe, part)
+            for name, linear in self.originals[part].items():
+                layer: Any = now.get_submodule(name)
+                homes.append((linear, layer.qweight.device, layer.weight_dtype_holder.dtype))
+                del layer
             if now is not undo.model:
-                nn.Module.to(undo.model, now.device)
-        for part, undo in self.undos.items():
-            for attachment in attachments(getattr(self.pipe, part)):
+                homes.append((undo.model, now.device, undo.model.dtype))
+            for attachment in attachments(now):
                 attachment.drop() if isinstance(attachment, Fused | Graphed) else attachment.reset()
             undo.undo()
             setattr(self.pipe, part, undo.model)
+            del now
+        self.left.clear()
+        for module, device, dtype in homes:
+            nn.Module.to(module, device, dtype)
         if self.scheduler is not None:
             self.pipe.scheduler = self.scheduler
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import weakref
 
 import pytest
 import torch
@@ -281,10 +282,21 @@ def test_what_was_changed_since_is_restored_or_refused(dit_pipe):
     assert_as_before(model, changed)
 
 
-def test_layers_go_where_the_model_is_now(dit_pipe):
+def test_layers_go_where_the_model_is_now_once_the_others_are_gone(dit_pipe, monkeypatch):
     optimize(dit_pipe)
+    layers = [weakref.ref(layer) for layer in quant_layers(dit_pipe.transformer).values()]
+    moved = nn.Linear._apply
+    there = []
+
+    def note(linear, *args):
+        there.append(sum(layer() is not None for layer in layers))
+        return moved(linear, *args)
+
+    monkeypatch.setattr(nn.Linear, "_apply", note)
     dit_pipe.transformer.to(torch.float64)
+    there.clear()
     restore(dit_pipe)
+    assert set(there) == {0}
     assert {parameter.dtype for parameter in dit_pipe.transformer.parameters()} == {torch.float64}
 
 
@@ -358,6 +370,7 @@ def test_what_a_calibrated_dit_was_saved_with_is_used(dit_pipe, tmp_path, fused_
     plan = optimize(dit_pipe, calibrated=tmp_path / "saved", compile=True)
     assert "fused      whole steps, with CUDA graphs" in str(plan)
     assert is_fused(dit_pipe.transformer)
+    assert "compile" not in str(plan)
     assert "steps to compute, compensation of samples" in " ".join(str(plan).split())
     corrected, left = images(dit_pipe), dit_pipe.scheduler
     dit_pipe.scheduler = scheduler

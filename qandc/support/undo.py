@@ -76,3 +76,4 @@ class Undo:
             if old.children != new.children:
                 module._modules.clear()
                 module._modules.update(old.children)
+        self.after = None  # which held what is gone now
