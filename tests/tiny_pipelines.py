@@ -112,6 +112,7 @@ PIPELINES = {  # to transformer, scheduler, a function that makes the other part
         "PixArtTransformer2DModel", DPM, functools.partial(of_one, t5),
         {"use_resolution_binning": False, "clean_caption": False},
     ),
+    "ChromaPipeline": ("ChromaTransformer2DModel", FLOW, functools.partial(of_one, t5), {"max_sequence_length": 32}),
     "ZImagePipeline": ("ZImageTransformer2DModel", FLOW, functools.partial(of_one, qwen3), {}),
     "WanPipeline": (
         "WanTransformer3DModel", FLOW, functools.partial(of_one, functools.partial(t5, "UMT5"), wan_vae),
