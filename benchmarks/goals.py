@@ -63,6 +63,7 @@ IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = (
     "W8A8 + W8A16, compiled, graph()",
     ("delta", "branch", "taylor"),
 )
+IMAGES_FUSED = "W8A8 + W8A16, fused, graph()"
 PIPELINE_EAGER, PIPELINE_COMPILED = "diffusers bf16, eager", "bf16 compiled, a graph per step"
 FULL_METHOD = "fused W8A8 + branch cache + VC"
 DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"
