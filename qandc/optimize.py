@@ -319,6 +319,11 @@ def _check(
         )
     for name in names:
         model = getattr(pipe, name)
+        if hasattr(model, "_orig_mod"):
+            raise ModelError(
+                f"pipe.{name} was replaced by torch.compile(...); put the model inside back, pipe.{name} = "
+                f"pipe.{name}._orig_mod: optimize compiles its blocks"
+            )
         done = {"quantized": bool(quant_layers(model)), "cached": get_cache(model) is not None}
         if OPTIMIZED in pipe.__dict__ or any(done.values()) or attachments(model):
             what = next((what for what, is_so in done.items() if is_so), "optimized")

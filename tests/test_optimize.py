@@ -264,6 +264,21 @@ def test_what_is_optimized_already_is_refused(dit_pipe):
         optimize(dit_pipe)
 
 
+def test_a_transformer_that_was_compiled_as_a_whole_is_refused(dit_pipe):
+    dit_pipe.transformer = torch.compile(dit_pipe.transformer, backend="eager")
+    with pytest.raises(
+        ModelError, match=r"pipe.transformer was replaced by torch.compile\(...\); put the model inside"
+    ):
+        optimize(dit_pipe)
+
+
+def test_a_pipeline_without_weights():
+    pipe = Pipe(transformer=make_tiny("FluxTransformer2DModel").to("meta"))
+    optimize(pipe)
+    assert {layer.qweight.device.type for layer in quant_layers(pipe.transformer).values()} == {"meta"}
+    restore(pipe)
+
+
 def test_what_was_changed_since_is_restored_or_refused(dit_pipe):
     model, plain = dit_pipe.transformer, images(dit_pipe)
     before = contents(model)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from qandc.models import FAMILIES
+from qandc.quantization.conversion import quant_layers
 from tests.test_families import FUSED
 from tests.test_fused_projections import CLASSES as PROJECTIONS_FUSED
 from tests.test_lora import WITHOUT_PEFT
@@ -63,7 +64,6 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
     import diffusers
 
     from qandc.evaluation.metrics import snr
-    from qandc.quantization.conversion import quant_layers
 
     class Pipeline:
         calls = 0
@@ -117,11 +117,32 @@ def test_snippet_of_one_call(monkeypatch, capsys):
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+@pytest.mark.slow
+def test_text_to_image_snippet(tmp_path, monkeypatch, capsys):
+    """As printed, with a small pipeline, small images and fewer steps."""
+    pytest.importorskip("transformers")
+    from qandc import quantize_model, save
+
+    monkeypatch.chdir(tmp_path)
+    save(quantize_model(make_tiny("FluxTransformer2DModel"), 4), "my-flux")
+    small = "height=16, width=16, max_sequence_length=32, num_inference_steps=6"
+    changes = {
+        'fog")': f'fog", {small})',
+        "calibrate_on=prompts, num_inference_steps=28": f"calibrate_on=prompts, pool_images=2, samples=8, {small}",
+    }
+    given = (
+        'from tests.tiny_pipelines import make_pipeline\npipe, prompts = make_pipeline("FluxPipeline"), ["a coat"]\n'
+    )
+    names = run(given + snippet(": text", "docs/text-to-image.md"), changes)
+    assert names["images"][0].size == (16, 16)
+    assert "taylor of order 1" in capsys.readouterr().out
+    assert {layer.scheme[:4] for layer in quant_layers(names["pipe"].transformer).values()} == {"W4A8"}
+
+
 def test_fuse_snippet_follows_the_first():
     """As printed, with fewer steps; on a CPU the model runs unfused."""
     from qandc import fashion_dit_path
     from qandc.fusion.fuse import Fused
-    from qandc.quantization.conversion import quant_layers
 
     changes = {
         '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
@@ -159,7 +180,6 @@ def test_cache_snippet_follows_the_first(tmp_path, monkeypatch, capsys):
 
 def test_tap_snippet_follows_the_first():
     from qandc import fashion_dit_path
-    from qandc.quantization.conversion import quant_layers
 
     changes = {
         '"facebook/DiT-XL-2-256"': repr(str(fashion_dit_path())),
@@ -176,7 +196,6 @@ def test_tap_snippet_follows_the_first():
 
 
 def test_diffusers_snippet(tmp_path, monkeypatch):
-    from qandc.quantization.conversion import quant_layers
 
     monkeypatch.chdir(tmp_path)
     names = run(snippet(": diffusers"), {})

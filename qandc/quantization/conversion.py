@@ -177,7 +177,7 @@ def quantize_model(
 def _in_host_memory(linear: nn.Linear) -> nn.Linear:
     """Move the parameters of a layer to the CPU, but for others that hold them too."""
     for name, parameter in linear._parameters.items():
-        if parameter is not None and not parameter.is_cpu:
+        if parameter is not None and not parameter.is_cpu and not parameter.is_meta:
             linear._parameters[name] = nn.Parameter(parameter.detach().cpu(), parameter.requires_grad)
     return linear
 
