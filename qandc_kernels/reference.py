@@ -406,6 +406,7 @@ def linear_gelu_quantize(
     multiplier: torch.Tensor | None = None,
     x_zero_point: torch.Tensor | None = None,
     w_sum: torch.Tensor | None = None,
+    beside: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute a linear layer, GELU and int8 for the next layer: ``clip(round(gelu(y) · multiplier / s_out + z_out))``.
 
@@ -417,13 +418,15 @@ def linear_gelu_quantize(
         out_scale: 0-d float32 tensor, > 0, read on the device.
         out_zero_point: 0-d int32 tensor in -128..127.
         multiplier: ``[N] float32``, one factor per output channel, e.g. of smoothing.
+        beside: ``[..., P] int8``, to be put in front of the result, where a layer takes both as its input.
 
     Returns:
-        ``[..., N] int8``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
+        ``[..., N] int8``, or ``[..., P + N]``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
     """
     y = F.gelu(_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum), approximate="tanh")
     factor = 1.0 / out_scale
-    return _quantize_static(y, factor if multiplier is None else multiplier * factor, out_zero_point)
+    q = _quantize_static(y, factor if multiplier is None else multiplier * factor, out_zero_point)
+    return q if beside is None else torch.cat([beside, q], -1)
 
 
 @checked

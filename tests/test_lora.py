@@ -23,6 +23,8 @@ from qandc import (
     QuantLinear,
     apply_cache,
     apply_cache_to_dit,
+    calibrate,
+    fuse,
     fuse_dit,
     quantize_model,
     remove_cache,
@@ -307,9 +309,9 @@ def test_fuse_lora_refuses_before_it_changes_anything(peft):
     pipe.load_lora_weights(adapter)
     assert isinstance(model.transformer_blocks[0].attn.to_q, peft.tuners.lora.Linear)
     before, adapted = state_of(model), output_of(model, inputs)
-    for fuse in (pipe.fuse_lora, model.fuse_lora):
+    for method in (pipe.fuse_lora, model.fuse_lora):
         with pytest.raises(ModelError, match=r"take no adapter in .*set_adapters scales it.*fuse_lora\) before quant"):
-            fuse(lora_scale=0.5)
+            method(lora_scale=0.5)
     assert_same_state(state_of(model), before)
     assert torch.equal(output_of(model, inputs), adapted)
     with pytest.warns(UserWarning, match="Already unmerged"):  # PEFT says so on any model
@@ -601,6 +603,26 @@ def test_blocks_with_lora_are_not_fused(peft, dit_inputs):
     assert reasons == [None, "attn1.to_q is LoraQuantLinear, not a QuantLinear"]
     changed = output(model, dit_inputs)
     assert torch.equal(output(fuse_dit(model), dit_inputs), changed)
+
+
+def test_a_block_of_flux_with_lora_is_not_fused(peft, fused_anywhere, caplog):
+    """Loaded before or since, it counts; the other blocks run fused."""
+    inputs = inputs_of(FLUX)
+    model = calibrate(quantize_model(make_tiny(FLUX)), [inputs])
+    plain = output_of(model, inputs)
+    for fuse_first in (True, False):
+        changed, fused = copy.deepcopy(model), copy.deepcopy(model)
+        with_adapters(peft, changed, targets=[TO_Q])
+        expected = output_of(changed, inputs)
+        if fuse_first:
+            output_of(fuse(fused), inputs)
+        with_adapters(peft, fused, targets=[TO_Q])
+        if not fuse_first:
+            fuse(fused)
+        torch.testing.assert_close(output_of(fused, inputs), expected, atol=0.01, rtol=0.01)
+        assert not torch.allclose(expected, plain, atol=0.02)
+        assert "attn.to_q is LoraQuantLinear, not a QuantLinear" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.gpu

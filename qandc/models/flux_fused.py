@@ -116,8 +116,7 @@ class FusedSingleBlock:
         xq, qkv = self.project(x, shift, scale)
         self.project.turn_(qkv, *call["image_rotary_emb"])
         aq = quantized(_attend(qkv, self.processor), self.out_layer)
-        mq = self.mlp.gelu_quantize(xq, self.out, self.multiplier)
-        self.out.gate_residual_(x, torch.cat([aq, mq], 2), gate, targets[0])
+        self.out.gate_residual_(x, self.mlp.gelu_quantize(xq, self.out, self.multiplier, aq), gate, targets[0])
         if x.dtype == torch.float16:
             x.clip_(-LARGEST, LARGEST)
         return x[:, : text.shape[1]], x[:, text.shape[1] :]

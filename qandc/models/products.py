@@ -56,8 +56,14 @@ class Product(NamedTuple):
         linear = int4_linear if self.weight.dtype == torch.uint8 else int8_linear
         return linear(xq, *self, out_dtype=dtype)
 
-    def gelu_quantize(self, xq: torch.Tensor, following: Product, multiplier: torch.Tensor | None) -> torch.Tensor:
-        """Return the product after GELU, quantized for the product ``following``."""
+    def gelu_quantize(
+        self,
+        xq: torch.Tensor,
+        following: Product,
+        multiplier: torch.Tensor | None,
+        beside: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the product after GELU, quantized for the product ``following``, behind ``beside`` in one tensor."""
         return linear_gelu_quantize(
             xq,
             self.weight,
@@ -69,6 +75,7 @@ class Product(NamedTuple):
             multiplier,
             self.x_zero_point,
             self.w_sum,
+            beside,
         )
 
     def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:

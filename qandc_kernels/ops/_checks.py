@@ -44,7 +44,7 @@ RAISES = """Raises:
 LINEAR_NAMES = "xq weight x_scale w_scale bias x_zero_point w_sum"
 QUANTIZED_NAMES = "x weight w_scale bias act_scale act_zero_point w_sum smoothing"
 LARGEST_HEAD = 1024
-GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier"
+GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier beside"
 RESIDUAL_NAMES = f"{LINEAR_NAMES} gate out_branch residual"
 
 
@@ -85,7 +85,7 @@ def check_int4_linear(
 
 def check_linear_gelu_quantize(
     xq, weight, x_scale, w_scale, out_scale, bias=None, out_zero_point=None, multiplier=None, x_zero_point=None,
-    w_sum=None,
+    w_sum=None, beside=None,
 ):  # fmt: skip
     op = "linear_gelu_quantize"
     check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
@@ -93,7 +93,12 @@ def check_linear_gelu_quantize(
     check_zero_point(op, "out_zero_point", out_zero_point)
     if multiplier is not None:
         check_tensor(op, "multiplier", multiplier, FLOAT32, ((weight.shape[0],),))
-    operands = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_scale, out_zero_point, multiplier)
+    if beside is not None:
+        check_tensor(op, "beside", beside, INT8)
+        if beside.shape[:-1] != xq.shape[:-1] or beside.ndim != xq.ndim:
+            raise ArgumentError(f"{op}: beside must be [..., P] as xq [..., K]; got {tuple(beside.shape)}")
+        check_elements(op, "the result", xq.shape[:-1].numel() * (weight.shape[0] + beside.shape[-1]))
+    operands = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_scale, out_zero_point, multiplier, beside)
     check_devices(op, GELU_NAMES, *operands)
 
 

@@ -34,12 +34,23 @@ def _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype):
 
 
 def _linear_gelu_quantize(
-    xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum
+    xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum, beside
 ):
-    return multiply(
-        _output(xq, weight), xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
+    out = _beside(xq, weight, beside)
+    first = out.shape[-1] - weight.shape[0]
+    if first:
+        out[..., :first].copy_(beside)
+    multiply(
+        out[..., first:], xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
         out_scale=out_scale, out_zero_point=out_zero_point, multiplier=multiplier,
     )  # fmt: skip
+    return out
+
+
+def _beside(xq, weight, *others):
+    """Make memory for a product and what it is put beside, the last of ``others``."""
+    first = 0 if others[-1] is None else others[-1].shape[-1]
+    return xq.new_empty((*xq.shape[:-1], first + weight.shape[0]))
 
 
 def _weight_only_linear(x, weight, w_scale, bias):
@@ -55,7 +66,7 @@ def _cast(x, weight, *others):
 int8_matmul = public_op(reference.int8_matmul, _int8_matmul, lambda xq, wq: _output(xq, wq, dtype=torch.int32))
 int8_linear = public_op(reference.int8_linear, _linear, _cast)
 int4_linear = public_op(reference.int4_linear, _linear, _cast)
-linear_gelu_quantize = public_op(reference.linear_gelu_quantize, _linear_gelu_quantize, _output)
+linear_gelu_quantize = public_op(reference.linear_gelu_quantize, _linear_gelu_quantize, _beside)
 quantized_linear = public_op(
     reference.quantized_linear,
     launcher("linear.quantize_multiply"),

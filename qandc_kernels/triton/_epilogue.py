@@ -145,24 +145,31 @@ def _apply(acc, e, rows, columns, PER_TOKEN: tl.constexpr, FOLD_GATE: tl.constex
 
 @triton.jit
 def store_tile(
-    acc, out, branch, row, column, M, N, e,
+    acc, out, branch, row, column, M, N, stride_out, e,
     PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Finish the sums of the tile that begins at (row, column), in SUBTILES pieces: each needs fewer registers.
 
+    Rows of ``out`` are ``stride_out`` apart, those of ``branch`` N.
     With a gate ``branch`` takes what is not gated yet, unless it is None.
     """
     if SUBTILES > 1:
         height: tl.constexpr = acc.shape[0]
         half: tl.constexpr = acc.shape[1] // 2
         first, second = tl.split(tl.permute(tl.reshape(acc, (height, 2, half)), (0, 2, 1)))
-        store_tile(first, out, branch, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
+        store_tile(
+            first, out, branch, row, column, M, N, stride_out, e,
+            PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2,
+        )  # fmt: skip
         if TRANSPOSED:
             row += half
         else:
             column += half
-        store_tile(second, out, branch, row, column, M, N, e, PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2)
+        store_tile(
+            second, out, branch, row, column, M, N, stride_out, e,
+            PER_TOKEN, ONE_GATE, TMA, TRANSPOSED, SUBTILES // 2,
+        )  # fmt: skip
     else:
         if TRANSPOSED:
             acc = tl.trans(acc)
@@ -191,7 +198,7 @@ def store_tile(
                 out.store([row, column], (out.load([row, column]).to(tl.float32) + acc).to(dtype))
         else:
             mask = (rows[:, None] < M) & (columns[None, :] < N)
-            out_ptrs = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+            out_ptrs = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
             if e.gate is not None:
                 acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
             tl.store(out_ptrs, acc.to(dtype), mask=mask)

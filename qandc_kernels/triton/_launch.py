@@ -189,7 +189,8 @@ def product_start(
     blocks |= {i: (t, out_block) for i, t in ((2, out), (3, branch)) if t is not None}
     tma = tile.tma and gpu_of(x.device).capability >= (9, 0) and all(_aligned(t) for t, _ in blocks.values())
     descriptors = {i: TensorDescriptor.from_tensor(t, block) for i, (t, block) in blocks.items()} if tma else {}
-    strides, last = (*x.stride(), *w.stride()), (epilogue.gate_stride, epilogue.tokens)
+    strides = (*x.stride(), *w.stride(), out.stride(0))
+    last = (epilogue.gate_stride, epilogue.tokens)
 
     def arrange(x: Any, w: Any, out: Any, branch: Any, group_scale: Any, *parameters: Any) -> tuple[Any, ...]:
         scales = (group_scale,) if grouped else ()

@@ -114,7 +114,7 @@ def _few_rows_kernel(
             acc = tl.dot(second, tl.load(x_ptrs + DEPTH * stride_xk, mask=x_inside, other=0.0), acc)
         x_ptrs += STEP * stride_xk
         w_ptrs += STEP * stride_wk
-    store_tile(tl.sum(acc, 0), out, None, 0, column, M, N, epilogue, False, False, False, True, 1)
+    store_tile(tl.sum(acc, 0), out, None, 0, column, M, N, N, epilogue, False, False, False, True, 1)
 
 
 def few_rows_start(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, epilogue: Epilogue) -> Start:

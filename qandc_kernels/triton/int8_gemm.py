@@ -16,7 +16,7 @@ __all__ = ["int8_gemm_start", "int8_gemm_triton"]
 @triton.jit
 def _int8_tile(
     tile, x, w, out, branch, M, N,
-    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
     epilogue,
     K: tl.constexpr, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -47,14 +47,14 @@ def _int8_tile(
             acc = tl.dot(x_tile, w_tile, acc, out_dtype=tl.int32)
             x_ptrs += BLOCK_K * stride_xk
             w_ptrs += BLOCK_K * stride_wk
-    store_tile(acc, out, branch, row, column, M, N, epilogue, PER_TOKEN, ONE_GATE, TMA, False, SUBTILES)
+    store_tile(acc, out, branch, row, column, M, N, stride_out, epilogue, PER_TOKEN, ONE_GATE, TMA, False, SUBTILES)
 
 
 @triton.jit
 def _int8_gemm_kernel(
     x, w, out, branch,  # [M, K] int8, [N, K] int8, [M, N] twice: tensor descriptors with TMA, pointers without
     M, N,
-    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
     epilogue,
     K: tl.constexpr, PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -67,12 +67,12 @@ def _int8_gemm_kernel(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _int8_tile(
-                tile, x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+                tile, x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
                 epilogue, K, PER_TOKEN, ONE_GATE, TMA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
             )  # fmt: skip
     else:
         _int8_tile(
-            tl.program_id(0), x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+            tl.program_id(0), x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
             epilogue, K, PER_TOKEN, ONE_GATE, TMA, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
         )  # fmt: skip
 
@@ -85,7 +85,7 @@ def int8_gemm_start(
     tile: GemmTile | None = None,
     branch: torch.Tensor | None = None,
 ) -> Start:
-    """Prepare the start of the kernel on ``xq [M, K]`` and ``wq [N, K]``, any strides, and contiguous ``out [M, N]``.
+    """Prepare the start of the kernel on ``xq [M, K]`` and ``wq [N, K]``, any strides, and ``out [M, N]``, any rows.
 
     An int32 ``out`` takes the sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
     """

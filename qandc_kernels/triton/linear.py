@@ -41,7 +41,7 @@ def multiply(
     gate: MaybeTensor = None,
     tokens: int = 1,
 ) -> Tensor:
-    """Launch the kernel for these operands; ``out [..., N]`` is contiguous and returned."""
+    """Launch the kernel for these operands; ``out [..., N]`` has evenly spaced rows and is returned."""
     if out.numel() == 0:
         return out
     if x_zero_point is not None and w_sum is None:

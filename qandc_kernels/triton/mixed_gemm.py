@@ -52,7 +52,7 @@ def _add_product(acc, w, x, group_scale_ptr, k, columns, K: tl.constexpr, GROUP:
 @triton.jit
 def _mixed_tile(
     tile, x, w, out, branch, M, N,
-    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
     group_scale_ptr, epilogue,
     K: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr,
     PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr,
@@ -103,14 +103,14 @@ def _mixed_tile(
             acc >>= 4  # exact: multiples of 16
         else:
             acc *= 0.0625
-    store_tile(acc, out, branch, row, column, M, N, epilogue, PER_TOKEN, ONE_GATE, TMA, True, SUBTILES)
+    store_tile(acc, out, branch, row, column, M, N, stride_out, epilogue, PER_TOKEN, ONE_GATE, TMA, True, SUBTILES)
 
 
 @triton.jit
 def _mixed_gemm_kernel(
     x, w, out, branch,  # [M, K], [N, K] or [N, K/2] int8, [M, N] twice: tensor descriptors with TMA, else pointers
     M, N,
-    stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
     group_scale_ptr, epilogue,
     K: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr,
     PER_TOKEN: tl.constexpr, ONE_GATE: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -124,13 +124,13 @@ def _mixed_gemm_kernel(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _mixed_tile(
-                tile, x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+                tile, x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
                 group_scale_ptr, epilogue, K, PACKED, GROUP, INTEGER, PER_TOKEN, ONE_GATE, TMA,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
             )  # fmt: skip
     else:
         _mixed_tile(
-            tl.program_id(0), x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk,
+            tl.program_id(0), x, w, out, branch, M, N, stride_xm, stride_xk, stride_wn, stride_wk, stride_out,
             group_scale_ptr, epilogue, K, PACKED, GROUP, INTEGER, PER_TOKEN, ONE_GATE, TMA,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SUBTILES,
         )  # fmt: skip
@@ -147,8 +147,8 @@ def mixed_gemm_start(
 ) -> Start:
     """Prepare the start of the kernel on int8 or 16-bit ``x [M, K]``, int8 ``w [N, K]`` or ``[N, K/2]`` of two int4.
 
-    Both of any strides. ``group_scale [N, K/G] float32`` and ``out [M, N]`` are contiguous. An int32 ``out`` takes the
-    sums. A ``branch`` as ``out`` takes what is added to it, before the gate.
+    Both of any strides, ``out [M, N]`` of any between rows. ``group_scale [N, K/G] float32`` is contiguous. An int32
+    ``out`` takes the sums. A ``branch [M, N]``, contiguous, takes what is added to it, before the gate.
     """
     (m, k), n = x.shape, w.shape[0]
     packed = w.shape[1] != k

@@ -79,6 +79,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "out_scale": tensor(),
         "out_zero_point": tensor(**INT32),
         "multiplier": tensor(5, optional=True),
+        "beside": tensor(2, 3, 7, dtype=torch.int8, optional=True),
     },
     "linear_gate_residual_": {
         "residual": tensor(2, 3, 5, dtypes=FLOATS),

@@ -153,7 +153,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "int8_matmul": (xq, wq),
         "int8_linear": (xq, wq, *linear),
         "int4_linear": (xq, packed, *linear),
-        "linear_gelu_quantize": (xq, wq, x_scale, w_scale, one, None, zero_point, None, None, None),
+        "linear_gelu_quantize": (xq, wq, x_scale, w_scale, one, None, zero_point, None, None, None, xq),
         "linear_gate_residual_": (
             torch.randn(2, 3, 8, device=device), xq.view(2, 3, 32), packed, x_scale.view(2, 3), w_scale,
             torch.randn(2, 8, device=device), None, zero_point, w_sum, torch.zeros(2, 3, 8, device=device),

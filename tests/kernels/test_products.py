@@ -120,7 +120,12 @@ def test_linear_gelu_quantize(kernel_device, shape, bits, asymmetric, seeded):
         ending["multiplier"] = torch.rand(shape[2], generator=seeded) + 0.5
         expected = expected * ending["multiplier"].double() - 101
     assert (expected > 127).any() or expected.numel() < 100  # clipping happens
-    assert_rounded(linear_gelu_quantize(**to(kernel_device, p), **to(kernel_device, ending)), expected)
+    given = to(kernel_device, {**p, **ending})
+    found = linear_gelu_quantize(**given)
+    assert_rounded(found, expected)
+    for columns in (32, 3):  # of rows that begin at multiples of 16 bytes or anywhere
+        beside = random_int8((*y.shape[:-1], columns), seeded).to(kernel_device)
+        assert torch.equal(linear_gelu_quantize(**given, beside=beside), torch.cat([beside, found], -1))
     if y.numel() < 1e5:
         assert_rounded(reference.linear_gelu_quantize(**p, **ending), expected)
 
