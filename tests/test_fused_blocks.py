@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 
 from qandc import (
     CacheConfig,
@@ -157,6 +158,25 @@ def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monk
             assert_equals_unfused(model, given(dtype, kernel_device), ran)
 
 
+@pytest.mark.parametrize("tokens", [128, 200])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_longer_sequences(fused_anywhere, ran, device, tokens):
+    """On a GPU, attention by cuDNN and by others, which on Hopper the number of tokens decides."""
+    dtype, width = (torch.bfloat16 if device == "cuda" else torch.float32), 2 * 64
+    size = {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+    model, generator = make_quantized(dtype=dtype, device=device, **size), torch.Generator().manual_seed(0)
+    angles = torch.randn(tokens, 32, generator=generator).repeat_interleave(2, -1).to(device)
+    call = {"image_rotary_emb": (angles.cos(), angles.sin())}
+    shapes = {"hidden_states": (1, tokens - 16, width), "encoder_hidden_states": (1, 16, width), "temb": (1, width)}
+    call |= {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    with torch.no_grad():
+        expected = [block(**call) for block in blocks_of(model)]
+        for block, outputs in zip(blocks_of(fuse(model)), expected, strict=True):
+            for mine, theirs in zip(block(**call), outputs, strict=True):
+                assert error(mine, theirs) <= BOUND[dtype]
+    assert len(ran) == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [None, CacheConfig("taylor", interval=2), CacheConfig("delta", interval=2)])
 def test_a_graph_of_fused_blocks(ran, caplog, config):
@@ -164,7 +184,8 @@ def test_a_graph_of_fused_blocks(ran, caplog, config):
     size = {"num_attention_heads": 3, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
     model = make_quantized(8, True, torch.bfloat16, "cuda", **size)
     steps = [given(torch.bfloat16, "cuda", time) for time in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)]
-    steps = [{**step, "encoder_hidden_states": steps[0]["encoder_hidden_states"]} for step in steps]
+    of_run = {name: steps[0][name] for name in ("encoder_hidden_states", "txt_ids")}
+    steps = [{**step, **of_run} for step in steps]
 
     def run():
         return [output_of(model, step).clone() for step in steps]
@@ -172,6 +193,7 @@ def test_a_graph_of_fused_blocks(ran, caplog, config):
     if config is not None:
         apply_cache(model, config=config)
     unfused = run()
+    assert config is None or get_cache(model).reuse_steps >= 2
     fuse(model)
     if config is not None:
         get_cache(model).reset()
@@ -379,6 +401,36 @@ def test_what_fused_blocks_do_not_know_runs_unfused(fused_anywhere, caplog, ran,
     assert torch.equal(run(), expected)
     assert not ran
     assert {"training": "training mode"}.get(how, how) in caplog.text
+
+
+def test_blocks_without_rotary_tables_run_unfused(fused_anywhere, caplog, ran):
+    model = make_quantized()
+    seen, _ = calls_of_blocks(model, given())
+    calls = [{**kwargs, "image_rotary_emb": None} for _, kwargs, _ in seen]
+    with torch.no_grad():
+        expected = [block(**call) for block, call in zip(blocks_of(model), calls, strict=True)]
+        for block, call, outputs in zip(blocks_of(fuse(model)), calls, expected, strict=True):
+            assert all(map(torch.equal, block(**call), outputs))
+    assert not ran
+    assert "image_rotary_emb is no pair of float32 tables" in caplog.text
+
+
+def test_attention_runs_by_the_backend_that_was_chosen(fused_anywhere, monkeypatch, caplog, ran):
+    chosen, original = [], attention_dispatch.dispatch_attention_fn
+    monkeypatch.setattr(
+        attention_dispatch,
+        "dispatch_attention_fn",
+        lambda *args, backend=None, **others: chosen.append(backend) or original(*args, backend=backend, **others),
+    )
+    model = fuse(make_quantized())
+    output_of(model, given())
+    model.set_attention_backend("native")
+    output_of(model, given())
+    assert chosen == [None] * 4 + ["native"] * 4
+    unfuse(model)
+    blocks_of(model)[1].attn.processor._parallel_config = object()
+    fuse(model)
+    assert "its attention is spread over several GPUs (1 of 4)" in caplog.text
 
 
 def test_on_a_cpu_the_model_runs_as_before_and_says_so_once(caplog):
