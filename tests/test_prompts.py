@@ -8,13 +8,25 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from qandc import CacheConfig, ConfigError, ModelError, apply_cache, load, load_pipeline, quantize_model
+from qandc import (
+    CacheConfig,
+    ConfigError,
+    ModelError,
+    apply_cache,
+    load,
+    load_pipeline,
+    optimize,
+    quantize_model,
+    restore,
+)
 from qandc.cli.main import main
 from qandc.evaluation.metrics import psnr
+from qandc.evaluation.pixels import to_uint8
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt, warn_of_long_prompts
 from tests.tiny_pipelines import PIPELINES, make_pipeline
@@ -131,19 +143,19 @@ def test_refusals_before_a_pipeline_is_loaded(capsys, index_dir, options, messag
     assert not target.exists()
 
 
-@pytest.mark.parametrize("command", ["generate", "calibrate"])
+@pytest.mark.parametrize("command", [("generate",), ("calibrate",), ("sample", "-n", "2")])
 @pytest.mark.parametrize("flag", ["--prompt", "--prompts", "--height", "--width", "--negative-prompt"])
 def test_models_that_draw_classes_take_no_prompt(capsys, tmp_path, pipeline_dir, command, flag):
     for model in ((), ("--model", pipeline_dir)):
-        status, _, err = run(capsys, command, *model, flag, "7", "-o", tmp_path / "x.png")
+        output = tmp_path / ("x.npz" if command[0] == "sample" else "x.png")
+        status, _, err = run(capsys, *command, *model, flag, "7", "-o", output)
         assert status == 2
         assert len(err.splitlines()) == 1
         assert f"{flag} is for models that draw from prompts, and DiTPipeline draws classes" in err
 
 
-@pytest.mark.parametrize("command", [("sample", "-n", "2", "--full-precision"), ("ablate",)])
-def test_commands_that_draw_classes_refuse_other_models(capsys, index_dir, command):
-    status, _, err = run(capsys, *command, "--model", index_dir, "--device", "cpu", "-o", index_dir / "x.npz")
+def test_a_command_that_draws_classes_refuses_other_models(capsys, index_dir):
+    status, _, err = run(capsys, "ablate", "--model", index_dir, "--device", "cpu", "-o", index_dir / "x.npz")
     assert status == 2
     assert "is a FluxPipeline, which draws from prompts; give one that draws classes here" in err
 
@@ -184,6 +196,60 @@ def test_calibrate_on_prompts_then_generate(capsys, tmp_path, flux_dir, calibrat
         assert status == 2
         assert len(err.splitlines()) == 1
         assert message in err
+
+
+@pytest.mark.slow
+def test_many_images_of_prompts(capsys, tmp_path, flux_dir, calibrated_dir, monkeypatch):
+    """They go on after Ctrl-C, and are those that the pipeline draws, whatever is drawn at once."""
+    import qandc.experiments.many_images
+
+    prompts, drawn = ["a coat", "a hat"], []
+
+    def interrupted(pipe, prompt, *arguments):
+        drawn.append(prompt)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return draw_prompt(pipe, prompt, *arguments)
+
+    command = ("sample", "--model", flux_dir, "--prompt", "a coat", "--prompt", "a hat", *SMALL, "-n", 5, "--seed", 7)
+    target = tmp_path / "x.npz"
+    with monkeypatch.context() as patched:
+        patched.setattr(qandc.experiments.many_images, "draw_prompt", interrupted)
+        assert run(capsys, *command, "--batch-size", 2, "-o", target)[0] == 130
+    assert drawn == ["a coat", "a hat", "a coat", "a hat"]
+    assert "holds shards of" in run(capsys, *command, "--batch-size", 2, "--w-bits", 4, "-o", target)[2]
+    status, out, _ = run(capsys, *command, "--batch-size", 2, "-o", target, "--json", tmp_path / "x.json")
+    assert status == 0
+    assert f"wrote {target}: 5 images" in out
+    assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["name"] == "optimized"
+    pipe = load_pipeline(flux_dir)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"height": 16, "width": 16, "num_inference_steps": 6}
+
+    def expected():
+        made = [draw_prompt(pipe, prompts[i % 2], 7 + i, arguments) for i in range(5)]
+        return to_uint8(torch.cat(made)).permute(0, 2, 3, 1).numpy()
+
+    for options, optimization in (
+        (("--full-precision",), None),
+        ((), {}),
+        (("--w-bits", 4), {"w_bits": 4}),
+        (("--calibrated", calibrated_dir), {"calibrated": calibrated_dir}),
+    ):
+        other = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+        assert run(capsys, *command, *options, "-o", other)[0] == 0
+        if optimization is not None:
+            optimize(pipe, **optimization)
+        with np.load(other) as found:
+            assert np.abs(found["arr_0"].astype(int) - expected().astype(int)).max() <= 1
+            assert found["arr_1"].tolist() == [0, 1, 0, 1, 0]
+        if optimization is not None:
+            restore(pipe)
+    status, _, err = run(capsys, *command, "--full-precision", "--w-bits", 4, "-o", tmp_path / "y.npz")
+    assert status == 2
+    assert "--w-bits is for a model that is quantized here: leave it out" in err
+    status, _, err = run(capsys, *command, "--scheduler", "ddim", "-o", tmp_path / "y.npz")
+    assert "--scheduler is for models that draw classes; FluxPipeline has its own" in err
 
 
 def test_what_calibrate_passes_on(capsys, tmp_path, flux_dir, monkeypatch):

@@ -231,7 +231,7 @@ def _from_prompts(
     from qandc.method.saved import schedule_of
     from qandc.quantizer import QuantConfig
     from qandc.sampling.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype
-    from qandc.sampling.prompts import RUN, call_arguments, usual_steps, warn_of_long_prompts
+    from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_long_prompts
 
     chosen = {name: default if given[name] is None else given[name] for name, default in OF_PROMPTS.items()}
     config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
@@ -251,10 +251,7 @@ def _from_prompts(
         pipe = load_pipeline(model, where, torch_dtype)
     check_full_precision(pipe, model)
     of_call = call_arguments(pipe, {name: given[name] for name in RUN})
-    steps = of_call.get("num_inference_steps", usual_steps(pipe))
-    if cache is not None and cache.length is not None and getattr(pipe.scheduler, "order", 1) == 1:
-        steps = of_call.setdefault("num_inference_steps", cache.length)
-        cache.of_steps(steps)
+    steps = steps_of_run(pipe, of_call, cache)
     warn_of_long_prompts(pipe, prompts)
     drawn = PromptsConfig(tuple(prompts), of_call, config, cache, seed, calibrated)
 

@@ -16,10 +16,18 @@ from qandc.cli.options import (
     Device,
     Dtype,
     Given,
+    Height,
     Model,
     ModelOrSettings,
+    NegativePrompt,
+    PromptFile,
+    Prompts,
     Seed,
+    Width,
     calibrated_options,
+    draws_from_prompts,
+    read_prompts,
+    refuse,
     resolve,
     takes,
 )
@@ -57,7 +65,7 @@ def _resumable() -> Iterator[None]:
         raise
 
 
-def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[Any, str | None]:
+def _load(model: str | None, device: str, dtype: str, processes: Any, text: bool = False) -> tuple[Any, str | None]:
     """Load the pipeline on the device of this process; return it and where it came from."""
     from qandc.sampling.pipelines import (
         check_draws_classes,
@@ -68,8 +76,9 @@ def _load(model: str | None, device: str, dtype: str, processes: Any) -> tuple[A
         source_of,
     )
 
-    quiet_diffusers()
-    check_draws_classes(model)
+    quiet_diffusers(text)
+    if not text:
+        check_draws_classes(model)
     where = processes.device(resolve_device(device))
     pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
     check_full_precision(pipe, model)
@@ -91,11 +100,16 @@ def _one_set_of_settings(directory: Path, settings: Any, source: str | None, pro
 @takes("num_inference_steps guidance_scale scheduler w_bits")
 def sample(
     *,
-    images: Annotated[int, typer.Option("--images", "-n", help="How many; the classes of the model in turn.")],
+    images: Annotated[int, typer.Option("--images", "-n", help="How many; the classes, or the prompts, in turn.")],
     output: Annotated[Path, typer.Option("--out", "-o", help="NPZ file to write: arr_0 [N, H, W, C] uint8.")],
     calibrated: Calibrated = None,
     full_precision: Annotated[bool, typer.Option("--full-precision", help="Neither quantize nor cache.")] = False,
     model: Model = None,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
     given: Given,
     batch_size: BatchSize = 50,
     seed: Seed = 0,
@@ -107,11 +121,12 @@ def sample(
 
     The same command after an interruption goes on with the images that were drawn.
     """
-    from qandc.experiments.many_images import check_new, sample_file
+    from qandc.experiments.many_images import check_new, sample_file, sample_prompts_file
     from qandc.experiments.processes import Processes
     from qandc.experiments.shards import ImageSet
-    from qandc.method.saved import Preset, fashion_dit_preset
+    from qandc.method.saved import Preset, fashion_dit_preset, schedule_of
     from qandc.sampling.pipelines import class_names
+    from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_long_prompts
     from qandc.support.results import result_header
 
     if full_precision and calibrated is not None:
@@ -121,8 +136,19 @@ def sample(
     check_new(output)
     if json_output is not None:
         check_output(json_output, ".json")
-    preset, origin = None, f"in {str(calibrated)!r}"
-    if calibrated is not None:
+    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
+    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    preset, origin, texts, optimization = None, f"in {str(calibrated)!r}", [], None
+    if kind is not None:
+        refuse(
+            {"--scheduler": given["scheduler"]}, f"is for models that draw classes; {kind} has its own: leave it out"
+        )
+        if full_precision or calibrated is not None:
+            refuse({"--w-bits": given["w_bits"]}, "is for a model that is quantized here: leave it out")
+        texts = read_prompts(prompt, prompts, kind)
+        bits = {} if given["w_bits"] is None else {"w_bits": given["w_bits"]}
+        optimization = None if full_precision else bits if calibrated is None else {"calibrated": calibrated}
+    elif calibrated is not None:
         preset = Preset.load(calibrated)
         model = preset.base_model(model)
     elif not full_precision:
@@ -134,16 +160,26 @@ def sample(
     chosen = resolve(given, {} if preset is None else calibrated_options(preset), {}, origin)
     run = {"steps": chosen["num_inference_steps"], **{name: chosen[name] for name in ("guidance_scale", "scheduler")}}
     with Processes.joined() as processes:
-        pipe, source = _load(model, device, dtype, processes)
-        image_set = ImageSet(images, tuple(class_names(pipe)), seed, batch_size)
+        pipe, source = _load(model, device, dtype, processes, text=kind is not None)
+        if kind is not None:
+            pipe.set_progress_bar_config(disable=True)
+            run = call_arguments(pipe, {name: {**of_prompts, **given}[name] for name in RUN})
+            schedule = None if calibrated is None else schedule_of(calibrated)
+            steps_of_run(pipe, run, None if schedule is None else schedule.config())
+            warn_of_long_prompts(pipe, texts)
+        image_set = ImageSet(images, tuple(range(len(texts))) or tuple(class_names(pipe)), seed, batch_size)
         with stage_bars(processes.is_main) as progress, _resumable():
-            rate = sample_file(
-                pipe, output, image_set, preset=preset, source=source, processes=processes, progress=progress, **run
-            )
+            shared: dict[str, Any] = {"source": source, "processes": processes, "progress": progress}
+            if kind is None:
+                rate = sample_file(pipe, output, image_set, preset=preset, **shared, **run)
+            else:
+                rate = sample_prompts_file(pipe, output, image_set, texts, run, optimization=optimization, **shared)
         if not processes.is_main:
             return
     if json_output is not None:
         name = "full precision" if preset is None else preset.config.scheme
+        if optimization is not None:
+            name = f"optimized {optimization}" if optimization else "optimized"
         row = {"name": name, "processes": processes.count, "images": images, "images_per_second": rate}
         header = result_header({**run, "batch_size": batch_size, "device": str(pipe.device), "model": source})
         write_json(json_output, {**header, "rows": [row], "goals": []})

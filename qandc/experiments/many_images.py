@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,30 @@ from qandc.experiments.processes import Processes
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
 from qandc.method.pipeline_calibration import StageProgress
-from qandc.method.saved import Preset
+from qandc.method.saved import MANIFEST, Preset
+from qandc.optimize import optimize, parts_of
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.sampling.pipelines import fingerprint
+from qandc.sampling.prompts import draw_prompt
 from qandc.support.attach import paused
-from qandc.support.files import keep_settings, locked
+from qandc.support.files import FileEntry, keep_settings, locked
 from qandc.variance_compensation import Compensation
 
-__all__ = ["ImageDrawer", "check_new", "describe_pipeline", "sample_file"]
+__all__ = ["ImageDrawer", "check_new", "describe_pipeline", "sample_file", "sample_prompts_file"]
 
 SETTINGS = "settings.json"
 
 
 def describe_pipeline(pipe: Any, scheduler: Any, source: str | None) -> dict[str, Any]:
     """Describe what decides about images beside a command's options, for the file a resumed run is compared with."""
-    model = pipe.transformer
+    models = [getattr(pipe, name) for name in parts_of(pipe)]
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return {
         "model": source,
-        "weights_sha256": [fingerprint(model), fingerprint(pipe.vae)],
+        "weights_sha256": [fingerprint(part) for part in (*models, pipe.vae)],
         "scheduler_config": config,
-        "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": models[0].device.type,
+        "dtype": str(models[0].dtype).removeprefix("torch."),
     }
 
 
@@ -126,29 +129,19 @@ def sample_file(
         ProcessError: a process has ended, or was told to.
         DataError: images hold NaN, or a shard is damaged.
     """
-    processes = Processes() if processes is None else processes
     model, noise_schedule = pipe.transformer, make_scheduler(scheduler, pipe.scheduler.config)
     check_sampling(model, noise_schedule, image_set.classes, steps, guidance_scale)
     if preset is not None:
         preset.check(model, noise_schedule, steps, guidance_scale)
-    shards = _shards_of(path)
-    with ExitStack() as stack:
-        if processes.is_main:
-            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
-            check_new(path)
-            settings = {
-                **describe_pipeline(pipe, noise_schedule, source),
-                "steps": steps,
-                "guidance_scale": guidance_scale,
-                "preset": None if preset is None else preset.digest(),
-                "classes": list(image_set.classes),
-                "count": image_set.count,
-                "first_seed": image_set.first_seed,
-                "batch_size": image_set.batch_size,
-            }
-            keep_settings(shards / SETTINGS, settings, "shards")
-        processes.barrier("the folder of shards")
-        missing = sum(map(len, missing_shards(shards, image_set)))
+    settings = {
+        **describe_pipeline(pipe, noise_schedule, source),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "preset": None if preset is None else preset.digest(),
+        "classes": list(image_set.classes),
+    }
+
+    def prepare(stack: ExitStack) -> ImageDrawer:
         if preset is not None:
             preset.quantize(model)
             if model.device.type == "cuda":
@@ -156,7 +149,86 @@ def sample_file(
             apply_cache(model, config=preset.schedule.config(), compensation=preset.features)
             stack.callback(remove_cache, model)
         run = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        draw = ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)
+        return ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)
+
+    return _draw_file(path, image_set, settings, prepare, processes, progress)
+
+
+class PromptDrawer:
+    """Draw images ``[B, C, H, W]`` in [-1, 1] of prompts, given by number, and seeds, one by one."""
+
+    def __init__(self, pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
+        self.pipe, self.prompts, self.arguments = pipe, prompts, arguments
+
+    def warm_up(self, images: int) -> None:
+        """Load kernels, compile and capture graphs by drawing an image for nobody, where there are any."""
+        if self.pipe.device.type == "cuda":
+            self([0], [0])
+
+    def __call__(self, numbers: Any, seeds: Any) -> torch.Tensor:
+        pairs = zip(numbers, seeds, strict=True)
+        return torch.cat([draw_prompt(self.pipe, self.prompts[i], seed, self.arguments) for i, seed in pairs])
+
+
+def sample_prompts_file(
+    pipe: Any,
+    path: Path,
+    image_set: ImageSet,
+    prompts: Sequence[str],
+    arguments: Mapping[str, Any],
+    *,
+    optimization: Mapping[str, Any] | None = None,
+    source: str | None = None,
+    processes: Processes | None = None,
+    progress: StageProgress = lambda stage, completed, total: None,
+) -> float | None:
+    """Do for prompts what :func:`sample_file` does for classes; the classes of the set are numbers of prompts.
+
+    Args:
+        pipe: draws from prompts, in full precision.
+        path, image_set, source, processes, progress: as for :func:`sample_file`.
+        prompts: that images are drawn from.
+        arguments: of each call of the pipeline.
+        optimization: arguments of :func:`qandc.optimize`; None draws in full precision.
+    """
+    held = {} if optimization is None else {name: str(value) for name, value in optimization.items()}
+    if "calibrated" in held:  # another model under the same name is another
+        held["calibrated"] = FileEntry.of(Path(held["calibrated"], MANIFEST)).sha256
+    settings = {
+        **describe_pipeline(pipe, pipe.scheduler, source),
+        "prompts": list(prompts),
+        "arguments": dict(arguments),
+        "optimization": None if optimization is None else held,
+    }
+
+    def prepare(stack: ExitStack) -> PromptDrawer:
+        if optimization is not None:
+            optimize(pipe, **optimization, restorable=False)
+        return PromptDrawer(pipe, prompts, arguments)
+
+    return _draw_file(path, image_set, settings, prepare, processes, progress)
+
+
+def _draw_file(
+    path: Path,
+    image_set: ImageSet,
+    settings: Mapping[str, Any],
+    prepare: Callable[[ExitStack], ImageDrawer | PromptDrawer],
+    processes: Processes | None,
+    progress: StageProgress,
+) -> float | None:
+    """Draw the shards that are not there, with what ``prepare`` makes once shards of other settings are refused."""
+    processes = Processes() if processes is None else processes
+    shards = _shards_of(path)
+    with ExitStack() as stack:
+        if processes.is_main:
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+            check_new(path)
+            of_set = {name: getattr(image_set, name) for name in ("count", "first_seed", "batch_size")}
+            keep_settings(shards / SETTINGS, {**settings, **of_set}, "shards")
+        processes.barrier("the folder of shards")
+        missing = sum(map(len, missing_shards(shards, image_set)))
+        draw = prepare(stack)
         if missing:
             draw.warm_up(min(image_set.batch_size, image_set.count))
         processes.barrier("loading")

@@ -9,9 +9,18 @@ from typing import Any
 
 import torch
 
+from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, DataError, ModelError
 
-__all__ = ["RUN", "call_arguments", "check_prompts", "draw_prompt", "usual_steps", "warn_of_long_prompts"]
+__all__ = [
+    "RUN",
+    "call_arguments",
+    "check_prompts",
+    "draw_prompt",
+    "steps_of_run",
+    "usual_steps",
+    "warn_of_long_prompts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +36,17 @@ def usual_steps(pipe: Any) -> int:
     """Return the number of denoising steps that a pipeline takes if nobody says one."""
     found = _parameters(pipe).get("num_inference_steps")
     return found.default if found is not None and isinstance(found.default, int) else USUAL_STEPS
+
+
+def steps_of_run(pipe: Any, arguments: dict[str, Any], cache: CacheConfig | None) -> int:
+    """Return the steps of a run; where none are given and a cache is for one length, ``arguments`` get as many.
+
+    Raises:
+        ConfigError: the cache is for another number of steps.
+    """
+    if cache is not None and cache.length is not None and getattr(pipe.scheduler, "order", 1) == 1:
+        cache.of_steps(arguments.setdefault("num_inference_steps", cache.length))
+    return arguments.get("num_inference_steps") or usual_steps(pipe)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
