@@ -344,7 +344,7 @@ def test_a_block_that_cannot_be_fused_runs_as_before(fused_anywhere, monkeypatch
         change(model)
     assert error(output_of(model, inputs), expected) <= BOUND[torch.float32]
     assert len(ran) == 3
-    assert reason in caplog.text
+    assert caplog.text.count(reason) == 1
     monkeypatch.setattr("qandc.quantization.conversion.select_backend", lambda device: Backend("triton", "as if"))
     report = {layer.name: layer for layer in quantization_report(model).layers}
     assert report["transformer_blocks.0.ff.net.2"].kernel == "triton int8_linear, fused"

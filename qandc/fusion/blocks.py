@@ -37,11 +37,11 @@ class FusedBlocks(Attachment):
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def say(self, reason: str) -> None:
+    def say(self, reason: str, how_many: str = "") -> None:
         """Log a reason once."""
         if reason not in self._said:
             self._said.add(reason)
-            logger.warning("fuse: blocks run unfused: %s", reason)
+            logger.warning("fuse: blocks run unfused: %s%s", reason, how_many)
 
     def kernels_of(self, model: nn.Module) -> dict[str, tuple[str, str]]:
         found: dict[str, tuple[str, str]] = {}
@@ -163,7 +163,7 @@ def attach_blocks(model: Any, family: Family) -> None:
     owner = FusedBlocks()
     for reason, count in Counter(reasons).items():
         if reason is not None:
-            owner.say(f"{reason} ({count} of {len(reasons)})")
+            owner.say(reason, f" ({count} of {len(reasons)})")
     for stack in family.stacks:
         for block in getattr(model, stack.blocks) if stack.fused is not None else ():
             attach(block, _FusedBlock, **{BLOCK: _Fused(owner, stack)})

@@ -72,7 +72,22 @@ class _Projection:
         qk_norm_rope_(qkv, q.weight, k.weight, cos, sin, q.eps)
 
 
-class FusedSingleBlock:
+class _FluxBlock:
+    """Know which calls of a block of FLUX.1 can run fused."""
+
+    @staticmethod
+    def why_not_call(call: Call) -> str | None:
+        rotary, x = call.get("image_rotary_emb"), call["hidden_states"]
+        if call.get("joint_attention_kwargs"):
+            return "its attention is given joint_attention_kwargs"
+        if not isinstance(rotary, tuple) or any(
+            t.dtype != torch.float32 or t.ndim != 2 or t.device != x.device for t in rotary
+        ):
+            return "image_rotary_emb is no pair of float32 tables"
+        return None
+
+
+class FusedSingleBlock(_FluxBlock):
     """Run a block of one sequence, text and image."""
 
     layers: ClassVar[tuple[str, ...]] = (*QKV, "proj_mlp", "proj_out")
@@ -104,10 +119,6 @@ class FusedSingleBlock:
             or why_not_one_product(block, QKV)
             or why_not_one_input(block, (*QKV, "proj_mlp"))
         )
-
-    @staticmethod
-    def why_not_call(call: Call) -> str | None:
-        return _why_not_call(call)
 
     def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         text, image = call["encoder_hidden_states"], call["hidden_states"]
@@ -155,7 +166,7 @@ class _Stream:
         self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.multiplier), gate_mlp, targets[1])
 
 
-class FusedDoubleBlock:
+class FusedDoubleBlock(_FluxBlock):
     """Run a block of two streams, text and image, with one attention."""
 
     layers: ClassVar[tuple[str, ...]] = (*QKV, "attn.to_out.0", *FF, *ADDED_QKV, "attn.to_add_out", *FF_CONTEXT)
@@ -185,10 +196,6 @@ class FusedDoubleBlock:
         for names in (QKV, ADDED_QKV):
             reason = reason or why_not_one_product(block, names) or why_not_one_input(block, names)
         return reason
-
-    @staticmethod
-    def why_not_call(call: Call) -> str | None:
-        return _why_not_call(call)
 
     def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         given = call["encoder_hidden_states"], call["hidden_states"]
@@ -248,14 +255,3 @@ def _why_not_attention(block: Any, norms: tuple[str, ...]) -> str | None:
 def _why_not_layers(block: Any, names: tuple[str, ...]) -> str | None:
     reasons = (why_not_layer(name, block.get_submodule(name)) for name in names)
     return touched(block) or next((reason for reason in reasons if reason is not None), None)
-
-
-def _why_not_call(call: Call) -> str | None:
-    rotary, x = call.get("image_rotary_emb"), call["hidden_states"]
-    if call.get("joint_attention_kwargs"):
-        return "its attention is given joint_attention_kwargs"
-    if not isinstance(rotary, tuple) or any(
-        t.dtype != torch.float32 or t.ndim != 2 or t.device != x.device for t in rotary
-    ):
-        return "image_rotary_emb is no pair of float32 tables"
-    return None
