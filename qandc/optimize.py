@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from qandc.cache import apply_cache, get_cache
+from qandc.cache import apply_cache, get_cache, reset_all_caches
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of, format_schedule
 from qandc.errors import ConfigError, ModelError
 from qandc.fusion.blocks import FusedBlocks, fuses_blocks
@@ -42,7 +42,7 @@ __all__ = ["OptimizationPlan", "TransformerPlan", "optimize", "parts_of", "resto
 logger = logging.getLogger(__name__)
 
 PARTS = ("transformer", "transformer_2", "unet")  # names of what denoises in pipelines of diffusers
-OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline
+OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline: what undoes each call, in order
 INTERVAL = 3
 UNPLANNED = "no: the cache decides while a step runs"
 ADD_A_FAMILY = "docs/models.md says how a family is added"
@@ -230,7 +230,7 @@ def optimize(
         w_bits, a_bits, conditioning: as for :func:`qandc.quantize_model`.
         cache: a mode of :class:`qandc.CacheConfig`, a config or schedule, or None.
         cache_interval: with a mode, which steps are computed: every third by default.
-        transformer: only this one, ``"transformer_2"`` for example.
+        transformer: only this one, ``"transformer_2"`` for example; the other may be optimized by a call of its own.
         calibrate_on: prompts like those to come. Images are drawn from them, in minutes to hours, to find smoothing,
             static ranges, the steps to compute and a compensation (:func:`qandc.calibrate_on_prompts`).
         calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote: its transformer
@@ -290,11 +290,13 @@ def optimize(
             layers = _with_reasons(quantization_report(found.model), planned)
             kind = original_class(model).__name__
             parts.append(TransformerPlan(name, kind, layers, own, usual_steps(pipe), others))
+        for name in names:
+            reset_all_caches(getattr(pipe, name))  # calibration of one transformer runs the others
     except BaseException:
         state.undo()
         raise
     state.settle()
-    pipe.__dict__[OPTIMIZED] = state
+    pipe.__dict__.setdefault(OPTIMIZED, []).append(state)
     plan = OptimizationPlan(type(pipe).__name__, tuple(parts))
     logger.info("%s", plan)
     return plan
@@ -325,7 +327,7 @@ def _check(
                 f"pipe.{name}._orig_mod: optimize compiles its blocks"
             )
         done = {"quantized": bool(quant_layers(model)), "cached": get_cache(model) is not None}
-        if OPTIMIZED in pipe.__dict__ or any(done.values()) or attachments(model):
+        if any(done.values()) or attachments(model):
             what = next((what for what, is_so in done.items() if is_so), "optimized")
             raise ModelError(
                 f"pipe.{name} is {what} already; call qandc.restore(pipe) first, or load the pipeline again"
@@ -415,10 +417,12 @@ def restore(pipe: Any) -> Any:
         ModelError: it is not optimized, was optimized with ``restorable=False``, or its transformer was changed since
             (by an adapter, for example). The pipeline is unchanged then.
     """
-    state = getattr(pipe, "__dict__", {}).get(OPTIMIZED)
-    if state is None:
+    states = [state for state in getattr(pipe, "__dict__", {}).get(OPTIMIZED, ()) if state is not None]
+    if not states:
         raise ModelError(f"this {type(pipe).__name__} is not optimized; give the pipeline that optimize was given")
-    state.check()
-    state.undo()
+    for state in states:
+        state.check()
+    while states:
+        states.pop().undo()
     del pipe.__dict__[OPTIMIZED]
     return pipe

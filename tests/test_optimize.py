@@ -178,11 +178,34 @@ def test_a_calibrated_schedule_is_printed_with_its_timesteps(dit_pipe):
     )
 
 
-@pytest.mark.parametrize("prompted", ["WanPipeline"], indirect=True)
-def test_two_transformers(prompted):
-    pipe = prompted
+def wan_22(pipe):
+    """Give a pipeline of Wan a second transformer, for the later steps."""
     pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
     pipe.register_to_config(boundary_ratio=0.6)
+    return pipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompted", ["WanPipeline"], indirect=True)
+def test_two_transformers_are_calibrated_one_after_the_other(prompted):
+    pipe = wan_22(prompted)
+    plain = draw(pipe, steps=8, guidance_scale=1.0)
+    given = {**BRIEF, "num_inference_steps": 8, "num_frames": 5, "guidance_scale": 1.0}
+    plan = optimize(pipe, cache=CacheConfig("branch", interval=2), calibrate_on=PROMPTS, **given)
+    lengths = [part.cache.length for part in plan.transformers]
+    assert sum(lengths) == 8
+    assert min(lengths) > 1
+    assert torch.isfinite(draw(pipe, steps=8, guidance_scale=1.0)).all()
+    for model, length in zip((pipe.transformer, pipe.transformer_2), lengths, strict=True):
+        cache = get_cache(model)
+        assert cache.compute_steps + cache.reuse_steps == length
+    restore(pipe)
+    assert torch.equal(draw(pipe, steps=8, guidance_scale=1.0), plain)
+
+
+@pytest.mark.parametrize("prompted", ["WanPipeline"], indirect=True)
+def test_two_transformers(prompted):
+    pipe = wan_22(prompted)
     plain, before = draw(pipe), [contents(model) for model in (pipe.transformer, pipe.transformer_2)]
     with pytest.raises(
         ConfigError, match=r"schedule of 2 steps is for one transformer.* give transformer='transformer'"
@@ -190,7 +213,14 @@ def test_two_transformers(prompted):
         optimize(pipe, cache=CacheConfig(schedule=[True, False]))
     optimize(pipe, transformer="transformer_2")
     assert not quant_layers(pipe.transformer)
+    optimize(pipe, 4, transformer="transformer")
+    assert [quant_layers(model)["blocks.0.ffn.net.2"].w_bits for model in (pipe.transformer, pipe.transformer_2)] == [
+        4,
+        8,
+    ]
     restore(pipe)
+    for model, was in zip((pipe.transformer, pipe.transformer_2), before, strict=True):
+        assert_as_before(model, was)
     plan = optimize(pipe)
     assert [part.name for part in plan.transformers] == ["transformer", "transformer_2"]
     draw(pipe, steps=9)
