@@ -245,7 +245,7 @@ def _why_not_attention(block: Any, norms: tuple[str, ...]) -> str | None:
     attention = block.attn
     if original_class(attention) is not FluxAttention or type(attention.processor) is not FluxAttnProcessor:
         return "its attention is not the plain one of FLUX.1 (an IP-Adapter, for example)"
-    if attention.processor._parallel_config is not None:
+    if getattr(attention.processor, "_parallel_config", None) is not None:  # diffusers from 0.36 on
         return "its attention is spread over several GPUs"
     found: list[Any] = [getattr(attention, name, None) for name in norms]
     plain = all(type(norm) is nn.RMSNorm and norm.weight is not None and norm.eps for norm in found)
