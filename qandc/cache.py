@@ -175,7 +175,7 @@ def apply_cache(
     It knows DiT, PixArt, FLUX.1, Chroma, Qwen-Image, SD3, SD3.5, Wan and Z-Image. Conditional and unconditional passes
     may be one batch, or take turns.
 
-    Blocks that ``block.compile()`` has compiled stay so. A fused transformer (:func:`qandc.fuse_dit`) runs compute and
+    Blocks that ``block.compile()`` has compiled stay so. A fused DiT (:func:`qandc.fuse`) runs compute and
     reuse steps as CUDA graphs of their own.
 
     Args:

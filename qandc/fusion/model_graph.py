@@ -192,7 +192,7 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> Mod
     kind of step is a graph of its own: two to four for each run that is going on.
 
     Args:
-        model: any module; changed in place. :func:`qandc.fuse_dit` has graphs of its own.
+        model: any module; changed in place. :func:`qandc.fuse` gives a DiT graphs of its own.
         limit: graphs that are kept; of more the one used longest ago is given up. All share the memory of the largest.
 
     Returns:
