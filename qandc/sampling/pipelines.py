@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -186,7 +187,9 @@ def load_pipeline(
     with _loading(source, is_directory):
         if kind == CLASS_CONDITIONAL:
             return _load_dit(source, dtype).to(device)
-        pipe: Any = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        with warnings.catch_warnings():  # newer versions name it dtype, which older ones do not know
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+            pipe: Any = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
         return pipe.to(device)
 
 
