@@ -407,3 +407,11 @@ def test_without_a_network_it_is_one_line(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "unset HF_HUB_OFFLINE" in done.stderr
+
+
+def test_the_hub_client_tells_of_retries_with_verbose_alone(index_dir, monkeypatch):
+    """It reads the variable when it is imported."""
+    for options, expected in (((), "error"), (("--verbose",), None)):
+        monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
+        assert main([*options, "generate", "--model", str(index_dir)]) == 2
+        assert os.environ.get("HF_HUB_VERBOSITY") == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -75,6 +76,8 @@ def _options(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what is decided, on stderr.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    if not verbose:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the hub client, imported later, tells of each retry
     for package in ("qandc", "qandc_kernels"):
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.NOTSET)
 

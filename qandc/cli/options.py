@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from qandc.caching.schedule import OLDER_MODES
+from qandc.cli.terminal import err
 from qandc.errors import ConfigError
 from qandc.method.settings import CalibrationConfig
 from qandc.sampling.pipelines import CLASS_CONDITIONAL, pipeline_class
@@ -196,7 +197,8 @@ def draws_from_prompts(
     """
     for name in ("height", "width"):
         check_value(f"--{name}", Count | None, others[name])
-    kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
+    with err.status(f"looking for {model}"):
+        kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
     if kind != CLASS_CONDITIONAL:
         return kind
     given = {"--prompt": prompt, "--prompts": file}

@@ -103,9 +103,8 @@ def check_output(path: Path, suffix: str) -> None:
 
 
 def quiet_diffusers(text: bool = False) -> None:
-    """Keep loading bars and hints of diffusers, transformers and the hub client out of our output, not downloads."""
+    """Keep loading bars and hints of diffusers, and of transformers, out of our output; downloads show theirs."""
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import logging as hub_logging
 
     libraries: list[Any] = [diffusers_logging]
     if text and importlib.util.find_spec("transformers") is not None:
@@ -113,7 +112,7 @@ def quiet_diffusers(text: bool = False) -> None:
     for library in libraries:
         library.disable_progress_bar()
     if not logging.getLogger("qandc").isEnabledFor(logging.DEBUG):
-        for library in (*libraries, hub_logging):
+        for library in libraries:
             library.set_verbosity_error()
 
 
