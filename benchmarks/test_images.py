@@ -294,7 +294,7 @@ def build(layer: str, name: str, steps: int, row: Row, held: ExitStack) -> Candi
             if theirs:
                 launch(0)
         except Exception as reason:
-            if not theirs:
+            if not theirs or isinstance(reason, NotInstalled):
                 raise
             raise NotInstalled(f"{type(reason).__name__}: {reason}") from reason
 

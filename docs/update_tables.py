@@ -511,6 +511,22 @@ def images_table(result: dict[str, Any]) -> list[str]:
     return [*lines, *(f"| {name} | {' | '.join(cell(run, name) for run in runs)} |" for name in names)]
 
 
+def models_fused_table(result: dict[str, Any]) -> list[str]:
+    lines = ["| a forward of FLUX.1-dev | ms, as called | GB of weights | error |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        figures = f"{row['median_us'] / 1e3:.1f} | {row['model_bytes'] / 1e9:.1f} | {row['error']:.1%}"
+        lines.append(f"| {row['candidate']} | {figures} |")
+    return lines
+
+
+def short_images_table(result: dict[str, Any]) -> list[str]:
+    """Leave out what is eager, other caches of ours, and rivals that save less."""
+    names = ("bf16 compiled", "torchao fp8 rowwise, compiled", "bf16 compiled, cache-dit")
+    own = [r["candidate"] for r in result["rows"] if "graph()" in r["candidate"]]
+    kept = (*names, *(name for name in own if name.endswith(("graph()", "taylor cache"))))
+    return images_table({**result, "rows": [row for row in result["rows"] if row["candidate"] in kept]})
+
+
 def by_turns_table(result: dict[str, Any]) -> list[str]:
     """Compare medians of both in the same rounds."""
     rows = {(row["layer"], row["candidate"]): row for row in result["rows"]}
@@ -726,7 +742,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/models.json": models_table,
     "results/h200/models.json short": short_models_table,
     "results/h200/images.json": images_table,
+    "results/h200/images.json short": short_images_table,
     "results/h200/images.json goals": goals_table,
+    "results/h200/models-fused.json": models_fused_table,
     "results/h200/models-by-turns.json": by_turns_table,
     "results/h200/models-by-turns.json goals": goals_table,
     "results/h200/models-fp8.json": models_table,
