@@ -11,6 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before any import of one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+QUICK_CASES = 4  # of a test with many: others, in between, are slow
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -28,6 +30,7 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # for libraries that count what is left at the end
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
     no_interpreter = pytest.mark.skip(
@@ -38,6 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if "interpret" in item.keywords and not INTERPRETED:
             item.add_marker(no_interpreter)
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if not {"slow", "gpu"} & set(item.keywords):
+            cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for alike in cases.values():
+        last = len(alike) - 1
+        quick = {round(i * last / (QUICK_CASES - 1)) for i in range(QUICK_CASES)}
+        for i, item in enumerate(alike):
+            if last >= QUICK_CASES and i not in quick:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(

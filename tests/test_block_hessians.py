@@ -62,6 +62,7 @@ def test_blocks_may_be_asked_for_in_any_order():
         assert torch.equal(found[layer], expected[layer])
 
 
+@pytest.mark.slow
 def test_weights_are_rounded_as_with_all_hessians_at_once():
     """Also where layers are smoothed: the model stays in full precision until all are rounded."""
     name, models = FLUX, [make_tiny(FLUX) for _ in range(2)]

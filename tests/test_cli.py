@@ -91,6 +91,7 @@ def settings_dir(tmp_path_factory, pipeline_dir):
     return path
 
 
+@pytest.mark.slow
 def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     """The likeness of the ten images that calibrate prints is the one that generate, told nothing else, measures."""
     directory, target = tmp_path / "my settings", tmp_path / "images.png"
@@ -130,6 +131,7 @@ def test_calibrate_then_generate(capsys, tmp_path, pipeline_dir):
     assert likeness in out
 
 
+@pytest.mark.slow
 def test_calibrate_without_compensation(capsys, tmp_path, pipeline_dir):
     directory, target = tmp_path / "settings", tmp_path / "images.png"
     status, out, _ = run(
@@ -180,6 +182,7 @@ def test_options_of_calibrate_reach_the_settings(capsys, tmp_path, pipeline_dir,
     assert seen == [(torch.bfloat16, settings, tmp_path / "x", True, str(pipeline_dir))]
 
 
+@pytest.mark.slow
 def test_calibrate_resumes_after_ctrl_c(capsys, tmp_path, pipeline_dir, monkeypatch):
     import qandc.method.pool
     import qandc.method.stages

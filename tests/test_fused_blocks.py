@@ -446,6 +446,7 @@ def test_on_a_cpu_the_model_runs_as_before_and_says_so_once(caplog):
     ]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_stay_compiled(fused_anywhere, caplog, ran):
     model, inputs = make_quantized(), given()
     expected = output_of(model, inputs)

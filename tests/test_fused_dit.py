@@ -171,6 +171,7 @@ def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monk
         assert relative_error(actual, expected) <= 2 * MODEL_BOUND[dtype]
 
 
+@pytest.mark.slow
 def test_smoothing_matters(fused_anywhere):
     """Left out of any of their five places, the factors would change the result by more than rounding."""
     model = make_quantized(smoothing=True)

@@ -426,6 +426,7 @@ def test_what_a_calibrated_dit_was_saved_with_is_used(dit_pipe, tmp_path, fused_
     assert torch.equal(images(dit_pipe), plain)
 
 
+@pytest.mark.slow
 def test_a_calibrated_flux_runs_on_fused_blocks(tmp_path, fused_anywhere):
     name = "FluxTransformer2DModel"
     save(calibrate(quantize_model(make_tiny(name)), [inputs_of(name)]), tmp_path / "saved")

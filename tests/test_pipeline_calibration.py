@@ -261,6 +261,7 @@ def test_every_stage_runs_from_nothing_to_its_total(tmp_path, pipeline_dir):
         assert seen["candidate pool"][0][1] == 12 * STEPS
 
 
+@pytest.mark.slow
 def test_the_pool_is_of_the_cached_model_and_of_noise_nobody_draws(tmp_path, pipeline_dir):
     run(pipeline_dir, tmp_path, compensation="none")
     recorded = json.loads((tmp_path / "pool" / "pool.json").read_text())

@@ -178,6 +178,7 @@ def test_cache_snippet_follows_the_first(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("*") == 3
 
 
+@pytest.mark.slow
 def test_tap_snippet_follows_the_first():
     from qandc import fashion_dit_path
 

@@ -120,6 +120,7 @@ def test_runs_of_an_unmodified_pipeline(pipeline, tmp_path):  # noqa: F811
     draw()
 
 
+@pytest.mark.slow
 def test_packed_tokens_end_to_end_as_collected_by_hand():
     """Smoothing, Hessians, static ranges and ranges per step are those of the same calls collected by a hook."""
     models, found = [make_tiny(FLUX), make_tiny(FLUX)], []

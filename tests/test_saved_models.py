@@ -517,6 +517,7 @@ def test_any_model_of_diffusers_is_saved_with_its_schedule(tmp_path):
     assert_same_model(found.model, model)
 
 
+@pytest.mark.slow
 def test_settings_without_a_model_quantize_the_one_they_name():
     """Check the shipped settings, which are for the embedded pipeline."""
     directory = Path(qandc.__file__).parent / "assets" / "fashion-dit-presets" / "w4a8"

@@ -404,6 +404,7 @@ def test_a_model_under_accelerates_offload_computes_the_same(alone):
     assert equal(settled, [wanted] * 2)
 
 
+@pytest.mark.slow
 def test_threads_do_not_mix(alone):
     attention = Attention()
     inputs = [x_of(seed) for seed in range(8)]
