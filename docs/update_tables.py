@@ -647,28 +647,6 @@ def compensation_rest_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-SHORT = (  # candidates of the short table, the first of which the others are compared with
-    "bf16 compiled",
-    "QuantLinear W8A8, compiled",
-    "QuantLinear W8A8 + W8A16, compiled, graph()",
-    "QuantLinear W4A8 + W4A16, compiled, graph()",
-)
-
-
-def short_models_table(result: dict[str, Any]) -> list[str]:
-    """Speed over compiled bf16, weights and error of a forward: one cell per model and candidate, all compiled."""
-    found = {(row["layer"], row["candidate"]): row for row in result["rows"] if "median_us" in row}
-    models = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
-    lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
-
-    def cell(model: str, name: str) -> str:
-        row, rival = found[model, name], found[model, SHORT[0]]
-        speed = f"{row['median_us'] / 1e3:.0f} ms" if row is rival else f"**{_faster(row, rival):.2f}x**"
-        return f"{speed}, {row['model_bytes'] / 1e9:.1f} GB, {row['error']:.1%}"
-
-    return [*lines, *(f"| {name} | {' | '.join(cell(model, name) for model in models)} |" for name in SHORT)]
-
-
 def outliers_table(result: dict[str, Any]) -> list[str]:
     """Decibels of predictions and of images, a line per configuration, a column per size of the outliers."""
     sizes = sorted({row["times"] for row in result["rows"]})
@@ -740,7 +718,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/model.json breakdown": breakdown_table,
     "results/h200/model-torchao.json goals": goals_table,
     "results/h200/models.json": models_table,
-    "results/h200/models.json short": short_models_table,
     "results/h200/images.json": images_table,
     "results/h200/images.json short": short_images_table,
     "results/h200/images.json goals": goals_table,

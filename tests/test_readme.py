@@ -86,7 +86,7 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
 
     monkeypatch.setattr(diffusers, "FluxPipeline", Pipeline)
     full = Pipeline()("").images[0]
-    names = run(snippet(": any"), {"fullgraph=True": 'fullgraph=True, backend="eager"'})
+    names = run(snippet(": any", "docs/quantization.md"), {"fullgraph=True": 'fullgraph=True, backend="eager"'})
     model = names["pipe"].transformer
     layers = quant_layers(model)
     q, modulation = (layers[f"transformer_blocks.1.{name}"] for name in ("attn.to_q", "norm1.linear"))
