@@ -491,7 +491,7 @@ def models_table(result: dict[str, Any]) -> list[str]:
 
 
 def images_table(result: dict[str, Any]) -> list[str]:
-    """What could not run says why."""
+    """Tabulate seconds for an image by pipeline and candidate; a candidate that could not run says why."""
     rows = result["rows"]
     runs, names = (
         list(dict.fromkeys((r["layer"], r["m"]) for r in rows)),

@@ -98,7 +98,7 @@ def ran(monkeypatch):
 
 
 def calls_of_blocks(model, inputs):
-    """What each block is given and returns, with copies of both."""
+    """Collect what each block of a model is given and returns, with copies of both."""
     seen = []
 
     def see(block, args, kwargs, output):
@@ -140,7 +140,7 @@ def test_equals_the_unfused_model(fused_anywhere, ran, w_bits, smoothing):
 @pytest.mark.slow
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, ran, w_bits):
-    """In Triton's interpreter with a block of each kind, on the GPU with heads of real sizes."""
+    """Compare fused blocks with unfused ones: interpreted with a block of each kind, on a GPU with real head sizes."""
     sizes, dtypes = [{"num_layers": 1, "num_single_layers": 1}], [torch.float32, torch.float16]
     if kernel_device.type == "cuda":
         sizes, dtypes = [], [*dtypes, torch.bfloat16]

@@ -369,7 +369,7 @@ def test_a_compensated_transformer(said):
 
 @torch.no_grad()
 def test_runs_that_take_turns_find_their_memory_again(monkeypatch):
-    """What a graph was captured for is found again, one run's by that run."""
+    """Check that two runs in turns find the feature buffers of the image before, which graphs were captured for."""
     made = []
     make = FeatureStore.make
 

@@ -162,7 +162,7 @@ def test_a_command_that_draws_classes_refuses_other_models(capsys, index_dir):
 
 @pytest.fixture(scope="module")
 def calibrated_dir(tmp_path_factory, flux_dir):
-    """What ``qandc calibrate`` wrote for the small FLUX.1: W4A8, 3 of 6 steps computed."""
+    """Return the directory that ``qandc calibrate`` wrote for the small FLUX.1: W4A8, 3 of 6 steps computed."""
     path = tmp_path_factory.mktemp("calibrated") / "flux"
     few = ("--pool-images", 2, "--samples", 8, "--w-bits", 4, "--rounding", "nearest")
     cache = ("--cache-mode", "branch", "--cache-interval", 2)
@@ -410,7 +410,7 @@ def test_without_a_network_it_is_one_line(tmp_path):
 
 
 def test_the_hub_client_tells_of_retries_with_verbose_alone(index_dir, monkeypatch):
-    """It reads the variable when it is imported."""
+    """Check the environment variable of the hub client, which reads it when it is imported."""
     for options, expected in (((), "error"), (("--verbose",), None)):
         monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
         assert main([*options, "generate", "--model", str(index_dir)]) == 2

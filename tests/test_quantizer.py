@@ -23,7 +23,7 @@ def test_weight_error_is_at_most_half_a_step(bits, dtype, seeded):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("k", [3, 16, 64, 300])
 def test_mse_finds_the_least_squared_error(bits, k, seeded):
-    """To within 1 % of what 1001 scales from half of the largest weight to all of it give."""
+    """Compare the clipped scale's error with the best of 1001 scales, half of the largest weight to all: within 1 %."""
     qmax = 2 ** (bits - 1) - 1
     for weight in (torch.randn(24, k, generator=seeded), torch.rand(24, k, generator=seeded) - 0.5):
         widest = weight.abs().amax(1) / qmax

@@ -100,7 +100,7 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_snippet_of_one_call(monkeypatch, capsys):
-    """As printed, with a small pipeline in the place of FLUX.1, small images and fewer steps."""
+    """Run the snippet as printed, with a small pipeline in the place of FLUX.1, small images and fewer steps."""
     pytest.importorskip("transformers")
     import diffusers
 
@@ -119,7 +119,7 @@ def test_snippet_of_one_call(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_text_to_image_snippet(tmp_path, monkeypatch, capsys):
-    """As printed, with a small pipeline, small images and fewer steps."""
+    """Run the snippet as printed, with a small pipeline, small images and fewer steps."""
     pytest.importorskip("transformers")
     from qandc import quantize_model, save
 

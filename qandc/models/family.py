@@ -137,6 +137,7 @@ class Stack:
         why_not: says why the branches of a block can't be reused on their own, or None.
         returns: the arguments of a block that it returns, in that order; the stream of the image is the last, or the
             end of it, behind the text.
+        fused: runs one of these blocks on fused kernels; None where there are none, or ``Family.program`` runs all.
     """
 
     blocks: str
