@@ -27,7 +27,7 @@ from qandc.cli.options import (
     resolve,
     takes,
 )
-from qandc.cli.terminal import err, loading, print_calibration, print_settings, quiet_diffusers, stage_bars
+from qandc.cli.terminal import err, open_pipeline, print_calibration, print_settings, stage_bars
 from qandc.errors import ConfigError, QandCError
 
 __all__ = ["calibrate"]
@@ -69,7 +69,7 @@ def calibrate(
     from qandc.method.pipeline_calibration import POOL, calibrate_pipeline, check_directory
     from qandc.method.settings import CalibrationConfig
     from qandc.quantization.ranges import RangeConfig
-    from qandc.sampling.pipelines import load_pipeline, resolve_device, resolve_dtype, source_of
+    from qandc.sampling.pipelines import source_of
 
     check_directory(directory, overwrite)
     of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
@@ -81,11 +81,7 @@ def calibrate(
         _on_prompts(str(model), texts, {**of_prompts, **given}, directory, device, dtype, overwrite)
         return
     settings = CalibrationConfig(ranges=RangeConfig(ranges, symmetric=symmetric), **resolve(given, {}, {}))
-    quiet_diffusers()
-    where = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, where)
-    with loading(model):
-        pipe = load_pipeline(model, where, torch_dtype)
+    pipe, _, _ = open_pipeline(model, device, dtype)
     with _resumable(directory / POOL), stage_bars() as show:
         report = calibrate_pipeline(
             pipe, settings, directory, overwrite=overwrite, source=source_of(model), progress=show
@@ -117,16 +113,12 @@ def _on_prompts(
     from qandc.method.settings import CalibrationConfig
     from qandc.optimize import parts_of
     from qandc.quantization.conversion import quantization_report
-    from qandc.sampling.pipelines import load_pipeline, resolve_device, resolve_dtype
     from qandc.sampling.prompts import RUN, call_arguments
 
     gptq = CalibrationConfig(w_bits=given["w_bits"] or 8, rounding=given["rounding"]).gptq
     cache = cache_of(given["cache_mode"] or "taylor", given["cache_interval"], 3)
     check_directory(directory, overwrite, MODEL_FILES)
-    quiet_diffusers(text=True)
-    where = resolve_device(device)
-    with loading(model):
-        pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
+    pipe, _, _ = open_pipeline(model, device, dtype, text=True)
     if len(parts_of(pipe)) > 1:
         raise ConfigError(
             f"{type(pipe).__name__} has {', '.join(parts_of(pipe))}; calibrate them one by one, from Python: "

@@ -33,11 +33,10 @@ from qandc.cli.options import (
 from qandc.cli.terminal import (
     check_output,
     err,
-    loading,
+    open_pipeline,
     out,
     print_comparison,
     progress_bars,
-    quiet_diffusers,
 )
 from qandc.errors import ConfigError
 from qandc.support import arguments
@@ -47,6 +46,7 @@ __all__ = ["generate", "parse_classes"]
 
 logger = logging.getLogger(__name__)
 DEFAULTS = {"cache_mode": "branch"}  # of classes, beside those of the fields
+CONTRADICT = "and --calibrated {!r} contradict each other; give one of them"
 OF_PROMPTS: dict[str, Any] = {"w_bits": 8, "a_bits": 8, "cache_mode": "taylor", "cache_interval": 3}
 
 
@@ -106,12 +106,12 @@ def generate(
 ) -> None:
     """Draw each class or prompt in full precision and quantized + cached, from the same noise, into one PNG."""
     from qandc.caching.schedule import CalibratedSchedule, cache_of
-    from qandc.experiments.generate import Comparison, GenerateConfig, comparison_record, quantized_name
+    from qandc.experiments.generate import Comparison, GenerateConfig, quantized_name
     from qandc.experiments.generate import generate as run
     from qandc.method.saved import LIKENESS, Preset, fashion_dit_preset, is_finished
     from qandc.quantizer import QuantConfig
     from qandc.sampling.loop import check_sampling, make_scheduler
-    from qandc.sampling.pipelines import check_full_precision, class_names, load_pipeline, resolve_device, resolve_dtype
+    from qandc.sampling.pipelines import check_full_precision, class_names
 
     arguments.check_value("--seed", arguments.Seed, seed)
     of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
@@ -124,7 +124,7 @@ def generate(
         refuse(of_classes, f"is for models that draw classes, and {kind} draws from prompts: give --prompt")
         if calibrated is not None:
             has = {"--schedule": schedule, **flags_of(given, leave_out=("num_inference_steps", "guidance_scale"))}
-            refuse(has, f"and --calibrated {str(calibrated)!r} contradict each other; give one of them")
+            refuse(has, CONTRADICT.format(str(calibrated)))
         texts = read_prompts(prompt, prompts, kind)
         everything = {**of_prompts, **given}
         _from_prompts(str(model), texts, everything, schedule, calibrated, seed, device, dtype, output, json_output)
@@ -136,10 +136,7 @@ def generate(
         preset = Preset.load(calibrated)
         held = calibrated_options(preset)
         held["cache_interval"] = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
-        if schedule is not None:
-            raise ConfigError(
-                f"--schedule and --calibrated {str(calibrated)!r} contradict each other; give one of them"
-            )
+        refuse({"--schedule": schedule}, CONTRADICT.format(str(calibrated)))
         model = preset.base_model(model)
     chosen = resolve(given, held, DEFAULTS, f"in {str(calibrated)!r}")
     plain = resolve({**dict.fromkeys(given), "w_bits": given["w_bits"]}, {}, DEFAULTS)
@@ -165,11 +162,7 @@ def generate(
     check_output(output, ".png")
     if json_output is not None:
         check_output(json_output, ".json")
-    quiet_diffusers()
-    where = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, where)
-    with loading(model):
-        pipe = load_pipeline(model, where, torch_dtype)
+    pipe, where, torch_dtype = open_pipeline(model, device, dtype)
     check_full_precision(pipe, model)
     names = class_names(pipe)
     labels = parse_classes(classes, names)
@@ -185,11 +178,7 @@ def generate(
         total = steps * len(labels)
         tasks = {name: progress.add_task(name, total=total) for name in ("FP", quantized_name(drawn))}
         run(pipe, drawn, result, lambda name, done: progress.advance(tasks[name], done))
-    saved = save()
-    print_comparison(result, str(torch_dtype).removeprefix("torch."), many)
-    if json_output is not None:
-        write_json(json_output, comparison_record(result, drawn.described(), str(where), str(torch_dtype)))
-    out.print(saved, soft_wrap=True)
+    _report(save(), result, drawn.described(), where, torch_dtype, json_output, many=many)
 
 
 @contextmanager
@@ -212,6 +201,24 @@ def _saved(result: Any, output: Path, columns: Sequence[str], caption: str) -> I
         raise
 
 
+def _report(
+    saved: str,
+    result: Any,
+    described: dict[str, Any],
+    where: Any,
+    torch_dtype: Any,
+    json_output: Path | None,
+    **shown: Any,
+) -> None:
+    """Print the table of a finished comparison, and write it to a file if one is wanted."""
+    from qandc.experiments.generate import comparison_record
+
+    print_comparison(result, str(torch_dtype).removeprefix("torch."), **shown)
+    if json_output is not None:
+        write_json(json_output, comparison_record(result, described, str(where), str(torch_dtype)))
+    out.print(saved, soft_wrap=True)
+
+
 def _from_prompts(
     model: str,
     prompts: Sequence[str],
@@ -226,11 +233,11 @@ def _from_prompts(
 ) -> None:
     """Compare what a pipeline draws from prompts before and after :func:`qandc.optimize`."""
     from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of
-    from qandc.experiments.generate import Comparison, comparison_record
+    from qandc.experiments.generate import Comparison
     from qandc.experiments.prompts import PromptsConfig, compare_prompts
     from qandc.method.saved import schedule_of
     from qandc.quantizer import QuantConfig
-    from qandc.sampling.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype
+    from qandc.sampling.pipelines import check_full_precision
     from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_long_prompts
 
     chosen = {name: default if given[name] is None else given[name] for name, default in OF_PROMPTS.items()}
@@ -244,11 +251,7 @@ def _from_prompts(
     check_output(output, ".png")
     if json_output is not None:
         check_output(json_output, ".json")
-    quiet_diffusers(text=True)
-    where = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, where)
-    with loading(model):
-        pipe = load_pipeline(model, where, torch_dtype)
+    pipe, where, torch_dtype = open_pipeline(model, device, dtype, text=True)
     check_full_precision(pipe, model)
     of_call = call_arguments(pipe, {name: given[name] for name in RUN})
     steps = steps_of_run(pipe, of_call, cache)
@@ -261,8 +264,4 @@ def _from_prompts(
     result = Comparison()
     with _saved(result, output, prompts, f"{type(pipe).__name__}, {steps} steps, seed {seed}") as save:
         plan = compare_prompts(pipe, drawn, result, show)
-    saved = save()
-    print_comparison(result, str(torch_dtype).removeprefix("torch."), plan=plan)
-    if json_output is not None:
-        write_json(json_output, comparison_record(result, drawn.described(), str(where), str(torch_dtype)))
-    out.print(saved, soft_wrap=True)
+    _report(save(), result, drawn.described(), where, torch_dtype, json_output, plan=plan)

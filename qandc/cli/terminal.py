@@ -7,7 +7,7 @@ import logging
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # they load what no other command needs
 __all__ = [
     "check_output",
     "err",
-    "loading",
+    "open_pipeline",
     "out",
     "print_calibration",
     "print_comparison",
@@ -72,15 +72,20 @@ def stage_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-@contextmanager
-def loading(model: str | None) -> Iterator[None]:
-    """Say that a pipeline is loaded; downloads show progress of their own."""
+def open_pipeline(model: str | None, device: str, dtype: str, text: bool = False) -> tuple[Any, Any, Any]:
+    """Load a pipeline, and say so; downloads show progress of their own. Returns it, its device and its dtype."""
+    from qandc.sampling.pipelines import load_pipeline, resolve_device, resolve_dtype
+
+    quiet_diffusers(text)
+    where = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, where)
+    status: AbstractContextManager[Any] = nullcontext()
     if model is None or Path(model).is_dir():
-        with err.status("loading the pipeline"):
-            yield
+        status = err.status("loading the pipeline")
     else:
         err.print(f"loading {model}", soft_wrap=True)
-        yield
+    with status:
+        return load_pipeline(model, where, torch_dtype), where, torch_dtype
 
 
 def check_output(path: Path, suffix: str) -> None:
