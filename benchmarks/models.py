@@ -21,6 +21,7 @@ from qandc_kernels import int8_linear
 
 __all__ = [
     "CANDIDATES",
+    "autoencoder_kl",
     "block_linear_bytes",
     "compile_blocks",
     "dit_xl_2",
@@ -74,6 +75,22 @@ def dit_xl_2(latent: int) -> Model:
     with torch.device(DEVICE):
         model = DiTTransformer2DModel(sample_size=latent, out_channels=8)
     return torch.nn.Module.to(model, torch.bfloat16).eval()
+
+
+def autoencoder_kl(channels: int, size: int, **others: Any) -> Model:
+    """An autoencoder of the widths of Stable Diffusion's, with random weights."""
+    from diffusers import AutoencoderKL
+
+    widths = (128, 256, 512, 512)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=channels,
+        sample_size=size,
+        **others,
+    )
 
 
 def inputs(model: Model, rows: int, timestep: int = 500) -> dict[str, Any]:

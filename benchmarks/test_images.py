@@ -13,6 +13,7 @@ import torch
 from benchmarks.conftest import WITHOUT_GPU, Measure
 from benchmarks.families import clone, compiled, fused, measured, model_of, quantized, torchao_quantized
 from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_FUSED, IMAGES_OURS
+from benchmarks.models import autoencoder_kl
 from benchmarks.rivals import NotInstalled, library
 from benchmarks.timing import DEVICE, Candidate, relative_error
 from qandc import CacheConfig, apply_cache, graph, remove_cache
@@ -40,18 +41,7 @@ class Pipe(NamedTuple):
 
 
 def _decoder(channels: int) -> Any:
-    from diffusers import AutoencoderKL
-
-    widths = (128, 256, 512, 512)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths,
-        layers_per_block=2,
-        latent_channels=channels,
-        sample_size=PIXELS,
-        shift_factor=0.1,
-    )
+    return autoencoder_kl(channels, PIXELS, shift_factor=0.1)
 
 
 def _decoder_of_qwen() -> Any:

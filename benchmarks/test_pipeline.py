@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.conftest import NO_GPU, Measure
 from benchmarks.goals import FULL_METHOD, PIPELINE_COMPILED, PIPELINE_EAGER
-from benchmarks.models import CANDIDATES, compile_blocks, dit_xl_2
+from benchmarks.models import CANDIDATES, autoencoder_kl, compile_blocks, dit_xl_2
 from benchmarks.timing import DEVICE, Candidate, relative_error
 from qandc import (
     CacheConfig,
@@ -74,19 +74,9 @@ class Graphed(nn.Module):
 @cache
 def autoencoder(eager: bool) -> Any:
     """Of Stable Diffusion, as DiT-XL/2 uses it, random weights; if not eager, its decoder compiled and in one graph."""
-    from diffusers import AutoencoderKL
-
     torch.manual_seed(1)
-    widths = (128, 256, 512, 512)
     with torch.device(DEVICE):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            block_out_channels=widths,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=256,
-        )
+        vae = autoencoder_kl(4, 256)
     vae = vae.to(torch.bfloat16).eval()
     if not eager:
         vae.decoder.compile(dynamic=False)
