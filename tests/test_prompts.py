@@ -201,7 +201,7 @@ def test_calibrate_on_prompts_then_generate(capsys, tmp_path, flux_dir, calibrat
 @pytest.mark.slow
 def test_many_images_of_prompts(capsys, tmp_path, flux_dir, calibrated_dir, monkeypatch):
     """They go on after Ctrl-C, and are those that the pipeline draws, whatever is drawn at once."""
-    import qandc.experiments.many_images
+    import qandc.experiments.prompts
 
     prompts, drawn = ["a coat", "a hat"], []
 
@@ -214,7 +214,7 @@ def test_many_images_of_prompts(capsys, tmp_path, flux_dir, calibrated_dir, monk
     command = ("sample", "--model", flux_dir, "--prompt", "a coat", "--prompt", "a hat", *SMALL, "-n", 5, "--seed", 7)
     target = tmp_path / "x.npz"
     with monkeypatch.context() as patched:
-        patched.setattr(qandc.experiments.many_images, "draw_prompt", interrupted)
+        patched.setattr(qandc.experiments.prompts, "draw_prompt", interrupted)
         assert run(capsys, *command, "--batch-size", 2, "-o", target)[0] == 130
     assert drawn == ["a coat", "a hat", "a coat", "a hat"]
     assert "holds shards of" in run(capsys, *command, "--batch-size", 2, "--w-bits", 4, "-o", target)[2]

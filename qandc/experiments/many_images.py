@@ -13,6 +13,7 @@ import torch
 from qandc.cache import apply_cache, get_cache, remove_cache
 from qandc.errors import OutputError, ProcessError
 from qandc.experiments.processes import Processes
+from qandc.experiments.prompts import PromptDrawer
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
 from qandc.method.pipeline_calibration import StageProgress
@@ -20,7 +21,6 @@ from qandc.method.saved import MANIFEST, Preset
 from qandc.optimize import optimize, parts_of
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents
 from qandc.sampling.pipelines import fingerprint
-from qandc.sampling.prompts import draw_prompt
 from qandc.support.attach import paused
 from qandc.support.files import FileEntry, keep_settings, locked
 from qandc.variance_compensation import Compensation
@@ -152,22 +152,6 @@ def sample_file(
         return ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)
 
     return _draw_file(path, image_set, settings, prepare, processes, progress)
-
-
-class PromptDrawer:
-    """Draw images ``[B, C, H, W]`` in [-1, 1] of prompts, given by number, and seeds, one by one."""
-
-    def __init__(self, pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
-        self.pipe, self.prompts, self.arguments = pipe, prompts, arguments
-
-    def warm_up(self, images: int) -> None:
-        """Load kernels, compile and capture graphs by drawing an image for nobody, where there are any."""
-        if self.pipe.device.type == "cuda":
-            self([0], [0])
-
-    def __call__(self, numbers: Any, seeds: Any) -> torch.Tensor:
-        pairs = zip(numbers, seeds, strict=True)
-        return torch.cat([draw_prompt(self.pipe, self.prompts[i], seed, self.arguments) for i, seed in pairs])
 
 
 def sample_prompts_file(

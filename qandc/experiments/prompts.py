@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qandc.caching.schedule import CacheConfig
 from qandc.experiments.generate import Comparison, ModelImages, module_bytes, name_of
@@ -14,7 +16,7 @@ from qandc.optimize import OptimizationPlan, optimize, parts_of
 from qandc.quantizer import QuantConfig
 from qandc.sampling.prompts import draw_prompt
 
-__all__ = ["PromptsConfig", "compare_prompts"]
+__all__ = ["PromptDrawer", "PromptsConfig", "compare_prompts"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,22 @@ class PromptsConfig:
         }
 
 
+class PromptDrawer:
+    """Draw images ``[B, C, H, W]`` in [-1, 1] of prompts, given by number, and seeds, one by one."""
+
+    def __init__(self, pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
+        self.pipe, self.prompts, self.arguments = pipe, prompts, arguments
+
+    def warm_up(self, images: int) -> None:
+        """Load kernels, compile and capture graphs by drawing an image for nobody, where there are any."""
+        if self.pipe.device.type == "cuda":
+            self([0], [0])
+
+    def __call__(self, numbers: Any, seeds: Any) -> torch.Tensor:
+        pairs = zip(numbers, seeds, strict=True)
+        return torch.cat([draw_prompt(self.pipe, self.prompts[i], seed, self.arguments) for i, seed in pairs])
+
+
 def compare_prompts(
     pipe: Any,
     settings: PromptsConfig,
@@ -61,15 +79,14 @@ def compare_prompts(
     names = parts_of(pipe)
 
     def draw(name: str) -> None:
-        parts = [getattr(pipe, part) for part in names]
-        row = ModelImages(name, sum(map(module_bytes, parts)))
+        row = ModelImages(name, sum(module_bytes(getattr(pipe, part)) for part in names))
         result.rows.append(row)
-        if parts[0].device.type == "cuda":  # outside the clock: compilation and the loading of kernels
-            draw_prompt(pipe, settings.prompts[0], settings.seed, settings.arguments)
-        for number, prompt in enumerate(settings.prompts):
+        image = PromptDrawer(pipe, settings.prompts, settings.arguments)
+        image.warm_up(1)  # outside the clock
+        for number in range(len(settings.prompts)):
             progress(name, number)
             started = time.perf_counter()
-            row.batches.append(draw_prompt(pipe, prompt, settings.seed + number, settings.arguments))
+            row.batches.append(image([number], [settings.seed + number]))
             row.seconds += time.perf_counter() - started
 
     draw("FP")
