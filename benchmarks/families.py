@@ -108,7 +108,7 @@ FAMILIES = {
 
 
 @cache
-def _built(layer: str) -> Model:
+def _built(layer: str, **sizes: int) -> Model:
     import diffusers
 
     family = FAMILIES[layer]
@@ -117,7 +117,7 @@ def _built(layer: str) -> Model:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
-            model = getattr(diffusers, family.name)(**family.sizes)
+            model = getattr(diffusers, family.name)(**family.sizes, **sizes)
     finally:
         torch.set_default_dtype(default)
     for name, parameter in model.named_parameters():
@@ -126,13 +126,13 @@ def _built(layer: str) -> Model:
     return model.eval()
 
 
-def model_of(layer: str) -> Model:
-    """The bf16 model, one at a time: it takes up to 40 GB."""
+def model_of(layer: str, **sizes: int) -> Model:
+    """The bf16 model, one at a time: it takes up to 40 GB. ``sizes`` are other ones than its own."""
     if _built.cache_info().currsize and layer not in _last:
         _built.cache_clear()
         torch.cuda.empty_cache()
     _last[:] = [layer]
-    return _built(layer)
+    return _built(layer, **sizes)
 
 
 _last: list[str] = []

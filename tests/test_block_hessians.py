@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from qandc import (
     DataError,
@@ -22,6 +23,8 @@ from qandc import (
     smoothing_factors,
 )
 from qandc.models import FAMILIES
+from qandc.quantization.conversion import quant_layers
+from qandc.quantizer import gptq_round
 from tests.test_families import forwards, run_of
 from tests.tiny_models import make_tiny, output_of
 
@@ -39,6 +42,26 @@ def test_blocks_that_are_offloaded():
     model.enable_group_offload(device, device, offload_type="block_level", num_blocks_per_group=1)
     for layer, found in block_hessians(model, batches).items():
         assert torch.equal(found, expected[layer])
+
+
+@pytest.mark.gpu
+def test_offloaded_weights_are_rounded_where_blocks_run(monkeypatch):
+    where, models, device = [], [make_tiny(FLUX), make_tiny(FLUX).cuda()], torch.device("cuda")
+    models[0].enable_group_offload(device, torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    batches = tree_map_only(torch.Tensor, lambda x: x.cuda(), batches_of(FLUX))
+
+    def noted(weight, *args):
+        where.append(weight.device.type)
+        return gptq_round(weight, *args)
+
+    monkeypatch.setattr("qandc.quantization.linear.gptq_round", noted)
+    for model in models:
+        quantize_model(model, w_bits=4, weight_clip="mse", hessians=block_hessians(model, batches))
+    assert set(where) == {"cuda"}
+    ours, theirs = (quant_layers(model) for model in models)
+    for name, layer in ours.items():
+        assert layer.qweight.is_cpu
+        assert torch.equal(layer.qweight, theirs[name].qweight.cpu())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

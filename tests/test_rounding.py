@@ -118,6 +118,17 @@ def test_hessians_are_sums_over_all_inputs(dit, dit_inputs):
     assert found.keys() == quant_layers(quantize_model(copy.deepcopy(dit))).keys()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_hessians_of_half_precision_inputs_are_sums_in_float32(device, seeded):
+    """Also under autocast, which would multiply in half precision."""
+    model = nn.Sequential(nn.Linear(64, 64, device=device, dtype=torch.bfloat16))
+    x = torch.randn(4096, 64, generator=seeded).to(device, torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        found = input_hessians(model, [x])["0"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-2)
+
+
 def test_a_cache_does_not_hide_inputs(dit, dit_inputs):
     batches = [{**dit_inputs, "timestep": torch.tensor([t]).expand(4)} for t in (900, 800, 700)]
     expected = input_hessians(dit, batches)

@@ -1,11 +1,13 @@
 """Measure time and memory of rounding FLUX.1-dev to 4 bits by GPTQ, block by block (random weights, 1024 x 1024).
 
-python training/measure_gptq.py                                     # on a GPU: a few minutes
-python training/measure_gptq.py --tiny --device cpu --samples 2     # a try
+python -m training.measure_gptq                        # on a GPU: a few minutes, 40 GB
+python -m training.measure_gptq --offload              # weights on the CPU, blocks brought one by one: 24 GB
+python -m training.measure_gptq --tiny --samples 2     # a try, on a CPU too
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,42 +15,78 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.families import clone, inputs, model_of
+from benchmarks.timing import DEVICE
 from qandc import block_hessians, quantization_report, quantize_model
 from qandc.experiments.report import measure_rows
+from qandc.support.arguments import Lazy
+
+logger = logging.getLogger("measure_gptq")
+
+MODEL = "FLUX.1-dev"
+TINY = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
 
 
-def make(tiny: bool, device: str) -> Any:
-    from diffusers import FluxTransformer2DModel
-
-    small: dict[str, Any] = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2} if tiny else {}
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        return FluxTransformer2DModel(guidance_embeds=True, **small).eval()
+def now() -> float:
+    """Read the clock when the GPU has done its work."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def samples_of(count: int, side: int, device: str) -> list[dict[str, Any]]:
-    """Make inputs of random latents and text at timesteps from 1 to 0."""
-    rows = torch.arange(side, device=device, dtype=torch.bfloat16)
-    places = torch.stack([torch.zeros(side, side, device=device), *torch.meshgrid(rows, rows, indexing="ij")], -1)
-    fixed = {
-        "guidance": torch.full((1,), 3.5, device=device),
-        "img_ids": places.view(-1, 3).bfloat16(),
-        "txt_ids": torch.zeros(512, 3, device=device),
-        "return_dict": False,
+class Timed(Lazy):
+    """Pass Hessians on, add up the seconds that they take, and tell how far the work is."""
+
+    def __init__(self, hessians: Lazy) -> None:
+        self.hessians, self.seconds, self.asked, self.started = hessians, 0.0, 0, now()
+
+    def __iter__(self) -> Any:
+        return iter(self.hessians)
+
+    def __len__(self) -> int:
+        return len(self.hessians)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.hessians
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        asked = now()
+        found = self.hessians[name]
+        done = now()
+        self.seconds += done - asked
+        self.asked += 1
+        logger.info(
+            "%d of %d layers, hessians %.1f s, rounding %.1f s: %s",
+            *(self.asked, len(self), self.seconds, done - self.started - self.seconds, name),
+        )
+        return found
+
+
+def measure(samples: int, tiny: bool, offload: bool) -> dict[str, Any]:
+    """Round all layers of the plan with Hessians of so many calls of the transformer."""
+    model = clone(model_of(MODEL, **(TINY if tiny else {})))
+    batches = [inputs(MODEL, 1000 * (1 - i / samples)) for i in range(samples)]
+    if offload:
+        model.enable_group_offload(
+            torch.device(DEVICE), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+        )
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    hessians = Timed(block_hessians(model, batches))
+    quantize_model(model, w_bits=4, weight_clip="mse", hessians=hessians)
+    seconds = now() - hessians.started
+    report = quantization_report(model)
+    before, after = report.quantized_bytes
+    return {
+        "seconds": seconds,
+        "seconds_hessians": hessians.seconds,
+        "seconds_rounding": seconds - hessians.seconds,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
+        "layers": len(report.quantized),
+        "quantized_bytes_before": before,
+        "quantized_bytes_after": after,
     }
-    found = []
-    for i in range(count):
-        noise = {
-            name: torch.randn(1, *shape, device=device)
-            for name, shape in (
-                ("hidden_states", (side * side, 64)),
-                ("encoder_hidden_states", (512, 4096)),
-                ("pooled_projections", (768,)),
-            )
-        }
-        found.append({**fixed, **noise, "timestep": torch.full((1,), 1 - i / count, device=device)})
-    return found
 
 
 def main(
@@ -56,32 +94,14 @@ def main(
         "results/h200/gptq.json"
     ),
     samples: str = "16,64",
-    device: str = "cuda",
-    tiny: Annotated[bool, typer.Option("--tiny", help="One block of each kind, 64 tokens.")] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep weights on the CPU between blocks.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="One block of each kind, two heads.")] = False,
 ) -> None:
-    """Round all layers of the plan, with Hessians of so many calls of the transformer."""
-
-    def measure(row: dict[str, Any]) -> dict[str, Any]:
-        model = make(tiny, device)
-        batches = samples_of(row["samples"], 8 if tiny else 64, device)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        quantize_model(model, w_bits=4, weight_clip="mse", hessians=block_hessians(model, batches))
-        report = quantization_report(model)  # waits for the GPU
-        seconds = time.perf_counter() - started
-        before, after = report.quantized_bytes
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-        return {
-            "seconds": seconds,
-            "peak_gpu_bytes": peak,
-            "layers": len(report.quantized),
-            "quantized_bytes_before": before,
-            "quantized_bytes_after": after,
-        }
-
-    settings = {"model": "FLUX.1-dev, random weights", "tiny": tiny, "device": device, "tokens": 512 + 4096}
-    measure_rows(out, settings, [{"samples": int(count)} for count in samples.split(",")], measure)
+    """Measure each number of samples; the same command goes on where it was cut off."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = [{"samples": int(count), "offload": offload} for count in samples.split(",")]
+    settings = {"model": f"{MODEL}, random weights", "tiny": tiny, "device": DEVICE, "tokens": 512 + 4096}
+    measure_rows(out, settings, rows, lambda row: measure(row["samples"], tiny, row["offload"]))
 
 
 if __name__ == "__main__":

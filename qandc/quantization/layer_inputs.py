@@ -134,7 +134,7 @@ class SharedInputs:
     part at the first forward that gives one of them another tensor.
 
     Args:
-        measure: makes the statistic of one input ``[rows, K]``, a new tensor.
+        measure: makes the statistic of one input ``[rows, K]``, a new tensor in float32.
         merge: adds the second to the first, in place.
     """
 
@@ -179,7 +179,7 @@ class SharedInputs:
         return {name: group.total for name, group in self._groups.items()}
 
     def _of(self, x: torch.Tensor) -> torch.Tensor:
-        return self._measure(x.reshape(-1, x.shape[-1]).float())
+        return self._measure(x.reshape(-1, x.shape[-1]))
 
     def _part(self, group: _Group) -> None:
         """Split off the layers of a group that were not given the tensor that the others were given last."""

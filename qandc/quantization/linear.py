@@ -146,6 +146,9 @@ class QuantLinear(nn.Module):
         check_finite(weight, "weight")
         if hessian is not None:
             check_hessian(hessian, linear.in_features)
+        home = weight.device
+        if hessian is not None and weight.is_cpu:  # offloaded: work where the inputs were
+            weight = weight.to(hessian.device)
         module = cls(
             linear.in_features,
             linear.out_features,
@@ -169,7 +172,7 @@ class QuantLinear(nn.Module):
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         module.original_bytes = weight.numel() * linear.weight.element_size()
-        return module.train(linear.training)
+        return module.to(home).train(linear.training)
 
     @property
     def weight_only(self) -> bool:

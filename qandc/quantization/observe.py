@@ -283,7 +283,7 @@ def smoothing_factors(
         if original_class(layer) is not nn.Linear:
             raise ConfigError(f"{name!r} is no nn.Linear of this {type(model).__name__}; smooth before quantizing")
         layers[name] = layer
-    seen = SharedInputs(lambda x: x.abs().amax(0), lambda total, new: torch.maximum(total, new, out=total))
+    seen = SharedInputs(lambda x: x.abs().amax(0).float(), lambda total, new: torch.maximum(total, new, out=total))
     largest = _totals(seen, model, batches, layers, TokenLayers() if names is None else None)
     weights: dict[int, torch.Tensor] = {}  # by the tensor that layers of the same inputs share
     for name in largest:
@@ -325,9 +325,16 @@ def input_hessians(
 @torch.no_grad()
 def hessians_of(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
     """Add up ``H = Σ x xᵀ`` over the inputs of these layers."""
+    return _totals(SharedInputs(_products, torch.Tensor.add_), model, batches, layers)
+
+
+def _products(x: torch.Tensor) -> torch.Tensor:
+    """Multiply ``xᵀ x`` in float32; of half-precision numbers tensor cores multiply exactly and add up in float32."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x.T, x, out_dtype=torch.float32)
+    x = x.float()
     # in place: autocast, inside of a model, would make it one of half precision
-    seen = SharedInputs(lambda x: x.new_zeros(x.shape[1], x.shape[1]).addmm_(x.T, x), torch.Tensor.add_)
-    return _totals(seen, model, batches, layers)
+    return x.new_zeros(x.shape[1], x.shape[1]).addmm_(x.T, x)
 
 
 def unquantized(model: nn.Module, skip_patterns: Iterable[str] | None, what: str) -> dict[str, nn.Linear]:
