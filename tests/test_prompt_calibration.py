@@ -67,6 +67,21 @@ def test_every_pipeline_is_calibrated_and_saved(name, tmp_path):
     torch.testing.assert_close(draw(pipe), images, atol=1e-3, rtol=0)  # memory elsewhere rounds otherwise
 
 
+def test_prompts_are_padded_to_what_the_tokenizer_keeps():
+    pipe, lengths = make_pipeline("FluxPipeline"), []
+    pipe.tokenizer_2.model_max_length = 24
+
+    def note(model, arguments, named):
+        lengths.append(named["encoder_hidden_states"].shape[1])
+        raise KeyboardInterrupt
+
+    pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    for given in ({}, {"max_sequence_length": 8}):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_on_prompts(pipe, PROMPTS, **SMALL, **given)
+    assert lengths == [24, 8]
+
+
 def test_it_is_what_its_parts_do_by_hand():
     """Each image has a prompt in turn and noise of its own; pool, schedule and compensation have other images."""
     name = "FluxPipeline"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from qandc.cli.main import main
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.pixels import to_uint8
 from qandc.quantization.conversion import quant_layers
-from qandc.sampling.prompts import call_arguments, draw_prompt, warn_of_long_prompts
+from qandc.sampling.prompts import call_arguments, draw_prompt, text_length, warn_of_unread
 from tests.tiny_pipelines import PIPELINES, make_pipeline
 
 SMALL = ("--height", 16, "--width", 16, "--steps", 6, "--device", "cpu")
@@ -391,12 +393,58 @@ def test_guidance_of_qwen_image_is_the_one_that_it_reads():
 def test_prompts_that_are_cut_are_told(caplog):
     pytest.importorskip("transformers")
     pipe = make_pipeline("FluxPipeline")
-    warn_of_long_prompts(pipe, ["x" * 100])  # CLIP cuts it, T5 reads it all
+    warn_of_unread(pipe, ["x" * 100])  # CLIP cuts it, T5 reads it all
     assert not caplog.messages
-    warn_of_long_prompts(pipe, ["x" * 100, "y" * 600])
+    warn_of_unread(pipe, ["x" * 100, "y" * 600])
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "a prompt has 601 tokens, of which FluxPipeline reads 512"
     ]
+
+
+class Words:
+    """A tokenizer of whole words: 0 is a word that it does not know."""
+
+    unk_token_id = 0
+
+    def __init__(self, words, longest=600):
+        self.words, self.model_max_length = words.split(), longest
+
+    def __call__(self, text, **options):
+        ids = [1 + self.words.index(word) if word in self.words else 0 for word in text.split()]
+        return SimpleNamespace(input_ids=ids)
+
+
+def test_words_that_no_tokenizer_knows_are_told(caplog):
+    pytest.importorskip("transformers")
+    pipe = make_pipeline("FluxPipeline")
+    pipe.tokenizer_2 = Words("a red coat")
+    warn_of_unread(pipe, ["a red coat", "a coat, red."])
+    assert not caplog.messages
+    warn_of_unread(pipe, ["a velvet coat", "two hats, velvet"])
+    message = "FluxPipeline does not know these words, and draws without them: 'velvet', 'two', 'hats'"
+    assert caplog.messages == [message]
+    caplog.clear()
+    warn_of_unread(pipe, [" ".join(f"w{i}" for i in range(12))])
+    assert caplog.messages[0].endswith("'w8', 'w9' and 2 more")
+    caplog.clear()
+    pipe.tokenizer_2.unk_token_id = None  # it reads bytes
+    warn_of_unread(pipe, ["a velvet coat"])
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_prompts_are_padded_to_what_tokenizers_keep(name):
+    """CLIP's, which keeps fewer, is not asked: another argument is for it."""
+    pytest.importorskip("transformers")
+    pipe = make_pipeline(name)
+    last = max(part for part in pipe.components if part.startswith("tokenizer"))
+    assert "max_sequence_length" not in call_arguments(pipe, {"height": 16})
+    getattr(pipe, last).model_max_length = 24
+    takes = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
+    assert call_arguments(pipe, {}) == ({"max_sequence_length": 24} if takes else {})
+    assert text_length(pipe) == call_arguments(pipe, {})
+    setattr(pipe, last.replace("tokenizer", "text_encoder"), None)  # embeddings are given instead
+    assert text_length(pipe) == {}
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def _on_prompts(
     from qandc.method.settings import CalibrationConfig
     from qandc.optimize import parts_of
     from qandc.quantization.conversion import quantization_report
-    from qandc.sampling.prompts import RUN, call_arguments
+    from qandc.sampling.prompts import RUN, call_arguments, warn_of_unread
 
     gptq = CalibrationConfig(w_bits=given["w_bits"] or 8, rounding=given["rounding"]).gptq
     cache = cache_of(given["cache_mode"] or "taylor", given["cache_interval"], 3)
@@ -126,6 +126,7 @@ def _on_prompts(
         )
     pipe.set_progress_bar_config(disable=True)
     of_call = call_arguments(pipe, {name: given[name] for name in RUN})
+    warn_of_unread(pipe, prompts)
     wanted = {name: given[name] for name in PASSED if given[name] is not None}
     wanted |= {"cache": None if cache.interval == 1 else cache, "gptq": gptq}
     with _resumable(directory / POOL), stage_bars() as show:

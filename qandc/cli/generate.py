@@ -238,7 +238,7 @@ def _from_prompts(
     from qandc.method.saved import schedule_of
     from qandc.quantizer import QuantConfig
     from qandc.sampling.pipelines import check_full_precision
-    from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_long_prompts
+    from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_unread
 
     chosen = {name: default if given[name] is None else given[name] for name, default in OF_PROMPTS.items()}
     config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
@@ -255,7 +255,7 @@ def _from_prompts(
     check_full_precision(pipe, model)
     of_call = call_arguments(pipe, {name: given[name] for name in RUN})
     steps = steps_of_run(pipe, of_call, cache)
-    warn_of_long_prompts(pipe, prompts)
+    warn_of_unread(pipe, prompts)
     drawn = PromptsConfig(tuple(prompts), of_call, config, cache, seed, calibrated)
 
     def show(name: str, number: int) -> None:

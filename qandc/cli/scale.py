@@ -126,7 +126,7 @@ def sample(
     from qandc.experiments.shards import ImageSet
     from qandc.method.saved import Preset, fashion_dit_preset, schedule_of
     from qandc.sampling.pipelines import class_names
-    from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_long_prompts
+    from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_unread
     from qandc.support.results import result_header
 
     if full_precision and calibrated is not None:
@@ -166,7 +166,7 @@ def sample(
             run = call_arguments(pipe, {name: {**of_prompts, **given}[name] for name in RUN})
             schedule = None if calibrated is None else schedule_of(calibrated)
             steps_of_run(pipe, run, None if schedule is None else schedule.config())
-            warn_of_long_prompts(pipe, texts)
+            warn_of_unread(pipe, texts)
         image_set = ImageSet(images, tuple(range(len(texts))) or tuple(class_names(pipe)), seed, batch_size)
         with stage_bars(processes.is_main) as progress, _resumable():
             shared: dict[str, Any] = {"source": source, "processes": processes, "progress": progress}

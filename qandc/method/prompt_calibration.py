@@ -25,7 +25,7 @@ from qandc.method.settings import COMPENSATIONS, Images
 from qandc.method.stages import Stage, StageProgress, attached, quantize_on
 from qandc.quantization.conversion import quant_layers
 from qandc.quantizer import QuantConfig
-from qandc.sampling.prompts import check_prompts
+from qandc.sampling.prompts import check_prompts, text_length
 from qandc.sampling.trajectories import compensation_from_run, trajectory_from_run
 from qandc.support.arguments import Count, Pipeline, checked
 from qandc.tap import TapConfig
@@ -92,6 +92,7 @@ def calibrate_on_prompts(
     """
     model: Any = getattr(pipe, transformer, None)
     _check(pipe, model, transformer, prompts, pipeline_arguments)
+    pipeline_arguments = {**text_length(pipe), **pipeline_arguments}
     if compensation not in (None, *COMPENSATIONS):
         raise ConfigError(f"compensation {compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
     if cache is not None:

@@ -18,14 +18,16 @@ __all__ = [
     "check_prompts",
     "draw_prompt",
     "steps_of_run",
+    "text_length",
     "usual_steps",
-    "warn_of_long_prompts",
+    "warn_of_unread",
 ]
 
 logger = logging.getLogger(__name__)
 
 RUN = ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt")  # arguments that most take
 USUAL_STEPS = 50  # of a pipeline that does not say
+SHOWN_WORDS = 10
 
 
 def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
@@ -60,13 +62,30 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ConfigError(f"{f'prompt {empty} is empty' if empty else 'there is no prompt'}; give text in each")
 
 
-def warn_of_long_prompts(pipe: Any, prompts: Sequence[str]) -> None:
-    """Log which prompts have more tokens than any text encoder of a pipeline reads: pipelines cut them silently."""
-    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
+def _readers(pipe: Any) -> list[Any]:
+    """Return the tokenizers whose tokens ``max_sequence_length`` counts: those of all text encoders but CLIP's."""
+    pairs = ((part, pipe.components.get(f"text_encoder{name[9:]}")) for name, part in _tokenizers(pipe).items())
+    return [part for part, encoder in pairs if encoder is not None and not type(encoder).__name__.startswith("CLIP")]
+
+
+def _tokenizers(pipe: Any) -> dict[str, Any]:
+    return {n: part for n, part in pipe.components.items() if n.startswith("tokenizer") and part is not None}
+
+
+def text_length(pipe: Any) -> dict[str, int]:
+    """Return ``max_sequence_length`` for calls of a pipeline whose default pads to more tokens than are kept."""
+    usual = getattr(_parameters(pipe).get("max_sequence_length"), "default", None)
+    limits = [getattr(tokenizer, "model_max_length", None) for tokenizer in _readers(pipe)]
+    longest = max((limit for limit in limits if isinstance(limit, int)), default=None)
+    return {} if usual is None or longest is None or longest >= usual else {"max_sequence_length": longest}
+
+
+def warn_of_unread(pipe: Any, prompts: Sequence[str]) -> None:
+    """Log what a pipeline leaves out of prompts silently: tokens that are too many, words that no tokenizer knows."""
     longest = getattr(_parameters(pipe).get("max_sequence_length"), "default", None)
     for prompt in prompts:
         cut = []
-        for tokenizer in tokenizers:
+        for tokenizer in _tokenizers(pipe).values():
             limits = (getattr(tokenizer, "model_max_length", None), longest)
             limit = min(value for value in (*limits, 1 << 20) if isinstance(value, int))
             count = len(tokenizer(prompt, verbose=False).input_ids)
@@ -76,6 +95,17 @@ def warn_of_long_prompts(pipe: Any, prompts: Sequence[str]) -> None:
             logger.warning(
                 "a prompt has %d tokens, of which %s reads %d: %.60s...", count, type(pipe).__name__, limit, prompt
             )
+    readers = [tokenizer for tokenizer in _readers(pipe) if getattr(tokenizer, "unk_token_id", None) is not None]
+    words = dict.fromkeys(word.strip(".,;:!?\"'()") for prompt in prompts for word in prompt.split())
+
+    def is_unknown(word: str) -> bool:
+        return all(reader.unk_token_id in reader(word, add_special_tokens=False).input_ids for reader in readers)
+
+    unknown = [repr(word) for word in words if is_unknown(word)] if readers else []
+    if unknown:
+        more = f" and {len(unknown) - SHOWN_WORDS} more" if len(unknown) > SHOWN_WORDS else ""
+        shown = ", ".join(unknown[:SHOWN_WORDS]) + more
+        logger.warning("%s does not know these words, and draws without them: %s", type(pipe).__name__, shown)
 
 
 def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +131,7 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     strangers = arguments.keys() - known.keys()
     if strangers:
         raise ConfigError(f"{kind} takes no {min(strangers)}; leave it out")
-    return arguments
+    return {**text_length(pipe), **arguments}
 
 
 @torch.no_grad()
