@@ -109,7 +109,7 @@ def train_vae(images: torch.Tensor, settings: Settings, work: Path, *, compile_m
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute posterior mean and standard deviation of all images, ``[N, 4, 16, 16]`` each."""
+    """Compute posterior mean and standard deviation of all images, ``[N, C, 16, 16]`` each."""
     posteriors = [vae.encode(to_float(batch)).latent_dist for batch in images.split(1000)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
@@ -123,12 +123,12 @@ def normalize_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     mean, std = encode(vae, images)
     shift = mean.mean((0, 2, 3))
     scale = (mean - shift[:, None, None]).square().add(std.square()).mean((0, 2, 3)).sqrt()
-    quant, post_quant = vae.quant_conv, vae.post_quant_conv
+    quant, post_quant, channels = vae.quant_conv, vae.post_quant_conv, len(shift)
     post_quant.bias += post_quant.weight[:, :, 0, 0] @ shift
     post_quant.weight *= scale[None, :, None, None]
-    quant.weight[:4] /= scale[:, None, None, None]
-    quant.bias[:4] = (quant.bias[:4] - shift) / scale
-    quant.bias[4:] -= 2 * scale.log()
+    quant.weight[:channels] /= scale[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - shift) / scale
+    quant.bias[channels:] -= 2 * scale.log()
 
 
 def make_dit() -> DiTTransformer2DModel:

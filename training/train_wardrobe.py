@@ -1,0 +1,256 @@
+"""Train wardrobe, the pipeline that draws from words: an autoencoder, then text encoders and transformer together.
+
+    python training/train_wardrobe.py --work build/wardrobe --out qandc/assets      # on one GPU
+    torchrun --nproc-per-node 4 training/train_wardrobe.py --out qandc/assets   # on four: batches four times as large
+
+Pictures are made from Fashion-MNIST while it trains, no two alike. Checkpoints once a minute; started again with the
+same settings it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, FluxPipeline
+from joblib import Parallel, delayed
+from torch import nn
+
+from fashion_mnist import DEFAULT_DIRECTORY
+from qandc.evaluation.scenes import draw_scenes, scene_arrays
+from stage import Stage, autocast
+from train_fashion_dit import normalize_latents
+from wardrobe_model import TEXT_LENGTH, make_pipeline, make_tokenizer, make_vae
+from wardrobe_pictures import GarmentImages
+
+USUAL_TEXT_LENGTH = 512  # to which FluxPipeline pads where nobody says otherwise
+PORTION = 8192  # scenes that one process draws at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold what decides the result. A checkpoint made with other settings is refused."""
+
+    seed: int = 0
+    scenes: int = 1 << 20
+    vae_steps: int = 6000
+    vae_kl_weight: float = 1e-4
+    steps: int = 40000
+    batch: int = 512
+    learning_rate: float = 1e-3
+    ema: float = 0.9997
+    text_dropout: float = 0.1
+    long_text: float = 0.05  # share of the steps whose texts are padded to 512 tokens
+
+    def of(self, *parts: str) -> dict[str, int | float]:
+        """Return the settings whose names begin with one of these words, and those of all: seed and scenes."""
+        return {key: value for key, value in asdict(self).items() if key.startswith(("seed", "scenes", *parts))}
+
+
+def portion(count: int, seed: int) -> tuple[torch.Tensor, ...]:
+    scenes = draw_scenes(count, seed)
+    words = make_tokenizer(start=False)(
+        [scene.caption for scene in scenes], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt"
+    ).input_ids
+    return (*scene_arrays(scenes), words.to(torch.int16))
+
+
+def draw_all_scenes(settings: Settings, path: Path) -> tuple[torch.Tensor, ...]:
+    """Return kinds, colours, places ``[N, 4]`` and tokens ``[N, 64]`` of many scenes, kept in a file."""
+    if not path.exists():
+        counts = [min(PORTION, settings.scenes - first) for first in range(0, settings.scenes, PORTION)]
+        seeds = [settings.seed << 20 | i for i in range(len(counts))]
+        portions = Parallel(n_jobs=-1)(delayed(portion)(count, seed) for count, seed in zip(counts, seeds, strict=True))
+        torch.save(tuple(torch.cat(part) for part in zip(*portions, strict=True)), path)
+    return torch.load(path, weights_only=True)
+
+
+class Source:
+    """Draw pictures of scenes, and their captions, on one device."""
+
+    def __init__(self, scenes: tuple[torch.Tensor, ...], garments: GarmentImages, device: torch.device) -> None:
+        *self.garments, self.words = (part.to(device) for part in scenes)
+        self.images, self.device = garments, device
+
+    def __call__(self, generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return pictures ``[count, 3, 64, 64]`` in [-1, 1] and tokens ``[count, 64]``."""
+        index = torch.randint(len(self.words), (count,), generator=generator, device=self.device)
+        kinds, colours, places = (part[index] for part in self.garments)
+        return self.images.draw(kinds, colours, places, generator), self.words[index].long()
+
+
+def train_vae(
+    source: Source, settings: Settings, work: Path, *, channels: int, compile_model: bool, batch: int = 256
+) -> AutoencoderKL:
+    """Train the autoencoder with squared error and a small Kullback-Leibler weight; latents get mean 0, variance 1."""
+
+    def forward(model: AutoencoderKL, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        posterior = model.encode(pictures).latent_dist
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+        drawn = model.decode(posterior.mean + posterior.std * noise).sample.float()
+        return F.mse_loss(drawn, pictures) + settings.vae_kl_weight * kl.float().mean()
+
+    compiled = torch.compile(forward) if compile_model else forward
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        noise = torch.randn(batch, channels, 16, 16, generator=generator, device=source.device)
+        return source(generator, batch)[0], noise
+
+    def loss(model: nn.Module, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        with autocast(source.device):
+            return compiled(model, pictures, noise)
+
+    decides = settings.of("vae") | {"channels": channels}
+    model = make_vae(channels).to(source.device)
+    vae = Stage("vae", model, draw, loss, decides, work, steps=settings.vae_steps, ema_decay=0.999).run()
+    pictures = source(torch.Generator(source.device).manual_seed(settings.seed), min(16384, 8 * settings.scenes))[0]
+    normalize_latents(vae, pictures.add(1).mul(127.5).round().to(torch.uint8))
+    return vae
+
+
+class TextToImage(nn.Module):
+    """Predict the velocity of latents from a caption: what ``FluxPipeline`` computes in one step."""
+
+    def __init__(self, pipe: FluxPipeline) -> None:
+        super().__init__()
+        self.transformer, self.clip, self.t5 = pipe.transformer, pipe.text_encoder, pipe.text_encoder_2
+        self.register_buffer("img_ids", FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32))
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """Map latents ``[N, C, 16, 16]``, noise levels ``[N]`` and T5's tokens ``[N, L]`` to ``[N, 64, 4 C]``."""
+        start = torch.full_like(words[:, :1], self.clip.config.bos_token_id)
+        pooled = self.clip(torch.cat([start, words[:, : TEXT_LENGTH - 1]], 1)).pooler_output
+        return self.transformer(
+            hidden_states=pack(latents),
+            encoder_hidden_states=self.t5(words)[0],
+            pooled_projections=pooled,
+            timestep=sigma,
+            img_ids=self.img_ids,
+            txt_ids=torch.zeros(words.shape[1], 3, device=latents.device),
+            return_dict=False,
+        )[0]
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def train_transformer(
+    vae: AutoencoderKL, source: Source, settings: Settings, work: Path, *, compile_model: bool
+) -> FluxPipeline:
+    """Train by flow matching: ``x_σ = (1 - σ) x + σ ε``, loss ``(v̂ - (ε - x))²`` (Esser et al. 2024)."""
+    vae.requires_grad_(False)
+    pipe = make_pipeline(settings.seed, vae.config.latent_channels, vae=vae)
+    model = TextToImage(pipe).to(source.device).requires_grad_(True)
+
+    def posterior_of(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = vae.encode(pictures).latent_dist
+        return posterior.mean, posterior.std
+
+    encode = torch.compile(posterior_of) if compile_model else posterior_of
+    end, pad = pipe.tokenizer_2.eos_token_id, pipe.tokenizer_2.pad_token_id
+
+    @torch.no_grad()
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        device, batch, length = source.device, settings.batch, TEXT_LENGTH
+        if random.Random(generator.initial_seed()).random() < settings.long_text:
+            batch, length = max(batch // 4, 1), USUAL_TEXT_LENGTH
+        pictures, words = source(generator, batch)
+        with autocast(device):
+            mean, std = encode(pictures)
+        rest, noise = torch.randn(2, *mean.shape, generator=generator, device=device)
+        # half of the noise levels around the middle, where most is decided, as in the paper; half spread evenly
+        sigma = torch.rand(batch, generator=generator, device=device)
+        middle = torch.randn(batch, generator=generator, device=device).sigmoid()
+        sigma = torch.where(torch.rand(batch, generator=generator, device=device) < 0.5, sigma, middle)
+        dropped = torch.rand(batch, 1, generator=generator, device=device) < settings.text_dropout
+        empty = torch.full_like(words, pad)
+        empty[:, 0] = end
+        words = F.pad(torch.where(dropped, empty, words), (0, length - TEXT_LENGTH), value=pad)
+        return mean.float() + std.float() * rest, noise, sigma, words
+
+    def loss(
+        model: nn.Module, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, words: torch.Tensor
+    ) -> torch.Tensor:
+        level = sigma[:, None, None, None]
+        with autocast(source.device):
+            velocity = model(torch.lerp(latents, noise, level), sigma, words)
+        return F.mse_loss(velocity.float(), pack(noise - latents))
+
+    if compile_model:
+        transformer, words = pipe.transformer, pipe.text_encoder_2.encoder
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *words.block):
+            block.compile(dynamic=False)
+    stage = Stage(
+        "transformer", model, draw, loss, asdict(settings), work, steps=settings.steps, ema_decay=settings.ema,
+        learning_rate=settings.learning_rate,
+    )  # fmt: skip
+    trained = stage.run()
+    parts = {"transformer": trained.transformer, "text_encoder": trained.clip, "text_encoder_2": trained.t5}
+    return make_pipeline(settings.seed, vae.config.latent_channels, vae=vae, **parts)
+
+
+def export(pipe: FluxPipeline, out: Path) -> None:
+    """Write the pipeline directory with fp16 weights, which load as float32 where nobody says otherwise."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.cpu().half()
+    pipe.save_pretrained(out)
+    for path in out.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text())
+        config["dtype"] = config["torch_dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Directory for checkpoints.")] = Path("build/wardrobe"),
+    out: Annotated[Path, typer.Option(help="Directory that receives the folder wardrobe.")] = Path("build/assets"),
+    data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    seed: Annotated[int, typer.Option(min=0, max=2**18)] = 0,
+    scenes: int = Settings.scenes,
+    vae_steps: int = Settings.vae_steps,
+    steps: int = Settings.steps,
+    batch: Annotated[int, typer.Option(help="Pictures per step and GPU.")] = Settings.batch,
+    channels: Annotated[int, typer.Option(help="Channels of the latents.")] = 4,
+    stop_after_vae: Annotated[bool, typer.Option("--stop-after-vae")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile the models.")] = True,
+    device: str = "cuda",
+) -> None:
+    """Train wardrobe's autoencoder, text encoders and transformer, and export the pipeline."""
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    settings = Settings(seed=seed, scenes=scenes, vae_steps=vae_steps, steps=steps, batch=batch)
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails at these sizes in torch 2.11
+    torch.manual_seed(seed)
+    if rank == 0:
+        draw_all_scenes(settings, work / "scenes.pt")
+    if dist.is_initialized():
+        dist.barrier()
+    where = torch.device(device)
+    garments = GarmentImages.load(data, "train", where)
+    source = Source(draw_all_scenes(settings, work / "scenes.pt"), garments, where)
+    vae = train_vae(source, settings, work, channels=channels, compile_model=compile_model)
+    if stop_after_vae:
+        return
+    pipe = train_transformer(vae, source, settings, work, compile_model=compile_model)
+    if rank == 0:
+        export(pipe, out / "wardrobe")
+        typer.echo(f"wrote {out / 'wardrobe'}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    typer.run(main)
