@@ -214,7 +214,7 @@ def optimize(
     transformer: str | None = None,
     conditioning: str | None = None,
     calibrate_on: Sequence[str] | None = None,
-    calibrated: str | Path | None = None,
+    calibrated: str | Path | CalibratedModel | None = None,
     compile: bool | None = None,
     restorable: bool = True,
     **calibration: Any,
@@ -233,8 +233,9 @@ def optimize(
         transformer: only this one, ``"transformer_2"`` for example; the other may be optimized by a call of its own.
         calibrate_on: prompts like those to come. Images are drawn from them, in minutes to hours, to find smoothing,
             static ranges, the steps to compute and a compensation (:func:`qandc.calibrate_on_prompts`).
-        calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote: its transformer
-            takes the place of the pipeline's, in its bits, and what it was saved with is used.
+        calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote, or what
+            :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits, and what it
+            was saved with is used.
         compile: compile the blocks, which takes a minute at the first image, or fuse them (DiT and FLUX.1, once
             calibrated), and replay steps from CUDA graphs. By default where the model is on a GPU.
         restorable: keep what is replaced, in host memory.
@@ -262,7 +263,7 @@ def optimize(
             model.__dict__[ORIGINALS] = state.originals[name]
             try:
                 if calibrated is not None:
-                    found = _loaded(Path(calibrated), name, model)
+                    found = _loaded(calibrated, name, model)
                 elif calibrate_on is not None:
                     more = {**bits, **calibration, "transformer": name, "cache": own}
                     found = calibrate_on_prompts(pipe, calibrate_on, **more)
@@ -277,7 +278,8 @@ def optimize(
             if found.schedule is not None:
                 own = found.schedule.config(None if config is None else config.storage_dtype)
             if calibrated is not None:
-                others["calibrated"] = _held(f"in {calibrated}", found)
+                where = "before" if isinstance(calibrated, CalibratedModel) else f"in {calibrated}"
+                others["calibrated"] = _held(where, found)
             elif calibrate_on is not None:
                 others["calibrated"] = _held(f"on {len(calibrate_on)} prompts", found)
             others |= _speed_up(found.model, own, compile, found.step_ranges)
@@ -345,12 +347,15 @@ def _held(where: str, found: CalibratedModel) -> str:
     return ", ".join([where, *(what for what, value in held.items() if value is not None)])
 
 
-def _loaded(directory: Path, name: str, model: Any) -> CalibratedModel:
-    """Load the calibrated model that takes the place of a transformer."""
-    found = load(directory, device=model.device, dtype=model.dtype)
+def _loaded(calibrated: str | Path | CalibratedModel, name: str, model: Any) -> CalibratedModel:
+    """Load the calibrated model that takes the place of a transformer, if it is not at hand."""
+    found = calibrated
+    if not isinstance(found, CalibratedModel):
+        found = load(found, device=model.device, dtype=model.dtype)
     if original_class(found.model) is not original_class(model):
+        where = "calibrated" if found is calibrated else repr(str(calibrated))
         raise ModelError(
-            f"{str(directory)!r} holds a {original_class(found.model).__name__}, and pipe.{name} is a "
+            f"{where} holds a {original_class(found.model).__name__}, and pipe.{name} is a "
             f"{original_class(model).__name__}; give the model that was calibrated for this pipeline"
         )
     return found

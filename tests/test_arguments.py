@@ -523,6 +523,8 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "cache": P(None, "None"),
         "pool_images": P(1),
         "samples": P(2),
+        "select": P("random"),
+        "uniform": P(True, FLAG),
         "smoothing": P(True, FLAG),
         "gptq": P(False, f"None {FLAG}"),
         "compensation": P("none", "None"),

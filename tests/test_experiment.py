@@ -20,14 +20,18 @@ from safetensors.torch import load_file
 import qandc.experiments.ablation
 import qandc.experiments.many_images
 from qandc import (
+    CalibratedModel,
     CalibrationConfig,
     ConfigError,
     DataError,
     ModelError,
     OutputError,
     Preset,
+    apply_cache,
     calibrate_pipeline,
+    compensated_scheduler,
     get_cache,
+    load,
     load_pipeline,
 )
 from qandc.cli.main import main
@@ -41,8 +45,10 @@ from qandc.experiments.report import measure_rows
 from qandc.experiments.scores import Scorer, load_images, scorer_for
 from qandc.experiments.shards import SHARD, ImageSet
 from qandc.quantization.conversion import quant_layers
+from qandc.sampling.prompts import draw_prompt
 from qandc.support.files import locked
 from tests.conftest import in_a_thread
+from tests.tiny_pipelines import PIPELINES, make_pipeline
 
 CALIBRATION = CalibrationConfig(
     num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="delta", cache_interval=2, uniform=True,
@@ -221,7 +227,7 @@ def test_scores_and_their_intervals():
     network = dataclasses.replace(load_extractor("fashion-classifier"), model=(model := FashionClassifier().eval()))
     scorer = Scorer(dataclasses.replace(network, layer=model.body[14]), accuracy=True)
     found = scorer(off, full, np.arange(200) % 10)
-    assert set(found) == {"psnr_to_fp", "inception_score", "class_accuracy"}
+    assert set(found) == {"psnr_to_fp", "psnr_worst", "inception_score", "class_accuracy"}
     assert found["psnr_to_fp"]["value"] == pytest.approx(10 * np.log10(255**2 / 16))
     assert found["psnr_to_fp"]["ci95"] == pytest.approx(0, abs=1e-9)
     share = found["class_accuracy"]["value"]  # of a binomial distribution
@@ -248,7 +254,9 @@ def test_likeness_of_more_images_than_are_compared_at_a_time():
     ours[:3] = full[:3]
     error = np.square(ours.astype(float) - full).mean((1, 2, 3))
     expected = np.minimum(100, 10 * np.log10(255**2 / np.maximum(error, 1e-12)))
-    assert Scorer()(ours, full, np.arange(501))["psnr_to_fp"]["value"] == pytest.approx(expected.mean(), rel=1e-12)
+    found = Scorer()(ours, full, np.arange(501))
+    assert found["psnr_to_fp"]["value"] == pytest.approx(expected.mean(), rel=1e-12)
+    assert found["psnr_worst"]["value"] == pytest.approx(expected.min(), rel=1e-12)
 
 
 def test_images_of_a_run_that_are_damaged(tmp_path):
@@ -296,6 +304,74 @@ def test_the_distance_is_the_one_that_evaluate_finds(tmp_path):
     shipped = scorer_for(pipe)(ours, ours, np.arange(40) % 10)
     expected = evaluate(tmp_path / "ours.npz", "fashion-mnist", allow_unequal=True)
     assert shipped["frechet_distance"]["value"] == pytest.approx(expected.frechet_distance, rel=1e-4)
+
+
+PROMPTS = ("a red coat", "a hat")
+OF_PROMPTS = CalibrationConfig(
+    num_inference_steps=6, cache_mode="taylor", cache_interval=3, pool_images=2, samples=6, clusters=1, uniform=True
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxPipeline", "PixArtSigmaPipeline"])
+def test_rows_of_prompts(name, tmp_path, monkeypatch):
+    """Each is drawn as by hand, in the form of rows of classes; Ctrl-C loses nothing; the pipeline stays what it is."""
+    pytest.importorskip("transformers")
+    pipe = make_pipeline(name)
+    before = {key: tensor.clone() for key, tensor in pipe.transformer.state_dict().items()}
+    given = {"height": 16, "width": 16, **PIPELINES[name][3]}
+    settings = ExperimentConfig(3, OF_PROMPTS, first_seed=5, batch_size=2, prompts=PROMPTS, arguments=given)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(qandc.experiments.ablation, "draw_shards", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(pipe, settings, tmp_path, scorer=Scorer())
+    monkeypatch.setattr(qandc.experiments.ablation, "calibrate_on_prompts", None)  # all three are finished
+    rows = run_experiment(pipe, settings, tmp_path, scorer=scorer_for(pipe))
+    assert [row["row"] for row in rows] == [kind.name for kind in ROWS]
+    computed = sum(OF_PROMPTS.cache.of_steps(6))
+    assert [(row["computed_steps"], row["steps"]) for row in rows] == [(6, 6), (6, 6), *[(computed, 6)] * 5]
+    assert [row["cache_bytes"] > 0 for row in rows] == [kind.cached for kind in ROWS]
+    assert rows[1]["transformer_bytes"] < rows[2]["transformer_bytes"] == rows[0]["transformer_bytes"]
+    assert all(row["metrics"]["psnr_worst"]["value"] <= row["metrics"]["psnr_to_fp"]["value"] for row in rows)
+    assert not quant_layers(pipe.transformer)
+    assert get_cache(pipe.transformer) is None
+    assert all(torch.equal(before[key], tensor) for key, tensor in pipe.transformer.state_dict().items())
+    run = {**given, "num_inference_steps": 6}
+    for kind in ROWS:
+        by_hand = make_pipeline(name)
+        if kind.calibration is None:
+            if kind.cached:
+                apply_cache(by_hand.transformer, config=OF_PROMPTS.cache)
+        else:
+            found = load(tmp_path / kind.calibration)
+            by_hand.transformer, corrected = found.model, found if kind.compensated else CalibratedModel(found.model)
+            assert (found.compensation is not None, found.features is not None) == (
+                kind.calibration == "tap",
+                kind.calibration == "tap-features",
+            )
+            if kind.cached:
+                apply_cache(found.model, config=found.schedule.config(), compensation=corrected.features)
+            if corrected.compensation is not None:
+                by_hand.scheduler = compensated_scheduler(by_hand.scheduler, corrected.compensation)
+        drawn = torch.cat([draw_prompt(by_hand, PROMPTS[i % 2], 5 + i, run) for i in range(3)])
+        expected = to_uint8(drawn).permute(0, 2, 3, 1).numpy()
+        assert np.abs(images_of(tmp_path, kind).astype(int) - expected.astype(int)).mean() < 0.005, kind.name
+    other = dataclasses.replace(settings, prompts=("a hat", "a red coat"))
+    with pytest.raises(ConfigError, match="prompts"):
+        run_experiment(pipe, other, tmp_path, scorer=Scorer())
+
+
+def test_two_transformers_have_no_rows(tmp_path):
+    pytest.importorskip("transformers")
+    pipe = make_pipeline("WanPipeline")
+    pipe.register_modules(transformer_2=pipe.transformer)
+    settings = ExperimentConfig(calibration=OF_PROMPTS, prompts=PROMPTS)
+    with pytest.raises(ConfigError, match="WanPipeline has transformer, transformer_2; rows are of one transformer"):
+        run_experiment(pipe, settings, tmp_path, scorer=Scorer())
 
 
 TINY = ("--steps", "4", "--images", "6", "--pool-images", "3", "--samples", "6", "--clusters", "2",

@@ -24,6 +24,7 @@ from qandc import (
     calibrate_on_prompts,
     get_cache,
     graph,
+    load,
     load_pipeline,
     optimize,
     quantization_report,
@@ -400,6 +401,9 @@ def test_prompts_to_calibrate_on_and_what_was_saved_of_them(prompted, tmp_path):
     assert third.transformer is model
     assert_as_before(model, before)
     assert torch.equal(draw(third), plain)
+    plan = optimize(third, calibrated=load(tmp_path / "saved"))
+    assert torch.allclose(draw(third), expected, atol=1e-5, rtol=0)
+    assert "calibrated before, steps to compute, compensation of features" in " ".join(str(plan).split())
 
 
 def test_what_a_calibrated_dit_was_saved_with_is_used(dit_pipe, tmp_path, fused_anywhere):
@@ -450,6 +454,8 @@ def test_a_calibrated_model_of_another_class_is_refused(dit_pipe, tmp_path):
     save(quantize_model(make_tiny("PixArtTransformer2DModel")), tmp_path / "saved")
     with pytest.raises(ModelError, match=r"holds a PixArtTransformer2DModel, and pipe.transformer is a DiT"):
         optimize(dit_pipe, calibrated=tmp_path / "saved")
+    with pytest.raises(ModelError, match=r"calibrated holds a PixArtTransformer2DModel, and pipe.transformer is a DiT"):
+        optimize(dit_pipe, calibrated=load(tmp_path / "saved"))
     assert not quant_layers(dit_pipe.transformer)
     two = Pipe(transformer=make_tiny("WanTransformer3DModel"), transformer_2=make_tiny("WanTransformer3DModel"))
     with pytest.raises(ConfigError, match=r"a calibrated model is for one transformer.* transformer='transformer'"):

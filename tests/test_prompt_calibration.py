@@ -122,6 +122,31 @@ def test_it_is_what_its_parts_do_by_hand():
     assert [told for told in stages if told[0] == "schedule"] == [("schedule", i, 3) for i in range(4)]
 
 
+def test_samples_and_steps_that_are_not_chosen():
+    """Samples at random, and every third step, for whose timesteps one image is drawn."""
+    ours, theirs, stages = make_pipeline("FluxPipeline"), make_pipeline("FluxPipeline"), []
+    given = {**BRIEF, "compensation": "none", "smoothing": False, **arguments("FluxPipeline")}
+    chosen = {"select": "random", "uniform": True}
+    found = calibrate_on_prompts(
+        ours, PROMPTS, cache=CACHE, progress=lambda *told: stages.append(told), **chosen, **given
+    )
+    assert found.schedule.schedule == CACHE.of_steps(6)
+    assert found.schedule.error is None
+    assert [told for told in stages if told[0] == "schedule"] == [("schedule", 0, 1), ("schedule", 1, 1)]
+
+    def run():
+        for i, prompt in enumerate(PROMPTS):
+            generator = torch.Generator().manual_seed(POOL_SEED + i)
+            theirs(prompt, generator=generator, output_type="latent", **arguments("FluxPipeline"))
+
+    apply_cache(theirs.transformer, config=CACHE)
+    pool = pool_from_run(theirs.transformer, run)
+    remove_cache(theirs.transformer)
+    batches = pool.batches(pool.select(8, TapConfig(clusters=1), method="random"))
+    state = calibrate(quantize_model(theirs.transformer), batches).state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in found.model.state_dict().items())
+
+
 def test_four_bits_are_rounded_with_hessians():
     pipes = [make_pipeline("PixArtSigmaPipeline") for _ in range(2)]
     for pipe, gptq in zip(pipes, (None, False), strict=True):

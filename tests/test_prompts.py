@@ -29,6 +29,7 @@ from qandc import (
 from qandc.cli.main import main
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.pixels import to_uint8
+from qandc.experiments.ablation import ROWS
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt, text_length, warn_of_unread
 from tests.tiny_pipelines import PIPELINES, make_pipeline
@@ -145,7 +146,7 @@ def test_refusals_before_a_pipeline_is_loaded(capsys, index_dir, options, messag
     assert not target.exists()
 
 
-@pytest.mark.parametrize("command", [("generate",), ("calibrate",), ("sample", "-n", "2")])
+@pytest.mark.parametrize("command", [("generate",), ("calibrate",), ("sample", "-n", "2"), ("ablate",)])
 @pytest.mark.parametrize("flag", ["--prompt", "--prompts", "--height", "--width", "--negative-prompt"])
 def test_models_that_draw_classes_take_no_prompt(capsys, tmp_path, pipeline_dir, command, flag):
     for model in ((), ("--model", pipeline_dir)):
@@ -156,10 +157,47 @@ def test_models_that_draw_classes_take_no_prompt(capsys, tmp_path, pipeline_dir,
         assert f"{flag} is for models that draw from prompts, and DiTPipeline draws classes" in err
 
 
-def test_a_command_that_draws_classes_refuses_other_models(capsys, index_dir):
-    status, _, err = run(capsys, "ablate", "--model", index_dir, "--device", "cpu", "-o", index_dir / "x.npz")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "FluxPipeline draws from prompts; give --prompt"),
+        (("--size", "paper"), "--size is for models that draw classes, and FluxPipeline draws from prompts: leave it"),
+        (("--scheduler", "ddim"), "--scheduler is for models that draw classes"),
+        (("--clusters", 2), "--clusters is for models that draw classes"),
+        (("--vc-samples", 2), "--vc-samples is for models that draw classes"),
+        (("--prompt", "a", "--steps", "6"), "images is 1; give an integer >= 2"),
+        (("--prompt", "a", "--images", 2, "--steps", "x"), "--steps is 'x'; give numbers, separated by commas"),
+    ],
+)
+def test_what_ablate_refuses_of_prompts(capsys, index_dir, options, message):
+    command = ("ablate", "--model", index_dir, "--device", "cpu", "-o", index_dir / "x", *options)
+    status, _, err = run(capsys, *command)
     assert status == 2
-    assert "is a FluxPipeline, which draws from prompts; give one that draws classes here" in err
+    assert len(err.splitlines()) == 1
+    assert message in err
+    assert not (index_dir / "x").exists()
+
+
+@pytest.mark.slow
+def test_ablate_on_prompts(capsys, tmp_path, flux_dir):
+    """A file of prompts, two lengths of runs; what the rows are is tested in test_experiment.py."""
+    (tmp_path / "prompts.txt").write_text("a coat\n\na hat\n")
+    out = tmp_path / "out"
+    given = ("--prompts", tmp_path / "prompts.txt", *SMALL, "--guidance-scale", 2, "--pool-images", 1, "--samples", 4)
+    given += ("--model", flux_dir, "--cache-interval", 2, "--w-bits", 4, "-o", out)
+    status, table, err = run(capsys, "ablate", *given, "--steps", "6,5")
+    assert status == 0, err
+    summary = json.loads((out / "experiment_summary.json").read_text())
+    assert [(row["steps"], row["row"]) for row in summary["rows"]] == [(n, kind.name) for n in (6, 5) for kind in ROWS]
+    expected = {
+        "prompts": ["a coat", "a hat"], "images": 2, "num_inference_steps": [6, 5], "w_bits": 4, "cache_mode": "taylor",
+        "arguments": {"height": 16, "width": 16, "guidance_scale": 2.0},
+    }  # fmt: skip
+    assert expected.items() <= summary["settings"].items()
+    assert (out / "experiment_summary.md").read_text().strip() == table.strip()
+    with Image.open(out / "experiment_summary.png") as figure:
+        assert min(figure.size) > 300
+    assert "holds an ablation of w_bits 4; this one would have 8" in run(capsys, "ablate", *given, "--w-bits", 8)[2]
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,8 @@ PASSED = (
     "smoothing",
     "pool_images",
     "samples",
+    "select",
+    "uniform",
     "compensation",
 )  # to calibrate_on_prompts, if given
 OF_PROMPTS = (*PASSED, "num_inference_steps", "guidance_scale", "rounding", "cache_mode", "cache_interval")

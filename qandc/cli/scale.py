@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from qandc.cli.options import (
     Width,
     calibrated_options,
     draws_from_prompts,
+    flags_of,
     read_prompts,
     refuse,
     resolve,
@@ -48,6 +48,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "feature_images": 40,
     },
 }  # fmt: skip
+OF_PROMPTS: dict[str, Any] = {
+    "w_bits": 8,
+    "a_bits": 8,
+    "cache_mode": "taylor",
+    "cache_interval": 3,
+    "pool_images": 16,
+    "samples": 128,
+}
 
 
 def _of_sizes(name: str) -> str:
@@ -67,22 +75,22 @@ def _resumable() -> Iterator[None]:
 
 def _load(model: str | None, device: str, dtype: str, processes: Any, text: bool = False) -> tuple[Any, str | None]:
     """Load the pipeline on the device of this process; return it and where it came from."""
-    from qandc.sampling.pipelines import (
-        check_draws_classes,
-        check_full_precision,
-        load_pipeline,
-        resolve_device,
-        resolve_dtype,
-        source_of,
-    )
+    from qandc.sampling.pipelines import check_full_precision, load_pipeline, resolve_device, resolve_dtype, source_of
 
     quiet_diffusers(text)
-    if not text:
-        check_draws_classes(model)
     where = processes.device(resolve_device(device))
     pipe = load_pipeline(model, where, resolve_dtype(dtype, where))
     check_full_precision(pipe, model)
     return pipe, source_of(model)
+
+
+def _call_arguments(pipe: Any, prompts: list[str], given: Given) -> dict[str, Any]:
+    """Return the arguments of each call of a pipeline that draws from prompts; warn of what it does not read."""
+    from qandc.sampling.prompts import RUN, call_arguments, warn_of_unread
+
+    pipe.set_progress_bar_config(disable=True)
+    warn_of_unread(pipe, prompts)
+    return call_arguments(pipe, {name: given.get(name) for name in RUN})
 
 
 @contextmanager
@@ -126,7 +134,7 @@ def sample(
     from qandc.experiments.shards import ImageSet
     from qandc.method.saved import Preset, fashion_dit_preset, schedule_of
     from qandc.sampling.pipelines import class_names
-    from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_unread
+    from qandc.sampling.prompts import steps_of_run
     from qandc.support.results import result_header
 
     if full_precision and calibrated is not None:
@@ -162,11 +170,9 @@ def sample(
     with Processes.joined() as processes:
         pipe, source = _load(model, device, dtype, processes, text=kind is not None)
         if kind is not None:
-            pipe.set_progress_bar_config(disable=True)
-            run = call_arguments(pipe, {name: {**of_prompts, **given}[name] for name in RUN})
+            run = _call_arguments(pipe, texts, {**of_prompts, **given})
             schedule = None if calibrated is None else schedule_of(calibrated)
             steps_of_run(pipe, run, None if schedule is None else schedule.config())
-            warn_of_unread(pipe, texts)
         image_set = ImageSet(images, tuple(range(len(texts))) or tuple(class_names(pipe)), seed, batch_size)
         with stage_bars(processes.is_main) as progress, _resumable():
             shared: dict[str, Any] = {"source": source, "processes": processes, "progress": progress}
@@ -202,9 +208,19 @@ def ablate(
         ),
     ] = "small",
     model: ModelOrSettings = None,
-    images: Annotated[int | None, typer.Option(help=f"Of each row. Default: {_of_sizes('images')}.")] = None,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    images: Annotated[
+        int | None, typer.Option(help=f"Of each row. Default: {_of_sizes('images')}; one of each prompt.")
+    ] = None,
     steps: Annotated[
-        str | None, typer.Option(help=f"Denoising steps, several with commas. Default: {_of_sizes('steps')}.")
+        str | None,
+        typer.Option(
+            help=f"Denoising steps, several with commas. Default: {_of_sizes('steps')}; of prompts the pipeline's."
+        ),
     ] = None,
     given: Given,
     batch_size: BatchSize = 20,
@@ -239,6 +255,7 @@ def ablate(
     from qandc.experiments.scores import scorer_for
     from qandc.method.saved import Preset, is_finished
     from qandc.method.settings import CalibrationConfig
+    from qandc.sampling.prompts import usual_steps
 
     if size not in SIZES:
         raise ConfigError(f"--size {size!r} is unknown; choose one of {', '.join(SIZES)}")
@@ -247,19 +264,37 @@ def ablate(
         preset = Preset.load(model)
         held, model = calibrated_options(preset), preset.base_model()
         held["steps"] = str(held["num_inference_steps"])
-    chosen = resolve({"model": model, "steps": steps, "images": images, **given}, held, SIZES[size])
+    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
+    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    if kind is None:
+        defaults, texts = SIZES[size], []
+    else:
+        others = {"--size": size != "small", **flags_of(given, leave_out=(*OF_PROMPTS, "guidance_scale"))}
+        refuse(others, f"is for models that draw classes, and {kind} draws from prompts: leave it out")
+        texts = read_prompts(prompt, prompts, kind)
+        defaults = {**OF_PROMPTS, "images": len(texts)}
+    chosen = resolve({"model": model, "steps": steps, "images": images, **given}, held, defaults)
     model, steps, images = (chosen.pop(name) for name in ("model", "steps", "images"))
+    if kind is not None:
+        chosen = {name: chosen[name] for name in OF_PROMPTS} | {"clusters": 1}  # there follow from the samples
     try:
-        counts = [int(part) for part in steps.split(",")]
+        counts = [int(part) for part in steps.split(",")] if steps else []
     except ValueError:
         raise ConfigError(f"--steps is {steps!r}; give numbers, separated by commas") from None
-    base = CalibrationConfig(num_inference_steps=counts[0], uniform=True, **chosen)
-    experiments = {
-        number: ExperimentConfig(images, replace(base, num_inference_steps=number), seed, batch_size)
-        for number in counts
-    }
+
+    def experiment(number: int, **of_prompts: Any) -> ExperimentConfig:
+        if kind is not None and given["samples"] is None:  # as many as there are, of short runs
+            chosen["samples"] = min(OF_PROMPTS["samples"], chosen["pool_images"] * number)
+        base = CalibrationConfig(num_inference_steps=number, uniform=True, **chosen)
+        return ExperimentConfig(images, base, seed, batch_size, tuple(texts), **of_prompts)
+
+    experiments = {number: experiment(number) for number in counts}
     with Processes.joined() as processes, ExitStack() as stack:
-        pipe, source = _load(model, device, dtype, processes)
+        pipe, source = _load(model, device, dtype, processes, text=kind is not None)
+        if kind is not None:
+            run = _call_arguments(pipe, texts, {**of_prompts, **given})
+            counts = counts or [usual_steps(pipe)]
+            experiments = {number: experiment(number, arguments=run) for number in counts}
         scorer = scorer_for(pipe, features, reference, inception_weights)
         for settings in experiments.values():
             check_experiment(pipe, settings)
@@ -286,5 +321,5 @@ def ablate(
         for path in write_report(directory, rows, described, shown):
             err.print(f"wrote {path}", soft_wrap=True)
     if scorer.reference is not None and images < USUAL_COUNT:
-        err.print(f"{chosen['images']} images: Fréchet distances are too large, compare them only with equal numbers")
+        err.print(f"{images} images: Fréchet distances are too large, compare them only with equal numbers")
     out.print(markdown_table(rows), soft_wrap=True)

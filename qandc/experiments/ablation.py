@@ -1,4 +1,4 @@
-"""Run the ablation of Q&C on a DiT pipeline: seven configurations, the same noise for all, scored and written down.
+"""Run the ablation of Q&C on a pipeline: seven configurations, the same noise for all, scored and written down.
 
 After Q&C (arXiv 2503.02508, Tables 1 and 4), with compensation of features (FC) beside the paper's of samples (VC).
 Rows, in the order they are drawn:
@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +32,26 @@ import torch
 from qandc.cache import apply_cache, get_cache, remove_cache
 from qandc.errors import ConfigError, DataError, ModelError, ProcessError
 from qandc.experiments.generate import module_bytes
-from qandc.experiments.many_images import ImageDrawer, describe_pipeline
+from qandc.experiments.many_images import ImageDrawer, describe_pipeline, memory_of
 from qandc.experiments.processes import Processes
+from qandc.experiments.prompts import PromptDrawer
 from qandc.experiments.scores import Scorer, load_images
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
 from qandc.method.pipeline_calibration import StageProgress, calibrate_pipeline
-from qandc.method.saved import Preset, is_finished
+from qandc.method.prompt_calibration import calibrate_on_prompts
+from qandc.method.saved import Preset, is_finished, load, save, schedule_of
 from qandc.method.settings import CalibrationConfig
+from qandc.optimize import optimize, parts_of
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import check_sampling, make_scheduler
 from qandc.sampling.pipelines import class_names
 from qandc.support.files import FileKind, keep_settings, locked, make_directory
-from qandc.variance_compensation import Compensation
 
 __all__ = ["ROWS", "ExperimentConfig", "RowKind", "check_experiment", "run_experiment"]
 
 FORMAT_VERSION = 2
+OF_PROMPTS = ("num_inference_steps", "w_bits", "a_bits", "cache_mode", "cache_interval", "pool_images", "samples")
 FIGURES = FileKind("record of a row", 1, dict, "delete it and run the same command again", DataError)
 
 
@@ -81,11 +86,13 @@ class ExperimentConfig:
     """Hold the settings of an ablation, which compares seven rows.
 
     Attributes:
-        images: of each row, the classes of the model in turn.
+        images: of each row, the classes of the model, or the prompts, in turn.
         calibration: bits, cache, pool, samples; ``select`` is of the rows with TAP, ``vc`` of the one with VC.
-            ``compensation`` is that of each row.
+            ``compensation`` is that of each row. With prompts ``OF_PROMPTS`` of it count.
         first_seed: of image 0.
-        batch_size: images drawn at once.
+        batch_size: images of a shard, of classes drawn at once.
+        prompts: what a pipeline of another class than ``DiTPipeline`` draws.
+        arguments: of each of its calls.
 
     Raises:
         ConfigError: fewer than two images; a compensation of no form; a schedule that is not uniform.
@@ -95,6 +102,8 @@ class ExperimentConfig:
     calibration: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(uniform=True))
     first_seed: int = 0
     batch_size: int = 20
+    prompts: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, int) or self.images < 2:
@@ -109,6 +118,9 @@ class ExperimentConfig:
         calibration = asdict(self.calibration)
         for name in ("cache", "quant_config", "compensation"):  # they follow from the others, or from the row
             calibration.pop(name)
+        if self.prompts:
+            calibration = {name: calibration[name] for name in OF_PROMPTS}
+            calibration |= {"prompts": list(self.prompts), "arguments": dict(self.arguments)}
         return {"images": self.images, "first_seed": self.first_seed, "batch_size": self.batch_size, **calibration}
 
 
@@ -129,7 +141,8 @@ def run_experiment(
     figures (``.json``).
 
     Args:
-        pipe: a ``DiTPipeline`` in full precision, without a cache, on its device. It stays as it is.
+        pipe: a ``DiTPipeline``, or with prompts another, in full precision, without a cache, on its device. It stays
+            as it is.
         settings: of the experiment.
         directory: to write to.
         scorer: of images.
@@ -150,7 +163,8 @@ def run_experiment(
     """
     directory = Path(directory)
     processes = Processes() if processes is None else processes
-    work = _Experiment(pipe, settings, directory, scorer, source, processes, progress)
+    kind_of_work = _PromptExperiment if settings.prompts else _Experiment
+    work = kind_of_work(pipe, settings, directory, scorer, source, processes, progress)
     with ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(locked(directory / ".lock"))
@@ -175,8 +189,15 @@ def check_experiment(pipe: Any, settings: ExperimentConfig) -> Any:
     Raises:
         ConfigError, ModelError: as there.
     """
+    if settings.prompts and len(parts_of(pipe)) > 1:
+        raise ConfigError(
+            f"{type(pipe).__name__} has {', '.join(parts_of(pipe))}; rows are of one transformer (qandc generate "
+            "compares what optimize makes of both)"
+        )
     if quant_layers(pipe.transformer) or get_cache(pipe.transformer) is not None:
         raise ModelError("the transformer is quantized or has a cache already; load the pipeline anew")
+    if settings.prompts:
+        return pipe.scheduler
     calibration = settings.calibration
     scheduler = make_scheduler(calibration.scheduler, pipe.scheduler.config)
     run = calibration.num_inference_steps, calibration.guidance_scale
@@ -185,6 +206,8 @@ def check_experiment(pipe: Any, settings: ExperimentConfig) -> Any:
 
 
 class _Experiment:
+    """Calibrate a ``DiTPipeline`` and draw its rows, from class ids."""
+
     def __init__(
         self,
         pipe: Any,
@@ -203,7 +226,8 @@ class _Experiment:
             "num_inference_steps": settings.calibration.num_inference_steps,
             "guidance_scale": settings.calibration.guidance_scale,
         }
-        self.images = ImageSet(settings.images, tuple(class_names(pipe)), settings.first_seed, settings.batch_size)
+        conditions = tuple(range(len(settings.prompts))) or tuple(class_names(pipe))
+        self.images = ImageSet(settings.images, conditions, settings.first_seed, settings.batch_size)
 
     def calibrate(self) -> None:
         """Calibrate with both choices of samples and both compensations, from one pool."""
@@ -217,15 +241,19 @@ class _Experiment:
                 continue
             pipe = copy.copy(self.pipe)  # calibration quantizes in place
             pipe.register_modules(transformer=copy.deepcopy(self.pipe.transformer))
-            calibrate_pipeline(
+            self.calibrate_one(
                 pipe,
                 chosen,
                 self.directory / name,
-                source=self.source,
-                pool_directory=self.directory / "pool",
-                checkpoint=False,
-                progress=lambda stage, done, total, name=name: self.progress(f"{name}: {stage}", done, total),  # type: ignore[misc]
+                lambda stage, done, total, name=name: self.progress(f"{name}: {stage}", done, total),  # type: ignore[misc]
             )
+
+    def calibrate_one(self, pipe: Any, chosen: CalibrationConfig, path: Path, progress: StageProgress) -> None:
+        """Calibrate a copy of the pipeline and save what was found."""
+        pool = self.directory / "pool"
+        calibrate_pipeline(
+            pipe, chosen, path, source=self.source, pool_directory=pool, checkpoint=False, progress=progress
+        )
 
     def paths(self, kind: RowKind) -> tuple[Path, Path, Path]:
         """Return the paths of shards, images and figures of a row."""
@@ -260,42 +288,52 @@ class _Experiment:
 
     def draw_shards(self, kind: RowKind, shards: Path) -> dict[str, Any]:
         """Draw the shards of this process; return figures of the model."""
-        model, compensation = self.model(kind)
-        draw = ImageDrawer(self.pipe.vae, model, self.scheduler, self.run, compensation)
+        draw, model = self.drawer(kind)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             if missing_shards(shards, self.images):
                 draw.warm_up(min(self.images.batch_size, self.images.count))
-            draw_shards(shards, self.images, draw, self.processes, self.progress, kind.name, draw.memory)
+            measure = partial(memory_of, model)
+            draw_shards(shards, self.images, draw, self.processes, self.progress, kind.name, measure)
+            schedule = self.schedule
             return {
-                "computed_steps": self.computed_steps(kind),
+                "computed_steps": sum(schedule) if kind.cached else len(schedule),
                 "transformer_bytes": module_bytes(model),
             }
         finally:
-            if kind.cached:
-                remove_cache(model)
+            if get_cache(self.pipe.transformer) is not None:
+                remove_cache(self.pipe.transformer)
 
-    def model(self, kind: RowKind) -> tuple[Any, Compensation | None]:
-        """Make the transformer of a row, with its cache attached, and its compensation."""
-        model, preset = torch.nn.Module.to(self.pipe.transformer, self.device), None
+    @property
+    def schedule(self) -> tuple[bool, ...]:
+        """Return the steps that rows with a cache compute, which are those of all calibrations."""
+        found = schedule_of(self.directory / "random")
+        assert found is not None
+        return found.schedule
+
+    def drawer(self, kind: RowKind) -> tuple[ImageDrawer | PromptDrawer, Any]:
+        """Make what draws a row, and its transformer, with its cache attached."""
+        model, preset = self.full(kind), None
         if kind.calibration is not None:
             preset = Preset.load(self.directory / kind.calibration)
             model = preset.quantize(copy.deepcopy(model))
             if self.device.type == "cuda":
                 torch.nn.Module.to(self.pipe.transformer, "cpu")  # so that it does not count as memory of this row
                 fuse(model)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         compensation = features = None
         if preset is not None and kind.compensated:
             compensation, features = preset.compensation, preset.features
-        if kind.cached:
-            config = self.settings.calibration.cache if preset is None else preset.schedule.config()
-            apply_cache(model, config=config, compensation=features)
-        return model, compensation
+        if kind.cached and preset is not None:
+            apply_cache(model, config=preset.schedule.config(), compensation=features)
+        return ImageDrawer(self.pipe.vae, model, self.scheduler, self.run, compensation), model
 
-    def computed_steps(self, kind: RowKind) -> int:
-        steps = self.settings.calibration.num_inference_steps
-        return sum(self.settings.calibration.cache.of_steps(steps)) if kind.cached else steps
+    def full(self, kind: RowKind) -> Any:
+        """Return the transformer in full precision, with a cache if that is all that a row has."""
+        model = torch.nn.Module.to(self.pipe.transformer, self.device)
+        if kind.cached and kind.calibration is None:
+            apply_cache(model, config=self.settings.calibration.cache)
+        return model
 
     def score(self, kind: RowKind) -> dict[str, Any]:
         """Score a row, once, and return it."""
@@ -311,8 +349,44 @@ class _Experiment:
         seconds = record["seconds_per_image"]
         return {
             "row": kind.name,
-            "steps": self.settings.calibration.num_inference_steps,
+            "steps": len(self.schedule),
             **record,
             "speed_ratio": full / seconds,
             "images_per_second": 1 / seconds,
         }
+
+
+class _PromptExperiment(_Experiment):
+    """Calibrate a pipeline that draws from prompts, and draw its rows, as :func:`qandc.optimize` makes them."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return those of a call of the pipeline."""
+        steps = self.settings.calibration.num_inference_steps
+        return {**self.settings.arguments, "num_inference_steps": steps}
+
+    def calibrate_one(self, pipe: Any, chosen: CalibrationConfig, path: Path, progress: StageProgress) -> None:
+        names = ("w_bits", "a_bits", "cache", "pool_images", "samples", "select", "compensation", "gptq", "uniform")
+        found = calibrate_on_prompts(
+            pipe,
+            self.settings.prompts,
+            pool_directory=self.directory / "pool",
+            progress=progress,
+            **{name: getattr(chosen, name) for name in names},
+            **self.arguments,
+        )
+        about = {name: getattr(found, name) for name in ("schedule", "compensation", "features")}
+        save(found.model, path, **about)
+
+    def drawer(self, kind: RowKind) -> tuple[ImageDrawer | PromptDrawer, Any]:
+        pipe, full = copy.copy(self.pipe), self.full(kind)
+        if kind.calibration is not None:
+            if self.device.type == "cuda":
+                torch.nn.Module.to(full, "cpu")
+            found = load(self.directory / kind.calibration, device=self.device, dtype=full.dtype)
+            if not kind.compensated:
+                found = replace(found, compensation=None, features=None)
+            if not kind.cached:
+                found = replace(found, schedule=None)
+            optimize(pipe, calibrated=found, cache=None, restorable=False)
+        return PromptDrawer(pipe, self.settings.prompts, self.arguments), pipe.transformer

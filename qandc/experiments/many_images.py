@@ -25,7 +25,7 @@ from qandc.support.attach import paused
 from qandc.support.files import FileEntry, keep_settings, locked
 from qandc.variance_compensation import Compensation
 
-__all__ = ["ImageDrawer", "check_new", "describe_pipeline", "sample_file", "sample_prompts_file"]
+__all__ = ["ImageDrawer", "check_new", "describe_pipeline", "memory_of", "sample_file", "sample_prompts_file"]
 
 SETTINGS = "settings.json"
 
@@ -84,13 +84,14 @@ class ImageDrawer:
         )
         return decode_latents(self.vae, latents)
 
-    def memory(self) -> dict[str, int]:
-        """Return the bytes of cached features, and on a GPU the peak since its statistics were reset."""
-        cache, device = get_cache(self.model), self.model.device
-        found = {"cache_bytes": 0 if cache is None else cache.nbytes}
-        if device.type == "cuda":
-            found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        return found
+
+def memory_of(model: Any) -> dict[str, int]:
+    """Return the bytes of features that the cache of a model holds, and on a GPU the peak since it was reset."""
+    cache, device = get_cache(model), model.device
+    found = {"cache_bytes": 0 if cache is None else cache.nbytes}
+    if device.type == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found
 
 
 def sample_file(

@@ -26,7 +26,9 @@ METRICS = {  # name: heading, digits, factor
     "inception_score": ("IS", 2, 1.0),
     "class_accuracy": ("class accuracy, %", 1, 100.0),
     "psnr_to_fp": ("PSNR to FP, dB", 1, 1.0),
+    "psnr_worst": ("worst PSNR, dB", 1, 1.0),
 }
+LIKENESS = ("psnr_to_fp", "psnr_worst")
 SHOWN = 10
 
 
@@ -81,7 +83,7 @@ def measure_rows(
 
 def _text(row: dict[str, Any], metric: str) -> str:
     found = row["metrics"].get(metric)
-    if found is None or (metric == "psnr_to_fp" and found["value"] >= 100):
+    if found is None or (metric in LIKENESS and found["value"] >= 100):
         return ""
     _, digits, factor = METRICS[metric]
     return f"{factor * found['value']:.{digits}f} ± {factor * found['ci95']:.{digits}f}"
@@ -148,7 +150,7 @@ def _draw(path: Path, rows: list[dict[str, Any]], images: dict[str, Path]) -> No
         else:
             heading, _, factor = METRICS[metric]
             found = [row["metrics"].get(metric, {"value": np.nan, "ci95": np.nan}) for row in rows]
-            exact = metric == "psnr_to_fp"  # full precision is the reference itself
+            exact = metric in LIKENESS  # full precision is the reference itself
             values = [np.nan if exact and f["value"] >= 100 else factor * f["value"] for f in found]
             errors = [factor * f["ci95"] for f in found]
         axes.barh(range(len(rows)), values, xerr=errors, color="#8fb3d9", height=0.6, error_kw={"linewidth": 0.8})

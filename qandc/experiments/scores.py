@@ -46,7 +46,7 @@ def scorer_for(
     """Choose what scores the images of a pipeline.
 
     Args:
-        pipe: a ``DiTPipeline``.
+        pipe: what draws them.
         features: a name of :data:`qandc.evaluation.extractors.EXTRACTORS`; "auto", the shipped classifier where it
             knows the classes of the pipeline, else "none", likeness alone.
         reference: of the Fréchet distance: images or statistics, as :func:`qandc.evaluation.evaluate` takes them. By
@@ -60,7 +60,7 @@ def scorer_for(
     if features not in ("auto", "none", *EXTRACTORS):
         raise ConfigError(f"--features {features!r} is unknown; choose one of auto, none, {', '.join(EXTRACTORS)}")
     known = read_json(fashion_dit_path() / "model_index.json", "pipeline", "install qandc anew")["id2label"]
-    ours = class_names(pipe) == {int(label): name for label, name in known.items()}
+    ours = hasattr(pipe, "labels") and class_names(pipe) == {int(label): name for label, name in known.items()}
     if features == "auto":
         features = EXTRACTORS[0] if ours else "none"
     if features == "none":
@@ -107,7 +107,8 @@ class Scorer:
     def __call__(self, images: np.ndarray, full: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
         """Score ``images`` by those of full precision, both ``[N, H, W, C] uint8``: metric to ``{"value", "ci95"}``.
 
-        PSNR is in dB, capped at 100 (equal images); the Fréchet distance is missing without a reference.
+        PSNR, its mean and that of the worst image, is in dB, capped at 100 (equal images); the Fréchet distance is
+        missing without a reference.
 
         Raises:
             DataError: arrays are empty, of other types, or do not fit each other; features contain NaN or inf.
@@ -123,7 +124,10 @@ class Scorer:
             )
         pairs = zip(Images.of(images).batches(AT_A_TIME), Images.of(full).batches(AT_A_TIME), strict=True)
         likeness = torch.cat([psnr(*pair) for pair in pairs]).clamp(max=100).numpy()
-        found: dict[str, Callable[[Any], float]] = {"psnr_to_fp": lambda chosen: float(likeness[chosen].mean())}
+        found: dict[str, Callable[[Any], float]] = {
+            "psnr_to_fp": lambda chosen: float(likeness[chosen].mean()),
+            "psnr_worst": lambda chosen: float(likeness[chosen].min()),
+        }
         if self.extractor is not None:
             batches = [(found.features.cpu(), found.logits.cpu()) for found in self.extractor(Images.of(images))]
             features, logits = (torch.cat(parts).double() for parts in zip(*batches, strict=True))

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 
+from qandc import historical
 from qandc.cache import get_cache
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, ModelError
@@ -28,7 +29,7 @@ from qandc.quantizer import QuantConfig
 from qandc.sampling.prompts import check_prompts, text_length
 from qandc.sampling.trajectories import compensation_from_run, trajectory_from_run
 from qandc.support.arguments import Count, Pipeline, checked
-from qandc.tap import TapConfig
+from qandc.tap import METHODS, TapConfig
 
 __all__ = ["calibrate_on_prompts"]
 
@@ -49,6 +50,8 @@ def calibrate_on_prompts(
     cache: CacheConfig | None = None,
     pool_images: Images = 16,
     samples: Count = 128,
+    select: str = "tap",
+    uniform: bool = False,
     smoothing: bool = True,
     gptq: bool | None = None,
     compensation: str | None = None,
@@ -71,7 +74,9 @@ def calibrate_on_prompts(
             as many steps are computed, those that serve the others best; a schedule is kept. None: no cache.
         pool_images: images that are drawn for each part of the work, pool, schedule and compensation, each from noise
             of its own.
-        samples: calls of the transformer to calibrate with, chosen by TAP among all of the pool.
+        samples: calls of the transformer to calibrate with, chosen among all of the pool.
+        select: how they are: by ``tap``, ``random``, ``uniform`` or ``kmeans`` (:func:`qandc.select_samples`).
+        uniform: compute every Nth step, not those that serve the others best.
         smoothing: move outliers from activations to weights.
         gptq: round weights with Hessians, by default those of 4 bits.
         compensation: ``features`` corrects what the cache reuses (:func:`qandc.fit_feature_compensation`), the default
@@ -85,7 +90,7 @@ def calibrate_on_prompts(
 
     Raises:
         ConfigError: no prompt, an empty one or no string; an argument that the pipeline does not have or that is set
-            here; another compensation.
+            here; another compensation or choice of samples.
         ModelError: the pipeline takes no prompts, or its transformer is quantized, cached or of no family that a cache
             knows.
         DataError: samples or features are NaN, infinite or do not vary.
@@ -93,8 +98,12 @@ def calibrate_on_prompts(
     model: Any = getattr(pipe, transformer, None)
     _check(pipe, model, transformer, prompts, pipeline_arguments)
     pipeline_arguments = {**text_length(pipe), **pipeline_arguments}
-    if compensation not in (None, *COMPENSATIONS):
-        raise ConfigError(f"compensation {compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+    for what, given, allowed in (
+        ("compensation", compensation, (None, *COMPENSATIONS)),
+        ("select", select, (*METHODS, *historical.CLUSTERERS)),
+    ):
+        if given not in allowed:
+            raise ConfigError(f"{what} {given!r} is unknown; choose one of {', '.join(filter(None, allowed))}")
     if cache is not None:
         cache.check_planned("no schedule can be found for it")
     gptq = w_bits == 4 if gptq is None else gptq
@@ -117,11 +126,11 @@ def calibrate_on_prompts(
         return [partial(draw, stage, first_seed, [number]) for number in range(pool_images)]
 
     def one_by_one(stage: Stage, first_seed: int) -> None:
-        for image in images(stage, first_seed):
+        for image in images(stage, first_seed)[: stage.total]:
             image()
 
-    def stage_of(name: str) -> Stage:
-        return Stage(name, pool_images, report)
+    def stage_of(name: str, count: int = pool_images) -> Stage:
+        return Stage(name, count, report)
 
     with attached(model, cache) if cache else nullcontext(), stage_of("candidate pool") as stage:
         about = json.dumps([prompts, pipeline_arguments], default=lambda value: type(value).__name__)
@@ -134,15 +143,16 @@ def calibrate_on_prompts(
         count = min(samples, len(pool))
         if count < samples:
             logger.info("the pool has %d samples, and all are taken: there are no %d", count, samples)
-        chosen = pool.select(count, TapConfig(max(1, count // SAMPLES_PER_CLUSTER)))
+        chosen = pool.select(count, TapConfig(max(1, count // SAMPLES_PER_CLUSTER)), method=select)
     device = getattr(pipe, "_execution_device", model.device)  # of diffusers: where an offloaded model runs
     batches = partial(pool.batches, chosen, device=device)
     quantize_on(model, batches, count, config, report, smoothing=smoothing, gptq=gptq)
     schedule = features = gains = None
     if cache is not None:
-        with stage_of("schedule") as stage:
+        known = uniform or cache.schedule is not None  # but for its timesteps
+        with stage_of("schedule", 1 if known else pool_images) as stage:
             schedule = schedule_for(
-                model, partial(one_by_one, stage, SCHEDULE_SEED), cache, compensation in (None, "features")
+                model, partial(one_by_one, stage, SCHEDULE_SEED), cache, compensation in (None, "features"), uniform
             )
         cache = schedule.config(cache.storage_dtype)
         if compensation in (None, "features") and not all(schedule.schedule):

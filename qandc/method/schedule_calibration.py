@@ -188,15 +188,15 @@ def schedule_from_run(
 
 
 def schedule_for(
-    transformer: Any, run: Callable[[], Any], cache: CacheConfig, compensated: bool = False
+    transformer: Any, run: Callable[[], Any], cache: CacheConfig, compensated: bool = False, uniform: bool = False
 ) -> CalibratedSchedule:
-    """Choose as many steps as a cache with an interval would compute; one that has a schedule keeps it.
+    """Choose as many steps as a cache with an interval would compute, or those; one that has a schedule keeps it.
 
     Errors: as :func:`schedule_from_run`.
     """
     moments, timesteps = feature_moments(transformer, run, cache.mode)
     computed = cache.of_steps(len(timesteps))
-    if cache.schedule is not None or all(computed):
+    if uniform or cache.schedule is not None or all(computed):
         return CalibratedSchedule(computed, timesteps, cache.mode, cache.history - 1)
     return _best(moments, timesteps, cache.mode, cache.order, sum(computed), compensated)
 

@@ -27,7 +27,6 @@ from qandc.support.files import bytes_of
 __all__ = [
     "CLASS_CONDITIONAL",
     "DTYPES",
-    "check_draws_classes",
     "check_full_precision",
     "class_names",
     "fashion_dit_path",
@@ -236,17 +235,6 @@ def _check_pipeline(source: str, pipe: Any) -> None:
 def source_of(model: str | None) -> str | None:
     """Name a model as results note it: a directory by its absolute path, a hub id or None as it is."""
     return str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
-
-
-def check_draws_classes(model: str | None) -> None:
-    """Refuse, before it is downloaded, a pipeline that draws from prompts.
-
-    Raises:
-        ModelError: it does, or as :func:`pipeline_class`.
-    """
-    kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
-    if kind != CLASS_CONDITIONAL:
-        raise ModelError(f"model {model!r} is a {kind}, which draws from prompts; give one that draws classes here")
 
 
 def check_full_precision(pipe: Any, model: str | None) -> None:
