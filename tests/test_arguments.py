@@ -105,6 +105,7 @@ class Prompted:
 
     def __init__(self) -> None:
         self.transformer, self.scheduler = dit(), ddim()
+        self.components = {"transformer": self.transformer, "scheduler": self.scheduler}
 
     def __call__(self, prompt: str, generator: Any = None, output_type: str = "pil") -> Any:
         run = {"num_inference_steps": STEPS, "seeds": [generator.initial_seed()]}
