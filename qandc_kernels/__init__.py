@@ -17,6 +17,7 @@ from qandc_kernels.ops.linear import (
     int8_linear,
     int8_matmul,
     linear_gelu_quantize,
+    linear_into_,
     quantized_linear,
     weight_only_linear,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "int8_matmul",
     "linear_gate_residual_",
     "linear_gelu_quantize",
+    "linear_into_",
     "pack_int4",
     "packing",
     "qk_norm_rope_",

@@ -29,6 +29,7 @@ __all__ = [
     "int8_matmul",
     "linear_gate_residual_",
     "linear_gelu_quantize",
+    "linear_into_",
     "qk_norm_rope_",
     "quantize_per_tensor",
     "quantize_per_token",
@@ -124,6 +125,7 @@ def _quantize_static(y: torch.Tensor, factor: torch.Tensor, zero_point: torch.Te
 
 
 @checked
+@torch.no_grad()
 def adaln_quantize_per_tensor(
     x: torch.Tensor,
     shift: torch.Tensor,
@@ -131,6 +133,7 @@ def adaln_quantize_per_tensor(
     q_scale: torch.Tensor,
     zero_point: torch.Tensor | None = None,
     eps: float = 1e-6,
+    out_x: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalize, modulate and quantize with one given scale, reading ``x`` once.
 
@@ -144,10 +147,13 @@ def adaln_quantize_per_tensor(
         q_scale: 0-d float32 tensor, > 0, read on the device.
         zero_point: 0-d int32 tensor in -128..127, or None for symmetric quantization.
         eps: added to the variance.
+        out_x: takes a copy of ``x``, to which a block adds what it computes: floating point of its shape, contiguous.
 
     Returns:
         int8, shape of ``x``, contiguous.
     """
+    if out_x is not None:
+        out_x.copy_(x)
     return _quantize_static(_adaln(x, shift, scale, eps), 1.0 / q_scale, zero_point)
 
 
@@ -227,12 +233,14 @@ def qk_norm_rope_(
         qkv: ``[samples, tokens, 3, heads, D]`` float16, bfloat16 or float32, D even, at most 1024, unit stride along D;
             other strides may be any without overlap, e.g. those of some tokens of a joint sequence.
         q_weight, k_weight: ``[D]`` floating point.
-        cos, sin: ``[tokens, D] float32``, of the angle of each value's pair.
+        cos, sin: ``[tokens, D] float32``, of the angle of each value's pair, or ``[tokens, D/2]``, once for each pair.
         eps: added to the mean square.
 
     Returns:
         ``qkv``.
     """
+    if cos.shape[1] != qkv.shape[-1]:
+        cos, sin = cos.repeat_interleave(2, 1), sin.repeat_interleave(2, 1)
     for x, weight in zip(qkv.unbind(2)[:2], (q_weight, k_weight), strict=True):
         y = F.rms_norm(x.to(torch.float32), x.shape[-1:], weight.to(torch.float32), eps)
         y = y.to(x.dtype).to(torch.float32)
@@ -407,6 +415,7 @@ def linear_gelu_quantize(
     x_zero_point: torch.Tensor | None = None,
     w_sum: torch.Tensor | None = None,
     beside: torch.Tensor | None = None,
+    nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute a linear layer, GELU and int8 for the next layer: ``clip(round(gelu(y) · multiplier / s_out + z_out))``.
 
@@ -418,15 +427,46 @@ def linear_gelu_quantize(
         out_scale: 0-d float32 tensor, > 0, read on the device.
         out_zero_point: 0-d int32 tensor in -128..127.
         multiplier: ``[N] float32``, one factor per output channel, e.g. of smoothing.
-        beside: ``[..., P] int8``, to be put in front of the result, where a layer takes both as its input.
+        beside: ``[..., heads, D]`` floating point of any strides, from attention: quantized as by
+            :func:`quantize_per_tensor` with the same scale, in front of the result, where the next layer takes both.
+        nan_flag: of ``beside``, as in :func:`quantize_per_tensor`.
 
     Returns:
-        ``[..., N] int8``, or ``[..., P + N]``, contiguous. All else as :func:`int8_linear` and :func:`int4_linear`.
+        ``[..., N] int8``, or ``[..., heads · D + N]``, contiguous. All else as :func:`int8_linear` and
+        :func:`int4_linear`.
     """
     y = F.gelu(_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum), approximate="tanh")
     factor = 1.0 / out_scale
     q = _quantize_static(y, factor if multiplier is None else multiplier * factor, out_zero_point)
-    return q if beside is None else torch.cat([beside, q], -1)
+    if beside is None:
+        return q
+    first = quantize_per_tensor(beside, out_scale, out_zero_point, 8, nan_flag)
+    return torch.cat([first.flatten(-2), q], -1)
+
+
+@checked
+@torch.no_grad()
+def linear_into_(
+    out: torch.Tensor,
+    xq: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    w_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write a linear layer where the next one reads it, e.g. into some tokens of a joint sequence.
+
+    Args:
+        out: ``[..., N]`` float16, bfloat16 or float32, unit stride along N; takes :func:`int8_linear` or
+            :func:`int4_linear` of its dtype. Written through a copy if rows are not evenly spaced.
+        weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
+
+    Returns:
+        ``out``. All else as :func:`int8_linear` and :func:`int4_linear`.
+    """
+    return out.copy_(_linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum))
 
 
 @checked

@@ -20,6 +20,7 @@ from qandc_kernels import (
     int8_linear,
     linear_gate_residual_,
     linear_gelu_quantize,
+    linear_into_,
     quantize_per_tensor,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "SETTINGS",
     "Product",
     "Ranges",
+    "divided",
     "is_gelu_mlp",
     "joined",
     "plain_norm",
@@ -56,14 +58,19 @@ class Product(NamedTuple):
         linear = int4_linear if self.weight.dtype == torch.uint8 else int8_linear
         return linear(xq, *self, out_dtype=dtype)
 
+    def into_(self, out: torch.Tensor, xq: torch.Tensor) -> None:
+        """Write the product into ``out``."""
+        linear_into_(out, xq, *self)
+
     def gelu_quantize(
         self,
         xq: torch.Tensor,
         following: Product,
         multiplier: torch.Tensor | None,
         beside: torch.Tensor | None = None,
+        nan_flag: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the product after GELU, quantized for the product ``following``, behind ``beside`` in one tensor."""
+        """Return the product after GELU, quantized for the product ``following``, behind heads that it takes too."""
         return linear_gelu_quantize(
             xq,
             self.weight,
@@ -76,6 +83,7 @@ class Product(NamedTuple):
             self.x_zero_point,
             self.w_sum,
             beside,
+            nan_flag,
         )
 
     def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:
@@ -131,13 +139,18 @@ def smoothed(
     return shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
 
 
+def divided(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+    """Divide heads ``[B, tokens, heads, D]`` by the smoothing of a layer's first input channels."""
+    if layer.smoothing is None:
+        return x
+    return x.float() * (1.0 / layer.smoothing[: x.shape[2] * x.shape[3]]).view(x.shape[2:])
+
+
 def quantized(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
-    """Quantize ``[B, tokens, heads, D]`` as a layer does with its first input channels; gives ``[B, tokens, K]``."""
+    """Quantize heads ``[B, tokens, heads, D]`` as a layer does; gives ``[B, tokens, K]``."""
     assert layer.act_scale is not None
-    if layer.smoothing is not None:
-        x = x.flatten(2).float() * (1.0 / layer.smoothing[: x.shape[2] * x.shape[3]])
-    xq = quantize_per_tensor(x, layer.act_scale, layer.act_zero_point, 8, layer.nan_flag)
-    return xq if xq.ndim == 3 else xq.flatten(2)
+    xq = quantize_per_tensor(divided(x, layer), layer.act_scale, layer.act_zero_point, 8, layer.nan_flag)
+    return xq.flatten(2)
 
 
 def touched(module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qandc.models.family import Call, Family, Stack, only, zero_gates
+from qandc.models.qwen_fused import FusedQwenBlock
 
 __all__ = ["QWEN_IMAGE"]
 
@@ -22,5 +23,5 @@ def _why_not(block: Any) -> str | None:
 
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
-_BLOCKS = Stack("transformer_blocks", ("attn", "img_mlp"), _gates, _why_not, _STREAMS)
+_BLOCKS = Stack("transformer_blocks", ("attn", "img_mlp"), _gates, _why_not, _STREAMS, FusedQwenBlock)
 QWEN_IMAGE = Family("QwenImageTransformer2DModel", "encoder_hidden_states", (_BLOCKS,))

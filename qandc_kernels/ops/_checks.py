@@ -44,7 +44,7 @@ RAISES = """Raises:
 LINEAR_NAMES = "xq weight x_scale w_scale bias x_zero_point w_sum"
 QUANTIZED_NAMES = "x weight w_scale bias act_scale act_zero_point w_sum smoothing"
 LARGEST_HEAD = 1024
-GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier beside"
+GELU_NAMES = f"{LINEAR_NAMES} out_scale out_zero_point multiplier beside nan_flag"
 RESIDUAL_NAMES = f"{LINEAR_NAMES} gate out_branch residual"
 
 
@@ -85,7 +85,7 @@ def check_int4_linear(
 
 def check_linear_gelu_quantize(
     xq, weight, x_scale, w_scale, out_scale, bias=None, out_zero_point=None, multiplier=None, x_zero_point=None,
-    w_sum=None, beside=None,
+    w_sum=None, beside=None, nan_flag=None,
 ):  # fmt: skip
     op = "linear_gelu_quantize"
     check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
@@ -94,12 +94,22 @@ def check_linear_gelu_quantize(
     if multiplier is not None:
         check_tensor(op, "multiplier", multiplier, FLOAT32, ((weight.shape[0],),))
     if beside is not None:
-        check_tensor(op, "beside", beside, INT8)
-        if beside.shape[:-1] != xq.shape[:-1] or beside.ndim != xq.ndim:
-            raise ArgumentError(f"{op}: beside must be [..., P] as xq [..., K]; got {tuple(beside.shape)}")
-        check_elements(op, "the result", xq.shape[:-1].numel() * (weight.shape[0] + beside.shape[-1]))
+        check_tensor(op, "beside", beside, FLOAT_DTYPES)
+        if beside.ndim != xq.ndim + 1 or beside.shape[:-2] != xq.shape[:-1]:
+            raise ArgumentError(f"{op}: beside must be [..., heads, D] as xq [..., K]; got {tuple(beside.shape)}")
+        check_elements(op, "the result", xq.shape[:-1].numel() * weight.shape[0] + beside.numel())
     operands = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_scale, out_zero_point, multiplier, beside)
-    check_devices(op, GELU_NAMES, *operands)
+    check_nan_flag(op, nan_flag, GELU_NAMES, *operands)
+    check_devices(op, GELU_NAMES, *operands, nan_flag)
+
+
+def check_linear_into_(out, xq, weight, x_scale, w_scale, bias=None, x_zero_point=None, w_sum=None):
+    op, names = "linear_into_", f"{LINEAR_NAMES} out"
+    check_linear(op, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+    check_tensor(op, "out", out, FLOAT_DTYPES, ((*xq.shape[:-1], weight.shape[0]),))
+    operands = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum)
+    check_written(op, "out", out, names, *operands, contiguous=False)
+    check_devices(op, names, *operands, out)
 
 
 def check_linear_gate_residual_(
@@ -177,12 +187,15 @@ def _check_adaln(op, x, shift, scale, eps):
     check_number(op, "eps", eps, 0.0, "a finite number >= 0")
 
 
-def check_adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point=None, eps=1e-6):
-    op = "adaln_quantize_per_tensor"
+def check_adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point=None, eps=1e-6, out_x=None):
+    op, names = "adaln_quantize_per_tensor", "x shift scale q_scale zero_point"
     _check_adaln(op, x, shift, scale, eps)
     check_tensor(op, "q_scale", q_scale, FLOAT32, SCALAR)
     check_zero_point(op, "zero_point", zero_point)
-    check_devices(op, "x shift scale q_scale zero_point", x, shift, scale, q_scale, zero_point)
+    if out_x is not None:
+        check_tensor(op, "out_x", out_x, FLOAT_DTYPES, (tuple(x.shape),))
+        check_written(op, "out_x", out_x, names, x, shift, scale, q_scale, zero_point)
+    check_devices(op, f"{names} out_x", x, shift, scale, q_scale, zero_point, out_x)
 
 
 def check_adaln_quantize_per_token(x, shift, scale, eps=1e-6):
@@ -217,8 +230,8 @@ def check_qk_norm_rope_(qkv, q_weight, k_weight, cos, sin, eps=1e-6):
     tokens, width = qkv.shape[1], qkv.shape[4]
     check_tensor(op, "q_weight", q_weight, FLOAT_DTYPES, ((width,),))
     check_tensor(op, "k_weight", k_weight, FLOAT_DTYPES, ((width,),))
-    check_tensor(op, "cos", cos, FLOAT32, ((tokens, width),))
-    check_tensor(op, "sin", sin, FLOAT32, ((tokens, width),))
+    check_tensor(op, "cos", cos, FLOAT32, ((tokens, width), (tokens, width // 2)))
+    check_tensor(op, "sin", sin, FLOAT32, (tuple(cos.shape),))
     check_number(op, "eps", eps, 0.0, "a finite number >= 0")
     check_written(op, "qkv", qkv, names, q_weight, k_weight, cos, sin, contiguous=False)
     check_devices(op, names, q_weight, k_weight, cos, sin, qkv)

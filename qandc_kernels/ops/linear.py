@@ -12,11 +12,12 @@ __all__ = [
     "int8_linear",
     "int8_matmul",
     "linear_gelu_quantize",
+    "linear_into_",
     "quantized_linear",
     "weight_only_linear",
 ]
 
-multiply = launcher("linear.multiply")
+multiply, quantize = launcher("linear.multiply"), launcher("quantize.quantize_per_tensor_triton")
 
 
 def _output(x, weight, *others, dtype=None):
@@ -34,12 +35,12 @@ def _linear(xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_dtype):
 
 
 def _linear_gelu_quantize(
-    xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum, beside
+    xq, weight, x_scale, w_scale, out_scale, bias, out_zero_point, multiplier, x_zero_point, w_sum, beside, nan_flag
 ):
-    out = _beside(xq, weight, beside)
+    out = _beside(xq, weight, beside, nan_flag)
     first = out.shape[-1] - weight.shape[0]
     if first:
-        out[..., :first].copy_(beside)
+        quantize(beside, out_scale, out_zero_point, 8, nan_flag, out[..., :first])
     multiply(
         out[..., first:], xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum,
         out_scale=out_scale, out_zero_point=out_zero_point, multiplier=multiplier,
@@ -48,9 +49,19 @@ def _linear_gelu_quantize(
 
 
 def _beside(xq, weight, *others):
-    """Make memory for a product and what it is put beside, the last of ``others``."""
-    first = 0 if others[-1] is None else others[-1].shape[-1]
+    """Make memory for a product and the heads in front of it, the last of ``others`` but one."""
+    first = 0 if others[-2] is None else others[-2].shape[-2:].numel()
     return xq.new_empty((*xq.shape[:-1], first + weight.shape[0]))
+
+
+def _linear_into_(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum):
+    operands = xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum
+    try:
+        rows = out.view(-1, out.shape[-1])
+    except RuntimeError:  # not evenly spaced, as some tokens of several samples
+        out.copy_(_linear(*operands, out_dtype=out.dtype))
+    else:
+        multiply(rows, *operands)
 
 
 def _weight_only_linear(x, weight, w_scale, bias):
@@ -66,7 +77,8 @@ def _cast(x, weight, *others):
 int8_matmul = public_op(reference.int8_matmul, _int8_matmul, lambda xq, wq: _output(xq, wq, dtype=torch.int32))
 int8_linear = public_op(reference.int8_linear, _linear, _cast)
 int4_linear = public_op(reference.int4_linear, _linear, _cast)
-linear_gelu_quantize = public_op(reference.linear_gelu_quantize, _linear_gelu_quantize, _beside)
+linear_gelu_quantize = public_op(reference.linear_gelu_quantize, _linear_gelu_quantize, _beside, writes=("nan_flag",))
+linear_into_ = public_op(reference.linear_into_, _linear_into_, lambda *given: None, writes=("out",))
 quantized_linear = public_op(
     reference.quantized_linear,
     launcher("linear.quantize_multiply"),

@@ -14,12 +14,12 @@ __all__ = ["adaln_quantize_per_tensor", "adaln_quantize_per_token", "quantize_pe
 adaln_quantize_triton = launcher("adaln.adaln_quantize_triton")
 
 
-def _adaln(x, shift, scale, q_scale, zero_point, eps):
+def _adaln(x, shift, scale, q_scale, zero_point, eps, out_x=None):
     samples, tokens, k = x.shape
     rows = x.reshape(samples * tokens, k)  # a view where rows are evenly spaced
     rows, shift, scale = (t if t.stride(1) == 1 or k == 1 else t.contiguous() for t in (rows, shift, scale))
     with launching_on(x):
-        q, token_scale = adaln_quantize_triton(rows, tokens, shift, scale, q_scale, zero_point, eps)
+        q, token_scale = adaln_quantize_triton(rows, tokens, shift, scale, q_scale, zero_point, eps, out_x)
     return q.view(x.shape), None if token_scale is None else token_scale.view(samples, tokens)
 
 
@@ -40,7 +40,7 @@ quantize_per_token = public_op(
     lambda x, bits, token_dims: _per_token(x, token_dims),
 )
 adaln_quantize_per_tensor = public_op(
-    reference.adaln_quantize_per_tensor, lambda *given: _adaln(*given)[0], _per_tensor
+    reference.adaln_quantize_per_tensor, lambda *given: _adaln(*given)[0], _per_tensor, writes=("out_x",)
 )
 adaln_quantize_per_token = public_op(
     reference.adaln_quantize_per_token,

@@ -12,9 +12,9 @@ qk_norm_rope_triton = launcher("rotary.qk_norm_rope_triton")
 
 
 def _qk_norm_rope_(qkv, q_weight, k_weight, cos, sin, eps):
-    vectors = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_weight, k_weight, cos, sin))
+    q_weight, k_weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_weight, k_weight))
     with launching_on(qkv):
-        qk_norm_rope_triton(qkv, *vectors, eps)
+        qk_norm_rope_triton(qkv, q_weight, k_weight, cos, sin, eps)
 
 
 qk_norm_rope_ = public_op(reference.qk_norm_rope_, _qk_norm_rope_, lambda *given: None, writes=("qkv",))

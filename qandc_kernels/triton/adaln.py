@@ -23,7 +23,7 @@ def _load_modulation(shift_ptr, scale_ptr, sample, stride_shift, stride_scale, c
 @triton.jit
 def _adaln_quantize_kernel(
     x_ptr, shift_ptr, scale_ptr,  # [M, K], [samples, K], [samples, K], unit stride along K
-    q_ptr, token_scale_ptr,  # [M, K] int8, [M] float32 or None
+    q_ptr, copy_ptr, token_scale_ptr,  # [M, K] int8, [M, K] or None, [M] float32 or None
     M, tokens,
     stride_xm, stride_shift, stride_scale,
     q_scale_ptr, zero_point_ptr, eps,
@@ -50,8 +50,13 @@ def _adaln_quantize_kernel(
         shift1, scale1 = _load_modulation(shift_ptr, scale_ptr, sample, stride_shift, stride_scale, tail, K)
     for row in tl.range(first, min(first + ROWS, M), num_stages=STAGES):
         x_row = x_ptr + row * stride_xm
-        x0 = tl.load(x_row + head).to(tl.float32)
-        x1 = tl.load(x_row + tail, mask=inside, other=0.0).to(tl.float32)
+        x0 = tl.load(x_row + head)
+        x1 = tl.load(x_row + tail, mask=inside, other=0.0)
+        if copy_ptr is not None:
+            tl.store(copy_ptr + row * K + head, x0)
+            tl.store(copy_ptr + row * K + tail, x1, mask=inside)
+        x0 = x0.to(tl.float32)
+        x1 = x1.to(tl.float32)
         if not ONE_SAMPLE:
             sample = row // tokens
             shift0, scale0 = _load_modulation(shift_ptr, scale_ptr, sample, stride_shift, stride_scale, head, K)
@@ -90,10 +95,11 @@ def adaln_quantize_triton(
     q_scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
     eps: float,
+    copy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch on ``x [M, K]``, ``tokens`` rows per sample; ``shift`` and ``scale [samples, K]``; unit strides along K.
 
-    Without ``q_scale`` each row gets its own scale, returned beside the integers.
+    Without ``q_scale`` each row gets its own scale, returned beside the integers. ``copy``, contiguous, takes ``x``.
     """
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
@@ -111,7 +117,7 @@ def adaln_quantize_triton(
     tail = triton.next_power_of_2(max(1, k - head))
     _adaln_quantize_kernel[(triton.cdiv(m, rows),)](
         x, shift, scale,
-        q, token_scale,
+        q, copy, token_scale,
         m, tokens,
         x.stride(0), shift.stride(0), scale.stride(0),  # stride_xm, stride_shift, stride_scale
         q_scale, zero_point, eps,

@@ -31,7 +31,7 @@ def _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3
 def _quantize_per_tensor_kernel(
     x_ptr, q_ptr,
     M, K, inner_rows,
-    stride_0, stride_1, stride_2, stride_3,
+    stride_0, stride_1, stride_2, stride_3, stride_q,
     scale_ptr, zero_point_ptr, nan_flag_ptr, smoothing_ptr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -56,7 +56,7 @@ def _quantize_per_tensor_kernel(
     shift = zero_point * 1.0
     y = tl.minimum(tl.maximum(y, QMIN - shift), QMAX - shift)
     q = ((y + 12582912.0).to(tl.int32, bitcast=True) + zero_point).to(tl.int8)  # as in to_int8
-    tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=mask)
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * stride_q + columns[None, :], q, mask=mask)
 
 
 @triton.jit
@@ -113,17 +113,20 @@ def _as_matrix(x: torch.Tensor, token_dims: int) -> tuple[torch.Tensor, tuple[in
     return x, (outer_rows * inner_rows, outer_columns * width, inner_rows, strides, width)
 
 
-def per_tensor_start(x: torch.Tensor, bits: int, channels: int) -> tuple[torch.Tensor, Start]:
+def per_tensor_start(
+    x: torch.Tensor, bits: int, channels: int, token_dims: int | None = None, stride_q: int | None = None
+) -> tuple[torch.Tensor, Start]:
     """Return ``x``, or a copy with strides that the kernel can walk, and how the kernel is started on it.
 
-    Its operands are x, q, scale, zero_point, nan_flag and smoothing ``[channels]``.
+    Its operands are x, q, scale, zero_point, nan_flag and smoothing ``[channels]``. Rows of q, contiguous if nothing is
+    said, are the last ``token_dims`` dimensions of x, and ``stride_q`` apart.
     """
-    view, (m, k, inner_rows, strides, width) = _as_matrix(x, min(x.ndim, max(1, x.ndim - 2)))
+    view, (m, k, inner_rows, strides, width) = _as_matrix(x, token_dims or min(x.ndim, max(1, x.ndim - 2)))
     block_k = min(triton.next_power_of_2(k), 1024)
     block_m = 4096 // block_k
 
     def arrange(x: Any, q: Any, scale: Any, zero_point: Any, nan_flag: Any, smoothing: Any) -> tuple[Any, ...]:
-        return (x, q, m, k, inner_rows, *strides, scale, zero_point, nan_flag, smoothing)
+        return (x, q, m, k, inner_rows, *strides, stride_q or k, scale, zero_point, nan_flag, smoothing)
 
     constants = {
         "QMIN": -(1 << bits - 1),
@@ -169,14 +172,19 @@ def quantize_per_tensor_triton(
     zero_point: torch.Tensor | None = None,
     bits: int = 8,
     nan_flag: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch on ``x`` of any shape and strides; the others hold one element on the device."""
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    """Launch on ``x`` of any shape and strides; the others hold one element on the device.
+
+    ``out [..., heads · D]`` takes those of ``x [..., heads, D]`` if it is given: columns of a contiguous tensor.
+    """
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device) if out is None else out
     if q.numel() == 0:
         return q
 
     def prepare() -> tuple[tuple[Start, ...], tuple[torch.Tensor | None, ...]]:
-        view, start = per_tensor_start(x, bits, 1)
+        row = () if out is None else (2, out.stride(-2) if out.ndim > 1 else None)
+        view, start = per_tensor_start(x, bits, 1, *row)
         return (start,), (view, q, scale, zero_point, nan_flag, None)
 
     _PER_TENSOR((x, q, scale, zero_point, nan_flag, None), bits, prepare)

@@ -11,11 +11,12 @@ __all__ = ["qk_norm_rope_triton"]
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,  # [B, S, 3, H, D], [D], [D], [S, D], [S, D]
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,  # [B, S, 3, H, D], [D], [D], [S, D / PAIR] twice
     tokens, heads,
-    stride_sample, stride_token, stride_part, stride_head, stride_cos, stride_sin,
+    stride_sample, stride_token, stride_part, stride_head,
+    stride_cos_token, stride_cos, stride_sin_token, stride_sin,
     eps,
-    D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, PAIR: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(heads, BLOCK_H)
     part = tl.program_id(0) % 2  # q, k
@@ -26,8 +27,9 @@ def _qk_norm_rope_kernel(
     inside = column < D
     weight_ptr = q_weight_ptr if part == 0 else k_weight_ptr
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + token * stride_cos + column, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + token * stride_sin + column, mask=inside, other=0.0)
+    angle = column // PAIR
+    cos = tl.load(cos_ptr + token * stride_cos_token + angle * stride_cos, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + token * stride_sin_token + angle * stride_sin, mask=inside, other=0.0)
     first = qkv_ptr + sample * stride_sample + token * stride_token + part.to(tl.int64) * stride_part
     x_ptr = first + head.to(tl.int64)[:, None] * stride_head + column[None, :]
     mask = (head < heads)[:, None] & inside[None, :]
@@ -43,7 +45,7 @@ def _qk_norm_rope_kernel(
 def qk_norm_rope_triton(
     qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> None:
-    """Launch on ``qkv [B, S, 3, H, D]``, weights ``[D]`` and tables ``[S, D]``, all of unit stride along D."""
+    """Launch on ``qkv [B, S, 3, H, D]`` and weights ``[D]``, unit stride along D; tables ``[S, D]`` or ``[S, D/2]``."""
     samples, tokens, _, heads, width = qkv.shape
     if qkv.numel() == 0:
         return
@@ -52,8 +54,8 @@ def qk_norm_rope_triton(
     _qk_norm_rope_kernel[(samples * tokens * triton.cdiv(heads, block_h) * 2,)](
         qkv, q_weight, k_weight, cos, sin,
         tokens, heads,
-        *qkv.stride()[:4], cos.stride(0), sin.stride(0),
+        *qkv.stride()[:4], *cos.stride(), *sin.stride(),
         eps,
-        D=width, BLOCK_H=block_h, BLOCK_D=block_d,
+        D=width, PAIR=width // cos.shape[1], BLOCK_H=block_h, BLOCK_D=block_d,
         num_warps=4, enable_fp_fusion=False,  # rounds as the reference does
     )  # fmt: skip

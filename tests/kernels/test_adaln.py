@@ -47,7 +47,10 @@ def test_against_float64(kernel_device, shape, seeded):
         arguments = x.to(kernel_device), on_device[:, k : 2 * k], on_device[:, 2 * k : 3 * k]
         q = adaln_quantize_per_tensor(*arguments, q_scale.to(kernel_device), zero_point.to(kernel_device))
         assert_rounded(q, y / q_scale.double() + 17)
-        assert_rounded(adaln_quantize_per_tensor(*arguments, q_scale.to(kernel_device)), y / q_scale.double())
+        copied = torch.empty_like(arguments[0])
+        q = adaln_quantize_per_tensor(*arguments, q_scale.to(kernel_device), out_x=copied)
+        assert_rounded(q, y / q_scale.double())
+        assert torch.equal(copied, arguments[0])
         q, token_scale = adaln_quantize_per_token(*arguments)
         # the smallest rows are all shift; the scale is that of the largest value
         assert_close(token_scale, y.abs().amax(-1).clamp(min=1e-10) / 127, size=0.1)
@@ -73,7 +76,9 @@ def test_strided_input(kernel_device, seeded):
     for view in (x[..., :64], x[..., ::2], x[:, ::3, 64:], x.transpose(0, 1)[:2, :, :64]):
         assert not view.is_contiguous()
         expected = adaln_quantize_per_tensor(view.contiguous(), shift, scale, q_scale)
-        assert torch.equal(adaln_quantize_per_tensor(view, shift, scale, q_scale), expected)
+        copied = torch.empty(view.shape, device=kernel_device)
+        assert torch.equal(adaln_quantize_per_tensor(view, shift, scale, q_scale, out_x=copied), expected)
+        assert torch.equal(copied, view)
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 7), (29, 1, 16), (2, 8, 33)], ids=str)

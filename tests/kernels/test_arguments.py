@@ -79,8 +79,10 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "out_scale": tensor(),
         "out_zero_point": tensor(**INT32),
         "multiplier": tensor(5, optional=True),
-        "beside": tensor(2, 3, 7, dtype=torch.int8, optional=True),
+        "beside": tensor(2, 3, 7, 2, dtypes=FLOATS, optional=True),
+        "nan_flag": tensor(**INT32),
     },
+    "linear_into_": {"out": tensor(2, 3, 5, dtypes=FLOATS), "xq": XQ, "weight": WQ, **LINEAR},
     "linear_gate_residual_": {
         "residual": tensor(2, 3, 5, dtypes=FLOATS),
         "xq": XQ,
@@ -127,7 +129,13 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "out_dtype": OUT_DTYPE._replace(optional=True),
         "nan_flag": tensor(**INT32),
     },
-    "adaln_quantize_per_tensor": {**ADALN, "q_scale": tensor(), "zero_point": tensor(**INT32), "eps": EPS},
+    "adaln_quantize_per_tensor": {
+        **ADALN,
+        "q_scale": tensor(),
+        "zero_point": tensor(**INT32),
+        "eps": EPS,
+        "out_x": tensor(2, 3, 64, dtypes=FLOATS, optional=True),
+    },
     "adaln_quantize_per_token": {**ADALN, "eps": EPS},
     "batched_linear": {
         "x": tensor(2, 3, 64),

@@ -30,6 +30,7 @@ GOOD = {  # what each op takes
     "int8_matmul": {"xq": XQ, "wq": WQ},
     "int8_linear": {"xq": XQ, "wq": WQ, **SCALES},
     "int4_linear": {"xq": XQ, "wq_packed": PACKED, **SCALES},
+    "linear_into_": {"out": torch.zeros(3, 5), "xq": XQ, "weight": WQ, **SCALES},
     "linear_gelu_quantize": {"xq": XQ[None], "weight": WQ, **SCALES, "out_scale": ONE},
     "linear_gate_residual_": {
         "xq": XQ[None], "weight": WQ, **SCALES, "residual": torch.zeros(1, 3, 5), "gate": torch.zeros(1, 5)
@@ -63,6 +64,7 @@ REFUSALS = [  # changes to that, and what the message says; test_arguments.py tr
     ("int4_linear", {"wq_packed": PACKED.repeat(1, 2)}, r"wq_packed \[N, K/2\] .*; got \(3, 16\) and \(5, 16\)"),
     ("linear_gelu_quantize", {"weight": WQ.float()}, "weight must be int8 or uint8; got float32"),
     ("linear_gelu_quantize", {"x_scale": torch.ones(3)}, r"x_scale must have shape \(\) or \(1, 3\)"),
+    ("linear_into_", {"out": torch.zeros(5, 3).mT}, "its last stride must be 1"),
     ("linear_gate_residual_", {"xq": XQ}, r"xq must be \[samples, tokens, K\]; got \(3, 16\)"),
     ("linear_gate_residual_", {"residual": torch.zeros(1, 5, 3).mT}, "residual must be contiguous.*got strides"),
     ("weight_only_linear", {"x": torch.zeros(3, 8).half()}, r"x \[..., K\] and weight \[N, K\] must agree in K"),
@@ -153,7 +155,11 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "int8_matmul": (xq, wq),
         "int8_linear": (xq, wq, *linear),
         "int4_linear": (xq, packed, *linear),
-        "linear_gelu_quantize": (xq, wq, x_scale, w_scale, one, None, zero_point, None, None, None, xq),
+        "linear_gelu_quantize": (
+            xq, wq, x_scale, w_scale, one, None, zero_point, None, None, None,
+            x.masked_fill(x > 1, nan)[:, None], nan_flag,
+        ),
+        "linear_into_": (torch.randn(6, 8, device=device), xq, wq, *linear[:-1]),
         "linear_gate_residual_": (
             torch.randn(2, 3, 8, device=device), xq.view(2, 3, 32), packed, x_scale.view(2, 3), w_scale,
             torch.randn(2, 8, device=device), None, zero_point, w_sum, torch.zeros(2, 3, 8, device=device),
@@ -174,7 +180,9 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             x.masked_fill(x > 1, nan), packed, w_scale, None, torch.tensor(0.1, device=device), zero_point, w_sum,
             torch.rand(32, device=device) + 0.5, 8, torch.float16, nan_flag,
         ),
-        "adaln_quantize_per_tensor": (*adaln, torch.tensor(0.1, device=device), zero_point, 1e-6),
+        "adaln_quantize_per_tensor": (
+            *adaln, torch.tensor(0.1, device=device), zero_point, 1e-6, torch.zeros(2, 3, 32, device=device)
+        ),
         "adaln_quantize_per_token": (*adaln, 1e-6),
         "batched_linear": (
             torch.randn(3, 2, 32, device=device), torch.randn(3, 8, 32, device=device), w_scale.expand(3, 8), 1.0
@@ -205,7 +213,7 @@ def test_opcheck(op, device):
 @pytest.mark.parametrize("op", reference.__all__)
 def test_checks_do_not_break_a_graph(op):
     """Compiled with the layer around it; weights are parameters there."""
-    written = ("residual", "out_branch", "nan_flag", "qkv")
+    written = ("residual", "out_branch", "nan_flag", "qkv", "out", "out_x")
     names = inspect.signature(getattr(qandc_kernels, op)).parameters
     arguments = [
         torch.nn.Parameter(value, requires_grad=False)

@@ -13,7 +13,9 @@ from qandc_kernels import (
     int8_matmul,
     linear_gate_residual_,
     linear_gelu_quantize,
+    linear_into_,
     pack_int4,
+    quantize_per_tensor,
     quantized_linear,
     reference,
     unpack_int4,
@@ -123,11 +125,37 @@ def test_linear_gelu_quantize(kernel_device, shape, bits, asymmetric, seeded):
     given = to(kernel_device, {**p, **ending})
     found = linear_gelu_quantize(**given)
     assert_rounded(found, expected)
-    for columns in (32, 3):  # of rows that begin at multiples of 16 bytes or anywhere
-        beside = random_int8((*y.shape[:-1], columns), seeded).to(kernel_device)
-        assert torch.equal(linear_gelu_quantize(**given, beside=beside), torch.cat([beside, found], -1))
+    flag = torch.zeros((), dtype=torch.int32, device=kernel_device)
+    for heads, width in ((4, 8), (1, 3)):  # rows that begin at multiples of 16 bytes or anywhere
+        beside = torch.randn(shape[0], heads, shape[1], width, generator=seeded).to(kernel_device).transpose(1, 2)
+        first = quantize_per_tensor(beside.flatten(2), given["out_scale"], given["out_zero_point"])
+        joint = linear_gelu_quantize(**given, beside=beside, nan_flag=flag)
+        assert torch.equal(joint, torch.cat([first, found], -1))
+        assert not flag
+    linear_gelu_quantize(**given, beside=beside * float("nan"), nan_flag=flag)
+    assert flag
     if y.numel() < 1e5:
         assert_rounded(reference.linear_gelu_quantize(**p, **ending), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@all_shapes
+def test_linear_into(kernel_device, shape, bits, seeded):
+    """Some tokens of a joint sequence of one sample, or more, whose rows lie apart then; the others stay."""
+    p = to(kernel_device, make_layer(shape, seeded, bits=bits)[0])
+    samples, tokens, n, _ = shape
+    for dtype in float_dtypes(kernel_device):
+        weights = {"wq_packed" if bits == 4 else "wq": p["weight"], **{k: v for k, v in p.items() if k != "weight"}}
+        expected = (int4_linear if bits == 4 else int8_linear)(**weights, out_dtype=dtype)
+        for op in (linear_into_, reference.linear_into_):
+            joint = torch.full((samples, tokens + 5, n), 7.0, dtype=dtype, device=kernel_device)
+            out = joint[:, 2:-3]
+            assert op(out, **p) is out
+            if op is linear_into_:
+                assert torch.equal(out, expected)
+            assert_close(out, expected.cpu().double())
+            assert (joint[:, :2] == 7).all()
+            assert (joint[:, -3:] == 7).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])

@@ -88,6 +88,16 @@ def test_any_strides(kernel_device, seeded):
     assert (within[..., 24:] == 7).all()
 
 
+def test_tables_of_pairs(kernel_device, seeded):
+    """As complex numbers hold them, cosine and sine in turn: one angle for two values."""
+    qkv, q_weight, k_weight, cos, sin = make((2, 6, 3, 24), seeded, device=kernel_device)
+    cos, sin = cos[:, :12], sin[:, :12]
+    pairs = torch.view_as_real(torch.complex(cos, sin)).unbind(-1)
+    expected = qk_norm_rope_(qkv.clone(), q_weight, k_weight, *(t.repeat_interleave(2, -1) for t in (cos, sin)))
+    for op in (qk_norm_rope_, reference.qk_norm_rope_):
+        torch.testing.assert_close(op(qkv.clone(), q_weight, k_weight, *pairs), expected)
+
+
 def test_nan_and_no_tokens(kernel_device, seeded):
     qkv, *others = make((1, 3, 2, 16), seeded, device=kernel_device)
     qkv[0, 1, 0, 1, 3] = float("nan")

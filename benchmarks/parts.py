@@ -1,0 +1,89 @@
+"""Time one fused forward op by op: ``python -m benchmarks.parts --layer FLUX.1-dev --w-bits 8``, a minute on a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.families import FAMILIES, inputs, model_of, quantized
+from benchmarks.timing import DEVICE, capture
+from qandc import fuse
+
+HEAD_START = 1_500_000_000  # cycles that the GPU spins while the host launches the whole forward
+
+
+class _Clock(TorchDispatchMode):
+    """Note a span of time for each op that launches something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[tuple[str, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view or "empty" in func.__name__:
+            return func(*args, **(kwargs or {}))
+        begin = _now()
+        result = func(*args, **(kwargs or {}))
+        parts = [part for value in args for part in (value if isinstance(value, list | tuple) else [value])]
+        shapes = ["x".join(map(str, p.shape)) for p in parts if isinstance(p, torch.Tensor) and p.ndim > 1]
+        self.spans.append((" ".join([str(func).removesuffix(".default"), *shapes]), begin, _now()))
+        return result
+
+
+def _now() -> Any:
+    if DEVICE == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _milliseconds(begin: Any, end: Any) -> float:
+    return 1e3 * (end - begin) if DEVICE == "cpu" else begin.elapsed_time(end)
+
+
+@torch.no_grad()
+def parts(layer: str, w_bits: int, **sizes: Any) -> tuple[dict[str, tuple[int, float]], float]:
+    """Return how often each op runs in a forward with how many ms in all, and the ms of a graph of the forward."""
+    model = fuse(quantized(model_of(layer, **sizes), layer, w_bits, f"W{w_bits}A16"))
+    arguments = inputs(layer)
+    for _ in range(2):
+        model(**arguments)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda._sleep(HEAD_START)
+    with _Clock() as clock:
+        model(**arguments)
+    if DEVICE == "cpu":
+        whole = sum(_milliseconds(*span[1:]) for span in clock.spans)
+    else:
+        torch.cuda.synchronize()
+        graph = capture(lambda i: model(**arguments)[0], 1, 1)
+        whole = min(1e3 * graph.seconds() for _ in range(10))
+    found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for name, begin, end in clock.spans:
+        count, total = found[name]
+        found[name] = count + 1, total + _milliseconds(begin, end)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1])), whole
+
+
+def main() -> None:
+    """Print the ops of a forward, those that take longest first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layer", choices=list(FAMILIES), default="FLUX.1-dev")
+    parser.add_argument("--w-bits", type=int, choices=(8, 4), default=8)
+    options = parser.parse_args()
+    found, whole = parts(options.layer, options.w_bits)
+    launches, total = sum(count for count, _ in found.values()), sum(ms for _, ms in found.values())
+    print(f"{options.layer} W{options.w_bits}A8 fused: {whole:.2f} ms as a graph, {total:.2f} in {launches} ops")
+    for name, (count, ms) in found.items():
+        print(f"{ms:8.3f} ms {count:4d} x {1e3 * ms / count:8.1f} µs  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Run blocks of two streams, text and image, on fused kernels: what FLUX.1 and Qwen-Image have in common.
+
+Each stream is LayerNorm + modulate + quantize, one product for q, k and v, norms and rotation of their heads; then
+comes one attention; then of each stream its quantization, a product that adds gate · y to the residual stream, and the
+MLP: LayerNorm + modulate + quantize, a product that applies GELU and quantizes, and one more that adds gate · y.
+
+What a block is given is left alone, as others may hold it: the first kernel copies it while it reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qandc.caching.features import Target
+from qandc.models.family import Call
+from qandc.models.products import (
+    is_gelu_mlp,
+    joined,
+    plain_norm,
+    product_of,
+    quantized,
+    smoothed,
+    touched,
+    why_not_layer,
+    why_not_one_input,
+    why_not_one_product,
+)
+from qandc_kernels import adaln_quantize_per_tensor, qk_norm_rope_
+
+__all__ = [
+    "ADDED_HEAD_NORMS",
+    "ADDED_QKV",
+    "HEAD_NORMS",
+    "QKV",
+    "Projection",
+    "Stream",
+    "Tables",
+    "TwoStreams",
+    "attend",
+    "clip_",
+    "why_not_attention_call",
+    "why_not_heads",
+    "why_not_layers",
+]
+
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+HEAD_NORMS, ADDED_HEAD_NORMS = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")  # of attention
+LARGEST = 65504  # of float16, to which these blocks clip
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+Tensor = torch.Tensor
+Tables = tuple[Tensor, Tensor]  # cosines and sines, of each token
+
+
+def _mlp_of(name: str) -> tuple[str, str]:
+    """Return the names of the layers of a feed-forward of diffusers."""
+    return f"{name}.net.0.proj", f"{name}.net.2"
+
+
+class Projection:
+    """Normalize, modulate and quantize a stream, and compute q, k and v of it."""
+
+    def __init__(self, block: Any, norm: Any, names: Sequence[str], head_norms: Sequence[str]) -> None:
+        layers = [block.get_submodule(name) for name in names]
+        self.qkv, self.smoothing = joined(layers), layers[0].smoothing
+        self.eps, self.heads = norm.eps, block.attn.heads
+        self.head_norms = [getattr(block.attn, name) for name in head_norms]
+
+    def __call__(
+        self, x: Tensor, modulation: Sequence[Tensor], tables: Tables, out: Tensor, copy: Tensor | None = None
+    ) -> Tensor:
+        """Write q, k and v into ``out [B, tokens, 3 · D]`` and ``x`` into ``copy``; return ``x`` quantized."""
+        shift, scale = smoothed(modulation[0], modulation[1], self.smoothing)
+        xq = adaln_quantize_per_tensor(x, shift, scale, self.qkv.x_scale, self.qkv.x_zero_point, self.eps, copy)
+        self.qkv.into_(out, xq)
+        q, k = self.head_norms
+        qk_norm_rope_(out.unflatten(2, (3, self.heads, -1)), q.weight, k.weight, *tables, q.eps)
+        return xq
+
+
+class Stream(NamedTuple):
+    """Name the parts of a block that one stream runs through.
+
+    Attributes:
+        norms: before attention and before the MLP.
+        modulation: gives shift, scale and gate ``[B, 6 · D]`` of attention and MLP from ``temb``.
+        qkv, out, mlp: names of layers.
+        head_norms: names of the norms of q and k in the attention.
+    """
+
+    norms: tuple[str, str]
+    modulation: Callable[[Any, Tensor], Tensor]
+    qkv: tuple[str, str, str]
+    head_norms: tuple[str, str]
+    out: str
+    mlp: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return the names of all quantized layers."""
+        return *self.qkv, self.out, *_mlp_of(self.mlp)
+
+
+class _FusedStream:
+    """Run one of two streams, before and after attention."""
+
+    def __init__(self, block: Any, parts: Stream) -> None:
+        self.block, self.modulation = block, parts.modulation
+        norm, norm_mlp = (block.get_submodule(name) for name in parts.norms)
+        self.project = Projection(block, norm, parts.qkv, parts.head_norms)
+        self.eps, self.out_layer = norm_mlp.eps, block.get_submodule(parts.out)
+        fc1, fc2 = (block.get_submodule(name) for name in _mlp_of(parts.mlp))
+        self.out, self.fc1, self.fc2 = map(product_of, (self.out_layer, fc1, fc2))
+        self.fc1_smoothing = fc1.smoothing
+        self.multiplier = None if fc2.smoothing is None else 1 / fc2.smoothing
+
+    def modulated(self, temb: Tensor) -> tuple[Tensor, ...]:
+        """Return shift, scale and gate of attention, then of the MLP."""
+        return self.modulation(self.block, temb).chunk(6, 1)
+
+    def finish_(
+        self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], targets: tuple[Target | None, ...]
+    ) -> None:
+        """Add attention and MLP to the stream, in place."""
+        gate, shift_mlp, scale_mlp, gate_mlp = modulation[2:]
+        self.out.gate_residual_(x, quantized(attended, self.out_layer), gate, targets[0])
+        shift, scale = smoothed(shift_mlp, scale_mlp, self.fc1_smoothing)
+        xq = adaln_quantize_per_tensor(x, shift, scale, self.fc1.x_scale, self.fc1.x_zero_point, self.eps)
+        self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.multiplier), gate_mlp, targets[1])
+        clip_(x)
+
+
+class TwoStreams:
+    """Run a block of two streams with one attention; a family says what its parts are called.
+
+    Attributes:
+        text, image: the parts of each stream.
+    """
+
+    text: Stream
+    image: Stream
+
+    def __init__(self, block: Any) -> None:
+        self.processor, self.heads = block.attn.processor, block.attn.heads
+        self.streams = _FusedStream(block, self.text), _FusedStream(block, self.image)
+
+    @staticmethod
+    def tables_of(call: Call) -> tuple[Tables, Tables]:
+        """Return cosines and sines of text and image."""
+        raise NotImplementedError
+
+    @classmethod
+    def why_not_streams(cls, block: Any, kind: type[Any]) -> str | None:
+        """Say why norms, MLPs or layers of the streams can't run fused, or None; ``kind``: of the norms of heads."""
+        streams = cls.text, cls.image
+        if not all(plain_norm(block.get_submodule(name)) for stream in streams for name in stream.norms):
+            return "its norms have weights"
+        if not all(is_gelu_mlp(getattr(block, stream.mlp)) for stream in streams):
+            return "its activation is not tanh-GELU"
+        reason = why_not_heads(block, [stream.head_norms for stream in streams], kind)
+        reason = reason or why_not_layers(block, (*cls.text.layers, *cls.image.layers))
+        for stream in streams:
+            reason = reason or why_not_one_product(block, stream.qkv) or why_not_one_input(block, stream.qkv)
+        return reason
+
+    def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> tuple[Tensor, Tensor]:
+        given = call["encoder_hidden_states"], call["hidden_states"]
+        (samples, _, width), tokens = given[1].shape, [x.shape[1] for x in given]
+        if samples == 1:  # parts of one tensor, which a block of one sequence reads as it is
+            text, image = given[1].new_empty(1, sum(tokens), width).split(tokens, 1)
+        else:  # what is added to has no gaps
+            text, image = (x.new_empty(x.shape) for x in given)
+        modulations = [stream.modulated(call["temb"]) for stream in self.streams]
+        qkv = given[1].new_empty(samples, sum(tokens), 3 * width)
+        rest = zip(modulations, self.tables_of(call), qkv.split(tokens, 1), (text, image), strict=True)
+        for stream, x, (modulation, tables, out, copy) in zip(self.streams, given, rest, strict=True):
+            stream.project(x, modulation, tables, out, copy)
+        attended = attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor).split(tokens, 1)
+        self.streams[0].finish_(text, attended[0], modulations[0], (None, None))
+        self.streams[1].finish_(image, attended[1], modulations[1], targets)
+        return text, image
+
+
+def attend(qkv: Tensor, processor: Any) -> Tensor:
+    """Return attention ``[B, tokens, heads, D]`` by diffusers' backend, if one was chosen, or the fastest of torch."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    q, k, v = qkv.unbind(2)
+    with _fastest(q):
+        return dispatch_attention_fn(q, k, v, backend=processor._attention_backend)
+
+
+def _fastest(q: Tensor) -> AbstractContextManager[Any]:
+    """Prefer cuDNN's attention on sm_90 and newer, for 4,608 tokens of 24 heads of 128 twice as fast as torch's flash.
+
+    Not cuDNN before 9.15.1 where the number of tokens is no multiple of 128, which it got wrong (pytorch#169849).
+    """
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return nullcontext()
+    right = q.shape[1] % 128 == 0 or (torch.backends.cudnn.version() or 0) >= 91501
+    return sdpa_kernel(CUDNN_FIRST, set_priority=True) if right else nullcontext()
+
+
+def clip_(x: Tensor) -> None:
+    """Clip a stream in float16 to what that holds, in place."""
+    if x.dtype == torch.float16:
+        x.clip_(-LARGEST, LARGEST)
+
+
+def why_not_attention_call(call: Call, dtype: torch.dtype) -> str | None:
+    """Say why attention can't run fused in a call of a block, with rotary tables of ``dtype``, or None."""
+    rotary, x = call.get("image_rotary_emb"), call["hidden_states"]
+    if call.get("joint_attention_kwargs"):
+        return "its attention is given joint_attention_kwargs"
+    known = isinstance(rotary, tuple) and all(t.dtype == dtype and t.ndim == 2 and t.device == x.device for t in rotary)
+    return None if known else f"image_rotary_emb is no pair of {str(dtype).removeprefix('torch.')} tables"
+
+
+def why_not_heads(block: Any, pairs: Sequence[tuple[str, str]], kind: type[Any]) -> str | None:
+    """Say why attention or norms of q and k can't run fused, or None."""
+    if getattr(block.attn.processor, "_parallel_config", None) is not None:  # diffusers from 0.36 on
+        return "its attention is spread over several GPUs"
+    for names in pairs:
+        norms: list[Any] = [getattr(block.attn, name, None) for name in names]
+        weights = all(type(norm) is kind and norm.weight is not None for norm in norms)
+        plain = weights and all(getattr(norm, "bias", None) is None and norm.eps for norm in norms)
+        if not plain or len({norm.eps for norm in norms}) != 1:
+            return "norms of its heads are not those of its family"
+    return None
+
+
+def why_not_layers(block: Any, names: Sequence[str]) -> str | None:
+    """Say why layers of a block can't be products of a fused one, or None."""
+    reasons = (why_not_layer(name, block.get_submodule(name)) for name in names)
+    return touched(block) or next((reason for reason in reasons if reason is not None), None)
