@@ -58,7 +58,7 @@ from tests.tiny_pipelines import qwen_vae, vae, wan_vae
 STEPS = tuple(range(900, 400, -50))
 CHROMA, Z_IMAGE = "ChromaTransformer2DModel", "ZImageTransformer2DModel"
 FRACTIONS = ("FluxTransformer2DModel", CHROMA, "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
-FUSED = ("DiTTransformer2DModel", "FluxTransformer2DModel")
+FUSED = ("DiTTransformer2DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel")
 OF_EACH_MODE = ("delta", "branch", "taylor 2 uneven", "hicache 2 uneven", "crf")
 
 
@@ -189,7 +189,7 @@ def test_a_fused_model_equals_the_same_model_unfused(fused_anywhere, monkeypatch
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FUSED])
 def test_without_fused_kernels_nothing_is_fused(name):
     model = calibrate(quantize_model(make_tiny(name)), [inputs_of(name)])
-    with pytest.raises(ModelError, match=f"there are fused kernels for diffusers' DiT.* and Flux.*; got {name}"):
+    with pytest.raises(ModelError, match=f"there are fused kernels for diffusers' DiT.* and Flux.* and QwenImage.*; got {name}"):
         fuse(model)
 
 

@@ -298,12 +298,31 @@ def test_copies_and_pickles_are_fused_too(fused_anywhere, ran):
         unfuse(again)
 
 
+def test_streams_elsewhere_in_one_tensor_are_joined(fused_anywhere, ran):
+    model = make_quantized()
+    block, whole = blocks_of(model)[2], torch.randn(1, 30, 32, generator=torch.Generator().manual_seed(0))
+    angles = torch.randn(22, 16)
+    others = {"temb": torch.randn(1, 32), "image_rotary_emb": (angles.cos(), angles.sin())}
+    for text, image in (
+        (whole[:, 20:26], whole[:, :16]),
+        (whole[:, :6], whole[:, 7:23]),
+        (whole[:, :6], whole[:, :16]),
+    ):
+        with torch.no_grad():
+            call = {"hidden_states": image, "encoder_hidden_states": text, **others}
+            expected = block(**call)
+            for mine, theirs in zip(blocks_of(fuse(model))[2](**call), expected, strict=True):
+                assert error(mine, theirs) <= BOUND[torch.float32]
+        unfuse(model)
+    assert len(ran) == 3
+
+
 def a_hook(model):
     blocks_of(model)[3].proj_mlp.register_forward_hook(lambda module, args, output: 2 * output)
 
 
 def an_adapter(model):
-    attention = blocks_of(model)[3].attn
+    attention = blocks_of(model)[-1].attn
     attention.to_q = torch.nn.Sequential(attention.to_q, torch.nn.Hardtanh(-0.1, 0.1))
 
 
@@ -340,7 +359,8 @@ def another_gelu(model):
 
 def norms_of_heads_without_weights(model):
     width = model.config.attention_head_dim
-    blocks_of(model)[1].attn.norm_k = torch.nn.RMSNorm(width, 1e-6, elementwise_affine=False)
+    attention = blocks_of(model)[1].attn
+    attention.norm_k = type(attention.norm_k)(width, 1e-6, elementwise_affine=False)
 
 
 CHANGES = [
@@ -379,6 +399,56 @@ def test_a_block_that_cannot_be_fused_runs_as_before(fused_anywhere, monkeypatch
     unfused = [layer for layer in report.values() if layer.kernel.endswith(", unfused")]
     assert {layer.name.split(".")[1] for layer in unfused} == {"1"}
     assert all(reason in layer.reason for layer in unfused)
+
+
+def another_modulation(model):
+    blocks_of(model)[1].img_mod[0] = torch.nn.GELU()
+
+
+def modulation_of_tokens(model):
+    blocks_of(model)[1].zero_cond_t = True
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (an_adapter, "attn.to_q is Sequential, not a QuantLinear"),
+        (another_processor, "attention is not the plain one of Qwen-Image"),
+        (norms_of_heads_without_weights, "norms of its heads"),
+        (another_modulation, "its modulation is not that of Qwen-Image"),
+        (modulation_of_tokens, "tokens have modulations of their own"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_blocks_of_qwen_image_that_cannot_be_fused(fused_anywhere, caplog, ran, change, reason):
+    model, inputs = make_quantized(name=QWEN), given(name=QWEN)
+    change(model)
+    if change is modulation_of_tokens:
+        fuse(model)
+    else:
+        expected = output_of(model, inputs)
+        assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
+        assert len(ran) == 1
+    assert f"{reason}" in caplog.text
+    assert "(1 of 2)" in caplog.text
+
+
+def test_a_padded_prompt_runs_unfused(fused_anywhere, caplog, ran):
+    model, inputs = make_quantized(name=QWEN), given(name=QWEN)
+    inputs["encoder_hidden_states_mask"] = torch.arange(6) < torch.tensor([[4], [6]])
+    expected = output_of(model, inputs)
+    assert torch.equal(output_of(fuse(model), inputs), expected)
+    assert not ran
+    assert "attention takes a mask (draw them one by one, or of one length)" in caplog.text
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_prompts_of_any_length(fused_anywhere, ran, tokens):
+    model, inputs = make_quantized(name=QWEN), given(name=QWEN, rows=1)
+    inputs["encoder_hidden_states"] = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(0))
+    expected = output_of(model, inputs)
+    assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == 2
 
 
 def test_what_was_changed_is_noticed(fused_anywhere, ran):

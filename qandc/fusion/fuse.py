@@ -172,11 +172,11 @@ def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -
 
 @checked
 def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
-    """Run a quantized, calibrated DiT or FLUX.1 of diffusers on fused kernels, in unmodified pipelines too.
+    """Run a quantized, calibrated DiT, FLUX.1 or Qwen-Image of diffusers on fused kernels, in unmodified pipelines too.
 
-    A block becomes seven launches (of FLUX.1 a few more) without an int32 or a 16-bit copy of int8 data in
+    A block becomes seven launches (of the others a few more) without an int32 or a 16-bit copy of int8 data in
     between. Of DiT the conditioning of all blocks becomes a few batched products, and a forward one CUDA graph for each
-    batch size and resolution (at most 8 are kept); of FLUX.1 blocks alone are fused, and :func:`qandc.graph` makes the
+    batch size and resolution (at most 8 are kept); of the others blocks alone are fused, and :func:`qandc.graph` makes the
     forward a graph. Results equal those of the unfused model to rounding. Weights are used where they are, those of q,
     k, v and of DiT's adaLN layers become parts of larger tensors; no weight is stored twice.
 

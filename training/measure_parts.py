@@ -1,19 +1,24 @@
-"""Time one fused forward op by op: ``python -m benchmarks.parts --layer FLUX.1-dev --w-bits 8``, a minute on a GPU."""
+"""Time one fused forward op by op (random weights, 1024 x 1024).
+
+python -m training.measure_parts --layer FLUX.1-dev --w-bits 8   # on a GPU: a minute or two
+python -m training.measure_parts --tiny                          # a try, on a CPU too, where nothing is fused
+"""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from typing import Any
 
 import torch
+import typer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.families import FAMILIES, inputs, model_of, quantized
+from benchmarks.families import inputs, model_of, quantized
 from benchmarks.timing import DEVICE, capture
 from qandc import fuse
 
+TINY = {"num_layers": 1, "num_attention_heads": 2}
 HEAD_START = 1_500_000_000  # cycles that the GPU spins while the host launches the whole forward
 
 
@@ -72,18 +77,14 @@ def parts(layer: str, w_bits: int, **sizes: Any) -> tuple[dict[str, tuple[int, f
     return dict(sorted(found.items(), key=lambda item: -item[1][1])), whole
 
 
-def main() -> None:
+def main(layer: str = "FLUX.1-dev", w_bits: int = 8, tiny: bool = False) -> None:
     """Print the ops of a forward, those that take longest first."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layer", choices=list(FAMILIES), default="FLUX.1-dev")
-    parser.add_argument("--w-bits", type=int, choices=(8, 4), default=8)
-    options = parser.parse_args()
-    found, whole = parts(options.layer, options.w_bits)
+    found, whole = parts(layer, w_bits, **(TINY if tiny else {}))
     launches, total = sum(count for count, _ in found.values()), sum(ms for _, ms in found.values())
-    print(f"{options.layer} W{options.w_bits}A8 fused: {whole:.2f} ms as a graph, {total:.2f} in {launches} ops")
+    typer.echo(f"{layer} W{w_bits}A8 fused: {whole:.2f} ms as a graph, {total:.2f} in {launches} ops")
     for name, (count, ms) in found.items():
-        print(f"{ms:8.3f} ms {count:4d} x {1e3 * ms / count:8.1f} µs  {name}")
+        typer.echo(f"{ms:8.3f} ms {count:4d} x {1e3 * ms / count:8.1f} µs  {name}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
