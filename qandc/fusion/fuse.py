@@ -176,9 +176,9 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
 
     A block becomes seven launches (of the others a few more) without an int32 or a 16-bit copy of int8 data in
     between. Of DiT the conditioning of all blocks becomes a few batched products, and a forward one CUDA graph for each
-    batch size and resolution (at most 8 are kept); of the others blocks alone are fused, and :func:`qandc.graph` makes the
-    forward a graph. Results equal those of the unfused model to rounding. Weights are used where they are, those of q,
-    k, v and of DiT's adaLN layers become parts of larger tensors; no weight is stored twice.
+    batch size and resolution (at most 8 are kept); of the others blocks alone are fused, and :func:`qandc.graph` makes
+    the forward a graph. Results equal those of the unfused model to rounding. Weights are used where they are, those of
+    q, k, v and of DiT's adaLN layers become parts of larger tensors; no weight is stored twice.
 
     A block that can't run fused (a layer is not quantized or has no static range, activations of fewer than 8 bits,
     hooks, LoRA, parametrizations, another attention processor) runs as before, in DiT then without CUDA graphs, and
