@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = ("*.md", "LICENSE", "docs/*.md", "docs/*.png", "benchmarks/*.md", "benchmarks/*.py", "results/*/*")
+PUBLISHED = ("*.md", "LICENSE", "docs/**/*.md", "docs/*.png", "benchmarks/*.md", "benchmarks/*.py", "results/*/*")
 PUBLISHED += ("qandc/assets/fashion-dit/README.md",)
 
 

@@ -20,7 +20,7 @@ from qandc.caching.schedule import MODES
 from qandc.experiments.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "qandc/assets/fashion-dit/README.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "qandc/assets/fashion-dit/README.md"]
 BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -41,6 +41,8 @@ def source(result: dict[str, Any], path: str) -> str:
 
 def with_machine(lines: list[str], result: dict[str, Any]) -> list[str]:
     """Name the card in the first cell of a table's head, since one page may show tables of several."""
+    if result["settings"].get("device") == "meta":  # no card has a part in it
+        return lines
     gpu, cores = result["machine"]["gpu"], result["machine"]["cores"]
     card = re.sub("^NVIDIA | 80GB HBM3$", "", gpu) if gpu else f"{cores} CPU cores"
     first, rest = lines[0].removeprefix("|").split("|", 1)
@@ -527,6 +529,26 @@ def short_images_table(result: dict[str, Any]) -> list[str]:
     return images_table({**result, "rows": [row for row in result["rows"] if row["candidate"] in kept]})
 
 
+def of_family(table: Callable[[dict[str, Any]], list[str]], layer: str) -> Callable[[dict[str, Any]], list[str]]:
+    """Keep the rows of one model."""
+    return lambda result: table({**result, "rows": [row for row in result["rows"] if row["layer"] == layer]})
+
+
+def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
+    """Tabulate bytes of the transformers of a class, as they are and quantized, but for schemes that change nothing."""
+    rows = [row for row in result["rows"] if row["class"] == of_class]
+    schemes = ["bf16", "W8A8", "W8A8 + W8A16", "W4A8 + W4A16"]
+    names = {name: tuple(row[name] for row in rows) for name in schemes}
+    if names["W8A8"] == names["W8A8 + W8A16"]:
+        del names["W8A8 + W8A16"]
+    heads = [name if len(names) == len(schemes) else name.partition(" ")[0] for name in names]
+    lines = [f"| GB of the transformer | parameters | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for row in rows:
+        cells = " | ".join(f"{row[name] / 1e9:.1f}" for name in names)
+        lines.append(f"| {row['model']} | {row['parameters'] / 1e9:.1f} B | {cells} |")
+    return lines
+
+
 def by_turns_table(result: dict[str, Any]) -> list[str]:
     """Compare medians of both in the same rounds."""
     rows = {(row["layer"], row["candidate"]): row for row in result["rows"]}
@@ -693,6 +715,15 @@ def products_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+PAGES = {  # of docs/families, to the class of the transformer and the model that was measured
+    "flux": ("FluxTransformer2DModel", "FLUX.1-dev"),
+    "qwen_image": ("QwenImageTransformer2DModel", "Qwen-Image"),
+    "sd3": ("SD3Transformer2DModel", "SD3.5-large"),
+    "pixart": ("PixArtTransformer2DModel", "PixArt-Sigma"),
+    "chroma": ("ChromaTransformer2DModel", None),
+    "z_image": ("ZImageTransformer2DModel", None),
+    "wan": ("WanTransformer3DModel", None),
+}
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/cpu/ablation.json": compensation_table,
@@ -721,6 +752,14 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/images.json": images_table,
     "results/h200/images.json short": short_images_table,
     "results/h200/images.json goals": goals_table,
+    **{
+        f"results/h200/images.json {page}": of_family(images_table, model)
+        for page, (_, model) in PAGES.items()
+        if model
+    },
+    **{
+        f"results/cpu/model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, (kind, _) in PAGES.items()
+    },
     "results/h200/models-fused.json": models_fused_table,
     "results/h200/models-by-turns.json": by_turns_table,
     "results/h200/models-by-turns.json goals": goals_table,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import pkgutil
@@ -24,7 +25,9 @@ from tests.tiny_models import TINY, inputs_of, make_tiny, output_of
 from tests.tiny_pipelines import PIPELINES, make_pipeline
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+FAMILY_PAGES = [page for page in PAGES if page.startswith("docs/families/")]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
 
 
 def snippet(kind: str = "", document: str = "README.md") -> str:
@@ -98,21 +101,37 @@ def test_snippet_for_any_transformer(monkeypatch, caplog):
     assert Pipeline.calls == 1 + 8 + 8 + 1
 
 
-@pytest.mark.slow
-def test_snippet_of_one_call(monkeypatch, capsys):
-    """Run the snippet as printed, with a small pipeline in the place of FLUX.1, small images and fewer steps."""
+def with_small_pipelines(monkeypatch, name):
+    """Have a class of pipelines load small ones, and draw small images in few steps; returns those it loads."""
     pytest.importorskip("transformers")
     import diffusers
 
-    pipe = make_pipeline("FluxPipeline")
-    monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
-    monkeypatch.setattr(pipe, "to", lambda device: pipe)
-    before = {name: weight.clone() for name, weight in pipe.transformer.state_dict().items()}
-    small = "num_inference_steps=6, height=16, width=16, max_sequence_length=32"
-    names = run(snippet(": optimize"), {"num_inference_steps=28": small})
+    kind, made = getattr(diffusers, name), []
+    call, small = kind.__call__, {**PIPELINES[name][3], "height": 16, "width": 16, "num_inference_steps": 6}
+
+    @functools.wraps(call)
+    def small_call(pipe, prompt, **given):
+        assert given.keys() <= inspect.signature(call).parameters.keys()
+        return call(pipe, prompt, **{**given, **small})
+
+    def from_pretrained(checkpoint, torch_dtype=None):
+        made.append(make_pipeline(name))
+        return made[-1]
+
+    monkeypatch.setattr(kind, "__call__", small_call)
+    monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(kind, "to", lambda pipe, device: pipe)
+    return made
+
+
+@pytest.mark.slow
+def test_snippet_of_one_call(monkeypatch, capsys):
+    """Run the snippet as printed, with a small pipeline in the place of FLUX.1, small images and fewer steps."""
+    made = with_small_pipelines(monkeypatch, "FluxPipeline")
+    names = run(snippet(": optimize"), {})
     assert names["image"].size == (16, 16)
     assert "int8" in capsys.readouterr().out
-    after = pipe.transformer.state_dict()
+    after, before = (pipe.transformer.state_dict() for pipe in (*made, make_pipeline("FluxPipeline")))
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
@@ -120,23 +139,45 @@ def test_snippet_of_one_call(monkeypatch, capsys):
 @pytest.mark.slow
 def test_text_to_image_snippet(tmp_path, monkeypatch, capsys):
     """Run the snippet as printed, with a small pipeline, small images and fewer steps."""
-    pytest.importorskip("transformers")
     from qandc import quantize_model, save
 
+    with_small_pipelines(monkeypatch, "FluxPipeline")
     monkeypatch.chdir(tmp_path)
     save(quantize_model(make_tiny("FluxTransformer2DModel"), 4), "my-flux")
-    small = "height=16, width=16, max_sequence_length=32, num_inference_steps=6"
-    changes = {
-        'fog")': f'fog", {small})',
-        "calibrate_on=prompts, num_inference_steps=28": f"calibrate_on=prompts, pool_images=2, samples=8, {small}",
-    }
-    given = (
-        'from tests.tiny_pipelines import make_pipeline\npipe, prompts = make_pipeline("FluxPipeline"), ["a coat"]\n'
-    )
+    given = 'import diffusers\npipe, prompts = diffusers.FluxPipeline.from_pretrained("x"), ["a coat"]\n'
+    changes = {"calibrate_on=prompts": "calibrate_on=prompts, pool_images=2, samples=8"}
     names = run(given + snippet(": text", "docs/text-to-image.md"), changes)
     assert names["images"][0].size == (16, 16)
     assert "taylor of order 1" in capsys.readouterr().out
     assert {layer.scheme[:4] for layer in quant_layers(names["pipe"].transformer).values()} == {"W4A8"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", FAMILY_PAGES)
+def test_snippets_of_families(page, monkeypatch, capsys):
+    """Run each as printed, with a small pipeline; adapters and offloading are noted alone."""
+    code, noted = snippet(": family", page), []
+    name = re.search(r"from diffusers import (\w+)", code)[1]
+    made = with_small_pipelines(monkeypatch, name)
+    for method in ("load_lora_weights", "enable_model_cpu_offload"):
+        noting = functools.partialmethod(lambda pipe, method, *given: noted.append((pipe, method, *given)), method)
+        monkeypatch.setattr(pkgutil.resolve_name(f"diffusers.{name}"), method, noting, raising=False)
+    names = run(code, {})
+    assert "taylor of order 1" in capsys.readouterr().out
+    large, small = made
+    assert {layer.w_bits for layer in quant_layers(large.transformer).values()} == {8}
+    assert {layer.w_bits for layer in quant_layers(small.transformer).values()} == {4}
+    adapters = [] if PIPELINES[name][0] in WITHOUT_PEFT else [(large, "load_lora_weights", "style.safetensors")]
+    assert noted == [*adapters, (small, "enable_model_cpu_offload")]
+    for drawn in (names["first"], names["second"]):
+        assert (drawn.shape[1:3] if name == "WanPipeline" else drawn.size) == (16, 16)
+
+
+def test_every_family_has_a_page_in_the_navigation():
+    shown = (ROOT / "mkdocs.yml").read_text()
+    assert all(page in shown for page in PAGES)
+    written = "".join((ROOT / page).read_text() for page in FAMILY_PAGES)
+    assert {name for name in PIPELINES if f"import {name}\n" in written} == set(PIPELINES)
 
 
 def test_fuse_snippet_follows_the_first():
