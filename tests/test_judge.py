@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from qandc import ConfigError, DataError
 from qandc.evaluation.judge import Judge, compare_scenes, score_scenes
 from qandc.evaluation.metrics import extract_features
-from qandc.evaluation.scenes import COLOURS, KINDS, PLACES, Garment, draw_scenes
+from qandc.evaluation.scenes import COLOURS, KINDS, PLACES, Garment, draw_scenes, scene_arrays
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+from train_wardrobe_judge import targets
 
 COAT, BAG = Garment("coat", "red", "left"), Garment("bag", "blue", "right")
 RIGHT_COAT = Garment("coat", "red", "right")
@@ -114,6 +120,13 @@ def test_garments_are_found_once_at_the_nearest_place():
     assert score_scenes(judge, images, scenes).everything.all()
     assert Told(maps([("bag", "pink", 33.0, 31.0)])[None]).find_garments(images[:1]) == [(garment("bag", "pink"),)]
     assert Told(maps([])[None]).find_garments(images[:1]) == [()]
+    left, right = maps([("bag", "pink", 14.0, 31.0)]), maps([("bag", "pink", 18.0, 31.0)])
+    wide = torch.where(left[len(KINDS)] > 0, right, left)  # two cells are as certain as each other
+    assert Told(wide[None]).find_garments(images[:1]) == [(garment("bag", "pink", "left"),)]
+    right = maps([("bag", "pink", 22.0, 31.0)])
+    torn = torch.where(left[len(KINDS)] > 0, right, left)
+    torn[len(KINDS), 6:9, 3:6] = 29.6  # less certain in the middle
+    assert len(Told(torn[None]).find_garments(images[:1])[0]) == 1
     uncertain = maps([("bag", "pink", 17.0, 31.0)])
     uncertain[: len(KINDS)] -= 30.5  # less likely than nothing
     assert Told(uncertain[None]).find_garments(images[:1]) == [()]
@@ -154,3 +167,28 @@ def test_what_is_refused(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "small.safetensors")
     with pytest.raises(DataError, match="holds no judge"):
         Judge.load(tmp_path / "small.safetensors")
+
+
+def test_images_are_judged_in_batches():
+    images = torch.zeros(501, 3, 64, 64)
+    judge = Told(maps([("bag", "pink", 17.0, 31.0)]).expand(501, -1, -1, -1))
+    assert judge.find_garments(images) == [(garment("bag", "pink", "left"),)] * 501
+    images[500] = float("nan")
+    with pytest.raises(DataError, match="contain NaN or inf: image 500 "):
+        judge.find_garments(images)
+
+
+def test_a_judge_that_gives_its_targets_is_always_right(seeded):
+    scenes = draw_scenes(300, 6)
+    arrays = scene_arrays(scenes)
+    places = torch.tensor([*PLACES.values(), (0, 0)])[arrays[2].long()]
+    centres = places + 4 * torch.rand(300, 4, 2, generator=seeded) - 2
+    kinds, colours = targets(*arrays[:2], centres)
+    for cells, scene, centre in zip(kinds < len(KINDS), scenes, centres[:, 0], strict=True):
+        if len(scene.garments) == 1:  # cells are of four pixels, y before x
+            assert (cells.nonzero().float().mean(0) * 4 + 2 - centre.flip(0)).abs().max() <= 2
+    assert torch.equal((kinds < len(KINDS)).sum((1, 2)), 9 * (arrays[0] >= 0).sum(1))
+    assert torch.equal(kinds == len(KINDS), colours == -100)  # what cross entropy leaves out
+    logits = [F.one_hot(x.clamp(min=0), n).movedim(3, 1) for x, n in ((kinds, len(KINDS) + 1), (colours, len(COLOURS)))]
+    judge = Told(30.0 * torch.cat(logits, 1))
+    assert score_scenes(judge, torch.zeros(300, 3, 64, 64), scenes).everything.all()
