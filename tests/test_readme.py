@@ -180,6 +180,17 @@ def test_every_family_has_a_page_in_the_navigation():
     assert {name for name in PIPELINES if f"import {name}\n" in written} == set(PIPELINES)
 
 
+def test_snippet_of_scenes(monkeypatch, capsys):
+    """Run the snippet as printed, with grey pictures and a judge that has learned nothing."""
+    from qandc.evaluation.judge import Judge
+
+    monkeypatch.setattr(Judge, "load", lambda: Judge().eval())
+    given = "import torch\ndraw = lambda captions: torch.zeros(len(captions), 3, 64, 64)\n"
+    names = run(given + snippet(": scenes", "docs/measuring.md"), {})
+    assert names["scores"].everything.shape == (100,)
+    assert "'recall': 0.0" in capsys.readouterr().out
+
+
 def test_fuse_snippet_follows_the_first():
     """As printed, with fewer steps; on a CPU the model runs unfused."""
     from qandc import fashion_dit_path
