@@ -146,7 +146,7 @@ class Stage:
                 self.value = self.backward(batch)
             torch.cuda.current_stream().wait_stream(side)
         if self.world > 1:
-            dist.all_reduce(self.gradient, dist.ReduceOp.AVG)
+            dist.all_reduce(self.gradient.div_(self.world))
         if self.updating is not None:
             self.updating.replay()
             return

@@ -68,7 +68,9 @@ def draw_all_scenes(settings: Settings, path: Path) -> tuple[torch.Tensor, ...]:
     if not path.exists():
         counts = [min(PORTION, settings.scenes - first) for first in range(0, settings.scenes, PORTION)]
         seeds = [settings.seed << 20 | i for i in range(len(counts))]
-        portions = Parallel(n_jobs=-1)(delayed(portion)(count, seed) for count, seed in zip(counts, seeds, strict=True))
+        portions = Parallel(n_jobs=min(os.cpu_count() or 1, 16))(
+            delayed(portion)(count, seed) for count, seed in zip(counts, seeds, strict=True)
+        )
         torch.save(tuple(torch.cat(part) for part in zip(*portions, strict=True)), path)
     return torch.load(path, weights_only=True)
 
@@ -161,7 +163,8 @@ def train_transformer(
     @torch.no_grad()
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         device, batch, length = source.device, settings.batch, TEXT_LENGTH
-        if random.Random(generator.initial_seed()).random() < settings.long_text:
+        step = generator.initial_seed() % 2**24  # the same in all processes, which wait for each other
+        if random.Random(step).random() < settings.long_text:
             batch, length = max(batch // 4, 1), USUAL_TEXT_LENGTH
         pictures, words = source(generator, batch)
         with autocast(device):
@@ -186,8 +189,7 @@ def train_transformer(
         return F.mse_loss(velocity.float(), pack(noise - latents))
 
     if compile_model:
-        transformer, words = pipe.transformer, pipe.text_encoder_2.encoder
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *words.block):
+        for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
             block.compile(dynamic=False)
     stage = Stage(
         "transformer", model, draw, loss, asdict(settings), work, steps=settings.steps, ema_decay=settings.ema,
@@ -226,8 +228,9 @@ def main(
 ) -> None:
     """Train wardrobe's autoencoder, text encoders and transformer, and export the pipeline."""
     if "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
     settings = Settings(seed=seed, scenes=scenes, vae_steps=vae_steps, steps=steps, batch=batch)
     work.mkdir(parents=True, exist_ok=True)
