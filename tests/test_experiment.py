@@ -407,6 +407,29 @@ def test_ablate(capsys, pipeline_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_ablate_says_that_distances_of_few_images_are_too_large(capsys, tmp_path):
+    few = (
+        "--steps",
+        "2",
+        "--images",
+        "2",
+        "--pool-images",
+        "1",
+        "--samples",
+        "2",
+        "--clusters",
+        "1",
+        "--interval",
+        "2",
+    )
+    few += ("--vc-samples", "2", "--feature-images", "2", "--device", "cpu")
+    status, out, err = run(capsys, "ablate", "--out", tmp_path, *few)
+    assert status == 0, err
+    assert "2 images: Fréchet distances are too large, compare them only with equal numbers" in err
+    assert "| Fréchet distance |" in out
+
+
+@pytest.mark.slow
 def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tmp_path):
     small = ("--pool-images", "3", "--samples", "6", "--clusters", "2", "--vc-samples", "4", "--device", "cpu",
              "--feature-images", "4")  # fmt: skip

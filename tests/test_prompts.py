@@ -289,7 +289,7 @@ def test_many_images_of_prompts(capsys, tmp_path, flux_dir, calibrated_dir, monk
     assert status == 2
     assert "--w-bits is for a model that is quantized here: leave it out" in err
     status, _, err = run(capsys, *command, "--scheduler", "ddim", "-o", tmp_path / "y.npz")
-    assert "--scheduler is for models that draw classes; FluxPipeline has its own" in err
+    assert "--scheduler is for models that draw classes, and FluxPipeline draws from prompts: leave it out" in err
 
 
 def test_what_calibrate_passes_on(capsys, tmp_path, flux_dir, monkeypatch):

@@ -17,9 +17,10 @@ import typer
 
 from benchmarks.families import clone, inputs, model_of
 from benchmarks.timing import DEVICE
-from qandc import block_hessians, quantization_report, quantize_model
+from qandc import quantization_report, quantize_model
 from qandc.experiments.report import measure_rows
-from qandc.support.arguments import Lazy
+from qandc.method.block_hessians import BlockHessians
+from qandc.quantization.observe import unquantized
 
 logger = logging.getLogger("measure_gptq")
 
@@ -34,24 +35,16 @@ def now() -> float:
     return time.perf_counter()
 
 
-class Timed(Lazy):
-    """Pass Hessians on, add up the seconds that they take, and tell how far the work is."""
+class Timed(BlockHessians):
+    """Add up the seconds that Hessians take, and tell how far the work is."""
 
-    def __init__(self, hessians: Lazy) -> None:
-        self.hessians, self.seconds, self.asked, self.started = hessians, 0.0, 0, now()
-
-    def __iter__(self) -> Any:
-        return iter(self.hessians)
-
-    def __len__(self) -> int:
-        return len(self.hessians)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.hessians
+    seconds, asked = 0.0, 0
 
     def __getitem__(self, name: str) -> torch.Tensor:
         asked = now()
-        found = self.hessians[name]
+        if not self.asked:
+            self.started = asked
+        found = super().__getitem__(name)
         done = now()
         self.seconds += done - asked
         self.asked += 1
@@ -73,7 +66,7 @@ def measure(samples: int, tiny: bool, offload: bool) -> dict[str, Any]:
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    hessians = Timed(block_hessians(model, batches))
+    hessians = Timed(model, lambda: batches, unquantized(model, None, "gather Hessians"))
     quantize_model(model, w_bits=4, weight_clip="mse", hessians=hessians)
     seconds = now() - hessians.started
     report = quantization_report(model)

@@ -14,16 +14,11 @@ from qandc.cli.options import (
     Device,
     Dtype,
     Given,
-    Height,
     Model,
-    NegativePrompt,
-    PromptFile,
-    Prompts,
-    Width,
+    Text,
     draws_from_prompts,
     flags_of,
     read_prompts,
-    refuse,
     resolve,
     takes,
 )
@@ -50,11 +45,7 @@ def calibrate(
     *,
     directory: Annotated[Path, typer.Option("--out", "-o", help="Directory to write the settings to.")],
     model: Model = None,
-    prompt: Prompts = None,
-    prompts: PromptFile = None,
-    height: Height = None,
-    width: Width = None,
-    negative_prompt: NegativePrompt = None,
+    text: Text,
     given: Given,
     ranges: Annotated[str, typer.Option(help="How static ranges are found: minmax, percentile or mse.")] = "minmax",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Ranges around zero, without zero points.")] = False,
@@ -74,13 +65,11 @@ def calibrate(
     from qandc.sampling.pipelines import source_of
 
     check_directory(directory, overwrite)
-    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
-    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    kind = draws_from_prompts(model, text)
     if kind is not None:
         others = {"--ranges": ranges != "minmax", "--symmetric": symmetric, **flags_of(given, leave_out=OF_PROMPTS)}
-        refuse(others, f"is for models that draw classes, and {kind} draws from prompts: leave it out")
-        texts = read_prompts(prompt, prompts, kind)
-        _on_prompts(str(model), texts, {**of_prompts, **given}, directory, device, dtype, overwrite)
+        texts = read_prompts(text, kind, others)
+        _on_prompts(str(model), texts, {**text, **given}, directory, device, dtype, overwrite)
         return
     settings = CalibrationConfig(ranges=RangeConfig(ranges, symmetric=symmetric), **resolve(given, {}, {}))
     pipe, _, _ = open_pipeline(model, device, dtype)

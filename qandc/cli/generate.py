@@ -15,13 +15,9 @@ from qandc.cli.options import (
     Device,
     Dtype,
     Given,
-    Height,
     ModelOrSettings,
-    NegativePrompt,
-    PromptFile,
-    Prompts,
     Seed,
-    Width,
+    Text,
     calibrated_options,
     draws_from_prompts,
     flags_of,
@@ -79,11 +75,7 @@ def parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
 def generate(
     *,
     model: ModelOrSettings = None,
-    prompt: Prompts = None,
-    prompts: PromptFile = None,
-    height: Height = None,
-    width: Width = None,
-    negative_prompt: NegativePrompt = None,
+    text: Text,
     calibrated: Calibrated = None,
     classes: Annotated[str | None, typer.Option(help="Class ids or names, comma-separated. Default: ten.")] = None,
     given: Given,
@@ -114,19 +106,17 @@ def generate(
     from qandc.sampling.pipelines import check_full_precision, class_names
 
     arguments.check_value("--seed", arguments.Seed, seed)
-    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
     if calibrated is None and model is not None and is_finished(model):
         calibrated, model = Path(model), None  # what qandc calibrate wrote names its pipeline
-    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    kind = draws_from_prompts(model, text)
     if kind is not None:
         of_classes: dict[str, Any] = {"--classes": classes, "--no-calibrated": no_calibrated}
         of_classes |= flags_of(given, leave_out=("num_inference_steps", "guidance_scale", *OF_PROMPTS))
-        refuse(of_classes, f"is for models that draw classes, and {kind} draws from prompts: give --prompt")
+        texts = read_prompts(text, kind, of_classes)
         if calibrated is not None:
             has = {"--schedule": schedule, **flags_of(given, leave_out=("num_inference_steps", "guidance_scale"))}
             refuse(has, CONTRADICT.format(str(calibrated)))
-        texts = read_prompts(prompt, prompts, kind)
-        everything = {**of_prompts, **given}
+        everything = {**text, **given}
         _from_prompts(str(model), texts, everything, schedule, calibrated, seed, device, dtype, output, json_output)
         return
     if no_calibrated and calibrated is not None:

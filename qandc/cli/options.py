@@ -26,14 +26,10 @@ __all__ = [
     "Device",
     "Dtype",
     "Given",
-    "Height",
     "Model",
     "ModelOrSettings",
-    "NegativePrompt",
-    "PromptFile",
-    "Prompts",
     "Seed",
-    "Width",
+    "Text",
     "calibrated_options",
     "draws_from_prompts",
     "flags_of",
@@ -46,6 +42,8 @@ __all__ = [
 MODEL = "Pipeline directory or hub id, e.g. black-forest-labs/FLUX.1-dev. Default: fashion-dit."
 Given = dict[str, Any]
 """Type of what :func:`takes` passes to a command: the value given for each field, None for an option left out."""
+Text = dict[str, Any]
+"""Type of what :func:`takes` passes to a command that has a parameter ``text``: the value of each option of TEXT."""
 Model = Annotated[str | None, typer.Option(help=MODEL)]
 ModelOrSettings = Annotated[
     str | None, typer.Option(help=f"{MODEL} Or what qandc calibrate wrote, which names its pipeline.")
@@ -59,15 +57,17 @@ Calibrated = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Image i is drawn with seed + i.")]
-Prompts = Annotated[
-    list[str] | None, typer.Option("--prompt", help="What to draw, for models that draw from text; may be repeated.")
-]
-PromptFile = Annotated[Path | None, typer.Option(help="File of prompts, one a line.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="What not to draw, if the model takes it.")]
-Height = Annotated[int | None, typer.Option(help="Of images from prompts, in pixels. Default: the model's.")]
-Width = Annotated[int | None, typer.Option(help="As --height.")]
 BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
 
+TEXT: dict[str, Any] = {
+    "prompt": Annotated[
+        list[str] | None, typer.Option(help="What to draw, for models that draw from text; may be repeated.")
+    ],
+    "prompts": Annotated[Path | None, typer.Option(help="File of prompts, one a line.")],
+    "height": Annotated[int | None, typer.Option(help="Of images from prompts, in pixels. Default: the model's.")],
+    "width": Annotated[int | None, typer.Option(help="As --height.")],
+    "negative_prompt": Annotated[str | None, typer.Option(help="What not to draw, if the model takes it.")],
+}
 FIELDS = {field.name: field for field in fields(CalibrationConfig) if "help" in field.metadata}
 HINTS = typing.get_type_hints(CalibrationConfig, include_extras=True)
 
@@ -88,7 +88,7 @@ def _option(name: str, default: object) -> Any:
 
 
 def takes(names: str = " ".join(FIELDS), **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each of these fields of :class:`CalibrationConfig`, in the place of ``given``.
+    """Give a command options in the place of ``given``, of fields of :class:`CalibrationConfig`, and of ``text``.
 
     Args:
         names: of the fields; by default all.
@@ -97,14 +97,13 @@ def takes(names: str = " ".join(FIELDS), **defaults: Any) -> Callable[[Callable[
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
+        of_fields = {name: _option(name, defaults.get(name, FIELDS[name].default)) for name in names.split()}
+        options = {"given": of_fields, "text": TEXT}
         parameters: list[inspect.Parameter] = []
         for parameter in signature.parameters.values():
-            if parameter.name != "given":
-                parameters.append(parameter)
-                continue
-            for name in names.split():
-                option = _option(name, defaults.get(name, FIELDS[name].default))
-                parameters.append(parameter.replace(name=name, annotation=option, default=None))
+            own = options.get(parameter.name, {parameter.name: parameter.annotation})
+            default = None if parameter.name in options else parameter.default
+            parameters += [parameter.replace(name=name, annotation=own[name], default=default) for name in own]
 
         @functools.wraps(command)
         def wrapper(**arguments: Any) -> None:
@@ -116,6 +115,8 @@ def takes(names: str = " ".join(FIELDS), **defaults: Any) -> Callable[[Callable[
                     check_value(_flags(name)[0], HINTS[name], value)
             if "cache_mode" in given:
                 given["cache_mode"] = OLDER_MODES.get(given["cache_mode"], given["cache_mode"])
+            if "text" in signature.parameters:
+                arguments["text"] = {name: arguments.pop(name) for name in TEXT}
             return command(given=given, **arguments)
 
         wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -181,39 +182,41 @@ def flags_of(given: Given, leave_out: Sequence[str]) -> dict[str, bool]:
     return {_flags(name)[0]: value is not None for name, value in given.items() if name not in leave_out}
 
 
-def draws_from_prompts(
-    model: str | None, prompt: list[str] | None, file: Path | None, others: Mapping[str, Any]
-) -> str | None:
+def draws_from_prompts(model: str | None, text: Text) -> str | None:
     """Return the class of a pipeline if it draws from prompts; of one that draws classes refuse options for prompts.
 
     Args:
         model: of which the index is read.
-        prompt, file: what was given to draw.
-        others: options for prompts, by name.
+        text: options for prompts.
 
     Raises:
         ConfigError: an option is for prompts, and the model draws classes, or a size is none.
         ModelError: as :func:`qandc.load_pipeline`.
     """
     for name in ("height", "width"):
-        check_value(f"--{name}", Count | None, others[name])
+        check_value(f"--{name}", Count | None, text[name])
     with err.status(f"looking for {model}"):
         kind = CLASS_CONDITIONAL if model is None else pipeline_class(model)
     if kind != CLASS_CONDITIONAL:
         return kind
-    given = {"--prompt": prompt, "--prompts": file}
-    given |= {f"--{name.replace('_', '-')}": value for name, value in others.items()}
+    given = {f"--{name.replace('_', '-')}": value for name, value in text.items()}
     refuse(given, f"is for models that draw from prompts, and {kind} draws classes: give --classes, or --model")
     return None
 
 
-def read_prompts(given: list[str] | None, file: Path | None, kind: str) -> list[str]:
+def read_prompts(text: Text, kind: str, of_classes: Mapping[str, Any]) -> list[str]:
     """Return the prompts that were given, then those of a file, one a line; empty lines are left out.
 
+    Args:
+        text: options for prompts.
+        kind: class of the pipeline.
+        of_classes: options, by their flags, that are refused, as they are for models that draw classes.
+
     Raises:
-        ConfigError: there are none, one is empty, or the file cannot be read.
+        ConfigError: one of these was given; there is no prompt, one is empty, or the file cannot be read.
     """
-    prompts = list(given or ())
+    refuse(of_classes, f"is for models that draw classes, and {kind} draws from prompts: leave it out")
+    prompts, file = list(text["prompt"] or ()), text["prompts"]
     if file is not None:
         try:
             prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -15,14 +15,10 @@ from qandc.cli.options import (
     Device,
     Dtype,
     Given,
-    Height,
     Model,
     ModelOrSettings,
-    NegativePrompt,
-    PromptFile,
-    Prompts,
     Seed,
-    Width,
+    Text,
     calibrated_options,
     draws_from_prompts,
     flags_of,
@@ -113,11 +109,7 @@ def sample(
     calibrated: Calibrated = None,
     full_precision: Annotated[bool, typer.Option("--full-precision", help="Neither quantize nor cache.")] = False,
     model: Model = None,
-    prompt: Prompts = None,
-    prompts: PromptFile = None,
-    height: Height = None,
-    width: Width = None,
-    negative_prompt: NegativePrompt = None,
+    text: Text,
     given: Given,
     batch_size: BatchSize = 50,
     seed: Seed = 0,
@@ -144,16 +136,12 @@ def sample(
     check_new(output)
     if json_output is not None:
         check_output(json_output, ".json")
-    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
-    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    kind = draws_from_prompts(model, text)
     preset, origin, texts, optimization = None, f"in {str(calibrated)!r}", [], None
     if kind is not None:
-        refuse(
-            {"--scheduler": given["scheduler"]}, f"is for models that draw classes; {kind} has its own: leave it out"
-        )
+        texts = read_prompts(text, kind, {"--scheduler": given["scheduler"]})
         if full_precision or calibrated is not None:
             refuse({"--w-bits": given["w_bits"]}, "is for a model that is quantized here: leave it out")
-        texts = read_prompts(prompt, prompts, kind)
         bits = {} if given["w_bits"] is None else {"w_bits": given["w_bits"]}
         optimization = None if full_precision else bits if calibrated is None else {"calibrated": calibrated}
     elif calibrated is not None:
@@ -170,7 +158,7 @@ def sample(
     with Processes.joined() as processes:
         pipe, source = _load(model, device, dtype, processes, text=kind is not None)
         if kind is not None:
-            run = _call_arguments(pipe, texts, {**of_prompts, **given})
+            run = _call_arguments(pipe, texts, {**text, **given})
             schedule = None if calibrated is None else schedule_of(calibrated)
             steps_of_run(pipe, run, None if schedule is None else schedule.config())
         image_set = ImageSet(images, tuple(range(len(texts))) or tuple(class_names(pipe)), seed, batch_size)
@@ -208,11 +196,7 @@ def ablate(
         ),
     ] = "small",
     model: ModelOrSettings = None,
-    prompt: Prompts = None,
-    prompts: PromptFile = None,
-    height: Height = None,
-    width: Width = None,
-    negative_prompt: NegativePrompt = None,
+    text: Text,
     images: Annotated[
         int | None, typer.Option(help=f"Of each row. Default: {_of_sizes('images')}; one of each prompt.")
     ] = None,
@@ -264,14 +248,12 @@ def ablate(
         preset = Preset.load(model)
         held, model = calibrated_options(preset), preset.base_model()
         held["steps"] = str(held["num_inference_steps"])
-    of_prompts = {"height": height, "width": width, "negative_prompt": negative_prompt}
-    kind = draws_from_prompts(model, prompt, prompts, of_prompts)
+    kind = draws_from_prompts(model, text)
     if kind is None:
         defaults, texts = SIZES[size], []
     else:
         others = {"--size": size != "small", **flags_of(given, leave_out=(*OF_PROMPTS, "guidance_scale"))}
-        refuse(others, f"is for models that draw classes, and {kind} draws from prompts: leave it out")
-        texts = read_prompts(prompt, prompts, kind)
+        texts = read_prompts(text, kind, others)
         defaults = {**OF_PROMPTS, "images": len(texts)}
     chosen = resolve({"model": model, "steps": steps, "images": images, **given}, held, defaults)
     model, steps, images = (chosen.pop(name) for name in ("model", "steps", "images"))
@@ -292,7 +274,7 @@ def ablate(
     with Processes.joined() as processes, ExitStack() as stack:
         pipe, source = _load(model, device, dtype, processes, text=kind is not None)
         if kind is not None:
-            run = _call_arguments(pipe, texts, {**of_prompts, **given})
+            run = _call_arguments(pipe, texts, {**text, **given})
             counts = counts or [usual_steps(pipe)]
             experiments = {number: experiment(number, arguments=run) for number in counts}
         scorer = scorer_for(pipe, features, reference, inception_weights)
