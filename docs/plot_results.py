@@ -9,7 +9,17 @@ import statistics
 from typing import Any
 
 import matplotlib
-from update_tables import ABLATION, MODEL_SIZES, QUALITY_FORMS, ROOT, ablation_cells, load, model_rows, study
+from update_tables import (
+    ABLATION,
+    MODEL_SIZES,
+    QUALITY_FORMS,
+    ROOT,
+    WARDROBE,
+    ablation_cells,
+    load,
+    model_rows,
+    study,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,6 +37,11 @@ SHOWN = {
     "fused W8A8, prepared run": "#3c9a5f",
 }
 COLOURS = {("delta", 0): "#9aa0a6", ("branch", 0): "#2f6db5", ("taylor", 1): "#3c9a5f", ("taylor", 2): "#d7a86e"}
+
+
+WARDROBE_MODES = {
+    "delta": "#9aa0a6", "branch": "#2f6db5", "taylor": "#3c9a5f", "hicache": "#d7a86e", "crf": "#8a6bb0"
+}  # fmt: skip
 
 
 def bare(axes: Any) -> None:
@@ -158,6 +173,39 @@ def draw_compensation() -> None:
     figure.savefig(directory / "feature-compensation.png", dpi=130)
 
 
+def draw_wardrobe() -> None:
+    """Share of pictures with all right against speed: each cache through its intervals, and runs of fewer steps."""
+    path = ROOT / WARDROBE
+    rows = [row for row in load(path)["rows"] if "everything" in row and not {"scenes", "fused"} & row.keys()]
+    (full,) = [row for row in rows if (row["part"], row["name"]) == ("precision", "FP")]
+    figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+
+    def draw(axes: Any, wanted: dict[str, Any], style: str, colour: str, label: str) -> None:
+        found = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+        found.sort(key=lambda row: row["images_per_second"])
+        speed = [row["images_per_second"] / full["images_per_second"] for row in found]
+        shares = [row["everything"] for row in found]
+        low, high = ([abs(row["everything"] - row["everything_ci95"][end]) for row in found] for end in (0, 1))
+        axes.errorbar(speed, shares, [low, high], fmt=style, marker=".", color=colour, label=label, linewidth=1)
+
+    for precision, axes in zip(("FP", "W8A8"), grid, strict=True):
+        of = {"precision": precision}
+        draw(axes, {**of, "part": "fewer steps"}, "-", "#c98b8b", "fewer steps, no cache")
+        for mode, colour in WARDROBE_MODES.items():
+            for schedule, style in (("uniform", ":"), ("calibrated", "-")):
+                cache = {"part": "cache", "mode": mode, "schedule": schedule, "corrected": None}
+                draw(axes, {**of, **cache}, style, colour, f"{mode}, {schedule}")
+        axes.axhline(full["everything"], color="#555", linewidth=0.8)
+        axes.set_title(precision, fontsize=9)
+        axes.set_xlabel("speed over full precision", fontsize=8)
+        axes.tick_params(labelsize=7)
+        bare(axes)
+    grid[0].set_ylabel("share of pictures with all right", fontsize=8)
+    grid[0].yaxis.set_major_formatter(PercentFormatter(1, 0))
+    figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
 def draw_residuals() -> None:
     """Errors of reused features by step and block, plain and corrected."""
     path = ROOT / "results" / "cpu" / "feature-residuals.json"
@@ -181,6 +229,7 @@ def draw_residuals() -> None:
 
 
 if __name__ == "__main__":
+    draw_wardrobe()
     draw_residuals()
     draw_compensation()
     draw_ablation()

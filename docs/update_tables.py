@@ -724,6 +724,57 @@ PAGES = {  # of docs/families, to the class of the transformer and the model tha
     "z_image": ("ZImageTransformer2DModel", None),
     "wan": ("WanTransformer3DModel", None),
 }
+
+
+def wardrobe_table(result: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
+    """Print all rows of some parts, with what a judge finds right in them."""
+    heads = "| | all right | points lost | objects | colours | places | Fréchet distance | PSNR to FP | images/s |"
+    lines = [heads, "|---" * 9 + "|"]
+    for row in result["rows"]:
+        if row["part"] not in parts:
+            continue
+        if "refused" in row:
+            lines.append(f"| {row['name']} | refused: {row['refused']} |{' |' * 7}")
+            continue
+        low, high = row["everything_ci95"]
+        cells = [f"{row['everything']:.1%} ({low:.1%} to {high:.1%})", _points_lost([row])]
+        cells += [f"{row[what]:.1%}" for what in ("objects", "colours", "places")] + [f"{row['frechet_distance']:.3f}"]
+        exact = row.get("psnr_to_fp", 100) >= 100  # full precision itself, or no picture of it
+        cells.append("" if exact else f"{row['psnr_to_fp']:.1f} dB (worst {row['psnr_to_fp_worst']:.1f})")
+        cells.append(f"{row['images_per_second']:.0f}" if "images_per_second" in row else "")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _points_lost(rows: list[dict[str, Any]]) -> str:
+    """Say how many points fewer are all right than in full precision; of repeats the mean, the least and the most."""
+    found = [100 * row["everything_lost"] for row in rows]
+    if len(rows) == 1:
+        return f"{found[0]:.1f} ± {100 * rows[0]['everything_lost_ci95']:.1f}"
+    return f"{statistics.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+
+
+def wardrobe_grid(result: dict[str, Any], part: str, line: tuple[str, ...], column: str) -> list[str]:
+    """Print points lost and PSNR of a part: a line for each value of some settings, a column for each of another."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in result["rows"]:
+        if row["part"] == part and column in row and not {"refused", "scenes", "fused"} & row.keys():
+            values = [(key, row[key]) for key in line if key in row]
+            name = ", ".join(v if isinstance(v, str) else f"{key} {v}" if v else f"no {key}" for key, v in values)
+            found.setdefault(name, {}).setdefault(str(row[column]), []).append(row)
+    columns = dict.fromkeys(value for cells in found.values() for value in cells)
+    lines = [f"| points lost / PSNR, dB | {' | '.join(f'{column} {c}' for c in columns)} |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for name, cells in found.items():
+        texts = []
+        for rows in (cells.get(value, []) for value in columns):
+            likeness = rows and statistics.mean(row["psnr_to_fp"] for row in rows)
+            texts.append(f"{_points_lost(rows)} / {likeness:.1f}" if rows else "")
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return lines
+
+
+WARDROBE = "results/h200/wardrobe.json"
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/cpu/generate.json": generate_table,
     "results/cpu/ablation.json": compensation_table,
@@ -782,6 +833,18 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/ablation.json": ablation_table,
     "results/h100/ablation.json rows": ablation_rows_table,
     "results/h100/ablation.json goals": goals_table,
+    WARDROBE: partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
+    f"{WARDROBE} goals": goals_table,
+    f"{WARDROBE} caches": partial(
+        wardrobe_grid, part="cache", line=("precision", "mode", "schedule", "corrected"), column="interval"
+    ),
+    f"{WARDROBE} rows": partial(wardrobe_table, parts=("cache", "VC", "TAP", "layers", "outliers")),
+    f"{WARDROBE} layers": partial(wardrobe_grid, part="layers", line=("layers",), column="precision"),
+    f"{WARDROBE} samples": partial(
+        wardrobe_grid, part="VC", line=("precision", "mode", "interval", "corrected"), column="form"
+    ),
+    f"{WARDROBE} selection": partial(wardrobe_grid, part="TAP", line=("precision", "samples"), column="selection"),
+    f"{WARDROBE} outliers": partial(wardrobe_grid, part="outliers", line=("outliers", "smoothing"), column="ranges"),
     **{f"results/h100/ablation.json {what}": partial(ablation_parts_table, what=what) for what in OTHER_PARTS},
 }
 

@@ -41,9 +41,8 @@ from qandc import (
 from qandc.caching.compensation import DEFAULT_PULL
 from qandc.caching.schedule import optimal_schedule
 from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
-from qandc.experiments.report import measure_rows
+from qandc.experiments.report import measure_rows, merge_rows
 from qandc.method.schedule_calibration import feature_moments
-from qandc.support.files import read_json, write_json
 from quality import Bench, Images, Out, Seconds, command
 
 FORMS = (("delta", 1), ("branch", 1), ("taylor", 1))
@@ -212,11 +211,7 @@ def main(
     """Draw with every configuration and score."""
     work = [{**PLAIN, "fit": fit, "steps": steps, **row} for row in rows()]
     if merge:
-        files = [read_json(path, "result", "leave it out", names=("rows",)) for path in merge]
-        known = {json.dumps([row[name] for name in PLAIN]): row for file in files for row in file["rows"]}
-        keys = [json.dumps([row[name] for name in PLAIN]) for row in work]
-        joined = [known[key] for key in keys if key in known]
-        write_json(out, {**files[0], "rows": joined, "goals": goals(joined)})
+        merge_rows(out, merge, work, goals)
         return
     bench = Study(device, images, batch, steps, 1.5, "ddim", efficientnet=efficientnet)
 

@@ -40,23 +40,39 @@ FIRST_SEED = 20_000_000  # of the samples to calibrate with; far from those of t
 
 @torch.no_grad()
 def plant_outliers(transformer: Any, times: float) -> Any:
-    """Multiply channels of each block's modulated norms and of v of a DiT, in place; its output stays the same.
+    """Multiply channels of each block's modulated norms, and of v of a DiT, in place; what it computes stays the same.
 
     Each block has other channels. The modulation layer gives ``(1 + scale) · times`` and ``shift · times``; q, k, v and
-    the MLP's first layer are divided, and so is the attention's last one behind v.
+    the MLP's first layer are divided, and so is the attention's last one behind v. Of FLUX.1 both streams have them.
     """
-    for number, block in enumerate(transformer.transformer_blocks):
-        attention, feed_forward, modulation = block.attn1, block.ff.net, block.norm1.linear
-        width = modulation.out_features // 6
-        chosen = (torch.arange(CHANNELS) * (width // CHANNELS) + number) % width
-        shift_attention, scale_attention, _, shift_mlp, scale_mlp, _ = torch.arange(6 * width).view(6, width)[:, chosen]
-        _times(modulation, torch.cat([shift_attention, scale_attention, shift_mlp, scale_mlp]), times)
-        modulation.bias[torch.cat([scale_attention, scale_mlp])] += times - 1
-        for reader in (attention.to_q, attention.to_k, attention.to_v, feed_forward[0].proj):
-            reader.weight[:, chosen] /= times
-        _times(attention.to_v, chosen, times)
-        attention.to_out[0].weight[:, chosen] /= times
+    blocks = (*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ()))
+    for number, block in enumerate(blocks):
+        for modulation, parts, *readers in _modulations(block):
+            width = modulation.out_features // parts
+            chosen = (torch.arange(CHANNELS) * (width // CHANNELS) + number) % width
+            for part, layers in enumerate(readers):  # shift, scale and gate of each
+                shift, scale = (3 * part * width + chosen, (3 * part + 1) * width + chosen)
+                _times(modulation, torch.cat([shift, scale]), times)
+                modulation.bias[scale] += times - 1
+                for layer in layers:
+                    layer.weight[:, chosen] /= times
+        if hasattr(block, "attn1"):
+            _times(block.attn1.to_v, chosen, times)
+            block.attn1.to_out[0].weight[:, chosen] /= times
     return transformer
+
+
+def _modulations(block: Any) -> list[tuple[Any, ...]]:
+    """List modulation layers of a block, the parts of what each gives, and the layers that read each norm."""
+    attention = getattr(block, "attn1", None) or block.attn
+    readers = [attention.to_q, attention.to_k, attention.to_v]
+    if hasattr(block, "proj_mlp"):
+        return [(block.norm.linear, 3, [*readers, block.proj_mlp])]
+    found = [(block.norm1.linear, 6, readers, [block.ff.net[0].proj])]
+    if hasattr(block, "ff_context"):
+        of_text = [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]
+        found.append((block.norm1_context.linear, 6, of_text, [block.ff_context.net[0].proj]))
+    return found
 
 
 def _times(layer: nn.Linear, channels: torch.Tensor, times: float) -> None:

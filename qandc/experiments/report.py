@@ -16,7 +16,7 @@ from qandc.experiments.scores import load_images
 from qandc.support.files import make_directory, read_json, write_json, write_whole
 from qandc.support.results import result_header
 
-__all__ = ["METRICS", "markdown_table", "measure_rows", "write_report"]
+__all__ = ["METRICS", "markdown_table", "measure_rows", "merge_rows", "write_report"]
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ def measure_rows(
         measured = before["rows"]
     make_directory(path.parent)
     for row in rows:
-        if any({name: done.get(name) for name in row} == row for done in measured):
+        if _found(measured, row) is not None:
             continue
         if time.perf_counter() - started > seconds:
             logger.warning("out of time after %.0f s; the same command goes on", time.perf_counter() - started)
@@ -79,6 +79,32 @@ def measure_rows(
         )
         logger.info("%.0f s: %s", time.perf_counter() - started, said)
     return measured
+
+
+def merge_rows(
+    path: Path, files: Sequence[Path], rows: Iterable[Row], goals: Callable[[list[Row]], list[Row]] = lambda rows: []
+) -> None:
+    """Join files that :func:`measure_rows` wrote, each of some of ``rows``, into one: in their order, with all goals.
+
+    Raises:
+        ConfigError: the files were measured with different settings.
+        OutputError: a file is no result, or cannot be written.
+    """
+    parts = [read_json(file, "result", "leave it out", names=("settings", "rows")) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part["settings"] != parts[0]["settings"]:
+            raise ConfigError(
+                f"{str(file)!r} was measured with {part['settings']}, and {str(files[0])!r} with "
+                f"{parts[0]['settings']}; join files of the same settings"
+            )
+    measured = [row for part in parts for row in part["rows"]]
+    joined = [found for row in rows for found in [_found(measured, row)] if found is not None]
+    write_json(path, {**parts[0], "rows": joined, "goals": goals(joined)})
+
+
+def _found(measured: list[Row], row: Row) -> Row | None:
+    """Return what was measured of a row, if it was."""
+    return next((done for done in measured if {name: done.get(name) for name in row} == row), None)
 
 
 def _text(row: dict[str, Any], metric: str) -> str:

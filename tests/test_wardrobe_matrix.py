@@ -1,0 +1,176 @@
+"""The measurement of wardrobe: intervals, comparisons, rows, goals; one row of each kind is drawn."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qandc import quantization_plan
+from qandc.errors import ConfigError
+from qandc.evaluation.judge import Judge
+from qandc.experiments.report import measure_rows, merge_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(ROOT / "training")
+        import evaluate_wardrobe
+    return evaluate_wardrobe
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (1, 3), (4321, 6000), (5990, 6000)])
+def test_wilson_is_where_a_score_test_of_the_share_turns(matrix, right, count):
+    for bound, outer in zip(matrix.wilson(right, count), (0.0, 1.0), strict=True):
+        if right == count * outer:
+            assert bound == pytest.approx(outer, abs=1e-12)
+        else:  # the share is 1.96 standard deviations, those of the bound, from the bound
+            deviation = abs(right / count - bound) / math.sqrt(bound * (1 - bound) / count)
+            assert deviation == pytest.approx(1.959964, rel=1e-6)
+    low, high = matrix.wilson(right, count)
+    assert low <= right / count <= high
+
+
+def test_losses_are_compared_picture_by_picture(matrix):
+    random = np.random.default_rng(0)
+    theirs = torch.from_numpy(random.random(4000) < 0.9)
+    ours = theirs & torch.from_numpy(random.random(4000) < 0.98)
+    value, half = matrix.lost(ours, theirs)
+    assert value == pytest.approx(float(theirs.double().mean() - ours.double().mean()))
+    means = [np.mean((theirs.double() - ours.double()).numpy()[random.integers(0, 4000, 4000)]) for _ in range(2000)]
+    assert half == pytest.approx(1.96 * np.std(means), rel=0.1)  # a bootstrap over pictures
+    assert matrix.lost(theirs, ours)[0] == -value
+    assert matrix.lost(ours, ours) == (0.0, 0.0)
+
+
+def test_rows_have_names_of_their_own_and_known_settings(matrix):
+    rows = list(matrix.rows())
+    assert len({(row["part"], row["name"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row.keys() <= {"part", "name", "precision", *matrix.PLAIN}
+        assert row["name"].startswith(row["precision"])
+    whole = matrix.settings_of(next(row for row in rows if row["name"] == "W4A8, delta, interval 3"))
+    assert (whole["weights"], whole["mode"], whole["interval"], whole["corrected"]) == ("gptq", "delta", 3, "none")
+
+
+@pytest.fixture(scope="module")
+def pipeline(matrix, tmp_path_factory):
+    pytest.importorskip("transformers", reason="wardrobe's text encoders are those of transformers")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(ROOT / "training")
+        from wardrobe_model import make_pipeline
+    directory = tmp_path_factory.mktemp("wardrobe")
+    pipe = make_pipeline()
+    for module in pipe.transformer.modules():
+        if isinstance(module, torch.nn.Linear):  # some begin with zeros
+            torch.nn.init.normal_(module.weight, std=0.05)
+    pipe.save_pretrained(directory)
+    return directory, pipe
+
+
+def test_groups_of_layers_are_all_layers_once(matrix, pipeline):
+    model = pipeline[1].transformer
+    plain = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    chosen = []
+    overlapping = ("first block", "last block", "modulation, first of one stream", "all")
+    for group in matrix.LAYERS:
+        report = quantization_plan(model, skip_patterns=matrix.skip_patterns(group, model))
+        names = [layer.name for layer in report.quantized]
+        assert names
+        if group not in overlapping:
+            chosen += names
+        elif group == "all":
+            assert set(names) == plain
+        elif group == "last block":
+            assert {name.split(".")[1] for name in names} == {str(len(model.single_transformer_blocks) - 1)}
+    assert sorted(chosen) == sorted(plain)
+
+
+def test_planted_outliers_change_nothing_in_full_precision(matrix, pipeline):
+    model = copy.deepcopy(pipeline[1].transformer)
+    inputs = {
+        "hidden_states": torch.randn(2, 64, model.config.in_channels),
+        "encoder_hidden_states": torch.randn(2, 5, model.config.joint_attention_dim),
+        "pooled_projections": torch.randn(2, model.config.pooled_projection_dim),
+        "timestep": torch.tensor([0.3, 0.3]),
+        "img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(5, 3), "return_dict": False,
+    }  # fmt: skip
+    seen = []
+    handle = model.single_transformer_blocks[3].attn.to_q.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        matrix.plant_outliers(model, 30.0)
+        after = model(**inputs)[0]
+    handle.remove()
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+    assert seen[1].abs().max() > 10 * seen[0].abs().max()
+
+
+def test_goals_are_of_the_rows_they_name(matrix):
+    rows = [
+        {**row, "everything": share, "everything_lost": loss}
+        for row, share, loss in (
+            (matrix.row("model", "real"), 0.96, 0), (matrix.row("model", "FP"), 0.72, 0),
+            (matrix.row("precision"), 0.7, 0.004), (matrix.row("fewer steps", steps=10), 0.6, 0.09),
+            (matrix.row("cache", mode="delta", interval=3, schedule="uniform"), 0.6, 0.03),
+            (matrix.row("cache", mode="crf", interval=3, schedule="uniform"), 0.6, 0.01),
+            (matrix.row("cache", mode="crf", interval=2, schedule="uniform"), 0.6, 0.0),
+            (matrix.row("cache", "FP", mode="crf", interval=3, schedule="uniform"), 0.6, 0.0),
+            (matrix.row("cache", scenes="held-out", mode="taylor", interval=3), 0.6, 0.0),
+        )
+    ]  # fmt: skip
+    refused = {**matrix.row("precision", "W4A8"), "refused": "why"}
+    values = [goal["value"] for goal in matrix.goals([*rows, refused])]
+    assert values == [pytest.approx(0.75), None, pytest.approx(0.4), None, pytest.approx(1.0), pytest.approx(8.0)]
+    assert [goal["value"] for goal in matrix.goals([])] == [None] * 6
+
+
+def test_merged_files_are_in_the_order_of_the_rows(tmp_path):
+    rows = [{"name": name} for name in "abcd"]
+    paths = [tmp_path / "0.json", tmp_path / "1.json"]
+    for path, part in zip(paths, (rows[::2], rows[1::2][:1]), strict=True):
+        measure_rows(path, {"seed": 0}, part, lambda row: {"value": ord(row["name"])})
+    merge_rows(tmp_path / "all.json", paths, rows, lambda rows: [{"value": sum(row["value"] for row in rows)}])
+    joined = json.loads((tmp_path / "all.json").read_text())
+    assert joined["rows"] == [{"name": name, "value": ord(name)} for name in "abc"]
+    assert joined["goals"] == [{"value": sum(map(ord, "abc"))}]
+    measure_rows(tmp_path / "2.json", {"seed": 1}, rows[3:], lambda row: {})
+    with pytest.raises(ConfigError, match="same settings"):
+        merge_rows(tmp_path / "all.json", [*paths, tmp_path / "2.json"], rows)
+
+
+@pytest.mark.slow
+def test_script_measures_rows_and_goes_on(tmp_path, matrix, pipeline):
+    data = matrix.DEFAULT_DIRECTORY
+    if not data.is_dir():
+        pytest.skip(f"Fashion-MNIST is not in {data}; install the Debian package dataset-fashion-mnist")
+    save_file(Judge().state_dict(), tmp_path / "judge.safetensors")
+    only = "^(precision: W8A8|VC: W8A8, corrected samples, paper|cache: W8A8, crf, .* 3, uniform, corrected .*)$"
+    options = ["--model", pipeline[0], "--judge", tmp_path / "judge.safetensors", "--out", tmp_path / "out.json"]
+    options += ["--prompts", "2", "--seeds", "0", "--steps", "6", "--fit", "2", "--device", "cpu"]
+    for pattern, count in (("^precision: W8A8$", 1), (only, 3)):  # the second goes on
+        command = [sys.executable, ROOT / "training/evaluate_wardrobe.py", *options, "--only", pattern]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((tmp_path / "out.json").read_text())
+        assert len(result["rows"]) == count
+    for row in result["rows"]:
+        low, high = row["everything_ci95"]
+        assert low <= row["everything"] <= high
+        assert row["images"] == 2
+        assert 0 < row["psnr_to_fp_worst"] <= row["psnr_to_fp"] < 100
