@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from qandc import ConfigError, DataError
-from qandc.evaluation.judge import Judge, compare_scenes, score_scenes
+from qandc.evaluation.judge import Judge, compare_scenes, judge_path, score_scenes
 from qandc.evaluation.metrics import extract_features
 from qandc.evaluation.scenes import COLOURS, KINDS, PLACES, Garment, draw_scenes, scene_arrays
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
-from train_wardrobe_judge import targets
+from fashion_mnist import DEFAULT_DIRECTORY
+from train_wardrobe_judge import score, targets
+from wardrobe_pictures import GarmentImages
 
 COAT, BAG = Garment("coat", "red", "left"), Garment("bag", "blue", "right")
 RIGHT_COAT = Garment("coat", "red", "right")
@@ -147,6 +150,19 @@ def test_weights_are_loaded_from_a_file(tmp_path, seeded):
     assert not again.training
     assert len(again.find_garments(images)) == 3
     assert again.find_garments(images[:0]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not judge_path().exists(), reason="no judge is shipped yet; training/train_wardrobe_judge.py makes one"
+)
+@pytest.mark.skipif(not DEFAULT_DIRECTORY.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+def test_the_shipped_judge_scores_what_it_says():
+    said = json.loads(judge_path().with_name("score.json").read_text())
+    assert judge_path().stat().st_size < 2e6
+    found = score(Judge.load(), GarmentImages.load(DEFAULT_DIRECTORY, "t10k"), 500)
+    assert found["everything"] == pytest.approx(said["everything"], abs=0.03)  # of other pictures
+    assert found["colour_accuracy"] == pytest.approx(said["colour_accuracy"], abs=0.01)
 
 
 def test_what_is_refused(tmp_path):

@@ -62,7 +62,8 @@ def train(garments: GarmentImages, seed: int, steps: int, batch: int, work: Path
         index = torch.randint(SCENES, (batch,), generator=generator, device=device)
         kinds, colours, places = (array[index] for array in scenes)
         pictures, centres = garments.draw_with_centres(kinds, colours, places, generator)
-        return disturb(pictures, generator), *targets(kinds, colours, centres)
+        pictures = disturb(pictures, generator).contiguous(memory_format=torch.channels_last)
+        return pictures, *targets(kinds, colours, centres)
 
     def loss(model: nn.Module, pictures: torch.Tensor, kinds: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
         with autocast(device):
@@ -72,8 +73,7 @@ def train(garments: GarmentImages, seed: int, steps: int, batch: int, work: Path
 
     torch.manual_seed(seed)
     settings = {"seed": seed, "steps": steps, "batch": batch}
-    judge = Judge().to(device, memory_format=torch.channels_last)
-    return Stage("judge", judge, draw, loss, settings, work, steps=steps, ema_decay=0.999).run()
+    return Stage("judge", Judge().to(device), draw, loss, settings, work, steps=steps, ema_decay=0.999).run()
 
 
 def draw_pictures(garments: GarmentImages, count: int, seed: int) -> tuple[list, torch.Tensor]:
@@ -110,7 +110,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory that receives the judge.")] = Path("build/assets/wardrobe-judge"),
     data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
     seed: Annotated[int, typer.Option(min=0, max=2**20)] = 0,
-    steps: int = 10_000,
+    steps: int = 8000,
     batch: int = 512,
     test_scenes: int = TEST_SCENES,
     device: str = "cuda",
