@@ -39,7 +39,7 @@ from qandc.quantization.registration import config_class, register_when_imported
 from qandc.quantizer import QuantConfig
 from qandc.sampling.corrected_scheduler import compensated_scheduler
 from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents
-from qandc.sampling.pipelines import fashion_dit_path, load_pipeline
+from qandc.sampling.pipelines import fashion_dit_path, load_pipeline, wardrobe_path
 from qandc.sampling.trajectories import (
     Trajectory,
     compensation_from_run,
@@ -132,6 +132,7 @@ __all__ = [
     "unfuse_dit",
     "ungraph",
     "uniform_schedule",
+    "wardrobe_path",
 ]
 
 save_quantized, load_quantized = save, load  # their names before there was one format

@@ -235,7 +235,7 @@ def optimize(
             static ranges, the steps to compute and a compensation (:func:`qandc.calibrate_on_prompts`).
         calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote, or what
             :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits, and what it
-            was saved with is used.
+            was saved with is used. Settings without a model quantize the pipeline's own.
         compile: compile the blocks, which takes a minute at the first image, or fuse them (DiT, FLUX.1, Qwen-Image,
             once calibrated), and replay steps from CUDA graphs. By default where the model is on a GPU.
         restorable: keep what is replaced, in host memory.
@@ -351,7 +351,7 @@ def _loaded(calibrated: str | Path | CalibratedModel, name: str, model: Any) -> 
     """Load the calibrated model that takes the place of a transformer, if it is not at hand."""
     found = calibrated
     if not isinstance(found, CalibratedModel):
-        found = load(found, device=model.device, dtype=model.dtype)
+        found = load(found, device=model.device, dtype=model.dtype, base=model)
     if original_class(found.model) is not original_class(model):
         where = "calibrated" if found is calibrated else repr(str(calibrated))
         raise ModelError(

@@ -574,7 +574,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     },
     "trajectory_from_run": prompted,
     "decode_latents": lambda: {"vae": P(pipeline().vae), "latents": P(torch.ones(1, 4, 4, 4))},
-    "fashion_dit_path": dict,
+    **dict.fromkeys(("fashion_dit_path", "wardrobe_path"), dict),
     "fashion_dit_preset": lambda: {"w_bits": P(8)},
     "fit_compensation": lambda: {
         "reference": P(trajectory()),
@@ -612,7 +612,12 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
     },
     **dict.fromkeys(
         ("load", "load_quantized"),
-        lambda: {"directory": P(saved("checkpoint")), "device": P("cpu"), "dtype": P(torch.float16, "None")},
+        lambda: {
+            "directory": P(saved("checkpoint")),
+            "device": P("cpu"),
+            "dtype": P(torch.float16, "None"),
+            "base": P(None, "None"),
+        },
     ),
     "load_pipeline": lambda: {"model": P(saved("pipeline"), "None"), "device": P("cpu"), "dtype": P(torch.float32)},
     "make_scheduler": lambda: {

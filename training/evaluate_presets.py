@@ -41,7 +41,7 @@ from qandc.evaluation.metrics import (
 )
 from qandc.evaluation.networks import fashion_classifier_path
 from qandc.experiments.report import measure_rows
-from qandc.method.saved import LIKENESS
+from qandc.method.saved import LIKENESS, shipped_settings
 from qandc.sampling.loop import decode_latents
 from qandc.support.files import write_json
 from quality import Out, command
@@ -124,7 +124,8 @@ def main(
     if images >= 1000:
         kept = {row["w_bits"]: row for row in measured if row["compensation"] == "none"}
         names = ("images", "psnr_mean", "psnr_min")
-        write_json(LIKENESS, {f"w{bits}a8": {name: row[name] for name in names} for bits, row in kept.items()})
+        likeness = shipped_settings("fashion-dit", 8).parent / LIKENESS
+        write_json(likeness, {f"w{bits}a8": {name: row[name] for name in names} for bits, row in kept.items()})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from qandc.cli.options import (
     read_prompts,
     refuse,
     resolve,
+    settle_model,
+    shipped,
     takes,
 )
 from qandc.cli.terminal import (
@@ -36,7 +38,7 @@ from qandc.cli.terminal import (
 )
 from qandc.errors import ConfigError
 from qandc.support import arguments
-from qandc.support.files import read_json, write_json, write_whole
+from qandc.support.files import write_json, write_whole
 
 __all__ = ["generate", "parse_classes"]
 
@@ -86,8 +88,8 @@ def generate(
         bool,
         typer.Option(
             "--no-calibrated",
-            help="Do not use what comes with fashion-dit (static ranges, schedule, compensation) where no "
-            "option above asks for anything else.",
+            help="Do not use what comes with fashion-dit and wardrobe (static ranges, schedule, compensation) where "
+            "no option above asks for anything else.",
         ),
     ] = False,
     seed: Seed = 0,
@@ -100,27 +102,31 @@ def generate(
     from qandc.caching.schedule import CalibratedSchedule, cache_of
     from qandc.experiments.generate import Comparison, GenerateConfig, quantized_name
     from qandc.experiments.generate import generate as run
-    from qandc.method.saved import LIKENESS, Preset, fashion_dit_preset, is_finished
+    from qandc.experiments.prompts import EXAMPLES
+    from qandc.method.saved import Preset, fashion_dit_preset, shipped_likeness, shipped_settings
     from qandc.quantizer import QuantConfig
     from qandc.sampling.loop import check_sampling, make_scheduler
-    from qandc.sampling.pipelines import check_full_precision, class_names
+    from qandc.sampling.pipelines import check_full_precision, class_names, embedded_name
 
     arguments.check_value("--seed", arguments.Seed, seed)
-    if calibrated is None and model is not None and is_finished(model):
-        calibrated, model = Path(model), None  # what qandc calibrate wrote names its pipeline
+    model, calibrated = settle_model(model, calibrated)
+    if no_calibrated and calibrated is not None:
+        raise ConfigError("--calibrated and --no-calibrated contradict each other; give one of them")
     kind = draws_from_prompts(model, text)
     if kind is not None:
-        of_classes: dict[str, Any] = {"--classes": classes, "--no-calibrated": no_calibrated}
+        of_classes: dict[str, Any] = {"--classes": classes}
         of_classes |= flags_of(given, leave_out=("num_inference_steps", "guidance_scale", *OF_PROMPTS))
+        if embedded_name(model) is not None and (text["prompt"], text["prompts"]) == (None, None):
+            text["prompt"] = [scene.caption for scene in EXAMPLES]
         texts = read_prompts(text, kind, of_classes)
         if calibrated is not None:
             has = {"--schedule": schedule, **flags_of(given, leave_out=("num_inference_steps", "guidance_scale"))}
             refuse(has, CONTRADICT.format(str(calibrated)))
+        elif not no_calibrated:
+            calibrated = shipped(model, {**given, "schedule": schedule})
         everything = {**text, **given}
         _from_prompts(str(model), texts, everything, schedule, calibrated, seed, device, dtype, output, json_output)
         return
-    if no_calibrated and calibrated is not None:
-        raise ConfigError("--calibrated and --no-calibrated contradict each other; give one of them")
     preset, held, many = None, {}, None
     if calibrated is not None:
         preset = Preset.load(calibrated)
@@ -133,7 +139,7 @@ def generate(
     as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4
     if preset is None and not no_calibrated and as_shipped:
         preset = fashion_dit_preset(chosen["w_bits"])
-        many = read_json(LIKENESS, "measured likeness", "install qandc again")[f"w{chosen['w_bits']}a8"]
+        many = shipped_likeness(shipped_settings("fashion-dit", chosen["w_bits"]))
     elif preset is None and not no_calibrated:
         logger.info(
             "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
@@ -225,7 +231,7 @@ def _from_prompts(
     from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of
     from qandc.experiments.generate import Comparison
     from qandc.experiments.prompts import PromptsConfig, compare_prompts
-    from qandc.method.saved import schedule_of
+    from qandc.method.saved import schedule_of, shipped_likeness
     from qandc.quantizer import QuantConfig
     from qandc.sampling.pipelines import check_full_precision
     from qandc.sampling.prompts import RUN, call_arguments, steps_of_run, warn_of_unread
@@ -254,4 +260,5 @@ def _from_prompts(
     result = Comparison()
     with _saved(result, output, prompts, f"{type(pipe).__name__}, {steps} steps, seed {seed}") as save:
         plan = compare_prompts(pipe, drawn, result, show)
-    _report(save(), result, drawn.described(), where, torch_dtype, json_output, plan=plan)
+    many = None if calibrated is None else shipped_likeness(calibrated)
+    _report(save(), result, drawn.described(), where, torch_dtype, json_output, plan=plan, many=many)

@@ -30,7 +30,7 @@ def info() -> None:
     """Print versions, GPUs, and which kernels can run here and why the others cannot."""
     import torch
 
-    from qandc.sampling.pipelines import fashion_dit_path
+    from qandc.sampling.pipelines import ASSETS, EMBEDDED
     from qandc.support.results import versions
     from qandc_kernels import reference, select_backend
 
@@ -44,7 +44,8 @@ def info() -> None:
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         name = torch.cuda.get_device_name(device)
         table.add_row(str(device), f"{name}, sm_{major}{minor}, {memory:.0f} GiB")
-    table.add_row("embedded model", str(fashion_dit_path()))
+    for name in EMBEDDED:
+        table.add_row("embedded model", str(ASSETS / name))
     out.print(table)
     out.print()
     kernels = Table("op", "device", "runs on", "why", box=None, pad_edge=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -16,7 +17,7 @@ from qandc.caching.schedule import OLDER_MODES
 from qandc.cli.terminal import err
 from qandc.errors import ConfigError
 from qandc.method.settings import CalibrationConfig
-from qandc.sampling.pipelines import CLASS_CONDITIONAL, pipeline_class
+from qandc.sampling.pipelines import CLASS_CONDITIONAL, EMBEDDED, embedded_name, pipeline_class
 from qandc.sampling.prompts import check_prompts
 from qandc.support.arguments import Count, check_value
 
@@ -36,17 +37,28 @@ __all__ = [
     "read_prompts",
     "refuse",
     "resolve",
+    "settle_model",
+    "shipped",
     "takes",
 ]
 
-MODEL = "Pipeline directory or hub id, e.g. black-forest-labs/FLUX.1-dev. Default: fashion-dit."
+logger = logging.getLogger(__name__)
+
+MODEL = "wardrobe, a pipeline directory or a hub id, e.g. black-forest-labs/FLUX.1-dev. Default: fashion-dit."
 Given = dict[str, Any]
 """Type of what :func:`takes` passes to a command: the value given for each field, None for an option left out."""
 Text = dict[str, Any]
 """Type of what :func:`takes` passes to a command that has a parameter ``text``: the value of each option of TEXT."""
-Model = Annotated[str | None, typer.Option(help=MODEL)]
+
+
+def _named(model: str | None) -> str | None:
+    return None if model == EMBEDDED[0] else model
+
+
+Model = Annotated[str | None, typer.Option(help=MODEL, callback=_named)]
 ModelOrSettings = Annotated[
-    str | None, typer.Option(help=f"{MODEL} Or what qandc calibrate wrote, which names its pipeline.")
+    str | None,
+    typer.Option(help=f"{MODEL} Or what qandc calibrate wrote, which names its pipeline.", callback=_named),
 ]
 Calibrated = Annotated[
     Path | None,
@@ -180,6 +192,40 @@ def refuse(options: Mapping[str, Any], why: str) -> None:
 def flags_of(given: Given, leave_out: Sequence[str]) -> dict[str, bool]:
     """Tell by flag whether options were given, but for some."""
     return {_flags(name)[0]: value is not None for name, value in given.items() if name not in leave_out}
+
+
+def settle_model(model: str | None, calibrated: Path | None) -> tuple[str | None, Path | None]:
+    """Tell pipeline and settings apart: ``--model`` may be what qandc calibrate wrote, settings may be for wardrobe."""
+    from qandc.method.saved import is_finished, pipeline_of
+
+    if calibrated is None and model is not None and embedded_name(model) is None and is_finished(model):
+        calibrated, model = Path(model), None
+    if calibrated is not None and model is None and pipeline_of(calibrated) in EMBEDDED:
+        model = pipeline_of(calibrated)
+    return model, calibrated
+
+
+def shipped(model: str | None, given: Given) -> Path | None:
+    """Return the settings that come with an embedded pipeline which draws from prompts, for the runs they are for.
+
+    Args:
+        model: as given; other pipelines have none.
+        given: all options that say what the model becomes; one that asks for anything else leaves the settings out.
+    """
+    from qandc.method.saved import is_finished, schedule_of, shipped_settings
+
+    name = embedded_name(model)
+    if name is None:
+        return None
+    asked = {option: value for option, value in given.items() if value is not None}
+    directory = shipped_settings(name, asked.pop("w_bits", 8))
+    if asked.pop("a_bits", 8) == 8 and is_finished(directory):
+        schedule = schedule_of(directory)
+        steps = None if schedule is None else len(schedule.schedule)
+        if asked.pop("num_inference_steps", steps) == steps and not asked:
+            return directory
+    logger.info("not calibrated: the settings that come with %s are for it as it runs without other options", name)
+    return None
 
 
 def draws_from_prompts(model: str | None, text: Text) -> str | None:

@@ -15,7 +15,6 @@ from qandc.cli.options import (
     Device,
     Dtype,
     Given,
-    Model,
     ModelOrSettings,
     Seed,
     Text,
@@ -25,6 +24,8 @@ from qandc.cli.options import (
     read_prompts,
     refuse,
     resolve,
+    settle_model,
+    shipped,
     takes,
 )
 from qandc.cli.terminal import check_output, err, out, quiet_diffusers, stage_bars
@@ -108,7 +109,7 @@ def sample(
     output: Annotated[Path, typer.Option("--out", "-o", help="NPZ file to write: arr_0 [N, H, W, C] uint8.")],
     calibrated: Calibrated = None,
     full_precision: Annotated[bool, typer.Option("--full-precision", help="Neither quantize nor cache.")] = False,
-    model: Model = None,
+    model: ModelOrSettings = None,
     text: Text,
     given: Given,
     batch_size: BatchSize = 50,
@@ -136,12 +137,15 @@ def sample(
     check_new(output)
     if json_output is not None:
         check_output(json_output, ".json")
+    model, calibrated = settle_model(model, calibrated)
     kind = draws_from_prompts(model, text)
     preset, origin, texts, optimization = None, f"in {str(calibrated)!r}", [], None
     if kind is not None:
         texts = read_prompts(text, kind, {"--scheduler": given["scheduler"]})
         if full_precision or calibrated is not None:
             refuse({"--w-bits": given["w_bits"]}, "is for a model that is quantized here: leave it out")
+        else:
+            calibrated = shipped(model, given)
         bits = {} if given["w_bits"] is None else {"w_bits": given["w_bits"]}
         optimization = None if full_precision else bits if calibrated is None else {"calibrated": calibrated}
     elif calibrated is not None:
@@ -237,16 +241,17 @@ def ablate(
     from qandc.experiments.processes import Processes
     from qandc.experiments.report import markdown_table, write_report
     from qandc.experiments.scores import scorer_for
-    from qandc.method.saved import Preset, is_finished
+    from qandc.method.saved import Preset
     from qandc.method.settings import CalibrationConfig
     from qandc.sampling.prompts import usual_steps
 
     if size not in SIZES:
         raise ConfigError(f"--size {size!r} is unknown; choose one of {', '.join(SIZES)}")
     held: dict[str, Any] = {}
-    if model is not None and is_finished(model):  # what qandc calibrate wrote names its pipeline
-        preset = Preset.load(model)
-        held, model = calibrated_options(preset), preset.base_model()
+    model, calibrated = settle_model(model, None)
+    if calibrated is not None:
+        preset = Preset.load(calibrated)
+        held, model = calibrated_options(preset), preset.base_model(model)
         held["steps"] = str(held["num_inference_steps"])
     kind = draws_from_prompts(model, text)
     if kind is None:

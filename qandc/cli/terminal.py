@@ -74,13 +74,13 @@ def stage_bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
 
 def open_pipeline(model: str | None, device: str, dtype: str, text: bool = False) -> tuple[Any, Any, Any]:
     """Load a pipeline, and say so; downloads show progress of their own. Returns it, its device and its dtype."""
-    from qandc.sampling.pipelines import load_pipeline, resolve_device, resolve_dtype
+    from qandc.sampling.pipelines import embedded_name, load_pipeline, resolve_device, resolve_dtype
 
     quiet_diffusers(text)
     where = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, where)
     status: AbstractContextManager[Any] = nullcontext()
-    if model is None or Path(model).is_dir():
+    if embedded_name(model) is not None or Path(str(model)).is_dir():
         status = err.status("loading the pipeline")
     else:
         err.print(f"loading {model}", soft_wrap=True)

@@ -11,12 +11,38 @@ from typing import Any
 import torch
 
 from qandc.caching.schedule import CacheConfig
+from qandc.evaluation.scenes import Garment, Scene
 from qandc.experiments.generate import Comparison, ModelImages, module_bytes, name_of
 from qandc.optimize import OptimizationPlan, optimize, parts_of
 from qandc.quantizer import QuantConfig
 from qandc.sampling.prompts import draw_prompt
 
-__all__ = ["PromptDrawer", "PromptsConfig", "compare_prompts"]
+__all__ = ["EXAMPLES", "PromptDrawer", "PromptsConfig", "compare_prompts"]
+
+
+def _scene(caption: str, *garments: Garment) -> Scene:
+    return Scene(garments, garments, caption)
+
+
+EXAMPLES = (  # that wardrobe draws if nobody says what
+    _scene(
+        "a red dress on the left and a yellow bag on the right",
+        Garment("dress", "red", "left"),
+        Garment("bag", "yellow", "right"),
+    ),
+    _scene("two green bags", Garment("bag", "green"), Garment("bag", "green")),
+    _scene(
+        "a blue coat at the top left, a pink sneaker at the bottom right",
+        Garment("coat", "blue", "top left"),
+        Garment("sneaker", "pink", "bottom right"),
+    ),
+    _scene(
+        "an orange coat, a purple sneaker and a green dress",
+        Garment("coat", "orange"),
+        Garment("sneaker", "purple"),
+        Garment("dress", "green"),
+    ),
+)
 
 
 @dataclass(frozen=True)

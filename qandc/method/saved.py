@@ -36,7 +36,7 @@ from qandc.quantization.plan import resolved
 from qandc.quantization.ranges import StepRanges, check_range_values, check_step_ranges
 from qandc.quantizer import QuantConfig, check_bits, fault_of_divisors
 from qandc.sampling.loop import SCHEDULERS, Guidance, set_timesteps
-from qandc.sampling.pipelines import DTYPES, load_pipeline, resolve_device
+from qandc.sampling.pipelines import ASSETS, DTYPES, EMBEDDED, load_pipeline, resolve_device
 from qandc.support.arguments import Pipeline, Scheduler, Steps, check_fields, checked
 from qandc.support.attach import original_class
 from qandc.support.files import (
@@ -59,8 +59,11 @@ __all__ = [
     "fashion_dit_preset",
     "is_finished",
     "load",
+    "pipeline_of",
     "save",
     "schedule_of",
+    "shipped_likeness",
+    "shipped_settings",
 ]
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     structure: dict[str, int | None]
     scheduler: str
     guidance_scale: float
-    hub: str | None = None  # id of the full-precision pipeline, if it is there
+    hub: str | None = None  # id of the full-precision pipeline, if it is there, or name of an embedded one
     path: str | None = None  # from this directory to that pipeline's; fashion-dit if there is neither
 
 
@@ -111,20 +114,42 @@ FILE = FileKind(WHAT, 1, Manifest, AGAIN)
 TENSOR_FILE = FileKind(f"part of a {WHAT}", 1, dict, AGAIN)
 
 
-FASHION_DIT_PRESETS = Path(__file__).parents[1] / "assets" / "fashion-dit-presets"
-LIKENESS = FASHION_DIT_PRESETS / "likeness.json"  # of many images drawn with them: training/evaluate_presets.py
+LIKENESS = "likeness.json"  # beside shipped settings, of many images drawn with them
+
+
+def shipped_settings(name: str, w_bits: int) -> Path:
+    """Return the directory of the settings that come with an embedded pipeline for W8A8 or W4A8."""
+    return ASSETS / f"{name}-presets" / f"w{w_bits}a8"
+
+
+def shipped_likeness(directory: Path) -> dict[str, Any] | None:
+    """Read how many images were drawn with shipped settings, and their PSNR; None of other settings."""
+    path = directory.parent / LIKENESS
+    if directory.parent.parent != ASSETS or not path.exists():
+        return None
+    return dict(read_json(path, "measured likeness", "install qandc again")[directory.name])
 
 
 @checked
 def fashion_dit_preset(w_bits: int = 8) -> Preset:
     """Load the settings that come with the embedded model: 50 DDPM steps, guidance 1.5, W8A8 or W4A8."""
     check_bits(w_bits, 8)
-    return Preset.load(FASHION_DIT_PRESETS / f"w{w_bits}a8")
+    return Preset.load(shipped_settings("fashion-dit", w_bits))
 
 
 def is_finished(directory: str | Path) -> bool:
     """Tell whether a directory holds a calibrated model; ``qandc.json`` is written last."""
     return (Path(directory) / MANIFEST).exists()
+
+
+def pipeline_of(directory: str | Path) -> str | None:
+    """Return the hub id, or name of an embedded pipeline, that settings are for; None if they name none so.
+
+    Raises:
+        ConfigError: there are no settings, or of another version.
+    """
+    about = _manifest(Path(directory)).calibration
+    return None if about is None else about.hub
 
 
 def schedule_of(directory: str | Path) -> CalibratedSchedule | None:
@@ -156,7 +181,7 @@ class Preset:
         features: compensation of what this cache reuses, fitted for the model with these ranges, or None.
         scheduler, guidance_scale: of the runs they are for; the steps are those of the schedule.
         structure: numbers of the model's config that say what its layers are.
-        model: where the pipeline came from: a directory or hub id, None for fashion-dit.
+        model: where the pipeline came from: a directory, hub id or name of an embedded pipeline, None for fashion-dit.
     """
 
     config: QuantConfig
@@ -212,7 +237,7 @@ class Preset:
                 compensation of samples was fitted for.
             keep_weights: keep the quantized weights too. Those rounded with Hessians need it: they cannot be made again
                 without the samples.
-            source: directory or hub id of the pipeline, None for fashion-dit.
+            source: directory, hub id or name of the pipeline, None for fashion-dit.
 
         Raises:
             ConfigError: neither a compensation of samples nor scheduler and guidance are given; or ``features`` are for
@@ -262,7 +287,8 @@ class Preset:
         """Choose what :func:`qandc.load_pipeline` takes: ``given``, or what the settings name, which is then logged."""
         if given is not None or self.model is None:
             return given
-        level = logging.INFO if Path(self.model).is_dir() else logging.WARNING  # what the hub sends is another's
+        is_here = self.model in EMBEDDED or Path(self.model).is_dir()
+        level = logging.INFO if is_here else logging.WARNING  # what the hub sends is another's
         logger.log(level, "the calibrated settings are for %s, which is loaded", self.model)
         return self.model
 
@@ -309,8 +335,15 @@ class Preset:
         self._check_layers(model)
         config, weights = self.config, self.buffers("qweight")
         clip = "max" if weights else config.weight_clip  # kept weights take the place of what is rounded here
-        smoothing = self.buffers("smoothing")
-        quantize_model(model, config.w_bits, config.a_bits, config.skip_patterns, weight_clip=clip, smoothing=smoothing)
+        quantize_model(
+            model,
+            config.w_bits,
+            config.a_bits,
+            config.skip_patterns,
+            conditioning=config.conditioning,
+            weight_clip=clip,
+            smoothing=self.buffers("smoothing"),
+        )
         for name, layer in quant_layers(model).items():
             names = {key: f"{name}.{key}" for key in KEPT}
             kept = {key: self.layers[full] for key, full in names.items() if full in self.layers}
@@ -472,7 +505,11 @@ def save(
 
 @checked
 def load(
-    directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    base: Annotated[Any, nn.Module | None] = None,
 ) -> CalibratedModel:
     """Read a calibrated model: what :func:`save` or ``qandc calibrate`` wrote.
 
@@ -482,6 +519,8 @@ def load(
         directory: to read from.
         device: where the model goes.
         dtype: float16, bfloat16 or float32 for all that is not quantized, by default as saved. Scales stay float32.
+        base: the full-precision model that settings without a model quantize in place; by default that of the pipeline
+            that they name, which is loaded.
 
     Returns:
         The model, which computes bit for bit what the saved one does, with schedule, compensations and step ranges.
@@ -498,8 +537,9 @@ def load(
     found = _Directory(directory)
     if found.model_prefix is None:
         preset = Preset._of(found)
-        pipe = load_pipeline(preset.base_model(), target, dtype or torch.float32)
-        model = preset.quantize(pipe.transformer)
+        if base is None:
+            base = load_pipeline(preset.base_model(), target, dtype or torch.float32).transformer
+        model = preset.quantize(base)
     else:
         model = _load_model(directory / found.model_prefix, dtype or DTYPES[str(found.manifest.dtype)])
         nn.Module.to(model, device=target)  # that of diffusers warns of layers it does not name

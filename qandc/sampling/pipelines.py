@@ -1,4 +1,4 @@
-"""Find and load pipelines: the embedded fashion-dit, a local directory, a hub id."""
+"""Find and load pipelines: the embedded ones by name, a local directory, a hub id."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ from qandc.support.arguments import checked
 from qandc.support.files import bytes_of
 
 __all__ = [
+    "ASSETS",
     "CLASS_CONDITIONAL",
     "DTYPES",
+    "EMBEDDED",
     "check_full_precision",
     "class_names",
+    "embedded_name",
     "fashion_dit_path",
     "fingerprint",
     "load_pipeline",
@@ -36,10 +39,13 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "source_of",
+    "wardrobe_path",
 ]
 
 logger = logging.getLogger(__name__)
 
+ASSETS = Path(__file__).parents[1] / "assets"
+EMBEDDED = ("fashion-dit", "wardrobe")  # names of pipelines, which are directories of ASSETS
 INDEX = "model_index.json"
 CLASS_CONDITIONAL = "DiTPipeline"  # all others draw from prompts
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -49,7 +55,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def fashion_dit_path() -> Path:
     """Return the directory of the embedded pipeline, for ``DiTPipeline.from_pretrained``."""
-    return Path(__file__).parents[1] / "assets" / "fashion-dit"
+    return ASSETS / "fashion-dit"
+
+
+def wardrobe_path() -> Path:
+    """Return the directory of the embedded text-to-image pipeline, for ``FluxPipeline.from_pretrained``."""
+    return ASSETS / "wardrobe"
+
+
+def embedded_name(model: str | Path | None) -> str | None:
+    """Name the embedded pipeline that a name, its directory or None (fashion-dit) stands for; None if it is another."""
+    if model is None or str(model) in EMBEDDED:
+        return EMBEDDED[0] if model is None else str(model)
+    return next((name for name in EMBEDDED if Path(model) == ASSETS / name), None)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -93,7 +111,8 @@ def _located(model: Any) -> tuple[str, bool]:
     Raises:
         ModelError: it can be neither.
     """
-    source = str(fashion_dit_path() if model is None else model)
+    embedded = embedded_name(model)
+    source = str(model if embedded is None else ASSETS / embedded)
     try:
         path = Path(source).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
@@ -164,7 +183,8 @@ def load_pipeline(
     """Load any pipeline of diffusers; the autoencoder of a ``DiTPipeline`` stays in float32.
 
     Args:
-        model: a pipeline directory, a hub id such as "facebook/DiT-XL-2-256", or None for the embedded fashion-dit.
+        model: a pipeline directory, a hub id such as "facebook/DiT-XL-2-256", or the name of an embedded pipeline:
+            "wardrobe", "fashion-dit", which None is, too. A directory of that name is "./wardrobe".
 
     Raises:
         ConfigError: a dtype that no kernel computes in, or the meta device.
@@ -233,8 +253,10 @@ def _check_pipeline(source: str, pipe: Any) -> None:
 
 
 def source_of(model: str | None) -> str | None:
-    """Name a model as results note it: a directory by its absolute path, a hub id or None as it is."""
-    return str(Path(model).absolute()) if model is not None and Path(model).is_dir() else model
+    """Name a model as results note it: a directory by its absolute path, another name or None as it is."""
+    if model is None or model in EMBEDDED or not Path(model).is_dir():
+        return model
+    return str(Path(model).absolute())
 
 
 def check_full_precision(pipe: Any, model: str | None) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, DataError, ModelError
+from qandc.sampling.pipelines import embedded_name
 
 __all__ = [
     "RUN",
@@ -111,13 +112,15 @@ def warn_of_unread(pipe: Any, prompts: Sequence[str]) -> None:
 def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a pipeline by the names that it has for them; None leaves one out.
 
+    wardrobe has one size, which its pipeline does not know.
+
     Args:
         pipe: draws from prompts.
         given: values of ``RUN``.
 
     Raises:
         ModelError: the pipeline takes no prompt.
-        ConfigError: it does not take one of the others.
+        ConfigError: it does not take one of the others, or another size.
     """
     known, kind = _parameters(pipe), type(pipe).__name__
     if "prompt" not in known:
@@ -131,6 +134,11 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     strangers = arguments.keys() - known.keys()
     if strangers:
         raise ConfigError(f"{kind} takes no {min(strangers)}; leave it out")
+    if embedded_name(pipe.name_or_path) == "wardrobe":
+        side = pipe.vae.config.sample_size
+        for name in ("height", "width"):
+            if arguments.setdefault(name, side) != side:
+                raise ConfigError(f"{name} is {arguments[name]}; wardrobe draws {side} x {side} pixels: leave it out")
     return {**text_length(pipe), **arguments}
 
 

@@ -1,0 +1,195 @@
+"""wardrobe by its name: size, scenes and settings that come with it; a small pipeline stands in its place."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import qandc.method.saved
+import qandc.sampling.pipelines
+from qandc import ConfigError, Preset, load, load_pipeline, optimize, restore, wardrobe_path
+from qandc.cli.main import main
+from qandc.evaluation.scenes import VOCABULARY
+from qandc.experiments.prompts import EXAMPLES
+from qandc.quantization.conversion import quant_layers
+from qandc.sampling.prompts import call_arguments, draw_prompt
+
+pytest.importorskip("transformers")
+from tests.test_readme import run as run_snippet
+from tests.test_readme import snippet
+from tests.tiny_pipelines import make_pipeline
+
+RUN = ("--steps", 6, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Assets with the small FLUX.1 as wardrobe."""
+    path = tmp_path_factory.mktemp("assets")
+    for name in ("fashion-dit", "fashion-dit-presets"):
+        (path / name).symlink_to(qandc.sampling.pipelines.ASSETS / name)
+    pipe = make_pipeline("FluxPipeline")
+    pipe.vae.register_to_config(sample_size=64)
+    pipe.save_pretrained(path / "wardrobe")
+    return path
+
+
+@pytest.fixture(scope="module")
+def presets(assets):
+    """Settings for 6 steps, as training/calibrate_wardrobe.py makes them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(Path(__file__).parents[1] / "training")
+        script = importlib.import_module("calibrate_wardrobe")
+        few = {"images": 3, "pool_images": 2, "samples": 8, "steps": 6, "device": "cpu"}
+        script.main(assets / "wardrobe-presets", str(assets / "wardrobe"), **few)
+    return assets / "wardrobe-presets"
+
+
+@pytest.fixture(autouse=True)
+def wardrobe(assets, monkeypatch):
+    for module in (qandc.sampling.pipelines, qandc.method.saved):
+        monkeypatch.setattr(module, "ASSETS", assets)
+    return assets / "wardrobe"
+
+
+def run(capsys, *arguments):
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_it_is_loaded_by_its_name(wardrobe, tmp_path, monkeypatch):
+    assert wardrobe_path() == wardrobe
+    (tmp_path / "wardrobe").mkdir()
+    monkeypatch.chdir(tmp_path)  # a directory of that name is ./wardrobe
+    for model in ("wardrobe", wardrobe, str(wardrobe)):
+        pipe = load_pipeline(model)
+        assert call_arguments(pipe, {}) == {"height": 64, "width": 64}
+    assert qandc.sampling.pipelines.source_of("wardrobe") == "wardrobe"
+    for side in ("height", "width"):
+        assert call_arguments(pipe, {side: 64}) == {"height": 64, "width": 64}
+        with pytest.raises(ConfigError, match=rf"^{side} is 32; wardrobe draws 64 x 64 pixels: leave it out$"):
+            call_arguments(pipe, {side: 32})
+    assert call_arguments(make_pipeline("FluxPipeline"), {"height": 32}) == {"height": 32}
+
+
+def test_generate_without_a_prompt_draws_scenes(capsys, tmp_path):
+    assert all(set(scene.caption.replace(",", " ,").split()) <= set(VOCABULARY) for scene in EXAMPLES)
+    target, record = tmp_path / "x.png", tmp_path / "x.json"
+    command = ("generate", "--model", "wardrobe", *RUN, "-o", target, "--json", record)
+    status, out, err = run(capsys, *command)
+    assert status == 0
+    assert "W8A8 + taylor cache 3 " in out  # settings of other runs are not used
+    settings = json.loads(record.read_text())["settings"]
+    assert settings["prompts"] == [scene.caption for scene in EXAMPLES]
+    assert settings["arguments"] == {"height": 64, "width": 64, "num_inference_steps": 6}
+    with Image.open(target) as picture:
+        assert picture.width >= 4 * 112
+    status, _, err = run(capsys, *command, "--height", 32)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "height is 32; wardrobe draws 64 x 64 pixels: leave it out" in err
+    status, _, err = run(capsys, *command, "--prompts", "/dev/null")
+    assert "FluxPipeline draws from prompts; give --prompt" in err
+    status, _, err = run(capsys, "sample", "--model", "wardrobe", "-n", 2, "-o", tmp_path / "x.npz")
+    assert "FluxPipeline draws from prompts; give --prompt" in err
+
+
+def test_without_transformers_one_line_says_what_to_install(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, err = run(capsys, "generate", "--model", "wardrobe", "-o", tmp_path / "x.png")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "pip install 'qandc-kernels[text]'" in err
+
+
+def test_fashion_dit_has_a_name_too(capsys, tmp_path):
+    command = ("sample", "--model", "fashion-dit", "-n", 2, "--steps", 3, "-o", tmp_path / "x.npz")
+    assert "--steps is 3, but the settings that come with fashion-dit are for 50" in run(capsys, *command)[2]
+    command = ("generate", "--model", "fashion-dit", "--prompt", "a coat", "-o", tmp_path / "x.png")
+    assert "--prompt is for models that draw from prompts, and DiTPipeline draws classes" in run(capsys, *command)[2]
+
+
+@pytest.mark.slow
+def test_the_snippet_of_its_page(presets):
+    names = run_snippet(
+        snippet(": wardrobe", "docs/wardrobe.md"), {"64}  # the": '64, "num_inference_steps": 6}  # the'}
+    )
+    image, faster = (np.asarray(names[name], float) for name in ("image", "faster"))
+    assert image.shape == (64, 64, 3)
+    assert 0 < np.abs(image - faster).mean() < 20
+
+
+def images(pipe, prompts):
+    arguments = {"height": 64, "width": 64, "num_inference_steps": 6}
+    return torch.cat([draw_prompt(pipe, prompt, i, arguments) for i, prompt in enumerate(prompts)])
+
+
+@pytest.mark.slow
+def test_settings_quantize_the_pipeline_s_own_weights(presets, wardrobe):
+    prompts = ["a red dress", "two bags"]
+    for bits in (8, 4):
+        directory = presets / f"w{bits}a8"
+        assert sum(path.stat().st_size for path in directory.iterdir()) < 1e6
+        pipe = load_pipeline("wardrobe")
+        before, transformer = images(pipe, prompts), pipe.transformer
+        linears = {name for name, module in transformer.named_modules() if type(module) is torch.nn.Linear}
+        plan = optimize(pipe, calibrated=directory, cache=None)
+        assert pipe.transformer is transformer
+        layers = quant_layers(transformer)
+        assert {layer.scheme for layer in layers.values()} == {f"W{bits}A8 static per-tensor"}
+        assert "steps to compute, compensation of features" in " ".join(str(plan).split())
+        found = images(pipe, prompts)
+        other = load_pipeline(wardrobe)
+        other.transformer = load(directory).model  # of the pipeline that they name
+        for name, layer in quant_layers(other.transformer).items():
+            assert torch.equal(layer.qweight, layers[name].qweight)
+            assert torch.equal(layer.act_scale, layers[name].act_scale)
+            assert torch.equal(layer.smoothing, layers[name].smoothing)
+        preset = Preset.load(directory)
+        assert preset.model == "wardrobe"
+        qandc.apply_cache(other.transformer, config=preset.schedule.config(), compensation=preset.features)
+        torch.testing.assert_close(images(other, prompts), found, atol=1e-3, rtol=0)
+        restore(pipe)
+        assert {name for name, m in transformer.named_modules() if type(m) is torch.nn.Linear} == linears
+        assert torch.equal(images(pipe, prompts), before)
+
+
+@pytest.mark.slow
+def test_commands_use_the_settings_that_come_with_it(capsys, tmp_path, presets):
+    measured = json.loads((presets / "likeness.json").read_text())
+    assert measured.keys() == {"w8a8", "w4a8"}
+    out = ("--device", "cpu", "-o", tmp_path / "x.png")
+    command = ("generate", "--model", "wardrobe", "--prompt", "a red dress", *out)
+    for options, name in (((), "w8a8"), (("--w-bits", 4, "--steps", 6, "--a-bits", 8), "w4a8")):
+        status, text, _ = run(capsys, *command, *options)
+        assert status == 0
+        assert f"{name.upper()} + taylor, 3 steps " in text
+        likeness = f"{measured[name]['psnr_mean']:.1f} dB (worst {measured[name]['psnr_min']:.1f})"
+        assert f"PSNR of 3 other images, measured before: {likeness}" in text
+    for options in (
+        ("--no-calibrated",), ("--steps", 5), ("--cache-mode", "branch"), ("--cache-interval", 2), ("--a-bits", 7),
+        ("--guidance-scale", 2),
+    ):  # fmt: skip
+        status, text, _ = run(capsys, *command, *options, *(() if "--steps" in options else ("--steps", 6)))
+        assert status == 0
+        assert " cache " in text
+        assert "measured before" not in text
+    copy = tmp_path / "copy"
+    Preset.load(presets / "w8a8").save(copy)
+    (tmp_path / "likeness.json").write_text("{}")  # of something else
+    for command in (("generate", "--calibrated", copy), ("generate", "--model", copy)):  # they name their pipeline
+        status, text, _ = run(capsys, *command, "--prompt", "a", *out)
+        assert status == 0
+        assert "W8A8 + taylor, 3 steps " in text
+        assert "measured before" not in text
+    sample = ("sample", "--prompt", "a coat", "-n", 1, "--device", "cpu", "--json", tmp_path / "x.json")
+    for number, options in enumerate((("--model", "wardrobe"), ("--calibrated", copy))):
+        assert run(capsys, *sample, *options, "-o", tmp_path / f"{number}.npz")[0] == 0
+        record = json.loads((tmp_path / "x.json").read_text())
+        assert "calibrated" in record["rows"][0]["name"]
+        assert record["settings"]["num_inference_steps"] == 6
