@@ -313,7 +313,7 @@ OF_PROMPTS = CalibrationConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FluxPipeline", "PixArtSigmaPipeline"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "PixArtSigmaPipeline", "WanPipeline"])
 def test_rows_of_prompts(name, tmp_path, monkeypatch):
     """Each is drawn as by hand, in the form of rows of classes; Ctrl-C loses nothing; the pipeline stays what it is."""
     pytest.importorskip("transformers")

@@ -82,6 +82,21 @@ def measure(samples: int, tiny: bool, offload: bool) -> dict[str, Any]:
     }
 
 
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare 16 samples with what was asked for."""
+    whole, offloaded = (
+        next((row for row in rows if row["samples"] == 16 and row["offload"] is offload), {})
+        for offload in (False, True)
+    )
+    asked = {
+        "seconds_16_samples": (whole.get("seconds"), "s", 240),
+        "peak_bytes_16_samples": (whole.get("peak_gpu_bytes"), "B", 40e9),
+        "peak_bytes_16_samples_offloaded": (offloaded.get("peak_gpu_bytes"), "B", 24e9),
+    }
+    rest = {"better": "lower", "goal": None}
+    return [{"name": name, "value": v, "unit": unit, "must": must, **rest} for name, (v, unit, must) in asked.items()]
+
+
 def main(
     out: Annotated[Path, typer.Option(help="JSON file to write; one that is there is continued.")] = Path(
         "results/h200/gptq.json"
@@ -94,7 +109,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = [{"samples": int(count), "offload": offload} for count in samples.split(",")]
     settings = {"model": f"{MODEL}, random weights", "tiny": tiny, "device": DEVICE, "tokens": 512 + 4096}
-    measure_rows(out, settings, rows, lambda row: measure(row["samples"], tiny, row["offload"]))
+    measure_rows(out, settings, rows, lambda row: measure(row["samples"], tiny, row["offload"]), goals=goals)
 
 
 if __name__ == "__main__":
