@@ -170,10 +170,10 @@ def tuned_tiles(gpu: str) -> dict[str, dict[tuple[int, int], dict[int, GemmTile]
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
-    """Look the tile of a kernel up; no rows take that of one."""
+    """Look the tile of a kernel up, else that of the plain product of this (N, K); no rows take that of one."""
     m = max(m, 1)
     names = [gpu.name] if gpu[1:] != HOPPER else [gpu.name, "nvidia-h200"]  # the same chip beside other memory
-    kernels = dict.fromkeys((kernel, kernel.removesuffix(" token")))
+    kernels = dict.fromkeys((kernel, kernel.split()[0]))
     found = (tuned_tiles(name).get(which, {}).get((n, k)) for which in kernels for name in names)
     rows = next(filter(None, found), {})
     if rows:

@@ -143,7 +143,8 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
         for m, n, k in SHAPES:
             chosen = {tiles.choose_tile(kernel, m, n, k, gpu) for gpu in gpus}
             if m == 4096:  # all tiles that ship, whatever their layer is
-                tables = [tiles.tuned_tiles(gpu.name).get(kernel, {}) for gpu in gpus]
+                tables = [tiles.tuned_tiles(gpu.name) for gpu in gpus]
+                tables = [{**table.get(kernel.split()[0], {}), **table.get(kernel, {})} for table in tables]
                 chosen |= {tile for table in tables for rows in table.values() for tile in rows.values()}
             if every_candidate:
                 chosen = set(tune.candidates(kernel, m))

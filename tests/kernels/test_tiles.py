@@ -121,13 +121,16 @@ def test_names_of_kernels():
     assert set(tune.KERNELS) >= {"int8", "int8 gelu", "int4a8 gate", "int8a16"}
 
 
-def test_scales_per_token_take_their_own_tile_or_that_of_static_ranges(tables):
+@pytest.mark.parametrize(
+    ("ending", "epilogue"),
+    [("token", Epilogue(torch.ones(512))), ("gelu", Epilogue(out_scale=1)), ("gate", Epilogue(gate=1))],
+)
+def test_an_ending_takes_its_own_tile_or_that_of_the_plain_product(tables, ending, epilogue):
     static, own = [64, 64, 128, 8, 4, 4, 0, 1, 1, 0], [64, 64, 128, 8, 4, 5, 0, 1, 1, 0]
     rows = [{"kernel": "int8", "m": 512, "n": n, "k": 192, "tile": static, "us": 1.0} for n in (96, 64)]
-    write_table(tables, [*rows, {"kernel": "int8 token", "m": 512, "n": 96, "k": 192, "tile": own, "us": 1.0}])
-    token = Epilogue(torch.ones(512))
-    assert gemm_tile("int8", token, 512, 96, 192, CPU) == GemmTile(*own)
-    assert gemm_tile("int8", token, 512, 64, 192, CPU) == GemmTile(*static)
+    write_table(tables, [*rows, {"kernel": f"int8 {ending}", "m": 512, "n": 96, "k": 192, "tile": own, "us": 1.0}])
+    assert gemm_tile("int8", epilogue, 512, 96, 192, CPU) == GemmTile(*own)
+    assert gemm_tile("int8", epilogue, 512, 64, 192, CPU) == GemmTile(*static)
     assert gemm_tile("int8", Epilogue(), 512, 96, 192, CPU) == GemmTile(*static)
 
 
