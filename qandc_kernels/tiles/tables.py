@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qandc_kernels.triton._epilogue import Epilogue
 
 __all__ = [
+    "LONG_SUM",
     "FewRowsTile",
     "GemmTile",
     "Gpu",
@@ -38,6 +39,7 @@ __all__ = [
     "own_tables",
     "read_table",
     "tuned_tiles",
+    "whole_waves",
 ]
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Block = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Few = Annotated[int, msgspec.Meta(ge=0, le=32)]
 
+LONG_SUM, MOST_WAVES = 8192, 4  # where a last wave of a few tiles counts
 HOPPER = (9, 0), 132  # capability and multiprocessors of an H200, and of most H100
 
 
@@ -189,6 +192,22 @@ def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: t
     ``family`` is "int8" (W8A8), "int4a8", "int4a16" or "int8a16"; with a g behind it weights have scales per group.
     """
     return choose_tile(kernel_name(family, epilogue), m, n, k, gpu_of(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def whole_waves(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> int:
+    """Return the rows after which a product is cut in two launches, or 0 where one launch is better.
+
+    Where programs take tile after tile, a last wave of a few tiles takes as long as a full one: of long sums so long
+    that the rows of that wave are sooner computed by a launch of their own, with smaller tiles.
+    """
+    tile = choose_tile(kernel, m, n, k, gpu)
+    at_once, columns = tile.programs_per_sm * gpu.multiprocessors, math.ceil(n / tile.block_n)
+    if k < LONG_SUM or not at_once:
+        return 0
+    waves, rest = divmod(math.ceil(m / tile.block_m) * columns, at_once)
+    rows = waves * at_once // columns * tile.block_m
+    return rows if 0 < rows < m and waves <= MOST_WAVES and 2 * rest <= at_once else 0
 
 
 def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:

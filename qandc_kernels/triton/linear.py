@@ -10,6 +10,7 @@ import torch
 from qandc_kernels import reference
 from qandc_kernels.ops._checks import check_quantized_linear
 from qandc_kernels.ops._register import rows_of
+from qandc_kernels.tiles.tables import LONG_SUM, gpu_of, kernel_name, whole_waves
 from qandc_kernels.triton._epilogue import Epilogue
 from qandc_kernels.triton._launch import Kept, Launches, Start
 from qandc_kernels.triton.few_rows import FEW_ROWS, few_rows_start
@@ -47,12 +48,33 @@ def multiply(
     if x_zero_point is not None and w_sum is None:
         assert w_scale is not None
         w_sum = reference.weight_sum(weight, w_scale)
+    cut = _cut(x, weight, Epilogue(x_scale, out_scale=out_scale, gate=gate)) if x.shape[-1] >= LONG_SUM else 0
+    if cut:
+        matrices = [None if t is None else rows_of(t) for t in (out, x, branch)]
+        for part in (slice(cut), slice(cut, None)):
+            y, xq, kept = (None if t is None else t[part] for t in matrices)
+            assert xq is not None
+            assert y is not None
+            multiply(
+                y, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, kept, out_scale=out_scale,
+                out_zero_point=out_zero_point, multiplier=multiplier, gate=gate, tokens=len(xq),
+            )  # fmt: skip
+        return out
     grouped = w_scale is not None and w_scale.ndim == 2
     groups, scales = (w_scale, None) if grouped else (None, w_scale)
     ending = (out_scale, out_zero_point, multiplier, gate)
     operands = (x, weight, out, branch, groups, x_scale, scales, bias, x_zero_point, w_sum, *ending)
     _LAUNCHES(operands, tokens, lambda: _start(operands, tokens))
     return out
+
+
+def _cut(x: Tensor, weight: Tensor, epilogue: Epilogue) -> int:
+    """Return after how many rows a product is cut in two launches, or 0; all rows have one scale and one gate."""
+    x_scale, gate = epilogue.x_scale, epilogue.gate
+    if x_scale is None or x_scale.ndim or (gate is not None and len(gate) > 1):
+        return 0
+    kernel = kernel_name("int8" if weight.dtype == torch.int8 else "int4a8", epilogue)
+    return whole_waves(kernel, x.shape[:-1].numel(), weight.shape[0], x.shape[-1], gpu_of(x.device))
 
 
 def _start(operands: Sequence[MaybeTensor], tokens: int) -> tuple[tuple[Start], Sequence[MaybeTensor]]:

@@ -22,6 +22,7 @@ from qandc_kernels import (
     weight_only_linear,
 )
 from qandc_kernels.tiles.tables import GemmTile
+from qandc_kernels.triton import linear as linear_kernels
 from qandc_kernels.triton.int8_gemm import int8_gemm_triton
 from qandc_kernels.triton.mixed_gemm import mixed_gemm_triton
 from tests.kernels.oracle import (
@@ -136,6 +137,30 @@ def test_linear_gelu_quantize(kernel_device, shape, bits, asymmetric, seeded):
     assert flag
     if y.numel() < 1e5:
         assert_rounded(reference.linear_gelu_quantize(**p, **ending), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_of_a_last_wave_are_a_launch_of_their_own(kernel_device, monkeypatch, bits, kept, seeded):
+    p = to(kernel_device, make_layer((1, 128, 40, 64), seeded, bits=bits)[0])
+    gate, x = torch.randn(1, 40, generator=seeded).to(kernel_device), torch.randn(1, 128, 40, generator=seeded)
+    calls, original = [], linear_kernels._LAUNCHES
+
+    def run():
+        calls.clear()
+        residual = x.to(kernel_device, copy=True)
+        branch = torch.empty_like(residual) if kept else None
+        linear_gate_residual_(residual, gate=gate, out_branch=branch, **p)
+        gelu = linear_gelu_quantize(out_scale=torch.tensor(0.01, device=kernel_device), **p)
+        return residual, gelu, torch.zeros(()) if branch is None else branch
+
+    monkeypatch.setattr(linear_kernels, "_LAUNCHES", lambda o, *a: calls.append(o[0].shape[-2]) or original(o, *a))
+    expected = run()
+    assert calls == [128, 128]
+    monkeypatch.setattr(linear_kernels, "LONG_SUM", 64)
+    monkeypatch.setattr(linear_kernels, "whole_waves", lambda kernel, m, *others: 64 if m == 128 else 0)
+    assert all(map(torch.equal, run(), expected))
+    assert calls == [64] * 4
 
 
 @pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])

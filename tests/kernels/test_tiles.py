@@ -148,6 +148,15 @@ def test_an_h100_takes_what_was_measured_on_an_h200_alone():
     assert tiles.choose_tile("int8", 4096, 3456, 1152, h100) == own
 
 
+def test_long_sums_are_cut_after_whole_waves():
+    """FLUX.1's last product of a block: 864 tiles of 128 x 128, 264 at a time; 4,096 rows are nearly three waves."""
+    h200 = Gpu("nvidia-h200", (9, 0), 132)
+    for kernel in ("int8 gate", "int4a8 gate"):
+        assert tiles.whole_waves(kernel, 4608, 3072, 15360, h200) == 4224
+        for m, k in ((4096, 15360), (4224, 15360), (512, 15360), (4608, 3072), (16384, 15360), (0, 15360)):
+            assert tiles.whole_waves(kernel, m, 3072, k, h200) == 0, (m, k)
+
+
 def test_no_rows_take_the_tile_of_one():
     gpu = Gpu("nvidia-h200", (9, 0), 132)  # which has a table for this N and K
     assert tiles.choose_tile("int8", 0, 3456, 1152, gpu) == tiles.choose_tile("int8", 1, 3456, 1152, gpu)
