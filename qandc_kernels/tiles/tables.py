@@ -176,9 +176,12 @@ def choose_tile(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
     """Look the tile of a kernel up, else that of the plain product of this (N, K); no rows take that of one."""
     m = max(m, 1)
     names = [gpu.name] if gpu[1:] != HOPPER else [gpu.name, "nvidia-h200"]  # the same chip beside other memory
-    kernels = dict.fromkeys((kernel, kernel.split()[0]))
-    found = (tuned_tiles(name).get(which, {}).get((n, k)) for which in kernels for name in names)
-    rows = next(filter(None, found), {})
+    own, plain = (
+        [tuned_tiles(name).get(which, {}).get((n, k), {}) for name in names] for which in (kernel, kernel.split()[0])
+    )
+    # an ending needs registers that three programs on a multiprocessor don't leave
+    plain = [{rows: tile for rows, tile in each.items() if tile.programs_per_sm < 3} for each in plain]
+    rows = next(filter(None, (*own, *plain)), {})
     if rows:
         nearest = min(rows, key=lambda tuned: abs(math.log(tuned / m)))
         if nearest / 2 <= m <= nearest * 2:

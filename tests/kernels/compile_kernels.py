@@ -144,8 +144,11 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             chosen = {tiles.choose_tile(kernel, m, n, k, gpu) for gpu in gpus}
             if m == 4096:  # all tiles that ship, whatever their layer is
                 tables = [tiles.tuned_tiles(gpu.name) for gpu in gpus]
-                tables = [{**table.get(kernel.split()[0], {}), **table.get(kernel, {})} for table in tables]
-                chosen |= {tile for table in tables for rows in table.values() for tile in rows.values()}
+                of = [{t for rows in table.get(kernel, {}).values() for t in rows.values()} for table in tables]
+                plain = [
+                    t for table in tables for rows in table.get(kernel.split()[0], {}).values() for t in rows.values()
+                ]
+                chosen |= {*itertools.chain(*of), *(t for t in plain if t.programs_per_sm < 3)}
             if every_candidate:
                 chosen = set(tune.candidates(kernel, m))
             for tile in chosen:
