@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Model = Any
-FUSED = ("FLUX.1-dev", "Qwen-Image")  # whose blocks have fused kernels
+FUSED = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large")  # whose blocks have fused kernels
 TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
 
 

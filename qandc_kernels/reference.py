@@ -219,8 +219,8 @@ def qk_norm_rope_(
     qkv: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """Normalize each head of q and k and rotate it by its position, in place; v stays as it is.
@@ -233,19 +233,23 @@ def qk_norm_rope_(
         qkv: ``[samples, tokens, 3, heads, D]`` float16, bfloat16 or float32, D even, at most 1024, unit stride along D;
             other strides may be any without overlap, e.g. those of some tokens of a joint sequence.
         q_weight, k_weight: ``[D]`` floating point.
-        cos, sin: ``[tokens, D] float32``, of the angle of each value's pair, or ``[tokens, D/2]``, once for each pair.
+        cos, sin: ``[tokens, D] float32``, of the angle of each value's pair, or ``[tokens, D/2]``, once for each pair;
+            both None for no rotation.
         eps: added to the mean square.
 
     Returns:
         ``qkv``.
     """
-    if cos.shape[1] != qkv.shape[-1]:
-        cos, sin = cos.repeat_interleave(2, 1), sin.repeat_interleave(2, 1)
+    tables = None if cos is None or sin is None else (cos, sin)
+    if tables is not None and tables[0].shape[1] != qkv.shape[-1]:
+        tables = tables[0].repeat_interleave(2, 1), tables[1].repeat_interleave(2, 1)
     for x, weight in zip(qkv.unbind(2)[:2], (q_weight, k_weight), strict=True):
         y = F.rms_norm(x.to(torch.float32), x.shape[-1:], weight.to(torch.float32), eps)
         y = y.to(x.dtype).to(torch.float32)
-        turned = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
-        x.copy_(y * cos[:, None] + turned * sin[:, None])
+        if tables is not None:
+            turned = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
+            y = y * tables[0][:, None] + turned * tables[1][:, None]
+        x.copy_(y)
     return qkv
 
 
@@ -460,7 +464,8 @@ def linear_into_(
 
     Args:
         out: ``[..., N]`` float16, bfloat16 or float32, unit stride along N; takes :func:`int8_linear` or
-            :func:`int4_linear` of its dtype. Written through a copy if rows are not evenly spaced.
+            :func:`int4_linear` of its dtype. Written sample by sample, or through a copy, if rows
+            are not evenly spaced.
         weight: ``[N, K] int8``, or ``[N, K/2] uint8`` packed int4.
 
     Returns:

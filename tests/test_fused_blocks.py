@@ -1,4 +1,4 @@
-"""fuse of FLUX.1 and Qwen-Image: fused blocks give what quantized ones give, and leave alone what they get."""
+"""fuse of FLUX.1, Qwen-Image and SD3.5: fused blocks give what quantized ones give, and leave alone what they get."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from qandc.models.flux import FLUX
 from qandc.models.flux_fused import FusedDoubleBlock, FusedSingleBlock
 from qandc.models.qwen_fused import FusedQwenBlock
 from qandc.models.qwen_image import QWEN_IMAGE
+from qandc.models.sd3 import SD3
+from qandc.models.sd3_fused import FusedJointBlock
 from qandc_kernels import Backend
 from tests.tiny_models import inputs_of, make_tiny, output_of
 
-NAME, QWEN = FLUX.transformer, QWEN_IMAGE.transformer
-each_name = pytest.mark.parametrize("name", [NAME, QWEN])
+NAME, QWEN, STABLE = FLUX.transformer, QWEN_IMAGE.transformer, SD3.transformer
+each_name = pytest.mark.parametrize("name", [NAME, QWEN, STABLE])
 ONE_INPUT = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -56,6 +58,11 @@ pytestmark = [
 
 def blocks_of(model):
     return [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
+
+
+def fused_of(model):
+    """Count the blocks that can run fused: not the last one of SD3, where the text ends."""
+    return sum(not getattr(block, "context_pre_only", False) for block in blocks_of(model))
 
 
 def make_quantized(w_bits=8, smoothing=False, dtype=torch.float32, device="cpu", name=NAME, **changes):
@@ -80,6 +87,13 @@ def make_quantized(w_bits=8, smoothing=False, dtype=torch.float32, device="cpu",
     return torch.nn.Module.to(model, device=device, dtype=dtype)
 
 
+def real_size(name, width):
+    """Return what makes a model have three heads of a size that real ones have."""
+    size = {"num_attention_heads": 3, "attention_head_dim": width}
+    axes = {64: (16, 24, 24), 128: (16, 56, 56)}[width]
+    return size | ({"caption_projection_dim": 3 * width} if name == STABLE else {"axes_dims_rope": axes})
+
+
 def given(dtype=torch.float32, device="cpu", time=0.5, name=NAME, rows=2):
     """Inputs of one forward; of one row as pipelines have them."""
     found = dict(inputs_of(name, time))
@@ -98,7 +112,7 @@ def error(actual, expected):
 def ran(monkeypatch):
     """Programs of blocks, in the order in which they were run."""
     calls = []
-    for kind in (FusedDoubleBlock, FusedSingleBlock, FusedQwenBlock):
+    for kind in (FusedDoubleBlock, FusedSingleBlock, FusedQwenBlock, FusedJointBlock):
         original = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda self, *a, o=original: calls.append(self) or o(self, *a))
     return calls
@@ -128,12 +142,13 @@ def assert_equals_unfused(model, inputs, ran):
         for block, kwargs, outputs in seen:
             before = {name: value.clone() for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
             for mine, theirs in zip(block(**kwargs), outputs, strict=True):
-                assert mine.dtype == theirs.dtype
-                assert error(mine, theirs) <= BOUND[dtype]
+                if theirs is not None:
+                    assert mine.dtype == theirs.dtype
+                    assert error(mine, theirs) <= BOUND[dtype]
             assert all(torch.equal(kwargs[name], value) for name, value in before.items())
-    assert len(ran) == len(seen)
+    assert len(ran) == fused_of(model)
     assert error(output_of(model, inputs), expected) <= 2 * BOUND[dtype]
-    assert len(ran) == 2 * len(seen)
+    assert len(ran) == 2 * fused_of(model)
     unfuse(model)
     assert torch.equal(output_of(model, inputs), expected)
 
@@ -163,13 +178,10 @@ def test_streams_of_one_row_lie_in_one_tensor(fused_anywhere, ran, monkeypatch):
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, ran, name, w_bits):
     """Compare fused blocks with unfused ones: interpreted with a block of each kind, on a GPU with real head sizes."""
-    sizes, dtypes = [{"num_layers": 1}], [torch.float32, torch.float16]
-    if name == NAME:
-        sizes[0]["num_single_layers"] = 1
+    sizes, dtypes = [{NAME: {"num_layers": 1, "num_single_layers": 1}}.get(name, {})], [torch.float32, torch.float16]
     if kernel_device.type == "cuda":
         sizes, dtypes = [], [*dtypes, torch.bfloat16]
-        for width, axes in ((64, (16, 24, 24)), (128, (16, 56, 56))):
-            sizes.append({"num_attention_heads": 3, "attention_head_dim": width, "axes_dims_rope": axes})
+        sizes += [real_size(name, width) for width in (64, 128)]
     else:
         from qandc_kernels.tiles.tables import Gpu
 
@@ -207,8 +219,7 @@ def test_longer_sequences(fused_anywhere, ran, device, tokens):
 @pytest.mark.parametrize("config", [None, CacheConfig("taylor", interval=2), CacheConfig("delta", interval=2)])
 def test_a_graph_of_fused_blocks(ran, caplog, name, config):
     """Captured after what builds them; with a cache, each kind of step."""
-    size = {"num_attention_heads": 3, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
-    model = make_quantized(8, True, torch.bfloat16, "cuda", name, **size)
+    model = make_quantized(8, True, torch.bfloat16, "cuda", name, **real_size(name, 128))
     steps = [given(torch.bfloat16, "cuda", time, name) for time in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)]
     of_run = {key: steps[0][key] for key in ("encoder_hidden_states", "txt_ids") if key in steps[0]}
     steps = [{**step, **of_run} for step in steps]
@@ -247,7 +258,7 @@ def test_smoothing_matters(name):
     """Left out of any of its places, a factor would change what a block returns by more than rounding."""
     model = make_quantized(smoothing=True, name=name)
     seen, _ = calls_of_blocks(model, given(name=name))
-    for block, kwargs, outputs in seen:
+    for block, kwargs, outputs in seen[: fused_of(model)]:
         for names in ONE_INPUT:
             changed = copy.deepcopy(block)
             layers = [layer for name, layer in changed.named_modules() if name in names]
@@ -270,7 +281,7 @@ def test_cache_graph_and_fusion_in_any_order(fused_anywhere, ran, name, first):
     for what in (first, *(other for other in attached if other != first)):
         attached[what]()
     assert error(output_of(model, inputs), expected) <= BOUND[torch.float32]
-    assert len(ran) == len(blocks_of(model))
+    assert len(ran) == fused_of(model)
     with pytest.raises(ModelError, match="fused already"):
         fuse(model)
     unfuse(model)
@@ -431,6 +442,23 @@ def test_blocks_of_qwen_image_that_cannot_be_fused(fused_anywhere, caplog, ran, 
         assert len(ran) == 1
     assert f"{reason}" in caplog.text
     assert "(1 of 2)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({}, "no MLP of the text (the last block)"), ({"dual_attention_layers": (0,)}, "it has a second attention")],
+)
+def test_blocks_of_sd3_that_cannot_be_fused(fused_anywhere, caplog, ran, changes, reason):
+    model, inputs = make_quantized(name=STABLE, num_layers=3, **changes), given(name=STABLE)
+    expected = output_of(model, inputs)
+    assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == 2 - len(changes)
+    assert reason in caplog.text
+
+
+def test_sd3_without_norms_of_heads_runs_unfused():
+    with pytest.raises(ModelError, match="norms of its heads are not those of its family"):
+        fuse(make_quantized(name=STABLE, qk_norm=None))
 
 
 def test_a_padded_prompt_runs_unfused(fused_anywhere, caplog, ran):

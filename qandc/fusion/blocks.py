@@ -105,7 +105,8 @@ class _FusedBlock(nn.Module):
         program = fused.find(self, call)
         if program is None:
             return super().forward(*args, **kwargs)
-        return program(call, tuple(getattr(self, name).__dict__.get(TARGET) for name in fused.stack.branches))
+        branches = (getattr(self, name) for name in fused.stack.branches)
+        return program(call, tuple(None if part is None else part.__dict__.get(TARGET) for part in branches))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         getattr(self, BLOCK).drop()  # .to() replaces tensors that the program holds

@@ -7,7 +7,6 @@ residual stream. What a block is given is left alone, as others may hold it.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,22 +16,22 @@ from qandc.caching.features import Target
 from qandc.models.family import Call
 from qandc.models.products import (
     divided,
-    plain_norm,
     product_of,
     why_not_one_input,
     why_not_one_product,
 )
 from qandc.models.two_streams import (
-    ADDED_HEAD_NORMS,
-    ADDED_QKV,
+    ADALN_IMAGE,
+    ADALN_TEXT,
     HEAD_NORMS,
     QKV,
     Projection,
-    Stream,
     Tables,
     TwoStreams,
+    adaln_modulation,
     attend,
     clip_,
+    plain_adaln,
     why_not_attention_call,
     why_not_heads,
     why_not_layers,
@@ -40,11 +39,6 @@ from qandc.models.two_streams import (
 from qandc.support.attach import original_class
 
 __all__ = ["FusedDoubleBlock", "FusedSingleBlock"]
-
-
-def _modulation(name: str, block: Any, temb: torch.Tensor) -> torch.Tensor:
-    norm = getattr(block, name)
-    return norm.linear(norm.silu(temb))
 
 
 class _FluxBlock:
@@ -75,7 +69,7 @@ class FusedSingleBlock(_FluxBlock):
 
         if original_class(block) is not FluxSingleTransformerBlock:
             return f"the block is {original_class(block).__name__}, not one of FLUX.1"
-        if not _plain_modulation(block.norm, AdaLayerNormZeroSingle):
+        if not plain_adaln(block.norm, AdaLayerNormZeroSingle):
             return "its norm is not that of FLUX.1"
         if type(block.act_mlp) is not nn.GELU or block.act_mlp.approximate != "tanh":
             return "its activation is not tanh-GELU"
@@ -91,7 +85,7 @@ class FusedSingleBlock(_FluxBlock):
         text, image = call["encoder_hidden_states"], call["hidden_states"]
         given = _side_by_side(text, image)
         x = torch.cat([text, image], 1) if given is None else torch.empty_like(given)
-        modulation = _modulation("norm", self.block, call["temb"]).chunk(3, 1)
+        modulation = adaln_modulation("norm", self.block, call["temb"]).chunk(3, 1)
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
         source, copy = (x, None) if given is None else (given, x)
         xq = self.project(source, modulation, call["image_rotary_emb"], qkv, copy)
@@ -105,15 +99,7 @@ class FusedSingleBlock(_FluxBlock):
 class FusedDoubleBlock(_FluxBlock, TwoStreams):
     """Run a block of two streams."""
 
-    text = Stream(
-        ("norm1_context.norm", "norm2_context"),
-        partial(_modulation, "norm1_context"),
-        ADDED_QKV,
-        ADDED_HEAD_NORMS,
-        "attn.to_add_out",
-        "ff_context",
-    )
-    image = Stream(("norm1.norm", "norm2"), partial(_modulation, "norm1"), QKV, HEAD_NORMS, "attn.to_out.0", "ff")
+    text, image = ADALN_TEXT, ADALN_IMAGE
     layers: ClassVar[tuple[str, ...]] = (*text.layers, *image.layers)
 
     @staticmethod
@@ -129,7 +115,7 @@ class FusedDoubleBlock(_FluxBlock, TwoStreams):
 
         if original_class(block) is not FluxTransformerBlock:
             return f"the block is {original_class(block).__name__}, not one of FLUX.1"
-        if not all(_plain_modulation(norm, AdaLayerNormZero) for norm in (block.norm1, block.norm1_context)):
+        if not all(plain_adaln(norm, AdaLayerNormZero) for norm in (block.norm1, block.norm1_context)):
             return "its norms are not those of FLUX.1"
         return _why_not_attention(block) or cls.why_not_streams(block, nn.RMSNorm)
 
@@ -141,12 +127,6 @@ def _side_by_side(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor | Non
     if not same or not behind or text.stride() != image.stride():
         return None
     return text.as_strided((text.shape[0], tokens + image.shape[1], text.shape[2]), text.stride())
-
-
-def _plain_modulation(norm: Any, kind: type) -> bool:
-    """Tell whether a norm is an adaLN-Zero of that kind as diffusers makes it for FLUX.1."""
-    own = type(norm) is kind and getattr(norm, "emb", None) is None
-    return own and type(norm.silu) is nn.SiLU and plain_norm(norm.norm)
 
 
 def _why_not_attention(block: Any) -> str | None:

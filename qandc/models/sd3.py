@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from qandc.models.family import Family, Stack, adaln_gates, only
+from qandc.models.sd3_fused import FusedJointBlock
 
 __all__ = ["SD3"]
 
@@ -16,5 +17,6 @@ def _why_not(block: Any) -> str | None:
 
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
-_BLOCKS = Stack("transformer_blocks", ("attn", "ff", "attn2"), partial(adaln_gates, "norm1"), _why_not, _STREAMS)
+_BRANCHES = ("attn", "ff", "attn2")
+_BLOCKS = Stack("transformer_blocks", _BRANCHES, partial(adaln_gates, "norm1"), _why_not, _STREAMS, FusedJointBlock)
 SD3 = Family("SD3Transformer2DModel", "encoder_hidden_states", (_BLOCKS,), uncached=("skip_layers",))

@@ -1,4 +1,4 @@
-"""Run blocks of two streams, text and image, on fused kernels: what FLUX.1 and Qwen-Image have in common.
+"""Run blocks of two streams, text and image, on fused kernels: what FLUX.1, Qwen-Image and SD3.5 share.
 
 Each stream is LayerNorm + modulate + quantize, one product for q, k and v, norms and rotation of their heads; then
 comes one attention; then of each stream its quantization, a product that adds gate · y to the residual stream, and the
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qandc.caching.features import Target
@@ -33,6 +35,8 @@ from qandc.models.products import (
 from qandc_kernels import adaln_quantize_per_tensor, qk_norm_rope_
 
 __all__ = [
+    "ADALN_IMAGE",
+    "ADALN_TEXT",
     "ADDED_HEAD_NORMS",
     "ADDED_QKV",
     "HEAD_NORMS",
@@ -41,8 +45,10 @@ __all__ = [
     "Stream",
     "Tables",
     "TwoStreams",
+    "adaln_modulation",
     "attend",
     "clip_",
+    "plain_adaln",
     "why_not_attention_call",
     "why_not_heads",
     "why_not_layers",
@@ -59,7 +65,7 @@ CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 Tensor = torch.Tensor
-Tables = tuple[Tensor, Tensor]  # cosines and sines, of each token
+Tables = tuple[Tensor, Tensor] | tuple[None, None]  # cosines and sines of each token, if heads are rotated
 
 
 def _mlp_of(name: str) -> tuple[str, str]:
@@ -83,8 +89,8 @@ class Projection:
         shift, scale = smoothed(modulation[0], modulation[1], self.smoothing)
         xq = adaln_quantize_per_tensor(x, shift, scale, self.qkv.x_scale, self.qkv.x_zero_point, self.eps, copy)
         self.qkv.into_(out, xq)
-        q, k = self.head_norms
-        qk_norm_rope_(out.unflatten(2, (3, self.heads, -1)), q.weight, k.weight, *tables, q.eps)
+        (q, k), (cos, sin) = self.head_norms, tables
+        qk_norm_rope_(out.unflatten(2, (3, self.heads, -1)), q.weight, k.weight, cos, sin, q.eps)
         return xq
 
 
@@ -138,6 +144,25 @@ class _FusedStream:
         xq = adaln_quantize_per_tensor(x, shift, scale, self.fc1.x_scale, self.fc1.x_zero_point, self.eps)
         self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.multiplier), gate_mlp, targets[1])
         clip_(x)
+
+
+def adaln_modulation(name: str, block: Any, temb: Tensor) -> Tensor:
+    """Return what the adaLN-Zero norm of that name makes of ``temb``."""
+    norm = getattr(block, name)
+    return norm.linear(norm.silu(temb))
+
+
+ADALN_TEXT = Stream(
+    ("norm1_context.norm", "norm2_context"),
+    partial(adaln_modulation, "norm1_context"),
+    ADDED_QKV,
+    ADDED_HEAD_NORMS,
+    "attn.to_add_out",
+    "ff_context",
+)
+ADALN_IMAGE = Stream(
+    ("norm1.norm", "norm2"), partial(adaln_modulation, "norm1"), QKV, HEAD_NORMS, "attn.to_out.0", "ff"
+)
 
 
 class TwoStreams:
@@ -197,7 +222,7 @@ def attend(qkv: Tensor, processor: Any) -> Tensor:
 
     q, k, v = qkv.unbind(2)
     with _fastest(q):
-        return dispatch_attention_fn(q, k, v, backend=processor._attention_backend)
+        return dispatch_attention_fn(q, k, v, backend=getattr(processor, "_attention_backend", None))
 
 
 def _fastest(q: Tensor) -> AbstractContextManager[Any]:
@@ -224,6 +249,12 @@ def why_not_attention_call(call: Call, dtype: torch.dtype) -> str | None:
         return "its attention is given joint_attention_kwargs"
     known = isinstance(rotary, tuple) and all(t.dtype == dtype and t.ndim == 2 and t.device == x.device for t in rotary)
     return None if known else f"image_rotary_emb is no pair of {str(dtype).removeprefix('torch.')} tables"
+
+
+def plain_adaln(norm: Any, kind: type) -> bool:
+    """Tell whether a norm is an adaLN-Zero of that kind as diffusers makes it for FLUX.1 and SD3."""
+    own = type(norm) is kind and getattr(norm, "emb", None) is None
+    return own and type(norm.silu) is nn.SiLU and plain_norm(norm.norm)
 
 
 def why_not_heads(block: Any, pairs: Sequence[tuple[str, str]], kind: type[Any]) -> str | None:

@@ -230,8 +230,9 @@ def check_qk_norm_rope_(qkv, q_weight, k_weight, cos, sin, eps=1e-6):
     tokens, width = qkv.shape[1], qkv.shape[4]
     check_tensor(op, "q_weight", q_weight, FLOAT_DTYPES, ((width,),))
     check_tensor(op, "k_weight", k_weight, FLOAT_DTYPES, ((width,),))
-    check_tensor(op, "cos", cos, FLOAT32, ((tokens, width), (tokens, width // 2)))
-    check_tensor(op, "sin", sin, FLOAT32, (tuple(cos.shape),))
+    if cos is not None or sin is not None:
+        check_tensor(op, "cos", cos, FLOAT32, ((tokens, width), (tokens, width // 2)))
+        check_tensor(op, "sin", sin, FLOAT32, (tuple(cos.shape),))
     check_number(op, "eps", eps, 0.0, "a finite number >= 0")
     check_written(op, "qkv", qkv, names, q_weight, k_weight, cos, sin, contiguous=False)
     check_devices(op, names, q_weight, k_weight, cos, sin, qkv)

@@ -17,6 +17,7 @@ __all__ = [
     "weight_only_linear",
 ]
 
+LONG_ENOUGH = 256  # tokens, for a launch of each sample to be better than a copy
 multiply, quantize = launcher("linear.multiply"), launcher("quantize.quantize_per_tensor_triton")
 
 
@@ -59,7 +60,11 @@ def _linear_into_(out, xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum):
     try:
         rows = out.view(-1, out.shape[-1])
     except RuntimeError:  # not evenly spaced, as some tokens of several samples
-        out.copy_(_linear(*operands, out_dtype=out.dtype))
+        if out.ndim == 3 and out.shape[1] >= LONG_ENOUGH and not x_scale.ndim:
+            for part, x in zip(out, xq, strict=True):
+                multiply(part, x, *operands[1:])
+        else:
+            out.copy_(_linear(*operands, out_dtype=out.dtype))
     else:
         multiply(rows, *operands)
 

@@ -144,11 +144,11 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             chosen = {tiles.choose_tile(kernel, m, n, k, gpu) for gpu in gpus}
             if m == 4096:  # all tiles that ship, whatever their layer is
                 tables = [tiles.tuned_tiles(gpu.name) for gpu in gpus]
-                of = [{t for rows in table.get(kernel, {}).values() for t in rows.values()} for table in tables]
-                plain = [
-                    t for table in tables for rows in table.get(kernel.split()[0], {}).values() for t in rows.values()
-                ]
-                chosen |= {*itertools.chain(*of), *(t for t in plain if t.programs_per_sm < 3)}
+                own, plain = (
+                    {t for table in tables for rows in table.get(name, {}).values() for t in rows.values()}
+                    for name in (kernel, kernel.split()[0])
+                )
+                chosen |= own | {t for t in plain if t.programs_per_sm < 3}
             if every_candidate:
                 chosen = set(tune.candidates(kernel, m))
             for tile in chosen:

@@ -165,8 +165,10 @@ def test_rows_of_a_last_wave_are_a_launch_of_their_own(kernel_device, monkeypatc
 
 @pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
 @all_shapes
-def test_linear_into(kernel_device, shape, bits, seeded):
+@pytest.mark.parametrize("enough", [1, 1000])
+def test_linear_into(kernel_device, monkeypatch, shape, bits, enough, seeded):
     """Some tokens of a joint sequence of one sample, or more, whose rows lie apart then; the others stay."""
+    monkeypatch.setattr("qandc_kernels.ops.linear.LONG_ENOUGH", enough)  # tokens, for a launch of each sample
     p = to(kernel_device, make_layer(shape, seeded, bits=bits)[0])
     samples, tokens, n, _ = shape
     for dtype in float_dtypes(kernel_device):

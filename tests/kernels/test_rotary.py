@@ -98,6 +98,14 @@ def test_tables_of_pairs(kernel_device, seeded):
         torch.testing.assert_close(op(qkv.clone(), q_weight, k_weight, *pairs), expected)
 
 
+def test_norms_alone(kernel_device, seeded):
+    qkv, q_weight, k_weight, cos, _ = make((2, 6, 3, 24), seeded, device=kernel_device)
+    still = torch.ones_like(cos), torch.zeros_like(cos)
+    expected = reference.qk_norm_rope_(qkv.clone(), q_weight, k_weight, *still)
+    for op in (qk_norm_rope_, reference.qk_norm_rope_):
+        torch.testing.assert_close(op(qkv.clone(), q_weight, k_weight, None, None), expected)
+
+
 def test_nan_and_no_tokens(kernel_device, seeded):
     qkv, *others = make((1, 3, 2, 16), seeded, device=kernel_device)
     qkv[0, 1, 0, 1, 3] = float("nan")
