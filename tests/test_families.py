@@ -58,7 +58,7 @@ from tests.tiny_pipelines import qwen_vae, vae, wan_vae
 STEPS = tuple(range(900, 400, -50))
 CHROMA, Z_IMAGE = "ChromaTransformer2DModel", "ZImageTransformer2DModel"
 FRACTIONS = ("FluxTransformer2DModel", CHROMA, "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
-FUSED = ("DiTTransformer2DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel")
+FUSED = [f"{name}2DModel" for name in ("DiTTransformer", "FluxTransformer", "QwenImageTransformer", "SD3Transformer")]
 OF_EACH_MODE = ("delta", "branch", "taylor 2 uneven", "hicache 2 uneven", "crf")
 
 

@@ -190,8 +190,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             attention.attention_quantize_triton(*parts, one, integer, flag)
             yield record(arch, "attention", [batch, tokens, width, flag is not None])
         cos, sin = torch.zeros(2, tokens, width)
-        rotary.qk_norm_rope_triton(torch.stack(parts, 2), cos[0].bfloat16(), sin[0].bfloat16(), cos, sin, 1e-6)
-        yield record(arch, "qk_norm_rope", [batch, tokens, width])
+        for tables in ((cos, sin), (cos[:, ::2], sin[:, ::2]), (None, None)):
+            rotary.qk_norm_rope_triton(torch.stack(parts, 2), cos[0].bfloat16(), sin[0].bfloat16(), *tables, 1e-6)
+            yield record(arch, "qk_norm_rope", [batch, tokens, width])
     for rows, inner, columns in ((2, 1152, 6912), (16, 256, 1152), (64, 1152, 6912), (5, 100, 70)):
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
