@@ -110,7 +110,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory that receives the judge.")] = Path("build/assets/wardrobe-judge"),
     data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
     seed: Annotated[int, typer.Option(min=0, max=2**20)] = 0,
-    steps: int = 8000,
+    steps: int = 6000,
     batch: int = 512,
     test_scenes: int = TEST_SCENES,
     device: str = "cuda",
