@@ -15,7 +15,8 @@ import qandc.method.saved
 import qandc.sampling.pipelines
 from qandc import ConfigError, Preset, load, load_pipeline, optimize, restore, wardrobe_path
 from qandc.cli.main import main
-from qandc.evaluation.scenes import VOCABULARY
+from qandc.evaluation.judge import Judge
+from qandc.evaluation.scenes import VOCABULARY, Garment
 from qandc.experiments.prompts import EXAMPLES
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt
@@ -76,17 +77,40 @@ def test_it_is_loaded_by_its_name(wardrobe, tmp_path, monkeypatch):
         assert call_arguments(pipe, {side: 64}) == {"height": 64, "width": 64}
         with pytest.raises(ConfigError, match=rf"^{side} is 32; wardrobe draws 64 x 64 pixels: leave it out$"):
             call_arguments(pipe, {side: 32})
+    guided = {"height": 64, "width": 64, "true_cfg_scale": 2.0, "negative_prompt": ""}
+    assert call_arguments(pipe, {"guidance_scale": 2.0}) == guided
+    assert call_arguments(pipe, {"guidance_scale": 2.0, "negative_prompt": "a"}) == {**guided, "negative_prompt": "a"}
     assert call_arguments(make_pipeline("FluxPipeline"), {"height": 32}) == {"height": 32}
 
 
-def test_generate_without_a_prompt_draws_scenes(capsys, tmp_path):
+class Perfect(Judge):
+    """A judge that finds what was asked for in the first pictures, and in later ones another dress."""
+
+    calls = 0
+
+    def find_garments(self, images):
+        assert images.shape == (4, 3, 64, 64)
+        Perfect.calls += 1
+        found = [list(scene.asked) for scene in EXAMPLES]
+        if Perfect.calls > 1:
+            found[0][0] = Garment("dress", "pink", "left")
+        return found
+
+
+def test_generate_without_a_prompt_draws_scenes(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judge, "load", Perfect)
     assert all(set(scene.caption.replace(",", " ,").split()) <= set(VOCABULARY) for scene in EXAMPLES)
     target, record = tmp_path / "x.png", tmp_path / "x.json"
     command = ("generate", "--model", "wardrobe", *RUN, "-o", target, "--json", record)
     status, out, err = run(capsys, *command)
     assert status == 0
     assert "W8A8 + taylor cache 3 " in out  # settings of other runs are not used
-    settings = json.loads(record.read_text())["settings"]
+    right = "says the judge: objects 100%, colours {0}, places 100%, everything {0}, recall {1}\n"
+    assert f"right in FP, {right.format('100%', '100%')}" in out
+    assert f"right in W8A8 + taylor cache 3, {right.format('75%', '89%')}" in out
+    result = json.loads(record.read_text())
+    settings = result["settings"]
+    assert [row["right"]["everything"] for row in result["rows"]] == [1, 0.75]
     assert settings["prompts"] == [scene.caption for scene in EXAMPLES]
     assert settings["arguments"] == {"height": 64, "width": 64, "num_inference_steps": 6}
     with Image.open(target) as picture:
@@ -171,6 +195,7 @@ def test_commands_use_the_settings_that_come_with_it(capsys, tmp_path, presets):
         assert f"{name.upper()} + taylor, 3 steps " in text
         likeness = f"{measured[name]['psnr_mean']:.1f} dB (worst {measured[name]['psnr_min']:.1f})"
         assert f"PSNR of 3 other images, measured before: {likeness}" in text
+        assert "judge" not in text
     for options in (
         ("--no-calibrated",), ("--steps", 5), ("--cache-mode", "branch"), ("--cache-interval", 2), ("--a-bits", 7),
         ("--guidance-scale", 2),

@@ -145,6 +145,10 @@ def print_comparison(
         memory = size_text(row.transformer_bytes)
         table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
     out.print(table)
+    for row in result.rows:
+        if row.right is not None:
+            right = ", ".join(f"{what} {share:.0%}" for what, share in row.right.items())
+            out.print(f"right in {row.name}, says the judge: {right}", soft_wrap=True)
     if many is not None:
         of_many = f"{many['psnr_mean']:.1f} dB (worst {many['psnr_min']:.1f})"
         out.print(f"PSNR of {many['images']} other images, measured before: {of_many}", soft_wrap=True)

@@ -75,6 +75,8 @@ class ModelImages:
     transformer_bytes: int
     batches: list[torch.Tensor] = field(default_factory=list)
     seconds: float = 0.0
+    right: dict[str, float] | None = None
+    """Shares of images that a judge found right, in what; None of images that nobody judges."""
 
     @property
     def images(self) -> torch.Tensor:
@@ -224,6 +226,7 @@ def comparison_record(result: Comparison, settings: Mapping[str, Any], device: s
             "images": len(row.images),
             "seconds_per_image": row.seconds_per_image,
             "transformer_bytes": row.transformer_bytes,
+            **({} if row.right is None else {"right": row.right}),
         }
         for row in result.rows
     )

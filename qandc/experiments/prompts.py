@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from qandc.caching.schedule import CacheConfig
+from qandc.evaluation.judge import Judge, score_scenes
 from qandc.evaluation.scenes import Garment, Scene
 from qandc.experiments.generate import Comparison, ModelImages, module_bytes, name_of
 from qandc.optimize import OptimizationPlan, optimize, parts_of
 from qandc.quantizer import QuantConfig
+from qandc.sampling.pipelines import embedded_name
 from qandc.sampling.prompts import draw_prompt
 
 __all__ = ["EXAMPLES", "PromptDrawer", "PromptsConfig", "compare_prompts"]
@@ -98,6 +100,8 @@ def compare_prompts(
 ) -> OptimizationPlan:
     """Draw all prompts with ``pipe``, optimize it in place, and draw them again from the same noise.
 
+    wardrobe's pictures of ``EXAMPLES`` are judged, too.
+
     Args:
         result: receives rows and images as they are finished, so that an interrupted run keeps them.
         progress: called as ``progress(row name, number of the image)`` before each.
@@ -123,4 +127,9 @@ def compare_prompts(
     part = plan.transformers[0]
     result.report = part.layers
     draw(name_of(part.layers.quantized[0].scheme.partition(" ")[0], part.cache))
+    captions = tuple(scene.caption for scene in EXAMPLES)
+    if settings.prompts == captions and embedded_name(pipe.name_or_path) == "wardrobe":
+        judge = Judge.load()
+        for row in result.rows:
+            row.right = score_scenes(judge, row.images, EXAMPLES).shares()
     return plan

@@ -112,7 +112,7 @@ def warn_of_unread(pipe: Any, prompts: Sequence[str]) -> None:
 def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a pipeline by the names that it has for them; None leaves one out.
 
-    wardrobe has one size, which its pipeline does not know.
+    wardrobe has one size, and guidance by a second pass with another prompt; its pipeline does not know.
 
     Args:
         pipe: draws from prompts.
@@ -126,7 +126,15 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if "prompt" not in known:
         raise ModelError(f"{kind} takes no prompt")
     arguments = {name: value for name, value in given.items() if value is not None}
-    if "true_cfg_scale" in known:
+    if embedded_name(pipe.name_or_path) == "wardrobe":
+        side = pipe.vae.config.sample_size
+        for name in ("height", "width"):
+            if arguments.setdefault(name, side) != side:
+                raise ConfigError(f"{name} is {arguments[name]}; wardrobe draws {side} x {side} pixels: leave it out")
+        if "guidance_scale" in arguments:
+            arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+            arguments.setdefault("negative_prompt", "")
+    elif "true_cfg_scale" in known:
         if known["guidance_scale"].default is None and "guidance_scale" in arguments:  # Qwen-Image
             arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
         elif known["true_cfg_scale"].default <= 1 and "negative_prompt" in arguments:  # FLUX.1
@@ -134,11 +142,6 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     strangers = arguments.keys() - known.keys()
     if strangers:
         raise ConfigError(f"{kind} takes no {min(strangers)}; leave it out")
-    if embedded_name(pipe.name_or_path) == "wardrobe":
-        side = pipe.vae.config.sample_size
-        for name in ("height", "width"):
-            if arguments.setdefault(name, side) != side:
-                raise ConfigError(f"{name} is {arguments[name]}; wardrobe draws {side} x {side} pixels: leave it out")
     return {**text_length(pipe), **arguments}
 
 
