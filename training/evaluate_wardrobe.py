@@ -498,6 +498,8 @@ def main(
         except Exception:
             logger.exception("%s: %s failed", each["part"], each["name"])
             failed.append(each["name"])
+            if bench.cuda:
+                torch.cuda.synchronize()  # raises where no later row would come through either
     if failed:
         logger.error("%d rows failed: %s", len(failed), "; ".join(failed))
         raise typer.Exit(1)
