@@ -229,7 +229,6 @@ def draw_residuals() -> None:
 
 
 if __name__ == "__main__":
-    draw_wardrobe()
     draw_residuals()
     draw_compensation()
     draw_ablation()
