@@ -55,7 +55,7 @@ from qandc import (
 from qandc.errors import QandCError
 from qandc.evaluation.judge import Judge, score_scenes
 from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
-from qandc.evaluation.scenes import Scene, draw_scenes, scene_arrays
+from qandc.evaluation.scenes import SIZE, Scene, draw_scenes, scene_arrays
 from qandc.experiments.report import measure_rows, merge_rows
 from quality import Out, Seconds, command
 from wardrobe_pictures import GarmentImages
@@ -229,14 +229,15 @@ class Wardrobe:
     """Draw and score what any row asks for.
 
     Args:
-        model, judge: directory and file; None: those of the package.
+        model: name or directory of the pipeline.
+        judge: file of weights; None: those of the package.
         seeds: of scenes and noise; the rows of part "model" have further ones.
         prompts: of each seed.
         fit: pictures of a schedule or compensation of features; of VC four times as many.
     """
 
     def __init__(
-        self, model: str | None, judge: Path | None, data: Path, seeds: list[int], prompts: int, steps: int,
+        self, model: str, judge: Path | None, data: Path, seeds: list[int], prompts: int, steps: int,
         batch: int, fit: int, true_cfg_scale: float, device: str,
     ) -> None:  # fmt: skip
         torch.set_float32_matmul_precision("high")
@@ -263,12 +264,12 @@ class Wardrobe:
         scale = row["true_cfg_scale"] or self.scale
         guided = {"true_cfg_scale": scale, "negative_prompt": [""] * len(captions)} if scale > 1 else {}
         return pipe(
-            captions, height=64, width=64, num_inference_steps=row["steps"] or self.steps, latents=noise,
+            captions, height=SIZE, width=SIZE, num_inference_steps=row["steps"] or self.steps, latents=noise,
             max_sequence_length=row["text_tokens"], output_type=output, return_dict=False, **guided,
         )[0]  # fmt: skip
 
     def noise(self, count: int, seed: int) -> torch.Tensor:
-        tokens = (64 // (2 * self.pipe(self.dtype).vae_scale_factor)) ** 2
+        tokens = (SIZE // (2 * self.pipe(self.dtype).vae_scale_factor)) ** 2
         shape = (count, tokens, self.base.config.in_channels)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -459,7 +460,7 @@ class Wardrobe:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Pipeline directory.")] = "qandc/assets/wardrobe",
+    model: Annotated[str, typer.Option(help="Pipeline directory, or the name of the shipped one.")] = "wardrobe",
     judge: Annotated[Path | None, typer.Option(help="Weights of the judge; by default those of the package.")] = None,
     out: Out = Path("results/h200/wardrobe.json"),
     data: Annotated[Path, typer.Option(help="Directory of the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
