@@ -737,7 +737,7 @@ def wardrobe_table(result: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
             lines.append(f"| {row['name']} | refused: {row['refused']} |{' |' * 7}")
             continue
         low, high = row["everything_ci95"]
-        cells = [f"{row['everything']:.1%} ({low:.1%} to {high:.1%})", _points_lost([row])]
+        cells = [f"{row['everything']:.1%} of {row['images']:,} ({low:.1%} to {high:.1%})", _points_lost([row])]
         cells += [f"{row[what]:.1%}" for what in ("objects", "colours", "places")] + [f"{row['frechet_distance']:.3f}"]
         exact = row.get("psnr_to_fp", 100) >= 100  # full precision itself, or no picture of it
         cells.append("" if exact else f"{row['psnr_to_fp']:.1f} dB (worst {row['psnr_to_fp_worst']:.1f})")

@@ -139,6 +139,33 @@ def test_goals_are_of_the_rows_they_name(matrix):
     assert [goal["value"] for goal in matrix.goals([])] == [None] * 6
 
 
+def test_tables_have_a_cell_for_each_row(matrix, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from update_tables import wardrobe_grid, wardrobe_table
+
+    found = {"images": 6000, "everything": 0.75, "everything_ci95": [0.74, 0.76], "psnr_to_fp": 30.0}
+    found |= {"everything_lost_ci95": 0.005, "psnr_to_fp_worst": 20.0, "frechet_distance": 0.5}
+    found |= {"images_per_second": 900, **dict.fromkeys(("objects", "colours", "places"), 0.9)}
+    rows = [
+        {**matrix.row("TAP", selection=selection, samples=samples, repeat=repeat), **found, "everything_lost": lost}
+        for selection, samples, repeat, lost in (
+            ("tap", 16, 0, 0.01), ("random", 16, 0, 0.02), ("tap", 16, 1, 0.03), ("tap", 64, 0, -0.01)
+        )
+    ]  # fmt: skip
+    refused = {**matrix.row("TAP", selection="random", samples=64), "refused": "why"}
+    grid = wardrobe_grid({"rows": [*rows, refused]}, "TAP", ("precision", "samples"), "selection")
+    assert grid[0] == "| points lost / PSNR, dB | selection tap | selection random |"
+    assert grid[2:] == [
+        "| W8A8, samples 16 | 2.0 (1.0 to 3.0) / 30.0 | 2.0 ± 0.5 / 30.0 |",
+        "| W8A8, samples 64 | -1.0 ± 0.5 / 30.0 |  |",
+    ]
+    heads, _, *lines = wardrobe_table({"rows": [rows[0], refused, {"part": "other"}]}, ("TAP",))
+    assert lines[0].startswith(f"| {rows[0]['name']} | 75.0% of 6,000 (74.0% to 76.0%) | 1.0 ± 0.5 | 90.0% |")
+    assert lines[0].endswith("| 0.500 | 30.0 dB (worst 20.0) | 900 |")
+    assert "refused: why" in lines[1]
+    assert {line.count("|") for line in lines} == {heads.count("|")}
+
+
 def test_merged_files_are_in_the_order_of_the_rows(tmp_path):
     rows = [{"name": name} for name in "abcd"]
     paths = [tmp_path / "0.json", tmp_path / "1.json"]
