@@ -148,6 +148,17 @@ def test_the_snippet_of_its_page(presets):
     assert 0 < np.abs(image - faster).mean() < 20
 
 
+def test_what_training_exports_is_loaded_by_every_transformers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "training")
+    train, model = (importlib.import_module(name) for name in ("train_wardrobe", "wardrobe_model"))
+    train.export(model.make_pipeline(), tmp_path / "wardrobe")
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 18e6
+    assert not [p for p in tmp_path.rglob("*.json") if "TokenizersBackend" in p.read_text()]  # of version 5 alone
+    pipe = load_pipeline(tmp_path / "wardrobe")
+    assert pipe.tokenizer_2("a velvet dress").input_ids[1] == pipe.tokenizer_2.unk_token_id
+    assert call_arguments(pipe, {}) == {"max_sequence_length": 64}
+
+
 def images(pipe, prompts):
     arguments = {"height": 64, "width": 64, "num_inference_steps": 6}
     return torch.cat([draw_prompt(pipe, prompt, i, arguments) for i, prompt in enumerate(prompts)])

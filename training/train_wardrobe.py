@@ -210,6 +210,9 @@ def export(pipe: FluxPipeline, out: Path) -> None:
         config = json.loads(path.read_text())
         config["dtype"] = config["torch_dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
+    for path in (out / "model_index.json", *out.glob("tokenizer*/tokenizer_config.json")):
+        # the name that transformers 4 knows as well as 5
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 def main(
