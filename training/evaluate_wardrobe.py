@@ -64,12 +64,12 @@ logger = logging.getLogger("evaluate_wardrobe")
 
 SCENES, NOISE, FIT = 700_000_000, 710_000_000, 720_000_000  # first seeds: of scenes, of noise, of both for fits
 MODEL_SEEDS = 5  # of the rows that say how good the model is
-POOL_PICTURES, SAMPLES_PER_CLUSTER = 16, 8
+POOL_PICTURES, SAMPLES_PER_CLUSTER = 16, 8  # as in calibrate_on_prompts, whose samples are 128, too
 RIGHT = ("objects", "colours", "places", "everything")
 PLAIN: dict[str, Any] = {
     "scenes": "seen", "steps": None, "true_cfg_scale": None, "text_tokens": 64,
     "weights": "nearest", "ranges": "static", "smoothing": 0.5, "layers": "plan", "conditioning": None, "outliers": 1,
-    "selection": "tap", "samples": 64, "repeat": 0, "pool": "uncached",
+    "selection": "tap", "samples": 128, "repeat": 0, "pool": "uncached",
     "mode": "none", "interval": 1, "schedule": "uniform", "threshold": None,
     "corrected": "none", "form": "none", "fused": False,
 }  # fmt: skip
