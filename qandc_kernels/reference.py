@@ -160,13 +160,19 @@ def adaln_quantize_per_tensor(
 @checked
 @torch.no_grad()
 def adaln_quantize_per_token(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float = 1e-6,
+    out_x: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalize and modulate as :func:`adaln_quantize_per_tensor`, quantize as :func:`quantize_per_token`.
 
     Returns:
         ``q`` int8, shape of ``x``, contiguous, and its scales ``[samples, tokens] float32``.
     """
+    if out_x is not None:
+        out_x.copy_(x)
     return _per_token(_adaln(x, shift, scale, eps), 8, 1)
 
 

@@ -162,6 +162,18 @@ def test_equals_the_unfused_model(fused_anywhere, ran, name, w_bits, smoothing):
         assert_equals_unfused(model, given(name=name, rows=rows), ran)
 
 
+@each_name
+@pytest.mark.parametrize(("w_bits", "smoothing"), [(8, True), (4, False)])
+def test_scales_per_token_behind_modulation(fused_anywhere, ran, name, w_bits, smoothing):
+    """Layers that are given what is modulated may have no static range: q, k, v and the first of each MLP."""
+    model = make_quantized(w_bits, smoothing, name=name)
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and layer_name.endswith(("_q", "_k", "_v", "_proj", ".proj", "_mlp")):
+            layer.set_static_range(None)
+    assert sum(getattr(layer, "act_scale", 0) is None for layer in model.modules()) >= 4 * len(blocks_of(model))
+    assert_equals_unfused(model, given(name=name), ran)
+
+
 def test_streams_of_one_row_lie_in_one_tensor(fused_anywhere, ran, monkeypatch):
     """What joins text and image before a block of one sequence is the block before it, not a copy."""
     model, joined, original = fuse(make_quantized()), [], torch.cat

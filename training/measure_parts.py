@@ -1,6 +1,7 @@
 """Time one fused forward op by op (random weights, 1024 x 1024).
 
 python -m training.measure_parts --layer FLUX.1-dev --w-bits 8   # on a GPU: a minute or two
+python -m training.measure_parts --per-token                     # scales per token behind modulation
 python -m training.measure_parts --tiny                          # a try, on a CPU too, where nothing is fused
 """
 
@@ -16,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.families import inputs, model_of, quantized
 from benchmarks.timing import DEVICE, capture
-from qandc import fuse
+from qandc import QuantLinear, fuse
 
+MODULATED = ("to_q", "to_k", "to_v", "_proj", "net.0.proj", "proj_mlp")  # layers that are given what is modulated
 TINY = {"num_layers": 1, "num_attention_heads": 2}
 HEAD_START = 1_500_000_000  # cycles that the GPU spins while the host launches the whole forward
 
@@ -53,9 +55,13 @@ def _milliseconds(begin: Any, end: Any) -> float:
 
 
 @torch.no_grad()
-def parts(layer: str, w_bits: int, **sizes: Any) -> tuple[dict[str, tuple[int, float]], float]:
+def parts(layer: str, w_bits: int, per_token: bool = False, **sizes: Any) -> tuple[dict[str, tuple[int, float]], float]:
     """Return how often each op runs in a forward with how many ms in all, and the ms of a graph of the forward."""
-    model = fuse(quantized(model_of(layer, **sizes), layer, w_bits, f"W{w_bits}A16"))
+    model = quantized(model_of(layer, **sizes), layer, w_bits, f"W{w_bits}A16")
+    for name, module in model.named_modules() if per_token else ():
+        if isinstance(module, QuantLinear) and name.endswith(MODULATED) and not module.weight_only:
+            module.set_static_range(None)
+    fuse(model)
     arguments = inputs(layer)
     for _ in range(2):
         model(**arguments)
@@ -77,9 +83,9 @@ def parts(layer: str, w_bits: int, **sizes: Any) -> tuple[dict[str, tuple[int, f
     return dict(sorted(found.items(), key=lambda item: -item[1][1])), whole
 
 
-def main(layer: str = "FLUX.1-dev", w_bits: int = 8, tiny: bool = False) -> None:
+def main(layer: str = "FLUX.1-dev", w_bits: int = 8, per_token: bool = False, tiny: bool = False) -> None:
     """Print the ops of a forward, those that take longest first."""
-    found, whole = parts(layer, w_bits, **(TINY if tiny else {}))
+    found, whole = parts(layer, w_bits, per_token, **(TINY if tiny else {}))
     launches, total = sum(count for count, _ in found.values()), sum(ms for _, ms in found.values())
     typer.echo(f"{layer} W{w_bits}A8 fused: {whole:.2f} ms as a graph, {total:.2f} in {launches} ops")
     for name, (count, ms) in found.items():

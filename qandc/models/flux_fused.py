@@ -76,7 +76,7 @@ class FusedSingleBlock(_FluxBlock):
         return (
             _why_not_attention(block)
             or why_not_heads(block, (HEAD_NORMS,), nn.RMSNorm)
-            or why_not_layers(block, cls.layers)
+            or why_not_layers(block, cls.layers, (*QKV, "proj_mlp"))
             or why_not_one_product(block, QKV)
             or why_not_one_input(block, (*QKV, "proj_mlp"))
         )
@@ -88,9 +88,10 @@ class FusedSingleBlock(_FluxBlock):
         modulation = adaln_modulation("norm", self.block, call["temb"]).chunk(3, 1)
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
         source, copy = (x, None) if given is None else (given, x)
-        xq = self.project(source, modulation, call["image_rotary_emb"], qkv, copy)
+        xq, x_scale = self.project(source, modulation, call["image_rotary_emb"], qkv, copy)
         attended = divided(attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor), self.out_layer)
-        both = self.mlp.gelu_quantize(xq, self.out, self.multiplier, attended, self.out_layer.nan_flag)
+        mlp = self.mlp._replace(x_scale=x_scale)
+        both = mlp.gelu_quantize(xq, self.out, self.multiplier, attended, self.out_layer.nan_flag)
         self.out.gate_residual_(x, both, modulation[2], targets[0])
         clip_(x)
         return x[:, : text.shape[1]], x[:, text.shape[1] :]

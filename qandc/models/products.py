@@ -16,6 +16,8 @@ from qandc.quantization.ranges import StepRanges
 from qandc.quantization.shared_products import put_side_by_side
 from qandc.support.attach import original_class
 from qandc_kernels import (
+    adaln_quantize_per_tensor,
+    adaln_quantize_per_token,
     int4_linear,
     int8_linear,
     linear_gate_residual_,
@@ -31,6 +33,7 @@ __all__ = [
     "divided",
     "is_gelu_mlp",
     "joined",
+    "modulated",
     "plain_norm",
     "product_of",
     "quantized",
@@ -48,7 +51,7 @@ class Product(NamedTuple):
     """Hold the operands of a quantized linear layer, as the kernels take them."""
 
     weight: torch.Tensor  # [N, K] int8, or [N, K/2] uint8
-    x_scale: torch.Tensor
+    x_scale: Any  # of the range, or of each token; None until a kernel has found these
     w_scale: torch.Tensor
     bias: torch.Tensor | None
     x_zero_point: torch.Tensor | None
@@ -109,7 +112,6 @@ class Ranges(NamedTuple):
 def product_of(layer: QuantLinear, ranges: Ranges | None = None) -> Product:
     """Return the product of a layer with a static range, or with the one that is given."""
     scale, zero_point = ranges or (layer.act_scale, layer.act_zero_point)
-    assert scale is not None
     return Product(layer.qweight, scale, layer.weight_scale, layer.bias, zero_point, layer.weight_sum)
 
 
@@ -137,6 +139,25 @@ def smoothed(
     if smoothing is None:
         return shift, scale
     return shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
+
+
+def modulated(
+    x: torch.Tensor,
+    modulation: Sequence[torch.Tensor],
+    product: Product,
+    smoothing: torch.Tensor | None,
+    eps: float,
+    copy: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalize, modulate by shift and scale, and quantize for a product; gives the integers and their scale.
+
+    A product without a range gets a scale per token. ``copy`` takes ``x``.
+    """
+    shift, scale = smoothed(modulation[0], modulation[1], smoothing)
+    if product.x_scale is None:
+        return adaln_quantize_per_token(x, shift, scale, eps, copy)
+    xq = adaln_quantize_per_tensor(x, shift, scale, product.x_scale, product.x_zero_point, eps, copy)
+    return xq, product.x_scale
 
 
 def divided(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
@@ -180,7 +201,9 @@ def is_gelu_mlp(module: Any) -> bool:
     return type(first) is GELU and first.approximate == "tanh"
 
 
-def why_not_layer(name: str, layer: Any, prefix: str = "", ranges: StepRanges | None = None) -> str | None:
+def why_not_layer(
+    name: str, layer: Any, prefix: str = "", ranges: StepRanges | None = None, static: bool = True
+) -> str | None:
     """Say why a layer can't be a product of a fused block, or None; ``ranges`` know it as ``prefix + name``."""
     if original_class(layer) is not QuantLinear:  # of a branch that is cached too
         return f"{name} is {type(layer).__name__}, not a QuantLinear"
@@ -188,7 +211,7 @@ def why_not_layer(name: str, layer: Any, prefix: str = "", ranges: StepRanges | 
         return f"{name} is weight-only (a_bits 16), fused kernels quantize activations to 8 bits"
     if layer.a_bits != 8:
         return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
-    if _range_of(prefix + name, layer, ranges)[0] is None:
+    if static and _range_of(prefix + name, layer, ranges)[0] is None:
         return f"{name} has no static range (calibrate the model)"
     return None
 

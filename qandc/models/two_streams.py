@@ -23,16 +23,16 @@ from qandc.models.family import Call
 from qandc.models.products import (
     is_gelu_mlp,
     joined,
+    modulated,
     plain_norm,
     product_of,
     quantized,
-    smoothed,
     touched,
     why_not_layer,
     why_not_one_input,
     why_not_one_product,
 )
-from qandc_kernels import adaln_quantize_per_tensor, qk_norm_rope_
+from qandc_kernels import qk_norm_rope_
 
 __all__ = [
     "ADALN_IMAGE",
@@ -84,14 +84,13 @@ class Projection:
 
     def __call__(
         self, x: Tensor, modulation: Sequence[Tensor], tables: Tables, out: Tensor, copy: Tensor | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Write q, k and v into ``out [B, tokens, 3 · D]`` and ``x`` into ``copy``; return ``x`` quantized."""
-        shift, scale = smoothed(modulation[0], modulation[1], self.smoothing)
-        xq = adaln_quantize_per_tensor(x, shift, scale, self.qkv.x_scale, self.qkv.x_zero_point, self.eps, copy)
-        self.qkv.into_(out, xq)
+        xq, x_scale = modulated(x, modulation, self.qkv, self.smoothing, self.eps, copy)
+        self.qkv._replace(x_scale=x_scale).into_(out, xq)
         (q, k), (cos, sin) = self.head_norms, tables
         qk_norm_rope_(out.unflatten(2, (3, self.heads, -1)), q.weight, k.weight, cos, sin, q.eps)
-        return xq
+        return xq, x_scale
 
 
 class Stream(NamedTuple):
@@ -138,11 +137,10 @@ class _FusedStream:
         self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], targets: tuple[Target | None, ...]
     ) -> None:
         """Add attention and MLP to the stream, in place."""
-        gate, shift_mlp, scale_mlp, gate_mlp = modulation[2:]
-        self.out.gate_residual_(x, quantized(attended, self.out_layer), gate, targets[0])
-        shift, scale = smoothed(shift_mlp, scale_mlp, self.fc1_smoothing)
-        xq = adaln_quantize_per_tensor(x, shift, scale, self.fc1.x_scale, self.fc1.x_zero_point, self.eps)
-        self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.multiplier), gate_mlp, targets[1])
+        self.out.gate_residual_(x, quantized(attended, self.out_layer), modulation[2], targets[0])
+        xq, x_scale = modulated(x, modulation[3:], self.fc1, self.fc1_smoothing, self.eps)
+        hidden = self.fc1._replace(x_scale=x_scale).gelu_quantize(xq, self.fc2, self.multiplier)
+        self.fc2.gate_residual_(x, hidden, modulation[5], targets[1])
         clip_(x)
 
 
@@ -193,8 +191,8 @@ class TwoStreams:
         if not all(is_gelu_mlp(getattr(block, stream.mlp)) for stream in streams):
             return "its activation is not tanh-GELU"
         reason = why_not_heads(block, [stream.head_norms for stream in streams], kind)
-        reason = reason or why_not_layers(block, (*cls.text.layers, *cls.image.layers))
         for stream in streams:
+            reason = reason or why_not_layers(block, stream.layers, (*stream.qkv, _mlp_of(stream.mlp)[0]))
             reason = reason or why_not_one_product(block, stream.qkv) or why_not_one_input(block, stream.qkv)
         return reason
 
@@ -270,7 +268,7 @@ def why_not_heads(block: Any, pairs: Sequence[tuple[str, str]], kind: type[Any])
     return None
 
 
-def why_not_layers(block: Any, names: Sequence[str]) -> str | None:
-    """Say why layers of a block can't be products of a fused one, or None."""
-    reasons = (why_not_layer(name, block.get_submodule(name)) for name in names)
+def why_not_layers(block: Any, names: Sequence[str], modulated_for: Sequence[str]) -> str | None:
+    """Say why layers of a block can't be products of a fused one, or None; some may have a scale per token."""
+    reasons = (why_not_layer(name, block.get_submodule(name), static=name not in modulated_for) for name in names)
     return touched(block) or next((reason for reason in reasons if reason is not None), None)

@@ -176,7 +176,7 @@ def check_quantize_per_token(x, bits=8, token_dims=1):
     check_integer("quantize_per_token", "bits", bits, 2, 8)
 
 
-def _check_adaln(op, x, shift, scale, eps):
+def _check_adaln(op, x, shift, scale, eps, out_x, q_scale=None, zero_point=None):
     check_tensor(op, "x", x, FLOAT_DTYPES)
     if x.ndim != 3 or not 0 < x.shape[2] <= LARGEST_K:
         raise ArgumentError(f"{op}: x must be [samples, tokens, K] with K from 1 to {LARGEST_K}; got {tuple(x.shape)}")
@@ -185,22 +185,22 @@ def _check_adaln(op, x, shift, scale, eps):
     check_tensor(op, "shift", shift, FLOAT_DTYPES, vectors)
     check_tensor(op, "scale", scale, FLOAT_DTYPES, vectors)
     check_number(op, "eps", eps, 0.0, "a finite number >= 0")
+    names, operands = "x shift scale q_scale zero_point", (x, shift, scale, q_scale, zero_point)
+    if out_x is not None:
+        check_tensor(op, "out_x", out_x, FLOAT_DTYPES, (tuple(x.shape),))
+        check_written(op, "out_x", out_x, names, *operands)
+    check_devices(op, f"{names} out_x", *operands, out_x)
 
 
 def check_adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point=None, eps=1e-6, out_x=None):
-    op, names = "adaln_quantize_per_tensor", "x shift scale q_scale zero_point"
-    _check_adaln(op, x, shift, scale, eps)
+    op = "adaln_quantize_per_tensor"
     check_tensor(op, "q_scale", q_scale, FLOAT32, SCALAR)
     check_zero_point(op, "zero_point", zero_point)
-    if out_x is not None:
-        check_tensor(op, "out_x", out_x, FLOAT_DTYPES, (tuple(x.shape),))
-        check_written(op, "out_x", out_x, names, x, shift, scale, q_scale, zero_point)
-    check_devices(op, f"{names} out_x", x, shift, scale, q_scale, zero_point, out_x)
+    _check_adaln(op, x, shift, scale, eps, out_x, q_scale, zero_point)
 
 
-def check_adaln_quantize_per_token(x, shift, scale, eps=1e-6):
-    _check_adaln("adaln_quantize_per_token", x, shift, scale, eps)
-    check_devices("adaln_quantize_per_token", "x shift scale", x, shift, scale)
+def check_adaln_quantize_per_token(x, shift, scale, eps=1e-6, out_x=None):
+    _check_adaln("adaln_quantize_per_token", x, shift, scale, eps, out_x)
 
 
 def check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point=None, nan_flag=None):

@@ -44,6 +44,7 @@ adaln_quantize_per_tensor = public_op(
 )
 adaln_quantize_per_token = public_op(
     reference.adaln_quantize_per_token,
-    lambda x, shift, scale, eps: _adaln(x, shift, scale, None, None, eps),
+    lambda x, shift, scale, eps, out_x: _adaln(x, shift, scale, None, None, eps, out_x),
     lambda x, *others: _per_token(x),
+    writes=("out_x",),
 )

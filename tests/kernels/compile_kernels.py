@@ -181,7 +181,11 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
     one, integer = torch.ones(()), torch.zeros((), dtype=torch.int32)
     for samples, width in ((2, 1152), (64, 1152), (2, 8000)):
         x = torch.zeros(samples, 256, width).bfloat16()
-        for *arguments, copy in ((one, integer, torch.zeros_like(x)), (one, integer, None), (None, None, None)):
+        for *arguments, copy in (
+            (one, integer, torch.zeros_like(x)),
+            (one, integer, None),
+            (None, None, torch.zeros_like(x)),
+        ):
             adaln.adaln_quantize_triton(x.view(-1, width), 256, x[:, 0], x[:, 1], *arguments, 1e-6, copy)
             yield record(arch, "adaln", [samples, width])
     for batch, tokens, width in ((2, 256, 72), (16, 256, 72), (64, 256, 72), (16, 1024, 72), (2, 64, 32), (2, 50, 128)):

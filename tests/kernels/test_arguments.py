@@ -136,7 +136,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "eps": EPS,
         "out_x": tensor(2, 3, 64, dtypes=FLOATS, optional=True),
     },
-    "adaln_quantize_per_token": {**ADALN, "eps": EPS},
+    "adaln_quantize_per_token": {**ADALN, "eps": EPS, "out_x": tensor(2, 3, 64, dtypes=FLOATS, optional=True)},
     "batched_linear": {
         "x": tensor(2, 3, 64),
         "weight": tensor(2, 5, 64),

@@ -183,7 +183,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "adaln_quantize_per_tensor": (
             *adaln, torch.tensor(0.1, device=device), zero_point, 1e-6, torch.zeros(2, 3, 32, device=device)
         ),
-        "adaln_quantize_per_token": (*adaln, 1e-6),
+        "adaln_quantize_per_token": (*adaln, 1e-6, torch.zeros(2, 3, 32, device=device)),
         "batched_linear": (
             torch.randn(3, 2, 32, device=device), torch.randn(3, 8, 32, device=device), w_scale.expand(3, 8), 1.0
         ),
