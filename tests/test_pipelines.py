@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qandc import ConfigError, DeviceError, ModelError, fashion_dit_path, load_pipeline, quantize_model
+from qandc import ConfigError, DeviceError, ModelError, fashion_dit_path, load_pipeline, quantize_model, wardrobe_path
 from qandc.evaluation.metrics import class_accuracy, extract_features, fashion_classifier_path, load_fashion_classifier
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.pipelines import class_names, fingerprint, resolve_device, resolve_dtype
@@ -23,6 +23,11 @@ def test_embedded_files_are_small_and_plain():
     assert sum(path.stat().st_size for path in files) <= 25e6
     assert max(path.stat().st_size for path in files) <= 16e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    wardrobe = [path for path in wardrobe_path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in wardrobe) <= 18e6
+    assert {path.suffix for path in wardrobe} <= {".json", ".safetensors", ".md"}
+    for settings in wardrobe_path().with_name("wardrobe-presets").glob("*/"):
+        assert sum(path.stat().st_size for path in settings.iterdir()) <= 1e6
     classifier = [path for path in fashion_classifier_path().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in classifier) <= 2e6
 

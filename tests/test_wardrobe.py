@@ -22,11 +22,14 @@ from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt
 
 pytest.importorskip("transformers")
+import diffusers
+
 from tests.test_readme import run as run_snippet
 from tests.test_readme import snippet
 from tests.tiny_pipelines import make_pipeline
 
 RUN = ("--steps", 6, "--device", "cpu")
+RESOLVED = {"height": 64, "width": 64, "max_sequence_length": 64}  # what commands give the pipeline
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,7 @@ def assets(tmp_path_factory):
         (path / name).symlink_to(qandc.sampling.pipelines.ASSETS / name)
     pipe = make_pipeline("FluxPipeline")
     pipe.vae.register_to_config(sample_size=64)
+    pipe.tokenizer_2.model_max_length = 64
     pipe.save_pretrained(path / "wardrobe")
     return path
 
@@ -44,11 +48,19 @@ def assets(tmp_path_factory):
 @pytest.fixture(scope="module")
 def presets(assets):
     """Settings for 6 steps, as training/calibrate_wardrobe.py makes them."""
+    lengths, encode = set(), diffusers.FluxPipeline.encode_prompt
+
+    def note(*arguments, **named):
+        lengths.add(named["max_sequence_length"])
+        return encode(*arguments, **named)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(Path(__file__).parents[1] / "training")
         script = importlib.import_module("calibrate_wardrobe")
+        patched.setattr(diffusers.FluxPipeline, "encode_prompt", note)
         few = {"images": 3, "pool_images": 2, "samples": 8, "steps": 6, "device": "cpu"}
         script.main(assets / "wardrobe-presets", str(assets / "wardrobe"), **few)
+    assert lengths == {64}
     return assets / "wardrobe-presets"
 
 
@@ -71,13 +83,13 @@ def test_it_is_loaded_by_its_name(wardrobe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a directory of that name is ./wardrobe
     for model in ("wardrobe", wardrobe, str(wardrobe)):
         pipe = load_pipeline(model)
-        assert call_arguments(pipe, {}) == {"height": 64, "width": 64}
+        assert call_arguments(pipe, {}) == RESOLVED
     assert qandc.sampling.pipelines.source_of("wardrobe") == "wardrobe"
     for side in ("height", "width"):
-        assert call_arguments(pipe, {side: 64}) == {"height": 64, "width": 64}
+        assert call_arguments(pipe, {side: 64}) == RESOLVED
         with pytest.raises(ConfigError, match=rf"^{side} is 32; wardrobe draws 64 x 64 pixels: leave it out$"):
             call_arguments(pipe, {side: 32})
-    guided = {"height": 64, "width": 64, "true_cfg_scale": 2.0, "negative_prompt": ""}
+    guided = {**RESOLVED, "true_cfg_scale": 2.0, "negative_prompt": ""}
     assert call_arguments(pipe, {"guidance_scale": 2.0}) == guided
     assert call_arguments(pipe, {"guidance_scale": 2.0, "negative_prompt": "a"}) == {**guided, "negative_prompt": "a"}
     assert call_arguments(make_pipeline("FluxPipeline"), {"height": 32}) == {"height": 32}
@@ -112,7 +124,7 @@ def test_generate_without_a_prompt_draws_scenes(capsys, tmp_path, monkeypatch):
     settings = result["settings"]
     assert [row["right"]["everything"] for row in result["rows"]] == [1, 0.75]
     assert settings["prompts"] == [scene.caption for scene in EXAMPLES]
-    assert settings["arguments"] == {"height": 64, "width": 64, "num_inference_steps": 6}
+    assert settings["arguments"] == {**RESOLVED, "num_inference_steps": 6}
     with Image.open(target) as picture:
         assert picture.width >= 4 * 112
     status, _, err = run(capsys, *command, "--height", 32)
@@ -160,7 +172,7 @@ def test_what_training_exports_is_loaded_by_every_transformers(tmp_path, monkeyp
 
 
 def images(pipe, prompts):
-    arguments = {"height": 64, "width": 64, "num_inference_steps": 6}
+    arguments = {**RESOLVED, "num_inference_steps": 6}
     return torch.cat([draw_prompt(pipe, prompt, i, arguments) for i, prompt in enumerate(prompts)])
 
 

@@ -19,6 +19,7 @@ from qandc import CacheConfig, Preset, QuantConfig, calibrate_on_prompts, load_p
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.scenes import SIZE, draw_scenes
 from qandc.method.saved import LIKENESS, shipped_settings
+from qandc.sampling.prompts import text_length
 from qandc.support.files import write_json
 from quality import command
 
@@ -71,7 +72,8 @@ def main(
         for first in range(0, images, BATCH):
             texts = captions[first : first + BATCH]
             noise = [torch.Generator().manual_seed(OTHERS + first + i) for i in range(len(texts))]
-            parts.append(pipe(texts, generator=noise, output_type="pt", **run).images.float().cpu() * 2 - 1)
+            made = pipe(texts, generator=noise, output_type="pt", **text_length(pipe), **run).images
+            parts.append(made.float().cpu() * 2 - 1)
         return torch.cat(parts)
 
     full, likeness = draw(), {}
