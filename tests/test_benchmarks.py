@@ -239,3 +239,18 @@ def test_a_rival_runs_before_each_round():
     found = conftest.time_candidate(Rounds(), ours, lambda: theirs)
     assert ran[-6:] == ["theirs", "ours"] * 3
     assert 0 < found["rival_min_us"] <= found["rival_median_us"]
+
+
+@pytest.mark.slow
+def test_parts_of_a_fused_forward(fused_anywhere):
+    from training import measure_parts
+
+    found, whole = measure_parts.parts("Qwen-Image", 8, per_token=True, num_layers=1, num_attention_heads=2)
+    counts = {}
+    for name, (count, milliseconds) in found.items():
+        counts[name.split()[0]] = counts.get(name.split()[0], 0) + count
+        assert milliseconds > 0
+    assert whole == pytest.approx(sum(milliseconds for _, milliseconds in found.values()))
+    fused = {"linear_into_": 2, "qk_norm_rope_": 2, "linear_gelu_quantize": 2, "linear_gate_residual_": 4}
+    fused |= {"adaln_quantize_per_token": 4, "quantize_per_tensor": 2}
+    assert {op: counts[f"qandc.{op}"] for op in fused} == fused

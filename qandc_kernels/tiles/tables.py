@@ -186,7 +186,7 @@ def choose_tile(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
         nearest = min(rows, key=lambda tuned: abs(math.log(tuned / m)))
         if nearest / 2 <= m <= nearest * 2:
             return rows[nearest]
-    return heuristic_tile(kernel.split()[0], m, n, k, gpu)
+    return heuristic_tile(kernel, m, n, k, gpu)
 
 
 def gemm_tile(family: str, epilogue: Epilogue, m: int, n: int, k: int, device: torch.device) -> GemmTile:
@@ -213,7 +213,7 @@ def whole_waves(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> int:
     return rows if 0 < rows < m and waves <= MOST_WAVES and 2 * rest <= at_once else 0
 
 
-def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
+def heuristic_tile(kernel: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
     """Compute a good tile without measurement.
 
     wgmma (Hopper) takes blocks of at least 64 rows of the left operand, which is the weight unless both are int8. A
@@ -221,6 +221,7 @@ def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
     that the tensor cores work for one while another stores. A small one gets smaller blocks, until all multiprocessors
     have one. Stages are bounded by shared memory: 227 KB on sm_90 and sm_100, 163 KB on sm_80, 99 KB on the others.
     """
+    family, _, ending = kernel.partition(" ")
     small_memory = gpu.capability[0] == 12 or (gpu.capability[0] == 8 and gpu.capability[1] != 0)
     hopper = gpu.capability >= (9, 0) and not small_memory
     large = math.ceil(m / 128) * math.ceil(n / 128) >= gpu.multiprocessors
@@ -233,7 +234,7 @@ def heuristic_tile(family: str, m: int, n: int, k: int, gpu: Gpu) -> GemmTile:
         if not hopper:
             return GemmTile(128, 128, 64, 8, 8, 2 if small_memory else 3) if large else GemmTile(64, 64, 32, 8, 4, 4)
         return GemmTile(128, 128, 64, 8, 4, 3) if large else GemmTile(64, 64, 64, 8, 4, 3)
-    if large and gpu.capability[0] == 9 and k < 2048:
+    if large and gpu.capability[0] == 9 and k < 2048 and ending != "gate":  # whose registers three would not leave
         return GemmTile(128, 128, 128, 8, 4, 2, programs_per_sm=3, subtiles=4)
     if large and hopper:  # long sums hide the stores better, and want deeper prefetch
         return GemmTile(128, 128, 128, 16, 4, 3, programs_per_sm=2, subtiles=4)

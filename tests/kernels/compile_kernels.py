@@ -149,6 +149,8 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
                     for name in (kernel, kernel.split()[0])
                 )
                 chosen |= own | {t for t in plain if t.programs_per_sm < 3}
+                if kernel.endswith("gate"):
+                    chosen |= {tiles.heuristic_tile(kernel, 16384, 4608, inner, gpu) for inner in (1152, 4608)}
             if every_candidate:
                 chosen = set(tune.candidates(kernel, m))
             for tile in chosen:

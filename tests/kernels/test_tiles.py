@@ -157,6 +157,12 @@ def test_long_sums_are_cut_after_whole_waves():
             assert tiles.whole_waves(kernel, m, 3072, k, h200) == 0, (m, k)
 
 
+def test_a_gate_leaves_no_registers_for_three_programs():
+    gpu = Gpu("unknown", (9, 0), 132)
+    assert heuristic_tile("int8 gelu", 16384, 1536, 1536, gpu).programs_per_sm == 3
+    assert heuristic_tile("int8 gate", 16384, 1536, 1536, gpu).programs_per_sm == 2
+
+
 def test_no_rows_take_the_tile_of_one():
     gpu = Gpu("nvidia-h200", (9, 0), 132)  # which has a table for this N and K
     assert tiles.choose_tile("int8", 0, 3456, 1152, gpu) == tiles.choose_tile("int8", 1, 3456, 1152, gpu)
