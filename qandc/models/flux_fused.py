@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qandc.caching.features import Target
@@ -28,7 +29,6 @@ from qandc.models.two_streams import (
     Projection,
     Tables,
     TwoStreams,
-    adaln_modulation,
     attend,
     clip_,
     plain_adaln,
@@ -55,7 +55,7 @@ class FusedSingleBlock(_FluxBlock):
     layers: ClassVar[tuple[str, ...]] = (*QKV, "proj_mlp", "proj_out")
 
     def __init__(self, block: Any) -> None:
-        self.block, self.out_layer = block, block.proj_out
+        self.modulation, self.out_layer = block.norm.linear, block.proj_out
         self.project = Projection(block, block.norm.norm, QKV, HEAD_NORMS)
         self.processor, self.heads = block.attn.processor, block.attn.heads
         self.mlp, self.out = product_of(block.proj_mlp), product_of(block.proj_out)
@@ -85,7 +85,7 @@ class FusedSingleBlock(_FluxBlock):
         text, image = call["encoder_hidden_states"], call["hidden_states"]
         given = _side_by_side(text, image)
         x = torch.cat([text, image], 1) if given is None else torch.empty_like(given)
-        modulation = adaln_modulation("norm", self.block, call["temb"]).chunk(3, 1)
+        modulation = self.modulation(F.silu(call["temb"])).chunk(3, 1)
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
         source, copy = (x, None) if given is None else (given, x)
         xq, x_scale = self.project(source, modulation, call["image_rotary_emb"], qkv, copy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,10 +23,6 @@ from qandc.support.attach import original_class
 __all__ = ["FusedQwenBlock"]
 
 
-def _modulation(name: str, block: Any, temb: torch.Tensor) -> torch.Tensor:
-    return getattr(block, name)(temb)
-
-
 def _pairs(angles: torch.Tensor) -> Tables:
     """Return cosines and sines of complex numbers ``[tokens, D/2]``, where they are."""
     cos, sin = torch.view_as_real(angles).unbind(-1)
@@ -39,15 +34,13 @@ class FusedQwenBlock(TwoStreams):
 
     text = Stream(
         ("txt_norm1", "txt_norm2"),
-        partial(_modulation, "txt_mod"),
+        "txt_mod.1",
         ADDED_QKV,
         ADDED_HEAD_NORMS,
         "attn.to_add_out",
         "txt_mlp",
     )
-    image = Stream(
-        ("img_norm1", "img_norm2"), partial(_modulation, "img_mod"), QKV, HEAD_NORMS, "attn.to_out.0", "img_mlp"
-    )
+    image = Stream(("img_norm1", "img_norm2"), "img_mod.1", QKV, HEAD_NORMS, "attn.to_out.0", "img_mlp")
     layers: ClassVar[tuple[str, ...]] = (*text.layers, *image.layers)
 
     @staticmethod

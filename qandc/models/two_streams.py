@@ -9,12 +9,12 @@ What a block is given is left alone, as others may hold it: the first kernel cop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,7 +45,6 @@ __all__ = [
     "Stream",
     "Tables",
     "TwoStreams",
-    "adaln_modulation",
     "attend",
     "clip_",
     "plain_adaln",
@@ -98,13 +97,13 @@ class Stream(NamedTuple):
 
     Attributes:
         norms: before attention and before the MLP.
-        modulation: gives shift, scale and gate ``[B, 6 · D]`` of attention and MLP from ``temb``.
+        modulation: the layer that gives shift, scale and gate ``[B, 6 · D]`` of attention and MLP.
         qkv, out, mlp: names of layers.
         head_norms: names of the norms of q and k in the attention.
     """
 
     norms: tuple[str, str]
-    modulation: Callable[[Any, Tensor], Tensor]
+    modulation: str
     qkv: tuple[str, str, str]
     head_norms: tuple[str, str]
     out: str
@@ -120,7 +119,7 @@ class _FusedStream:
     """Run one of two streams, before and after attention."""
 
     def __init__(self, block: Any, parts: Stream) -> None:
-        self.block, self.modulation = block, parts.modulation
+        self.modulation = block.get_submodule(parts.modulation)
         norm, norm_mlp = (block.get_submodule(name) for name in parts.norms)
         self.project = Projection(block, norm, parts.qkv, parts.head_norms)
         self.eps, self.out_layer = norm_mlp.eps, block.get_submodule(parts.out)
@@ -128,10 +127,6 @@ class _FusedStream:
         self.out, self.fc1, self.fc2 = map(product_of, (self.out_layer, fc1, fc2))
         self.fc1_smoothing = fc1.smoothing
         self.multiplier = None if fc2.smoothing is None else 1 / fc2.smoothing
-
-    def modulated(self, temb: Tensor) -> tuple[Tensor, ...]:
-        """Return shift, scale and gate of attention, then of the MLP."""
-        return self.modulation(self.block, temb).chunk(6, 1)
 
     def finish_(
         self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], targets: tuple[Target | None, ...]
@@ -144,23 +139,15 @@ class _FusedStream:
         clip_(x)
 
 
-def adaln_modulation(name: str, block: Any, temb: Tensor) -> Tensor:
-    """Return what the adaLN-Zero norm of that name makes of ``temb``."""
-    norm = getattr(block, name)
-    return norm.linear(norm.silu(temb))
-
-
 ADALN_TEXT = Stream(
     ("norm1_context.norm", "norm2_context"),
-    partial(adaln_modulation, "norm1_context"),
+    "norm1_context.linear",
     ADDED_QKV,
     ADDED_HEAD_NORMS,
     "attn.to_add_out",
     "ff_context",
 )
-ADALN_IMAGE = Stream(
-    ("norm1.norm", "norm2"), partial(adaln_modulation, "norm1"), QKV, HEAD_NORMS, "attn.to_out.0", "ff"
-)
+ADALN_IMAGE = Stream(("norm1.norm", "norm2"), "norm1.linear", QKV, HEAD_NORMS, "attn.to_out.0", "ff")
 
 
 class TwoStreams:
@@ -203,7 +190,8 @@ class TwoStreams:
             text, image = given[1].new_empty(1, sum(tokens), width).split(tokens, 1)
         else:  # what is added to has no gaps
             text, image = (x.new_empty(x.shape) for x in given)
-        modulations = [stream.modulated(call["temb"]) for stream in self.streams]
+        temb = F.silu(call["temb"])
+        modulations = [stream.modulation(temb).chunk(6, 1) for stream in self.streams]
         qkv = given[1].new_empty(samples, sum(tokens), 3 * width)
         rest = zip(modulations, self.tables_of(call), qkv.split(tokens, 1), (text, image), strict=True)
         for stream, x, (modulation, tables, out, copy) in zip(self.streams, given, rest, strict=True):
