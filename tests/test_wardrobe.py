@@ -92,6 +92,9 @@ def test_it_is_loaded_by_its_name(wardrobe, tmp_path, monkeypatch):
     guided = {**RESOLVED, "true_cfg_scale": 2.0, "negative_prompt": ""}
     assert call_arguments(pipe, {"guidance_scale": 2.0}) == guided
     assert call_arguments(pipe, {"guidance_scale": 2.0, "negative_prompt": "a"}) == {**guided, "negative_prompt": "a"}
+    for scale in ({}, {"guidance_scale": 1.0}):
+        with pytest.raises(ConfigError, match="negative_prompt is not read without guidance; give a guidance_scale"):
+            call_arguments(pipe, {"negative_prompt": "a", **scale})
     assert call_arguments(make_pipeline("FluxPipeline"), {"height": 32}) == {"height": 32}
 
 

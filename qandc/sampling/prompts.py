@@ -120,7 +120,7 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ModelError: the pipeline takes no prompt.
-        ConfigError: it does not take one of the others, or another size.
+        ConfigError: it does not take or read one of the others, or has another size.
     """
     known, kind = _parameters(pipe), type(pipe).__name__
     if "prompt" not in known:
@@ -131,9 +131,11 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("height", "width"):
             if arguments.setdefault(name, side) != side:
                 raise ConfigError(f"{name} is {arguments[name]}; wardrobe draws {side} x {side} pixels: leave it out")
+        if "negative_prompt" in arguments and arguments.get("guidance_scale", 1) <= 1:
+            raise ConfigError("negative_prompt is not read without guidance; give a guidance_scale above 1 too")
         if "guidance_scale" in arguments:
-            arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
-            arguments.setdefault("negative_prompt", "")
+            guided = {"true_cfg_scale": arguments.pop("guidance_scale"), "negative_prompt": ""}
+            arguments = {**guided, **arguments}
     elif "true_cfg_scale" in known:
         if known["guidance_scale"].default is None and "guidance_scale" in arguments:  # Qwen-Image
             arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
