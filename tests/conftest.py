@@ -198,6 +198,17 @@ def dit_inputs(seeded: torch.Generator) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
+def flux_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small FLUX.1 with text encoders, as ``save_pretrained`` writes it."""
+    pytest.importorskip("transformers")
+    from tests.tiny_pipelines import make_pipeline
+
+    path = tmp_path_factory.mktemp("pipeline") / "tiny-flux"
+    make_pipeline("FluxPipeline").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def pipeline_dir(tmp_path_factory: pytest.TempPathFactory):
     """A tiny random DiT pipeline saved by diffusers: every structure of the real one, nothing of its quality."""
     from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline

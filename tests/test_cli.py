@@ -357,7 +357,7 @@ def test_help(capsys):
 REFUSALS = {
     "class out of range": (["--classes", "1000"], "class id 1000 is out of range; this model knows 1000 classes, 0"),
     "negative class": (["--classes", "-1"], "class id -1 is out of range"),
-    "empty class": (["--classes", "0,"], "there is an empty class between the commas of '0,'"),
+    "empty class": (["--classes", "0,"], "there is an empty class in '0,'; give ids or names"),
     "unknown class": (["--classes", "kangaroo"], "class 'kangaroo' is unknown"),
     "no steps": (["--steps", "0"], "--steps is 0; give an integer >= 1"),
     "too many steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),

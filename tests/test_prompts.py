@@ -37,15 +37,6 @@ from tests.tiny_pipelines import PIPELINES, make_pipeline
 SMALL = ("--height", 16, "--width", 16, "--steps", 6, "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def flux_dir(tmp_path_factory):
-    """A small FLUX.1 with text encoders, as ``save_pretrained`` writes it."""
-    pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("pipeline") / "tiny-flux"
-    make_pipeline("FluxPipeline").save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def index_dir(tmp_path):
     """The index of a pipeline that draws from prompts, and nothing else of it."""

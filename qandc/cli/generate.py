@@ -57,7 +57,7 @@ def parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:
     labels = []
     for part in (part.strip() for part in text.split(",")):
         if not part:
-            raise ConfigError(f"there is an empty class between the commas of {text!r}; give ids or names")
+            raise ConfigError(f"there is an empty class in {text!r}; give ids or names, comma-separated")
         if part.lower() in by_name:
             label = by_name[part.lower()]
         else:
@@ -105,7 +105,6 @@ def generate(
     from qandc.experiments.prompts import EXAMPLES
     from qandc.method.saved import Preset, fashion_dit_preset, shipped_likeness, shipped_settings
     from qandc.quantizer import QuantConfig
-    from qandc.sampling.loop import check_sampling, make_scheduler
     from qandc.sampling.pipelines import check_full_precision, class_names, embedded_name
 
     arguments.check_value("--seed", arguments.Seed, seed)
@@ -162,11 +161,8 @@ def generate(
     check_full_precision(pipe, model)
     names = class_names(pipe)
     labels = parse_classes(classes, names)
-    noise_schedule = make_scheduler(scheduler, pipe.scheduler.config)
-    check_sampling(pipe.transformer, noise_schedule, labels, steps, guidance_scale)
-    if preset is not None:
-        preset.check(pipe.transformer, noise_schedule, steps, guidance_scale)
     drawn = GenerateConfig(labels, steps, guidance_scale, scheduler, config, cache, seed, preset, chosen["smoothing"])
+    drawn.check(pipe)
 
     result = Comparison()
     caption = f"{scheduler.upper()} {steps} steps, guidance {guidance_scale:g}, seed {seed}"

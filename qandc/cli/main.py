@@ -13,15 +13,14 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from qandc.cli.calibrate import calibrate
+from qandc.cli.demo import demo
 from qandc.cli.evaluate import evaluate
 from qandc.cli.generate import generate
 from qandc.cli.scale import ablate, sample
-from qandc.cli.terminal import err, out
-from qandc.errors import QandCError
+from qandc.cli.terminal import err, out, said_of_error
 
-logger = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantized and cached diffusion transformers.")
-for command in (generate, calibrate, sample, ablate, evaluate):
+for command in (generate, calibrate, sample, ablate, evaluate, demo):
     app.command()(command)
 
 
@@ -89,15 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         status = app(args=arguments, prog_name="qandc", standalone_mode=False)
     except TyperException as error:
         message = error.format_message()
-    except QandCError as error:
-        message = str(error)
-    except OSError as error:  # a name that no file can have, a file that may not be read
-        logger.debug("the operating system refused", exc_info=True)
-        named = "a file" if error.filename is None else repr(error.filename)
-        message = f"{named} cannot be used ({error.strerror or error}); give another path, or mend it"
     except Exception as error:
-        logger.debug("unexpected error", exc_info=True)
-        message = f"{type(error).__name__}: {error} (qandc --verbose shows where)"
+        message = said_of_error(error)
     else:
         if status == 130:
             err.print("interrupted")

@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # they load what no other command needs
     from qandc.quantization.conversion import QuantizationReport
 
 __all__ = [
+    "COMPARED",
     "check_output",
+    "comparison_rows",
     "err",
     "open_pipeline",
     "out",
@@ -38,11 +40,15 @@ __all__ = [
     "print_settings",
     "progress_bars",
     "quiet_diffusers",
+    "said_of_error",
+    "said_of_layers",
     "stage_bars",
 ]
 
+logger = logging.getLogger(__name__)
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
+COMPARED = ("", "s / image", "speed", "transformer", "PSNR to FP")
 
 
 def progress_bars() -> Progress:
@@ -86,6 +92,20 @@ def open_pipeline(model: str | None, device: str, dtype: str, text: bool = False
         err.print(f"loading {model}", soft_wrap=True)
     with status:
         return load_pipeline(model, where, torch_dtype), where, torch_dtype
+
+
+def said_of_error(error: Exception) -> str:
+    """Say what an error is, and what to do; the traceback of one that is not ours is logged."""
+    if isinstance(error, QandCError):
+        message = str(error)
+    elif isinstance(error, OSError):  # a name that no file can have, a file that may not be read
+        logger.debug("the operating system refused", exc_info=error)
+        named = "a file" if error.filename is None else repr(error.filename)
+        message = f"{named} cannot be used ({error.strerror or error}); give another path, or mend it"
+    else:
+        logger.debug("unexpected error", exc_info=error)
+        message = f"{type(error).__name__}: {error} (qandc --verbose shows where)"
+    return message
 
 
 def check_output(path: Path, suffix: str) -> None:
@@ -132,18 +152,11 @@ def print_comparison(
         many: the likeness of more images, measured before.
         plan: what optimize did.
     """
-    assert result.report is not None
-    full, quantized = result.rows
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("", "s / image", "speed", "transformer", "PSNR to FP"):
+    for header in COMPARED:
         table.add_column(header, justify="left" if not header else "right")
-    quality = f"{result.psnr.mean():.1f} dB (worst {result.psnr.min():.1f})"
-    for row, name, speed, decibel in (
-        (full, f"{full.name} ({dtype})", 1.0, ""),
-        (quantized, quantized.name, result.speed_ratio, quality),
-    ):
-        memory = size_text(row.transformer_bytes)
-        table.add_row(name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", memory, decibel)
+    for cells in comparison_rows(result, dtype):
+        table.add_row(*cells)
     out.print(table)
     for row in result.rows:
         if row.right is not None:
@@ -155,13 +168,30 @@ def print_comparison(
     if plan is not None:
         out.print(plan, soft_wrap=True)
         return
-    layers = result.report.quantized
-    before, after = result.report.quantized_bytes
-    out.print(
-        f"{len(layers)} layers quantized ({layers[0].scheme}), their weights {before / 1e6:.1f} -> "
-        f"{after / 1e6:.1f} MB\n"
+    out.print("\n".join(said_of_layers(result)), soft_wrap=True)
+
+
+def comparison_rows(result: Comparison, dtype: str) -> list[tuple[str, ...]]:
+    """Return the rows of a comparison as text, in the columns ``COMPARED``."""
+    full, quantized = result.rows
+    quality = f"{result.psnr.mean():.1f} dB (worst {result.psnr.min():.1f})"
+    return [
+        (name, f"{row.seconds_per_image:.3f}", f"{speed:.2f}x", size_text(row.transformer_bytes), decibel)
+        for row, name, speed, decibel in (
+            (full, f"{full.name} ({dtype})", 1.0, ""),
+            (quantized, quantized.name, result.speed_ratio, quality),
+        )
+    ]
+
+
+def said_of_layers(result: Comparison) -> tuple[str, str]:
+    """Say in two lines what became of the layers, and which kernel runs them."""
+    assert result.report is not None
+    layers, (before, after) = result.report.quantized, result.report.quantized_bytes
+    weights = f"their weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
+    return (
+        f"{len(layers)} layers quantized ({layers[0].scheme}), {weights}",
         f"kernel: {layers[0].kernel} ({layers[0].reason})",
-        soft_wrap=True,
     )
 
 

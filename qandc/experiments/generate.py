@@ -19,7 +19,7 @@ from qandc.method.saved import Preset
 from qandc.quantization.conversion import QuantizationReport, quantization_report, quantize_model
 from qandc.quantization.observe import smoothing_factors
 from qandc.quantizer import QuantConfig
-from qandc.sampling.loop import decode_latents, make_scheduler, sample_latents, set_timesteps
+from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents, set_timesteps
 from qandc.support.attach import paused
 from qandc.support.results import result_header
 from qandc.variance_compensation import Compensation
@@ -55,6 +55,18 @@ class GenerateConfig:
     """Calibrated settings that ``config`` and ``cache`` are of; they add smoothing, ranges, weights, compensations."""
     smoothing: bool = True
     """Move outliers from activations to weights; with a preset, whether that does."""
+
+    def check(self, pipe: Any) -> None:
+        """Refuse, before any work, what a pipeline cannot draw so.
+
+        Raises:
+            ConfigError, ModelError: as :func:`qandc.sample_latents`; or the cache, or the preset, is for another run.
+        """
+        scheduler = make_scheduler(self.scheduler, pipe.scheduler.config)
+        check_sampling(pipe.transformer, scheduler, self.conditions, self.num_inference_steps, self.guidance_scale)
+        if self.preset is not None:
+            self.preset.check(pipe.transformer, scheduler, self.num_inference_steps, self.guidance_scale)
+        self.cache.check_run(set_timesteps(scheduler, self.num_inference_steps))
 
     def described(self) -> dict[str, Any]:
         """Return what a record holds of it."""
@@ -175,10 +187,9 @@ def generate(
         progress: called as ``progress(row name, images denoised by one step)``.
 
     Raises:
-        ConfigError: before any work, the cache has a schedule for another run; or as :func:`qandc.sample_latents`.
+        ConfigError, ModelError: before any work, as :meth:`GenerateConfig.check`.
     """
-    scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
-    settings.cache.check_run(set_timesteps(scheduler, settings.num_inference_steps))
+    settings.check(pipe)
     full = ModelImages("FP", module_bytes(pipe.transformer))
     result.rows.append(full)
     _sample(pipe, settings, full, lambda done: progress(full.name, done))

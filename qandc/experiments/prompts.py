@@ -14,7 +14,7 @@ from qandc.caching.schedule import CacheConfig
 from qandc.evaluation.judge import Judge, score_scenes
 from qandc.evaluation.scenes import Garment, Scene
 from qandc.experiments.generate import Comparison, ModelImages, module_bytes, name_of
-from qandc.optimize import OptimizationPlan, optimize, parts_of
+from qandc.optimize import OptimizationPlan, optimize, parts_of, restore
 from qandc.quantizer import QuantConfig
 from qandc.sampling.pipelines import embedded_name
 from qandc.sampling.prompts import draw_prompt
@@ -97,6 +97,8 @@ def compare_prompts(
     settings: PromptsConfig,
     result: Comparison,
     progress: Callable[[str, int], None] = lambda row, number: None,
+    *,
+    restored: bool = False,
 ) -> OptimizationPlan:
     """Draw all prompts with ``pipe``, optimize it in place, and draw them again from the same noise.
 
@@ -105,6 +107,7 @@ def compare_prompts(
     Args:
         result: receives rows and images as they are finished, so that an interrupted run keeps them.
         progress: called as ``progress(row name, number of the image)`` before each.
+        restored: make the pipeline again what it was.
     """
     names = parts_of(pipe)
 
@@ -121,12 +124,16 @@ def compare_prompts(
 
     draw("FP")
     if settings.calibrated is not None:
-        plan = optimize(pipe, calibrated=settings.calibrated, cache=None, restorable=False)
+        plan = optimize(pipe, calibrated=settings.calibrated, cache=None, restorable=restored)
     else:
-        plan = optimize(pipe, settings.config.w_bits, settings.config.a_bits, settings.cache, restorable=False)
+        plan = optimize(pipe, settings.config.w_bits, settings.config.a_bits, settings.cache, restorable=restored)
     part = plan.transformers[0]
     result.report = part.layers
-    draw(name_of(part.layers.quantized[0].scheme.partition(" ")[0], part.cache))
+    try:
+        draw(name_of(part.layers.quantized[0].scheme.partition(" ")[0], part.cache))
+    finally:
+        if restored:
+            restore(pipe)
     captions = tuple(scene.caption for scene in EXAMPLES)
     if settings.prompts == captions and embedded_name(pipe.name_or_path) == "wardrobe":
         judge = Judge.load()
