@@ -139,7 +139,7 @@ def test_timesteps_that_differ_in_their_fraction_are_told_apart():
 
 def test_a_schedule_next_to_its_timesteps():
     assert format_schedule((True, False, True), (981, 961, 941)) == "981* 961 941*"
-    assert format_schedule((True, False, True), (981.0, 0.5, 0.25)) == "981* 0.5 0.25*"
+    assert format_schedule((True, False, True), (981.0, 0.5, 0.9642857)) == "981* 0.5 0.964*"
     assert format_schedule((True, False)) == "0* 1"
     with pytest.raises(ConfigError, match="2 steps of a schedule"):
         format_schedule((True, False), (1,))

@@ -16,6 +16,7 @@ import torch
 import typer
 
 from qandc import CacheConfig, Preset, QuantConfig, calibrate_on_prompts, load_pipeline, optimize, restore
+from qandc.cli.terminal import stage_bars
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.scenes import SIZE, draw_scenes
 from qandc.method.saved import LIKENESS, shipped_settings
@@ -37,20 +38,21 @@ def main(
     steps: int = 28,
     cache_mode: str = "taylor",
     cache_interval: int = 3,
+    compensation: Annotated[str | None, typer.Option(help="features, samples or none; default: features.")] = None,
     gptq: Annotated[bool, typer.Option(help="Round the weights of 4 bits with GPTQ, and keep them: 3.5 MB.")] = False,
     device: str = "cuda",
 ) -> None:
     """Calibrate, save, draw in full precision and with the settings."""
     run: dict[str, Any] = {"height": SIZE, "width": SIZE, "num_inference_steps": steps}
     captions = [scene.caption for scene in draw_scenes(pool_images, CALIBRATION)]
-    cache = CacheConfig(cache_mode, interval=cache_interval)
+    found_with: dict[str, Any] = {"pool_images": pool_images, "samples": samples, "compensation": compensation}
+    found_with["cache"] = CacheConfig(cache_mode, interval=cache_interval)
     for bits in (8, 4):
         pipe = load_pipeline(model, device)
         pipe.set_progress_bar_config(disable=True)
         keep = gptq and bits == 4
-        found = calibrate_on_prompts(
-            pipe, captions, w_bits=bits, cache=cache, pool_images=pool_images, samples=samples, gptq=keep, **run
-        )
+        with stage_bars() as show:
+            found = calibrate_on_prompts(pipe, captions, w_bits=bits, gptq=keep, progress=show, **found_with, **run)
         Preset.of(
             found.model,
             QuantConfig(bits, 8, weight_clip="mse" if keep else "max"),
@@ -83,6 +85,7 @@ def main(
         restore(pipe)
         likeness[f"w{bits}a8"] = {"images": images, "psnr_mean": float(found.mean()), "psnr_min": float(found.min())}
     write_json(out / LIKENESS, likeness)
+    typer.echo(f"wrote {out}: {likeness}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def format_schedule(schedule: Sequence[bool], timesteps: Sequence[float] | None 
     names = range(len(schedule)) if timesteps is None else timesteps
     if len(names) != len(schedule):
         raise ConfigError(f"{len(schedule)} steps of a schedule cannot be printed next to {len(names)} timesteps")
-    return " ".join(f"{name:g}{'*' * computed}" for name, computed in zip(names, schedule, strict=True))
+    steps = zip(names, schedule, strict=True)
+    return " ".join(f"{round(float(name), 3):g}{'*' * computed}" for name, computed in steps)
 
 
 @dataclass(frozen=True)
