@@ -64,6 +64,7 @@ IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = (
     ("delta", "branch", "taylor"),
 )
 IMAGES_FUSED = "W8A8 + W8A16, fused, graph()"
+FUSED_BLOCKS = f"QuantLinear {IMAGES_FUSED}"
 PIPELINE_EAGER, PIPELINE_COMPILED = "diffusers bf16, eager", "bf16 compiled, a graph per step"
 FULL_METHOD = "fused W8A8 + branch cache + VC"
 DROP_IN, INT8DQ = "QuantLinear W8A8, compiled", "torchao int8dq, compiled"
@@ -222,7 +223,7 @@ def products_goals(rows: list[Row]) -> Iterator[Row]:
 
 
 def models_goals(rows: list[Row]) -> Iterator[Row]:
-    """Speed of drop-in layers as called, over that of bf16 and fp8 run the same way."""
+    """Speed of drop-in layers as called, over that of bf16 and fp8 run the same way; that of fused blocks, and ms."""
     compiled = {
         "PixArt-Sigma": (1.1, 1.2),
         "SD3.5-large": (1.2, 1.4),
@@ -231,13 +232,19 @@ def models_goals(rows: list[Row]) -> Iterator[Row]:
     }
     cases = [(layer, "QuantLinear W8A8", "bf16 eager", 1.0, 1.15) for layer in compiled]
     cases += [(layer, "QuantLinear W8A8, compiled", "bf16 compiled", *bounds) for layer, bounds in compiled.items()]
+    fused = {"SD3.5-large": (1.45, 1.65), "Qwen-Image": (1.6, 1.8), "FLUX.1-dev": (1.6, 1.8)}
+    cases += [(layer, FUSED_BLOCKS, "bf16 compiled", *bounds) for layer, bounds in fused.items()]
     cases.append(("FLUX.1-dev", "QuantLinear W8A8, compiled", "torchao fp8 rowwise, compiled", 1.0, 1.1))
+    cases.append(("FLUX.1-dev", FUSED_BLOCKS, "torchao fp8 rowwise, compiled", 1.15))
     tokens = {row["layer"]: row["m"] for row in rows}
     for layer, ours, theirs, *bounds in cases:
         key = "models", layer, tokens.get(layer, 0)
         by_turns = find(rows, *key, ours, "rival") == theirs
         first = find(rows, *key, ours, "rival_median_us") if by_turns else median(rows, *key, theirs)
         yield _goal(f"{layer}_{_words(ours)}_over_{_words(theirs)}", ratio(first, median(rows, *key, ours)), *bounds)
+    for ours, *bounds in ((FUSED_BLOCKS, 84.0, 76.0), (FUSED_BLOCKS.replace("W8", "W4"), 90.0, 80.0)):
+        time = median(rows, "models", "FLUX.1-dev", tokens.get("FLUX.1-dev", 0), ours)
+        yield _goal(f"ms_FLUX.1-dev_{_words(ours)}", None if time is None else time / 1e3, *bounds, "lower", "ms")
 
 
 def images_goals(rows: list[Row]) -> Iterator[Row]:
