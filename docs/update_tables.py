@@ -833,6 +833,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h100/ablation.json": ablation_table,
     "results/h100/ablation.json rows": ablation_rows_table,
     "results/h100/ablation.json goals": goals_table,
+    "results/h100/gptq.json goals": goals_table,
     WARDROBE: partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
     f"{WARDROBE} goals": goals_table,
     f"{WARDROBE} caches": partial(
