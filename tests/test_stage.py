@@ -6,6 +6,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -53,8 +54,8 @@ def plain_loop(processes=1):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         for rank in range(processes):
-            seed = (SEED * processes + rank) << 40 | sum(b"toy") << 24 | step
-            (loss(model, *draw(torch.Generator().manual_seed(seed))) / processes).backward()
+            seed = np.random.SeedSequence((SEED, sum(b"toy"), rank, step)).generate_state(1)[0]
+            (loss(model, *draw(torch.Generator().manual_seed(int(seed)))) / processes).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(DECAY, (2 + step) / (11 + step))

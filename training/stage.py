@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -159,7 +160,7 @@ class Stage:
     def run(self) -> nn.Module:
         """Train to the end and return the averaged model."""
         self.resume()
-        seed = (int(self.settings["seed"]) * self.world + self.rank) << 40 | sum(self.name.encode()) << 24
+        stream = (int(self.settings["seed"]), sum(self.name.encode()), self.rank)
         generator = torch.Generator(self.device)
         warmup = min(500, self.steps // 10 + 1)
         started = saved = time.monotonic()
@@ -172,7 +173,8 @@ class Stage:
                 )
                 for group in self.optimizer.param_groups:
                     group["lr"].fill_(rate)
-                generator.manual_seed(seed | self.step)
+                # a CPU's generator takes 32 bits
+                generator.manual_seed(int(np.random.SeedSequence((*stream, self.step)).generate_state(1)[0]))
                 self.train_step(self.draw(generator))
                 self.step += 1
                 self.update_ema()

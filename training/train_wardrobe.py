@@ -163,8 +163,8 @@ def train_transformer(
     @torch.no_grad()
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         device, batch, length = source.device, settings.batch, TEXT_LENGTH
-        step = generator.initial_seed() % 2**24  # the same in all processes, which wait for each other
-        if random.Random(step).random() < settings.long_text:
+        # alike in all processes, which wait for each other
+        if random.Random(stage.step).random() < settings.long_text:
             batch, length = max(batch // 4, 1), USUAL_TEXT_LENGTH
         pictures, words = source(generator, batch)
         with autocast(device):
