@@ -21,7 +21,8 @@ from qandc import QuantLinear, fuse
 
 MODULATED = ("to_q", "to_k", "to_v", "_proj", "net.0.proj", "proj_mlp")  # layers that are given what is modulated
 TINY = {"num_layers": 1, "num_attention_heads": 2}
-HEAD_START = 1_500_000_000  # cycles that the GPU spins while the host launches the whole forward
+HEAD_START = 100_000_000  # cycles that the GPU spins while the host launches some ops ahead of it
+AHEAD = 200  # ops; with their events fewer than the launches that a stream queues before the host has to wait
 
 
 class _Clock(TorchDispatchMode):
@@ -34,6 +35,9 @@ class _Clock(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.is_view or "empty" in func.__name__:
             return func(*args, **(kwargs or {}))
+        if DEVICE == "cuda" and len(self.spans) % AHEAD == 0:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(HEAD_START)
         begin = _now()
         result = func(*args, **(kwargs or {}))
         parts = [part for value in args for part in (value if isinstance(value, list | tuple) else [value])]
@@ -65,9 +69,6 @@ def parts(layer: str, w_bits: int, per_token: bool = False, **sizes: Any) -> tup
     arguments = inputs(layer)
     for _ in range(2):
         model(**arguments)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda._sleep(HEAD_START)
     with _Clock() as clock:
         model(**arguments)
     if DEVICE == "cpu":
