@@ -222,13 +222,14 @@ def test_commands_use_the_settings_that_come_with_it(capsys, tmp_path, presets):
         likeness = f"{measured[name]['psnr_mean']:.1f} dB (worst {measured[name]['psnr_min']:.1f})"
         assert f"PSNR of 3 other images, measured before: {likeness}" in text
         assert "judge" not in text
-    for options in (
-        ("--no-calibrated",), ("--steps", 5), ("--cache-mode", "branch"), ("--cache-interval", 2), ("--a-bits", 7),
-        ("--guidance-scale", 2),
+    for options, name in (
+        (("--no-calibrated",), "W8A8 + taylor cache 3"), (("--steps", 5), "W8A8 + taylor cache 3"),
+        (("--cache-mode", "taylor"), "W8A8 + taylor cache 3"), (("--cache-interval", 2), "W8A8 + taylor cache 2"),
+        (("--a-bits", 7), "W8A7 + taylor cache 3"), (("--guidance-scale", 2), "W8A8 + taylor cache 3"),
     ):  # fmt: skip
         status, text, _ = run(capsys, *command, *options, *(() if "--steps" in options else ("--steps", 6)))
         assert status == 0
-        assert " cache " in text
+        assert f"\n{name} " in text
         assert "measured before" not in text
     copy = tmp_path / "copy"
     Preset.load(presets / "w8a8").save(copy)

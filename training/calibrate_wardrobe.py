@@ -8,7 +8,6 @@ They are calibrated on captions of scenes, and measured on others. The weights a
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +59,7 @@ def main(
             found.compensation,
             features=found.features,
             scheduler=type(pipe.scheduler).__name__,
-            guidance_scale=inspect.signature(pipe.__call__).parameters["guidance_scale"].default,
+            guidance_scale=1,
             keep_weights=keep,
             source="wardrobe",
         ).save(out / f"w{bits}a8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +41,6 @@ from qandc.support.files import write_json, write_whole
 
 __all__ = ["generate", "parse_classes"]
 
-logger = logging.getLogger(__name__)
 DEFAULTS = {"cache_mode": "branch"}  # of classes, beside those of the fields
 CONTRADICT = "and --calibrated {!r} contradict each other; give one of them"
 OF_PROMPTS: dict[str, Any] = {"w_bits": 8, "a_bits": 8, "cache_mode": "taylor", "cache_interval": 3}
@@ -103,7 +101,7 @@ def generate(
     from qandc.experiments.generate import Comparison, GenerateConfig, quantized_name
     from qandc.experiments.generate import generate as run
     from qandc.experiments.prompts import EXAMPLES
-    from qandc.method.saved import Preset, fashion_dit_preset, shipped_likeness, shipped_settings
+    from qandc.method.saved import Preset, shipped_likeness
     from qandc.quantizer import QuantConfig
     from qandc.sampling.pipelines import check_full_precision, class_names, embedded_name
 
@@ -133,16 +131,9 @@ def generate(
         held["cache_interval"] = f"a schedule of {sum(preset.schedule.schedule)} computed steps"
         refuse({"--schedule": schedule}, CONTRADICT.format(str(calibrated)))
         model = preset.base_model(model)
+    elif not no_calibrated and (directory := shipped(model, {**given, "schedule": schedule})) is not None:
+        preset, many = Preset.load(directory), shipped_likeness(directory)
     chosen = resolve(given, held, DEFAULTS, f"in {str(calibrated)!r}")
-    plain = resolve({**dict.fromkeys(given), "w_bits": given["w_bits"]}, {}, DEFAULTS)
-    as_shipped = chosen == plain and (model, schedule, given["cache_mode"], given["cache_interval"]) == (None,) * 4
-    if preset is None and not no_calibrated and as_shipped:
-        preset = fashion_dit_preset(chosen["w_bits"])
-        many = shipped_likeness(shipped_settings("fashion-dit", chosen["w_bits"]))
-    elif preset is None and not no_calibrated:
-        logger.info(
-            "not calibrated: the settings that are shipped are for fashion-dit as it runs without other options"
-        )
     if preset is not None:
         chosen |= calibrated_options(preset)
         config, cache = preset.config, preset.schedule.config()

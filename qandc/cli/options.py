@@ -206,23 +206,21 @@ def settle_model(model: str | None, calibrated: Path | None) -> tuple[str | None
 
 
 def shipped(model: str | None, given: Given) -> Path | None:
-    """Return the settings that come with an embedded pipeline which draws from prompts, for the runs they are for.
+    """Return the directory of the settings that come with an embedded pipeline, for the runs they are for.
 
     Args:
         model: as given; other pipelines have none.
-        given: all options that say what the model becomes; one that asks for anything else leaves the settings out.
+        given: options of the run and what the model becomes; one that asks for anything else leaves them out.
     """
-    from qandc.method.saved import is_finished, schedule_of, shipped_settings
+    from qandc.method.saved import Preset, is_finished, shipped_settings
 
     name = embedded_name(model)
     if name is None:
         return None
-    asked = {option: value for option, value in given.items() if value is not None}
-    directory = shipped_settings(name, asked.pop("w_bits", 8))
-    if asked.pop("a_bits", 8) == 8 and is_finished(directory):
-        schedule = schedule_of(directory)
-        steps = None if schedule is None else len(schedule.schedule)
-        if asked.pop("num_inference_steps", steps) == steps and not asked:
+    directory = shipped_settings(name, given["w_bits"] or 8)
+    if is_finished(directory):
+        held = {**calibrated_options(Preset.load(directory)), "cache_mode": None}
+        if all(value is None or held.get(option) == value for option, value in given.items()):
             return directory
     logger.info("not calibrated: the settings that come with %s are for it as it runs without other options", name)
     return None
