@@ -13,7 +13,7 @@ from PIL import Image
 
 import qandc.method.saved
 import qandc.sampling.pipelines
-from qandc import ConfigError, Preset, load, load_pipeline, optimize, restore, wardrobe_path
+from qandc import ConfigError, ModelError, Preset, load, load_pipeline, optimize, restore, wardrobe_path
 from qandc.cli.main import main
 from qandc.evaluation.judge import Judge
 from qandc.evaluation.scenes import VOCABULARY, Garment
@@ -26,6 +26,7 @@ import diffusers
 
 from tests.test_readme import run as run_snippet
 from tests.test_readme import snippet
+from tests.tiny_models import make_tiny
 from tests.tiny_pipelines import make_pipeline
 
 RUN = ("--steps", 6, "--device", "cpu")
@@ -202,6 +203,10 @@ def test_settings_quantize_the_pipeline_s_own_weights(presets, wardrobe):
             assert torch.equal(layer.smoothing, layers[name].smoothing)
         preset = Preset.load(directory)
         assert preset.model == "wardrobe"
+        with pytest.raises(ModelError, match="were made for num_single_layers 2, this one has 1 "):
+            preset.quantize(make_tiny("FluxTransformer2DModel", num_single_layers=1))
+        with pytest.raises(ModelError, match="ZImageTransformer2DModel has no num_layers"):
+            preset.quantize(make_tiny("ZImageTransformer2DModel"))
         qandc.apply_cache(other.transformer, config=preset.schedule.config(), compensation=preset.features)
         torch.testing.assert_close(images(other, prompts), found, atol=1e-3, rtol=0)
         restore(pipe)

@@ -83,6 +83,7 @@ MODEL_FILES = (CONFIG, WEIGHTS)
 READ_INSTEAD = (f"{WEIGHTS}.index.json", "diffusion_pytorch_model.bin")  # what diffusers would read, were they there
 OLDER = ("preset.json", "quantized.json")
 STRUCTURE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size")
+SINGLE = "num_single_layers"  # of the structure of models with blocks of two kinds
 WEIGHT_BUFFERS = ("qweight", "weight_scale", "weight_sum")
 KEPT = (*WEIGHT_BUFFERS, *OPTIONAL_BUFFERS)
 
@@ -199,7 +200,7 @@ class Preset:
         if self.features is not None:
             self.features.check(self.schedule.config())
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
-        if self.structure.keys() != set(STRUCTURE):
+        if self.structure.keys() - {SINGLE} != set(STRUCTURE):
             raise ConfigError(f"structure has {sorted(self.structure)}; it must have {', '.join(STRUCTURE)}")
         strangers = [name for name in self.layers if name.rpartition(".")[2] not in KEPT]
         if strangers:
@@ -318,10 +319,11 @@ class Preset:
 
     def _check_structure(self, model: Any) -> None:
         for name, number in _structure(model).items():
-            if number != self.structure[name]:
+            ours = self.structure.get(name)
+            if number != ours:
                 raise ModelError(
-                    f"these settings are of another model: they were made for {name} {self.structure[name]}, this one "
-                    f"has {number} (give the model they were made for, or calibrate this one)"
+                    f"these settings are of another model: they were made for {name} {ours}, this one has {number} "
+                    "(give the model they were made for, or calibrate this one)"
                 )
 
     @checked
@@ -429,9 +431,13 @@ class Preset:
 
 def _structure(model: Any) -> dict[str, int | None]:
     config = getattr(model, "config", None)
-    if not all(hasattr(config, name) for name in STRUCTURE):
-        raise ModelError(f"settings are for diffusers' DiTTransformer2DModel; got {type(model).__name__}")
-    return {name: getattr(config, name) for name in STRUCTURE}
+    missing = [name for name in STRUCTURE if not hasattr(config, name)]
+    if missing:
+        raise ModelError(
+            f"settings without a model are for those whose config has {', '.join(STRUCTURE)}; {type(model).__name__} "
+            f"has no {missing[0]} (qandc.save writes any model)"
+        )
+    return {name: getattr(config, name) for name in (*STRUCTURE, SINGLE) if hasattr(config, name)}
 
 
 @dataclass(frozen=True)
