@@ -78,6 +78,18 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def test_without_weights_commands_tell_how_to_make_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(qandc.sampling.pipelines, "ASSETS", tmp_path)
+    with pytest.raises(
+        ModelError, match=r"^wardrobe is not trained yet: python training/train_wardrobe.py --out qandc/assets"
+    ):
+        load_pipeline(wardrobe_path())
+    status, _, err = run(capsys, "generate", "--model", "wardrobe", *RUN, "-o", tmp_path / "x.png")
+    assert status == 2
+    assert err.startswith("qandc: error: wardrobe is not trained yet")
+    assert len(err.splitlines()) == 1
+
+
 def test_it_is_loaded_by_its_name(wardrobe, tmp_path, monkeypatch):
     assert wardrobe_path() == wardrobe
     (tmp_path / "wardrobe").mkdir()
