@@ -16,6 +16,7 @@ from qandc import CacheConfig, CalibratedSchedule, ConfigError, QuantConfig, loa
 from qandc.cli.demo import Studio, report, sheet
 from qandc.cli.main import main
 from qandc.experiments.generate import Comparison, GenerateConfig, generate
+from qandc.quantization.conversion import quant_layers
 from tests.conftest import in_time
 
 CLASSES = (["3", "1"], "W4A8", "delta", 2, 5, 7)
@@ -71,7 +72,8 @@ def test_prompts_are_compared_with_calibrated_settings(flux_dir, tmp_path):
     plain = compared(page, PROMPT)
     timesteps = tuple((page.pipe.scheduler.timesteps / 1000).tolist())
     schedule = CalibratedSchedule((True, True, False, False, True, False), timesteps, "taylor", 1)
-    save(quantize_model(load_pipeline(flux_dir).transformer, 4), tmp_path / "w4a8", schedule=schedule)
+    model = quantize_model(load_pipeline(flux_dir).transformer, 4, skip_patterns=["norm", "ff"])
+    save(model, tmp_path / "w4a8", schedule=schedule)
     page.settings = {"W4A8": tmp_path / "w4a8"}
     values = ("a red coat", "W4A8", "calibrated", None, 6, 7)
     full, quantized, cache, seen = compared(page, values)
@@ -79,6 +81,8 @@ def test_prompts_are_compared_with_calibrated_settings(flux_dir, tmp_path):
     assert seen[-1] == ("W4A8 + taylor, 3 steps", 6)
     assert torch.equal(full, plain[0])
     assert not torch.equal(quantized, full)
+    layers = page.compare(lambda *progress: None, *values)[0].report.quantized
+    assert [row.name for row in layers] == list(quant_layers(model))
     with pytest.raises(ConfigError, match="schedule has 6 steps and the run 5"):
         compared(page, (*values[:4], 5, 7))
     with pytest.raises(ConfigError, match="what comes with tiny-flux is for W4A8; for W8A8 choose another cache"):
