@@ -130,9 +130,11 @@ class TextToImage(nn.Module):
         """Map latents ``[N, C, 16, 16]``, noise levels ``[N]`` and T5's tokens ``[N, L]`` to ``[N, 64, 4 C]``."""
         start = torch.full_like(words[:, :1], self.clip.config.bos_token_id)
         pooled = self.clip(torch.cat([start, words[:, : TEXT_LENGTH - 1]], 1)).pooler_output
+        # without one, transformers makes one in a capture only, for which compiled blocks would be compiled anew
+        unmasked = torch.zeros(1, 1, words.shape[1], words.shape[1], device=words.device)
         return self.transformer(
             hidden_states=pack(latents),
-            encoder_hidden_states=self.t5(words)[0],
+            encoder_hidden_states=self.t5(words, attention_mask=unmasked)[0],
             pooled_projections=pooled,
             timestep=sigma,
             img_ids=self.img_ids,
@@ -189,7 +191,8 @@ def train_transformer(
         return F.mse_loss(velocity.float(), pack(noise - latents))
 
     if compile_model:
-        for block in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks):
+        transformer, reader = pipe.transformer, pipe.text_encoder_2.encoder
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *reader.block):
             block.compile(dynamic=False)
     stage = Stage(
         "transformer", model, draw, loss, asdict(settings), work, steps=settings.steps, ema_decay=settings.ema,

@@ -228,11 +228,8 @@ def demo(
     studio = Studio(model, device, dtype, height=height, width=width)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as pictures:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": pictures}  # read by its import
-        import gradio as gr
-
-        look = {"theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), "css": CSS}
         own = {"share": False, "ssr_mode": False, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
-        _, url, _ = make_page(studio).launch(server_name=host, server_port=port, **look, **own)
+        _, url, _ = make_page(studio).launch(server_name=host, server_port=port, css=CSS, **own)
         out.print(f"{url}\nCtrl-C ends it", soft_wrap=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
