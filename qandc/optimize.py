@@ -349,16 +349,14 @@ def _held(where: str, found: CalibratedModel) -> str:
 
 def _loaded(calibrated: str | Path | CalibratedModel, name: str, model: Any) -> CalibratedModel:
     """Load the calibrated model that takes the place of a transformer, if it is not at hand."""
-    found = calibrated
-    if not isinstance(found, CalibratedModel):
-        found = load(found, device=model.device, dtype=model.dtype, base=model)
-    if original_class(found.model) is not original_class(model):
-        where = "calibrated" if found is calibrated else repr(str(calibrated))
+    if not isinstance(calibrated, CalibratedModel):
+        return load(calibrated, device=model.device, dtype=model.dtype, base=model)
+    if original_class(calibrated.model) is not original_class(model):
         raise ModelError(
-            f"{where} holds a {original_class(found.model).__name__}, and pipe.{name} is a "
+            f"calibrated holds a {original_class(calibrated.model).__name__}, and pipe.{name} is a "
             f"{original_class(model).__name__}; give the model that was calibrated for this pipeline"
         )
-    return found
+    return calibrated
 
 
 def _no_cache(model: nn.Module) -> str:

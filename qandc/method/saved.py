@@ -526,14 +526,15 @@ def load(
         device: where the model goes.
         dtype: float16, bfloat16 or float32 for all that is not quantized, by default as saved. Scales stay float32.
         base: the full-precision model that settings without a model quantize in place; by default that of the pipeline
-            that they name, which is loaded.
+            that they name, which is loaded. A model that is saved whole only has to be of the same class.
 
     Returns:
         The model, which computes bit for bit what the saved one does, with schedule, compensations and step ranges.
 
     Raises:
         ConfigError: no calibrated model, of another version, a file missing, truncated or changed, or another dtype.
-        ModelError: the diffusers that is installed builds another model from its config, or accelerate is missing.
+        ModelError: the diffusers that is installed builds another model from its config, accelerate is missing, or
+            ``base`` is another model.
         DeviceError: the device is not here.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
@@ -548,6 +549,11 @@ def load(
         model = preset.quantize(base)
     else:
         model = _load_model(directory / found.model_prefix, dtype or DTYPES[str(found.manifest.dtype)])
+        if base is not None and original_class(model) is not original_class(base):
+            raise ModelError(
+                f"{str(directory)!r} holds a {original_class(model).__name__}, and the model that it is for is a "
+                f"{original_class(base).__name__}; give what was calibrated for that"
+            )
         nn.Module.to(model, device=target)  # that of diffusers warns of layers it does not name
     steps = found.tensors("steps.")
     scales, zero_points = (

@@ -172,7 +172,7 @@ class QuantLinear(nn.Module):
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         module.original_bytes = weight.numel() * linear.weight.element_size()
-        return module.to(home).train(linear.training)
+        return (module if weight.device == home else module.to(home)).train(linear.training)
 
     @property
     def weight_only(self) -> bool:
