@@ -187,6 +187,8 @@ class Served:
             [sys.executable, "-m", "qandc", "demo", "--device", "cpu", *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
+            # a shell's background jobs, of which this may be one, ignore Ctrl-C and so do their children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         with in_time(60):
             self.url = self.process.stdout.readline().strip()
