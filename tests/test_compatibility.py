@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 import diffusers.models.modeling_utils
 import pytest
 import torch
+import torch._dynamo.testing
 
 from qandc import (
     ModelError,
