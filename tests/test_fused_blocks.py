@@ -175,7 +175,7 @@ def test_scales_per_token_behind_modulation(fused_anywhere, ran, name, w_bits, s
 
 
 def test_streams_of_one_row_lie_in_one_tensor(fused_anywhere, ran, monkeypatch):
-    """What joins text and image before a block of one sequence is the block before it, not a copy."""
+    """Count no copy before a block of one sequence: the block before it has put text and image side by side."""
     model, joined, original = fuse(make_quantized()), [], torch.cat
     with torch.no_grad():
         model(**given(rows=1))

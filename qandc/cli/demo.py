@@ -23,8 +23,8 @@ import typer
 from PIL import Image
 
 from qandc.caching.schedule import MODES, CacheConfig, cache_of
-from qandc.cli.generate import DEFAULTS, OF_PROMPTS, parse_classes
-from qandc.cli.options import Device, Dtype, Model, draws_from_prompts
+from qandc.cli.generate import DEFAULTS, parse_classes
+from qandc.cli.options import OF_PROMPTS, Device, Dtype, Model, draws_from_prompts
 from qandc.cli.terminal import COMPARED, comparison_rows, open_pipeline, out, said_of_error, said_of_layers
 from qandc.errors import ConfigError, ModelError
 from qandc.quantizer import QuantConfig

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qandc.cli.options import (
+    OF_PROMPTS,
     Calibrated,
     Device,
     Dtype,
@@ -43,7 +44,6 @@ __all__ = ["generate", "parse_classes"]
 
 DEFAULTS = {"cache_mode": "branch"}  # of classes, beside those of the fields
 CONTRADICT = "and --calibrated {!r} contradict each other; give one of them"
-OF_PROMPTS: dict[str, Any] = {"w_bits": 8, "a_bits": 8, "cache_mode": "taylor", "cache_interval": 3}
 
 
 def parse_classes(text: str | None, names: dict[int, str]) -> tuple[int, ...]:

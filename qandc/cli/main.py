@@ -43,8 +43,9 @@ def info() -> None:
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         name = torch.cuda.get_device_name(device)
         table.add_row(str(device), f"{name}, sm_{major}{minor}, {memory:.0f} GiB")
-    for name in EMBEDDED:
-        table.add_row("embedded model", str(ASSETS / name))
+    for path in (ASSETS / name for name in EMBEDDED):
+        if path.is_dir():  # trained
+            table.add_row("embedded model", str(path))
     out.print(table)
     out.print()
     kernels = Table("op", "device", "runs on", "why", box=None, pad_edge=False)

@@ -22,6 +22,7 @@ from qandc.sampling.prompts import check_prompts
 from qandc.support.arguments import Count, check_value
 
 __all__ = [
+    "OF_PROMPTS",
     "BatchSize",
     "Calibrated",
     "Device",
@@ -80,6 +81,8 @@ TEXT: dict[str, Any] = {
     "width": Annotated[int | None, typer.Option(help="As --height.")],
     "negative_prompt": Annotated[str | None, typer.Option(help="What not to draw, if the model takes it.")],
 }
+# what a model that draws from prompts becomes if nobody says
+OF_PROMPTS: dict[str, Any] = {"w_bits": 8, "a_bits": 8, "cache_mode": "taylor", "cache_interval": 3}
 FIELDS = {field.name: field for field in fields(CalibrationConfig) if "help" in field.metadata}
 HINTS = typing.get_type_hints(CalibrationConfig, include_extras=True)
 

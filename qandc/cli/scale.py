@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qandc.cli.options import (
+    OF_PROMPTS,
     BatchSize,
     Calibrated,
     Device,
@@ -45,14 +46,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "feature_images": 40,
     },
 }  # fmt: skip
-OF_PROMPTS: dict[str, Any] = {
-    "w_bits": 8,
-    "a_bits": 8,
-    "cache_mode": "taylor",
-    "cache_interval": 3,
-    "pool_images": 16,
-    "samples": 128,
-}
+ABLATED: dict[str, Any] = {**OF_PROMPTS, "pool_images": 16, "samples": 128}  # of prompts
 
 
 def _of_sizes(name: str) -> str:
@@ -257,13 +251,13 @@ def ablate(
     if kind is None:
         defaults, texts = SIZES[size], []
     else:
-        others = {"--size": size != "small", **flags_of(given, leave_out=(*OF_PROMPTS, "guidance_scale"))}
+        others = {"--size": size != "small", **flags_of(given, leave_out=(*ABLATED, "guidance_scale"))}
         texts = read_prompts(text, kind, others)
-        defaults = {**OF_PROMPTS, "images": len(texts)}
+        defaults = {**ABLATED, "images": len(texts)}
     chosen = resolve({"model": model, "steps": steps, "images": images, **given}, held, defaults)
     model, steps, images = (chosen.pop(name) for name in ("model", "steps", "images"))
     if kind is not None:
-        chosen = {name: chosen[name] for name in OF_PROMPTS} | {"clusters": 1}  # there follow from the samples
+        chosen = {name: chosen[name] for name in ABLATED} | {"clusters": 1}  # there follow from the samples
     try:
         counts = [int(part) for part in steps.split(",")] if steps else []
     except ValueError:
@@ -271,7 +265,7 @@ def ablate(
 
     def experiment(number: int, **of_prompts: Any) -> ExperimentConfig:
         if kind is not None and given["samples"] is None:  # as many as there are, of short runs
-            chosen["samples"] = min(OF_PROMPTS["samples"], chosen["pool_images"] * number)
+            chosen["samples"] = min(ABLATED["samples"], chosen["pool_images"] * number)
         base = CalibrationConfig(num_inference_steps=number, uniform=True, **chosen)
         return ExperimentConfig(images, base, seed, batch_size, tuple(texts), **of_prompts)
 

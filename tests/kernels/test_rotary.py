@@ -89,7 +89,7 @@ def test_any_strides(kernel_device, seeded):
 
 
 def test_tables_of_pairs(kernel_device, seeded):
-    """As complex numbers hold them, cosine and sine in turn: one angle for two values."""
+    """Make rotary tables as a complex tensor holds them, cosine and sine in turn: one angle for two values."""
     qkv, q_weight, k_weight, cos, sin = make((2, 6, 3, 24), seeded, device=kernel_device)
     cos, sin = cos[:, :12], sin[:, :12]
     pairs = torch.view_as_real(torch.complex(cos, sin)).unbind(-1)
