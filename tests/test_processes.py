@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +70,25 @@ def test_a_handler_that_python_cannot_put_back_stays(handler, caplog, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
         assert not told_to_end()
     assert "not installed by Python" in caplog.text
+
+
+LEAVE_A_GROUP = """
+import sys
+from pathlib import Path
+from qandc.experiments.processes import Processes
+with Processes.joined() as processes:
+    processes.barrier("this")
+    import torch._dynamo  # as torch.compile does, and an optimizer
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+sys.exit(f"still running: {names}" if any("gloo" in name for name in names) else 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """Leave no thread that takes the interpreter's lock while it ends: that aborts the process after its work."""
+    script = tmp_path / "script.py"
+    script.write_text(LEAVE_A_GROUP)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

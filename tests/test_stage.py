@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from pathlib import Path
 
@@ -108,9 +109,12 @@ def test_a_finished_stage_is_loaded_and_other_settings_are_refused(tmp_path):
 
 
 def train_in_process(rank, work):
+    importlib.import_module("stage")  # before there is a group, as the scripts do
     dist.init_process_group("gloo", f"file://{work}/meeting", rank=rank, world_size=2)
     torch.save(make_stage(work).run().state_dict(), work / f"{rank}.pt")
     dist.destroy_process_group()
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in names)  # it could abort the process when it exits
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # first imported in a group it keeps it, and the process can abort at its exit
 
 from qandc.errors import ConfigError, ProcessError
 
