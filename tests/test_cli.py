@@ -210,6 +210,7 @@ CALIBRATE_REFUSALS = {
     "rounding": (["--rounding", "up"], "rounding 'up' is unknown; choose one of nearest, gptq"),
     "compensation": (["--compensation", "all"], "compensation 'all' is unknown; choose one of features, samples, none"),
     "vc": (["--vc", "some"], "vc 'some' is unknown; choose one of variance_ratio, least_squares, paper, none"),
+    "target of no vc": (["--vc-target", "noise"], "vc_target is 'noise', which is for compensation samples, but"),
     "interval": (["--interval", "0"], "--cache-interval is 0; give an integer >= 1"),
     "steps": (["--steps", "1001"], "num_inference_steps is 1001; this scheduler allows 1 to 1000"),
     "guidance": (["--guidance-scale", "nan"], "--guidance-scale is nan; give a finite number >= 0"),

@@ -54,7 +54,8 @@ CALIBRATION = CalibrationConfig(
     num_inference_steps=4, scheduler="ddim", guidance_scale=2.0, cache_mode="delta", cache_interval=2, uniform=True,
     pool_images=3, samples=6, clusters=2, vc_samples=4, feature_images=4,
 )  # fmt: skip
-SETTINGS = ExperimentConfig(images=6, calibration=CALIBRATION, batch_size=4)
+WITH_VC = dataclasses.replace(CALIBRATION, compensation="samples", vc="variance_ratio")
+SETTINGS = ExperimentConfig(images=6, calibration=WITH_VC, batch_size=4)
 
 
 def experiment(pipeline_dir, directory, settings=SETTINGS, **changes) -> list[dict]:

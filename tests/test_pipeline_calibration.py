@@ -410,6 +410,15 @@ REFUSALS = {
     "no form": ({"compensation": "samples", "vc": "none"}, "choose one of variance_ratio, least_squares, paper$"),
     "vc target": ({"vc_target": "mean"}, "vc_target 'mean' is unknown; choose one of sample, noise"),
     "vc start": ({"vc_start": 4}, "vc_start is 4; the run has steps 0 to 3"),
+    "form of none": (
+        {"vc": "paper", "compensation": "features"},
+        "vc is 'paper', which is for .* compensation is features",
+    ),
+    "target of none": ({"vc_target": "noise"}, "vc_target is 'noise', .* but compensation is features"),
+    "start of none": (
+        {"vc_start": 1, "vc": "none", "compensation": None},
+        "vc_start is 1, .* but compensation is none",
+    ),
     "cache mode": ({"cache_mode": "all"}, "cache mode 'all' is unknown"),
     "interval": ({"cache_interval": 0}, "cache_interval is 0; give an integer >= 1"),
     "weights": ({"w_bits": 3}, "w_bits is 3; allowed are 4 and 8"),
@@ -427,8 +436,7 @@ def test_settings_are_checked(changes, message):
 def test_what_is_compensated_depends_on_the_scheduler_and_the_form_of_vc():
     for given, expected in (
         ({}, "none"), ({"scheduler": "ddim"}, "features"), ({"cache_mode": "block"}, "features"),
-        ({"vc": "paper"}, "samples"), ({"vc": "none"}, "none"),
-        ({"vc": "paper", "compensation": "features"}, "features"), ({"vc": "none", "compensation": "none"}, "none"),
+        ({"vc": "paper"}, "samples"), ({"vc": "none"}, "none"), ({"vc": "none", "compensation": "none"}, "none"),
     ):  # fmt: skip
         assert CalibrationConfig(**given).compensation == expected
 

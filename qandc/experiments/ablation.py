@@ -232,10 +232,11 @@ class _Experiment:
     def calibrate(self) -> None:
         """Calibrate with both choices of samples and both compensations, from one pool."""
         tap = self.settings.calibration
+        no_vc = replace(tap, compensation="features", vc=None, vc_target="sample", vc_start=0)
         for name, chosen in (
-            ("random", replace(tap, select="random", compensation="none")),
+            ("random", replace(no_vc, select="random", compensation="none")),
             ("tap", replace(tap, compensation="samples")),
-            ("tap-features", replace(tap, compensation="features")),
+            ("tap-features", no_vc),
         ):
             if is_finished(self.directory / name):
                 continue

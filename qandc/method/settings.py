@@ -106,6 +106,12 @@ class CalibrationConfig:
         usual = "features" if self.scheduler == "ddim" or self.cache.mode == "delta" else "none"
         of_vc = {None: usual, "none": "none"}.get(self.vc, "samples")  # none: as it was told before
         object.__setattr__(self, "compensation", self.compensation or of_vc)
+        for name, unsaid in (("vc", (None, "none")), ("vc_target", ("sample",)), ("vc_start", (0,))):
+            if self.compensation != "samples" and (given := getattr(self, name)) not in unsaid:
+                raise ConfigError(
+                    f"{name} is {given!r}, which is for compensation samples, but compensation is "
+                    f"{self.compensation}; leave one of them out"
+                )
         object.__setattr__(self, "cache_mode", self.cache.mode)
         clip = "mse" if self.gptq else "max"
         object.__setattr__(self, "quant_config", QuantConfig(self.w_bits, self.a_bits, weight_clip=clip))
