@@ -40,6 +40,7 @@ from qandc.quantization.conversion import quant_layers
 from qandc_kernels import Backend
 from tests.conftest import make_dit
 
+MODULATED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj", "proj_out_2")  # which may have scales per token
 BLOCK_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 # Relative error of a block, and of a whole forward, to the unfused model. In float32 both round alike but for the last
 # bits, in which a value next to the middle of two codes may take the other code. One such code, in any quantizer of a
@@ -63,7 +64,7 @@ def make_inputs(batch=4, size=8, dtype=torch.float32, device="cpu"):
     }
 
 
-def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False, symmetric=False, **changes):
+def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False, ranges="static", **changes):
     """Calibrated; with ``smoothing``, each block layer with random factors of its own."""
     model = make_dit(**changes)
     if smoothing:
@@ -83,7 +84,11 @@ def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False,
     quantize_model(model, w_bits=w_bits)
     size = changes.get("sample_size", 8)
     inputs = make_inputs(size=size)
-    calibrate(model, [{**inputs, "timestep": inputs["timestep"] * 0 + t} for t in (999, 500, 10)], symmetric=symmetric)
+    batches = [{**inputs, "timestep": inputs["timestep"] * 0 + t} for t in (999, 500, 10)]
+    calibrate(model, batches, symmetric=ranges == "symmetric")
+    for name, layer in quant_layers(model).items():
+        if ranges == "per token" and name.endswith(MODULATED):
+            layer.set_static_range(None)
     return torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own .to() warns
 
 
@@ -117,8 +122,8 @@ def assert_blocks_equal(model, inputs, bound):
         fused = copy.deepcopy(model)
         fuse_dit(fused, cuda_graphs=False)
         step = Fused.of(fused).step(fused)
+        assert not any(step.reasons.values())
         for block, plain, (x, y) in zip(step.blocks, model.transformer_blocks, seen, strict=True):
-            assert isinstance(block, FusedBlock)
             index = step.blocks.index(block)
             portions = step.conditioning.of_step(inputs["timestep"].float(), inputs["class_labels"], x.dtype)
             modulations = [modulation for portion, _ in portions for modulation in portion]
@@ -145,9 +150,9 @@ def test_weight_only_modulation_stays_quantized(fused_anywhere, w_bits):
 
 @pytest.mark.parametrize("w_bits", [8, 4])
 @pytest.mark.parametrize("smoothing", [False, True])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, symmetric):
-    model = make_quantized(w_bits=w_bits, smoothing=smoothing, symmetric=symmetric, num_layers=6)
+@pytest.mark.parametrize("ranges", ["static", "symmetric", "per token"])
+def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, ranges):
+    model = make_quantized(w_bits=w_bits, smoothing=smoothing, ranges=ranges, num_layers=6)
     expected, actual = assert_blocks_equal(model, make_inputs(), BLOCK_BOUND[torch.float32])
     assert actual.shape == expected.shape
     assert relative_error(actual, expected) <= 2 * MODEL_BOUND[torch.float32]
@@ -155,7 +160,8 @@ def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, symmetric):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("w_bits", [8, 4])
-def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, w_bits):
+@pytest.mark.parametrize("ranges", ["static", "per token"])
+def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, w_bits, ranges):
     """In Triton's interpreter with one small block, on the GPU with blocks of the embedded model's size."""
     on_gpu = kernel_device.type == "cuda"
     size = {"heads": 6, "head_dim": 32, "sample_size": 16, "num_layers": 4} if on_gpu else {"num_layers": 1}
@@ -165,7 +171,7 @@ def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monk
 
             monkeypatch.setattr(f"qandc_kernels.{module}.gpu_of", lambda device: Gpu("", (9, 0), 132))
     for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if on_gpu else [])):
-        model = make_quantized(dtype, kernel_device, w_bits, smoothing=True, **size)
+        model = make_quantized(dtype, kernel_device, w_bits, True, ranges, **size)
         inputs = make_inputs(size=size.get("sample_size", 8), dtype=dtype, device=kernel_device)
         expected, actual = assert_blocks_equal(model, inputs, BLOCK_BOUND[dtype])
         assert relative_error(actual, expected) <= 2 * MODEL_BOUND[dtype]
@@ -295,8 +301,9 @@ def test_ranges_of_each_step(fused_anywhere):
 
 
 @pytest.mark.parametrize("w_bits", [8, 4])
-def test_smoothing_that_is_found_fits_every_block(fused_anywhere, w_bits):
-    """Layers of one input have common factors, so all blocks run fused, with ranges of each step and a cache too."""
+@pytest.mark.parametrize("per_step", [BLOCK_LAYERS, ("attn1.to_out.0", "ff.net.2")])
+def test_smoothing_that_is_found_fits_every_block(fused_anywhere, w_bits, per_step):
+    """Layers of one input have common factors, so all blocks run fused, with a cache, ranges of each step or token."""
     model = make_dit()
     batches = [make_inputs() | {"timestep": torch.tensor([timestep]).expand(4)} for timestep in (900, 100)]
     factors = smoothing_factors(model, batches)
@@ -305,6 +312,10 @@ def test_smoothing_that_is_found_fits_every_block(fused_anywhere, w_bits):
     expected, actual = assert_blocks_equal(model, batches[0], BLOCK_BOUND[torch.float32])
     assert relative_error(actual, expected) <= 2 * MODEL_BOUND[torch.float32]
     of_steps = calibrate_steps(model, batches)
+    for name, layer in quant_layers(model).items():
+        if not name.endswith(per_step):
+            of_steps.scales.pop(name, None), of_steps.zero_points.pop(name, None)
+            layer.set_static_range(None)
     fused = fuse_dit(copy.deepcopy(model), step_ranges=of_steps)
     for cached in (fused, model):
         apply_cache_to_dit(cached, config=CacheConfig("taylor", interval=2))
@@ -777,8 +788,9 @@ def test_refused_models():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("w_bits", [8, 4])
-def test_graphs_follow_their_inputs(w_bits):
-    model = make_quantized(torch.bfloat16, "cuda", w_bits, heads=6, head_dim=32, sample_size=16)
+@pytest.mark.parametrize("ranges", ["static", "per token"])
+def test_graphs_follow_their_inputs(w_bits, ranges):
+    model = make_quantized(torch.bfloat16, "cuda", w_bits, ranges=ranges, heads=6, head_dim=32, sample_size=16)
     fused = fuse_dit(model)
     graphs = Fused.of(fused).graphs
     for batch, size in ((4, 16), (8, 16), (4, 32), (4, 16)):

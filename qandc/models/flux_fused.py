@@ -18,6 +18,7 @@ from qandc.models.family import Call
 from qandc.models.products import (
     divided,
     product_of,
+    why_not_layers,
     why_not_one_input,
     why_not_one_product,
 )
@@ -34,7 +35,6 @@ from qandc.models.two_streams import (
     plain_adaln,
     why_not_attention_call,
     why_not_heads,
-    why_not_layers,
 )
 from qandc.support.attach import original_class
 

@@ -40,6 +40,7 @@ __all__ = [
     "smoothed",
     "touched",
     "why_not_layer",
+    "why_not_layers",
     "why_not_one_input",
     "why_not_one_product",
 ]
@@ -103,14 +104,14 @@ class Product(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """Hold the activation range of a layer: fixed, or a place in a vector that each step fills."""
+    """Hold the activation range of a layer: fixed, a place in a vector that each step fills, or none."""
 
-    scale: torch.Tensor
+    scale: torch.Tensor | None  # None: a scale per token
     zero_point: torch.Tensor | None
 
 
 def product_of(layer: QuantLinear, ranges: Ranges | None = None) -> Product:
-    """Return the product of a layer with a static range, or with the one that is given."""
+    """Return the product of a layer with its own range, or with the one that is given."""
     scale, zero_point = ranges or (layer.act_scale, layer.act_zero_point)
     return Product(layer.qweight, scale, layer.weight_scale, layer.bias, zero_point, layer.weight_sum)
 
@@ -214,6 +215,14 @@ def why_not_layer(
     if static and _range_of(prefix + name, layer, ranges)[0] is None:
         return f"{name} has no static range (calibrate the model)"
     return None
+
+
+def why_not_layers(
+    block: Any, names: Sequence[str], modulated_for: Sequence[str], prefix: str = "", ranges: StepRanges | None = None
+) -> str | None:
+    """Say why layers of a block can't be products of a fused one, or None; those behind modulation need no range."""
+    layers = ((name, block.get_submodule(name), prefix, ranges, name not in modulated_for) for name in names)
+    return touched(block) or next((reason for layer in layers if (reason := why_not_layer(*layer)) is not None), None)
 
 
 def why_not_one_input(

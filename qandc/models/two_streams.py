@@ -27,8 +27,7 @@ from qandc.models.products import (
     plain_norm,
     product_of,
     quantized,
-    touched,
-    why_not_layer,
+    why_not_layers,
     why_not_one_input,
     why_not_one_product,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "plain_adaln",
     "why_not_attention_call",
     "why_not_heads",
-    "why_not_layers",
 ]
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -254,9 +252,3 @@ def why_not_heads(block: Any, pairs: Sequence[tuple[str, str]], kind: type[Any])
         if not plain or len({norm.eps for norm in norms}) != 1:
             return "norms of its heads are not those of its family"
     return None
-
-
-def why_not_layers(block: Any, names: Sequence[str], modulated_for: Sequence[str]) -> str | None:
-    """Say why layers of a block can't be products of a fused one, or None; some may have a scale per token."""
-    reasons = (why_not_layer(name, block.get_submodule(name), static=name not in modulated_for) for name in names)
-    return touched(block) or next((reason for reason in reasons if reason is not None), None)

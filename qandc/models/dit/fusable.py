@@ -11,6 +11,7 @@ from qandc.models.products import (
     plain_norm,
     touched,
     why_not_layer,
+    why_not_layers,
     why_not_one_input,
     why_not_one_product,
 )
@@ -57,21 +58,18 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
         return "its norms are not those of DiT, without weights"
     if not is_gelu_mlp(block.ff):
         return "its activation is not tanh-GELU"
-    around = touched(block)
-    if around is not None:
-        return around
-    for name in BLOCK_LAYERS:
-        reason = why_not_layer(name, block.get_submodule(name), prefix, ranges)
-        if reason is not None:
-            return reason
-    return why_not_one_product(block, QKV) or why_not_one_input(block, QKV, prefix, ranges)
+    return (
+        why_not_layers(block, BLOCK_LAYERS, (*QKV, "ff.net.0.proj"), prefix, ranges)
+        or why_not_one_product(block, QKV)
+        or why_not_one_input(block, QKV, prefix, ranges)
+    )
 
 
-def why_not_output(transformer: Any, ranges: StepRanges | None) -> str | None:
+def why_not_output(transformer: Any) -> str | None:
     """Say why the last norm and projection can't run fused, or None."""
     if not plain_norm(transformer.norm_out):
         return "norm_out is not a LayerNorm without weights"
-    reason = why_not_layer(OUTPUT, transformer.proj_out_2, "", ranges)
+    reason = why_not_layer(OUTPUT, transformer.proj_out_2, static=False)
     return reason or touched(transformer.proj_out_2) or touched(transformer.norm_out)
 
 

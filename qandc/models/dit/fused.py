@@ -32,14 +32,11 @@ from qandc.models.dit.fusable import (
     why_not_output,
 )
 from qandc.models.family import Call, Launch
-from qandc.models.products import SETTINGS, Product, Ranges, product_of, smoothed
+from qandc.models.products import SETTINGS, Product, Ranges, modulated, product_of
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc.support.watch import Watch
-from qandc_kernels import (
-    adaln_quantize_per_tensor,
-    attention_quantize_per_tensor,
-)
+from qandc_kernels import attention_quantize_per_tensor
 
 __all__ = ["FusedStep"]
 
@@ -91,7 +88,7 @@ def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> 
 
 
 class FusedBlock:
-    """Run a transformer block whose layers are all quantized with static ranges."""
+    """Run a transformer block whose layers are all quantized: behind modulation static or per token, else static."""
 
     def __init__(self, block: Any, ranges: dict[str, Ranges], nan_flag: torch.Tensor) -> None:
         attention, feed_forward = block.attn1, block.ff.net
@@ -111,14 +108,15 @@ class FusedBlock:
     ) -> torch.Tensor:
         """Run the block on ``x [B, tokens, D]``, in place, with ``modulation [B, 6 D]``; targets take its branches."""
         of_attn, of_mlp = targets or (None, None)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
-        xq = adaln_quantize_per_tensor(x, shift_attn, scale_attn, self.qkv.x_scale, self.qkv.x_zero_point, self.eps[0])
-        qkv = self.qkv(xq, x.dtype)
+        parts = modulation.chunk(6, 1)  # shift, scale and gate of attention, and of the MLP
+        xq, x_scale = modulated(x, parts[:2], self.qkv, None, self.eps[0])
+        qkv = self.qkv._replace(x_scale=x_scale)(xq, x.dtype)
         q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
         xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point, self.nan_flag)
-        self.out.gate_residual_(x, xq.flatten(2), gate_attn, of_attn)
-        xq = adaln_quantize_per_tensor(x, shift_mlp, scale_mlp, self.fc1.x_scale, self.fc1.x_zero_point, self.eps[1])
-        self.fc2.gate_residual_(x, self.fc1.gelu_quantize(xq, self.fc2, self.fc2_multiplier), gate_mlp, of_mlp)
+        self.out.gate_residual_(x, xq.flatten(2), parts[2], of_attn)
+        xq, x_scale = modulated(x, parts[3:5], self.fc1, None, self.eps[1])
+        hidden = self.fc1._replace(x_scale=x_scale).gelu_quantize(xq, self.fc2, self.fc2_multiplier)
+        self.fc2.gate_residual_(x, hidden, parts[5], of_mlp)
         return x
 
 
@@ -185,7 +183,7 @@ class FusedStep:
             prefix = f"transformer_blocks.{i}."
             reasons |= dict.fromkeys((prefix + name for name in BLOCK_LAYERS), why_not_block(block, prefix, ranges))
         no_block = None if None in reasons.values() else "no block runs fused"
-        return {**reasons, OUTPUT: no_block or why_not_output(transformer, ranges)}
+        return {**reasons, OUTPUT: no_block or why_not_output(transformer)}
 
     @staticmethod
     def why_not_call(call: Call) -> str | None:
@@ -260,7 +258,6 @@ class FusedStep:
     def _ranges(self, name: str, layer: QuantLinear) -> Ranges:
         if self.table is not None and name in self.table.index:
             return self.table.of(name)
-        assert layer.act_scale is not None
         return Ranges(layer.act_scale, layer.act_zero_point)
 
     def __call__(
@@ -386,10 +383,9 @@ class FusedStep:
         shift, scale = final.chunk(2, dim=1)
         if self.projection is None:
             return transformer.proj_out_2(transformer.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        shift, scale = smoothed(shift, scale, transformer.proj_out_2.smoothing)
-        q_scale, zero_point = self.projection.x_scale, self.projection.x_zero_point
-        xq = adaln_quantize_per_tensor(x, shift, scale, q_scale, zero_point, transformer.norm_out.eps)
-        return self.projection(xq, x.dtype)
+        eps, smoothing = transformer.norm_out.eps, transformer.proj_out_2.smoothing
+        xq, x_scale = modulated(x, (shift, scale), self.projection, smoothing, eps)
+        return self.projection._replace(x_scale=x_scale)(xq, x.dtype)
 
     def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         side = int(patches.shape[1] ** 0.5)
