@@ -32,6 +32,7 @@ from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.ablation import ROWS
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt, text_length, warn_of_unread
+from tests.tiny_models import make_tiny
 from tests.tiny_pipelines import PIPELINES, make_pipeline
 
 SMALL = ("--height", 16, "--width", 16, "--steps", 6, "--device", "cpu")
@@ -417,6 +418,31 @@ def test_guidance_of_qwen_image_is_the_one_that_it_reads():
     pytest.importorskip("transformers")
     assert call_arguments(make_pipeline("QwenImagePipeline"), {"guidance_scale": 3.0}) == {"true_cfg_scale": 3.0}
     assert call_arguments(make_pipeline("FluxPipeline"), {"guidance_scale": 3.0}) == {"guidance_scale": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "unread", "said"),
+    [
+        ("QwenImagePipeline", {"guidance_scale": 3.0, "negative_prompt": " "}, {"guidance_scale": 3.0},
+         'QwenImagePipeline guides only with a negative prompt, if but " ", and draws without guidance'),
+        ("FluxPipeline", {"height": 16}, {"guidance_scale": 3.0},
+         "FluxPipeline reads no guidance scale: its transformer was trained without guidance"),
+    ],
+)  # fmt: skip
+def test_guidance_that_is_left_out_is_told(name, read, unread, said, caplog):
+    """FLUX.1-schnell reads no scale, Qwen-Image none without a negative prompt: images are those of another one."""
+    pytest.importorskip("transformers")
+    transformer = make_tiny(PIPELINES[name][0], guidance_embeds=False)
+    pipe, short = make_pipeline(name, transformer=transformer), {"num_inference_steps": 2, "height": 16, "width": 16}
+    first, other = (
+        draw_prompt(pipe, "a coat", 0, {**short, **call_arguments(pipe, {**unread, "guidance_scale": scale})})
+        for scale in (1.0, 3.0)
+    )
+    assert torch.equal(first, other)
+    assert set(caplog.messages) == {said}
+    caplog.clear()
+    call_arguments(pipe, read)
+    assert not caplog.messages
 
 
 def test_prompts_that_are_cut_are_told(caplog):

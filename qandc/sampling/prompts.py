@@ -112,7 +112,8 @@ def warn_of_unread(pipe: Any, prompts: Sequence[str]) -> None:
 def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a pipeline by the names that it has for them; None leaves one out.
 
-    wardrobe has one size, and guidance by a second pass with another prompt; its pipeline does not know.
+    Guidance that the pipeline takes but would leave out is logged. wardrobe has one size, and guidance by a second
+    pass with another prompt; its pipeline does not know.
 
     Args:
         pipe: draws from prompts.
@@ -139,8 +140,12 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     elif "true_cfg_scale" in known:
         if known["guidance_scale"].default is None and "guidance_scale" in arguments:  # Qwen-Image
             arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+            if arguments["true_cfg_scale"] > 1 and "negative_prompt" not in arguments:
+                logger.warning('%s guides only with a negative prompt, if but " ", and draws without guidance', kind)
         elif known["true_cfg_scale"].default <= 1 and "negative_prompt" in arguments:  # FLUX.1
             raise ConfigError(f"{kind} is distilled for guidance and reads no negative prompt; leave it out")
+        elif "guidance_scale" in arguments and not pipe.transformer.config.guidance_embeds:  # FLUX.1-schnell
+            logger.warning("%s reads no guidance scale: its transformer was trained without guidance", kind)
     strangers = arguments.keys() - known.keys()
     if strangers:
         raise ConfigError(f"{kind} takes no {min(strangers)}; leave it out")
