@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import statistics
 from collections.abc import Callable, Generator
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +16,8 @@ from benchmarks import report, timing
 from benchmarks.goals import SUITES
 from benchmarks.rivals import NotInstalled
 from qandc.support.files import write_json
-from qandc.support.results import result_header
+from qandc.support.results import measured_rows, result_header
 
-ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = "needs an NVIDIA GPU"
 WITHOUT_GPU = NO_GPU if timing.DEVICE == "cpu" else None  # why a candidate is skipped
 
@@ -29,8 +28,7 @@ class Run:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.infos: list[dict[str, Any]] = []
-        self.deselected = False
-        self.saved: list[Path] = []
+        self.before: dict[Path, list[dict[str, Any]]] = {}  # rows of the files that are continued
 
     def add(self, row: dict[str, Any], info: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -38,10 +36,10 @@ class Run:
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """A run that is cut keeps the rows it has, where they are to be saved."""
+    """Save the rows so far: a run that is cut keeps them."""
     rows = item.config.stash[RUN].rows
-    if item.config.getoption("--save") is not None and rows and "median_us" in rows[-1]:
-        _write(item.config, 1)
+    if rows and "median_us" in rows[-1]:
+        _write(item.config)
 
 
 RUN = pytest.StashKey[Run]()
@@ -62,13 +60,7 @@ class Measure(Protocol):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernels")
-    group.addoption(
-        "--save",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="write the rows to PATH (default results/<GPU>/kernels.json; a complete run on an H200 does so unasked)",
-    )
+    group.addoption("--save", type=Path, metavar="DIR", help="write kernels.json, model.json, ... or add rows to them")
     group.addoption(
         "--rivals", choices=("none", "fast", "all"), default="all", help="gemlite and torchao: fast is M = 4096 alone"
     )
@@ -100,11 +92,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    for item in items[:1]:
-        item.config.stash[RUN].deselected = True
-
-
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
     """Check, capture and time a candidate, and note its row; a candidate that can't run is a row with the reason."""
@@ -119,6 +106,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None:
+        _continued(request.config, row["op"])
         row |= {"n": row.get("n"), "k": row.get("k")}
         benchmark.group = f"{row['op']} {row['layer']}" + (f" M={row['m']}" if row["m"] else "")
         if skip is None:
@@ -149,7 +137,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
 def time_candidate(
     benchmark: Any, candidate: timing.Candidate, rival: Callable[[], timing.Candidate] | None
 ) -> dict[str, Any]:
-    """Correctness first, then times, each after one of the rival's if there is one: the entries of a row."""
+    """Check the result, then take times, by turns with the rival's if there is one: the entries of a row."""
     error = candidate.error(candidate.launch(0), 0)
     assert error <= candidate.bound, f"relative error {error:.3g}; allowed {candidate.bound}"
     if not candidate.wall_clock:
@@ -159,18 +147,12 @@ def time_candidate(
     if timed.method == "graph" and not candidate.in_place:
         replayed = candidate.error(timed.result, candidate.launches - 1)
         assert replayed <= candidate.bound, f"relative error {replayed:.3g} in a graph; allowed {candidate.bound}"
-    theirs: list[float] = []
+    found = {"error": error, "method": timed.method, "launches": timed.launches}
     if rival is None:
         benchmark.pedantic(timing.CLOCK.run, args=(timed,), warmup_rounds=min(2, rounds - 2), rounds=rounds)
     else:
-        by_turns = timing.prepare(rival())
-        by_turns.seconds()
-        benchmark.pedantic(
-            timing.CLOCK.run, args=(timed,), rounds=rounds, setup=lambda: theirs.append(by_turns.seconds())
-        )
-    found = {"error": error, "method": timed.method, "launches": timed.launches}
-    if theirs:
-        found |= {"rival_median_us": statistics.median(theirs) * 1e6, "rival_min_us": min(theirs) * 1e6}
+        rounds = max(rounds + rounds % 2, 4)
+        found |= by_turns(benchmark, timed, timing.prepare(rival()), rounds)
     if timed.why_no_graph is not None:
         found["why_no_graph"] = timed.why_no_graph
     if benchmark.stats is not None:
@@ -179,18 +161,51 @@ def time_candidate(
     return found
 
 
-def _where(config: pytest.Config, suite: str, exitstatus: int) -> Path | None:
-    """The file to write the rows of a suite to, if any."""
-    run, path = config.stash[RUN], config.getoption("--save")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    default = ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")) / f"{suite}.json"
-    ops = {row["op"] for row in run.rows}
-    if path:
-        measured = [name for name, (held, _) in SUITES.items() if ops & held]
-        return Path(path) if measured[:1] == [suite] else Path(path).with_name(f"{suite}.json")
-    complete = ops >= SUITES[suite][0] and not run.deselected and exitstatus == 0
-    unasked = complete and "H200" in gpu and config.getoption("--rivals") == "all"
-    return default if path is not None or unasked else None
+def by_turns(benchmark: Any, ours: timing.Timed, theirs: timing.Timed, rounds: int) -> dict[str, Any]:
+    """Take times in the order theirs, ours, ours, theirs: what drifts falls on both alike. Ratios are of each four."""
+    times: tuple[list[float], list[float]] = ([], [])
+    theirs.seconds()
+
+    def run_theirs() -> None:
+        turn = len(times[0])
+        times[1].extend(theirs.seconds() for _ in range(1 if turn == 0 else 2 * (1 - turn % 2)))
+
+    def run_ours() -> None:
+        before = timing.CLOCK()
+        timing.CLOCK.run(ours)
+        times[0].append(timing.CLOCK() - before)
+
+    benchmark.pedantic(run_ours, setup=run_theirs, rounds=rounds)
+    times[1].append(theirs.seconds())
+    own, other = ([a + b for a, b in zip(taken[::2], taken[1::2], strict=False)] for taken in times)
+    ratios = [b / a for a, b in zip(own, other, strict=False)]
+    found = {"rival_median_us": statistics.median(times[1]) * 1e6, "rival_min_us": min(times[1]) * 1e6}
+    return found | (
+        {"rival_ratio": statistics.median(ratios), "rival_ratio_range": [min(ratios), max(ratios)]} if ratios else {}
+    )
+
+
+def _continued(config: pytest.Config, op: str) -> tuple[Path, list[dict[str, Any]]] | None:
+    """Return the file that rows of a kind are saved to and what it held; refuse one of another commit or card."""
+    directory, before = config.getoption("--save"), config.stash[RUN].before
+    if directory is None:
+        return None
+    path: Path = directory / f"{next(name for name, (ops, _) in SUITES.items() if op in ops)}.json"
+    if path not in before:
+        before[path] = measured_rows(path, _header(config))
+    return path, before[path]
+
+
+def _header(config: pytest.Config) -> dict[str, Any]:
+    settings = {
+        "rivals": config.getoption("--rivals"),
+        "versions": _versions(),
+        "measured_seconds": timing.MEASURED_SECONDS,
+    }
+    header = result_header(settings)
+    if "QANDC_COMMAND" not in os.environ:
+        header["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
+    return header
 
 
 def _versions() -> dict[str, str | None]:
@@ -203,33 +218,31 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _write(config: pytest.Config, exitstatus: int) -> None:
-    """All rows so far, each suite to its file."""
-    run = config.stash[RUN]
-    report.complete(run.rows)
-    for suite, (ops, goals) in SUITES.items():
-        rows = [row for row in run.rows if row["op"] in ops]
-        path = _where(config, suite, exitstatus)
-        if not rows or path is None:
+def _write(config: pytest.Config) -> None:
+    """Save all rows so far, each suite to its file. Ratios are of this run; rows that it repeats replace others."""
+    measured = config.stash[RUN].rows
+    report.complete(measured)
+    if config.getoption("--save") is None:
+        return
+    for ops, goals in SUITES.values():
+        rows = [row for row in measured if row["op"] in ops]
+        if not rows or (found := _continued(config, rows[0]["op"])) is None:
             continue
-        settings = {
-            "rivals": config.getoption("--rivals"),
-            "versions": _versions(),
-            "ceilings": report.ceilings(rows),
-            "measured_seconds": timing.MEASURED_SECONDS,
-        }
-        header = result_header(settings)
-        header["command"] = " ".join(["pytest", *map(str, config.invocation_params.args)])
+        path, before = found
+        known = {_key(row) for row in rows}
+        rows = [row for row in before if _key(row) not in known] + rows
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**header, "rows": rows, "goals": list(goals(rows))})
-        if path not in run.saved:
-            run.saved.append(path)
+        write_json(path, {**_header(config), "rows": rows, "goals": list(goals(rows))})
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("op", "layer", "m", "candidate"))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark writes the extra_info to its own files
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None]:
     run = session.config.stash[RUN]
-    _write(session.config, exitstatus)
+    _write(session.config)
     for row, info in zip(run.rows, run.infos, strict=True):
         info |= row
     return (yield)
@@ -251,5 +264,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
-    for path in run.saved:
+    for path in run.before:
         terminalreporter.write_line(f"saved to {path}")

@@ -268,7 +268,7 @@ def _words(candidate: str) -> str:
 SUITES: dict[str, tuple[set[str], Callable[[list[Row]], Iterator[Row]]]] = {
     "kernels": ({"adaln", "copy", "epilogue", "linear"}, goals),
     "model": ({"attention", "model"}, model_goals),
-    "cache": ({"cache"}, cache_goals),
+    "cache-cost": ({"cache"}, cache_goals),
     "pipeline": ({"pipeline"}, pipeline_goals),
     "models": ({"models"}, models_goals),
     "images": ({"images"}, images_goals),

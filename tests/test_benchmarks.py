@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import conftest, goals, models, report, timing
+from benchmarks import conftest, goals, models, report
 from benchmarks.timing import relative_error
 from tests.conftest import make_dit
 
@@ -155,7 +156,7 @@ def test_a_run_that_is_cut_keeps_its_rows(tmp_path):
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "kernels.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", f"--save={path}"],
+        [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", f"--save={path.parent}"],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -176,13 +177,14 @@ def test_a_run_that_is_cut_keeps_its_rows(tmp_path):
 def test_run_on_a_cpu(tmp_path):
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "folder" / "kernels.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", f"--save={path}"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+
+    def run(what, *options, commit="a"):
+        command = [sys.executable, "-m", "pytest", what, "--benchmark-only", "-q", f"--save={path.parent}", *options]
+        return subprocess.run(
+            command, cwd=ROOT, env={**environment(), "QANDC_COMMIT": commit}, capture_output=True, text=True
+        )
+
+    done = run("benchmarks/")
     assert done.returncode == 0, done.stdout
     result = json.loads(path.read_text())
     assert {"command", "commit", "date", "machine", "versions", "settings", "rows", "goals"} == set(result)
@@ -201,6 +203,17 @@ def test_run_on_a_cpu(tmp_path):
     assert {r["skipped"] for r in result["rows"] if "median_us" not in r} == {"needs an NVIDIA GPU"}
     assert "simulated W8A8" in done.stdout
     assert "rows: needs an NVIDIA GPU" in done.stdout
+
+    again = run("benchmarks/test_linear.py", "--layers", "qkv", "-k", "fp32")  # one row of all is measured anew
+    assert again.returncode == 0, again.stdout
+    kept = json.loads(path.read_text())
+    changed = [r for r in kept["rows"] if r not in result["rows"]]
+    assert [(r["layer"], r["candidate"]) for r in changed] == [("qkv", goals.FP32)]
+    assert len(kept["rows"]) == len(result["rows"])
+    other = run("benchmarks/test_linear.py", "--layers", "qkv", "-k", "fp32", commit="b")
+    assert other.returncode == 1
+    assert "was measured at commit a, this is b" in other.stdout
+    assert json.loads(path.read_text()) == kept
 
 
 def test_a_rival_measured_by_turns_decides():
@@ -231,15 +244,22 @@ class Rounds:
             target(*args)
 
 
-def test_a_rival_runs_before_each_round():
+def test_a_rival_takes_turns():
+    """Both get slower all the time: halves of theirs before and behind ours see none of it in a ratio."""
     ran = []
-    ours, theirs = (
-        timing.Candidate(lambda i, name=name: ran.append(name), lambda result, i: 0.0, 1.0, 1, wall_clock=True)
-        for name in ("ours", "theirs")
-    )
-    found = conftest.time_candidate(Rounds(), ours, lambda: theirs)
-    assert ran[-6:] == ["theirs", "ours"] * 3
-    assert 0 < found["rival_min_us"] <= found["rival_median_us"]
+
+    def timed(name, factor):
+        def seconds():
+            ran.append(name)
+            return factor * (10 + len(ran))
+
+        return types.SimpleNamespace(seconds=seconds)
+
+    found = conftest.by_turns(Rounds(), timed("ours", 1), timed("theirs", 2), 4)
+    assert ran == ["theirs", *["theirs", "ours", "ours", "theirs"] * 2]
+    assert found["rival_ratio_range"] == pytest.approx([2, 2])
+    assert found["rival_ratio"] == pytest.approx(2)
+    assert found["rival_min_us"] == 2e6 * 12
 
 
 @pytest.mark.slow

@@ -655,7 +655,7 @@ def test_variables_that_are_no_numbers(monkeypatch):
         pass
 
 
-def test_rows_are_written_one_by_one_and_measured_once(tmp_path, caplog):
+def test_rows_are_written_one_by_one_and_measured_once(tmp_path, caplog, monkeypatch):
     path, rows, measured = tmp_path / "new" / "result.json", [{"name": name} for name in "abc"], []
 
     def measure(row):
@@ -682,6 +682,13 @@ def test_rows_are_written_one_by_one_and_measured_once(tmp_path, caplog):
     assert json.loads(path.read_text())["goals"][0]["value"] == 3
     with pytest.raises(ConfigError, match="was measured with"):
         run({"steps": 4})
+    monkeypatch.setenv("QANDC_COMMIT", "another")
+    with pytest.raises(ConfigError, match=r"was measured at commit .*, this is another"):
+        run()
+    monkeypatch.undo()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": {"gpu": "another"}}))
+    with pytest.raises(ConfigError, match="was measured on another, this is"):
+        run()
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_merged_files_are_in_the_order_of_the_rows(tmp_path):
     assert joined["rows"] == [{"name": name, "value": ord(name)} for name in "abc"]
     assert joined["goals"] == [{"value": sum(map(ord, "abc"))}]
     measure_rows(tmp_path / "2.json", {"seed": 1}, rows[3:], lambda row: {})
-    with pytest.raises(ConfigError, match="same settings"):
+    with pytest.raises(ConfigError, match="was measured with"):
         merge_rows(tmp_path / "all.json", [*paths, tmp_path / "2.json"], rows)
 
 

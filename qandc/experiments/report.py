@@ -11,10 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from qandc.errors import ConfigError
 from qandc.experiments.scores import load_images
 from qandc.support.files import make_directory, read_json, write_json, write_whole
-from qandc.support.results import result_header
+from qandc.support.results import measured_rows, result_header, same_origin
 
 __all__ = ["METRICS", "markdown_table", "measure_rows", "merge_rows", "write_report"]
 
@@ -55,15 +54,10 @@ def measure_rows(
         All rows of the file.
 
     Raises:
-        ConfigError: the file was measured with other settings.
+        ConfigError: the file was measured with other settings, at another commit or on another card.
         OutputError: it is no result, or cannot be written.
     """
-    started, measured = time.perf_counter(), []
-    if path.exists():
-        before = read_json(path, "result", "give another file", names=("settings", "rows"))
-        if before["settings"] != settings:
-            raise ConfigError(f"{str(path)!r} was measured with {before['settings']}; give another file or the same")
-        measured = before["rows"]
+    started, measured = time.perf_counter(), measured_rows(path, result_header(settings))
     make_directory(path.parent)
     for row in rows:
         if _found(measured, row) is not None:
@@ -87,16 +81,12 @@ def merge_rows(
     """Join files that :func:`measure_rows` wrote, each of some of ``rows``, into one: in their order, with all goals.
 
     Raises:
-        ConfigError: the files were measured with different settings.
+        ConfigError: the files were measured with different settings, at different commits or on different cards.
         OutputError: a file is no result, or cannot be written.
     """
     parts = [read_json(file, "result", "leave it out", names=("settings", "rows")) for file in files]
     for file, part in zip(files, parts, strict=True):
-        if part["settings"] != parts[0]["settings"]:
-            raise ConfigError(
-                f"{str(file)!r} was measured with {part['settings']}, and {str(files[0])!r} with "
-                f"{parts[0]['settings']}; join files of the same settings"
-            )
+        same_origin(file, part, parts[0])
     measured = [row for part in parts for row in part["rows"]]
     joined = [found for row in rows for found in [_found(measured, row)] if found is not None]
     write_json(path, {**parts[0], "rows": joined, "goals": goals(joined)})
