@@ -108,6 +108,40 @@ def test_a_finished_stage_is_loaded_and_other_settings_are_refused(tmp_path):
         other.run()
 
 
+def without(name):
+    return lambda state: state.pop(name)
+
+
+CHANGED = {
+    "no settings": (without("settings"), "KeyError: 'settings'"),
+    "no average": (without("ema"), "KeyError: 'ema'"),
+    "another model": (lambda state: state["ema"].pop("3.bias"), 'Missing key.* "3.bias"'),
+    "a setting more": (lambda state: state["settings"].update(batch=2), r"other settings \{'batch': \(2, None\)\}"),
+    "fewer steps": (lambda state: state.update(step=100), r"other settings \{'steps': \(100, 200\)\}"),
+    "more steps": (lambda state: state.update(step=300), r"other settings \{'steps': \(300, 200\)\}"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGED.values(), ids=CHANGED)
+def test_checkpoints_of_other_trainings_are_refused_in_a_line(change, message, tmp_path):
+    stage = make_stage(tmp_path)
+    stage.step = STEPS
+    stage.save()
+    make_stage(tmp_path).resume()
+    change(state := torch.load(stage.path, weights_only=True))
+    torch.save(state, stage.path)
+    with pytest.raises(SystemExit, match=rf"toy\.pt .*{message}.*; delete it or give another --work") as told:
+        make_stage(tmp_path).resume()
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04"])
+def test_damaged_checkpoints_are_refused_in_a_line(content, tmp_path):
+    (tmp_path / "toy.pt").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"toy\.pt is no checkpoint of this model .*; delete it"):
+        make_stage(tmp_path).resume()
+
+
 def train_in_process(rank, work):
     importlib.import_module("stage")  # before there is a group, as the scripts do
     dist.init_process_group("gloo", f"file://{work}/meeting", rank=rank, world_size=2)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -86,22 +87,30 @@ class Stage:
         os.replace(partial, self.path)
 
     def resume(self) -> None:
-        """Go on from the checkpoint if there is one; one made with other settings is refused."""
+        """Go on from the checkpoint if there is one; one of another training is refused in one line."""
         if not self.path.exists():
             return
-        state = torch.load(self.path, map_location=self.device, weights_only=True)
-        different = {
-            key: (state["settings"].get(key), value)
-            for key, value in self.settings.items()
-            if state["settings"].get(key) != value
-        }
+        try:
+            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            theirs, ours, finished = state["settings"], dict(self.settings), "optimizer" not in state
+            if state["step"] > self.steps or (finished and state["step"] < self.steps):
+                theirs, ours = {**theirs, "steps": state["step"]}, {**ours, "steps": self.steps}
+            different = {
+                name: (theirs.get(name), ours.get(name)) for name in theirs | ours if theirs.get(name) != ours.get(name)
+            }
+            if not different:
+                self.ema.load_state_dict(state["ema"])
+                if not finished:
+                    self.model.load_state_dict(state["model"])
+                    self.optimizer.load_state_dict(state["optimizer"])
+                self.step, self.seconds = state["step"], state["seconds"]
+        except (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
+            raise SystemExit(
+                f"{self.path} is no checkpoint of this model ({reason}); delete it or give another --work"
+            ) from None
         if different:
             raise SystemExit(f"{self.path} was made with other settings {different}; delete it or give another --work")
-        self.ema.load_state_dict(state["ema"])
-        if "optimizer" in state:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
 
     @torch.no_grad()
     def update_ema(self) -> None:
