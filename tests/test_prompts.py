@@ -31,7 +31,7 @@ from qandc.evaluation.metrics import psnr
 from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.ablation import ROWS
 from qandc.quantization.conversion import quant_layers
-from qandc.sampling.prompts import call_arguments, draw_prompt, text_length, warn_of_unread
+from qandc.sampling.prompts import call_arguments, draw_prompt, of_prompts, text_length, warn_of_unread
 from tests.tiny_models import make_tiny
 from tests.tiny_pipelines import PIPELINES, make_pipeline
 
@@ -443,6 +443,27 @@ def test_guidance_that_is_left_out_is_told(name, read, unread, said, caplog):
     caplog.clear()
     call_arguments(pipe, read)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_prompts_drawn_at_once_have_a_negative_prompt_each(name):
+    pytest.importorskip("transformers")
+    pipe = make_pipeline(name)
+    known = inspect.signature(type(pipe).__call__).parameters
+    given = {**PIPELINES[name][3], "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+    given |= {"negative_prompt": "a bag", "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale": 3.0}
+    if "prompt_2" in known:
+        given["prompt_2"] = "a pink hat"
+
+    def drawn(prompts, seeds, **changes):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return torch.stack(list(pipe(**of_prompts(prompts, generators, {**given, **changes}), return_dict=False)[0]))
+
+    prompts = ["a red coat", "two green hats"]
+    together = drawn(prompts, [0, 1])
+    alone = torch.cat([drawn([prompt], [seed]) for seed, prompt in enumerate(prompts)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together, drawn(prompts, [0, 1], negative_prompt="a blue sneaker"), rtol=1e-2)
 
 
 def test_prompts_that_are_cut_are_told(caplog):

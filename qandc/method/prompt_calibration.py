@@ -26,7 +26,7 @@ from qandc.method.settings import COMPENSATIONS, Images
 from qandc.method.stages import Stage, StageProgress, attached, quantize_on
 from qandc.quantization.conversion import quant_layers
 from qandc.quantizer import QuantConfig
-from qandc.sampling.prompts import check_prompts, text_length
+from qandc.sampling.prompts import check_prompts, of_prompts, text_length
 from qandc.sampling.trajectories import compensation_from_run, trajectory_from_run
 from qandc.support.arguments import Count, Pipeline, checked
 from qandc.tap import METHODS, TapConfig
@@ -116,10 +116,7 @@ def calibrate_on_prompts(
         texts, generators = zip(
             *((prompts[i % len(prompts)], torch.Generator().manual_seed(first_seed + i)) for i in numbers), strict=True
         )
-        batch: dict[str, Any] = {"prompt": list(texts), "generator": list(generators)}
-        if len(numbers) == 1:  # some pipelines take one alone
-            batch = {"prompt": texts[0], "generator": generators[0]}
-        pipe(**batch, output_type="latent", **pipeline_arguments)
+        pipe(**of_prompts(texts, generators, pipeline_arguments), output_type="latent")
         stage.add(len(numbers))
 
     def images(stage: Stage, first_seed: int) -> list[Callable[[], None]]:

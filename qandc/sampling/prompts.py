@@ -18,6 +18,7 @@ __all__ = [
     "call_arguments",
     "check_prompts",
     "draw_prompt",
+    "of_prompts",
     "steps_of_run",
     "text_length",
     "usual_steps",
@@ -150,6 +151,21 @@ def call_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if strangers:
         raise ConfigError(f"{kind} takes no {min(strangers)}; leave it out")
     return {**text_length(pipe), **arguments}
+
+
+def of_prompts(
+    prompts: Sequence[str], generators: Sequence[torch.Generator], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call that draws prompts at once; other texts become lists of as many.
+
+    diffusers broadcasts a single negative prompt in most pipelines, and fails in some (Z-Image).
+    """
+    if len(prompts) == 1:  # some pipelines take one alone
+        return {**given, "prompt": prompts[0], "generator": generators[0]}
+    texts = {
+        name: [value] * len(prompts) for name, value in given.items() if "prompt" in name and isinstance(value, str)
+    }
+    return {**given, **texts, "prompt": list(prompts), "generator": list(generators)}
 
 
 @torch.no_grad()
