@@ -57,7 +57,7 @@ class TransformerPlan:
         model: its class.
         layers: all linear layers, and why some stay.
         cache: what its feature cache does; None without one.
-        steps: of a run, for which a cache of any length is printed.
+        steps: of a run, for which a cache of any length is printed; ``optimize`` takes the pipeline's default.
         others: what else was done, or why not, by a word for it.
     """
 
@@ -85,9 +85,10 @@ class TransformerPlan:
         elif self.cache is not None:
             schedule = self.cache.of_steps(self.cache.length or self.steps)
             kind = self.cache.mode + (f" of order {self.cache.order}" if self.cache.history > 1 else "")
-            of_any = "" if self.cache.length else " or as many as a run has"
-            shown = format_schedule(schedule, self.cache.timesteps)
-            yield "cache", f"{kind}, {sum(schedule)} of {len(schedule)} steps{of_any} are computed (*): {shown}"
+            counted = f"{sum(schedule)} of {len(schedule)} steps are"
+            if not self.cache.length:
+                counted = f"in a run of {len(schedule)} steps {sum(schedule)} are"
+            yield "cache", f"{kind}, {counted} computed (*): {format_schedule(schedule, self.cache.timesteps)}"
         yield from self.others.items()
 
 

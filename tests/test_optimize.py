@@ -160,7 +160,7 @@ def test_the_plan_says_what_was_done_and_why_not_more(dit_pipe, caplog):
         "quantized 20 of 29 linear layers, W8A8 dynamic per-token, by reference int8_linear (plain torch",
         "left 6 an embedder or a router; 3 modulation, which sees one row per sample",
         "weights 0.7 MB -> 0.6 MB",
-        "cache taylor of order 1, 18 of 50 steps or as many as a run has are computed (*): 0* 1* 2 3 4* 5 6 7*",
+        "cache taylor of order 1, in a run of 50 steps 18 are computed (*): 0* 1* 2 3 4* 5 6 7*",
         "compile no: on cpu nothing is gained",
         "restore qandc.restore(pipe); what was replaced takes 0.2 MB of host memory",
     ):

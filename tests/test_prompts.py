@@ -65,6 +65,7 @@ def test_generate_compares_what_a_pipeline_draws_from_prompts(capsys, tmp_path, 
     assert lines[1].startswith("FP (float32) ")
     assert lines[2].startswith("W4A8 + branch cache 2 ")
     assert lines[3:5] == ["FluxPipeline", "transformer (FluxTransformer2DModel)"]
+    assert "cache branch, in a run of 6 steps 3 are computed (*): 0* 1 2* 3 4* 5" in lines
     assert lines[-1] == f"wrote {target}"
     with Image.open(target) as picture:
         assert picture.width >= 3 * 112

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ def compare_prompts(
         plan = optimize(pipe, calibrated=settings.calibrated, cache=None, restorable=restored)
     else:
         plan = optimize(pipe, settings.config.w_bits, settings.config.a_bits, settings.cache, restorable=restored)
+    steps = settings.arguments.get("num_inference_steps", plan.transformers[0].steps)
+    plan = replace(plan, transformers=tuple(replace(part, steps=steps) for part in plan.transformers))
     part = plan.transformers[0]
     result.report = part.layers
     try:
