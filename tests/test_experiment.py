@@ -28,6 +28,7 @@ from qandc import (
     OutputError,
     Preset,
     apply_cache,
+    calibrate_on_prompts,
     calibrate_pipeline,
     compensated_scheduler,
     get_cache,
@@ -328,9 +329,24 @@ def test_rows_of_prompts(name, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(qandc.experiments.ablation, "draw_shards", interrupted)
+        calibrated = []
+        patched.setattr(
+            qandc.experiments.ablation,
+            "calibrate_on_prompts",
+            lambda *args, **kwargs: calibrated.append(kwargs["select"]) or calibrate_on_prompts(*args, **kwargs),
+        )
         with pytest.raises(KeyboardInterrupt):
             run_experiment(pipe, settings, tmp_path, scorer=Scorer())
-    monkeypatch.setattr(qandc.experiments.ablation, "calibrate_on_prompts", None)  # all three are finished
+    assert calibrated == ["random", "tap"]  # quantized once for both compensations, which changes no bit
+    few = {"cache": OF_PROMPTS.cache, "pool_images": 2, "samples": 6, "uniform": True, "num_inference_steps": 6}
+    by_itself = calibrate_on_prompts(make_pipeline(name), PROMPTS, compensation="features", **few, **given)
+    shared = load(tmp_path / "tap-features")
+    for found, expected in (
+        (shared.model.state_dict(), by_itself.model.state_dict()),
+        (shared.features.tensors, by_itself.features.tensors),
+    ):
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    monkeypatch.setattr(qandc.experiments.ablation, "calibrate_on_prompts", None)  # all are finished
     rows = run_experiment(pipe, settings, tmp_path, scorer=scorer_for(pipe))
     assert [row["row"] for row in rows] == [kind.name for kind in ROWS]
     computed = sum(OF_PROMPTS.cache.of_steps(6))

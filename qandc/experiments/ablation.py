@@ -38,10 +38,12 @@ from qandc.experiments.prompts import PromptDrawer
 from qandc.experiments.scores import Scorer, load_images
 from qandc.experiments.shards import ImageSet, delete_shards, draw_shards, merge_shards, missing_shards
 from qandc.fusion.fuse import fuse
-from qandc.method.pipeline_calibration import StageProgress, calibrate_pipeline
-from qandc.method.prompt_calibration import calibrate_on_prompts
+from qandc.method.feature_compensation import fit_feature_compensation
+from qandc.method.pipeline_calibration import FEATURES_SEED, calibrate_pipeline
+from qandc.method.prompt_calibration import calibrate_on_prompts, draw_latents
 from qandc.method.saved import Preset, is_finished, load, save, schedule_of
 from qandc.method.settings import CalibrationConfig
+from qandc.method.stages import Stage, StageProgress
 from qandc.optimize import optimize, parts_of
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import check_sampling, make_scheduler
@@ -367,6 +369,8 @@ class _PromptExperiment(_Experiment):
         return {**self.settings.arguments, "num_inference_steps": steps}
 
     def calibrate_one(self, pipe: Any, chosen: CalibrationConfig, path: Path, progress: StageProgress) -> None:
+        if chosen.compensation == "features":
+            return self.compensate_features(pipe, chosen.pool_images, path, progress)
         names = ("w_bits", "a_bits", "cache", "pool_images", "samples", "select", "compensation", "gptq", "uniform")
         found = calibrate_on_prompts(
             pipe,
@@ -378,6 +382,22 @@ class _PromptExperiment(_Experiment):
         )
         about = {name: getattr(found, name) for name in ("schedule", "compensation", "features")}
         save(found.model, path, **about)
+
+    def compensate_features(self, pipe: Any, images: int, path: Path, progress: StageProgress) -> None:
+        """Save the model that has VC with a compensation of features in its place: it is quantized once."""
+        found, features = load(self.directory / "tap", device=self.device, dtype=pipe.transformer.dtype), None
+        pipe.transformer = found.model
+        assert found.schedule is not None
+        if not all(found.schedule.schedule):
+            with Stage("features", images, progress) as stage:
+
+                def run() -> None:
+                    for number in range(images):
+                        draw_latents(pipe, self.settings.prompts, FEATURES_SEED, [number], self.arguments)
+                        stage.add(1)
+
+                features = fit_feature_compensation(found.model, run, config=found.schedule.config())
+        save(found.model, path, schedule=found.schedule, features=features)
 
     def drawer(self, kind: RowKind) -> tuple[ImageDrawer | PromptDrawer, Any]:
         pipe, full = copy.copy(self.pipe), self.full(kind)

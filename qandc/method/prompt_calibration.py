@@ -31,7 +31,7 @@ from qandc.sampling.trajectories import compensation_from_run, trajectory_from_r
 from qandc.support.arguments import Count, Pipeline, checked
 from qandc.tap import METHODS, TapConfig
 
-__all__ = ["calibrate_on_prompts"]
+__all__ = ["calibrate_on_prompts", "draw_latents"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +113,7 @@ def calibrate_on_prompts(
     report: StageProgress = progress or (lambda stage, completed, total: None)
 
     def draw(stage: Stage, first_seed: int, numbers: Sequence[int]) -> None:
-        texts, generators = zip(
-            *((prompts[i % len(prompts)], torch.Generator().manual_seed(first_seed + i)) for i in numbers), strict=True
-        )
-        pipe(**of_prompts(texts, generators, pipeline_arguments), output_type="latent")
+        draw_latents(pipe, prompts, first_seed, numbers, pipeline_arguments)
         stage.add(len(numbers))
 
     def images(stage: Stage, first_seed: int) -> list[Callable[[], None]]:
@@ -159,6 +156,15 @@ def calibrate_on_prompts(
         with attached(model, cache) if cache else nullcontext(), stage_of("compensation") as stage:
             gains = compensation_from_run(pipe, partial(draw, stage, FIRST_SEED, together), reference)
     return CalibratedModel(model, schedule, gains, features=features)
+
+
+def draw_latents(
+    pipe: Any, prompts: Sequence[str], first_seed: int, numbers: Sequence[int], arguments: Mapping[str, Any]
+) -> None:
+    """Draw images at once, by number, from prompts that are taken in turn; all but latents is left out."""
+    texts = [prompts[i % len(prompts)] for i in numbers]
+    generators = [torch.Generator().manual_seed(first_seed + i) for i in numbers]
+    pipe(**of_prompts(texts, generators, {**text_length(pipe), **arguments}), output_type="latent")
 
 
 def _check(pipe: Any, model: Any, name: str, prompts: Sequence[str], arguments: Mapping[str, Any]) -> None:
