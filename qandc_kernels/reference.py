@@ -177,12 +177,13 @@ def adaln_quantize_per_token(
 
 
 @torch.no_grad()
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return ``softmax(q kᵀ / √D) v`` of ``[batch, tokens, heads, D]``, in their dtype."""
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``softmax(q kᵀ / √D + key_bias) v`` of ``[batch, tokens, heads, D]``, in their dtype."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None if key_bias is None else key_bias[:, None, None].to(q.dtype)
     # torch's attention on a CPU gives 0 instead of NaN where all scores of a query are NaN
     lost = ~q.isfinite().all(-1, keepdim=True) | k.isnan().any(-1, keepdim=True).any(-2, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v).masked_fill_(lost, float("nan")).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask).masked_fill_(lost, float("nan")).transpose(1, 2)
 
 
 @checked
@@ -194,27 +195,31 @@ def attention_quantize_per_tensor(
     out_scale: torch.Tensor,
     out_zero_point: torch.Tensor | None = None,
     nan_flag: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute attention without a mask as int8, per head: ``clip(round(softmax(q kᵀ / √D) v / s + z), -128, 127)``.
+    """Compute attention as int8, per head: ``clip(round(softmax(q kᵀ / √D + key_bias) v / s + z), -128, 127)``.
 
     On Triton kernels the sums are float32, the softmax is rounded to the inputs' dtype before it meets v, as in
     FlashAttention-2 (arXiv 2307.08691), and nothing but the integers is written. That needs 16-bit inputs, a D that is
-    a multiple of 8 from 16 to 128, and more than one token; others take torch's ``scaled_dot_product_attention``, then
+    a multiple of 8 from 16 to 128, and more than one key; others take torch's ``scaled_dot_product_attention``, then
     :func:`quantize_per_tensor`. NaN becomes -128.
 
     Args:
-        q, k, v: ``[batch, tokens, heads, D]`` float16, bfloat16 or float32, all of one shape, e.g. the three parts of
-            ``[batch, tokens, 3, heads, D]``, which are read where they are. Copied if a head does not begin at a
-            multiple of 16 bytes.
+        q: ``[batch, tokens, heads, D]`` float16, bfloat16 or float32.
+        k, v: ``[batch, keys, heads, D]``, the dtype of ``q``. All three are read where they are, e.g. as parts of
+            ``[batch, tokens, 3, heads, D]``, but copied if a head does not begin at a multiple of 16 bytes.
         out_scale: 0-d float32 tensor, > 0, read on the device.
         out_zero_point: 0-d int32 tensor in -128..127, or None for symmetric quantization.
         nan_flag: one int32 element on the device of ``q``, shape ``[]`` or ``[1]``: becomes 1 if there is NaN in what
             is quantized; is left alone otherwise.
+        key_bias: ``[batch, keys]`` float16, bfloat16 or float32, added to the scores of all queries of a sample, as a
+            mask of its keys is: 0 keeps one, -inf leaves it out. A sample with all keys left out becomes 0.
 
     Returns:
         int8 ``[batch, tokens, heads, D]``, contiguous.
     """
-    y = attention(*(t.to(torch.float32) for t in (q, k, v))).contiguous()
+    q, k, v = (t.to(torch.float32) for t in (q, k, v))
+    y = attention(q, k, v, key_bias).contiguous()
     _tell_nan(y, nan_flag)
     return _quantize_static(y, 1.0 / out_scale, out_zero_point)
 

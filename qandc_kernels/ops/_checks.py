@@ -203,19 +203,27 @@ def check_adaln_quantize_per_token(x, shift, scale, eps=1e-6, out_x=None):
     _check_adaln("adaln_quantize_per_token", x, shift, scale, eps, out_x)
 
 
-def check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point=None, nan_flag=None):
-    op = "attention_quantize_per_tensor"
+def check_attention_quantize_per_tensor(q, k, v, out_scale, out_zero_point=None, nan_flag=None, key_bias=None):
+    op, names = "attention_quantize_per_tensor", "q k v out_scale out_zero_point key_bias"
     check_tensor(op, "q", q, FLOAT_DTYPES)
     if q.ndim != 4 or q.shape[3] == 0:
         raise ArgumentError(f"{op}: q must be [batch, tokens, heads, D] with D > 0; got {tuple(q.shape)}")
     check_rows(op, "q", q.shape[:3].numel())
-    dtypes, shapes = (q.dtype,), (tuple(q.shape),)
-    check_tensor(op, "k", k, dtypes, shapes)
-    check_tensor(op, "v", v, dtypes, shapes)
+    check_tensor(op, "k", k, (q.dtype,))
+    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        raise ArgumentError(
+            f"{op}: k must be [batch, keys, heads, D] of the batch, heads and D of q, {tuple(q.shape)}; "
+            f"got {tuple(k.shape)}"
+        )
+    check_rows(op, "k", k.shape[:3].numel())
+    check_tensor(op, "v", v, (q.dtype,), (tuple(k.shape),))
     check_tensor(op, "out_scale", out_scale, FLOAT32, SCALAR)
     check_zero_point(op, "out_zero_point", out_zero_point)
-    check_nan_flag(op, nan_flag, "q k v out_scale out_zero_point", q, k, v, out_scale, out_zero_point)
-    check_devices(op, "q k v out_scale out_zero_point nan_flag", q, k, v, out_scale, out_zero_point, nan_flag)
+    if key_bias is not None:
+        check_tensor(op, "key_bias", key_bias, FLOAT_DTYPES, (tuple(k.shape[:2]),))
+    operands = q, k, v, out_scale, out_zero_point, key_bias
+    check_nan_flag(op, nan_flag, names, *operands)
+    check_devices(op, f"{names} nan_flag", *operands, nan_flag)
 
 
 def check_qk_norm_rope_(qkv, q_weight, k_weight, cos, sin, eps=1e-6):

@@ -27,16 +27,16 @@ def _aligned(t):
     )
 
 
-def _attention(q, k, v, out_scale, out_zero_point, nan_flag):
-    # of one token the kernel has no loop, which ptxas 12.8 turns into reads outside of shared memory
-    batch, tokens, heads, width = q.shape
-    if q.dtype not in HALF_DTYPES or width not in HEAD_DIMS or tokens == 1 or max(batch, heads) > LARGEST_GRID:
-        y = reference.attention(q, k, v)
+def _attention(q, k, v, out_scale, out_zero_point, nan_flag, key_bias):
+    # of one key the kernel has no loop, which ptxas 12.8 turns into reads outside of shared memory
+    batch, _, heads, width = q.shape
+    if q.dtype not in HALF_DTYPES or width not in HEAD_DIMS or k.shape[1] <= 1 or max(batch, heads) > LARGEST_GRID:
+        y = reference.attention(q, k, v, key_bias)
         out = torch.ops.qandc.quantize_per_tensor(y, out_scale, out_zero_point, 8, nan_flag)
         return out.masked_fill_(y.isnan(), -128)  # as the kernel and the reference
     q, k, v = (t if _aligned(t) else t.contiguous() for t in (q, k, v))
     with launching_on(q):
-        return attention_quantize_triton(q, k, v, out_scale, out_zero_point, nan_flag)
+        return attention_quantize_triton(q, k, v, out_scale, out_zero_point, nan_flag, key_bias)
 
 
 attention_quantize_per_tensor = public_op(

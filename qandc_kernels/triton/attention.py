@@ -1,4 +1,4 @@
-"""Compute attention whose output is int8: softmax(q kᵀ / √D) v, quantized before it is stored."""
+"""Compute attention whose output is int8: softmax(q kᵀ / √D + bias of a key) v, quantized before it is stored."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def _load_rows(ptr, rows, stride, columns, S, D: tl.constexpr, EVEN: tl.constexp
 
 @triton.jit
 def _attention_quantize_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr,  # [B, S, H, D], unit stride along D; out contiguous int8
-    S,
+    q_ptr, k_ptr, v_ptr, out_ptr,  # [B, S, H, D], k and v [B, T, H, D], unit stride along D; out contiguous int8
+    key_bias_ptr,  # [B, T] contiguous, or None
+    S, T,
     stride_qb, stride_qs, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
-    out_scale_ptr, out_zero_point_ptr, nan_flag_ptr, softmax_scale,
+    out_scale_ptr, out_zero_point_ptr, nan_flag_ptr, softmax_scale, bias_scale,
     H: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -63,23 +64,31 @@ def _attention_quantize_kernel(
         q1 = _load_rows(q_ptr, rows, stride_qs, tail, S, D, EVEN_M)
         acc1 = tl.zeros((BLOCK_M, TAIL), tl.float32)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if key_bias_ptr is not None:
+        key_bias_ptr += sample * T
+        largest = tl.full((BLOCK_M,), -1e38, tl.float32)  # -inf - -inf of keys left out would make NaN
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, S, BLOCK_N):
+    for start in range(0, T, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        scores = tl.dot(q0, tl.trans(_load_rows(k_ptr, keys, stride_ks, head, S, D, EVEN_N)))
+        scores = tl.dot(q0, tl.trans(_load_rows(k_ptr, keys, stride_ks, head, T, D, EVEN_N)))
         if TAIL > 0:
-            scores = tl.dot(q1, tl.trans(_load_rows(k_ptr, keys, stride_ks, tail, S, D, EVEN_N)), scores)
-        if not EVEN_N:
-            scores = tl.where(keys[None, :] < S, scores, float("-inf"))
+            scores = tl.dot(q1, tl.trans(_load_rows(k_ptr, keys, stride_ks, tail, T, D, EVEN_N)), scores)
+        if key_bias_ptr is not None:
+            bias = tl.load(key_bias_ptr + keys, mask=keys < T, other=float("-inf")).to(tl.float32)
+            scores += bias[None, :] * bias_scale
+        elif not EVEN_N:
+            scores = tl.where(keys[None, :] < T, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1) * softmax_scale)
         p = tl.exp2(scores * softmax_scale - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(p, axis=1)
         largest = new_largest
         p = p.to(v_ptr.dtype.element_ty)
-        acc0 = tl.dot(p, _load_rows(v_ptr, keys, stride_vs, head, S, D, EVEN_N), acc0 * shrink[:, None])
+        acc0 = tl.dot(p, _load_rows(v_ptr, keys, stride_vs, head, T, D, EVEN_N), acc0 * shrink[:, None])
         if TAIL > 0:
-            acc1 = tl.dot(p, _load_rows(v_ptr, keys, stride_vs, tail, S, D, EVEN_N), acc1 * shrink[:, None])
+            acc1 = tl.dot(p, _load_rows(v_ptr, keys, stride_vs, tail, T, D, EVEN_N), acc1 * shrink[:, None])
+    if key_bias_ptr is not None:
+        total = tl.where(total == 0, 1.0, total)  # all keys left out
     factor = tl.div_rn(1.0, tl.load(out_scale_ptr)) / total[:, None]
     zero_point = 0.0
     if out_zero_point_ptr is not None:
@@ -114,10 +123,12 @@ def attention_quantize_triton(
     out_scale: torch.Tensor,
     out_zero_point: torch.Tensor | None,
     nan_flag: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
     tile: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Launch on ``q, k, v [B, S, H, D]`` with unit stride along D; 16-bit, D a multiple of 8 from 16 to 128."""
+    """Launch on ``q [B, S, H, D]`` and ``k, v [B, T, H, D]``, unit stride along D, 16-bit, D of 16, 24, ... 128."""
     batch, tokens, heads, width = q.shape
+    keys = k.shape[1]
     out = torch.empty(q.shape, dtype=torch.int8, device=q.device)
     if out.numel() == 0:
         return out
@@ -126,12 +137,13 @@ def attention_quantize_triton(
     tail = max(16, triton.next_power_of_2(width - head)) if width > head else 0
     _attention_quantize_kernel[(triton.cdiv(tokens, tile.block_m), heads, batch)](
         q, k, v, out,
-        tokens,
+        None if key_bias is None else key_bias.contiguous(),
+        tokens, keys,
         *(stride // 8 for t in (q, k, v) for stride in t.stride()[:3]),
-        out_scale, out_zero_point, nan_flag, width**-0.5 * 1.4426950408889634,
+        out_scale, out_zero_point, nan_flag, width**-0.5 * 1.4426950408889634, width**0.5,
         H=heads, D=width, HEAD=head, TAIL=tail,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        EVEN_M=tokens % tile.block_m == 0, EVEN_N=tokens % tile.block_n == 0,
+        EVEN_M=tokens % tile.block_m == 0, EVEN_N=keys % tile.block_n == 0,
         OVERLAP=tile.overlap > 0, launch_pdl=tile.overlap > 0,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -192,9 +192,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             yield record(arch, "adaln", [samples, width])
     for batch, tokens, width in ((2, 256, 72), (16, 256, 72), (64, 256, 72), (16, 1024, 72), (2, 64, 32), (2, 50, 128)):
         parts = torch.zeros(batch, tokens, 3, 16, width).bfloat16().unbind(2)
-        for flag in (None, integer):
-            attention.attention_quantize_triton(*parts, one, integer, flag)
-            yield record(arch, "attention", [batch, tokens, width, flag is not None])
+        for flag, bias in ((None, None), (integer, None), (integer, torch.zeros(batch, tokens).bfloat16())):
+            attention.attention_quantize_triton(*parts, one, integer, flag, bias)
+            yield record(arch, "attention", [batch, tokens, width, bias is not None, flag is not None])
         cos, sin = torch.zeros(2, tokens, width)
         for tables in ((cos, sin), (cos[:, ::2], sin[:, ::2]), (None, None)):
             rotary.qk_norm_rope_triton(torch.stack(parts, 2), cos[0].bfloat16(), sin[0].bfloat16(), *tables, 1e-6)

@@ -148,6 +148,7 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "out_scale": tensor(),
         "out_zero_point": tensor(**INT32),
         "nan_flag": tensor(**INT32),
+        "key_bias": tensor(2, 3, dtypes=FLOATS, optional=True),
     },
     "qk_norm_rope_": {
         "qkv": tensor(2, 3, 3, 2, 16, dtypes=FLOATS),

@@ -37,14 +37,17 @@ def make(shape, generator, dtype, device):
     return torch.randn(batch, tokens, 3, heads, width, generator=generator).to(dtype).to(device).unbind(2)
 
 
-def exact(q, k, v):
+def exact(q, k, v, bias=None):
+    """Attention in float64; 0 where all keys are left out."""
     q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
-    return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2).cpu()
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + (0.0 if bias is None else bias.double()[:, None, None])
+    weights = scores.softmax(-1).masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0)
+    return (weights @ v).transpose(1, 2).cpu()
 
 
-def assert_quantized(out, q, k, v, scale=SCALE, zero_point=ZERO_POINT):
+def assert_quantized(out, q, k, v, scale=SCALE, zero_point=ZERO_POINT, bias=None):
     """Within half a step, a thousandth for rounding, and what the inputs' precision leaves."""
-    expected = (exact(q, k, v) / scale + zero_point).clamp(-128, 127)
+    expected = (exact(q, k, v, bias) / scale + zero_point).clamp(-128, 127)
     difference = (out.cpu().double() - expected).abs()
     largest = v.double().abs().amax((1, 3), keepdim=True).cpu()
     assert out.dtype == torch.int8
@@ -83,12 +86,51 @@ def test_random_shapes_and_strides(kernel_device, data):
     width = draw(st.sampled_from([8, 16, 20, 24, 40, 72, 96, 136]))  # 8, 20 and 136 take torch's attention
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     order = draw(st.permutations([0, 1, 2, 3]))
-    sizes = [(batch, tokens, heads, width)[d] for d in order]
     back = [order.index(d) for d in range(4)]
-    q, k, v = (torch.randn(sizes, generator=generator).half().to(kernel_device).permute(back) for _ in range(3))
+    keys, bias = draw(st.one_of(st.just(tokens), st.integers(1, 140))), None
+    sizes = [[(batch, rows, heads, width)[d] for d in order] for rows in (tokens, keys, keys)]
+    q, k, v = (torch.randn(size, generator=generator).half().to(kernel_device).permute(back) for size in sizes)
+    if draw(st.booleans()):
+        bias = 2 * torch.randn(keys, batch, generator=generator)
+        bias = bias.masked_fill(bias > draw(st.sampled_from([-9.0, 0.0, 9.0])), float("-inf")).to(kernel_device).T
     scale = draw(st.sampled_from([1e-3, 0.02, 1.0]))
-    out = attention_quantize_per_tensor(q, k, v, torch.tensor(scale, device=kernel_device))
-    assert_quantized(out, q, k, v, scale, 0)
+    out = attention_quantize_per_tensor(q, k, v, torch.tensor(scale, device=kernel_device), key_bias=bias)
+    assert_quantized(out, q, k, v, scale, 0, bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 128])
+@pytest.mark.parametrize("keys", [1, 6, 128, 130])
+def test_keys_of_another_length_some_of_them_left_out(kernel_device, seeded, tokens, keys):
+    """As of a padded prompt: with no key of a sample, one, or all, and integers that tell where nothing was written."""
+    scale, zero_point = torch.tensor(SCALE), torch.tensor(ZERO_POINT, dtype=torch.int32)
+    scale, zero_point = scale.to(kernel_device), zero_point.to(kernel_device)
+    for dtype in float_dtypes(kernel_device):
+        q = torch.randn(4, tokens, 2, 72, generator=seeded).to(kernel_device, dtype)
+        k, v = torch.randn(4, keys, 2, 2, 72, generator=seeded).to(kernel_device, dtype).unbind(2)
+        assert_quantized(attention_quantize_per_tensor(q, k, v, scale, zero_point), q, k, v)
+        left_out = (torch.arange(keys) >= torch.tensor([[0], [1], [keys // 2], [keys]])).to(kernel_device)
+        mask = torch.randn(4, keys, generator=seeded).to(kernel_device, dtype).masked_fill(left_out, float("-inf"))
+        out = attention_quantize_per_tensor(q, k, v, scale, zero_point, None, mask)
+        assert_quantized(out, q, k, v, bias=mask)
+        assert (out[0] == ZERO_POINT).all()
+        if dtype != torch.float32:  # which has no more than three digits behind 10,000
+            mask = torch.zeros(4, keys, dtype=dtype, device=kernel_device).masked_fill(left_out, -10000.0)
+            assert_quantized(attention_quantize_per_tensor(q, k, v, scale, zero_point, None, mask), q, k, v, bias=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nan_of_a_bias_is_told(kernel_device, seeded, dtype):
+    q, k, v = make((2, 50, 3, 72), seeded, dtype, kernel_device)
+    scale, bias = torch.tensor(SCALE, device=kernel_device), torch.zeros(2, 50, device=kernel_device)
+    clean = attention_quantize_per_tensor(q, k, v, scale)
+    bias[1, 49] = float("nan")
+    for call in (attention_quantize_per_tensor, reference.attention_quantize_per_tensor):
+        flag = torch.zeros((), dtype=torch.int32, device=kernel_device)
+        out = call(q, k, v, scale, None, flag, bias)
+        assert flag.item() == 1
+        assert (out[1] == -128).all()
+        if call is attention_quantize_per_tensor:
+            assert torch.equal(out[0], clean[0])
 
 
 @pytest.mark.parametrize("tokens", [64, 70])

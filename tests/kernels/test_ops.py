@@ -83,6 +83,8 @@ REFUSALS = [  # changes to that, and what the message says; test_arguments.py tr
     ("attention_quantize_per_tensor", {"q": TOKENS}, r"q must be \[batch, tokens, heads, D\]"),
     ("attention_quantize_per_tensor", {"k": HEADS.half()}, "k must be float32"),
     ("attention_quantize_per_tensor", {"v": torch.zeros(2, 5, 2, 16)}, r"v must have shape \(2, 4, 2, 16\)"),
+    ("attention_quantize_per_tensor", {"k": torch.zeros(2, 4, 1, 16)}, r"k must be \[batch, keys, heads, D\]"),
+    ("attention_quantize_per_tensor", {"key_bias": torch.zeros(2, 5)}, r"key_bias must have shape \(2, 4\)"),
     ("batched_linear", {"x": torch.zeros(2, 3)}, r"x must be \[L, M, K\]"),
     ("batched_linear", {"weight": torch.zeros(2, 5, 4).half()}, "weight must be float32"),
     ("batched_linear", {"share": 0}, "share must be a finite number > 0"),
@@ -192,7 +194,8 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             *torch.randn(2, 3, 16, device=device), 1e-6,
         ),
         "attention_quantize_per_tensor": (
-            *torch.full((2, 3, 3, 2, 16), nan, device=device).unbind(2), one, zero_point, nan_flag
+            *torch.full((2, 3, 3, 2, 16), nan, device=device).unbind(2), one, zero_point, nan_flag,
+            torch.zeros(2, 3, device=device),
         ),
     }  # fmt: skip
 
