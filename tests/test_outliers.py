@@ -3,80 +3,84 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
-import torch
+import typer
 
-from qandc import calibrate, load_pipeline, make_scheduler, quantize_model, sample_latents, smoothing_factors
 from qandc.evaluation.metrics import snr
-from tests.conftest import recorded_calls
 
 
 @pytest.fixture(scope="module")
-def plant_outliers():
+def study():
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(Path(__file__).parents[1] / "training")
-        from measure_outliers import plant_outliers
-    return plant_outliers
+        import evaluate_outliers
+    return evaluate_outliers
 
 
 @pytest.fixture(scope="module")
-def recorded():
-    """The full-precision model, inputs of it to calibrate with, others to measure with, and its outputs of these."""
-    pipe = load_pipeline()
-    model, scheduler = pipe.transformer, make_scheduler("ddim", pipe.scheduler.config)
-
-    def inputs(first_seed):
-        run = {"num_inference_steps": 4, "guidance_scale": 1.5, "seeds": [first_seed, first_seed + 1]}
-        return recorded_calls(model, lambda: sample_latents(model, scheduler, [2, 8], **run))
-
-    samples, others = inputs(100), inputs(0)
-    return model, samples, others, outputs(model, others)
-
-
-@torch.no_grad()
-def outputs(model, calls):
-    return torch.stack([model(*args, **kwargs)[0] for args, kwargs in calls])
+def bench(study):
+    return study.ClassConditional("fashion-dit", "cpu", images=2, steps=2, batch=2, fit=2)
 
 
 @pytest.mark.slow
-def test_planting_changes_no_output_and_many_inputs(plant_outliers, recorded):
-    model, _, others, expected = recorded
-    planted = plant_outliers(copy.deepcopy(model), 100)
-    assert snr(outputs(planted, others), expected).mean() > 90
+def test_planting_changes_no_output_and_many_inputs(study, bench):
     largest = []
-    for block in (model.transformer_blocks[5], planted.transformer_blocks[5]):
-        seen = {}
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args, name=name, seen=seen: seen.update({name: args[0].amax()}))
-            for name, layer in (
-                ("qkv", block.attn1.to_q),
-                ("out", block.attn1.to_out[0]),
-                ("fc1", block.ff.net[0].proj),
-            )
-        ]
-        outputs(model if not largest else planted, others[:1])
-        largest.append(seen)
+    planted = study.plant_outliers(copy.deepcopy(bench.bench.base), 100)
+    for model in (bench.bench.base, planted):
+        block, seen = model.transformer_blocks[5], []
+        layers = (block.attn1.to_q, block.attn1.to_out[0], block.ff.net[0].proj)
+        hook = lambda _, args, seen=seen: seen.append(args[0].amax())  # noqa: E731
+        handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+        largest.append((seen, bench.predictions(model)))
         for handle in handles:
             handle.remove()
-    assert all(largest[1][name] > 10 * value for name, value in largest[0].items())
+    (near, expected), (far, predicted) = largest
+    assert snr(predicted, expected).mean() > 90
+    assert len(near) == len(far) == 3 * len(bench.calls)
+    assert all(y > 10 * x for x, y in zip(near, far, strict=True))
+
+
+def test_rows_have_names_of_their_own(study):
+    unfused, fused = ([row["name"] for row in study.rows(how)] for how in (False, True))
+    assert len({*unfused, *fused}) == len(unfused) + len(fused) == 64 + 48
+    assert "W4A8, outliers 30, ranges static, per token behind modulation, smoothing 0.5, fused" in fused
+    with pytest.raises(typer.BadParameter, match="needs a GPU"):
+        study.main(fused=True, device="cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("times", "at_least"), [(1, -1), (100, 20)])
-def test_what_smoothing_gains(plant_outliers, recorded, times, at_least):
-    """W8A8 with static ranges: more than 20 dB beside outliers, and at most one less without any."""
-    model, samples, others, expected = recorded
-    found = {}
-    for smooth in (False, True):
-        planted = plant_outliers(copy.deepcopy(model), times)
+def test_smoothing_withstands_outliers(study, tmp_path):
+    """W8A8 beside outliers of 100 times: smoothing gains 20 dB, and loses none that count; a file is continued."""
+    out = tmp_path / "out.json"
+    for size, count in (("1", 6), ("(1|100)", 12), ("(1|100)", 12)):
+        before = json.loads(out.read_text())["rows"] if out.exists() else []
+        only = f"W8A8, outliers {size}, .*(no smoothing|0.5)$"
+        study.main(out=out, images=2, steps=4, fit=2, device="cpu", only=only)
+        result = json.loads(out.read_text())
+        assert result["rows"][: len(before)] == before
+        assert len(result["rows"]) == count
+    found = {(row["outliers"], row["ranges"], row["smoothing"]): row["prediction_snr"] for row in result["rows"]}
+    static, per_token, behind = study.RANGES
+    for ranges in study.RANGES:
+        assert found[100, ranges, 0.5] > 30
+        assert found[1, ranges, 0.5] - found[100, ranges, 0.5] < 1
+        assert found[100, ranges, None] < found[100, ranges, 0.5] - 20
+    for times, smoothing in ((1, 0.5), (100, 0.5), (1, None), (100, None)):
+        assert found[times, static, smoothing] < found[times, behind, smoothing] < found[times, per_token, smoothing]
+    lost = {goal["name"]: goal["value"] for goal in result["goals"]}
+    assert len(lost) == 4
+    name = f"prediction_snr lost, W8A8, outliers 100, ranges {behind}, smoothing 0.5"
+    assert lost[name] == found[1, behind, 0.5] - found[100, behind, 0.5]
 
-        def run(planted=planted):
-            outputs(planted, samples)
 
-        quantize_model(planted, smoothing=smoothing_factors(planted, run) if smooth else None)
-        calibrate(planted, run)
-        found[smooth] = snr(outputs(planted, others), expected).mean().item()
-    assert found[True] > 30
-    assert found[True] - found[False] > at_least, found
+@pytest.mark.slow
+def test_fused_rows_measure_the_same(study, bench, fused_anywhere):
+    how = {"outliers": 10, "ranges": study.RANGES[2], "smoothing": 0.5}
+    unfused, fused = (bench.measure(study.row("outliers", **how, **more)) for more in ({}, {"fused": True}))
+    assert fused != unfused
+    assert fused["prediction_snr"] == pytest.approx(unfused["prediction_snr"], abs=0.5)
+    assert fused["psnr_to_fp"] == pytest.approx(unfused["psnr_to_fp"], abs=2)
+    assert unfused["psnr_to_fp_worst"] < unfused["psnr_to_fp"]

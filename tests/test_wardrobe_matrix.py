@@ -107,17 +107,20 @@ def test_planted_outliers_change_nothing_in_full_precision(matrix, pipeline):
         "timestep": torch.tensor([0.3, 0.3]),
         "img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(5, 3), "return_dict": False,
     }  # fmt: skip
+    block, single = model.transformer_blocks[1], model.single_transformer_blocks[3]
+    attention, mlps = block.attn, (block.ff, block.ff_context)
+    layers = [single.attn.to_q, single.proj_mlp, single.proj_out, attention.to_out[0], attention.to_add_out]
+    layers += [attention.to_q, attention.add_k_proj, *(mlp.net[0].proj for mlp in mlps)]
     seen = []
-    handle = model.single_transformer_blocks[3].attn.to_q.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
-    )
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].abs().max())))
     with torch.no_grad():
         before = model(**inputs)[0]
         matrix.plant_outliers(model, 30.0)
         after = model(**inputs)[0]
-    handle.remove()
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
-    assert seen[1].abs().max() > 10 * seen[0].abs().max()
+    plain, planted = seen[: len(layers)], seen[len(layers) :]
+    assert all(far > 5 * near for near, far in zip(plain, planted, strict=True)), (plain, planted)
 
 
 def test_goals_are_of_the_rows_they_name(matrix):
@@ -201,3 +204,23 @@ def test_script_measures_rows_and_goes_on(tmp_path, matrix, pipeline):
         assert low <= row["everything"] <= high
         assert row["images"] == 2
         assert 0 < row["psnr_to_fp_worst"] <= row["psnr_to_fp"] < 100
+
+
+@pytest.mark.slow
+def test_outliers_of_wardrobe_are_measured_alike(tmp_path, matrix, pipeline):
+    if not matrix.DEFAULT_DIRECTORY.is_dir():
+        pytest.skip("Fashion-MNIST is not there")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(ROOT / "training")
+        import evaluate_outliers as study
+    save_file(Judge().state_dict(), tmp_path / "judge.safetensors")
+    how = {"model": str(pipeline[0]), "judge": tmp_path / "judge.safetensors", "out": tmp_path / "out.json"}
+    how |= {"images": 2, "steps": 2, "fit": 2, "device": "cpu"}
+    study.main(**how, only="W8A8, outliers 100, .*(no smoothing|0.5)$")
+    found = {(row["ranges"], row["smoothing"]): row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert len(found) == 6
+    assert all(row["images"] == 2 and row["everything_lost_ci95"] >= 0 for row in found.values())
+    likeness = {how: row["psnr_to_fp"] for how, row in found.items()}
+    assert len({*likeness.values()}) == 6
+    for ranges in study.RANGES:
+        assert likeness[ranges, 0.5] > likeness[ranges, None]

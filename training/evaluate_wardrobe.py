@@ -29,7 +29,7 @@ import torch
 import typer
 
 from fashion_mnist import DEFAULT_DIRECTORY
-from measure_outliers import plant_outliers
+from outliers import plant_outliers, set_per_token_behind_modulation
 from qandc import (
     CacheConfig,
     RangeConfig,
@@ -56,8 +56,8 @@ from qandc.errors import QandCError
 from qandc.evaluation.judge import Judge, score_scenes
 from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
 from qandc.evaluation.scenes import SIZE, Scene, draw_scenes, scene_arrays
-from qandc.experiments.report import measure_rows, merge_rows
-from quality import Out, Seconds, command
+from qandc.experiments.report import merge_rows
+from quality import Merge, Only, Out, Seconds, Shard, command, measure_chosen
 from wardrobe_pictures import GarmentImages
 
 logger = logging.getLogger("evaluate_wardrobe")
@@ -171,9 +171,6 @@ def rows() -> Iterator[dict[str, Any]]:
         for selection in ("tap", "random"):
             how = {"selection": selection, "samples": samples, "repeat": repeat, "pool": "cached"}
             yield row("TAP", precision, mode="branch", interval=3, **how)
-    for times in (10, 100):
-        for ranges, smoothing in (("static", None), ("static", 0.5), ("per token", None), ("per token", 0.5)):
-            yield row("outliers", outliers=times, ranges=ranges, smoothing=smoothing)
 
 
 def skip_patterns(layers: str, model: Any) -> list[str] | None:
@@ -196,6 +193,13 @@ def lost(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     """Compute by how much fewer of ``ours [N]`` are right than of ``theirs``, picture by picture; half its 95 %."""
     difference = theirs.double() - ours.double()
     return float(difference.mean()), 1.959964 * float(difference.std()) / math.sqrt(len(difference))
+
+
+def likeness(pixels: torch.Tensor, full: torch.Tensor) -> dict[str, float]:
+    """Compute the mean PSNR of pictures to those of full precision, half its 95 % interval, and the worst."""
+    found = psnr(pixels, full).clamp(max=100)
+    half = 1.959964 * float(found.std()) / math.sqrt(len(found))
+    return {"psnr_to_fp": float(found.mean()), "psnr_to_fp_ci95": half, "psnr_to_fp_worst": float(found.min())}
 
 
 def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -245,6 +249,9 @@ class Wardrobe:
         self.model, self.device, self.prompts, self.batch, self.fit = model, device, prompts, batch, fit
         self.seeds, self.steps, self.scale = seeds, steps, true_cfg_scale
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.settings = {"model": model, "seeds": seeds, "prompts": prompts, "steps": steps, "batch": batch, "fit": fit}
+        self.settings |= {"true_cfg_scale": true_cfg_scale, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.settings |= {"usual": PLAIN, "precisions": PRECISIONS}
         self.judge = Judge.load(judge, device)
         self.garments = GarmentImages.load(data, "t10k", device)
         for name in ("pipe", "scenes", "reference", "real_features", "pool", "rounded", "trajectory", "cache_of"):
@@ -321,6 +328,8 @@ class Wardrobe:
         )  # fmt: skip
         if how["ranges"].startswith("static"):
             calibrate(model, batches(), ranges=RangeConfig("mse" if "error" in how["ranges"] else "minmax"))
+        if "behind modulation" in how["ranges"]:
+            set_per_token_behind_modulation(model)
         return model
 
     def cache_of(self, settings: tuple[Any, ...], mode: str, interval: int, schedule: str, corrected: bool) -> Any:
@@ -454,8 +463,7 @@ class Wardrobe:
         found["frechet_distance"] = frechet_distance(features, self.real_features(kind, seeds))
         found["frechet_distance_to_fp"] = frechet_distance(features, features_of_full)
         if row["precision"] not in ("real", "autoencoded"):
-            likeness = psnr(pixels, full).clamp(max=100)
-            found |= {"psnr_to_fp": float(likeness.mean()), "psnr_to_fp_worst": float(likeness.min())}
+            found |= likeness(pixels, full)
         return found
 
 
@@ -470,40 +478,19 @@ def main(
     true_cfg_scale: Annotated[float, typer.Option(help="Of all rows that say no other; 1 is without guidance.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures of a call.")] = 1000,
     fit: Annotated[int, typer.Option(min=1, help="Pictures that schedules and compensations are fitted on.")] = 64,
-    only: Annotated[str, typer.Option(help='Measure rows whose "part: name" this regular expression finds.')] = "",
-    shard: Annotated[str, typer.Option(help="i/n: measure every n-th row from the i-th on.")] = "0/1",
+    only: Only = "",
+    shard: Shard = "0/1",
     seconds: Seconds = 1e9,
-    merge: Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")] = None,
+    merge: Merge = None,
     device: str = "cuda",
 ) -> None:
     """Measure what a row changes; a row that fails is logged, and the rest go on."""
     if merge:
         merge_rows(out, merge, rows(), goals)
         return
-    index, count = (int(part) for part in shard.split("/"))
-    work = [row for row in rows() if re.search(only, f"{row['part']}: {row['name']}")][index::count]
     numbers = [int(seed) for seed in seeds.split(",")]
     bench = Wardrobe(model, judge, data, numbers, prompts, steps, batch, fit, true_cfg_scale, device)
-    settings = {"model": model, "seeds": numbers, "prompts": prompts, "steps": steps, "batch": batch, "fit": fit}
-    settings |= {"true_cfg_scale": true_cfg_scale, "dtype": str(bench.dtype).removeprefix("torch.")}
-    settings |= {"usual": PLAIN, "precisions": PRECISIONS}
-    failed, started = [], time.perf_counter()
-    for number, each in enumerate(work):
-        if time.perf_counter() - started > seconds:
-            logger.warning("out of time, %d rows are left; the same command goes on", len(work) - number)
-            break
-        try:
-            measure_rows(out, settings, [each], bench.measure, goals=goals)
-        except QandCError:
-            raise  # what no row can do without
-        except Exception:
-            logger.exception("%s: %s failed", each["part"], each["name"])
-            failed.append(each["name"])
-            if bench.cuda:
-                torch.cuda.synchronize()  # raises where no later row would come through either
-    if failed:
-        logger.error("%d rows failed: %s", len(failed), "; ".join(failed))
-        raise typer.Exit(1)
+    measure_chosen(out, bench.settings, rows(), bench.measure, goals, only, shard, seconds)
 
 
 if __name__ == "__main__":

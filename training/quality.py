@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from diffusers import DiTPipeline
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
 from qandc import CacheConfig, apply_cache, fashion_dit_path, remove_cache
 from qandc.caching.feature_cache import FeatureCache
+from qandc.errors import QandCError
 from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import (
     EfficientNetFeatures,
@@ -28,11 +30,16 @@ from qandc.evaluation.metrics import (
     load_fashion_classifier,
     psnr,
 )
+from qandc.experiments.report import measure_rows
 from qandc.sampling.loop import Corrector, decode_latents, make_scheduler
 
 Out = Annotated[Path, typer.Option(help="JSON file to write; one that is there is continued.")]
 Images = Annotated[int, typer.Option(min=20, help="Samples of a row, class-balanced.")]
 Seconds = Annotated[float, typer.Option(help="Begin no row after so long.")]
+Only = Annotated[str, typer.Option(help='Measure rows whose "part: name" this regular expression finds.')]
+Shard = Annotated[str, typer.Option(help="i/n: measure every n-th row from the i-th on.")]
+Merge = Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")]
+logger = logging.getLogger("training")
 
 
 class Bench:
@@ -158,6 +165,32 @@ def cached(model: Any, config: CacheConfig | None) -> Iterator[FeatureCache | No
         yield apply_cache(model, config=config)
     finally:
         remove_cache(model)
+
+
+def measure_chosen(
+    out: Path, settings: dict[str, Any], rows: Iterable[dict[str, Any]], measure: Callable[[Any], dict[str, Any]],
+    goals: Callable[[list[Any]], list[Any]], only: str, shard: str, seconds: float,
+) -> None:  # fmt: skip
+    """Measure some of the rows into one file; a row that fails is logged, and the rest go on."""
+    index, count = (int(part) for part in shard.split("/"))
+    work = [row for row in rows if re.search(only, f"{row['part']}: {row['name']}")][index::count]
+    failed, started = [], time.perf_counter()
+    for number, each in enumerate(work):
+        if time.perf_counter() - started > seconds:
+            logger.warning("out of time, %d rows are left; the same command goes on", len(work) - number)
+            break
+        try:
+            measure_rows(out, settings, [each], measure, goals=goals)
+        except QandCError:
+            raise  # what no row can do without
+        except Exception:
+            logger.exception("%s: %s failed", each["part"], each["name"])
+            failed.append(each["name"])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises where no later row would come through either
+    if failed:
+        logger.error("%d rows failed: %s", len(failed), "; ".join(failed))
+        raise typer.Exit(1)
 
 
 def command(main: Callable[..., None]) -> None:
