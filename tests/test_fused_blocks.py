@@ -474,18 +474,23 @@ def test_sd3_without_norms_of_heads_runs_unfused():
 
 
 def test_a_padded_prompt_runs_unfused(fused_anywhere, caplog, ran):
+    """Before diffusers 0.37 attention did not read the mask, which pipelines always gave it."""
     model, inputs = make_quantized(name=QWEN), given(name=QWEN)
+    plain = output_of(model, inputs)
     inputs["encoder_hidden_states_mask"] = torch.arange(6) < torch.tensor([[4], [6]])
     expected = output_of(model, inputs)
-    assert torch.equal(output_of(fuse(model), inputs), expected)
-    assert not ran
-    assert "attention takes a mask (draw them one by one, or of one length)" in caplog.text
+    unread = torch.equal(expected, plain)
+    assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32] * unread
+    assert len(ran) == 2 * unread
+    assert ("attention takes a mask (draw them one by one, or of one length)" in caplog.text) is not unread
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_prompts_of_any_length(fused_anywhere, ran, tokens):
     model, inputs = make_quantized(name=QWEN), given(name=QWEN, rows=1)
     inputs["encoder_hidden_states"] = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(0))
+    if "txt_seq_lens" in inputs:
+        inputs["txt_seq_lens"] = [tokens]
     expected = output_of(model, inputs)
     assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
     assert len(ran) == 2

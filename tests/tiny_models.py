@@ -71,7 +71,11 @@ def _flux2(noise: Noise, time: float) -> dict[str, Any]:
 
 
 def _qwen(noise: Noise, time: float) -> dict[str, Any]:
-    return {**_text_and_patches(noise, time), "encoder_hidden_states_mask": None, "img_shapes": [[(1, 4, 4)]] * 2}
+    from diffusers.models.transformers import transformer_qwenimage
+
+    found = {**_text_and_patches(noise, time), "encoder_hidden_states_mask": None, "img_shapes": [[(1, 4, 4)]] * 2}
+    newer = hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask")  # diffusers from 0.37 on
+    return found if newer else {**found, "txt_seq_lens": [6, 6]}
 
 
 def _z_image(noise: Noise, time: float) -> dict[str, Any]:

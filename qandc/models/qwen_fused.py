@@ -29,6 +29,13 @@ def _pairs(angles: torch.Tensor) -> Tables:
     return cos, sin
 
 
+def _masks_are_read() -> bool:
+    """Tell whether attention reads the mask of padded prompts; before diffusers 0.37 it is given one and does not."""
+    from diffusers.models.transformers import transformer_qwenimage
+
+    return hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask")
+
+
 class FusedQwenBlock(TwoStreams):
     """Run a block of Qwen-Image."""
 
@@ -50,7 +57,7 @@ class FusedQwenBlock(TwoStreams):
 
     @staticmethod
     def why_not_call(call: Call) -> str | None:
-        if call.get("encoder_hidden_states_mask") is not None:
+        if call.get("encoder_hidden_states_mask") is not None and _masks_are_read():
             return "prompts are padded: attention takes a mask (draw them one by one, or of one length)"
         if call.get("modulate_index") is not None:
             return "tokens have modulations of their own (zero_cond_t)"
