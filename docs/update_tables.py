@@ -29,6 +29,11 @@ def load(path: Path) -> Any:
     return json.loads(re.sub(r'("(?:mode|part|candidate)": "(?:[a-z]+ )?)block\b', r"\1delta", path.read_text()))
 
 
+def directory_of(result: dict[str, Any]) -> Path:
+    """Return the directory of the card that a result was measured on."""
+    return ROOT / "results" / ("h100" if "H100" in result["machine"]["gpu"] else "h200")
+
+
 def source(result: dict[str, Any], path: str) -> str:
     """Machine, versions, command and commit of a result, in a line."""
     machine, versions = result["machine"], result["versions"]
@@ -137,8 +142,7 @@ MODEL_SIZES = (
 
 def model_rows(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, Any]]:
     """By model, rows of the batch and candidate; those of torchao from the files of its own runs beside it."""
-    gpu = "h100" if "H100" in result["machine"]["gpu"] else "h200"
-    others = [load(path) for path in sorted((ROOT / "results" / gpu).glob("model-torchao*.json"))]
+    others = [load(path) for path in sorted(directory_of(result).glob("model-torchao*.json"))]
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
     for row in [*result["rows"], *(row for other in others for row in other["rows"])]:
         if row["op"] == "model" and "median_us" in row:
@@ -450,6 +454,9 @@ def large_model_table(result: dict[str, Any]) -> list[str]:
 
 
 def sample_table(result: dict[str, Any]) -> list[str]:
+    """Print images/s of one process, and of two from the file beside it."""
+    more = directory_of(result) / "sample-2.json"
+    result["rows"] += load(more)["rows"] if more.exists() else []
     alone = next(row["images_per_second"] for row in result["rows"] if row["processes"] == 1)
     lines = ["| | processes | images | images/s | of what one would make of it |", "|---|---|---|---|---|"]
     for row in result["rows"]:

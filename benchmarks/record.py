@@ -1,0 +1,305 @@
+"""Measure all that results/ holds, in portions of minutes: at one commit, on one card, correctness first.
+
+python -m benchmarks.record --list                   # portions: what is done, failed, older or missing here
+python -m benchmarks.record --out build/record       # measure them; the same command goes on
+python -m benchmarks.record --only '^images' --seconds 540
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.families import measured
+from benchmarks.goals import IMAGES_FUSED
+from qandc.errors import ConfigError, QandCError
+from qandc.support.files import read_json, write_json
+from qandc.support.results import ROOT, source_commit
+
+logger = logging.getLogger("record")
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A command that writes a file of results, or some rows of one; of a check, which writes none, its status counts.
+
+    In the command ``{out}`` is the file, ``{card}`` its directory, ``{scratch}`` one that is removed afterwards.
+    """
+
+    file: str
+    options: str
+    minutes: float
+    command: str
+    check: str | None = None
+    gpus: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.file} {self.options}".strip()
+
+    @property
+    def is_check(self) -> bool:
+        return self.check is None
+
+
+def checks(name: str, minutes: float, tests: str, gpus: int = 1) -> Portion:
+    """Name the tests that must pass before what they guard is measured."""
+    marker, files = "gpu" if gpus else "not gpu and not slow", " ".join(f"tests/{test}" for test in tests.split())
+    run = f"{{python}} -m pytest -q -p no:cacheprovider -m '{marker}' {files}"
+    return Portion(f"check-{name}", "", minutes, run, gpus=gpus)
+
+
+def script(file: str, check: str, minutes: float, run: str, *options: str, gpus: int = 1) -> Iterator[Portion]:
+    """Name a script that continues its file, once for each of the options."""
+    for option in options or ("",):
+        yield Portion(file, option, minutes, f"{{python}} {run} {option} --out {{out}}", f"check-{check}", gpus)
+
+
+def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> Iterator[Portion]:
+    """Name benchmarks that add their rows to a file, once for each of the options."""
+    run = "-m pytest --benchmark-only --benchmark-quiet -q -p no:cacheprovider --save {card}"
+    files = " ".join(f"benchmarks/{test}" for test in tests.split())
+    for option in options or ("",):
+        yield Portion(file, option, minutes, f"{{python}} {run} {files} {option}", f"check-{check}")
+
+
+LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
+IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
+    for layer, steps in zip((LARGE[0], *LARGE), (28, 50, 50, 28, 20), strict=True)
+    for which in ("bf16", "graph and not fused", "fused", "not bf16 and not graph")
+    if which != "fused" or measured(layer, IMAGES_FUSED)
+]  # fmt: skip
+SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
+PORTIONS: tuple[Portion, ...] = (
+    checks("kernels", 4, "kernels"),
+    checks("layers", 4, "test_linear.py test_rounding.py test_shared_products.py test_block_hessians.py"),
+    checks("steps", 5, "test_fused_dit.py test_run_graph.py test_cache_modes.py test_generate.py test_nan_flags.py"),
+    checks("models", 5, "test_fused_blocks.py test_model_graph.py test_families.py test_models.py"),
+    *bench("host", "layers", 1, "test_host.py"),
+    *bench(
+        "kernels", "kernels", 3, "test_linear.py test_epilogues.py test_adaln.py",
+        *(f"--layers 8192^3,{layer}" for layer in ("qkv", "out", "fc1", "fc2")), "--layers 'LN,1 GiB,38 MB'",
+    ),
+    *bench("products", "kernels", 2, "test_products.py"),
+    *bench("model", "kernels", 1, "test_attention.py"),
+    *bench("model", "steps", 5, "test_model.py", "-k '256 and not torchao'", "-k '512 and not torchao'", "-k fp8"),
+    *bench("model", "steps", 7, "test_model.py", *(f"-k '256 and int8dq' --rows {m}" for m in (2, 16, 64))),
+    *bench("cache-cost", "steps", 3, "test_cache.py", "-k test_step", "-k test_run"),
+    *bench("pipeline", "steps", 3, "test_pipeline.py", *(f"-k 'not 250' --rows {m}" for m in (1, 8, 32))),
+    *bench("pipeline", "steps", 5, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
+    *bench(
+        "models", "models", 5, "test_models.py",
+        *(f"--layers {m} -k '{k}'" for m in LARGE for k in ("not graph and not torchao", "graph", "torchao")),
+    ),
+    *bench("images", "models", 6, "test_images.py", *IMAGES),
+    *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),
+    *script("presets", "steps", 2, "training/evaluate_presets.py"),
+    *script("cache", "steps", 5, "training/evaluate_cache.py", *(f"--precisions {p}" for p in ("FP", "W8A8", "W4A8"))),
+    *script(
+        "ablation", "steps", 5, "training/ablate_fashion_dit.py",
+        *(f"--repeats {repeat} --parts '{parts}'" for repeat in range(3) for parts in (
+            "ranges,block,branch", "compensation block,compensation branch", "selection block,selection branch"
+        )),
+    ),
+    *script(  # at last all rows in their order
+        "feature-compensation", "steps", 4, "training/evaluate_feature_compensation.py",
+        *(f"--share {i}/6 --efficientnet {{scratch}}/statistics.npz" for i in range(6)), "--merge {out}",
+    ),
+    *script(
+        "wardrobe", "steps", 5, "training/evaluate_wardrobe.py",
+        *(f"--shard {i}/12" for i in range(12)), "--merge {out}",
+    ),
+    *script(
+        "outliers", "steps", 5, "training/evaluate_outliers.py",
+        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}",
+    ),
+    *script(
+        "outliers-wardrobe", "models", 5, "training/evaluate_outliers.py --model wardrobe",
+        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}",
+    ),
+    *script("gptq", "layers", 6, "-m training.measure_gptq", "--samples 16", "--samples 16 --offload", "--samples 64"),
+    *script("large-model", "steps", 3, "training/measure_large_model.py", "--w-bits 8", "--w-bits 4"),
+    Portion("sample", "", 2, SAMPLE.format(1), "check-steps"),
+    Portion("sample-2", "", 2, SAMPLE.format(2), "check-steps", 2),
+    checks("processor", 3, "test_linear.py test_quantizer.py test_sampling.py test_cache_modes.py", 0),
+    Portion(
+        "generate", "", 1, "{python} -m qandc generate --json {out} -o {card}/generate.png", "check-processor", 0
+    ),
+    Portion(
+        "experiment", "", 5,
+        "{python} -m qandc ablate --out {scratch}/all && cp {scratch}/all/experiment_summary.json {out} && "
+        "cp {scratch}/all/experiment_summary.png {card}/experiment.png", "check-processor", 0,
+    ),
+    *script("model-bytes", "processor", 1, "-m training.model_bytes", gpus=0),
+    *script(
+        "outliers", "processor", 9, "training/evaluate_outliers.py --images 10 --steps 10 --fit 4 --device cpu", gpus=0
+    ),
+    *script(
+        "ablation", "processor", 8, "training/ablate_fashion_dit.py --images 40 --batch 40 --pool-images 20 "
+        "--samples 200 --fit-images 50 --repeats 0 --parts 'compensation block' --intervals 5 --device cpu", gpus=0,
+    ),
+    *script(
+        "feature-compensation", "processor", 8, "training/feature_compensation.py --device cpu --fit 20 --images 20 "
+        "--steps 20 --intervals 3,4,5", gpus=0,
+    ),
+    *script("feature-residuals", "processor", 1, "training/feature_residuals.py", gpus=0),
+    *script(
+        "large-model", "processor", 5, "training/measure_large_model.py --device cpu --steps 2 --uniform "
+        "--pool-images 2 --samples 4 --w-bits 8", gpus=0,
+    ),
+)  # fmt: skip
+HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
+    **dict.fromkeys(("models-by-turns", "models-fp8", "models-fused"), "rows that models.json holds from now on"),
+    **dict.fromkeys(("model-torchao", "model-torchao-fp8", "model-drop-in"), "rows that model.json holds from now on"),
+}
+
+
+def card_name() -> str:
+    """Return the directory of this machine's results: "h200", "h100", "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
+    return re.sub(r"-\d+gb.*", "", name)
+
+
+class Record:
+    """Say which portions of a card are done at a commit, and do the rest.
+
+    ``record.json`` beside the results notes commit, status and seconds of each portion that has ended.
+    """
+
+    def __init__(self, portions: Sequence[Portion], directory: Path, commit: str | None) -> None:
+        self.directory, self.commit, self.here = directory, commit, directory.name == card_name()
+        self.portions = [portion for portion in portions if (portion.gpus > 0) == (directory.name != "cpu")]
+        self.notes: dict[str, Any] = {}
+        if (directory / "record.json").exists():
+            self.notes = read_json(directory / "record.json", "record of portions", "remove it")
+
+    def path(self, portion: Portion) -> Path:
+        return self.directory / f"{portion.file}.json"
+
+    def file_commit(self, portion: Portion) -> str | None:
+        """Return the commit of the file that a portion writes; this one if there is no file."""
+        path = self.path(portion)
+        return read_json(path, "result", "remove it").get("commit") if path.exists() else self.commit
+
+    def state(self, portion: Portion) -> str:
+        if self.here and portion.gpus > torch.cuda.device_count():
+            return f"needs {portion.gpus} GPUs"
+        if self.file_commit(portion) != self.commit:
+            return "older"
+        note = self.notes.get(portion.name, {"commit": ""})
+        if note["commit"] != self.commit or not (portion.is_check or note["status"] or self.path(portion).exists()):
+            return "missing"
+        return "failed" if note["status"] else "done"
+
+    def expected(self, portion: Portion) -> float:
+        """Return the seconds that a portion took when it last ended, else those that it may take."""
+        note = self.notes.get(portion.name, {"status": 1})
+        return 60 * portion.minutes if note["status"] else note["seconds"]
+
+    def refuse_others(self) -> None:
+        """Refuse to measure what nobody could check, or beside files of other commits."""
+        if self.commit is None:
+            raise ConfigError("no commit is known here: set QANDC_COMMIT, or give --any-commit")
+        if self.commit.endswith("-dirty"):
+            raise ConfigError(f"files differ from commit {self.commit[:-6]}: commit them, or give --any-commit")
+        if others := {self.path(portion).name for portion in self.portions if self.state(portion) == "older"}:
+            raise ConfigError(
+                f"{str(self.directory)!r} holds {', '.join(sorted(others))} of other commits than {self.commit}; "
+                "give --out another directory, or --any-commit to replace them one by one"
+            )
+
+    def run(self, portions: Sequence[Portion], seconds: float) -> bool:
+        """Measure what is not done; tell whether all that was begun came through."""
+        begun, passed = time.monotonic(), True
+        for portion in portions:
+            state, guards = self.state(portion), [p for p in self.portions if p.name == portion.check]
+            if state == "done" or state.startswith("needs"):
+                continue
+            if any(self.state(guard) != "done" for guard in guards):
+                logger.error("%s: not measured, as %s failed", portion.name, portion.check)
+                passed = False
+                continue
+            if time.monotonic() - begun + self.expected(portion) > seconds:
+                logger.warning(
+                    "%s: not begun, may take %.0f s; the same command goes on", portion.name, self.expected(portion)
+                )
+                break
+            if status := self._measure(portion):
+                logger.error("%s: failed with status %d; the rest goes on", portion.name, status)
+                passed = False
+        return passed
+
+    def _measure(self, portion: Portion) -> int:
+        path, begun = self.path(portion).resolve(), time.monotonic()
+        if self.file_commit(portion) != self.commit:
+            path.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "QANDC_COMMAND": f"python -m benchmarks.record --only '^{portion.file}'"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+        if self.commit is not None:
+            environment["QANDC_COMMIT"] = self.commit
+        with tempfile.TemporaryDirectory() as scratch:
+            places = {"python": sys.executable, "out": str(path), "card": str(path.parent), "scratch": scratch}
+            command = portion.command.format(**{name: shlex.quote(place) for name, place in places.items()})
+            logger.info("%s: %s", portion.name, command)
+            status = subprocess.run(command, shell=True, cwd=ROOT, env=environment, check=False).returncode
+        if not status and not portion.is_check and not path.exists():
+            logger.error("%s: wrote no %s", portion.name, path)
+            status = 1
+        took = round(time.monotonic() - begun, 1)
+        self.notes[portion.name] = {"commit": self.commit, "status": status, "seconds": took}
+        write_json(self.directory / "record.json", self.notes)
+        return status
+
+
+def record(portions: Sequence[Portion]) -> None:
+    """Run the command line with these portions."""
+
+    def main(
+        listed: Annotated[bool, typer.Option("--list", help="Show portions, and measure nothing.")] = False,
+        only: Annotated[str, typer.Option(help="Portions whose name this regular expression finds.")] = "",
+        seconds: Annotated[float, typer.Option(help="Begin no portion that may not end in so long.")] = 1e9,
+        out: Annotated[Path, typer.Option(help="Directory of the cards' directories.")] = ROOT / "results",
+        card: Annotated[str, typer.Option(help="A card's directory, for --list; this machine's by default.")] = "",
+        any_commit: Annotated[bool, typer.Option("--any-commit", help="Replace files of other commits.")] = False,
+    ) -> None:
+        """Measure each portion that is not done at this commit; one that fails is told, and the rest go on."""
+        book = Record(portions, out / (card or card_name()), source_commit())
+        chosen = [portion for portion in book.portions if re.search(only, portion.name)]
+        guards = {portion.check for portion in chosen}
+        chosen = [portion for portion in book.portions if portion in chosen or portion.name in guards]
+        if listed:
+            for each in chosen:
+                typer.echo(f"{book.state(each):12} {book.expected(each) / 60:5.1f} min  {each.name:44} {each.command}")
+            return
+        if not book.here:
+            raise ConfigError(f"this machine is {card_name()!r}, not {card!r}: --card is for --list")
+        if not any_commit:
+            book.refuse_others()
+        raise typer.Exit(0 if book.run(chosen, seconds) else 1)
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        typer.run(main)
+    except QandCError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    record(PORTIONS)

@@ -1,0 +1,207 @@
+"""The record: which portions there are, what a run leaves, and how it goes on."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import record
+from qandc.support import results
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+from benchmarks.record import Portion, record
+from tests.test_record import write
+record([
+    Portion("check-all", "", 1, {check!r}, gpus=0),
+    Portion("first", "", 1, write("first"), "check-all", 0),
+    Portion("second", "-k a", 1, {middle!r} + " && " + write("second"), "check-all", 0),
+    Portion("third", "", 1, write("third"), "check-all", 0),
+    Portion("fourth", "", 1, "true", None if {check!r} == "false" else "check-all", 0),
+    Portion("large", "", 1, "false", "check-all", 1),
+])
+"""
+
+
+def write(name: str) -> str:
+    """Return a command that writes a file, which must not be there, and notes that it ran."""
+    content = """printf '{{"commit": "%s", "command": "%s"}}' "$QANDC_COMMIT" "$QANDC_COMMAND" """
+    return f"echo {name} >> {{card}}/ran && test ! -e {{out}} && {content} > {{out}}"
+
+
+class Tiny:
+    """Starts the command line with portions of a second."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def start(self, *options, commit="a", check="true", middle="true"):
+        kept = {name: value for name, value in os.environ.items() if name != "QANDC_COMMAND"}
+        environment = {**kept, "PYTHONPATH": str(ROOT), "QANDC_COMMIT": commit, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", TINY.format(check=check, middle=middle), "--out", self.out, *options]
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *options, **changes):
+        process = self.start(*options, **changes)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    @property
+    def ran(self):
+        return (self.out / "cpu" / "ran").read_text().split()
+
+    def states(self, *options):
+        _, output = self.run("--list", *options)
+        return {line[24:].split()[0]: line[:12].strip() for line in output.splitlines()}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return Tiny(tmp_path / "out")
+
+
+def test_every_file_of_results_is_written_by_a_portion_or_historical():
+    written = {(min(p.gpus, 1), p.file) for p in record.PORTIONS}
+    found = {(int(path.parent.name != "cpu"), path.stem) for path in (ROOT / "results").glob("*/*.json")}
+    found -= {(0, "record"), (1, "record")}
+    old = {(1, name) for name in record.HISTORICAL}
+    assert found - written - old == set()
+    assert old <= found  # else its line can go
+    assert not old & written
+
+
+def test_portions_can_run():
+    names = [portion.name + str(portion.gpus) for portion in record.PORTIONS]
+    assert len(set(names)) == len(names)
+    for portion in record.PORTIONS:
+        assert portion.is_check or portion.check in {
+            p.name for p in record.PORTIONS if p.is_check and min(p.gpus, 1) == min(portion.gpus, 1)
+        }
+        command = portion.command.format(python="python", out="/r/x.json", card="/r", scratch="/s")
+        assert portion.minutes < 10
+        for word in shlex.split(command):
+            if re.match(r"(tests|benchmarks|training)/", word):
+                assert (ROOT / word).exists(), word
+
+
+def test_options_of_scripts_are_known(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    for portion in record.PORTIONS:
+        if found := re.search(r"training[/.](\w+)", portion.command):
+            known = inspect.signature(importlib.import_module(found[1]).main).parameters
+            assert set(re.findall(r" --([\w-]+)", portion.command)) <= {name.replace("_", "-") for name in known}
+
+
+@pytest.mark.slow
+def test_portions_select_benchmarks(tmp_path):
+    """Have pytest look for what each line measures, all in one process."""
+    lines = [portion for portion in record.PORTIONS if "--save" in portion.command]
+    words = [shlex.split(p.command.format(python="", card=tmp_path, out="", scratch=""))[2:] for p in lines]
+    code = (
+        "import json, pytest, sys\nfor words in json.loads(sys.argv[1]): print('=', int(pytest.main([*words, '--co'])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(words)], cwd=ROOT, capture_output=True, text=True)
+    statuses = re.findall("^= (.*)$", done.stdout, re.MULTILINE)
+    assert dict(zip((p.name for p in lines), statuses, strict=True)) == dict.fromkeys((p.name for p in lines), "0")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tiny):
+    process = tiny.start(middle="sleep 100")
+    deadline = time.monotonic() + 60
+    while (
+        not (tiny.out / "cpu" / "first.json").exists() or "first" not in (tiny.out / "cpu" / "record.json").read_text()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert tiny.states() == {
+        "check-all": "done",
+        "first": "done",
+        "second": "missing",
+        "third": "missing",
+        "fourth": "missing",
+    }
+    status, output = tiny.run("--only", "first|second|third")
+    assert (status, tiny.ran) == (0, ["first", "second", "third"]), output
+    result = json.loads((tiny.out / "cpu" / "second.json").read_text())
+    assert (result["commit"], result["command"]) == ("a", "python -m benchmarks.record --only '^second'")
+    status, output = tiny.run()  # the one that writes nothing has failed, all others are done
+    assert (status, tiny.ran) == (1, ["first", "second", "third"])
+    assert "fourth: wrote no" in output
+    assert tiny.states("--only", "fourth") == {"check-all": "done", "fourth": "failed"}
+
+
+@pytest.mark.slow
+def test_other_commits_are_refused_and_replaced_if_told(tiny):
+    assert tiny.run("--only", "first|third")[0] == 0
+    status, output = tiny.run(commit="b")
+    assert status == 2
+    assert "holds first.json, third.json of other commits than b" in output
+    assert tiny.run("--only", "first", "--any-commit", commit="b")[0] == 0
+    commits = {
+        name: json.loads((tiny.out / "cpu" / f"{name}.json").read_text())["commit"] for name in ("first", "third")
+    }
+    assert commits == {"first": "b", "third": "a"}
+    assert tiny.states("--only", "first|third") == {"check-all": "missing", "first": "older", "third": "done"}
+    assert "files differ from commit c: commit them" in tiny.run(commit="c-dirty")[1]
+
+
+@pytest.mark.slow
+def test_failures_are_told_and_the_rest_goes_on(tiny):
+    status, output = tiny.run("--only", "first|second|third", middle="exit 7")
+    assert (status, tiny.ran) == (1, ["first", "third"])
+    assert "second -k a: failed with status 7; the rest goes on" in output
+    status, output = tiny.run("--only", "first|second", "--any-commit", commit="b", check="false")
+    assert (status, tiny.ran) == (1, ["first", "third"])  # what is not checked is not measured
+    assert "first: not measured, as check-all failed" in output
+
+
+@pytest.mark.slow
+def test_portions_that_would_not_end_in_time_are_left(tiny):
+    status, output = tiny.run("--seconds", "30")  # each may take a minute
+    assert (status, (tiny.out / "cpu").exists()) == (0, False)
+    assert "check-all: not begun, may take 60 s" in output
+    (tiny.out / "cpu").mkdir(parents=True)
+    notes = tiny.out / "cpu" / "record.json"
+    notes.write_text(json.dumps({"check-all": {"commit": "before", "status": 0, "seconds": 1.5}}))
+    status, output = tiny.run("--seconds", "30")  # what took less before is begun
+    assert "first: not begun, may take 60 s" in output
+    assert json.loads(notes.read_text())["check-all"]["commit"] == "a"
+
+
+def test_results_do_not_make_the_source_dirty(tmp_path, monkeypatch):
+    monkeypatch.delenv("QANDC_COMMIT", raising=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.source_commit() is None
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text("1")
+    (tmp_path / "code.py").write_text("1")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    commit = results.source_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "results" / "a.json").write_text("2")
+    assert results.source_commit() == commit
+    (tmp_path / "code.py").write_text("2")
+    assert results.source_commit() == f"{commit}-dirty"
