@@ -52,7 +52,7 @@ class Measure(Protocol):
         build: Callable[[], timing.Candidate],
         skip: str | None = WITHOUT_GPU,
         *,
-        rival: Callable[[], timing.Candidate] | None = None,
+        rival: tuple[str, Callable[[], timing.Candidate]] | None = None,
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None: ...
@@ -102,7 +102,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         build: Callable[[], timing.Candidate],
         skip: str | None = WITHOUT_GPU,
         *,
-        rival: Callable[[], timing.Candidate] | None = None,
+        rival: tuple[str, Callable[[], timing.Candidate]] | None = None,
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None:
@@ -112,7 +112,8 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         if skip is None:
             try:
                 with torch.no_grad():
-                    row |= time_candidate(benchmark, build(), rival)
+                    row |= time_candidate(benchmark, build(), rival and rival[1])
+                    row |= {"rival": rival[0]} if rival else {}
             except NotInstalled as error:
                 skip = f"not installed: {error}"
             except Exception as error:
@@ -138,27 +139,34 @@ def time_candidate(
     benchmark: Any, candidate: timing.Candidate, rival: Callable[[], timing.Candidate] | None
 ) -> dict[str, Any]:
     """Check the result, then take times, by turns with the rival's if there is one: the entries of a row."""
-    error = candidate.error(candidate.launch(0), 0)
-    assert error <= candidate.bound, f"relative error {error:.3g}; allowed {candidate.bound}"
-    if not candidate.wall_clock:
-        candidate.launch(0)  # what the first launch compiled or tuned is launched as it will be
-    timed = timing.prepare(candidate)
+    error, timed = checked(candidate)
     rounds = timed.rounds()
-    if timed.method == "graph" and not candidate.in_place:
-        replayed = candidate.error(timed.result, candidate.launches - 1)
-        assert replayed <= candidate.bound, f"relative error {replayed:.3g} in a graph; allowed {candidate.bound}"
     found = {"error": error, "method": timed.method, "launches": timed.launches}
     if rival is None:
         benchmark.pedantic(timing.CLOCK.run, args=(timed,), warmup_rounds=min(2, rounds - 2), rounds=rounds)
     else:
         rounds = max(rounds + rounds % 2, 4)
-        found |= by_turns(benchmark, timed, timing.prepare(rival()), rounds)
+        found |= by_turns(benchmark, timed, checked(rival())[1], rounds)
     if timed.why_no_graph is not None:
         found["why_no_graph"] = timed.why_no_graph
     if benchmark.stats is not None:
         stats = benchmark.stats.stats
         found |= {"rounds": rounds, "median_us": stats.median * 1e6, "min_us": stats.min * 1e6}
     return found
+
+
+def checked(candidate: timing.Candidate) -> tuple[float, timing.Timed]:
+    """Return the error of a candidate, and how it is timed; one that is wrong fails."""
+    error = candidate.error(candidate.launch(0), 0)
+    assert error <= candidate.bound, f"relative error {error:.3g}; allowed {candidate.bound}"
+    if not candidate.wall_clock:
+        candidate.launch(0)  # what the first launch compiled or tuned is launched as it will be
+    timed = timing.prepare(candidate)
+    if timed.method == "graph" and not candidate.in_place:
+        timed.seconds()
+        replayed = candidate.error(timed.result, candidate.launches - 1)
+        assert replayed <= candidate.bound, f"relative error {replayed:.3g} in a graph; allowed {candidate.bound}"
+    return error, timed
 
 
 def by_turns(benchmark: Any, ours: timing.Timed, theirs: timing.Timed, rounds: int) -> dict[str, Any]:

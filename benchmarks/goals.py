@@ -8,13 +8,16 @@ from typing import Any
 __all__ = [
     "ADALN",
     "BF16",
+    "CALLED",
     "COMPILED",
     "COMPUTE",
     "CUDNN",
+    "DROP_IN",
     "EAGER",
     "FP8",
     "FP32",
     "FULL_METHOD",
+    "FUSED_CALLED",
     "GATE",
     "GELU",
     "HOST_RIVALS",
@@ -56,6 +59,7 @@ INT_MM, INT_MM_COMPILED = "torch._int_mm + dequantize", "torch._int_mm + dequant
 PLAIN, GELU, GATE = "W8A8, bf16 out", "W8A8 + GELU + requantize", "W8A8 + gate + residual"
 ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
 COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
+FUSED_CALLED = f"{FUSED}, called"
 OWN_ATTENTION, CUDNN = "attention_quantize_per_tensor", "torch cuDNN attention + quantize"
 COMPUTE, RUN = "compute step", "no cache"
 IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = (
@@ -90,6 +94,13 @@ def find(rows: list[Row], op: str, layer: str, m: int, candidate: str, key: str)
 def median(rows: list[Row], op: str, layer: str, m: int, candidate: str) -> float | None:
     """Median time in µs."""
     return find(rows, op, layer, m, candidate, "median_us")
+
+
+def over(rows: list[Row], op: str, layer: str, m: int, slow: str, fast: str) -> float | None:
+    """How many times as fast one is as the other: by turns where that was measured."""
+    if find(rows, op, layer, m, fast, "rival") == slow:
+        return find(rows, op, layer, m, fast, "rival_ratio")
+    return ratio(median(rows, op, layer, m, slow), median(rows, op, layer, m, fast))
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
@@ -137,22 +148,22 @@ def goals(rows: list[Row]) -> Iterator[Row]:
 def model_goals(rows: list[Row]) -> Iterator[Row]:
     """The same for a whole denoising step of DiT-XL/2 at 256 x 256 pixels."""
 
-    def over(m: int, slow: str, fast: str) -> float | None:
-        return ratio(*(median(rows, "model", MODEL, m, which) for which in (slow, fast)))
+    def faster(m: int, slow: str, fast: str) -> float | None:
+        return over(rows, "model", MODEL, m, slow, fast)
 
     for m, must in ((2, 1.8), (16, 1.5), (64, 1.7)):
-        yield _goal(f"fused_w8a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED), must, 2.0)
+        yield _goal(f"fused_w8a8_over_compiled_bf16_{m}", faster(m, COMPILED, FUSED), must, 2.0)
     for m in (2, 16, 64):
-        yield _goal(f"fused_w8a8_over_torchao_int8dq_{m}", over(m, INT8DQ, FUSED), 2.0)
+        yield _goal(f"fused_w8a8_over_torchao_int8dq_{m}", faster(m, INT8DQ, FUSED), 2.0)
     for m, must in ((2, 12.0), (64, 2.2)):
-        yield _goal(f"fused_w8a8_over_eager_bf16_as_called_{m}", over(m, CALLED, f"{FUSED}, called"), must)
+        yield _goal(f"fused_w8a8_over_eager_bf16_as_called_{m}", faster(m, CALLED, FUSED_CALLED), must)
     for m in (2, 16, 64):
-        yield _goal(f"fused_w4a8_over_compiled_bf16_{m}", over(m, COMPILED, FUSED4), 1.3)
+        yield _goal(f"fused_w4a8_over_compiled_bf16_{m}", faster(m, COMPILED, FUSED4), 1.3)
     sizes = (find(rows, "model", MODEL, 2, which, "block_linear_bytes") for which in (FUSED4, COMPILED))
     yield _goal("w4a8_share_of_bf16_block_weight_bytes", ratio(*sizes), 0.20, None, "lower")
     for m, bounds in ((2, (1.0, 1.1)), (16, (1.05, 1.2)), (64, (1.25, 1.35))):
-        yield _goal(f"compiled_quantlinear_over_compiled_bf16_{m}", over(m, COMPILED, DROP_IN), *bounds)
-        yield _goal(f"the_same_as_called_{m}", over(m, f"{COMPILED}, called", f"{DROP_IN}, called"), *bounds)
+        yield _goal(f"compiled_quantlinear_over_compiled_bf16_{m}", faster(m, COMPILED, DROP_IN), *bounds)
+        yield _goal(f"the_same_as_called_{m}", faster(m, f"{COMPILED}, called", f"{DROP_IN}, called"), *bounds)
     for tokens, batch in ((256, 2), (256, 16), (256, 64), (1024, 2), (1024, 16)):
         times = (median(rows, "attention", f"{tokens} tokens", batch, which) for which in (CUDNN, OWN_ATTENTION))
         yield _goal(f"attention_over_cudnn_and_quantize_{tokens}_tokens_{batch}", ratio(*times), 1.0)
@@ -210,7 +221,7 @@ HOST_RIVALS = {ours: theirs for ours, (theirs, _, _) in HOST_GOALS.items()}
 def host_goals(rows: list[Row]) -> Iterator[Row]:
     """Compare what calls cost the host with what torch's cost it."""
     for ours, (theirs, must, goal) in HOST_GOALS.items():
-        value = find(rows, "host", "a call", HOST_ROWS, ours, "cost_over_rival")
+        value = ratio(1.0, over(rows, "host", "a call", HOST_ROWS, theirs, ours))
         yield _goal(f"host_{_words(ours)}_over_{_words(theirs)}", value, must, goal, "lower")
 
 
@@ -239,9 +250,7 @@ def models_goals(rows: list[Row]) -> Iterator[Row]:
     tokens = {row["layer"]: row["m"] for row in rows}
     for layer, ours, theirs, *bounds in cases:
         key = "models", layer, tokens.get(layer, 0)
-        by_turns = find(rows, *key, ours, "rival") == theirs
-        first = find(rows, *key, ours, "rival_median_us") if by_turns else median(rows, *key, theirs)
-        yield _goal(f"{layer}_{_words(ours)}_over_{_words(theirs)}", ratio(first, median(rows, *key, ours)), *bounds)
+        yield _goal(f"{layer}_{_words(ours)}_over_{_words(theirs)}", over(rows, *key, theirs, ours), *bounds)
     for ours, *bounds in ((FUSED_BLOCKS, 84.0, 76.0), (FUSED_BLOCKS.replace("W8", "W4"), 90.0, 80.0)):
         time = median(rows, "models", "FLUX.1-dev", tokens.get("FLUX.1-dev", 0), ours)
         yield _goal(f"ms_FLUX.1-dev_{_words(ours)}", None if time is None else time / 1e3, *bounds, "lower", "ms")

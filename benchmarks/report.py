@@ -20,6 +20,7 @@ from benchmarks.goals import (
     SQUARE_LAYER,
     SUITES,
     median,
+    over,
     reached,
 )
 
@@ -72,9 +73,9 @@ def complete(rows: list[Row]) -> None:
         if "skipped" in row:
             continue
         for baseline, key in BASELINES[row["op"]]:
-            time = median(rows, row["op"], row["layer"], row["m"], baseline)
-            if time is not None:
-                row[key] = time / row["median_us"]
+            faster = over(rows, row["op"], row["layer"], row["m"], baseline, row["candidate"])
+            if faster is not None:
+                row[key] = faster
         if "ceiling" not in row:
             continue
         rate, ceiling = row["tops"] if "tops" in row else row["gbytes_per_s"], best.get(row["ceiling"])

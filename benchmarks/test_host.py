@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,8 +18,7 @@ from qandc import QuantLinear
 from qandc_kernels import int4_linear, int8_linear, quantize_per_tensor, quantize_per_token
 
 M, N, K = HOST_ROWS, 1024, 1024  # small: the GPU takes a few µs
-LAUNCHES = 500
-ROUNDS, CALLS = 60, 60  # of calls by turns
+LAUNCHES = 60  # behind one measurement: so few that what else runs slows ours and theirs alike
 
 
 @cache
@@ -97,38 +94,19 @@ CANDIDATES: dict[str, Callable[[], Callable[[], Any]]] = {
 }
 
 
-def by_turns(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float, float]:
-    """Median ratio of their costs, and each one's in µs: in rounds so short that what else runs slows both alike."""
-    rounds = []
-    for _ in range(ROUNDS):
-        seconds = []
-        for call in (ours, theirs):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            seconds.append(time.perf_counter() - start)
-        rounds.append((seconds[0] / seconds[1], *(s / CALLS * 1e6 for s in seconds)))
-    ratio, own, other = (statistics.median(values) for values in zip(*rounds, strict=True))
-    return ratio, own, other
+def build(name: str) -> Candidate:
+    call = CANDIDATES[name]()
+    is_layer = "Linear" in name or name == "F.linear"
+    expected = F.linear(operands()["x"], operands()["linear"].weight, operands()["linear"].bias)
+
+    def error(result: Any, i: int) -> float:
+        return relative_error(result, expected) if is_layer or name.endswith("_linear") else 0.0
+
+    return Candidate(lambda i: call(), error, 0.2, LAUNCHES, wall_clock=True)
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_call(measure: Measure, name: str) -> None:
     row: dict[str, Any] = {"op": "host", "layer": "a call", "m": M, "n": N, "k": K, "candidate": name}
-
-    def build() -> Candidate:
-        call = CANDIDATES[name]()
-        is_layer = "Linear" in name or name == "F.linear"
-        expected = F.linear(operands()["x"], operands()["linear"].weight, operands()["linear"].bias)
-
-        def error(result: Any, i: int) -> float:
-            return relative_error(result, expected) if is_layer or name.endswith("_linear") else 0.0
-
-        return Candidate(lambda i: call(), error, 0.2, LAUNCHES, wall_clock=True)
-
-    measure(row, build)
     rival = HOST_RIVALS.get(name)
-    if "median_us" in row and rival is not None:
-        ratio, own, other = by_turns(CANDIDATES[name](), CANDIDATES[rival]())
-        row |= {"rival": rival, "cost_over_rival": ratio, "by_turns_us": own, "rival_by_turns_us": other}
+    measure(row, lambda: build(name), rival=rival and (rival, lambda: build(rival)))

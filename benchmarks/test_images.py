@@ -270,6 +270,15 @@ def images(layer: str, pipe: Any, steps: int) -> Launch:
     return launch
 
 
+def rival(layer: str, steps: int) -> Candidate:
+    """Make what ours take turns with; it stays beside the transformer used last."""
+    make, bound = RECIPES[IMAGES_BF16]
+    if "rival" not in current:
+        current["rival"] = make(model_of(layer), layer)
+    launch = images(layer, pipeline(layer, current["rival"]), steps)
+    return Candidate(launch, lambda y, i: relative_error(y, expected[layer, steps]), bound, 1, wall_clock=True)
+
+
 def build(layer: str, name: str, steps: int, row: Row, held: ExitStack) -> Candidate:
     """Attach what the candidate caches for as long as ``held`` is open."""
     recipe, cache = CANDIDATES[name]
@@ -302,4 +311,5 @@ def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, na
     if any(word in name for word in ("torchao", "cache-dit")) and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
     with ExitStack() as held:
-        measure(row, lambda: build(layer, name, m, row, held), skip)
+        against = (IMAGES_BF16, lambda: rival(layer, m)) if name.startswith("W8A8") else None
+        measure(row, lambda: build(layer, name, m, row, held), skip, rival=against)

@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
+from benchmarks.goals import CALLED, COMPILED, DROP_IN, FUSED_CALLED
 from benchmarks.models import CANDIDATES, block_linear_bytes, dit_xl_2, floor_seconds, inputs, operations, tensor_bytes
 from benchmarks.timing import Candidate, launches_for, relative_error
 from qandc import prepare_run
 
 SIZES = {256: (32, (2, 16, 64)), 512: (64, (2, 16))}  # pixels: latent size, rows of a batch
 CASES = [(f"DiT-XL/2-{pixels}", m, name) for pixels, (_, rows) in SIZES.items() for name in CANDIDATES for m in rows]
+BY_TURNS = {  # what decides a claim, and what it takes turns with
+    **{name: COMPILED for name in CANDIDATES if name.startswith("fused") or name == DROP_IN},
+    FUSED_CALLED: CALLED,
+    **dict.fromkeys((f"{DROP_IN}, called", f"{DROP_IN}, graph(), called"), f"{COMPILED}, called"),
+}
 IMAGES_STEPS = 50
 PARTS = ("adaLN 1", "qkv", "attention", "out + gate", "adaLN 2", "fc1 + GELU", "fc2 + gate")
 KERNELS = ("_adaln_quantize_kernel", "_int8_gemm_kernel", "_mixed_gemm_kernel", "_attention_quantize_kernel")
@@ -46,8 +52,19 @@ def inputs_of(layer: str, m: int, name: str) -> dict[str, Any]:
 
 
 def candidate(layer: str, m: int, name: str) -> Candidate:
-    base, model = base_of(layer), model_of(layer, name)
-    expected, arguments = base(**inputs(base, m))[0], inputs_of(layer, m, name)
+    return _candidate(layer, m, name, model_of(layer, name), inputs_of(layer, m, name))
+
+
+def rival(layer: str, m: int, name: str) -> Candidate:
+    """Make what a candidate takes turns with; it stays beside the model measured last."""
+    if "rival" not in current:
+        current["rival"] = CANDIDATES[name][0](base_of(layer))
+    return _candidate(layer, m, name, current["rival"], inputs(base_of(layer), m))
+
+
+def _candidate(layer: str, m: int, name: str, model: Any, arguments: dict[str, Any]) -> Candidate:
+    base = base_of(layer)
+    expected = base(**inputs(base, m))[0]
 
     def launch(i: int) -> torch.Tensor:
         return model(**arguments)[0]
@@ -87,7 +104,8 @@ def test_step(measure: Measure, request: pytest.FixtureRequest, layer: str, m: i
     skip = WITHOUT_GPU
     if "torchao" in name and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
-    measure(row, lambda: candidate(layer, m, name), skip)
+    against = (BY_TURNS[name], lambda: rival(layer, m, BY_TURNS[name])) if name in BY_TURNS else None
+    measure(row, lambda: candidate(layer, m, name), skip, rival=against)
     if "median_us" not in row:
         return
     base, model = base_of(layer), model_of(layer, name)

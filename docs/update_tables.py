@@ -41,7 +41,11 @@ def source(result: dict[str, Any], path: str) -> str:
     installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions[name])
     commit = (result["commit"] or "unknown")[:10]
     command = textwrap.shorten(result["command"], 200, placeholder=" ...")  # all of it is in the file
-    return f"{where}, {installed}; `{command}` at {commit}; [{path}](/{path})."
+    ranges = [
+        high / low - 1 for low, high in (r["rival_ratio_range"] for r in result["rows"] if "rival_ratio_range" in r)
+    ]
+    spread = f" ratios by turns, within {statistics.median(ranges):.1%} (median of rows);" if ranges else ""
+    return f"{where}, {installed}; `{command}` at {commit};{spread} [{path}](/{path})."
 
 
 def with_machine(lines: list[str], result: dict[str, Any]) -> list[str]:
@@ -471,12 +475,6 @@ def compensation_table(result: dict[str, Any]) -> list[str]:
     return lines + [f"| {row['row']['compensation']} | {row['psnr_to_fp']:.1f} dB |" for row in rows]
 
 
-def _faster(row: dict[str, Any], rival: dict[str, Any]) -> float:
-    """Compare with what the rival took by turns with it where that was measured."""
-    taken: float = row.get("rival_median_us", rival["median_us"]) / row["median_us"]
-    return taken
-
-
 def models_table(result: dict[str, Any]) -> list[str]:
     """Cells of what was not measured stay empty."""
     rows = [row for row in result["rows"] if "median_us" in row and "not shared" not in row["candidate"]]
@@ -488,8 +486,8 @@ def models_table(result: dict[str, Any]) -> list[str]:
         row = found.get((layer, name))
         if row is None:
             return ""
-        rival = found[layer, "bf16 compiled" if "compiled" in name or "fused" in name else "bf16 eager"]
-        return f"{row['median_us'] / 1e3:.1f} ({_faster(row, rival):.2f}x)"
+        faster = row["ratio_to_compiled_bf16" if "compiled" in name or "fused" in name else "ratio_to_eager"]
+        return f"{row['median_us'] / 1e3:.1f} ({faster:.2f}x)"
 
     lines += [f"| {name} | {' | '.join(cell(layer, name) for layer in layers)} |" for name in names]
     kept = ("bf16 eager", "QuantLinear W8A8", *(name for name in names if name.endswith("A16, compiled, graph()")))
@@ -514,7 +512,7 @@ def images_table(result: dict[str, Any]) -> list[str]:
         row = found.get((*run, name))
         if row is None or "median_us" not in row:
             return "" if row is None else "no such cache" if "no such" in row["skipped"] else "did not run"
-        faster = f"{row['median_us'] / 1e6:.2f} ({_faster(row, found[(*run, 'bf16 compiled')]):.2f}x)"
+        faster = f"{row['median_us'] / 1e6:.2f} ({row['ratio_to_compiled_bf16']:.2f}x)"
         return f"{faster}, computes {row['compute_steps']}" if "FirstBlock" in name else faster
 
     return [*lines, *(f"| {name} | {' | '.join(cell(run, name) for run in runs)} |" for name in names)]
@@ -697,13 +695,20 @@ def host_table(result: dict[str, Any]) -> list[str]:
 
 def drop_in_table(result: dict[str, Any]) -> list[str]:
     """Milliseconds of a step and speed relative to compiled bf16 run the same way."""
-    rows = {(row["m"], row["candidate"]): row["median_us"] for row in result["rows"] if "median_us" in row}
+    rows = {(m, name): row for (layer, m, name), row in model_rows(result).items() if layer == "DiT-XL/2-256"}
+    rows = {key: row for key, row in rows.items() if re.match("(bf16|QuantLinear).*compiled", key[1])}
     counts = sorted({m for m, _ in rows})
     lines = [f"| ms a step | {' | '.join(f'rows {m}' for m in counts)} |", "|---" * (1 + len(counts)) + "|"]
     for name in dict.fromkeys(name for _, name in rows):
         rival = "bf16 compiled, called" if name.endswith("called") else "bf16 compiled"
-        times = [(rows.get((m, name)), rows[m, rival]) for m in counts]
-        cells = ["" if own is None else f"{own / 1e3:.2f} ({other / own:.2f}x)" for own, other in times]
+        pairs = [(rows.get((m, name)), rows[m, rival]["median_us"]) for m in counts]
+        cells = [
+            ""
+            if own is None
+            else f"{own['median_us'] / 1e3:.2f} "
+            f"({own['rival_ratio'] if own.get('rival') == rival else other / own['median_us']:.2f}x)"
+            for own, other in pairs
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

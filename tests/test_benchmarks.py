@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -106,8 +107,10 @@ def test_losses_and_missing_rows_are_printed(rows):
     assert any("W8A8" in line and "not installed" in line for line in table)
     assert any("20.0 µs  1.50x" in line for line in table)
     assert any(line.startswith("w8a8_8192") and "must reached" in line for line in report.goal_lines(rows))
-    (first, rest) = report.goal_lines([row("host", "a call", goals.HOST_ROWS, "int8_linear", 1.0, cost_over_rival=2.5)])
-    assert first.startswith("host_int8_linear_over_F.linear")
+    (first, rest) = report.goal_lines(
+        [row("host", "a call", goals.HOST_ROWS, "int8_linear", 1.0, rival="F.linear", rival_ratio=0.4)]
+    )
+    assert re.match(r"host_int8_linear_over_F.linear +2.500 +must", first)
     assert rest == "2 goals not measured"
 
 
@@ -219,7 +222,7 @@ def test_run_on_a_cpu(tmp_path):
 def test_a_rival_measured_by_turns_decides():
     rows = [
         row("models", "Qwen-Image", 4224, "bf16 eager", 100.0),
-        row("models", "Qwen-Image", 4224, "QuantLinear W8A8", 160.0, rival="bf16 eager", rival_median_us=192.0),
+        row("models", "Qwen-Image", 4224, "QuantLinear W8A8", 160.0, rival="bf16 eager", rival_ratio=1.2),
         row("models", "FLUX.1-dev", 4608, "bf16 eager", 120.0),
         row("models", "FLUX.1-dev", 4608, "QuantLinear W8A8", 100.0),
         row("models", "FLUX.1-dev", 4608, "QuantLinear W4A8 + W4A16, fused, graph()", 85_000.0),
@@ -227,6 +230,9 @@ def test_a_rival_measured_by_turns_decides():
     found = {goal["name"]: goal["value"] for goal in goals.models_goals(rows)}
     measured = {name.partition("_")[0]: value for name, value in found.items() if value is not None}
     assert measured == {"Qwen-Image": 1.2, "FLUX.1-dev": 1.2, "ms": 85.0}
+    completed = [{**r, "tops": 1.0} for r in rows]
+    report.complete(completed)
+    assert [r.get("ratio_to_eager") for r in completed[:2]] == [1, 1.2]
 
 
 class Rounds:
