@@ -174,6 +174,24 @@ def test_scales_per_token_behind_modulation(fused_anywhere, ran, name, w_bits, s
     assert_equals_unfused(model, given(name=name), ran)
 
 
+@each_name
+@pytest.mark.parametrize("alone", ["encoder_hidden_states", "hidden_states", "temb"])
+def test_one_row_serves_all_samples(fused_anywhere, ran, name, alone):
+    """As with one negative prompt for several images: diffusers lets a stream grow with its modulation."""
+    model, inputs = make_quantized(8, True, name=name), given(name=name)
+    seen, _ = calls_of_blocks(model, inputs)
+    calls = [(block, call | {alone: call[alone][:1]}) for block, call, _ in seen[:1]]
+    if name == NAME and alone == "temb":  # both streams of a block of one sequence have as many
+        calls.append((seen[-1][0], seen[-1][1] | {alone: seen[-1][1][alone][:1]}))
+    with torch.no_grad():
+        expected = [block(**call) for block, call in calls]
+        fuse(model)
+        for (block, call), outputs in zip(calls, expected, strict=True):
+            for mine, theirs in zip(block(**call), outputs, strict=True):
+                assert error(mine, theirs) <= BOUND[torch.float32]
+    assert len(ran) == len(calls)
+
+
 def test_streams_of_one_row_lie_in_one_tensor(fused_anywhere, ran, monkeypatch):
     """Count no copy before a block of one sequence: the block before it has put text and image side by side."""
     model, joined, original = fuse(make_quantized()), [], torch.cat

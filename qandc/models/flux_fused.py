@@ -85,7 +85,7 @@ class FusedSingleBlock(_FluxBlock):
         text, image = call["encoder_hidden_states"], call["hidden_states"]
         given = _side_by_side(text, image)
         x = torch.cat([text, image], 1) if given is None else torch.empty_like(given)
-        modulation = self.modulation(F.silu(call["temb"])).chunk(3, 1)
+        modulation = self.modulation(F.silu(call["temb"])).expand(len(x), -1).chunk(3, 1)
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
         source, copy = (x, None) if given is None else (given, x)
         xq, x_scale = self.project(source, modulation, call["image_rotary_emb"], qkv, copy)

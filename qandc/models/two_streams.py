@@ -182,14 +182,15 @@ class TwoStreams:
         return reason
 
     def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> tuple[Tensor, Tensor]:
-        given = call["encoder_hidden_states"], call["hidden_states"]
-        (samples, _, width), tokens = given[1].shape, [x.shape[1] for x in given]
+        given, temb = [call["encoder_hidden_states"], call["hidden_states"]], F.silu(call["temb"])
+        samples = max(map(len, (*given, temb)))  # there may be one negative prompt for several images
+        given, tokens = [x.expand(samples, -1, -1) for x in given], [x.shape[1] for x in given]
+        width = given[1].shape[2]
         if samples == 1:  # parts of one tensor, which a block of one sequence reads as it is
             text, image = given[1].new_empty(1, sum(tokens), width).split(tokens, 1)
         else:  # what is added to has no gaps
             text, image = (x.new_empty(x.shape) for x in given)
-        temb = F.silu(call["temb"])
-        modulations = [stream.modulation(temb).chunk(6, 1) for stream in self.streams]
+        modulations = [stream.modulation(temb).expand(samples, -1).chunk(6, 1) for stream in self.streams]
         qkv = given[1].new_empty(samples, sum(tokens), 3 * width)
         rest = zip(modulations, self.tables_of(call), qkv.split(tokens, 1), (text, image), strict=True)
         for stream, x, (modulation, tables, out, copy) in zip(self.streams, given, rest, strict=True):
