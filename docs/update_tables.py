@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import record_tables
+
 from qandc.caching.schedule import MODES
 from qandc.experiments.report import markdown_table
 
@@ -207,20 +209,6 @@ def breakdown_table(result: dict[str, Any]) -> list[str]:
     for row in found:
         times = [f"{row['kernels_us'][name] / 28:.1f}" for name in parts]
         lines.append(f"| {row['candidate']} | {row['m']} | {' | '.join(times)} | {row['kernels_us']['rest']:.0f} |")
-    return lines
-
-
-def goals_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| figure | measured | must | goal | |", "|---|---|---|---|---|"]
-    for goal in result["goals"]:
-        if goal["value"] is None:
-            continue
-        sign = 1 if goal["better"] == "higher" else -1
-        bounds = [name for name in ("goal", "must") if goal[name] is not None]
-        reached = [name for name in bounds if sign * goal["value"] >= sign * goal[name]]
-        verdict = f"{reached[0]} reached" if reached else "**missed**"
-        wished = "" if goal["goal"] is None else f"{goal['goal']:.4g}"
-        lines.append(f"| {goal['name']} | {goal['value']:.4g} | {goal['must']:.4g} | {wished} | {verdict} |")
     return lines
 
 
@@ -800,21 +788,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "results/h200/feature-compensation.json ddpm": partial(corrections_table, scheduler="ddpm"),
     "results/h200/feature-compensation.json equal": equal_time_table,
     "results/h200/feature-compensation.json rest": compensation_rest_table,
-    "results/h200/feature-compensation.json goals": goals_table,
     "results/cpu/large-model.json": large_model_table,
     "results/h100/large-model.json": large_model_table,
     "results/h100/sample.json": sample_table,
     "results/h200/fashion-dit.json": fashion_table,
     "results/h200/kernels.json": kernels_table,
-    "results/h200/kernels.json goals": goals_table,
     "results/h200/model.json": model_table,
-    "results/h200/model.json goals": goals_table,
     "results/h200/model.json breakdown": breakdown_table,
-    "results/h200/model-torchao.json goals": goals_table,
     "results/h200/models.json": models_table,
     "results/h200/images.json": images_table,
     "results/h200/images.json short": short_images_table,
-    "results/h200/images.json goals": goals_table,
     **{
         f"results/h200/images.json {page}": of_family(images_table, model)
         for page, (_, model) in PAGES.items()
@@ -825,29 +808,20 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     },
     "results/h200/models-fused.json": models_fused_table,
     "results/h200/models-by-turns.json": by_turns_table,
-    "results/h200/models-by-turns.json goals": goals_table,
     "results/h200/models-fp8.json": models_table,
     "results/h200/model-drop-in.json": drop_in_table,
-    "results/h200/model-drop-in.json goals": goals_table,
     "results/h200/products.json": products_table,
     "results/h200/host.json": host_table,
-    "results/h200/host.json goals": goals_table,
     "results/h200/pipeline.json": partial(pipeline_table, steps=50),
     "results/h200/pipeline.json 250": partial(pipeline_table, steps=250),
-    "results/h200/pipeline.json goals": goals_table,
     "results/h100/model.json": model_table,
-    "results/h100/model.json goals": goals_table,
     "results/h100/model.json breakdown": breakdown_table,
     "results/h200/cache-cost.json": cache_cost_table,
-    "results/h200/cache-cost.json goals": goals_table,
     "results/h100/cache.json": cache_quality_table,
     "results/h100/cache.json rows": cache_rows_table,
     "results/h100/ablation.json": ablation_table,
     "results/h100/ablation.json rows": ablation_rows_table,
-    "results/h100/ablation.json goals": goals_table,
-    "results/h100/gptq.json goals": goals_table,
     WARDROBE: partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
-    f"{WARDROBE} goals": goals_table,
     f"{WARDROBE} caches": partial(
         wardrobe_grid, part="cache", line=("precision", "mode", "schedule", "corrected"), column="interval"
     ),
@@ -862,8 +836,18 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
+ACROSS: dict[str, Callable[[], list[str]]] = {  # of many files
+    **{f"results/{card} benchmarks": partial(record_tables.benchmarks_table, card) for card in ("h200", "h100")},
+    "results losses": record_tables.losses_table,
+    "results missed": record_tables.missed_table,
+    "results reached": record_tables.reached_table,
+}
+
+
 def render(match: re.Match[str]) -> str:
     path = match["path"]
+    if (across := ACROSS.get(path + (match["part"] or ""))) is not None:
+        return "\n".join([match[1].rstrip(), *across(), match["end"]])
     result = load(ROOT / path)
     table = with_machine(TABLES[path + (match["part"] or "")](result), result)
     return "\n".join([match[1].rstrip(), *table, "", source(result, path), match["end"]])

@@ -205,3 +205,54 @@ def test_results_do_not_make_the_source_dirty(tmp_path, monkeypatch):
     assert results.source_commit() == commit
     (tmp_path / "code.py").write_text("2")
     assert results.source_commit() == f"{commit}-dirty"
+
+
+def write_result(path, date, rows, **goals):
+    bounds = {"must": 1.5, "goal": 2.0, "better": "higher", "unit": "1"}
+    content = {"date": date, "commit": f"commit-of-{date}", "command": "pytest", "rows": rows}
+    content["goals"] = [{"name": name, "value": value, **bounds} for name, value in goals.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def row(candidate, m, **more):
+    return {"op": "linear", "layer": "qkv", "m": m, "candidate": candidate, "median_us": 1.0, **more}
+
+
+def test_tables_of_losses_and_goals(tmp_path, monkeypatch):
+    """What was measured last counts; a rival that took turns comes before the baseline of the run."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    tables = importlib.import_module("record_tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    old = [
+        row("bf16 F.linear", 1, ratio_to_bf16=1.0),
+        row("W8A8", 1, ratio_to_bf16=0.5),
+        row("W8A8", 2, ratio_to_bf16=0.9),
+    ]
+    write_result(tmp_path / "results" / "h200" / "b.json", "1", old, some=1.0, other=1.7, unknown=None)
+    write_result(tmp_path / "results" / "h200" / "a.json", "2", [row("W8A8", 1, ratio_to_bf16=1.2)], some=1.6)
+    turns = {"rival": "bf16 F.linear", "rival_median_us": 9.0, "rival_ratio": 0.8, "ratio_to_bf16": 3.0}
+    write_result(tmp_path / "results" / "h100" / "a.json", "3", [row("W8A8", 1, **turns)], some=1.0)
+    found = tables.losses_table()[2:]
+    assert [re.sub(r"\[.*", "", line) for line in found] == [
+        "| H200 | linear: W8A8 | bf16 F.linear | 0.90x (qkv, 2) | 1 of 2 | ",
+        "| H100 | linear: W8A8 | bf16 F.linear | 0.80x (qkv, 1) | 1 of 1 | ",
+    ]
+    assert "[b.json](/results/h200/b.json) at commit-of-" in found[0]
+    (line,) = tables.benchmarks_table("h200")[2:]
+    assert "| 0.90x to 1.20x | 2 | `pytest` | [a.json]" in line
+    assert "[b.json]" in line
+    assert [line.split(" | ")[:3] for line in tables.reached_table()[2:]] == [
+        ["| H200", "some", "1.6"],
+        ["| H200", "other", "1.7"],
+    ]
+    missed = tables.missed_table()
+    assert [line.split(" | ")[:3] for line in missed[2:-2]] == [["| H100", "some", "1"]]
+    assert "`w8a8_8192`" in missed[-1]
+
+
+def test_every_goal_that_is_missed_has_a_reason(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    tables = importlib.import_module("record_tables")
+    missed = {goal["name"] for _, goal in tables.goals() if not tables.reached(goal, "must")}
+    assert {name for name in missed if not all(tables.reason(name))} == set()
