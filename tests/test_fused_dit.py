@@ -367,17 +367,20 @@ def test_on_a_cpu_the_model_runs_as_before_and_says_so(caplog):
     ]
 
 
-@pytest.mark.parametrize("how", ["training", "autocast", "kwargs"])
-def test_what_the_fused_path_does_not_know_runs_unfused(fused_anywhere, monkeypatch, caplog, how):
+@pytest.mark.parametrize("how", ["training", "autocast", "global hooks", "kwargs"])
+def test_what_the_fused_path_does_not_know_runs_unfused(fused_anywhere, monkeypatch, caplog, request, how):
     fused = fuse_dit(make_quantized())
     calls = fused_calls(monkeypatch)
     inputs = make_inputs()
     if how == "kwargs":
         inputs["cross_attention_kwargs"] = {}
+    if how == "global hooks":
+        request.addfinalizer(torch.nn.modules.module.register_module_forward_hook(lambda *args: None).remove)
     with torch.autocast("cpu", enabled=how == "autocast"), caplog.at_level(logging.WARNING):
         fused.train(how == "training")(**inputs)
     assert not calls
-    assert {"training": "training mode", "autocast": "autocast is on"}.get(how, "cross_attention_kwargs") in caplog.text
+    said = {"training": "training mode", "autocast": "autocast is on", "kwargs": "cross_attention_kwargs"}
+    assert said.get(how, how) in caplog.text
 
 
 @pytest.mark.parametrize("layer", ["transformer_blocks.1.norm1.linear", "proj_out_1", "proj_out_2"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.cache import TARGET
 from qandc.errors import ModelError
@@ -126,7 +127,7 @@ def why_not_here(model: Any, device: torch.device) -> str | None:
         return "it is in training mode; call eval()"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on; convert the model to the dtype you want instead"
-    return None
+    return "there are global hooks of modules, which would not see its layers" if _has_any_global_hook() else None
 
 
 def fuses_blocks(family: Family) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.cache import get_cache
 from qandc.fusion.blocks import why_not_here
@@ -31,7 +30,7 @@ def why_no_run_graph(transformer: Any, device: torch.device) -> str | None:
     reason = why_not_here(transformer, device)
     if reason is not None:
         return reason
-    hooked = transformer._forward_hooks or transformer._forward_pre_hooks or _has_any_global_hook()
+    hooked = transformer._forward_hooks or transformer._forward_pre_hooks
     if hooked or has_other_forward(transformer):
         return "the transformer has hooks or a forward of its own, which would run once and never again"
     with torch.inference_mode(False), torch.no_grad():
