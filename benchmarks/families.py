@@ -21,14 +21,12 @@ __all__ = [
     "compiled",
     "fused",
     "inputs",
-    "measured",
     "model_of",
     "quantized",
     "torchao_quantized",
 ]
 
 Model = Any
-FUSED = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large")  # whose blocks have fused kernels
 TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
 
 
@@ -176,11 +174,6 @@ def quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = 
 def fused(model: Model, layer: str, w_bits: int) -> Model:
     """Quantize modulation too, its weights alone, and run blocks on fused kernels within a graph."""
     return graph(fuse(quantized(model, layer, w_bits, f"W{w_bits}A16")))
-
-
-def measured(layer: str, name: str) -> bool:
-    """Tell whether there is a candidate of that name for a model."""
-    return layer in FUSED or ", fused" not in name
 
 
 def torchao_quantized(model: Model, config: str, per_row: bool = False) -> Model:

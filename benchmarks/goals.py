@@ -243,7 +243,8 @@ def models_goals(rows: list[Row]) -> Iterator[Row]:
     }
     cases = [(layer, "QuantLinear W8A8", "bf16 eager", 1.0, 1.15) for layer in compiled]
     cases += [(layer, "QuantLinear W8A8, compiled", "bf16 compiled", *bounds) for layer, bounds in compiled.items()]
-    fused = {"SD3.5-large": (1.45, 1.65), "Qwen-Image": (1.6, 1.8), "FLUX.1-dev": (1.6, 1.8)}
+    fused = {"PixArt-Sigma": (1.35, 1.6), "SD3.5-large": (1.45, 1.65)}
+    fused |= dict.fromkeys(("Qwen-Image", "FLUX.1-dev"), (1.6, 1.8))
     cases += [(layer, FUSED_BLOCKS, "bf16 compiled", *bounds) for layer, bounds in fused.items()]
     cases.append(("FLUX.1-dev", "QuantLinear W8A8, compiled", "torchao fp8 rowwise, compiled", 1.0, 1.1))
     cases.append(("FLUX.1-dev", FUSED_BLOCKS, "torchao fp8 rowwise, compiled", 1.15))

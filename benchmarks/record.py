@@ -23,8 +23,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.families import measured
-from benchmarks.goals import IMAGES_FUSED
 from qandc.errors import ConfigError, QandCError
 from qandc.support.files import read_json, write_json
 from qandc.support.results import ROOT, source_commit
@@ -80,7 +78,6 @@ LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
     for layer, steps in zip((LARGE[0], *LARGE), (28, 50, 50, 28, 20), strict=True)
     for which in ("bf16", "graph and not fused", "fused", "not bf16 and not graph")
-    if which != "fused" or measured(layer, IMAGES_FUSED)
 ]  # fmt: skip
 SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
 PORTIONS: tuple[Portion, ...] = (

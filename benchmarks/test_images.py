@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
-from benchmarks.families import clone, compiled, fused, measured, model_of, quantized, torchao_quantized
+from benchmarks.families import clone, compiled, fused, model_of, quantized, torchao_quantized
 from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_FUSED, IMAGES_OURS
 from benchmarks.models import autoencoder_kl
 from benchmarks.rivals import NotInstalled, library
@@ -202,13 +202,7 @@ CANDIDATES |= {
 }
 # a transformer is made once for all that follow each other with it
 ORDER = sorted(CANDIDATES, key=lambda name: ("torchao" in name, list(RECIPES).index(CANDIDATES[name][0])))
-CASES = [
-    (layer, name, steps)
-    for layer, pipe in PIPES.items()
-    for name in ORDER
-    if measured(layer, name)
-    for steps in pipe.steps
-]
+CASES = [(layer, name, steps) for layer, pipe in PIPES.items() for name in ORDER for steps in pipe.steps]
 
 current: dict[str, Any] = {}  # the transformer used last, by what it is made of
 expected: dict[tuple[str, int], torch.Tensor] = {}  # latents of the bf16 model

@@ -15,7 +15,6 @@ from benchmarks.families import (
     compiled,
     fused,
     inputs,
-    measured,
     model_of,
     quantized,
     torchao_quantized,
@@ -62,7 +61,7 @@ BY_TURNS = {  # what decides a claim, and what it takes turns with
     for name in CANDIDATES
     if name.startswith("QuantLinear")
 }
-CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES if measured(layer, name)]
+CASES = [(layer, name) for layer in FAMILIES for name in CANDIDATES]
 
 
 def candidate(layer: str, name: str) -> Candidate:

@@ -1,4 +1,4 @@
-"""fuse of FLUX.1, Qwen-Image and SD3.5: fused blocks give what quantized ones give, and leave alone what they get."""
+"""fuse of models in blocks: fused ones give what quantized ones give, and leave alone what they get."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ from qandc import (
     unfuse,
     ungraph,
 )
+from qandc.models.family import arguments_of
 from qandc.models.flux import FLUX
 from qandc.models.flux_fused import FusedDoubleBlock, FusedSingleBlock
+from qandc.models.pixart import PIXART
+from qandc.models.pixart_fused import FusedPixArtBlock
 from qandc.models.qwen_fused import FusedQwenBlock
 from qandc.models.qwen_image import QWEN_IMAGE
 from qandc.models.sd3 import SD3
@@ -38,8 +41,8 @@ from qandc.models.sd3_fused import FusedJointBlock
 from qandc_kernels import Backend
 from tests.tiny_models import inputs_of, make_tiny, output_of
 
-NAME, QWEN, STABLE = FLUX.transformer, QWEN_IMAGE.transformer, SD3.transformer
-each_name = pytest.mark.parametrize("name", [NAME, QWEN, STABLE])
+NAME, QWEN, STABLE, SIGMA = (family.transformer for family in (FLUX, QWEN_IMAGE, SD3, PIXART))
+each_name = pytest.mark.parametrize("name", [NAME, QWEN, STABLE, SIGMA])
 ONE_INPUT = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -47,6 +50,8 @@ ONE_INPUT = (
     ("ff_context.net.0.proj",),
     ("ff_context.net.2",),
     *((f"{mlp}.net.{layer}",) for mlp in ("img_mlp", "txt_mlp") for layer in ("0.proj", "2")),
+    *(("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")),
+    *(("attn2.to_q",), ("attn1.to_out.0",), ("attn2.to_out.0",)),
 )
 # as in test_fused_dit.py: a value next to the middle of two codes may take the other one; few do in float32
 BOUND = {torch.float32: 0.005, torch.float16: 0.02, torch.bfloat16: 0.05}
@@ -72,6 +77,8 @@ def make_quantized(w_bits=8, smoothing=False, dtype=torch.float32, device="cpu",
     for norm in model.modules():
         if "RMSNorm" in type(norm).__name__:  # all ones else
             norm.weight.data.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.5)
+    for block in blocks_of(model) if name == SIGMA else ():  # or it would not matter which key a query is like
+        block.attn2.to_q.weight.data *= 20
     for block in blocks_of(model) if smoothing else ():
         for names in ONE_INPUT:
             factors = None
@@ -91,8 +98,9 @@ def make_quantized(w_bits=8, smoothing=False, dtype=torch.float32, device="cpu",
 def real_size(name, width):
     """Return what makes a model have three heads of a size that real ones have."""
     size = {"num_attention_heads": 3, "attention_head_dim": width}
-    axes = {64: (16, 24, 24), 128: (16, 56, 56)}[width]
-    return size | ({"caption_projection_dim": 3 * width} if name == STABLE else {"axes_dims_rope": axes})
+    wide = {STABLE: "caption_projection_dim", SIGMA: "cross_attention_dim"}.get(name)
+    axes = 16, (width - 16) // 2, (width - 16) // 2
+    return size | ({"axes_dims_rope": axes} if wide is None else {wide: 3 * width})
 
 
 def given(dtype=torch.float32, device="cpu", time=0.5, name=NAME, rows=2):
@@ -102,6 +110,8 @@ def given(dtype=torch.float32, device="cpu", time=0.5, name=NAME, rows=2):
         if isinstance(value, torch.Tensor):
             value = value if "ids" in key else value[:rows].to(dtype)
             found[key] = value.to(device)
+    if name == SIGMA:  # prompts of four tokens and of none, which is as good as all
+        found["encoder_attention_mask"] = (torch.arange(6) < torch.tensor([[4], [0]]))[:rows].to(device, dtype)
     return found
 
 
@@ -113,7 +123,7 @@ def error(actual, expected):
 def ran(monkeypatch):
     """Programs of blocks, in the order in which they were run."""
     calls = []
-    for kind in (FusedDoubleBlock, FusedSingleBlock, FusedQwenBlock, FusedJointBlock):
+    for kind in (FusedDoubleBlock, FusedSingleBlock, FusedQwenBlock, FusedJointBlock, FusedPixArtBlock):
         original = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda self, *a, o=original: calls.append(self) or o(self, *a))
     return calls
@@ -124,8 +134,7 @@ def calls_of_blocks(model, inputs):
     seen = []
 
     def see(block, args, kwargs, output):
-        assert not args
-        seen.append((block, kwargs, output))
+        seen.append((block, arguments_of(block, args, kwargs), output))
 
     handles = [block.register_forward_hook(see, with_kwargs=True) for block in blocks_of(model)]
     output = output_of(model, inputs)
@@ -175,7 +184,7 @@ def test_scales_per_token_behind_modulation(fused_anywhere, ran, name, w_bits, s
     assert_equals_unfused(model, given(name=name), ran)
 
 
-@each_name
+@pytest.mark.parametrize("name", [NAME, QWEN, STABLE])
 @pytest.mark.parametrize("alone", ["encoder_hidden_states", "hidden_states", "temb"])
 def test_one_row_serves_all_samples(fused_anywhere, ran, name, alone):
     """As with one negative prompt for several images: diffusers lets a stream grow with its modulation."""
@@ -212,7 +221,7 @@ def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monk
     sizes, dtypes = [{NAME: {"num_layers": 1, "num_single_layers": 1}}.get(name, {})], [torch.float32, torch.float16]
     if kernel_device.type == "cuda":
         sizes, dtypes = [], [*dtypes, torch.bfloat16]
-        sizes += [real_size(name, width) for width in (64, 128)]
+        sizes += [real_size(name, width) for width in ((72,) if name == SIGMA else (64, 128))]
     else:
         from qandc_kernels.tiles.tables import Gpu
 
@@ -451,19 +460,57 @@ def modulation_of_tokens(model):
     blocks_of(model)[1].zero_cond_t = True
 
 
+def in_the_caption_attention(change):
+    def changed(model):
+        change(blocks_of(model)[1].attn2)
+
+    changed.__name__ = change.__name__
+    return changed
+
+
+def adapted(attention):
+    attention.to_q = torch.nn.Sequential(attention.to_q, torch.nn.Hardtanh(-0.1, 0.1))
+
+
+def normed(attention):
+    attention.norm_k = torch.nn.LayerNorm(16)
+
+
+def hooked(attention):
+    attention.to_out[1].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def of_two_ranges(attention):
+    attention.to_v.act_scale = 2 * attention.to_v.act_scale
+
+
+def without_range(attention):
+    attention.to_out[0].set_static_range(None)
+
+
+def in_chunks(model):
+    blocks_of(model)[1].set_chunk_feed_forward(4, 1)
+
+
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("name", "change", "reason"),
     [
-        (an_adapter, "attn.to_q is Sequential, not a QuantLinear"),
-        (another_processor, "attention is not the plain one of Qwen-Image"),
-        (norms_of_heads_without_weights, "norms of its heads"),
-        (another_modulation, "its modulation is not that of Qwen-Image"),
-        (modulation_of_tokens, "tokens have modulations of their own"),
+        (QWEN, an_adapter, "attn.to_q is Sequential, not a QuantLinear"),
+        (QWEN, another_processor, "attention is not the plain one of Qwen-Image"),
+        (QWEN, norms_of_heads_without_weights, "norms of its heads"),
+        (QWEN, another_modulation, "its modulation is not that of Qwen-Image"),
+        (QWEN, modulation_of_tokens, "tokens have modulations of their own"),
+        (SIGMA, in_the_caption_attention(adapted), "attn2.to_q is Sequential, not a QuantLinear"),
+        (SIGMA, in_the_caption_attention(normed), "attention is not the plain one of PixArt"),
+        (SIGMA, in_the_caption_attention(hooked), "to_out.1 has forward hooks"),
+        (SIGMA, in_the_caption_attention(of_two_ranges), "k and v, which see one input, have different ranges"),
+        (SIGMA, in_the_caption_attention(without_range), "attn2.to_out.0 has no static range"),
+        (SIGMA, in_chunks, "a chunked feed-forward"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_blocks_of_qwen_image_that_cannot_be_fused(fused_anywhere, caplog, ran, change, reason):
-    model, inputs = make_quantized(name=QWEN), given(name=QWEN)
+def test_other_blocks_that_cannot_be_fused(fused_anywhere, caplog, ran, name, change, reason):
+    model, inputs = make_quantized(name=name), given(name=name)
     change(model)
     if change is modulation_of_tokens:
         fuse(model)
@@ -487,9 +534,18 @@ def test_blocks_of_sd3_that_cannot_be_fused(fused_anywhere, caplog, ran, changes
     assert reason in caplog.text
 
 
-def test_sd3_without_norms_of_heads_runs_unfused():
-    with pytest.raises(ModelError, match="norms of its heads are not those of its family"):
-        fuse(make_quantized(name=STABLE, qk_norm=None))
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        (STABLE, {"qk_norm": None}, "norms of its heads are not those of its family"),
+        (SIGMA, {"norm_elementwise_affine": True}, "its norms have weights"),
+        (SIGMA, {"activation_fn": "geglu"}, "its activation is not tanh-GELU"),
+        (SIGMA, {"attention_type": "gated"}, "gated attention beside it"),
+    ],
+)
+def test_models_that_cannot_be_fused(name, changes, reason):
+    with pytest.raises(ModelError, match=reason):
+        fuse(make_quantized(name=name, **changes))
 
 
 def test_a_padded_prompt_runs_unfused(fused_anywhere, caplog, ran):
@@ -504,15 +560,36 @@ def test_a_padded_prompt_runs_unfused(fused_anywhere, caplog, ran):
     assert ("attention takes a mask (draw them one by one, or of one length)" in caplog.text) is not unread
 
 
+@pytest.mark.parametrize("name", [QWEN, SIGMA])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_prompts_of_any_length(fused_anywhere, ran, tokens):
-    model, inputs = make_quantized(name=QWEN), given(name=QWEN, rows=1)
+def test_prompts_of_any_length(fused_anywhere, ran, name, tokens):
+    model, inputs = make_quantized(name=name), given(name=name, rows=1)
+    inputs |= {key: None for key in inputs if key.endswith("mask")}
     inputs["encoder_hidden_states"] = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(0))
     if "txt_seq_lens" in inputs:
         inputs["txt_seq_lens"] = [tokens]
     expected = output_of(model, inputs)
     assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
     assert len(ran) == 2
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ({"encoder_attention_mask": -10000.0 * torch.ones(2, 16, 6).tril()}, "not a bias [B, 1, keys]"),
+        ({"attention_mask": torch.ones(2, 16)}, "attention_mask or cross_attention_kwargs"),
+        ({"cross_attention_kwargs": {"temb": None}}, "attention_mask or cross_attention_kwargs"),
+    ],
+    ids=["a query's mask", "mask of the image", "kwargs"],
+)
+def test_attention_of_pixart_that_cannot_be_fused(fused_anywhere, caplog, ran, others, reason):
+    """Of PixArt a mask may leave out any keys of a prompt, not for some queries alone, and none of the image."""
+    model, inputs = make_quantized(name=SIGMA), given(name=SIGMA)
+    inputs |= others
+    expected = output_of(model, inputs)
+    assert torch.equal(output_of(fuse(model), inputs), expected)
+    assert not ran
+    assert reason in caplog.text
 
 
 def test_what_was_changed_is_noticed(fused_anywhere, ran):

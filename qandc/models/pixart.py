@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qandc.models.family import Call, Family, Stack
+from qandc.models.pixart_fused import FusedPixArtBlock
 
 __all__ = ["PIXART"]
 
@@ -24,5 +25,5 @@ def _why_not(block: Any) -> str | None:
     return "needs PixArt's blocks (adaLN-single, cross-attention, no chunked feed-forward)"
 
 
-_BLOCKS = Stack("transformer_blocks", ("attn1", "attn2", "ff"), _gates, _why_not)
+_BLOCKS = Stack("transformer_blocks", ("attn1", "attn2", "ff"), _gates, _why_not, fused=FusedPixArtBlock)
 PIXART = Family("PixArtTransformer2DModel", "encoder_hidden_states", (_BLOCKS,))

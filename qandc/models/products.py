@@ -24,16 +24,19 @@ from qandc_kernels import (
     linear_gelu_quantize,
     linear_into_,
     quantize_per_tensor,
+    quantize_per_token,
 )
 
 __all__ = [
     "SETTINGS",
+    "Mlp",
     "Product",
     "Ranges",
     "divided",
     "is_gelu_mlp",
     "joined",
     "modulated",
+    "plain_attention",
     "plain_norm",
     "product_of",
     "quantized",
@@ -61,6 +64,17 @@ class Product(NamedTuple):
     def __call__(self, xq: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         linear = int4_linear if self.weight.dtype == torch.uint8 else int8_linear
         return linear(xq, *self, out_dtype=dtype)
+
+    def last_divided(self, factors: torch.Tensor | None) -> Product:
+        """Return a product whose last outputs are divided by ``factors``; for v the smoothing of what follows."""
+        if factors is None:
+            return self
+        n, w_scale = len(factors), self.w_scale.clone()
+        w_scale[-n:].view(n, -1).div_(factors[:, None])
+        bias = None if self.bias is None else self.bias.to(torch.float32, copy=True)
+        if bias is not None:
+            bias[-n:].div_(factors)
+        return self._replace(w_scale=w_scale, bias=bias)
 
     def into_(self, out: torch.Tensor, xq: torch.Tensor) -> None:
         """Write the product into ``out``."""
@@ -168,11 +182,32 @@ def divided(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
     return x.float() * (1.0 / layer.smoothing[: x.shape[2] * x.shape[3]]).view(x.shape[2:])
 
 
-def quantized(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
-    """Quantize heads ``[B, tokens, heads, D]`` as a layer does; gives ``[B, tokens, K]``."""
-    assert layer.act_scale is not None
-    xq = quantize_per_tensor(divided(x, layer), layer.act_scale, layer.act_zero_point, 8, layer.nan_flag)
-    return xq.flatten(2)
+def quantized(x: torch.Tensor, layer: QuantLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize heads ``[B, tokens, heads, D]`` as a layer does; gives ``[B, tokens, K]`` and the scale."""
+    x, scale = divided(x, layer), layer.act_scale
+    if scale is None:
+        xq, scale = quantize_per_token(x, token_dims=2)
+    else:
+        xq = quantize_per_tensor(x, scale, layer.act_zero_point, 8, layer.nan_flag)
+    return xq.flatten(2), scale
+
+
+class Mlp:
+    """Run a feed-forward of diffusers, with the norm before it, as three launches."""
+
+    def __init__(
+        self, norm: Any, feed_forward: Any, of_fc1: Ranges | None = None, of_fc2: Ranges | None = None
+    ) -> None:
+        fc1, fc2 = feed_forward.net[0].proj, feed_forward.net[2]
+        self.eps, self.smoothing = norm.eps, fc1.smoothing
+        self.fc1, self.fc2 = product_of(fc1, of_fc1), product_of(fc2, of_fc2)
+        self.multiplier = None if fc2.smoothing is None else 1 / fc2.smoothing
+
+    def add_(self, x: torch.Tensor, modulation: Sequence[torch.Tensor], target: Target | None) -> None:
+        """Add its output to the stream that it reads; ``modulation`` is shift, scale and gate."""
+        xq, x_scale = modulated(x, modulation, self.fc1, self.smoothing, self.eps)
+        hidden = self.fc1._replace(x_scale=x_scale).gelu_quantize(xq, self.fc2, self.multiplier)
+        self.fc2.gate_residual_(x, hidden, modulation[2], target)
 
 
 def touched(module: nn.Module) -> str | None:
@@ -191,6 +226,20 @@ def touched(module: nn.Module) -> str | None:
 def plain_norm(norm: Any) -> bool:
     """Tell whether a norm is a LayerNorm without weights."""
     return type(norm) is nn.LayerNorm and not norm.elementwise_affine
+
+
+def plain_attention(attention: Any) -> bool:
+    """Tell whether an attention is diffusers' own for queries, keys and values, without norms."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+
+    norms = ("norm_q", "norm_k", "norm_cross", "spatial_norm", "group_norm")
+    return (
+        original_class(attention) is Attention
+        and type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
+        and not any(getattr(attention, name, None) for name in norms)
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+    )
 
 
 def is_gelu_mlp(module: Any) -> bool:

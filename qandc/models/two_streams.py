@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qandc.caching.features import Target
 from qandc.models.family import Call
 from qandc.models.products import (
+    Mlp,
     is_gelu_mlp,
     joined,
     modulated,
@@ -120,20 +121,15 @@ class _FusedStream:
         self.modulation = block.get_submodule(parts.modulation)
         norm, norm_mlp = (block.get_submodule(name) for name in parts.norms)
         self.project = Projection(block, norm, parts.qkv, parts.head_norms)
-        self.eps, self.out_layer = norm_mlp.eps, block.get_submodule(parts.out)
-        fc1, fc2 = (block.get_submodule(name) for name in _mlp_of(parts.mlp))
-        self.out, self.fc1, self.fc2 = map(product_of, (self.out_layer, fc1, fc2))
-        self.fc1_smoothing = fc1.smoothing
-        self.multiplier = None if fc2.smoothing is None else 1 / fc2.smoothing
+        self.out_layer, self.mlp = block.get_submodule(parts.out), Mlp(norm_mlp, getattr(block, parts.mlp))
+        self.out = product_of(self.out_layer)
 
     def finish_(
         self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], targets: tuple[Target | None, ...]
     ) -> None:
         """Add attention and MLP to the stream, in place."""
-        self.out.gate_residual_(x, quantized(attended, self.out_layer), modulation[2], targets[0])
-        xq, x_scale = modulated(x, modulation[3:], self.fc1, self.fc1_smoothing, self.eps)
-        hidden = self.fc1._replace(x_scale=x_scale).gelu_quantize(xq, self.fc2, self.multiplier)
-        self.fc2.gate_residual_(x, hidden, modulation[5], targets[1])
+        self.out.gate_residual_(x, quantized(attended, self.out_layer)[0], modulation[2], targets[0])
+        self.mlp.add_(x, modulation[3:], targets[1])
         clip_(x)
 
 

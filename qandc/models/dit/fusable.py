@@ -8,6 +8,7 @@ from torch import nn
 
 from qandc.models.products import (
     is_gelu_mlp,
+    plain_attention,
     plain_norm,
     touched,
     why_not_layer,
@@ -37,20 +38,11 @@ BLOCK_LAYERS = (*QKV, "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | None:
     """Say why a block can't run on the fused kernels, or None. ``prefix`` is what its layers' names begin with."""
     from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
     from diffusers.models.normalization import AdaLayerNormZero
 
     if original_class(block) is not BasicTransformerBlock or block.norm_type != "ada_norm_zero":
         return f"the block is {original_class(block).__name__}, not diffusers' adaLN-Zero block"
-    attention = block.attn1
-    plain = (
-        original_class(attention) is Attention
-        and type(attention.processor) in (AttnProcessor, AttnProcessor2_0)
-        and not any(getattr(attention, name, None) for name in ("norm_q", "norm_k", "spatial_norm", "group_norm"))
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1
-    )
-    if not plain:
+    if not plain_attention(block.attn1):
         return "its attention is not the plain one of DiT"
     if block.attn2 is not None or block.pos_embed is not None or block._chunk_size is not None:
         return "it has cross-attention, a position embedding or a chunked feed-forward"

@@ -32,7 +32,7 @@ from qandc.models.dit.fusable import (
     why_not_output,
 )
 from qandc.models.family import Call, Launch
-from qandc.models.products import SETTINGS, Product, Ranges, modulated, product_of
+from qandc.models.products import SETTINGS, Mlp, Product, Ranges, modulated, product_of
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc.support.watch import Watch
@@ -77,31 +77,24 @@ def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> 
     weight = torch.cat([layer.qweight for layer in layers])
     for layer, part in zip(layers, weight.chunk(3), strict=True):
         layer.qweight = part
-    w_scales = [layer.weight_scale for layer in layers]
-    biases = [layer.bias for layer in layers]
-    if out_smoothing is not None:
-        w_scales[2] = w_scales[2] / out_smoothing
-        biases[2] = None if biases[2] is None else biases[2].float() / out_smoothing
-    bias = None if biases[0] is None else torch.cat([b.float() for b in biases])
-    w_sum = torch.cat([layer.weight_sum for layer in layers])
-    return Product(weight, ranges.scale, torch.cat(w_scales), bias, ranges.zero_point, w_sum)
+    w_scale, w_sum = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight_scale", "weight_sum"))
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.float() for layer in layers])
+    return Product(weight, ranges.scale, w_scale, bias, ranges.zero_point, w_sum).last_divided(out_smoothing)
 
 
 class FusedBlock:
     """Run a transformer block whose layers are all quantized: behind modulation static or per token, else static."""
 
     def __init__(self, block: Any, ranges: dict[str, Ranges], nan_flag: torch.Tensor) -> None:
-        attention, feed_forward = block.attn1, block.ff.net
+        attention = block.attn1
         self.nan_flag = nan_flag  # of attention, whose NaN int8 would hide; that of the residual stream stays there
         self.heads: int = attention.heads
-        self.eps = (block.norm1.norm.eps, block.norm3.eps)
+        self.eps: float = block.norm1.norm.eps
         self.out = product_of(attention.to_out[0], ranges["attn1.to_out.0"])
         self.qkv = _qkv(attention, ranges["attn1.to_q"], attention.to_out[0].smoothing)
-        self.fc1 = product_of(feed_forward[0].proj, ranges["ff.net.0.proj"])
-        self.fc2 = product_of(feed_forward[2], ranges["ff.net.2"])
-        fc2_smoothing = feed_forward[2].smoothing
-        self.fc2_multiplier = None if fc2_smoothing is None else 1 / fc2_smoothing
-        self.smoothing = (attention.to_q.smoothing, feed_forward[0].proj.smoothing)
+        self.mlp = Mlp(block.norm3, block.ff, ranges["ff.net.0.proj"], ranges["ff.net.2"])
+        self.smoothing = (attention.to_q.smoothing, self.mlp.smoothing)  # which the modulation has been divided by
+        self.mlp.smoothing = None
 
     def __call__(
         self, x: torch.Tensor, modulation: torch.Tensor, targets: tuple[Target, Target] | None = None
@@ -109,14 +102,12 @@ class FusedBlock:
         """Run the block on ``x [B, tokens, D]``, in place, with ``modulation [B, 6 D]``; targets take its branches."""
         of_attn, of_mlp = targets or (None, None)
         parts = modulation.chunk(6, 1)  # shift, scale and gate of attention, and of the MLP
-        xq, x_scale = modulated(x, parts[:2], self.qkv, None, self.eps[0])
+        xq, x_scale = modulated(x, parts[:2], self.qkv, None, self.eps)
         qkv = self.qkv._replace(x_scale=x_scale)(xq, x.dtype)
         q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
         xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point, self.nan_flag)
         self.out.gate_residual_(x, xq.flatten(2), parts[2], of_attn)
-        xq, x_scale = modulated(x, parts[3:5], self.fc1, None, self.eps[1])
-        hidden = self.fc1._replace(x_scale=x_scale).gelu_quantize(xq, self.fc2, self.fc2_multiplier)
-        self.fc2.gate_residual_(x, hidden, parts[5], of_mlp)
+        self.mlp.add_(x, parts[3:], of_mlp)
         return x
 
 
