@@ -668,9 +668,10 @@ def test_attention_runs_by_the_backend_that_was_chosen(fused_anywhere, monkeypat
     model.set_attention_backend("native")
     output_of(model, given())
     assert chosen == [None] * 4 + ["native"] * 4
-    unfuse(model)
     blocks_of(model)[1].attn.processor._parallel_config = object()
-    fuse(model)
+    with pytest.raises(ModelError, match="enable_parallelism was called after fuse"):
+        output_of(model, given())
+    fuse(unfuse(model))
     assert "its attention is spread over several GPUs (1 of 4)" in caplog.text
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qandc.caching.features import Target
+from qandc.errors import ModelError
 from qandc.models.family import Call
 from qandc.models.products import (
     Mlp,
@@ -201,6 +202,8 @@ def attend(qkv: Tensor, processor: Any) -> Tensor:
     """Return attention ``[B, tokens, heads, D]`` by diffusers' backend, if one was chosen, or the fastest of torch."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ModelError("enable_parallelism was called after fuse, which then lacks tokens; call unfuse before it")
     q, k, v = qkv.unbind(2)
     with _fastest(q):
         return dispatch_attention_fn(q, k, v, backend=getattr(processor, "_attention_backend", None))
