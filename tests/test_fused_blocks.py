@@ -657,13 +657,12 @@ def test_blocks_without_rotary_tables_run_unfused(fused_anywhere, caplog, ran):
 
 
 def test_attention_runs_by_the_backend_that_was_chosen(fused_anywhere, monkeypatch, caplog, ran):
-    chosen, original = [], attention_dispatch.dispatch_attention_fn
+    chosen, original, model = [], attention_dispatch.dispatch_attention_fn, fuse(make_quantized())
     monkeypatch.setattr(
         attention_dispatch,
         "dispatch_attention_fn",
         lambda *args, backend=None, **others: chosen.append(backend) or original(*args, backend=backend, **others),
     )
-    model = fuse(make_quantized())
     output_of(model, given())
     model.set_attention_backend("native")
     output_of(model, given())
