@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = [
     "ADALN",
+    "ATTENTION_SIZES",
     "BF16",
     "CALLED",
     "COMPILED",
@@ -61,6 +62,10 @@ ADALN, EAGER = "adaln_quantize_per_tensor", "eager torch"
 COMPILED, CALLED, FUSED, FUSED4 = "bf16 compiled", "bf16 eager, called", "fused W8A8", "fused W4A8"
 FUSED_CALLED = f"{FUSED}, called"
 OWN_ATTENTION, CUDNN = "attention_quantize_per_tensor", "torch cuDNN attention + quantize"
+ATTENTION_SIZES = (  # tokens, or queries x keys, and samples; the last two are PixArt-Sigma's at 1024 x 1024
+    ("256 tokens", 2), ("256 tokens", 16), ("256 tokens", 64), ("1024 tokens", 2), ("1024 tokens", 16),
+    ("4096 tokens", 2), ("4096 x 300 tokens", 2),
+)  # fmt: skip
 COMPUTE, RUN = "compute step", "no cache"
 IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = (
     "bf16 compiled",
@@ -164,9 +169,9 @@ def model_goals(rows: list[Row]) -> Iterator[Row]:
     for m, bounds in ((2, (1.0, 1.1)), (16, (1.05, 1.2)), (64, (1.25, 1.35))):
         yield _goal(f"compiled_quantlinear_over_compiled_bf16_{m}", faster(m, COMPILED, DROP_IN), *bounds)
         yield _goal(f"the_same_as_called_{m}", faster(m, f"{COMPILED}, called", f"{DROP_IN}, called"), *bounds)
-    for tokens, batch in ((256, 2), (256, 16), (256, 64), (1024, 2), (1024, 16)):
-        times = (median(rows, "attention", f"{tokens} tokens", batch, which) for which in (CUDNN, OWN_ATTENTION))
-        yield _goal(f"attention_over_cudnn_and_quantize_{tokens}_tokens_{batch}", ratio(*times), 1.0)
+    for layer, batch in ATTENTION_SIZES:
+        times = (median(rows, "attention", layer, batch, which) for which in (CUDNN, OWN_ATTENTION))
+        yield _goal(f"attention_over_cudnn_and_quantize_{layer.replace(' ', '_')}_{batch}", ratio(*times), 1.0)
 
 
 def cache_goals(rows: list[Row]) -> Iterator[Row]:
