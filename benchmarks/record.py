@@ -74,10 +74,11 @@ def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> I
         yield Portion(file, option, minutes, f"{{python}} {run} {files} {option}", f"check-{check}")
 
 
+BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each run of what takes no turns with it
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
     for layer, steps in zip((LARGE[0], *LARGE), (28, 50, 50, 28, 20), strict=True)
-    for which in ("bf16", "graph and not fused", "fused", "not bf16 and not graph")
+    for which in ("bf16 or torchao", "graph and not fused", "fused", "not bf16 and not torchao and not graph")
 ]  # fmt: skip
 SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
 PORTIONS: tuple[Portion, ...] = (
@@ -92,14 +93,18 @@ PORTIONS: tuple[Portion, ...] = (
     ),
     *bench("products", "kernels", 2, "test_products.py"),
     *bench("model", "kernels", 1, "test_attention.py"),
-    *bench("model", "steps", 5, "test_model.py", "-k '256 and not torchao'", "-k '512 and not torchao'", "-k fp8"),
-    *bench("model", "steps", 7, "test_model.py", *(f"-k '256 and int8dq' --rows {m}" for m in (2, 16, 64))),
+    *bench("model", "steps", 5, "test_model.py", *(f"-k '{k}'" for k in (
+        "256 and not torchao", "512 and not torchao", f"fp8 or {BF16}"
+    ))),
+    *bench("model", "steps", 7, "test_model.py", *(f"-k '256 and (int8dq or {BF16})' --rows {m}" for m in (2, 16, 64))),
     *bench("cache-cost", "steps", 3, "test_cache.py", "-k test_step", "-k test_run"),
     *bench("pipeline", "steps", 3, "test_pipeline.py", *(f"-k 'not 250' --rows {m}" for m in (1, 8, 32))),
     *bench("pipeline", "steps", 5, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
     *bench(
         "models", "models", 5, "test_models.py",
-        *(f"--layers {m} -k '{k}'" for m in LARGE for k in ("not graph and not torchao", "graph", "torchao")),
+        *(f"--layers {layer} -k '{k}'" for layer in LARGE for k in (
+            "not graph and not torchao", "graph", f"torchao or {BF16}"
+        )),
     ),
     *bench("images", "models", 6, "test_images.py", *IMAGES),
     *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),

@@ -6,15 +6,16 @@ python docs/plot_results.py
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from update_tables import (
     ABLATION,
+    DOCUMENTS,
     MODEL_SIZES,
     QUALITY_FORMS,
     ROOT,
-    WARDROBE,
     ablation_cells,
     load,
     model_rows,
@@ -25,7 +26,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
-RESULTS = ROOT / "results" / "h100"
 SHOWN = {
     "bf16 compiled": "#9aa0a6",
     "torchao int8dq, compiled": "#d7a86e",
@@ -48,8 +48,8 @@ def bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_model() -> None:
-    rows = model_rows(load(RESULTS / "model.json"))
+def draw_model(path: Path) -> None:
+    rows = model_rows(load(path))
     measured = {name for _, _, name in rows}
     shown = {name: colour for name, colour in SHOWN.items() if name in measured}
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
@@ -65,16 +65,16 @@ def draw_model() -> None:
         range(len(MODEL_SIZES)), [f"{layer.rpartition('-')[2]}², batch rows {m}" for layer, m in MODEL_SIZES]
     )
     axes.set_ylabel("speed of a step over compiled bf16")
-    axes.set_title("DiT-XL/2 on one H100, a denoising step in a CUDA graph", fontsize=10)
+    axes.set_title(f"DiT-XL/2 on one {path.parent.name.upper()}, a denoising step in a CUDA graph", fontsize=10)
     axes.legend(fontsize=6.5, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
     bare(axes)
-    figure.savefig(RESULTS / "model.png", dpi=130)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
-def draw_cache() -> None:
-    """Distance and PSNR against speed, a line per mode through its intervals."""
-    rows = load(RESULTS / "cache.json")["rows"]
+def draw_cache(path: Path) -> None:
+    """Draw distance and PSNR against speed, a line per mode through its intervals."""
+    rows = load(path)["rows"]
     intervals = {p: {row["interval"] for row in rows if row["precision"] == p} for p in ("FP", "W8A8", "W4A8")}
     precisions = [p for p, found in intervals.items() if len(found) > 2]
     figure, grid = plt.subplots(
@@ -108,12 +108,12 @@ def draw_cache() -> None:
             bare(axes)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, ncols=len(QUALITY_FORMS), loc="outside lower center", frameon=False)
-    figure.savefig(RESULTS / "cache.png", dpi=130)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
-def draw_ablation() -> None:
-    """Mean and standard deviation of distance, IS and PSNR for each configuration, W8A8."""
-    result = load(RESULTS / "ablation.json")
+def draw_ablation(path: Path) -> None:
+    """Draw mean and standard deviation of distance, IS and PSNR for each configuration, W8A8."""
+    result = load(path)
     cells = ablation_cells(result)
     full = [row for row in result["rows"] if row["part"] == "FP"]
     metrics = {"frechet_distance": "Fréchet distance", "inception_score": "IS", "psnr_to_fp": "PSNR to FP, dB"}
@@ -134,13 +134,12 @@ def draw_ablation() -> None:
         bare(axes)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
-    figure.savefig(RESULTS / "ablation.png", dpi=130)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
-def draw_compensation() -> None:
-    """PSNR of latents and distance against speed: each cache plain and corrected, and runs of fewer steps."""
-    directory = ROOT / "results" / "h200"
-    result = load(directory / "feature-compensation.json")
+def draw_compensation(path: Path) -> None:
+    """Draw PSNR of latents and distance against speed: each cache plain and corrected, and runs of fewer steps."""
+    result = load(path)
     plain = study(result, part="main", precision="W8A8", mode="none")[0]
     figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axes, (key, label) in zip(
@@ -170,12 +169,11 @@ def draw_compensation() -> None:
     grid[1].set_yscale("log", base=2)
     grid[1].yaxis.set_major_formatter(ScalarFormatter())
     figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center", frameon=False)
-    figure.savefig(directory / "feature-compensation.png", dpi=130)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
-def draw_wardrobe() -> None:
-    """Share of pictures with all right against speed: each cache through its intervals, and runs of fewer steps."""
-    path = ROOT / WARDROBE
+def draw_wardrobe(path: Path) -> None:
+    """Draw the share of pictures with all right against speed: each cache, and runs of fewer steps."""
     rows = [row for row in load(path)["rows"] if "everything" in row and not {"scenes", "fused"} & row.keys()]
     (full,) = [row for row in rows if (row["part"], row["name"]) == ("precision", "FP")]
     figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
@@ -206,9 +204,8 @@ def draw_wardrobe() -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
-def draw_residuals() -> None:
-    """Errors of reused features by step and block, plain and corrected."""
-    path = ROOT / "results" / "cpu" / "feature-residuals.json"
+def draw_residuals(path: Path) -> None:
+    """Draw errors of reused features by step and block, plain and corrected."""
     rows = load(path)["rows"]
     figure, grid = plt.subplots(len(rows), 2, figsize=(9, 4.4), layout="constrained", sharey=True)
     for row, line in zip(rows, grid, strict=True):
@@ -228,9 +225,18 @@ def draw_residuals() -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
+PLOTS = {  # what is drawn beside a file of any card, where a page shows it
+    "*/feature-residuals.json": draw_residuals,
+    "[!c]*/feature-compensation.json": draw_compensation,
+    "[!c]*/ablation.json": draw_ablation,
+    "*/model.json": draw_model,
+    "*/cache.json": draw_cache,
+    "*/wardrobe.json": draw_wardrobe,
+}
+
 if __name__ == "__main__":
-    draw_residuals()
-    draw_compensation()
-    draw_ablation()
-    draw_model()
-    draw_cache()
+    shown = "".join(document.read_text() for document in DOCUMENTS)
+    for pattern, draw in PLOTS.items():
+        for found in sorted((ROOT / "results").glob(pattern)):
+            if found.relative_to(ROOT).with_suffix(".png").as_posix() in shown:
+                draw(found)

@@ -357,10 +357,10 @@ def quantized_only(result: dict[str, Any], bits: int) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if row["part"] == "ranges" and wanted.items() <= row["row"].items()]
 
 
-def cached_only(mode: str, interval: int) -> list[dict[str, Any]]:
+def cached_only(result: dict[str, Any], mode: str, interval: int) -> list[dict[str, Any]]:
     """Of the measurement of caches: full precision, uniform schedule, the noise of repeat 0."""
     wanted = {"precision": "FP", "mode": mode, "interval": interval, "schedule": "uniform"}
-    rows = load(ROOT / "results/h100/cache.json")["rows"]
+    rows = load(directory_of(result) / "cache.json")["rows"]
     return [row for row in rows if wanted.items() <= row.items()]
 
 
@@ -374,7 +374,7 @@ def ablation_table(result: dict[str, Any]) -> list[str]:
     ]
     alone = {bits: quantized_only(result, bits) for bits in (8, 4)}
     found = {"quantized only": [alone[bits] for bits, _, _ in columns]}
-    found["cached only"] = [cached_only(mode, n) for _, mode, n in columns]
+    found["cached only"] = [cached_only(result, mode, n) for _, mode, n in columns]
     found |= {name: [cells.get((*column, name), []) for column in columns] for name in ABLATION}
     for name, of_columns in found.items():
         texts = [
@@ -509,6 +509,8 @@ def images_table(result: dict[str, Any]) -> list[str]:
 def models_fused_table(result: dict[str, Any]) -> list[str]:
     lines = ["| a forward of FLUX.1-dev | ms, as called | GB of weights | error |", "|---|---|---|---|"]
     for row in result["rows"]:
+        if row["layer"] != "FLUX.1-dev" or not re.search("fused, graph|W8A16, compiled, graph", row["candidate"]):
+            continue
         figures = f"{row['median_us'] / 1e3:.1f} | {row['model_bytes'] / 1e9:.1f} | {row['error']:.1%}"
         lines.append(f"| {row['candidate']} | {figures} |")
     return lines
@@ -544,7 +546,8 @@ def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
 
 def by_turns_table(result: dict[str, Any]) -> list[str]:
     """Compare medians of both in the same rounds."""
-    rows = {(row["layer"], row["candidate"]): row for row in result["rows"]}
+    shown = ("QuantLinear W8A8", "QuantLinear W8A8, compiled")
+    rows = {(row["layer"], row["candidate"]): row for row in result["rows"] if row["candidate"] in shown}
     layers, names = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
     lines = [f"| ms a forward: bf16, QuantLinear W8A8 | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     for name in names:
@@ -774,83 +777,79 @@ def wardrobe_grid(result: dict[str, Any], part: str, line: tuple[str, ...], colu
     return lines
 
 
-WARDROBE = "results/h200/wardrobe.json"
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "results/cpu/generate.json": generate_table,
-    "results/cpu/ablation.json": compensation_table,
-    "results/cpu/outliers.json": outliers_table,
-    "results/h100/outliers.json": outliers_table,
-    "results/cpu/experiment.json": experiment_table,
-    "results/h200/presets.json": presets_table,
-    "results/cpu/feature-compensation.json": feature_compensation_table,
-    "results/cpu/feature-compensation.json schedule": partial(feature_compensation_table, what="schedule"),
-    "results/h200/feature-compensation.json": partial(corrections_table, scheduler="ddim"),
-    "results/h200/feature-compensation.json ddpm": partial(corrections_table, scheduler="ddpm"),
-    "results/h200/feature-compensation.json equal": equal_time_table,
-    "results/h200/feature-compensation.json rest": compensation_rest_table,
-    "results/cpu/large-model.json": large_model_table,
-    "results/h100/large-model.json": large_model_table,
-    "results/h100/sample.json": sample_table,
-    "results/h200/fashion-dit.json": fashion_table,
-    "results/h200/kernels.json": kernels_table,
-    "results/h200/model.json": model_table,
-    "results/h200/model.json breakdown": breakdown_table,
-    "results/h200/models.json": models_table,
-    "results/h200/images.json": images_table,
-    "results/h200/images.json short": short_images_table,
-    **{
-        f"results/h200/images.json {page}": of_family(images_table, model)
-        for page, (_, model) in PAGES.items()
-        if model
-    },
-    **{
-        f"results/cpu/model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, (kind, _) in PAGES.items()
-    },
-    "results/h200/models-fused.json": models_fused_table,
-    "results/h200/models-by-turns.json": by_turns_table,
-    "results/h200/models-fp8.json": models_table,
-    "results/h200/model-drop-in.json": drop_in_table,
-    "results/h200/products.json": products_table,
-    "results/h200/host.json": host_table,
-    "results/h200/pipeline.json": partial(pipeline_table, steps=50),
-    "results/h200/pipeline.json 250": partial(pipeline_table, steps=250),
-    "results/h100/model.json": model_table,
-    "results/h100/model.json breakdown": breakdown_table,
-    "results/h200/cache-cost.json": cache_cost_table,
-    "results/h100/cache.json": cache_quality_table,
-    "results/h100/cache.json rows": cache_rows_table,
-    "results/h100/ablation.json": ablation_table,
-    "results/h100/ablation.json rows": ablation_rows_table,
-    WARDROBE: partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
-    f"{WARDROBE} caches": partial(
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any card; cpu/ goes before
+    "generate.json": generate_table,
+    "cpu/ablation.json": compensation_table,
+    "outliers.json": outliers_table,
+    "experiment.json": experiment_table,
+    "presets.json": presets_table,
+    "cpu/feature-compensation.json": feature_compensation_table,
+    "cpu/feature-compensation.json schedule": partial(feature_compensation_table, what="schedule"),
+    "feature-compensation.json": partial(corrections_table, scheduler="ddim"),
+    "feature-compensation.json ddpm": partial(corrections_table, scheduler="ddpm"),
+    "feature-compensation.json equal": equal_time_table,
+    "feature-compensation.json rest": compensation_rest_table,
+    "large-model.json": large_model_table,
+    "sample.json": sample_table,
+    "fashion-dit.json": fashion_table,
+    "kernels.json": kernels_table,
+    "model.json": model_table,
+    "model.json breakdown": breakdown_table,
+    "models.json": models_table,
+    "images.json": images_table,
+    "images.json short": short_images_table,
+    **{f"images.json {page}": of_family(images_table, model) for page, (_, model) in PAGES.items() if model},
+    **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, (kind, _) in PAGES.items()},
+    "models.json fused": models_fused_table,
+    "models.json turns": by_turns_table,
+    "model.json drop": drop_in_table,
+    "models-fused.json": models_fused_table,  # of former runs, until models.json and model.json are measured anew
+    "models-by-turns.json": by_turns_table,
+    "models-fp8.json": models_table,
+    "model-drop-in.json": drop_in_table,
+    "products.json": products_table,
+    "host.json": host_table,
+    "pipeline.json": partial(pipeline_table, steps=50),
+    "pipeline.json 250": partial(pipeline_table, steps=250),
+    "cache-cost.json": cache_cost_table,
+    "cache.json": cache_quality_table,
+    "cache.json rows": cache_rows_table,
+    "ablation.json": ablation_table,
+    "ablation.json rows": ablation_rows_table,
+    "wardrobe.json": partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
+    "wardrobe.json caches": partial(
         wardrobe_grid, part="cache", line=("precision", "mode", "schedule", "corrected"), column="interval"
     ),
-    f"{WARDROBE} rows": partial(wardrobe_table, parts=("cache", "VC", "TAP", "layers", "outliers")),
-    f"{WARDROBE} layers": partial(wardrobe_grid, part="layers", line=("layers",), column="precision"),
-    f"{WARDROBE} samples": partial(
+    "wardrobe.json rows": partial(wardrobe_table, parts=("cache", "VC", "TAP", "layers", "outliers")),
+    "wardrobe.json layers": partial(wardrobe_grid, part="layers", line=("layers",), column="precision"),
+    "wardrobe.json samples": partial(
         wardrobe_grid, part="VC", line=("precision", "mode", "interval", "corrected"), column="form"
     ),
-    f"{WARDROBE} selection": partial(wardrobe_grid, part="TAP", line=("precision", "samples"), column="selection"),
-    f"{WARDROBE} outliers": partial(wardrobe_grid, part="outliers", line=("outliers", "smoothing"), column="ranges"),
-    **{f"results/h100/ablation.json {what}": partial(ablation_parts_table, what=what) for what in OTHER_PARTS},
+    "wardrobe.json selection": partial(wardrobe_grid, part="TAP", line=("precision", "samples"), column="selection"),
+    "wardrobe.json outliers": partial(wardrobe_grid, part="outliers", line=("outliers", "smoothing"), column="ranges"),
+    **{f"ablation.json {what}": partial(ablation_parts_table, what=what) for what in OTHER_PARTS},
 }
 
 
 ACROSS: dict[str, Callable[[], list[str]]] = {  # of many files
-    **{f"results/{card} benchmarks": partial(record_tables.benchmarks_table, card) for card in ("h200", "h100")},
-    "results losses": record_tables.losses_table,
-    "results missed": record_tables.missed_table,
-    "results reached": record_tables.reached_table,
+    " losses": record_tables.losses_table,
+    " missed": record_tables.missed_table,
+    " reached": record_tables.reached_table,
 }
 
 
 def render(match: re.Match[str]) -> str:
-    path = match["path"]
-    if (across := ACROSS.get(path + (match["part"] or ""))) is not None:
-        return "\n".join([match[1].rstrip(), *across(), match["end"]])
-    result = load(ROOT / path)
-    table = with_machine(TABLES[path + (match["part"] or "")](result), result)
-    return "\n".join([match[1].rstrip(), *table, "", source(result, path), match["end"]])
+    path, part = match["path"], match["part"] or ""
+    card, _, file = path.removeprefix("results/").partition("/")
+    if part == " benchmarks":
+        lines = record_tables.benchmarks_table(card)
+    elif not file:
+        lines = ACROSS[part]()
+    else:
+        result = load(ROOT / path)
+        table = TABLES.get(f"{card}/{file}{part}") or TABLES[file + part]
+        lines = [*with_machine(table(result), result), "", source(result, path)]
+    return "\n".join([match[1].rstrip(), *lines, match["end"]])
 
 
 def main() -> int:
