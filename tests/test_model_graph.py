@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
 from collections import OrderedDict
 
 import pytest
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from qandc import (
@@ -23,6 +25,7 @@ from qandc import (
     ungraph,
 )
 from qandc.caching.features import FeatureStore
+from qandc.fusion.graphs import unknown_part
 from qandc.fusion.model_graph import Graphed, UnknownArgumentError, rebuild, structure_of
 from qandc.support.watch import Watch
 from tests.conftest import make_dit
@@ -72,6 +75,35 @@ def test_structures_are_told_apart_and_rebuilt():
     for value in (object(), {1, 2}, OrderedDict(a=1), torch.eye(2).to_sparse()):
         with pytest.raises(UnknownArgumentError):
             structure_of([value], [])
+
+
+@dataclasses.dataclass
+class Unregistered:
+    sample: torch.Tensor
+
+
+def test_results_that_cannot_be_copied_are_told():
+    """Torch's pytree knows outputs of diffusers, and not any dataclass: its tensors would be those of the next call."""
+    x = torch.ones(2)
+    for known in (x, (x, None), {"a": [x, 1.5, "b"]}, Transformer2DModelOutput(sample=x)):
+        assert unknown_part(known) is None
+    assert unknown_part((x, [Unregistered(x)])) == "Unregistered"
+    assert unknown_part({1: object()}) == "object"
+
+
+@GPU
+def test_results_of_unknown_types_are_not_overwritten(said):
+    class Wrapping(Mixed):
+        def forward(self, x):
+            return Unregistered(super().forward(x, return_dict=False)[0])
+
+    model = graph(Wrapping().eval().cuda())
+    with torch.no_grad():
+        first = model(inputs("cuda")["x"])
+        before = first.sample.clone()
+        model(inputs("cuda")["x"] + 1)
+    assert torch.equal(first.sample, before)
+    assert "its result holds a Unregistered" in said()[0]
 
 
 def test_a_model_without_a_gpu_runs_as_before_and_says_why(said):

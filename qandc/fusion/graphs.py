@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["GraphCache", "ReplayLock"]
+__all__ = ["PLAIN", "GraphCache", "ReplayLock", "unknown_part"]
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 8
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class GraphCache:
 
     The function runs twice before it is captured, to compile and choose kernels. Graphs share one memory pool: they
     never run at the same time. Of more than ``limit`` graphs the one used longest ago is given up. Where a capture
-    fails the reason is logged and the function runs as it is from then on. Results are copies that the next call
-    leaves alone. A function that writes to its inputs or draws random numbers is not captured.
+    fails, or a result holds what pytree does not know, the reason is logged and the function runs as it is from then
+    on. Results are copies that the next call leaves alone. A function that writes to its inputs or draws random numbers
+    is not captured.
 
     Attributes:
         captures, replays: how many there were.
@@ -118,12 +120,15 @@ class GraphCache:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    function(*static)
+                    unknown = unknown_part(function(*static))
         finally:  # also of what was queued before an exception
             torch.cuda.current_stream().wait_stream(stream)
         if (_versions(static), generator.get_offset()) != before:
             generator.set_offset(before[1])  # the caller's random numbers are those of a model without graphs
             _log_refusal(static, "the function writes to its inputs, or draws random numbers")
+            return None
+        if unknown is not None:
+            _log_refusal(static, f"its result holds a {unknown}, and tensors in it could not be copied")
             return None
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
@@ -142,6 +147,12 @@ class GraphCache:
             return None
         self.captures += 1
         return _Captured(function, graph, static, output)
+
+
+def unknown_part(output: Any) -> str | None:
+    """Name the type of a part of a result that may hold tensors which no copy would reach, or return None."""
+    known = (torch.Tensor, *PLAIN)
+    return next((type(leaf).__name__ for leaf in pytree.tree_leaves(output) if not isinstance(leaf, known)), None)
 
 
 def _versions(tensors: tuple[torch.Tensor, ...]) -> list[int | None]:

@@ -21,7 +21,7 @@ from qandc.cache import check_planned, detached_cache, get_cache
 from qandc.caching.plan import Plan
 from qandc.errors import ModelError
 from qandc.fusion.fuse import is_fused
-from qandc.fusion.graphs import GraphCache
+from qandc.fusion.graphs import PLAIN, GraphCache
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import Attachment, attach, detach
 from qandc.support.watch import Watch
@@ -29,8 +29,6 @@ from qandc.support.watch import Watch
 __all__ = ["Graphed", "UnknownArgumentError", "graph", "rebuild", "structure_of", "ungraph"]
 
 logger = logging.getLogger(__name__)
-
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
