@@ -72,7 +72,7 @@ def test_smoothing_withstands_outliers(study, tmp_path):
         assert found[times, static, smoothing] < found[times, behind, smoothing] < found[times, per_token, smoothing]
     lost = {goal["name"]: goal["value"] for goal in result["goals"]}
     assert len(lost) == 4
-    name = f"prediction_snr lost, W8A8, outliers 100, ranges {behind}, smoothing 0.5"
+    name = f"dB of predictions lost, fashion-dit, W8A8, outliers 100, ranges {behind}, smoothing 0.5"
     assert lost[name] == found[1, behind, 0.5] - found[100, behind, 0.5]
 
 

@@ -49,7 +49,7 @@ def rows(fused: bool) -> Iterator[dict[str, Any]]:
                 yield row("outliers", precision, outliers=times, ranges=kind, smoothing=smoothing, **how)
 
 
-def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def goals(model: str, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Make the goals: what the largest outliers cost with smoothing and ranges that run fused, where it is measured."""
     known = {row["name"]: row for row in measured if "refused" not in row}
     found = []
@@ -57,9 +57,10 @@ def goals(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         none = known.get(name.replace(f"outliers {SIZES[-1]}", "outliers 1"))
         if last["outliers"] == SIZES[-1] and last["smoothing"] == 0.5 and last["ranges"] != "per token" and none:
             goal = {"unit": "dB", "better": "lower", "must": MUST, "goal": None}
-            for what in ("psnr_to_fp", "prediction_snr"):
-                if what in last:
-                    found.append({"name": f"{what} lost, {name}", "value": none[what] - last[what], **goal})
+            for key, what in (("prediction_snr", "predictions"), ("psnr_to_fp", "images")):
+                if key in last:
+                    of = {"name": f"dB of {what} lost, {model}, {name}", "value": none[key] - last[key]}
+                    found.append({**of, **goal})
     return found
 
 
@@ -128,8 +129,9 @@ def main(
     device: str = "cuda",
 ) -> None:
     """Draw the same noise with every configuration, and compare with full precision."""
+    make_goals = functools.partial(goals, Path(model).name)
     if merge:
-        merge_rows(out, merge, [*rows(False), *rows(True)], goals)
+        merge_rows(out, merge, [*rows(False), *rows(True)], make_goals)
         return
     if fused and not device.startswith("cuda"):
         raise typer.BadParameter("--fused needs a GPU; give --device cuda, or leave it out")
@@ -138,7 +140,7 @@ def main(
         bench = ClassConditional(model, device, images, steps or 50, batch, fit)
     else:
         bench = Wardrobe(model, judge, data, [0], images, steps or 28, batch, fit, 1.0, device)
-    measure_chosen(out, bench.settings, rows(fused), bench.measure, goals, only, shard, seconds)
+    measure_chosen(out, bench.settings, rows(fused), bench.measure, make_goals, only, shard, seconds)
 
 
 if __name__ == "__main__":
