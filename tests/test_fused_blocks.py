@@ -6,10 +6,12 @@ import copy
 import logging
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers.models import attention_dispatch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 
 from qandc import (
@@ -200,6 +202,37 @@ def test_one_row_serves_all_samples(fused_anywhere, ran, name, alone):
             for mine, theirs in zip(block(**call), outputs, strict=True):
                 assert error(mine, theirs) <= BOUND[torch.float32]
     assert len(ran) == len(calls)
+
+
+ADDED = {  # by pipelines with ControlNets and adapters
+    NAME: {"controlnet_block_samples": 1, "controlnet_single_block_samples": 2, "joint_attention_kwargs": {"scale": 1}},
+    QWEN: {"controlnet_block_samples": 2, "attention_kwargs": {"scale": 1}},
+    STABLE: {"block_controlnet_hidden_states": 1, "joint_attention_kwargs": {"scale": 1}},
+}
+
+
+@pytest.mark.parametrize("rows", [2, 1])
+@pytest.mark.parametrize("name", ADDED)
+def test_residuals_of_controlnets_and_a_scale_of_adapters(fused_anywhere, ran, name, rows):
+    model, inputs, generator = make_quantized(8, True, name=name), given(name=name, rows=rows), torch.Generator()
+    for key, value in ADDED[name].items():
+        some = isinstance(value, int)
+        inputs[key] = [torch.randn(rows, 16, 32, generator=generator) for _ in range(value)] if some else value
+    expected = output_of(model, inputs)
+    assert error(output_of(model, given(name=name, rows=rows)), expected) > 0.1
+    assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == fused_of(model)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_threads_share_nothing_but_the_model(fused_anywhere, name):
+    model, calls = make_quantized(8, True, name=name), [given(name=name, time=time) for time in (0.9, 0.6, 0.3)]
+    expected = [output_of(model, call) for call in calls]
+    fuse(model)
+    with ThreadPoolExecutor(3) as pool:
+        for found in [list(pool.map(lambda call: output_of(model, call), calls)) for _ in range(4)]:
+            for mine, theirs in zip(found, expected, strict=True):
+                assert error(mine, theirs) <= BOUND[torch.float32]
 
 
 def test_streams_of_one_row_lie_in_one_tensor(fused_anywhere, ran, monkeypatch):
@@ -672,6 +705,22 @@ def test_attention_runs_by_the_backend_that_was_chosen(fused_anywhere, monkeypat
         output_of(model, given())
     fuse(unfuse(model))
     assert "its attention is spread over several GPUs (1 of 4)" in caplog.text
+
+
+@pytest.mark.gpu
+def test_attention_that_torch_was_told_to_use_stays(monkeypatch):
+    seen, original, flags = [], attention_dispatch.dispatch_attention_fn, torch.backends.cuda
+    model = fuse(make_quantized(8, True, torch.bfloat16, "cuda", NAME, **real_size(NAME, 64)))
+    monkeypatch.setattr(
+        attention_dispatch,
+        "dispatch_attention_fn",
+        lambda *args, **others: (
+            seen.append((flags.cudnn_sdp_enabled(), flags.math_sdp_enabled())) or original(*args, **others)
+        ),
+    )
+    with sdpa_kernel(SDPBackend.MATH):
+        output_of(model, given(torch.bfloat16, "cuda"))
+    assert seen == [(False, True)] * 4
 
 
 def test_on_a_cpu_the_model_runs_as_before_and_says_so_once(caplog):

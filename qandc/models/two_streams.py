@@ -216,6 +216,9 @@ def _fastest(q: Tensor) -> AbstractContextManager[Any]:
     """
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (9, 0):
         return nullcontext()
+    cuda = torch.backends.cuda
+    if not (cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):
+        return nullcontext()  # somebody has chosen, with sdpa_kernel for example
     right = q.shape[1] % 128 == 0 or (torch.backends.cudnn.version() or 0) >= 91501
     return sdpa_kernel(CUDNN_FIRST, set_priority=True) if right else nullcontext()
 
