@@ -127,7 +127,7 @@ def goals(rows: list[Row]) -> Iterator[Row]:
 
     for m, (must, goal) in W8A8_RATIOS.items():
         for layer in LAYERS:
-            value = ratio(linear(layer, m, BF16), linear(layer, m, "W8A8"))
+            value = over(rows, "linear", layer, m, BF16, "W8A8")
             yield _goal(f"w8a8_over_bf16_{layer}_{m}", value, must, goal)
     for layer, candidate, name in EPILOGUES:
         for m in sorted(W8A8_RATIOS):
@@ -137,8 +137,7 @@ def goals(rows: list[Row]) -> Iterator[Row]:
     yield _goal("w8a8_8192", rate, 1200, 1500, unit="TOP/s")
     for m in (4096, 16384):
         for layer in LAYERS:
-            full = linear(layer, m, BF16)
-            w4a8, w8a8 = (ratio(full, linear(layer, m, which)) for which in ("W4A8", "W8A8"))
+            w4a8, w8a8 = (over(rows, "linear", layer, m, BF16, which) for which in ("W4A8", "W8A8"))
             yield _goal(f"w4a8_over_bf16_{layer}_{m}", w4a8, 1.2, w8a8)
     copies = [row["gbytes_per_s"] for row in rows if row["op"] == "copy" and "gbytes_per_s" in row]
     share = ratio(find(rows, "adaln", "LN", 16384, ADALN, "gbytes_per_s"), max(copies, default=None))
@@ -170,8 +169,8 @@ def model_goals(rows: list[Row]) -> Iterator[Row]:
         yield _goal(f"compiled_quantlinear_over_compiled_bf16_{m}", faster(m, COMPILED, DROP_IN), *bounds)
         yield _goal(f"the_same_as_called_{m}", faster(m, f"{COMPILED}, called", f"{DROP_IN}, called"), *bounds)
     for layer, batch in ATTENTION_SIZES:
-        times = (median(rows, "attention", layer, batch, which) for which in (CUDNN, OWN_ATTENTION))
-        yield _goal(f"attention_over_cudnn_and_quantize_{layer.replace(' ', '_')}_{batch}", ratio(*times), 1.0)
+        value = over(rows, "attention", layer, batch, CUDNN, OWN_ATTENTION)
+        yield _goal(f"attention_over_cudnn_and_quantize_{layer.replace(' ', '_')}_{batch}", value, 1.0)
 
 
 def cache_goals(rows: list[Row]) -> Iterator[Row]:
@@ -207,7 +206,7 @@ def pipeline_goals(rows: list[Row]) -> Iterator[Row]:
             yield _goal(f"full_method_over_eager_diffusers_{images}", ratio(theirs, ours), must)
             continue
         name = f"full_method_over_compiled_bf16_{images}"
-        yield _goal(name, ratio(theirs, ours), must)
+        yield _goal(name, over(rows, "pipeline", "50 steps", images, rival, FULL_METHOD), must)
         alone = None
         if theirs is not None and ours is not None and decoder is not None:
             alone = (theirs - decoder) / (ours - decoder)
@@ -234,8 +233,8 @@ def products_goals(rows: list[Row]) -> Iterator[Row]:
     """Compare our products with torch's fp8 at the sizes of FLUX.1 and Qwen-Image."""
     for layer in LARGE_LAYERS:
         for m in LARGE_ROWS:
-            times = (median(rows, "products", layer, m, which) for which in (FP8, STATIC))
-            yield _goal(f"w8a8_over_fp8_{layer.replace(' ', '')}_{m}", ratio(*times), 0.95, 1.05)
+            value = over(rows, "products", layer, m, FP8, STATIC)
+            yield _goal(f"w8a8_over_fp8_{layer.replace(' ', '')}_{m}", value, 0.95, 1.05)
 
 
 def models_goals(rows: list[Row]) -> Iterator[Row]:

@@ -99,7 +99,7 @@ PORTIONS: tuple[Portion, ...] = (
     *bench("model", "steps", 7, "test_model.py", *(f"-k '256 and (int8dq or {BF16})' --rows {m}" for m in (2, 16, 64))),
     *bench("cache-cost", "steps", 3, "test_cache.py", "-k test_step", "-k test_run"),
     *bench("pipeline", "steps", 3, "test_pipeline.py", *(f"-k 'not 250' --rows {m}" for m in (1, 8, 32))),
-    *bench("pipeline", "steps", 5, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
+    *bench("pipeline", "steps", 8, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
     *bench(
         "models", "models", 5, "test_models.py",
         *(f"--layers {layer} -k '{k}'" for layer in LARGE for k in (

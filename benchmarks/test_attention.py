@@ -53,4 +53,6 @@ def test_attention(measure: Measure, layer: str, m: int, name: str) -> None:
     keys = others[0] if others else tokens
     row: dict[str, Any] = {"op": "attention", "layer": layer, "m": m, "candidate": name}
     row |= {"activations": "float", "ceiling": "bf16"}
-    measure(row, lambda: candidate(tokens, keys, m, name), operations=4 * m * tokens * keys * HIDDEN)
+    against = (CUDNN, lambda: candidate(tokens, keys, m, CUDNN)) if name == OWN_ATTENTION else None
+    build = lambda: candidate(tokens, keys, m, name)  # noqa: E731
+    measure(row, build, rival=against, operations=4 * m * tokens * keys * HIDDEN)

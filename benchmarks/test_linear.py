@@ -109,6 +109,7 @@ CANDIDATES: dict[str, tuple[Builder, float]] = {
 BUILDERS: dict[str, tuple[Builder, float]] = {**CANDIDATES, "torch._int_mm": (int_mm, INT8_BOUND)}
 BUILDERS |= {name: (partial(rival, name), INT4_BOUND if "W4" in name else INT8_BOUND) for name in RIVALS}
 ON_CPU = (FULL, "simulated W8A8")
+OURS = ("W", "quantize +", "dynamic quantize +")
 LAYER_CASES = [(layer, m) for layer in DIT_XL_2 for m in ROWS]
 # the ceilings first; what tunes for minutes last
 CASES = [("8192^3", SQUARE, name) for name in (FULL, "torch._int_mm", "W8A8")]
@@ -143,4 +144,5 @@ def test_linear(measure: Measure, request: pytest.FixtureRequest, layer: str, m:
         skip = NO_GPU
     elif name in RIVALS and (rivals == "none" or (rivals == "fast" and m != FAST_ROWS)):
         skip = f"--rivals {rivals}"
-    measure(row, lambda: candidate(layer, m, name), skip, operations=2 * m * n * k)
+    against = (FULL, lambda: candidate(layer, m, FULL)) if name.startswith(OURS) else None
+    measure(row, lambda: candidate(layer, m, name), skip, rival=against, operations=2 * m * n * k)

@@ -222,7 +222,9 @@ def test_pipeline(measure: Measure, steps: int, m: int, name: str) -> None:
         apply_cache_to_dit(transformer("fused W8A8"), config=config)
     built: list[Candidate] = []
     try:
-        measure(row, lambda: built.append(candidate(name, m, steps)) or built[0])  # type: ignore[func-returns-value]
+        against = (PIPELINE_COMPILED, lambda: candidate(PIPELINE_COMPILED, m, steps)) if name in OURS else None
+        build = lambda: built.append(candidate(name, m, steps)) or built[0]  # type: ignore[func-returns-value] # noqa: E731
+        measure(row, build, rival=against)
         if "median_us" in row:
             row["images_per_s"] = m / (row["median_us"] / 1e6)
             row["joules_per_image"] = energy(built[0].launch, m) if steps == STEPS[0] else None

@@ -93,4 +93,5 @@ def candidate(layer: str, m: int, name: str) -> Candidate:
 def test_product(measure: Measure, layer: str, m: int, name: str) -> None:
     n, k = LARGE_LAYERS[layer]
     row = {"op": "products", "layer": layer, "m": m, "n": n, "k": k, "candidate": name}
-    measure(row, lambda: candidate(layer, m, name), operations=2 * m * n * k)
+    against = (FP8, lambda: candidate(layer, m, FP8)) if name.startswith("W") else None
+    measure(row, lambda: candidate(layer, m, name), rival=against, operations=2 * m * n * k)

@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import record
 from qandc.support import results
@@ -205,6 +207,28 @@ def test_results_do_not_make_the_source_dirty(tmp_path, monkeypatch):
     assert results.source_commit() == commit
     (tmp_path / "code.py").write_text("2")
     assert results.source_commit() == f"{commit}-dirty"
+
+
+def test_a_result_names_power_limit_clocks_and_driver(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\necho "$@" > "$0.asked"\necho "700.00, 1755, 1980, 570.86.15"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(uuid="1-2"))
+    results.card.cache_clear()
+    try:
+        found = results.machine()
+        assert record.card_name() == "h200"
+    finally:
+        results.card.cache_clear()
+    assert {name: found[name] for name in ("gpu", "power_limit_w", "sm_mhz", "max_sm_mhz", "driver")} == {
+        "gpu": "NVIDIA H200", "power_limit_w": 700.0, "sm_mhz": 1755.0, "max_sm_mhz": 1980.0, "driver": "570.86.15"
+    }  # fmt: skip
+    asked = (tmp_path / "nvidia-smi.asked").read_text()
+    assert "--query-gpu=power.limit,clocks.sm,clocks.max.sm,driver_version" in asked
+    assert "--id=GPU-1-2" in asked
 
 
 def write_result(path, date, rows, **goals):

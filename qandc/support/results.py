@@ -17,14 +17,14 @@ import torch
 from qandc.errors import ConfigError
 from qandc.support.files import read_json
 
-__all__ = ["machine", "measured_rows", "result_header", "same_origin", "size_text", "source_commit", "versions"]
+__all__ = ["card", "machine", "measured_rows", "result_header", "same_origin", "size_text", "source_commit", "versions"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("qandc-kernels", "torch", "triton", "diffusers", "numpy", "scipy", "scikit-learn")
 CARD = {
     "power_limit_w": "power.limit",
-    "max_sm_mhz": "clocks.max.sm",
     "sm_mhz": "clocks.sm",
+    "max_sm_mhz": "clocks.max.sm",
     "driver": "driver_version",
 }
 MEASURED = ("results", "*/likeness.json")  # what measuring writes changes nothing that is measured
@@ -49,18 +49,27 @@ def size_text(count: int) -> str:
 def machine() -> dict[str, Any]:
     """Describe GPU, processor and cores."""
     processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
-    return {**_card(), "processor": processor, "cores": os.cpu_count(), "system": platform.system()}
+    return {**card(), "processor": processor, "cores": os.cpu_count(), "system": platform.system()}
 
 
 @functools.lru_cache(1)
-def _card() -> dict[str, Any]:
+def card() -> dict[str, Any]:
     """Describe the GPU; ``sm_mhz`` is its clock when this is first asked, behind the first row that is measured."""
     if not torch.cuda.is_available():
         return {"gpu": None}
     found = _output("nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties().uuid}",
                     f"--query-gpu={','.join(CARD.values())}", "--format=csv,noheader,nounits")  # fmt: skip
-    values = [value.strip() for value in found.split(",")] if found else [None] * len(CARD)
-    return {"gpu": torch.cuda.get_device_name(), **dict(zip(CARD, values, strict=False))}
+    values = found.split(", ") if found else []
+    told = dict(zip(CARD, values, strict=False))
+    return {"gpu": torch.cuda.get_device_name(), **{name: _number(told.get(name)) for name in CARD}}
+
+
+def _number(text: str | None) -> float | str | None:
+    """Return what nvidia-smi says as a number, if it is one: a driver is none, nor is "[N/A]"."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _output(*command: str) -> str | None:
