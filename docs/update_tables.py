@@ -666,17 +666,20 @@ def compensation_rest_table(result: dict[str, Any]) -> list[str]:
 
 
 def outliers_table(result: dict[str, Any]) -> list[str]:
-    """Decibels of predictions and of images, a line per configuration, a column per size of the outliers."""
-    sizes = sorted({row["times"] for row in result["rows"]})
-    found: dict[tuple[int, str], dict[float, str]] = {}
-    for row in result["rows"]:
-        name = row["ranges"] + ("" if row["alpha"] is None else f", smoothing with α = {row['alpha']:g}")
-        images = sum(row["psnr_to_fp"]) / len(row["psnr_to_fp"])
-        found.setdefault((row["w_bits"], name), {})[row["times"]] = f"{row['prediction_snr']:.1f} / {images:.1f}"
-    lines = ["| | ranges | " + " | ".join(f"x {size:g}" for size in sizes) + " |", "|---" * (len(sizes) + 2) + "|"]
-    for (bits, name), cells in found.items():
-        lines.append(f"| W{bits}A8 | {name} | " + " | ".join(cells[size] for size in sizes) + " |")
-    return lines
+    """Print a line per configuration, a column per size: dB of predictions / of images ± half of 95 % / points lost."""
+    rows = [row for row in result["rows"] if "refused" not in row]
+    sizes = sorted({row["outliers"] for row in rows})
+    found: dict[str, dict[float, str]] = {}
+    for row in rows:
+        alpha, ranges = row["smoothing"], row["ranges"].removeprefix("static, ")
+        name = f"{row['precision']}{', fused' if 'fused' in row else ''} | {ranges} | {'' if alpha is None else alpha}"
+        figures = [f"{row['prediction_snr']:.1f}"] if "prediction_snr" in row else []
+        figures.append(f"{row['psnr_to_fp']:.1f} ± {row['psnr_to_fp_ci95']:.1f}")
+        figures += [_points_lost([row])] if "everything_lost" in row else []
+        found.setdefault(name, {})[row["outliers"]] = " / ".join(figures)
+    lines = [f"| | ranges | smoothing α | {' | '.join(f'x {size}' for size in sizes)} |"]
+    lines.append("|---" * (len(sizes) + 3) + "|")
+    return [*lines, *(f"| {name} | {' | '.join(cells.get(n, '') for n in sizes)} |" for name, cells in found.items())]
 
 
 def host_table(result: dict[str, Any]) -> list[str]:
@@ -781,6 +784,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "generate.json": generate_table,
     "cpu/ablation.json": compensation_table,
     "outliers.json": outliers_table,
+    "outliers-wardrobe.json": outliers_table,
     "experiment.json": experiment_table,
     "presets.json": presets_table,
     "cpu/feature-compensation.json": feature_compensation_table,
@@ -820,13 +824,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "wardrobe.json caches": partial(
         wardrobe_grid, part="cache", line=("precision", "mode", "schedule", "corrected"), column="interval"
     ),
-    "wardrobe.json rows": partial(wardrobe_table, parts=("cache", "VC", "TAP", "layers", "outliers")),
+    "wardrobe.json rows": partial(wardrobe_table, parts=("cache", "VC", "TAP", "layers")),
     "wardrobe.json layers": partial(wardrobe_grid, part="layers", line=("layers",), column="precision"),
     "wardrobe.json samples": partial(
         wardrobe_grid, part="VC", line=("precision", "mode", "interval", "corrected"), column="form"
     ),
     "wardrobe.json selection": partial(wardrobe_grid, part="TAP", line=("precision", "samples"), column="selection"),
-    "wardrobe.json outliers": partial(wardrobe_grid, part="outliers", line=("outliers", "smoothing"), column="ranges"),
     **{f"ablation.json {what}": partial(ablation_parts_table, what=what) for what in OTHER_PARTS},
 }
 

@@ -212,12 +212,21 @@ def test_outliers_of_wardrobe_are_measured_alike(tmp_path, matrix, pipeline):
         pytest.skip("Fashion-MNIST is not there")
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(ROOT / "training")
+        patched.syspath_prepend(ROOT / "docs")
+        from update_tables import outliers_table
+
         import evaluate_outliers as study
     save_file(Judge().state_dict(), tmp_path / "judge.safetensors")
     how = {"model": str(pipeline[0]), "judge": tmp_path / "judge.safetensors", "out": tmp_path / "out.json"}
     how |= {"images": 2, "steps": 2, "fit": 2, "device": "cpu"}
     study.main(**how, only="W8A8, outliers 100, .*(no smoothing|0.5)$")
-    found = {(row["ranges"], row["smoothing"]): row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    result = json.loads((tmp_path / "out.json").read_text())
+    found = {(row["ranges"], row["smoothing"]): row for row in result["rows"]}
+    lines = outliers_table(result)
+    assert lines[0] == "| | ranges | smoothing α | x 100 |"
+    for row, line in zip(result["rows"], lines[2:], strict=True):
+        psnr = f"{row['psnr_to_fp']:.1f} ± {row['psnr_to_fp_ci95']:.1f}"
+        assert f"| {psnr} / {100 * row['everything_lost']:.1f} ±" in line
     assert len(found) == 6
     assert all(row["images"] == 2 and row["everything_lost_ci95"] >= 0 for row in found.values())
     likeness = {how: row["psnr_to_fp"] for how, row in found.items()}
