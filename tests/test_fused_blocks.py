@@ -224,6 +224,23 @@ def test_residuals_of_controlnets_and_a_scale_of_adapters(fused_anywhere, ran, n
     assert len(ran) == fused_of(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@each_name
+def test_shapes_and_batches_take_turns(fused_anywhere, ran, name, dtype):
+    """With a second image behind the first, too, as FLUX.1-Kontext has it."""
+    model, calls = make_quantized(8, True, dtype, name=name), [given(dtype, name=name, rows=rows) for rows in (2, 1)]
+    if name == NAME:
+        image, places = calls[1]["hidden_states"], calls[1]["img_ids"]
+        others = {"hidden_states": torch.cat([image, -image], 1), "img_ids": torch.cat([places, places + 1])}
+        calls += [calls[1] | others, calls[0] | {"txt_ids": calls[0]["txt_ids"][:3]}]
+        calls[3]["encoder_hidden_states"] = calls[3]["encoder_hidden_states"][:, :3]
+    expected = [output_of(model, call) for call in calls]
+    fuse(model)
+    for turn in (*range(len(calls)), *reversed(range(len(calls)))):
+        assert error(output_of(model, calls[turn]), expected[turn]) <= BOUND[dtype]
+    assert len(ran) == 2 * len(calls) * fused_of(model)
+
+
 @pytest.mark.parametrize("name", ADDED)
 def test_threads_share_nothing_but_the_model(fused_anywhere, name):
     model, calls = make_quantized(8, True, name=name), [given(name=name, time=time) for time in (0.9, 0.6, 0.3)]
