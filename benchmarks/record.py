@@ -251,7 +251,7 @@ class Record:
         if self.file_commit(portion) != self.commit:
             path.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "QANDC_COMMAND": f"python -m benchmarks.record --only '^{portion.file}'"}
+        environment = {**os.environ, "QANDC_COMMAND": f"python -m benchmarks.record --only '^{portion.file}( |$)'"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         if self.commit is not None:
             environment["QANDC_COMMIT"] = self.commit
