@@ -7,6 +7,7 @@ python docs/update_tables.py --check    # exit status 1 if a table is not what i
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -509,7 +510,8 @@ def images_table(result: dict[str, Any]) -> list[str]:
 def models_fused_table(result: dict[str, Any]) -> list[str]:
     lines = ["| a forward of FLUX.1-dev | ms, as called | GB of weights | error |", "|---|---|---|---|"]
     for row in result["rows"]:
-        if row["layer"] != "FLUX.1-dev" or not re.search("fused, graph|W8A16, compiled, graph", row["candidate"]):
+        shown = re.search("fused, graph|W8A16, compiled, graph", row["candidate"])
+        if row["layer"] != "FLUX.1-dev" or not shown or "median_us" not in row:
             continue
         figures = f"{row['median_us'] / 1e3:.1f} | {row['model_bytes'] / 1e9:.1f} | {row['error']:.1%}"
         lines.append(f"| {row['candidate']} | {figures} |")
@@ -547,15 +549,19 @@ def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
 def by_turns_table(result: dict[str, Any]) -> list[str]:
     """Compare medians of both in the same rounds."""
     shown = ("QuantLinear W8A8", "QuantLinear W8A8, compiled")
-    rows = {(row["layer"], row["candidate"]): row for row in result["rows"] if row["candidate"] in shown}
+    measured = [row for row in result["rows"] if row["candidate"] in shown and "rival_median_us" in row]
+    rows = {(row["layer"], row["candidate"]): row for row in measured}
     layers, names = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
     lines = [f"| ms a forward: bf16, QuantLinear W8A8 | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     for name in names:
         cells = []
         for layer in layers:
-            row = rows[layer, name]
+            row = rows.get((layer, name))
+            if row is None:
+                cells.append("")
+                continue
             theirs, ours = row["rival_median_us"] / 1e3, row["median_us"] / 1e3
-            cells.append(f"{theirs:.1f}, {ours:.1f} (**{theirs / ours:.2f}x**)")
+            cells.append(f"{theirs:.1f}, {ours:.1f} (**{row.get('rival_ratio', theirs / ours):.2f}x**)")
         lines.append(f"| {'compiled' if 'compiled' in name else 'eager'} | {' | '.join(cells)} |")
     return lines
 
@@ -695,7 +701,7 @@ def drop_in_table(result: dict[str, Any]) -> list[str]:
     lines = [f"| ms a step | {' | '.join(f'rows {m}' for m in counts)} |", "|---" * (1 + len(counts)) + "|"]
     for name in dict.fromkeys(name for _, name in rows):
         rival = "bf16 compiled, called" if name.endswith("called") else "bf16 compiled"
-        pairs = [(rows.get((m, name)), rows[m, rival]["median_us"]) for m in counts]
+        pairs = [(rows.get((m, name)), rows.get((m, rival), {}).get("median_us", math.nan)) for m in counts]
         cells = [
             ""
             if own is None
