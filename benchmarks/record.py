@@ -80,6 +80,7 @@ IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
     for layer, steps in zip((LARGE[0], *LARGE), (28, 50, 50, 28, 20), strict=True)
     for which in ("bf16 or torchao", "graph and not fused", "fused", "not bf16 and not torchao and not graph")
 ]  # fmt: skip
+SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
 SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
 PORTIONS: tuple[Portion, ...] = (
     checks("kernels", 4, "kernels"),
@@ -88,7 +89,7 @@ PORTIONS: tuple[Portion, ...] = (
     checks("models", 5, "test_fused_blocks.py test_model_graph.py test_families.py test_models.py"),
     *bench("host", "layers", 1, "test_host.py"),
     *bench(
-        "kernels", "kernels", 3, "test_linear.py test_epilogues.py test_adaln.py",
+        "kernels", "kernels", 2, "test_linear.py test_epilogues.py test_adaln.py",
         *(f"--layers 8192^3,{layer}" for layer in ("qkv", "out", "fc1", "fc2")), "--layers 'LN,1 GiB,38 MB'",
     ),
     *bench("products", "kernels", 2, "test_products.py"),
@@ -101,35 +102,35 @@ PORTIONS: tuple[Portion, ...] = (
     *bench("pipeline", "steps", 3, "test_pipeline.py", *(f"-k 'not 250' --rows {m}" for m in (1, 8, 32))),
     *bench("pipeline", "steps", 8, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
     *bench(
-        "models", "models", 5, "test_models.py",
+        "models", "models", 4, "test_models.py",
         *(f"--layers {layer} -k '{k}'" for layer in LARGE for k in (
             "not graph and not torchao", "graph", f"torchao or {BF16}"
         )),
     ),
-    *bench("images", "models", 6, "test_images.py", *IMAGES),
+    *bench("images", "models", 5, "test_images.py", *IMAGES),
     *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),
     *script("presets", "steps", 2, "training/evaluate_presets.py"),
-    *script("cache", "steps", 5, "training/evaluate_cache.py", *(f"--precisions {p}" for p in ("FP", "W8A8", "W4A8"))),
+    *script("cache", "steps", 3, "training/evaluate_cache.py", *(f"--precisions {p}" for p in ("FP", "W8A8", "W4A8"))),
     *script(
-        "ablation", "steps", 5, "training/ablate_fashion_dit.py",
+        "ablation", "steps", 3, f"training/ablate_fashion_dit.py {SECOND_OPINION}",
         *(f"--repeats {repeat} --parts '{parts}'" for repeat in range(3) for parts in (
             "ranges,block,branch", "compensation block,compensation branch", "selection block,selection branch"
         )),
     ),
     *script(  # at last all rows in their order
-        "feature-compensation", "steps", 4, "training/evaluate_feature_compensation.py",
-        *(f"--share {i}/6 --efficientnet {{scratch}}/statistics.npz" for i in range(6)), "--merge {out}",
+        "feature-compensation", "steps", 3, f"training/evaluate_feature_compensation.py {SECOND_OPINION}",
+        *(f"--share {i}/6" for i in range(6)), "--merge {out}",
     ),
     *script(
-        "wardrobe", "steps", 5, "training/evaluate_wardrobe.py",
+        "wardrobe", "steps", 4, "training/evaluate_wardrobe.py",
         *(f"--shard {i}/12" for i in range(12)), "--merge {out}",
     ),
     *script(
-        "outliers", "steps", 5, "training/evaluate_outliers.py",
+        "outliers", "steps", 3, "training/evaluate_outliers.py",
         *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}",
     ),
     *script(
-        "outliers-wardrobe", "models", 5, "training/evaluate_outliers.py --model wardrobe",
+        "outliers-wardrobe", "models", 3, "training/evaluate_outliers.py --model wardrobe",
         *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}",
     ),
     *script("gptq", "layers", 6, "-m training.measure_gptq", "--samples 16", "--samples 16 --offload", "--samples 64"),
