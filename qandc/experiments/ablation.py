@@ -242,20 +242,28 @@ class _Experiment:
         ):
             if is_finished(self.directory / name):
                 continue
-            pipe = copy.copy(self.pipe)  # calibration quantizes in place
-            pipe.register_modules(transformer=copy.deepcopy(self.pipe.transformer))
             self.calibrate_one(
-                pipe,
                 chosen,
                 self.directory / name,
                 lambda stage, done, total, name=name: self.progress(f"{name}: {stage}", done, total),  # type: ignore[misc]
             )
 
-    def calibrate_one(self, pipe: Any, chosen: CalibrationConfig, path: Path, progress: StageProgress) -> None:
+    def pipe_with(self, transformer: Any) -> Any:
+        """Return the pipeline with another transformer."""
+        pipe = copy.copy(self.pipe)
+        pipe.register_modules(transformer=transformer)
+        return pipe
+
+    def calibrate_one(self, chosen: CalibrationConfig, path: Path, progress: StageProgress) -> None:
         """Calibrate a copy of the pipeline and save what was found."""
-        pool = self.directory / "pool"
         calibrate_pipeline(
-            pipe, chosen, path, source=self.source, pool_directory=pool, checkpoint=False, progress=progress
+            self.pipe_with(copy.deepcopy(self.pipe.transformer)),
+            chosen,
+            path,
+            source=self.source,
+            pool_directory=self.directory / "pool",
+            checkpoint=False,
+            progress=progress,
         )
 
     def paths(self, kind: RowKind) -> tuple[Path, Path, Path]:
@@ -368,12 +376,12 @@ class _PromptExperiment(_Experiment):
         steps = self.settings.calibration.num_inference_steps
         return {**self.settings.arguments, "num_inference_steps": steps}
 
-    def calibrate_one(self, pipe: Any, chosen: CalibrationConfig, path: Path, progress: StageProgress) -> None:
+    def calibrate_one(self, chosen: CalibrationConfig, path: Path, progress: StageProgress) -> None:
         if chosen.compensation == "features":
-            return self.compensate_features(pipe, chosen.pool_images, path, progress)
+            return self.compensate_features(chosen.pool_images, path, progress)
         names = ("w_bits", "a_bits", "cache", "pool_images", "samples", "select", "compensation", "gptq", "uniform")
         found = calibrate_on_prompts(
-            pipe,
+            self.pipe_with(copy.deepcopy(self.pipe.transformer)),
             self.settings.prompts,
             pool_directory=self.directory / "pool",
             progress=progress,
@@ -383,10 +391,10 @@ class _PromptExperiment(_Experiment):
         about = {name: getattr(found, name) for name in ("schedule", "compensation", "features")}
         save(found.model, path, **about)
 
-    def compensate_features(self, pipe: Any, images: int, path: Path, progress: StageProgress) -> None:
+    def compensate_features(self, images: int, path: Path, progress: StageProgress) -> None:
         """Save the model that has VC with a compensation of features in its place: it is quantized once."""
-        found, features = load(self.directory / "tap", device=self.device, dtype=pipe.transformer.dtype), None
-        pipe.transformer = found.model
+        found = load(self.directory / "tap", device=self.device, dtype=self.pipe.transformer.dtype)
+        pipe, features = self.pipe_with(found.model), None
         assert found.schedule is not None
         if not all(found.schedule.schedule):
             with Stage("features", images, progress) as stage:
