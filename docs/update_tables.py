@@ -538,7 +538,9 @@ def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
     names = {name: tuple(row[name] for row in rows) for name in schemes}
     if names["W8A8"] == names["W8A8 + W8A16"]:
         del names["W8A8 + W8A16"]
-    heads = [name if len(names) == len(schemes) else name.partition(" ")[0] for name in names]
+    elif any(row["of it modulation"] for row in rows):
+        names["of it modulation"] = ()
+    heads = [name if len(names) >= len(schemes) else name.partition(" ")[0] for name in names]
     lines = [f"| GB of the transformer | parameters | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for row in rows:
         cells = " | ".join(f"{row[name] / 1e9:.1f}" for name in names)

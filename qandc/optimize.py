@@ -18,6 +18,7 @@ from qandc.errors import ConfigError, ModelError
 from qandc.fusion.blocks import FusedBlocks, fuses_blocks
 from qandc.fusion.fuse import Fused, fuse, is_fused
 from qandc.fusion.model_graph import Graphed, graph
+from qandc.fusion.modulations import attached
 from qandc.method.prompt_calibration import calibrate_on_prompts
 from qandc.method.saved import CalibratedModel, load
 from qandc.models import FAMILIES, family_of
@@ -283,7 +284,7 @@ def optimize(
                 others["calibrated"] = _held(where, found)
             elif calibrate_on is not None:
                 others["calibrated"] = _held(f"on {len(calibrate_on)} prompts", found)
-            others |= _speed_up(found.model, own, compile, found.step_ranges)
+            others |= _speed_up(pipe, found.model, own, compile, found.step_ranges)
             if own is not None:
                 apply_cache(found.model, config=own, compensation=found.features)
             if found.compensation is not None:
@@ -371,7 +372,9 @@ def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> Qu
     return QuantizationReport(tuple(rows), report.other_bytes)
 
 
-def _speed_up(model: Any, cache: CacheConfig | None, wanted: bool | None, ranges: StepRanges | None) -> dict[str, str]:
+def _speed_up(
+    pipe: Any, model: Any, cache: CacheConfig | None, wanted: bool | None, ranges: StepRanges | None
+) -> dict[str, str]:
     """Fuse, or compile and graph, what can be; returns what was done, or why not."""
     device = next(model.parameters()).device
     family = family_of(model)
@@ -391,9 +394,10 @@ def _speed_up(model: Any, cache: CacheConfig | None, wanted: bool | None, ranges
         said["compile"] = f"{len(blocks)} blocks, when they first run" if blocks else "no: its class names no blocks"
     if cache is not None and not cache.planned:
         return {**said, "graph": UNPLANNED}
-    if device.type == "cuda":
-        graph(model)
-    return {**said, "graph": "of each kind of step" if device.type == "cuda" else f"no: on {device} there are none"}
+    if device.type != "cuda":
+        return {**said, "graph": f"no: on {device} there are none"}
+    graph(model, pipe=pipe if hasattr(pipe, "scheduler") else None)
+    return {**said, "graph": "of each kind of step" + ("; modulations of all at the first" if attached(model) else "")}
 
 
 def _fused(model: Any, planned: bool, ranges: StepRanges | None) -> dict[str, str]:

@@ -604,7 +604,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "step_ranges": P(None, "None"),
     },
     "get_cache": lambda: {"transformer": P(dit(), MODULES)},
-    "graph": lambda: {"model": P(dit(), MODULES), "limit": P(2)},
+    "graph": lambda: {"model": P(dit(), MODULES), "limit": P(2), "pipe": P(pipeline(), "None pipeline")},
     "input_hessians": lambda: {
         "model": P(dit()),
         "batches": batches(),

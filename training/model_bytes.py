@@ -15,6 +15,7 @@ import typer
 from benchmarks.families import FAMILIES
 from qandc import quantization_plan
 from qandc.experiments.report import measure_rows
+from qandc.models import family_of
 
 SD3 = FAMILIES["SD3.5-large"]
 MEDIUM = {**SD3.sizes, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
@@ -49,7 +50,17 @@ def count(row: dict[str, Any]) -> dict[str, Any]:
         torch.set_default_dtype(default)
     plans = {name: quantization_plan(model, bits, conditioning=other) for name, (bits, other) in SCHEMES.items()}
     found = {name: plan.total_bytes[1] for name, plan in plans.items()}
-    return {"class": kind, "parameters": model.num_parameters(), "bf16": plans["W8A8"].total_bytes[0], **found}
+    family = family_of(model)
+    ends = tuple(f".{name}" for stack in family.stacks for name in stack.modulations) if family is not None else ()
+    # what a step does not read where modulations are computed once in a run
+    of_modulation = sum(row.bytes_after for row in plans["W4A8 + W4A16"].layers if row.name.endswith(ends))
+    return {
+        "class": kind,
+        "parameters": model.num_parameters(),
+        "bf16": plans["W8A8"].total_bytes[0],
+        **found,
+        "of it modulation": of_modulation,
+    }
 
 
 def main(out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("results/cpu/model-bytes.json")) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["PLAIN", "GraphCache", "ReplayLock", "unknown_part"]
+__all__ = ["PLAIN", "GraphCache", "ReplayLock", "unknown_part", "versions"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +116,14 @@ class GraphCache:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        before = _versions(static), generator.get_offset()
+        before = versions(static), generator.get_offset()
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     unknown = unknown_part(function(*static))
         finally:  # also of what was queued before an exception
             torch.cuda.current_stream().wait_stream(stream)
-        if (_versions(static), generator.get_offset()) != before:
+        if (versions(static), generator.get_offset()) != before:
             generator.set_offset(before[1])  # the caller's random numbers are those of a model without graphs
             _log_refusal(static, "the function writes to its inputs, or draws random numbers")
             return None
@@ -155,7 +155,7 @@ def unknown_part(output: Any) -> str | None:
     return next((type(leaf).__name__ for leaf in pytree.tree_leaves(output) if not isinstance(leaf, known)), None)
 
 
-def _versions(tensors: tuple[torch.Tensor, ...]) -> list[int | None]:
+def versions(tensors: Iterable[torch.Tensor]) -> list[int | None]:
     """Count how often each tensor was written to; inference mode does not."""
     return [None if t.is_inference() else t._version for t in tensors]
 

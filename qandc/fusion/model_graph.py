@@ -22,6 +22,8 @@ from qandc.caching.plan import Plan
 from qandc.errors import ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.fusion.graphs import PLAIN, GraphCache
+from qandc.fusion.modulations import Ahead, Step, attached, handed
+from qandc.models.family import arguments_of
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import Attachment, attach, detach
 from qandc.support.watch import Watch
@@ -71,8 +73,9 @@ class Graphed(Attachment):
 
     attribute = "_qandc_graphed"
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, ahead: Ahead | None = None) -> None:
         self.limit = limit
+        self.ahead = ahead
         self.graphs = GraphCache(limit)
         self.watch: Watch | None = None
         self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
@@ -136,13 +139,27 @@ class _GraphedModel(nn.Module):
         graphed: Graphed = getattr(self, Graphed.attribute)
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return super().forward(*args, **kwargs)  # part of something larger
+        if graphed.ahead is None:
+            return self._replay(None, args, kwargs)
+        call = arguments_of(self, args, kwargs)
+        return graphed.ahead.run(self, call, lambda step: self._replay(step, args, kwargs))
+
+    def _replay(self, step: Step | None, args: Any, kwargs: Any) -> Any:
+        graphed: Graphed = getattr(self, Graphed.attribute)
+        forward, (layers, rows) = super().forward, ((), None) if step is None else (step.table.layers, step.rows)
+
+        def eager() -> Any:
+            hooked = step is not None and _why_not_model(self) is not None  # hooks may change what rows are made of
+            with handed(layers, None if hooked else rows):
+                return forward(*args, **kwargs)
+
         cache = get_cache(self)
         plan = Plan() if cache is None else cache.plan
         if plan.key is None:  # the first step of a cache makes the memory of its features
-            return super().forward(*args, **kwargs)
+            return eager()
         tensors: list[torch.Tensor] = []
         try:
-            structure = structure_of((args, kwargs, (plan.weights, plan.correction)), tensors)
+            structure = structure_of((args, kwargs, (plan.weights, plan.correction), rows), tensors)
             reason = _why_not_now(self, tensors)
         except UnknownArgumentError as error:
             reason = str(error)
@@ -153,12 +170,11 @@ class _GraphedModel(nn.Module):
             reason = graphed.reason
         if reason is not None:
             graphed.say(reason)
-            return super().forward(*args, **kwargs)
-        forward = super().forward
+            return eager()
 
-        def function(*given: torch.Tensor) -> Any:
-            args, kwargs, of_plan = rebuild(structure, iter(given))
-            with nullcontext() if cache is None else cache.planned(*of_plan):
+        def function(*given: torch.Tensor) -> Any:  # kept with its graph: nothing of one run
+            args, kwargs, of_plan, rows = rebuild(structure, iter(given))
+            with nullcontext() if cache is None else cache.planned(*of_plan), handed(layers, rows):
                 return forward(*args, **kwargs)
 
         captures, replays = graphed.graphs.captures, graphed.graphs.replays
@@ -171,12 +187,12 @@ class _GraphedModel(nn.Module):
                 graphed.watch = Watch(self)
         elif watch is not None and graphed.graphs.replays != replays and not watch.unchanged():
             graphed.drop()
-            return _GraphedModel.forward(self, *args, **kwargs)
+            return _GraphedModel._replay(self, step, args, kwargs)
         return output
 
 
 @checked
-def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> ModelT:
+def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: Any = None) -> ModelT:
     """Replay the forwards of ``model`` from CUDA graphs, one for each structure, shapes and plain values of arguments.
 
     The first call of a kind runs the forward twice to compile and choose kernels, captures a graph, and replays it, as
@@ -192,13 +208,17 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> Mod
     Args:
         model: any module; changed in place. :func:`qandc.fuse` gives a DiT graphs of its own.
         limit: graphs that are kept; of more the one used longest ago is given up. All share the memory of the largest.
+        pipe: the pipeline that runs a FLUX.1, Qwen-Image or SD3.5 with eager or fused blocks: the modulations of all
+            steps are computed at the first, as its scheduler then knows the timesteps, and copied by each. A step of
+            another timestep, guidance or prompt computes its own. The host waits until the GPU has come to a step,
+            once it has started that.
 
     Returns:
         ``model``. :func:`ungraph` makes it again what it was.
 
     Raises:
-        ModelError: not a module, graphed or fused already, compiled as a whole, or its ``forward`` was replaced on the
-            instance.
+        ModelError: not a module, graphed or fused already, compiled as a whole, its ``forward`` was replaced on the
+            instance, or ``pipe`` has no scheduler.
         ConfigError: the limit is not an integer from 1 to 1024, or the attached cache decides while a step runs.
     """
     if Graphed.of(model) is not None or is_fused(model):
@@ -210,7 +230,7 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16) -> Mod
         )
     check_planned(model, "it cannot run from CUDA graphs (remove_cache first)")
     with detached_cache(model):  # the graph is the inner of the two
-        attach(model, _GraphedModel, Graphed(limit))
+        attach(model, _GraphedModel, Graphed(limit, None if pipe is None else Ahead(model, pipe)))
     return model
 
 
@@ -225,6 +245,6 @@ def ungraph(model: ModelT) -> ModelT:
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
     with detached_cache(model):
-        detach([(model, _GraphedModel)], Graphed.attribute, error=ModelError)
+        detach([(model, _GraphedModel), *attached(model)], Graphed.attribute, error=ModelError)
     graphed.drop()
     return model

@@ -22,6 +22,7 @@ __all__ = [
     "Call",
     "Family",
     "Launch",
+    "Modulated",
     "Program",
     "Stack",
     "adaln_gates",
@@ -138,6 +139,7 @@ class Stack:
         returns: the arguments of a block that it returns, in that order; the stream of the image is the last, or the
             end of it, behind the text.
         fused: runs one of these blocks on fused kernels; None where there are none, or ``Family.program`` runs all.
+        modulations: layers of a block that are given SiLU of the vector of ``Family.modulated``; a block may lack some.
     """
 
     blocks: str
@@ -146,11 +148,28 @@ class Stack:
     why_not: Callable[[Any], str | None]
     returns: tuple[str, ...] = ("hidden_states",)
     fused: type[BlockProgram] | None = None
+    modulations: tuple[str, ...] = ()
 
     def returned(self, call: Call, x: torch.Tensor) -> Any:
         """Return what a block called so returns, with ``x`` as its last stream and the others as they come."""
         others = tuple(call[name] for name in self.returns[:-1])
         return (*others, x) if others else x
+
+
+class Modulated(NamedTuple):
+    """Describe the vector of each sample that blocks make their modulations of.
+
+    Attributes:
+        arguments: of a forward, which it is made of beside ``timestep``.
+        divisor: what pipelines divide a timestep of their scheduler by.
+        vector: gives it, ``[B, D]``, for a transformer and the arguments of its forward.
+        embedder: the module that makes it.
+    """
+
+    arguments: tuple[str, ...]
+    divisor: int
+    vector: Callable[[Any, Call], torch.Tensor]
+    embedder: str = "time_text_embed"
 
 
 class Block(NamedTuple):
@@ -192,6 +211,7 @@ class Family:
         classes: gives for a transformer its number n of classes: ``run_key`` holds their ids, n in unconditional rows.
             None where images are of other things.
         uncached: arguments with which a forward is no step of a run: it is computed as if no cache were attached.
+        modulated: the vector that modulations are made of, where each block has layers of its own for that.
         named: adds ``hidden_states``, of which shape, dtype and device count, and a ``timestep`` of each sample, that
             falls, to the arguments of a forward that has others.
     """
@@ -204,6 +224,7 @@ class Family:
     uncached: tuple[str, ...] = ()
     run_mark: str | None = None
     named: Callable[[Call], Call] | None = None
+    modulated: Modulated | None = None
 
     def call_of(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the arguments of ``transformer(*args, **kwargs)`` by name."""

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from qandc.models.family import Family, Stack, adaln_gates, only
+import torch
+
+from qandc.models.family import Call, Family, Modulated, Stack, adaln_gates, only
 from qandc.models.flux_fused import FusedDoubleBlock, FusedSingleBlock
 
 __all__ = ["FLUX"]
+
+
+def _vector(transformer: Any, call: Call) -> torch.Tensor:
+    times = (call["timestep"], call.get("guidance"))
+    scaled = (time.to(call["hidden_states"].dtype) * 1000 for time in times if time is not None)
+    return transformer.time_text_embed(*scaled, call.get("pooled_projections"))
+
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
 FLUX = Family(
@@ -21,6 +31,7 @@ FLUX = Family(
             partial(only, "FluxTransformerBlock"),
             _STREAMS,
             FusedDoubleBlock,
+            ("norm1.linear", "norm1_context.linear"),
         ),
         Stack(
             "single_transformer_blocks",
@@ -29,7 +40,9 @@ FLUX = Family(
             partial(only, "FluxSingleTransformerBlock"),
             _STREAMS,
             FusedSingleBlock,
+            ("norm.linear",),
         ),
     ),
     run_mark="txt_ids",
+    modulated=Modulated(("guidance", "pooled_projections"), 1000, _vector),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qandc.models.family import Call, Family, Stack, only, zero_gates
+from qandc.models.family import Call, Family, Modulated, Stack, only, zero_gates
 from qandc.models.qwen_fused import FusedQwenBlock
 
 __all__ = ["QWEN_IMAGE"]
@@ -22,6 +22,18 @@ def _why_not(block: Any) -> str | None:
     return only("QwenImageTransformerBlock", block)
 
 
+def _vector(transformer: Any, call: Call) -> torch.Tensor:
+    x = call["hidden_states"]
+    return transformer.time_text_embed(call["timestep"].to(x.dtype), x, call.get("additional_t_cond"))
+
+
 _STREAMS = ("encoder_hidden_states", "hidden_states")
-_BLOCKS = Stack("transformer_blocks", ("attn", "img_mlp"), _gates, _why_not, _STREAMS, FusedQwenBlock)
-QWEN_IMAGE = Family("QwenImageTransformer2DModel", "encoder_hidden_states", (_BLOCKS,))
+_BLOCKS = Stack(
+    "transformer_blocks", ("attn", "img_mlp"), _gates, _why_not, _STREAMS, FusedQwenBlock, ("img_mod.1", "txt_mod.1")
+)
+QWEN_IMAGE = Family(
+    "QwenImageTransformer2DModel",
+    "encoder_hidden_states",
+    (_BLOCKS,),
+    modulated=Modulated(("additional_t_cond",), 1000, _vector),
+)
