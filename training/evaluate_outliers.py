@@ -7,8 +7,8 @@
 Four channels of what each block's modulated norms and its v give are multiplied, and the weights that read them are
 divided, so that the full-precision model computes the same as before. PSNR is to its images of the same noise. Single
 images may turn into another garment, so of a DiT predictions of a run that nothing was calibrated on are compared too:
-signal over error of each forward, on average. Of wardrobe the judge's scores are told. Every step is computed; int8
-weights are rounded to nearest, int4 weights with GPTQ.
+signal over error of each forward, on average. Of wardrobe the judge's scores are told. Every step is computed, in
+float32; int8 weights are rounded to nearest, int4 weights with GPTQ.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ FIT, OTHERS = 20_000_000, 30_000_000  # seeds of the samples to calibrate with, 
 SIZES = (1, 10, 30, 100)  # 1 plants none
 RANGES = ("static", "per token", "static, per token behind modulation")
 SMOOTHING = {None: RANGES, 0.25: RANGES[:1], 0.5: RANGES, 0.75: RANGES[:1]}
+DTYPE = torch.float32  # rounded to bfloat16 the planted model itself would be as far away as one of 8 bits
 MUST = 1.0  # dB that outliers of the largest size may cost with smoothing
 
 
@@ -69,7 +70,7 @@ class ClassConditional:
 
     def __init__(self, model: str, device: str, images: int, steps: int, batch: int, fit: int) -> None:
         directory = None if model == "fashion-dit" else Path(model)
-        self.bench, self.fit = Bench(device, images, batch, steps, 1.5, pipeline=directory), fit
+        self.bench, self.fit = Bench(device, images, batch, steps, 1.5, dtype=DTYPE, pipeline=directory), fit
         self.settings = {"model": model, "fit": fit, **self.bench.settings}
         self.rounded = functools.lru_cache(1)(self._rounded)  # rows of one behind each other
         base, self.calls = self.bench.base, []
@@ -139,7 +140,7 @@ def main(
     if pipeline_class(model) == CLASS_CONDITIONAL:
         bench = ClassConditional(model, device, images, steps or 50, batch, fit)
     else:
-        bench = Wardrobe(model, judge, data, [0], images, steps or 28, batch, fit, 1.0, device)
+        bench = Wardrobe(model, judge, data, [0], images, steps or 28, batch, fit, 1.0, device, DTYPE)
     measure_chosen(out, bench.settings, rows(fused), bench.measure, make_goals, only, shard, seconds)
 
 

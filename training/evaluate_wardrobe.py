@@ -242,13 +242,13 @@ class Wardrobe:
 
     def __init__(
         self, model: str, judge: Path | None, data: Path, seeds: list[int], prompts: int, steps: int,
-        batch: int, fit: int, true_cfg_scale: float, device: str,
+        batch: int, fit: int, true_cfg_scale: float, device: str, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         torch.set_float32_matmul_precision("high")
         self.cuda = device.startswith("cuda")
         self.model, self.device, self.prompts, self.batch, self.fit = model, device, prompts, batch, fit
         self.seeds, self.steps, self.scale = seeds, steps, true_cfg_scale
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.dtype = dtype or (torch.bfloat16 if self.cuda else torch.float32)
         self.settings = {"model": model, "seeds": seeds, "prompts": prompts, "steps": steps, "batch": batch, "fit": fit}
         self.settings |= {"true_cfg_scale": true_cfg_scale, "dtype": str(self.dtype).removeprefix("torch.")}
         self.settings |= {"usual": PLAIN, "precisions": PRECISIONS}

@@ -40,7 +40,6 @@ __all__ = [
     "plain_norm",
     "product_of",
     "quantized",
-    "smoothed",
     "touched",
     "why_not_layer",
     "why_not_layers",
@@ -147,15 +146,6 @@ def joined(layers: Sequence[QuantLinear]) -> Product:
     return first._replace(weight=weight, w_scale=w_scale, bias=bias, w_sum=w_sum)
 
 
-def smoothed(
-    shift: torch.Tensor, scale: torch.Tensor, smoothing: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return shift and scale of a modulation whose result is divided by ``smoothing``."""
-    if smoothing is None:
-        return shift, scale
-    return shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
-
-
 def modulated(
     x: torch.Tensor,
     modulation: Sequence[torch.Tensor],
@@ -166,9 +156,11 @@ def modulated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalize, modulate by shift and scale, and quantize for a product; gives the integers and their scale.
 
-    A product without a range gets a scale per token. ``copy`` takes ``x``.
+    What is modulated is divided by ``smoothing``. A product without a range gets a scale per token; ``copy`` takes x.
     """
-    shift, scale = smoothed(modulation[0], modulation[1], smoothing)
+    shift, scale = modulation[:2]
+    if smoothing is not None:
+        shift, scale = shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
     if product.x_scale is None:
         return adaln_quantize_per_token(x, shift, scale, eps, copy)
     xq = adaln_quantize_per_tensor(x, shift, scale, product.x_scale, product.x_zero_point, eps, copy)
