@@ -102,7 +102,7 @@ def median(rows: list[Row], op: str, layer: str, m: int, candidate: str) -> floa
 
 
 def over(rows: list[Row], op: str, layer: str, m: int, slow: str, fast: str) -> float | None:
-    """How many times as fast one is as the other: by turns where that was measured."""
+    """Return how many times as fast one candidate is as the other: by turns where that was measured."""
     if find(rows, op, layer, m, fast, "rival") == slow:
         return find(rows, op, layer, m, fast, "rival_ratio")
     return ratio(median(rows, op, layer, m, slow), median(rows, op, layer, m, fast))

@@ -32,7 +32,7 @@ logger = logging.getLogger("record")
 
 @dataclass(frozen=True)
 class Portion:
-    """A command that writes a file of results, or some rows of one; of a check, which writes none, its status counts.
+    """Name a command that writes a file of results, or rows of one; of a check, which writes none, its status counts.
 
     In the command ``{out}`` is the file, ``{card}`` its directory, ``{scratch}`` one that is removed afterwards.
     """
@@ -200,19 +200,22 @@ class Record:
         return read_json(path, "result", "remove it").get("commit") if path.exists() else self.commit
 
     def state(self, portion: Portion) -> str:
+        """Say whether a portion is done, failed, cut, missing, older (of another commit), or needs more GPUs."""
         if self.here and portion.gpus > torch.cuda.device_count():
             return f"needs {portion.gpus} GPUs"
         if self.file_commit(portion) != self.commit:
             return "older"
         note = self.notes.get(portion.name, {"commit": ""})
-        if note["commit"] != self.commit or not (portion.is_check or note["status"] or self.path(portion).exists()):
+        if note["commit"] != self.commit:
             return "missing"
-        return "failed" if note["status"] else "done"
+        if note["status"] == 0:
+            return "done" if portion.is_check or self.path(portion).exists() else "missing"
+        return "cut" if note["status"] is None else "failed"
 
     def expected(self, portion: Portion) -> float:
         """Return the seconds that a portion took when it last ended, else those that it may take."""
-        note = self.notes.get(portion.name, {"status": 1})
-        return 60 * portion.minutes if note["status"] else note["seconds"]
+        note = self.notes.get(portion.name, {"status": None})
+        return note["seconds"] if note["status"] == 0 else 60 * portion.minutes
 
     def refuse_others(self) -> None:
         """Refuse to measure what nobody could check, or beside files of other commits."""
@@ -227,9 +230,9 @@ class Record:
             )
 
     def run(self, portions: Sequence[Portion], seconds: float) -> bool:
-        """Measure what is not done; tell whether all that was begun came through."""
+        """Measure what is not done, last what was cut before; tell whether all that was begun came through."""
         begun, passed = time.monotonic(), True
-        for portion in portions:
+        for portion in sorted(portions, key=lambda p: not p.is_check and self.state(p) == "cut"):
             state, guards = self.state(portion), [p for p in self.portions if p.name == portion.check]
             if state == "done" or state.startswith("needs"):
                 continue
@@ -256,6 +259,7 @@ class Record:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         if self.commit is not None:
             environment["QANDC_COMMIT"] = self.commit
+        self._note(portion, None, 0)  # so it stays, if this is killed
         with tempfile.TemporaryDirectory() as scratch:
             places = {"python": sys.executable, "out": str(path), "card": str(path.parent), "scratch": scratch}
             command = portion.command.format(**{name: shlex.quote(place) for name, place in places.items()})
@@ -264,10 +268,12 @@ class Record:
         if not status and not portion.is_check and not path.exists():
             logger.error("%s: wrote no %s", portion.name, path)
             status = 1
-        took = round(time.monotonic() - begun, 1)
-        self.notes[portion.name] = {"commit": self.commit, "status": status, "seconds": took}
-        write_json(self.directory / "record.json", self.notes)
+        self._note(portion, status, time.monotonic() - begun)
         return status
+
+    def _note(self, portion: Portion, status: int | None, seconds: float) -> None:
+        self.notes[portion.name] = {"commit": self.commit, "status": status, "seconds": round(seconds, 1)}
+        write_json(self.directory / "record.json", self.notes)
 
 
 def record(portions: Sequence[Portion]) -> None:

@@ -191,6 +191,7 @@ def reason(name: str) -> tuple[str, str]:
 
 
 def missed_table() -> list[str]:
+    """Print goals that are missed, why and what to try next, and those that nothing has measured."""
     lines = ["| card | figure | measured | must | why | next | file |", "|---|---|---|---|---|---|---|"]
     for result, goal in goals():
         if not reached(goal, "must"):
@@ -203,6 +204,7 @@ def missed_table() -> list[str]:
 
 
 def reached_table() -> list[str]:
+    """Print goals that are reached."""
     lines = ["| card | figure | measured | must | goal | | file |", "|---|---|---|---|---|---|---|"]
     for result, goal in goals():
         if reached(goal, "must"):
