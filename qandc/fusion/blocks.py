@@ -73,7 +73,7 @@ class _Fused:
         """Return the program for a call of the block, built anew where layers have changed; None if it runs unfused."""
         kind = self.stack.fused
         assert kind is not None
-        reason = why_not_here(block, call["hidden_states"].device) or kind.why_not_call(call)
+        reason = why_not_here(block, call["hidden_states"].device) or _unread(kind, call) or kind.why_not_call(call)
         if reason is None and torch.is_grad_enabled():
             reason = "gradients are enabled, which fused kernels do not compute; use torch.no_grad()"
         if reason is None:
@@ -128,6 +128,13 @@ def why_not_here(model: Any, device: torch.device) -> str | None:
     if torch.is_autocast_enabled(device.type):
         return "autocast is on; convert the model to the dtype you want instead"
     return "there are global hooks of modules, which would not see its layers" if _has_any_global_hook() else None
+
+
+def _unread(program: type[BlockProgram], call: Call) -> str | None:
+    """Say which arguments of a call a program would leave out, or None; those that say nothing it may."""
+    given = {name for name, value in call.items() if value is not None and not (isinstance(value, dict) and not value)}
+    unread = sorted(given - {*program.arguments})
+    return f"a block is called with {', '.join(unread)}, which fused ones do not read" if unread else None
 
 
 def fuses_blocks(family: Family) -> bool:

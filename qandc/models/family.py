@@ -103,9 +103,11 @@ class BlockProgram(Protocol):
 
     Attributes:
         layers: names of the quantized layers in whose place it runs.
+        arguments: those of a forward that it reads; with any other a block runs unfused.
     """
 
     layers: ClassVar[tuple[str, ...]]
+    arguments: ClassVar[tuple[str, ...]]
 
     def __init__(self, block: Any) -> None:
         """Put weights side by side where one product reads them; a ModelError where that can't be."""

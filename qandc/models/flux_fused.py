@@ -25,6 +25,7 @@ from qandc.models.products import (
 from qandc.models.two_streams import (
     ADALN_IMAGE,
     ADALN_TEXT,
+    ARGUMENTS,
     HEAD_NORMS,
     QKV,
     Projection,
@@ -33,8 +34,8 @@ from qandc.models.two_streams import (
     attend,
     clip_,
     plain_adaln,
-    why_not_attention_call,
     why_not_heads,
+    why_not_rotary,
 )
 from qandc.support.attach import original_class
 
@@ -44,9 +45,11 @@ __all__ = ["FusedDoubleBlock", "FusedSingleBlock"]
 class _FluxBlock:
     """Know which calls of a block of FLUX.1 can run fused."""
 
+    arguments: ClassVar[tuple[str, ...]] = ARGUMENTS
+
     @staticmethod
     def why_not_call(call: Call) -> str | None:
-        return why_not_attention_call(call, torch.float32)
+        return why_not_rotary(call, torch.float32)
 
 
 class FusedSingleBlock(_FluxBlock):

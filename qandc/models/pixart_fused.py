@@ -43,6 +43,12 @@ class FusedPixArtBlock:
     """Run a block of PixArt-alpha or -Sigma."""
 
     layers: ClassVar[tuple[str, ...]] = (*PER_TOKEN, *OTHERS)
+    arguments: ClassVar[tuple[str, ...]] = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "timestep",
+    )
 
     def __init__(self, block: Any) -> None:
         image, caption = block.attn1, block.attn2
@@ -57,12 +63,9 @@ class FusedPixArtBlock:
 
     @staticmethod
     def why_not_call(call: Call) -> str | None:
-        x, caption, mask = (call.get(name) for name in ("hidden_states", "encoder_hidden_states", "attention_mask"))
-        if x is None or x.ndim != 3 or caption is None or call.get("timestep") is None:
+        x, caption, mask, timestep = map(call.get, FusedPixArtBlock.arguments)
+        if x is None or x.ndim != 3 or caption is None or timestep is None:
             return "it is called without hidden_states [B, tokens, D], encoder_hidden_states or timestep"
-        if mask is not None or call.get("cross_attention_kwargs"):
-            return "its attention is given attention_mask or cross_attention_kwargs"
-        mask = call.get("encoder_attention_mask")
         if mask is not None and (mask.dtype != x.dtype or mask.shape != (len(x), 1, caption.shape[1])):
             return f"encoder_attention_mask is {mask.dtype} {list(mask.shape)}, not a bias [B, 1, keys] of its dtype"
         return None

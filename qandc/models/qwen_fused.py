@@ -11,12 +11,13 @@ from qandc.models.family import Call
 from qandc.models.two_streams import (
     ADDED_HEAD_NORMS,
     ADDED_QKV,
+    ARGUMENTS,
     HEAD_NORMS,
     QKV,
     Stream,
     Tables,
     TwoStreams,
-    why_not_attention_call,
+    why_not_rotary,
 )
 from qandc.support.attach import original_class
 
@@ -49,6 +50,7 @@ class FusedQwenBlock(TwoStreams):
     )
     image = Stream(("img_norm1", "img_norm2"), "img_mod.1", QKV, HEAD_NORMS, "attn.to_out.0", "img_mlp")
     layers: ClassVar[tuple[str, ...]] = (*text.layers, *image.layers)
+    arguments: ClassVar[tuple[str, ...]] = (*ARGUMENTS, "encoder_hidden_states_mask")
 
     @staticmethod
     def tables_of(call: Call) -> tuple[Tables, Tables]:
@@ -59,9 +61,7 @@ class FusedQwenBlock(TwoStreams):
     def why_not_call(call: Call) -> str | None:
         if call.get("encoder_hidden_states_mask") is not None and _masks_are_read():
             return "prompts are padded: attention takes a mask (draw them one by one, or of one length)"
-        if call.get("modulate_index") is not None:
-            return "tokens have modulations of their own (zero_cond_t)"
-        return why_not_attention_call(call, torch.complex64)
+        return why_not_rotary(call, torch.complex64)
 
     @classmethod
     def why_not(cls, block: Any) -> str | None:

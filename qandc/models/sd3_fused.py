@@ -21,10 +21,6 @@ class FusedJointBlock(TwoStreams):
     def tables_of(call: Call) -> tuple[Tables, Tables]:
         return (None, None), (None, None)
 
-    @staticmethod
-    def why_not_call(call: Call) -> str | None:
-        return "its attention is given joint_attention_kwargs" if call.get("joint_attention_kwargs") else None
-
     @classmethod
     def why_not(cls, block: Any) -> str | None:
         from diffusers.models.attention import JointTransformerBlock

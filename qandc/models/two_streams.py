@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ __all__ = [
     "ADALN_TEXT",
     "ADDED_HEAD_NORMS",
     "ADDED_QKV",
+    "ARGUMENTS",
     "HEAD_NORMS",
     "QKV",
     "Projection",
@@ -49,12 +50,13 @@ __all__ = [
     "attend",
     "clip_",
     "plain_adaln",
-    "why_not_attention_call",
     "why_not_heads",
+    "why_not_rotary",
 ]
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
 HEAD_NORMS, ADDED_HEAD_NORMS = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")  # of attention
 LARGEST = 65504  # of float16, to which these blocks clip
 CUDNN_FIRST = [
@@ -152,12 +154,18 @@ class TwoStreams:
         text, image: the parts of each stream.
     """
 
+    arguments: ClassVar[tuple[str, ...]] = ARGUMENTS
+
     text: Stream
     image: Stream
 
     def __init__(self, block: Any) -> None:
         self.processor, self.heads = block.attn.processor, block.attn.heads
         self.streams = _FusedStream(block, self.text), _FusedStream(block, self.image)
+
+    @staticmethod
+    def why_not_call(call: Call) -> str | None:
+        return None
 
     @staticmethod
     def tables_of(call: Call) -> tuple[Tables, Tables]:
@@ -229,11 +237,9 @@ def clip_(x: Tensor) -> None:
         x.clip_(-LARGEST, LARGEST)
 
 
-def why_not_attention_call(call: Call, dtype: torch.dtype) -> str | None:
-    """Say why attention can't run fused in a call of a block, with rotary tables of ``dtype``, or None."""
+def why_not_rotary(call: Call, dtype: torch.dtype) -> str | None:
+    """Say why heads can't be rotated in a call of a block, by tables of ``dtype``, or None."""
     rotary, x = call.get("image_rotary_emb"), call["hidden_states"]
-    if call.get("joint_attention_kwargs"):
-        return "its attention is given joint_attention_kwargs"
     known = isinstance(rotary, tuple) and all(t.dtype == dtype and t.ndim == 2 and t.device == x.device for t in rotary)
     return None if known else f"image_rotary_emb is no pair of {str(dtype).removeprefix('torch.')} tables"
 
