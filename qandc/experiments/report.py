@@ -57,7 +57,7 @@ def measure_rows(
         ConfigError: the file was measured with other settings, at another commit or on another card.
         OutputError: it is no result, or cannot be written.
     """
-    started, measured = time.perf_counter(), measured_rows(path, result_header(settings))
+    measured, started = measured_rows(path, result_header(settings)), time.perf_counter()
     make_directory(path.parent)
     for row in rows:
         if _found(measured, row) is not None:
