@@ -154,6 +154,18 @@ def test_runs_with_other_tensors_have_rows_of_their_own(model, computed):
         assert {computed[layer] for layer in layers} == {len(runs)}
 
 
+@pytest.mark.parametrize("one", ["timestep", "guidance", "pooled_projections"])
+def test_one_value_serves_all_rows(model, computed, one):
+    plain, pipe = copy.deepcopy(model), Pipe()
+    graph(model, pipe=pipe)
+    call = pipe.call(1)
+    call[one] = call[one][:1]
+    expected = output_of(plain, call)
+    computed.clear()
+    assert_near(output_of(model, call), expected)
+    assert {computed[layer] for layer in modulation_layers(model)} == {1}  # for all steps
+
+
 @torch.no_grad()
 def test_batches_and_dtypes_of_one_run():
     """Qwen-Image's modulations depend on nothing else, so no other tensor tells such steps apart."""

@@ -188,13 +188,14 @@ class Ahead:
     ) -> _Table | None:
         """Compute the modulations of all steps; None where they would be too large."""
         layers, timestep = [layer for layer, _ in attached(model)], call["timestep"]
-        sizes = [len(timestep) * layer.out_features for layer in layers]
+        samples = max(len(each) for each in (timestep, *given) if each is not None)
+        sizes = [samples * layer.out_features for layer in layers]
         count = len(timesteps) * sum(sizes) * call["hidden_states"].element_size()
         if not 0 < count <= LARGEST:
             if count and not self.said:
                 logger.warning(
                     "modulations of a run of %d steps and %d rows would take %d MB, more than %d: each step makes its "
-                    "own", len(timesteps), len(timestep), count >> 20, LARGEST >> 20,
+                    "own", len(timesteps), samples, count >> 20, LARGEST >> 20,
                 )  # fmt: skip
                 self.said = True
             return None
