@@ -181,9 +181,9 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
     q, k, v and of DiT's adaLN layers become parts of larger tensors; no weight is stored twice.
 
     A block that can't run fused (a layer is not quantized or, but behind modulation, has no static range, activations
-    of fewer than 8 bits, hooks, LoRA, parametrizations, another attention processor) runs as before, in DiT then
-    without CUDA graphs, and ``quantization_report`` says why. On a CPU, under autocast and in training mode the whole
-    model does, and logs it.
+    of fewer than 8 bits, hooks, LoRA, parametrizations, another attention processor, arguments that it does not read)
+    runs as before, in DiT then without CUDA graphs, and ``quantization_report`` says why. On a CPU, under autocast,
+    with global hooks of modules and in training mode the whole model does, and logs it.
     Changes to modules, hooks, ranges, dtype or device are noticed; writing into a tensor of a layer need not be, unless
     ``load_state_dict`` of the transformer, or of a module that holds it, does so.
 
