@@ -115,16 +115,19 @@ def test_options_of_scripts_are_known(monkeypatch):
 
 
 @pytest.mark.slow
-def test_portions_select_benchmarks(tmp_path):
-    """Have pytest look for what each line measures, all in one process."""
-    lines = [portion for portion in record.PORTIONS if "--save" in portion.command]
-    words = [shlex.split(p.command.format(python="", card=tmp_path, out="", scratch=""))[2:] for p in lines]
-    code = (
-        "import json, pytest, sys\nfor words in json.loads(sys.argv[1]): print('=', int(pytest.main([*words, '--co'])))"
-    )
+def test_portions_select_all_benchmarks(tmp_path):
+    """Have pytest look, in one process, for what each line measures, and at last for all that there is."""
+    lines = [portion.command for portion in record.PORTIONS if "--save" in portion.command]
+    words = [shlex.split(line.format(python="", card=tmp_path, out="", scratch=""))[3:] for line in lines]
+    words.append(["benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"])
+    code = "import json, pytest, sys\nfor words in json.loads(sys.argv[1]): pytest.main([*words, '--co']), print('=')"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(words)], cwd=ROOT, capture_output=True, text=True)
-    statuses = re.findall("^= (.*)$", done.stdout, re.MULTILINE)
-    assert dict(zip((p.name for p in lines), statuses, strict=True)) == dict.fromkeys((p.name for p in lines), "0")
+    *found, every, _ = (set(re.findall("^benchmarks/.*::.*$", part, re.MULTILINE)) for part in done.stdout.split("=\n"))
+    assert [line for line, measured in zip(lines, found, strict=True) if not measured] == []
+    left = every - set().union(*found)
+    assert {name.partition("[")[2] for name in left} == {  # do not end
+        f"DiT-XL/2-512-{rows}-torchao int8dq, compiled]" for rows in (2, 16)
+    }
 
 
 @pytest.mark.slow
