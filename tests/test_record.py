@@ -121,7 +121,9 @@ def test_portions_select_all_benchmarks(tmp_path):
     words = [shlex.split(line.format(python="", card=tmp_path, out="", scratch=""))[3:] for line in lines]
     words.append(["benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"])
     code = "import json, pytest, sys\nfor words in json.loads(sys.argv[1]): pytest.main([*words, '--co']), print('=')"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(words)], cwd=ROOT, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of xdist
+    command = [sys.executable, "-c", code, json.dumps(words)]
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
     *found, every, _ = (set(re.findall("^benchmarks/.*::.*$", part, re.MULTILINE)) for part in done.stdout.split("=\n"))
     assert [line for line, measured in zip(lines, found, strict=True) if not measured] == []
     left = every - set().union(*found)
