@@ -153,8 +153,8 @@ def modulated(
     smoothing: torch.Tensor | None,
     eps: float,
     copy: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalize, modulate by shift and scale, and quantize for a product; gives the integers and their scale.
+) -> tuple[torch.Tensor, Product]:
+    """Normalize, modulate by shift and scale, and quantize for a product; gives the integers and the product for them.
 
     What is modulated is divided by ``smoothing``. A product without a range gets a scale per token; ``copy`` takes x.
     """
@@ -162,9 +162,9 @@ def modulated(
     if smoothing is not None:
         shift, scale = shift.float() / smoothing, (1 + scale.float()) / smoothing - 1
     if product.x_scale is None:
-        return adaln_quantize_per_token(x, shift, scale, eps, copy)
-    xq = adaln_quantize_per_tensor(x, shift, scale, product.x_scale, product.x_zero_point, eps, copy)
-    return xq, product.x_scale
+        xq, x_scale = adaln_quantize_per_token(x, shift, scale, eps, copy)
+        return xq, product._replace(x_scale=x_scale)
+    return adaln_quantize_per_tensor(x, shift, scale, product.x_scale, product.x_zero_point, eps, copy), product
 
 
 def divided(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
@@ -174,14 +174,15 @@ def divided(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
     return x.float() * (1.0 / layer.smoothing[: x.shape[2] * x.shape[3]]).view(x.shape[2:])
 
 
-def quantized(x: torch.Tensor, layer: QuantLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize heads ``[B, tokens, heads, D]`` as a layer does; gives ``[B, tokens, K]`` and the scale."""
-    x, scale = divided(x, layer), layer.act_scale
-    if scale is None:
-        xq, scale = quantize_per_token(x, token_dims=2)
+def quantized(x: torch.Tensor, layer: QuantLinear, product: Product) -> tuple[torch.Tensor, Product]:
+    """Quantize heads ``[B, tokens, heads, D]`` as a layer does; gives ``[B, tokens, K]`` and the product for them."""
+    x = divided(x, layer)
+    if product.x_scale is None:
+        xq, x_scale = quantize_per_token(x, token_dims=2)
+        product = product._replace(x_scale=x_scale)
     else:
-        xq = quantize_per_tensor(x, scale, layer.act_zero_point, 8, layer.nan_flag)
-    return xq.flatten(2), scale
+        xq = quantize_per_tensor(x, product.x_scale, product.x_zero_point, 8, layer.nan_flag)
+    return xq.flatten(2), product
 
 
 class Mlp:
@@ -197,8 +198,8 @@ class Mlp:
 
     def add_(self, x: torch.Tensor, modulation: Sequence[torch.Tensor], target: Target | None) -> None:
         """Add its output to the stream that it reads; ``modulation`` is shift, scale and gate."""
-        xq, x_scale = modulated(x, modulation, self.fc1, self.smoothing, self.eps)
-        hidden = self.fc1._replace(x_scale=x_scale).gelu_quantize(xq, self.fc2, self.multiplier)
+        xq, fc1 = modulated(x, modulation, self.fc1, self.smoothing, self.eps)
+        hidden = fc1.gelu_quantize(xq, self.fc2, self.multiplier)
         self.fc2.gate_residual_(x, hidden, modulation[2], target)
 
 

@@ -86,12 +86,12 @@ class Projection:
     def __call__(
         self, x: Tensor, modulation: Sequence[Tensor], tables: Tables, out: Tensor, copy: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Write q, k and v into ``out [B, tokens, 3 · D]`` and ``x`` into ``copy``; return ``x`` quantized."""
-        xq, x_scale = modulated(x, modulation, self.qkv, self.smoothing, self.eps, copy)
-        self.qkv._replace(x_scale=x_scale).into_(out, xq)
+        """Write q, k, v to ``out [B, tokens, 3 · D]`` and ``x`` to ``copy``; return ``x`` quantized, and its scale."""
+        xq, qkv = modulated(x, modulation, self.qkv, self.smoothing, self.eps, copy)
+        qkv.into_(out, xq)
         (q, k), (cos, sin) = self.head_norms, tables
         qk_norm_rope_(out.unflatten(2, (3, self.heads, -1)), q.weight, k.weight, cos, sin, q.eps)
-        return xq, x_scale
+        return xq, qkv.x_scale
 
 
 class Stream(NamedTuple):
@@ -131,7 +131,8 @@ class _FusedStream:
         self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], targets: tuple[Target | None, ...]
     ) -> None:
         """Add attention and MLP to the stream, in place."""
-        self.out.gate_residual_(x, quantized(attended, self.out_layer)[0], modulation[2], targets[0])
+        xq, out = quantized(attended, self.out_layer, self.out)
+        out.gate_residual_(x, xq, modulation[2], targets[0])
         self.mlp.add_(x, modulation[3:], targets[1])
         clip_(x)
 

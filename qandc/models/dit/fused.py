@@ -102,9 +102,8 @@ class FusedBlock:
         """Run the block on ``x [B, tokens, D]``, in place, with ``modulation [B, 6 D]``; targets take its branches."""
         of_attn, of_mlp = targets or (None, None)
         parts = modulation.chunk(6, 1)  # shift, scale and gate of attention, and of the MLP
-        xq, x_scale = modulated(x, parts[:2], self.qkv, None, self.eps)
-        qkv = self.qkv._replace(x_scale=x_scale)(xq, x.dtype)
-        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).unbind(2)
+        xq, qkv = modulated(x, parts, self.qkv, None, self.eps)
+        q, k, v = qkv(xq, x.dtype).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
         xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point, self.nan_flag)
         self.out.gate_residual_(x, xq.flatten(2), parts[2], of_attn)
         self.mlp.add_(x, parts[3:], of_mlp)
@@ -375,8 +374,8 @@ class FusedStep:
         if self.projection is None:
             return transformer.proj_out_2(transformer.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
         eps, smoothing = transformer.norm_out.eps, transformer.proj_out_2.smoothing
-        xq, x_scale = modulated(x, (shift, scale), self.projection, smoothing, eps)
-        return self.projection._replace(x_scale=x_scale)(xq, x.dtype)
+        xq, projection = modulated(x, (shift, scale), self.projection, smoothing, eps)
+        return projection(xq, x.dtype)
 
     def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         side = int(patches.shape[1] ** 0.5)
