@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fashion_mnist import DEFAULT_DIRECTORY, load_split
+from fashion_mnist import DEFAULT_DIRECTORY, Data, load_split
 from qandc.evaluation.pixels import to_float
 from qandc.experiments.report import measure_rows
 from qandc.sampling.loop import decode_latents, make_scheduler
@@ -32,7 +32,7 @@ GOALS: tuple[dict[str, Any], ...] = (
 
 def main(
     assets: Annotated[Path, typer.Option(help="Directory with fashion-dit.")] = Path("qandc/assets"),
-    data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    data: Data = DEFAULT_DIRECTORY,
     out: Out = Path("results/h200/fashion-dit.json"),
     images: Images = 10_000,
     batch: int = 2500,

@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from evaluate_wardrobe import Wardrobe, likeness, row, settings_of
-from fashion_mnist import DEFAULT_DIRECTORY
+from evaluate_wardrobe import JudgeFile, Wardrobe, likeness, row, settings_of
+from fashion_mnist import DEFAULT_DIRECTORY, Data
 from outliers import plant_outliers, set_per_token_behind_modulation
 from qandc import calibrate, fuse, input_hessians, quantize_model, smoothing_factors
 from qandc.evaluation.metrics import snr
@@ -115,9 +115,9 @@ class ClassConditional:
 
 def main(
     model: Annotated[str, typer.Option(help="fashion-dit, wardrobe, or a directory.")] = "fashion-dit",
-    judge: Annotated[Path | None, typer.Option(help="Weights of the judge; by default those of the package.")] = None,
+    judge: JudgeFile = None,
     out: Out = Path("results/h200/outliers.json"),
-    data: Annotated[Path, typer.Option(help="Directory of the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    data: Data = DEFAULT_DIRECTORY,
     images: Annotated[int, typer.Option(min=2, help="Of each row.")] = 1000,
     steps: Annotated[int | None, typer.Option(help="Default: 50 of a DiT, 28 of wardrobe.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 1000,

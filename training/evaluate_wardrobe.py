@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fashion_mnist import DEFAULT_DIRECTORY
+from fashion_mnist import DEFAULT_DIRECTORY, Data
 from outliers import plant_outliers, set_per_token_behind_modulation
 from qandc import (
     CacheConfig,
@@ -61,6 +61,7 @@ from quality import Merge, Only, Out, Seconds, Shard, command, measure_chosen
 from wardrobe_pictures import GarmentImages
 
 logger = logging.getLogger("evaluate_wardrobe")
+JudgeFile = Annotated[Path | None, typer.Option(help="Weights of the judge; by default those of the package.")]
 
 SCENES, NOISE, FIT = 700_000_000, 710_000_000, 720_000_000  # first seeds: of scenes, of noise, of both for fits
 MODEL_SEEDS = 5  # of the rows that say how good the model is
@@ -469,9 +470,9 @@ class Wardrobe:
 
 def main(
     model: Annotated[str, typer.Option(help="Pipeline directory, or the name of the shipped one.")] = "wardrobe",
-    judge: Annotated[Path | None, typer.Option(help="Weights of the judge; by default those of the package.")] = None,
+    judge: JudgeFile = None,
     out: Out = Path("results/h200/wardrobe.json"),
-    data: Annotated[Path, typer.Option(help="Directory of the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    data: Data = DEFAULT_DIRECTORY,
     seeds: Annotated[str, typer.Option(help="Of scenes and noise, separated by commas.")] = "0,1,2",
     prompts: Annotated[int, typer.Option(min=2, help="Of each seed.")] = 2000,
     steps: int = 28,

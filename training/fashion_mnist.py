@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import typer
 
 LABELS = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DEFAULT_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
+Data = Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")]  # option of the scripts
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2
 from safetensors.torch import save_file
 from torch import nn
 
-from fashion_mnist import DEFAULT_DIRECTORY, LABELS, load_split
+from fashion_mnist import DEFAULT_DIRECTORY, LABELS, Data, load_split
 from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import FashionClassifier, FeatureStatistics, class_accuracy, extract_features
 from qandc.evaluation.pixels import to_float
@@ -215,7 +215,7 @@ def export(vae: AutoencoderKL, dit: DiTTransformer2DModel, out: Path) -> None:
 def main(
     work: Annotated[Path, typer.Option(help="Directory for checkpoints.")] = Path("build/fashion-dit"),
     out: Annotated[Path, typer.Option(help="Directory that receives the two asset folders.")] = Path("build/assets"),
-    data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    data: Data = DEFAULT_DIRECTORY,
     seed: Annotated[int, typer.Option(min=0, max=2**20)] = 0,
     classifier_steps: int = Settings.classifier_steps,
     vae_steps: int = Settings.vae_steps,

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from joblib import Parallel, delayed
 from torch import nn
 
-from fashion_mnist import DEFAULT_DIRECTORY
+from fashion_mnist import DEFAULT_DIRECTORY, Data
 from qandc.evaluation.scenes import draw_scenes, scene_arrays
 from stage import Stage, autocast
 from train_fashion_dit import normalize_latents
@@ -221,7 +221,7 @@ def export(pipe: FluxPipeline, out: Path) -> None:
 def main(
     work: Annotated[Path, typer.Option(help="Directory for checkpoints.")] = Path("build/wardrobe"),
     out: Annotated[Path, typer.Option(help="Directory that receives the folder wardrobe.")] = Path("build/assets"),
-    data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    data: Data = DEFAULT_DIRECTORY,
     seed: Annotated[int, typer.Option(min=0, max=2**18)] = 0,
     scenes: int = Settings.scenes,
     vae_steps: int = Settings.vae_steps,

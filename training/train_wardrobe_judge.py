@@ -20,7 +20,7 @@ import typer
 from safetensors.torch import save_file
 from torch import nn
 
-from fashion_mnist import DEFAULT_DIRECTORY
+from fashion_mnist import DEFAULT_DIRECTORY, Data
 from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.judge import REACH, STRIDE, Judge, compare_scenes
 from qandc.evaluation.metrics import FeatureStatistics, extract_features
@@ -108,7 +108,7 @@ def score(judge: Judge, garments: GarmentImages, count: int) -> dict[str, object
 def main(
     work: Annotated[Path, typer.Option(help="Directory for the checkpoint.")] = Path("build/wardrobe-judge"),
     out: Annotated[Path, typer.Option(help="Directory that receives the judge.")] = Path("build/assets/wardrobe-judge"),
-    data: Annotated[Path, typer.Option(help="Directory with the IDX files of Fashion-MNIST.")] = DEFAULT_DIRECTORY,
+    data: Data = DEFAULT_DIRECTORY,
     seed: Annotated[int, typer.Option(min=0, max=2**20)] = 0,
     steps: int = 6000,
     batch: int = 512,
