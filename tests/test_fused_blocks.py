@@ -190,7 +190,7 @@ def test_scales_per_token_behind_modulation(fused_anywhere, ran, name, w_bits, s
 @pytest.mark.parametrize("name", [NAME, QWEN, STABLE])
 @pytest.mark.parametrize("alone", ["encoder_hidden_states", "hidden_states", "temb"])
 def test_one_row_serves_all_samples(fused_anywhere, ran, name, alone):
-    """As with one negative prompt for several images: diffusers lets a stream grow with its modulation."""
+    """Take one row of text, image or modulation for several samples, as diffusers does with one negative prompt."""
     model, inputs = make_quantized(8, True, name=name), given(name=name)
     seen, _ = calls_of_blocks(model, inputs)
     calls = [(block, call | {alone: call[alone][:1]}) for block, call, _ in seen[:1]]
@@ -230,7 +230,7 @@ def test_residuals_of_controlnets_and_a_scale_of_adapters(fused_anywhere, ran, n
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @each_name
 def test_shapes_and_batches_take_turns(fused_anywhere, ran, name, dtype):
-    """With a second image behind the first, too, as FLUX.1-Kontext has it."""
+    """Run calls of other batches and lengths by turns; of FLUX.1 one has a second image appended, as Kontext does."""
     model, calls = make_quantized(8, True, dtype, name=name), [given(dtype, name=name, rows=rows) for rows in (2, 1)]
     if name == NAME:
         image, places = calls[1]["hidden_states"], calls[1]["img_ids"]
@@ -636,7 +636,7 @@ def test_prompts_of_any_length(fused_anywhere, ran, name, tokens):
     ids=["a query's mask", "mask of the image", "kwargs"],
 )
 def test_attention_of_pixart_that_cannot_be_fused(fused_anywhere, caplog, ran, others, reason):
-    """Of PixArt a mask may leave out any keys of a prompt, not for some queries alone, and none of the image."""
+    """Run blocks of PixArt unfused, and say why, where a mask leaves out keys of the image or of single queries."""
     model, inputs = make_quantized(name=SIGMA), given(name=SIGMA)
     inputs |= others
     expected = output_of(model, inputs)

@@ -250,7 +250,7 @@ def row(candidate, m, **more):
 
 
 def test_tables_of_losses_and_goals(tmp_path, monkeypatch):
-    """What was measured last counts; a rival that took turns comes before the baseline of the run."""
+    """Fill tables with the last measurement of each row, over a rival that took turns if there is one."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     tables = importlib.import_module("record_tables")
     monkeypatch.setattr(tables, "ROOT", tmp_path)

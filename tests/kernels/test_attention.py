@@ -101,7 +101,7 @@ def test_random_shapes_and_strides(kernel_device, data):
 @pytest.mark.parametrize("tokens", [1, 70, 128])
 @pytest.mark.parametrize("keys", [1, 6, 128, 130])
 def test_keys_of_another_length_some_of_them_left_out(kernel_device, seeded, tokens, keys):
-    """As of a padded prompt: with no key of a sample, one, or all, and integers that tell where nothing was written."""
+    """Attend to keys of another length, of which a sample keeps none, one or all, and write every integer."""
     scale, zero_point = torch.tensor(SCALE), torch.tensor(ZERO_POINT, dtype=torch.int32)
     scale, zero_point = scale.to(kernel_device), zero_point.to(kernel_device)
     for dtype in float_dtypes(kernel_device):
