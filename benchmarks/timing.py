@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections import deque
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from qandc_kernels.capture import capturing
 
 __all__ = ["CLOCK", "DEVICE", "Candidate", "Timed", "capture", "launches_for", "prepare", "relative_error"]
 
@@ -101,13 +102,9 @@ def capture(launch: Callable[[int], Any], launches: int, keep: int) -> Timed:
     """A CUDA graph of ``launches`` launches; all compiling and tuning must be over."""
     results: deque[Any] = deque(maxlen=keep)
     graph = torch.cuda.CUDAGraph()
-    gc.disable()  # a collection could free what the GPU must not free during a capture
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for i in range(launches):
-                results.append(launch(i))
-    finally:
-        gc.enable()
+    with capturing(graph):
+        for i in range(launches):
+            results.append(launch(i))
     return Timed(graph.replay, launches, "graph", results[-1])
 
 

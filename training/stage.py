@@ -18,6 +18,8 @@ import torch.distributed.nn.functional  # first imported in a group it keeps it,
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from qandc_kernels.capture import capturing
+
 CHECKPOINT_SECONDS = 60
 Shapes = tuple[torch.Size, ...]
 
@@ -146,7 +148,7 @@ class Stage:
             graph.replay()
         elif self.seen[shapes] == 3:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with capturing(graph):
                 self.value = self.backward(batch)
             self.captured[shapes] = graph, batch, self.value
             graph.replay()  # capturing alone computes nothing
@@ -164,7 +166,7 @@ class Stage:
         self.update()
         if self.captured:  # the optimizer has made its state by now
             self.updating = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.updating):
+            with capturing(self.updating):
                 self.update()
 
     def run(self) -> nn.Module:

@@ -68,9 +68,7 @@ def draw_all_scenes(settings: Settings, path: Path) -> tuple[torch.Tensor, ...]:
     if not path.exists():
         counts = [min(PORTION, settings.scenes - first) for first in range(0, settings.scenes, PORTION)]
         seeds = [settings.seed << 20 | i for i in range(len(counts))]
-        portions = Parallel(n_jobs=-1)(
-            delayed(portion)(count, seed) for count, seed in zip(counts, seeds, strict=True)
-        )
+        portions = Parallel(n_jobs=-1)(delayed(portion)(count, seed) for count, seed in zip(counts, seeds, strict=True))
         torch.save(tuple(torch.cat(part) for part in zip(*portions, strict=True)), path)
     return torch.load(path, weights_only=True)
 

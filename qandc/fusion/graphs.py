@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from qandc_kernels.capture import capturing
+
 __all__ = ["PLAIN", "GraphCache", "ReplayLock", "unknown_part", "versions"]
 
 logger = logging.getLogger(__name__)
@@ -137,7 +139,7 @@ class GraphCache:
             # the outer context leaves the caller's stream as it was, also when the capture fails
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+                capturing(graph, pool=self._pool, stream=stream),
             ):
                 output = function(*static)
         except RuntimeError as error:

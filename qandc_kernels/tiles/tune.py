@@ -29,6 +29,7 @@ import msgspec
 import torch
 
 from qandc_kernels.backend import select_backend
+from qandc_kernels.capture import capturing
 from qandc_kernels.errors import ArgumentError
 from qandc_kernels.ops._operands import check_integer, check_layers, check_list, check_sizes
 from qandc_kernels.tiles.tables import GemmTile, TunedTile, checksum, gpu_of, own_tables, read_table
@@ -157,7 +158,7 @@ def time_launches(launch: Callable[[int], object], copies: int, repeats: int) ->
     check_integer("time_launches", "repeats", repeats, 1, 2**20)
     launch(0)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         for i in range(copies):
             launch(i)
     seconds = []

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import attention_quantize_per_tensor, reference
+from qandc_kernels.capture import capturing
 from qandc_kernels.tiles.tables import Gpu
 from tests.kernels.oracle import assert_rounded, float_dtypes
 
@@ -203,7 +204,7 @@ def test_a_captured_graph_follows_the_scale(seeded):
     scale = torch.tensor(SCALE, device="cuda")
     attention_quantize_per_tensor(q, k, v, scale)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         out = attention_quantize_per_tensor(q, k, v, scale)
     scale.fill_(0.05)
     graph.replay()

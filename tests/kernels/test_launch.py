@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tensor, quantize_per_token, reference
+from qandc_kernels.capture import capturing
 from qandc_kernels.errors import DeviceError
 from qandc_kernels.triton import _launch
 from qandc_kernels.triton._driver import DriverKernel, NotSupported, Operand, Tiles
@@ -334,7 +335,7 @@ def test_calls_from_threads_on_streams_and_in_graphs(seeded):
         thread.join()
     assert found == [True] * 800
     static, graph = x.clone(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         output = work(static)
     static.copy_(x.flip(0))
     graph.replay()

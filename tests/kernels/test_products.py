@@ -21,6 +21,7 @@ from qandc_kernels import (
     unpack_int4,
     weight_only_linear,
 )
+from qandc_kernels.capture import capturing
 from qandc_kernels.tiles.tables import GemmTile
 from qandc_kernels.triton import linear as linear_kernels
 from qandc_kernels.triton.int8_gemm import int8_gemm_triton
@@ -507,7 +508,7 @@ def test_a_captured_graph_follows_the_scale(seeded):
     args = (q.pop("xq"), q.pop("weight"))
     int8_linear(*args, **q, out_dtype=torch.float32)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         y = int8_linear(*args, **q, out_dtype=torch.float32)
     q["x_scale"] *= 3
     graph.replay()
