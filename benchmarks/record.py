@@ -165,7 +165,10 @@ PORTIONS: tuple[Portion, ...] = (
     ),
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
-    **dict.fromkeys(("models-by-turns", "models-fp8", "models-fused"), "rows that models.json holds from now on"),
+    **dict.fromkeys(
+        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "graphs")),
+        "rows that models.json holds from now on",
+    ),
     **dict.fromkeys(("model-torchao", "model-torchao-fp8", "model-drop-in"), "rows that model.json holds from now on"),
 }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch._inductor.config as inductor_config
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
@@ -239,6 +240,7 @@ def main(
     settings = Settings(seed=seed, scenes=scenes, vae_steps=vae_steps, steps=steps, batch=batch)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
+    inductor_config.quiesce_async_compile_pool = False  # workers that are forked anew hang at times (torch PR 189290)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails at these sizes in torch 2.11
     torch.manual_seed(seed)
     if rank == 0:
