@@ -1,4 +1,7 @@
-"""The models that people run, at real sizes with random weights, and what their pipelines pass to them at 1024²."""
+"""The models that people run, at real sizes with random weights, and what their pipelines pass to them.
+
+Pictures are 1024², Wan's videos 81 frames of 832 x 480.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import torch
 from benchmarks.rivals import library
 from benchmarks.timing import DEVICE
 from qandc import calibrate, fuse, graph, quantization_plan, quantize_model
+from qandc.fusion.blocks import fuses_blocks
+from qandc.models import FAMILIES as KNOWN
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +25,7 @@ __all__ = [
     "clone",
     "compiled",
     "fused",
+    "fuses",
     "inputs",
     "model_of",
     "quantized",
@@ -83,6 +89,22 @@ def _qwen(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[st
     }
 
 
+def _z_image(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+    return {
+        "x": [noise(16, 1, 128, 128) for _ in range(2)],
+        "t": (1 - timestep / 1000).expand(2),
+        "cap_feats": [noise(128, 2560) for _ in range(2)],
+    }
+
+
+def _wan(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, 16, 21, 60, 104),
+        "encoder_hidden_states": noise(1, TEXT, 4096),
+        "timestep": timestep,
+    }
+
+
 FAMILIES = {
     "PixArt-Sigma": Family(
         "PixArtTransformer2DModel",
@@ -102,6 +124,10 @@ FAMILIES = {
     ),
     "Qwen-Image": Family("QwenImageTransformer2DModel", {}, _qwen, 4096 + 128),
     "FLUX.1-dev": Family("FluxTransformer2DModel", {"guidance_embeds": True}, _flux, 4096 + TEXT),
+    "Z-Image": Family("ZImageTransformer2DModel", {}, _z_image, 2 * (4096 + 128)),
+    "Wan-2.1-1.3B": Family(
+        "WanTransformer3DModel", {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}, _wan, 21 * 30 * 52
+    ),
 }  # fmt: skip
 
 
@@ -169,6 +195,11 @@ def quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = 
     """
     found = quantize_model(clone(model), w_bits=w_bits, conditioning=conditioning)
     return calibrate(found, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
+
+
+def fuses(layer: str) -> bool:
+    """Tell whether there are fused blocks for a model."""
+    return fuses_blocks(KNOWN[FAMILIES[layer].name])
 
 
 def fused(model: Model, layer: str, w_bits: int) -> Model:

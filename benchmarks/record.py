@@ -76,9 +76,11 @@ def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> I
 
 BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each run of what takes no turns with it
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
+OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
 IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
-    for layer, steps in zip((LARGE[0], *LARGE), (28, 50, 50, 28, 20), strict=True)
+    for layer, steps in zip((LARGE[0], *LARGE, *OTHERS), (28, 50, 50, 28, 20, 50, 20), strict=True)
     for which in ("bf16 or torchao", "graph and not fused", "fused", "not bf16 and not torchao and not graph")
+    if which != "fused" or layer in LARGE
 ]  # fmt: skip
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
 SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
@@ -103,7 +105,7 @@ PORTIONS: tuple[Portion, ...] = (
     *bench("pipeline", "steps", 8, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
     *bench(
         "models", "models", 4, "test_models.py",
-        *(f"--layers {layer} -k '{k}'" for layer in LARGE for k in (
+        *(f"--layers {layer} -k '{k}'" for layer in (*LARGE, *OTHERS) for k in (
             "not graph and not torchao", "graph", f"torchao or {BF16}"
         )),
     ),

@@ -1,4 +1,4 @@
-"""Images of the pipelines that people run, as called: real sizes, random weights, embeddings in place of a prompt."""
+"""Images and videos of the pipelines that people run, as called: real sizes, random weights, embeddings as prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
-from benchmarks.families import clone, compiled, fused, model_of, quantized, torchao_quantized
+from benchmarks.families import clone, compiled, fused, fuses, model_of, quantized, torchao_quantized
 from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_FUSED, IMAGES_OURS
 from benchmarks.models import autoencoder_kl
 from benchmarks.rivals import NotInstalled, library
@@ -34,7 +34,7 @@ class Pipe(NamedTuple):
     name: str
     scheduler: tuple[str, dict[str, Any]]
     decoder: Callable[[], Any]
-    embeddings: dict[str, tuple[int, ...]]  # shapes; of a negative prompt, too, where guidance needs one
+    embeddings: dict[str, tuple[int, ...]]  # shapes of a batch of one; of a negative prompt, too, if guided
     guided: bool
     call: dict[str, Any]
     steps: tuple[int, ...]
@@ -44,10 +44,10 @@ def _decoder(channels: int) -> Any:
     return autoencoder_kl(channels, PIXELS, shift_factor=0.1)
 
 
-def _decoder_of_qwen() -> Any:
-    from diffusers import AutoencoderKLQwenImage
+def _decoder_of(name: str) -> Any:
+    import diffusers
 
-    return AutoencoderKLQwenImage()
+    return getattr(diffusers, name)()
 
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -64,7 +64,7 @@ PIPES = {
     "Qwen-Image": Pipe(
         "QwenImagePipeline",
         (FLOW, {"shift": 1.0, "use_dynamic_shifting": True}),
-        _decoder_of_qwen,
+        lambda: _decoder_of("AutoencoderKLQwenImage"),
         {"prompt_embeds": (128, 3584)},
         True,
         {"true_cfg_scale": 4.0},
@@ -86,6 +86,24 @@ PIPES = {
         {"prompt_embeds": (300, 4096), "prompt_attention_mask": (300,)},
         True,
         {"guidance_scale": 4.5, "negative_prompt": None},
+        (20,),
+    ),
+    "Z-Image": Pipe(
+        "ZImagePipeline",
+        (FLOW, {"shift": 6.0}),
+        lambda: _decoder(16),
+        {"prompt_embeds": (128, 2560)},
+        True,
+        {"guidance_scale": 4.0},
+        (50,),
+    ),
+    "Wan-2.1-1.3B": Pipe(
+        "WanPipeline",
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}),
+        lambda: _decoder_of("AutoencoderKLWan"),
+        {"prompt_embeds": (TEXT, 4096)},
+        True,
+        {"guidance_scale": 5.0, "height": 480, "width": 832, "num_frames": 81},
         (20,),
     ),
 }
@@ -218,6 +236,7 @@ CASES = [
     for layer, pipe in PIPES.items()
     for name in ORDER
     if layer != "PixArt-Sigma" or CANDIDATES[name][1] is not _ahead  # which has no layers of modulation
+    if CANDIDATES[name][0] != IMAGES_FUSED or fuses(layer)
     for steps in pipe.steps
 ]
 
@@ -274,8 +293,10 @@ def images(layer: str, pipe: Any, steps: int) -> Launch:
     def launch(i: int) -> torch.Tensor:
         texts = {name: value.to(DEVICE) for name, value in given.items()}  # new ones, as an encoder makes them
         noise = torch.Generator().manual_seed(0)
-        size = {"height": PIXELS, "width": PIXELS, "num_inference_steps": steps}
-        pipe(**texts, **about.call, **size, generator=noise)
+        if layer == "Z-Image":  # prompts of all lengths
+            texts = {name: list(value) for name, value in texts.items()}
+        call = {"height": PIXELS, "width": PIXELS, "num_inference_steps": steps, **about.call}
+        pipe(**texts, **call, generator=noise)
         return seen[0]
 
     return launch

@@ -17,17 +17,15 @@ from qandc import quantization_plan
 from qandc.experiments.report import measure_rows
 from qandc.models import family_of
 
-SD3 = FAMILIES["SD3.5-large"]
+SD3, WAN = FAMILIES["SD3.5-large"], "Wan-2.1-1.3B"
 MEDIUM = {**SD3.sizes, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-WAN = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
 WAN_5B = {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {  # to class and sizes, where these are not its defaults
-    **{name: (family.name, family.sizes) for name, family in FAMILIES.items()},
+    **{name: (family.name, family.sizes) for name, family in FAMILIES.items() if name != WAN},
     "SD3-medium": (SD3.name, {**MEDIUM, "qk_norm": None}),
     "SD3.5-medium": (SD3.name, {**MEDIUM, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}),
     "Chroma1-HD": ("ChromaTransformer2DModel", {}),
-    "Z-Image": ("ZImageTransformer2DModel", {}),
-    "Wan 2.1, 1.3B": ("WanTransformer3DModel", WAN),
+    "Wan 2.1, 1.3B": ("WanTransformer3DModel", FAMILIES[WAN].sizes),
     "Wan 2.2, 5B": ("WanTransformer3DModel", WAN_5B),
     "Wan 2.1, 14B; each of the two of 2.2": ("WanTransformer3DModel", {}),
 }
