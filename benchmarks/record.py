@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,8 @@ class Portion:
 def checks(name: str, minutes: float, tests: str, gpus: int = 1) -> Portion:
     """Name the tests that must pass before what they guard is measured."""
     marker, files = "gpu" if gpus else "not gpu and not slow", " ".join(f"tests/{test}" for test in tests.split())
-    run = f"{{python}} -m pytest -q -p no:cacheprovider -m '{marker}' {files}"
+    side_by_side = "-n auto --maxprocesses 8 " if find_spec("xdist") else ""  # most of their time compiles kernels
+    run = f"{{python}} -m pytest -q -p no:cacheprovider {side_by_side}-m '{marker}' {files}"
     return Portion(f"check-{name}", "", minutes, run, gpus=gpus)
 
 
