@@ -45,7 +45,9 @@ from qandc_kernels import Backend
 from tests.tiny_models import inputs_of, make_tiny, output_of
 
 NAME, QWEN, STABLE, SIGMA = (family.transformer for family in (FLUX, QWEN_IMAGE, SD3, PIXART))
-each_name = pytest.mark.parametrize("name", [NAME, QWEN, STABLE, SIGMA])
+MEDIUM = f"{STABLE}, dual attention"  # as the medium size of SD3.5 has it
+each_name = pytest.mark.parametrize("name", [NAME, QWEN, STABLE, MEDIUM, SIGMA])
+SECOND_QKV = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 ONE_INPUT = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -65,6 +67,15 @@ pytestmark = [
 ]
 
 
+def class_of(name):
+    return name.partition(",")[0]
+
+
+def one_input_of(name):
+    others = [names for names in ONE_INPUT if not {*names} & {*SECOND_QKV}]
+    return [*others, SECOND_QKV] if name == MEDIUM else ONE_INPUT
+
+
 def blocks_of(model):
     return [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
 
@@ -76,14 +87,17 @@ def fused_of(model):
 
 def make_quantized(w_bits=8, smoothing=False, dtype=torch.float32, device="cpu", name=NAME, **changes):
     """Calibrated; with ``smoothing``, what sees one input with random factors of its own."""
-    model, generator = make_tiny(name, **changes), torch.Generator().manual_seed(1)
+    changes |= {"dual_attention_layers": (0,)} if name == MEDIUM else {}
+    model, generator = make_tiny(class_of(name), **changes), torch.Generator().manual_seed(1)
     for norm in model.modules():
         if "RMSNorm" in type(norm).__name__:  # all ones else
             norm.weight.data.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.5)
     for block in blocks_of(model) if name == SIGMA else ():  # or it would not matter which key a query is like
         block.attn2.to_q.weight.data *= 20
+    for block in blocks_of(model)[:1] if name == MEDIUM else ():  # or what both attentions read would hardly differ
+        block.attn.to_out[0].weight.data *= 20
     for block in blocks_of(model) if smoothing else ():
-        for names in ONE_INPUT:
+        for names in one_input_of(name):
             factors = None
             for layer_name in names:
                 parent, _, child = layer_name.rpartition(".")
@@ -94,21 +108,21 @@ def make_quantized(w_bits=8, smoothing=False, dtype=torch.float32, device="cpu",
                     layer = QuantLinear.from_linear(linear, w_bits, 8, factors)
                     setattr(block.get_submodule(parent), child, layer)
     model = model if smoothing else quantize_model(model, w_bits)
-    calibrate(model, [inputs_of(name, time) for time in (0.9, 0.5, 0.1)])
+    calibrate(model, [inputs_of(class_of(name), time) for time in (0.9, 0.5, 0.1)])
     return torch.nn.Module.to(model, device=device, dtype=dtype)
 
 
 def real_size(name, width):
     """Return what makes a model have three heads of a size that real ones have."""
     size = {"num_attention_heads": 3, "attention_head_dim": width}
-    wide = {STABLE: "caption_projection_dim", SIGMA: "cross_attention_dim"}.get(name)
+    wide = {STABLE: "caption_projection_dim", SIGMA: "cross_attention_dim"}.get(class_of(name))
     axes = 16, (width - 16) // 2, (width - 16) // 2
     return size | ({"axes_dims_rope": axes} if wide is None else {wide: 3 * width})
 
 
 def given(dtype=torch.float32, device="cpu", time=0.5, name=NAME, rows=2):
     """Inputs of one forward; of one row as pipelines have them."""
-    found = dict(inputs_of(name, time))
+    found = dict(inputs_of(class_of(name), time))
     for key, value in found.items():
         if isinstance(value, torch.Tensor):
             value = value if "ids" in key else value[:rows].to(dtype)
@@ -352,7 +366,7 @@ def test_smoothing_matters(name):
     model = make_quantized(smoothing=True, name=name)
     seen, _ = calls_of_blocks(model, given(name=name))
     for block, kwargs, outputs in seen[: fused_of(model)]:
-        for names in ONE_INPUT:
+        for names in one_input_of(name):
             changed = copy.deepcopy(block)
             layers = [layer for name, layer in changed.named_modules() if name in names]
             for layer in layers:
@@ -575,16 +589,56 @@ def test_other_blocks_that_cannot_be_fused(fused_anywhere, caplog, ran, name, ch
     assert "(1 of 2)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [({}, "no MLP of the text (the last block)"), ({"dual_attention_layers": (0,)}, "it has a second attention")],
-)
-def test_blocks_of_sd3_that_cannot_be_fused(fused_anywhere, caplog, ran, changes, reason):
-    model, inputs = make_quantized(name=STABLE, num_layers=3, **changes), given(name=STABLE)
+def test_the_last_block_of_sd3_runs_unfused(fused_anywhere, caplog, ran):
+    model, inputs = make_quantized(name=STABLE, num_layers=3), given(name=STABLE)
     expected = output_of(model, inputs)
     assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
-    assert len(ran) == 2 - len(changes)
+    assert len(ran) == 2
+    assert "it has no MLP of the text (the last block)" in caplog.text
+
+
+def without_weights(attention):
+    attention.norm_k = type(attention.norm_k)(attention.norm_k.weight.shape[0], 1e-6, elementwise_affine=False)
+
+
+def processed_otherwise(attention):
+    attention.processor = type("Other", (type(attention.processor),), {})()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (adapted, "attn2.to_q is Sequential, not a QuantLinear"),
+        (without_weights, "norms of its heads are not those of its family"),
+        (hooked, "to_out.1 has forward hooks"),
+        (of_two_ranges, "q, k and v, which see one input, have different ranges"),
+        (without_range, "attn2.to_out.0 has no static range"),
+        (processed_otherwise, "its attention is not the plain one of SD3"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_second_attention_that_cannot_be_fused(fused_anywhere, caplog, ran, change, reason):
+    model, inputs = make_quantized(name=MEDIUM, num_layers=3), given(name=MEDIUM)
+    change(blocks_of(model)[0].attn2)
+    expected = output_of(model, inputs)
+    assert error(output_of(fuse(model), inputs), expected) <= BOUND[torch.float32]
+    assert len(ran) == 1
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["delta", "branch", "taylor"])
+def test_a_second_attention_is_cached(fused_anywhere, ran, mode):
+    """Fused blocks store what each of their three branches adds, as unfused ones do."""
+    model = make_quantized(8, True, name=MEDIUM)
+    steps = [given(time=time, name=MEDIUM) for time in (0.9, 0.8, 0.7, 0.6)]
+    steps = [step | {"encoder_hidden_states": steps[0]["encoder_hidden_states"]} for step in steps]
+    apply_cache(model, config=CacheConfig(mode, interval=2))
+    expected = [output_of(model, step).clone() for step in steps]
+    fuse(model)
+    get_cache(model).reset()
+    for step, output in zip(steps, expected, strict=True):
+        assert error(output_of(model, step), output) <= BOUND[torch.float32]
+    assert len(ran) == get_cache(model).compute_steps < 4
 
 
 @pytest.mark.parametrize(

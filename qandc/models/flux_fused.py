@@ -78,7 +78,7 @@ class FusedSingleBlock(_FluxBlock):
             return "its activation is not tanh-GELU"
         return (
             _why_not_attention(block)
-            or why_not_heads(block, (HEAD_NORMS,), nn.RMSNorm)
+            or why_not_heads(block.attn, (HEAD_NORMS,), nn.RMSNorm)
             or why_not_layers(block, cls.layers, (*QKV, "proj_mlp"))
             or why_not_one_product(block, QKV)
             or why_not_one_input(block, (*QKV, "proj_mlp"))

@@ -23,6 +23,7 @@ from qandc.errors import ModelError
 from qandc.models.family import Call
 from qandc.models.products import (
     Mlp,
+    Product,
     is_gelu_mlp,
     joined,
     modulated,
@@ -44,6 +45,7 @@ __all__ = [
     "HEAD_NORMS",
     "QKV",
     "Projection",
+    "SelfAttention",
     "Stream",
     "Tables",
     "TwoStreams",
@@ -79,9 +81,10 @@ class Projection:
 
     def __init__(self, block: Any, norm: Any, names: Sequence[str], head_norms: Sequence[str]) -> None:
         layers = [block.get_submodule(name) for name in names]
+        attention = block.get_submodule(names[0].rpartition(".")[0])
         self.qkv, self.smoothing = joined(layers), layers[0].smoothing
-        self.eps, self.heads = norm.eps, block.attn.heads
-        self.head_norms = [getattr(block.attn, name) for name in head_norms]
+        self.eps, self.heads = norm.eps, attention.heads
+        self.head_norms = [getattr(attention, name) for name in head_norms]
 
     def __call__(
         self, x: Tensor, modulation: Sequence[Tensor], tables: Tables, out: Tensor, copy: Tensor | None = None
@@ -99,7 +102,8 @@ class Stream(NamedTuple):
 
     Attributes:
         norms: before attention and before the MLP.
-        modulation: the layer that gives shift, scale and gate ``[B, 6 · D]`` of attention and MLP.
+        modulation: the layer that gives shift, scale and gate ``[B, 6 · D]`` of attention and MLP, ``[B, 9 · D]`` with
+            those of :attr:`TwoStreams.beside`.
         qkv, out, mlp: names of layers.
         head_norms: names of the norms of q and k in the attention.
     """
@@ -127,14 +131,32 @@ class _FusedStream:
         self.out_layer, self.mlp = block.get_submodule(parts.out), Mlp(norm_mlp, getattr(block, parts.mlp))
         self.out = product_of(self.out_layer)
 
-    def finish_(
-        self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], targets: tuple[Target | None, ...]
-    ) -> None:
-        """Add attention and MLP to the stream, in place."""
+    def add_attention_(self, x: Tensor, attended: Tensor, gate: Tensor, target: Target | None) -> None:
+        """Add attention to the stream, in place."""
         xq, out = quantized(attended, self.out_layer, self.out)
-        out.gate_residual_(x, xq, modulation[2], targets[0])
-        self.mlp.add_(x, modulation[3:], targets[1])
+        out.gate_residual_(x, xq, gate, target)
+
+    def add_mlp_(self, x: Tensor, modulation: Sequence[Tensor], target: Target | None) -> None:
+        """Add the MLP to the stream, in place."""
+        self.mlp.add_(x, modulation, target)
         clip_(x)
+
+
+class SelfAttention:
+    """Attend among the tokens of the image alone, beside the attention of both streams."""
+
+    def __init__(self, block: Any, norm: Any, qkv: Sequence[str], out: str) -> None:
+        self.project = Projection(block, norm, qkv, HEAD_NORMS)
+        self.processor = block.get_submodule(qkv[0].rpartition(".")[0]).processor
+        self.out_layer = block.get_submodule(out)
+        self.out = product_of(self.out_layer)
+
+    def __call__(self, x: Tensor, modulation: Sequence[Tensor]) -> tuple[Tensor, Product]:
+        """Return attention among what is modulated, quantized, and the product that takes it."""
+        qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
+        self.project(x, modulation, (None, None), qkv)
+        attended = attend(qkv.unflatten(2, (3, self.project.heads, -1)), self.processor)
+        return quantized(attended, self.out_layer, self.out)
 
 
 ADALN_TEXT = Stream(
@@ -153,6 +175,7 @@ class TwoStreams:
 
     Attributes:
         text, image: the parts of each stream.
+        beside: a second attention of the image, on what the first reads too, or None.
     """
 
     arguments: ClassVar[tuple[str, ...]] = ARGUMENTS
@@ -163,6 +186,7 @@ class TwoStreams:
     def __init__(self, block: Any) -> None:
         self.processor, self.heads = block.attn.processor, block.attn.heads
         self.streams = _FusedStream(block, self.text), _FusedStream(block, self.image)
+        self.beside: SelfAttention | None = None
 
     @staticmethod
     def why_not_call(call: Call) -> str | None:
@@ -181,7 +205,7 @@ class TwoStreams:
             return "its norms have weights"
         if not all(is_gelu_mlp(getattr(block, stream.mlp)) for stream in streams):
             return "its activation is not tanh-GELU"
-        reason = why_not_heads(block, [stream.head_norms for stream in streams], kind)
+        reason = why_not_heads(block.attn, [stream.head_norms for stream in streams], kind)
         for stream in streams:
             reason = reason or why_not_layers(block, stream.layers, (*stream.qkv, _mlp_of(stream.mlp)[0]))
             reason = reason or why_not_one_product(block, stream.qkv) or why_not_one_input(block, stream.qkv)
@@ -196,14 +220,20 @@ class TwoStreams:
             text, image = given[1].new_empty(1, sum(tokens), width).split(tokens, 1)
         else:  # what is added to has no gaps
             text, image = (x.new_empty(x.shape) for x in given)
-        modulations = [stream.modulation(temb).expand(samples, -1).chunk(6, 1) for stream in self.streams]
+        modulations = [stream.modulation(temb).expand(samples, -1).split(width, 1) for stream in self.streams]
         qkv = given[1].new_empty(samples, sum(tokens), 3 * width)
         rest = zip(modulations, self.tables_of(call), qkv.split(tokens, 1), (text, image), strict=True)
         for stream, x, (modulation, tables, out, copy) in zip(self.streams, given, rest, strict=True):
             stream.project(x, modulation, tables, out, copy)
         attended = attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor).split(tokens, 1)
-        self.streams[0].finish_(text, attended[0], modulations[0], (None, None))
-        self.streams[1].finish_(image, attended[1], modulations[1], targets)
+        of_text, of_image = modulations
+        self.streams[0].add_attention_(text, attended[0], of_text[2], None)
+        self.streams[0].add_mlp_(text, of_text[3:], None)
+        self.streams[1].add_attention_(image, attended[1], of_image[2], targets[0])
+        if self.beside is not None:
+            xq, out = self.beside(given[1], of_image[6:])
+            out.gate_residual_(image, xq, of_image[8], targets[2])
+        self.streams[1].add_mlp_(image, of_image[3:], targets[1])
         return text, image
 
 
@@ -251,12 +281,12 @@ def plain_adaln(norm: Any, kind: type) -> bool:
     return own and type(norm.silu) is nn.SiLU and plain_norm(norm.norm)
 
 
-def why_not_heads(block: Any, pairs: Sequence[tuple[str, str]], kind: type[Any]) -> str | None:
+def why_not_heads(attention: Any, pairs: Sequence[tuple[str, str]], kind: type[Any]) -> str | None:
     """Say why attention or norms of q and k can't run fused, or None."""
-    if getattr(block.attn.processor, "_parallel_config", None) is not None:  # diffusers from 0.36 on
+    if getattr(attention.processor, "_parallel_config", None) is not None:  # diffusers from 0.36 on
         return "its attention is spread over several GPUs"
     for names in pairs:
-        norms: list[Any] = [getattr(block.attn, name, None) for name in names]
+        norms: list[Any] = [getattr(attention, name, None) for name in names]
         weights = all(type(norm) is kind and norm.weight is not None for norm in norms)
         plain = weights and all(getattr(norm, "bias", None) is None and norm.eps for norm in norms)
         if not plain or len({norm.eps for norm in norms}) != 1:
