@@ -32,6 +32,8 @@ from qandc import (
     unfuse,
     ungraph,
 )
+from qandc.models.chroma import CHROMA
+from qandc.models.chroma_fused import FusedChromaSingleBlock
 from qandc.models.family import arguments_of
 from qandc.models.flux import FLUX
 from qandc.models.flux_fused import FusedDoubleBlock, FusedSingleBlock
@@ -44,9 +46,9 @@ from qandc.models.sd3_fused import FusedJointBlock
 from qandc_kernels import Backend
 from tests.tiny_models import inputs_of, make_tiny, output_of
 
-NAME, QWEN, STABLE, SIGMA = (family.transformer for family in (FLUX, QWEN_IMAGE, SD3, PIXART))
+NAME, LODESTONE, QWEN, STABLE, SIGMA = (family.transformer for family in (FLUX, CHROMA, QWEN_IMAGE, SD3, PIXART))
 MEDIUM = f"{STABLE}, dual attention"  # as the medium size of SD3.5 has it
-each_name = pytest.mark.parametrize("name", [NAME, QWEN, STABLE, MEDIUM, SIGMA])
+each_name = pytest.mark.parametrize("name", [NAME, LODESTONE, QWEN, STABLE, MEDIUM, SIGMA])
 SECOND_QKV = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 ONE_INPUT = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
@@ -129,6 +131,9 @@ def given(dtype=torch.float32, device="cpu", time=0.5, name=NAME, rows=2):
             found[key] = value.to(device)
     if name == SIGMA:  # prompts of four tokens and of none, which is as good as all
         found["encoder_attention_mask"] = (torch.arange(6) < torch.tensor([[4], [0]]))[:rows].to(device, dtype)
+    if name == LODESTONE:  # as its pipeline has it, zeros and ones that are added to products of queries and keys
+        prompts = (torch.arange(6) < torch.tensor([[4], [2]]))[:rows]
+        found["attention_mask"] = torch.cat([prompts, torch.ones(rows, 16)], 1).to(device, dtype)
     return found
 
 
@@ -140,7 +145,8 @@ def error(actual, expected):
 def ran(monkeypatch):
     """Programs of blocks, in the order in which they were run."""
     calls = []
-    for kind in (FusedDoubleBlock, FusedSingleBlock, FusedQwenBlock, FusedJointBlock, FusedPixArtBlock):
+    two_streams = (FusedDoubleBlock, FusedQwenBlock, FusedJointBlock)
+    for kind in (*two_streams, FusedSingleBlock, FusedChromaSingleBlock, FusedPixArtBlock):
         original = kind.__call__
         monkeypatch.setattr(kind, "__call__", lambda self, *a, o=original: calls.append(self) or o(self, *a))
     return calls

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qandc.models.chroma_fused import FusedChromaDoubleBlock, FusedChromaSingleBlock
 from qandc.models.family import Call, Family, Stack, only
 
 __all__ = ["CHROMA"]
@@ -21,8 +22,21 @@ CHROMA = Family(
     "ChromaTransformer2DModel",
     "encoder_hidden_states",
     (
-        Stack("transformer_blocks", ("attn", "ff"), _gates, partial(only, "ChromaTransformerBlock"), _STREAMS),
-        Stack("single_transformer_blocks", ("proj_out",), _gates, partial(only, "ChromaSingleTransformerBlock")),
+        Stack(
+            "transformer_blocks",
+            ("attn", "ff"),
+            _gates,
+            partial(only, "ChromaTransformerBlock"),
+            _STREAMS,
+            FusedChromaDoubleBlock,
+        ),
+        Stack(
+            "single_transformer_blocks",
+            ("proj_out",),
+            _gates,
+            partial(only, "ChromaSingleTransformerBlock"),
+            fused=FusedChromaSingleBlock,
+        ),
     ),
     run_mark="txt_ids",
 )

@@ -7,11 +7,12 @@ residual stream. What a block is given is left alone, as others may hold it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from qandc.caching.features import Target
 from qandc.models.family import Call
@@ -33,13 +34,14 @@ from qandc.models.two_streams import (
     TwoStreams,
     attend,
     clip_,
+    outer_mask,
     plain_adaln,
     why_not_heads,
     why_not_rotary,
 )
 from qandc.support.attach import original_class
 
-__all__ = ["FusedDoubleBlock", "FusedSingleBlock"]
+__all__ = ["FusedDoubleBlock", "FusedSingleBlock", "why_not_attention"]
 
 
 class _FluxBlock:
@@ -58,7 +60,8 @@ class FusedSingleBlock(_FluxBlock):
     layers: ClassVar[tuple[str, ...]] = (*QKV, "proj_mlp", "proj_out")
 
     def __init__(self, block: Any) -> None:
-        self.modulation, self.out_layer = block.norm.linear, block.proj_out
+        self.modulation: Any = getattr(block.norm, "linear", None)  # None where a block is given modulations
+        self.out_layer = block.proj_out
         self.project = Projection(block, block.norm.norm, QKV, HEAD_NORMS)
         self.processor, self.heads = block.attn.processor, block.attn.heads
         self.mlp, self.out = product_of(block.proj_mlp), product_of(block.proj_out)
@@ -74,30 +77,44 @@ class FusedSingleBlock(_FluxBlock):
             return f"the block is {original_class(block).__name__}, not one of FLUX.1"
         if not plain_adaln(block.norm, AdaLayerNormZeroSingle):
             return "its norm is not that of FLUX.1"
+        return cls.why_not_parts(block)
+
+    @classmethod
+    def why_not_parts(cls, block: Any) -> str | None:
+        """Say why activation, attention or layers of a block can't run fused, or None."""
         if type(block.act_mlp) is not nn.GELU or block.act_mlp.approximate != "tanh":
             return "its activation is not tanh-GELU"
         return (
-            _why_not_attention(block)
+            why_not_attention(block)
             or why_not_heads(block.attn, (HEAD_NORMS,), nn.RMSNorm)
             or why_not_layers(block, cls.layers, (*QKV, "proj_mlp"))
             or why_not_one_product(block, QKV)
             or why_not_one_input(block, (*QKV, "proj_mlp"))
         )
 
-    def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> tuple[Tensor, Tensor]:
         text, image = call["encoder_hidden_states"], call["hidden_states"]
         given = _side_by_side(text, image)
-        x = torch.cat([text, image], 1) if given is None else torch.empty_like(given)
-        modulation = self.modulation(F.silu(call["temb"])).expand(len(x), -1).chunk(3, 1)
+        modulation = self.modulation(F.silu(call["temb"])).chunk(3, 1)
+        joined = torch.cat([text, image], 1) if given is None else given
+        x = self.run(joined, modulation, call, targets[0], in_place=given is None)
+        return x[:, : text.shape[1]], x[:, text.shape[1] :]
+
+    def run(
+        self, given: Tensor, modulation: Sequence[Tensor], call: Call, target: Target | None, *, in_place: bool = False
+    ) -> Tensor:
+        """Return the sequence ``given [B, tokens, D]`` with what the block adds."""
+        x = given if in_place else torch.empty_like(given)
+        modulation = [part.expand(len(x), -1) for part in modulation]
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
-        source, copy = (x, None) if given is None else (given, x)
-        xq, x_scale = self.project(source, modulation, call["image_rotary_emb"], qkv, copy)
-        attended = divided(attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor), self.out_layer)
+        xq, x_scale = self.project(given, modulation, call["image_rotary_emb"], qkv, None if in_place else x)
+        mask = outer_mask(call.get("attention_mask"))
+        attended = divided(attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor, mask), self.out_layer)
         mlp = self.mlp._replace(x_scale=x_scale)
         both = mlp.gelu_quantize(xq, self.out, self.multiplier, attended, self.out_layer.nan_flag)
-        self.out.gate_residual_(x, both, modulation[2], targets[0])
+        self.out.gate_residual_(x, both, modulation[2], target)
         clip_(x)
-        return x[:, : text.shape[1]], x[:, text.shape[1] :]
+        return x
 
 
 class FusedDoubleBlock(_FluxBlock, TwoStreams):
@@ -121,10 +138,10 @@ class FusedDoubleBlock(_FluxBlock, TwoStreams):
             return f"the block is {original_class(block).__name__}, not one of FLUX.1"
         if not all(plain_adaln(norm, AdaLayerNormZero) for norm in (block.norm1, block.norm1_context)):
             return "its norms are not those of FLUX.1"
-        return _why_not_attention(block) or cls.why_not_streams(block, nn.RMSNorm)
+        return why_not_attention(block) or cls.why_not_streams(block, nn.RMSNorm)
 
 
-def _side_by_side(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor | None:
+def _side_by_side(text: Tensor, image: Tensor) -> Tensor | None:
     """Return two streams as one sequence if they lie so in memory, as those from a fused block do, or None."""
     tokens, same = text.shape[1], text.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
     behind = image.storage_offset() == text.storage_offset() + tokens * text.stride(1)
@@ -133,7 +150,8 @@ def _side_by_side(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor | Non
     return text.as_strided((text.shape[0], tokens + image.shape[1], text.shape[2]), text.stride())
 
 
-def _why_not_attention(block: Any) -> str | None:
+def why_not_attention(block: Any) -> str | None:
+    """Say why the attention of a block is not the plain one of FLUX.1, or None."""
     from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
     plain = original_class(block.attn) is FluxAttention and type(block.attn.processor) is FluxAttnProcessor

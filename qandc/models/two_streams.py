@@ -1,4 +1,4 @@
-"""Run blocks of two streams, text and image, on fused kernels: what FLUX.1, Qwen-Image and SD3.5 share.
+"""Run blocks of two streams, text and image, on fused kernels: what FLUX.1, Chroma, Qwen-Image and SD3.5 share.
 
 Each stream is LayerNorm + modulate + quantize, one product for q, k and v, norms and rotation of their heads; then
 comes one attention; then of each stream its quantization, a product that adds gate · y to the residual stream, and the
@@ -51,6 +51,7 @@ __all__ = [
     "TwoStreams",
     "attend",
     "clip_",
+    "outer_mask",
     "plain_adaln",
     "why_not_heads",
     "why_not_rotary",
@@ -103,13 +104,13 @@ class Stream(NamedTuple):
     Attributes:
         norms: before attention and before the MLP.
         modulation: the layer that gives shift, scale and gate ``[B, 6 · D]`` of attention and MLP, ``[B, 9 · D]`` with
-            those of :attr:`TwoStreams.beside`.
+            those of :attr:`TwoStreams.beside`; None where a block is given them.
         qkv, out, mlp: names of layers.
         head_norms: names of the norms of q and k in the attention.
     """
 
     norms: tuple[str, str]
-    modulation: str
+    modulation: str | None
     qkv: tuple[str, str, str]
     head_norms: tuple[str, str]
     out: str
@@ -125,7 +126,7 @@ class _FusedStream:
     """Run one of two streams, before and after attention."""
 
     def __init__(self, block: Any, parts: Stream) -> None:
-        self.modulation = block.get_submodule(parts.modulation)
+        self.modulation = None if parts.modulation is None else block.get_submodule(parts.modulation)
         norm, norm_mlp = (block.get_submodule(name) for name in parts.norms)
         self.project = Projection(block, norm, parts.qkv, parts.head_norms)
         self.out_layer, self.mlp = block.get_submodule(parts.out), Mlp(norm_mlp, getattr(block, parts.mlp))
@@ -197,6 +198,11 @@ class TwoStreams:
         """Return cosines and sines of text and image."""
         raise NotImplementedError
 
+    def modulations_of(self, temb: Tensor) -> list[Sequence[Tensor]]:
+        """Return shift, scale and gate of each attention and MLP, ``[B, D]``, of text and image."""
+        layers = [stream.modulation for stream in self.streams]
+        return [layer(F.silu(temb)).split(temb.shape[-1], 1) for layer in layers if layer is not None]
+
     @classmethod
     def why_not_streams(cls, block: Any, kind: type[Any]) -> str | None:
         """Say why norms, MLPs or layers of the streams can't run fused, or None; ``kind``: of the norms of heads."""
@@ -212,7 +218,7 @@ class TwoStreams:
         return reason
 
     def __call__(self, call: Call, targets: tuple[Target | None, ...]) -> tuple[Tensor, Tensor]:
-        given, temb = [call["encoder_hidden_states"], call["hidden_states"]], F.silu(call["temb"])
+        given, temb = [call["encoder_hidden_states"], call["hidden_states"]], call["temb"]
         samples = max(map(len, (*given, temb)))  # there may be one negative prompt for several images
         given, tokens = [x.expand(samples, -1, -1) for x in given], [x.shape[1] for x in given]
         width = given[1].shape[2]
@@ -220,12 +226,13 @@ class TwoStreams:
             text, image = given[1].new_empty(1, sum(tokens), width).split(tokens, 1)
         else:  # what is added to has no gaps
             text, image = (x.new_empty(x.shape) for x in given)
-        modulations = [stream.modulation(temb).expand(samples, -1).split(width, 1) for stream in self.streams]
+        modulations = [[part.expand(samples, -1) for part in parts] for parts in self.modulations_of(temb)]
         qkv = given[1].new_empty(samples, sum(tokens), 3 * width)
         rest = zip(modulations, self.tables_of(call), qkv.split(tokens, 1), (text, image), strict=True)
         for stream, x, (modulation, tables, out, copy) in zip(self.streams, given, rest, strict=True):
             stream.project(x, modulation, tables, out, copy)
-        attended = attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor).split(tokens, 1)
+        mask = outer_mask(call.get("attention_mask"))
+        attended = attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor, mask).split(tokens, 1)
         of_text, of_image = modulations
         self.streams[0].add_attention_(text, attended[0], of_text[2], None)
         self.streams[0].add_mlp_(text, of_text[3:], None)
@@ -237,15 +244,20 @@ class TwoStreams:
         return text, image
 
 
-def attend(qkv: Tensor, processor: Any) -> Tensor:
+def outer_mask(mask: Tensor | None) -> Tensor | None:
+    """Return the mask of pairs ``[B, 1, tokens, tokens]`` that blocks of Chroma make of theirs, ``[B, tokens]``."""
+    return None if mask is None else mask[:, None, None, :] * mask[:, None, :, None]
+
+
+def attend(qkv: Tensor, processor: Any, mask: Tensor | None = None) -> Tensor:
     """Return attention ``[B, tokens, heads, D]`` by diffusers' backend, if one was chosen, or the fastest of torch."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     if getattr(processor, "_parallel_config", None) is not None:
         raise ModelError("enable_parallelism was called after fuse, which then lacks tokens; call unfuse before it")
     q, k, v = qkv.unbind(2)
-    with _fastest(q):
-        return dispatch_attention_fn(q, k, v, backend=getattr(processor, "_attention_backend", None))
+    with _fastest(q) if mask is None else nullcontext():  # with a mask torch chooses
+        return dispatch_attention_fn(q, k, v, mask, backend=getattr(processor, "_attention_backend", None))
 
 
 def _fastest(q: Tensor) -> AbstractContextManager[Any]:
