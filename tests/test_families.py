@@ -58,7 +58,7 @@ from tests.tiny_pipelines import qwen_vae, vae, wan_vae
 STEPS = tuple(range(900, 400, -50))
 CHROMA, Z_IMAGE = "ChromaTransformer2DModel", "ZImageTransformer2DModel"
 FRACTIONS = ("FluxTransformer2DModel", CHROMA, "QwenImageTransformer2DModel", Z_IMAGE)  # their timesteps end at 1
-FUSED = [f"{name}Transformer2DModel" for name in ("DiT", "PixArt", "Flux", "QwenImage", "SD3")]
+FUSED = [f"{name}Transformer2DModel" for name in ("DiT", "PixArt", "Flux", "Chroma", "QwenImage", "SD3")]
 OF_EACH_MODE = ("delta", "branch", "taylor 2 uneven", "hicache 2 uneven", "crf")
 
 
