@@ -239,7 +239,8 @@ def optimize(
             :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits, and what it
             was saved with is used. Settings without a model quantize the pipeline's own.
         compile: compile the blocks, which takes a minute at the first image, or fuse them (DiT, FLUX.1, Chroma,
-            Qwen-Image, SD3.5, PixArt, once calibrated), and replay steps from CUDA graphs. By default where the model is on a GPU.
+            Qwen-Image, SD3.5, PixArt, once calibrated), and replay steps from CUDA graphs. By default where the model
+            is on a GPU.
         restorable: keep what is replaced, in host memory.
         calibration: with ``calibrate_on``, other arguments of ``calibrate_on_prompts``, of which those of the
             pipeline's call are some: ``num_inference_steps=28, height=1024, pool_images=8``.
