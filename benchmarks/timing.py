@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qandc_kernels.capture import capturing
+from qandc_kernels import capturing
 
 __all__ = ["CLOCK", "DEVICE", "Candidate", "Timed", "capture", "launches_for", "prepare", "relative_error"]
 

@@ -7,6 +7,7 @@ Triton.
 
 from qandc_kernels import packing, reference
 from qandc_kernels.backend import Backend, select_backend, use_backend
+from qandc_kernels.capture import capturing
 from qandc_kernels.errors import ArgumentError, DeviceError, QandCError
 from qandc_kernels.ops._operands import FLOAT_DTYPES, LARGEST_K
 from qandc_kernels.ops.attention import attention_quantize_per_tensor
@@ -45,6 +46,7 @@ __all__ = [
     "adaln_quantize_per_token",
     "attention_quantize_per_tensor",
     "batched_linear",
+    "capturing",
     "corrected_gates",
     "gated_sum",
     "guided_step",

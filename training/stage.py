@@ -18,7 +18,7 @@ import torch.distributed.nn.functional  # first imported in a group it keeps it,
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from qandc_kernels.capture import capturing
+from qandc_kernels import capturing
 
 CHECKPOINT_SECONDS = 60
 Shapes = tuple[torch.Size, ...]

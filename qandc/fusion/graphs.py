@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from qandc_kernels.capture import capturing
+from qandc_kernels import capturing
 
 __all__ = ["PLAIN", "GraphCache", "ReplayLock", "unknown_part", "versions"]
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qandc_kernels import attention_quantize_per_tensor, reference
-from qandc_kernels.capture import capturing
+from qandc_kernels import attention_quantize_per_tensor, capturing, reference
 from qandc_kernels.tiles.tables import Gpu
 from tests.kernels.oracle import assert_rounded, float_dtypes
 
@@ -54,8 +53,8 @@ def assert_quantized(out, q, k, v, scale=SCALE, zero_point=ZERO_POINT, bias=None
     assert out.dtype == torch.int8
     assert out.is_contiguous()
     assert (difference <= 0.5 + 1e-3 + TOLERANCES[q.dtype] * largest / scale).all(), difference.max()
-    # and on the whole as good as rounding the truth
-    assert (out.cpu().double() != expected.round()).double().mean() < 100 * TOLERANCES[q.dtype]
+    # and on the whole as good as rounding the truth, of which a few outputs say nothing
+    assert (out.cpu().double() != expected.round()).sum() <= 2 + 100 * TOLERANCES[q.dtype] * out.numel()
 
 
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)

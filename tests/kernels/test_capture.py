@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from qandc_kernels.capture import capturing
+from qandc_kernels import capturing
 
 
 @pytest.mark.parametrize("collecting", [True, False])

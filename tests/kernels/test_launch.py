@@ -13,8 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qandc_kernels import int4_linear, int8_linear, pack_int4, quantize_per_tensor, quantize_per_token, reference
-from qandc_kernels.capture import capturing
+from qandc_kernels import (
+    capturing,
+    int4_linear,
+    int8_linear,
+    pack_int4,
+    quantize_per_tensor,
+    quantize_per_token,
+    reference,
+)
 from qandc_kernels.errors import DeviceError
 from qandc_kernels.triton import _launch
 from qandc_kernels.triton._driver import DriverKernel, NotSupported, Operand, Tiles

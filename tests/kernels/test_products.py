@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc_kernels import (
+    capturing,
     int4_linear,
     int8_linear,
     int8_matmul,
@@ -21,7 +22,6 @@ from qandc_kernels import (
     unpack_int4,
     weight_only_linear,
 )
-from qandc_kernels.capture import capturing
 from qandc_kernels.tiles.tables import GemmTile
 from qandc_kernels.triton import linear as linear_kernels
 from qandc_kernels.triton.int8_gemm import int8_gemm_triton
