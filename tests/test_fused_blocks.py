@@ -291,8 +291,6 @@ def test_streams_of_one_row_lie_in_one_tensor(fused_anywhere, ran, monkeypatch):
 @pytest.mark.parametrize("w_bits", [8, 4])
 def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, ran, name, w_bits):
     """Compare fused blocks with unfused ones: interpreted with a block of each kind, on a GPU with real head sizes."""
-    if kernel_device.type == "cpu" and (name == STABLE or (name, w_bits) == (LODESTONE, 4)):
-        pytest.skip("interpreted, the kernels of its medium size, or of FLUX.1, stand for it")
     sizes, dtypes = [{NAME: {"num_layers": 1, "num_single_layers": 1}}.get(name, {})], [torch.float32, torch.float16]
     if kernel_device.type == "cuda":
         sizes, dtypes = [], [*dtypes, torch.bfloat16]

@@ -21,6 +21,7 @@ import torch
 from benchmarks import record
 from benchmarks.goals import SUITES
 from qandc.support import results
+from tests.test_benchmarks import environment
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -121,9 +122,8 @@ def test_portions_select_all_benchmarks(tmp_path):
     words = [shlex.split(line.format(python="", card=tmp_path, out="", scratch=""))[3:] for line in lines]
     words.append(["benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"])
     code = "import json, pytest, sys\nfor words in json.loads(sys.argv[1]): pytest.main([*words, '--co']), print('=')"
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of xdist
     command = [sys.executable, "-c", code, json.dumps(words)]
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     *found, every, _ = (set(re.findall("^benchmarks/.*::.*$", part, re.MULTILINE)) for part in done.stdout.split("=\n"))
     assert [line for line, measured in zip(lines, found, strict=True) if not measured] == []
     left = every - set().union(*found)

@@ -172,7 +172,7 @@ def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -
 
 @checked
 def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
-    """Run a quantized, calibrated DiT, FLUX.1, Chroma, Qwen-Image, SD3.5 or PixArt on fused kernels, in any pipeline.
+    """Run a quantized, calibrated DiT, FLUX.1, Chroma, Qwen-Image, SD3.5 or PixArt on fused kernels, in its pipeline.
 
     A block becomes seven launches (of the others a few more) without an int32 or a 16-bit copy of int8 data in
     between. Of DiT the conditioning of all blocks becomes a few batched products, and a forward one CUDA graph for each

@@ -63,6 +63,5 @@ def _why_not_kind(block: Any, kind: type[Any]) -> str | None:
 
 
 def _why_not_norms(kind: type[Any], *norms: Any) -> str | None:
-    kinds = {type(norm) for norm in norms} == {kind}
-    plain = kinds and all(getattr(norm, "emb", None) is None and plain_norm(norm.norm) for norm in norms)
+    plain = all(type(norm) is kind and getattr(norm, "emb", None) is None and plain_norm(norm.norm) for norm in norms)
     return None if plain else "its norms are not those of Chroma"

@@ -23,7 +23,6 @@ from qandc.errors import ModelError
 from qandc.models.family import Call
 from qandc.models.products import (
     Mlp,
-    Product,
     is_gelu_mlp,
     joined,
     modulated,
@@ -122,14 +121,12 @@ class Stream(NamedTuple):
         return *self.qkv, self.out, *_mlp_of(self.mlp)
 
 
-class _FusedStream:
-    """Run one of two streams, before and after attention."""
+class _Branch:
+    """Run what comes before and after an attention, in one stream."""
 
-    def __init__(self, block: Any, parts: Stream) -> None:
-        self.modulation = None if parts.modulation is None else block.get_submodule(parts.modulation)
-        norm, norm_mlp = (block.get_submodule(name) for name in parts.norms)
-        self.project = Projection(block, norm, parts.qkv, parts.head_norms)
-        self.out_layer, self.mlp = block.get_submodule(parts.out), Mlp(norm_mlp, getattr(block, parts.mlp))
+    def __init__(self, block: Any, norm: Any, qkv: Sequence[str], head_norms: Sequence[str], out: str) -> None:
+        self.project = Projection(block, norm, qkv, head_norms)
+        self.out_layer = block.get_submodule(out)
         self.out = product_of(self.out_layer)
 
     def add_attention_(self, x: Tensor, attended: Tensor, gate: Tensor, target: Target | None) -> None:
@@ -137,27 +134,34 @@ class _FusedStream:
         xq, out = quantized(attended, self.out_layer, self.out)
         out.gate_residual_(x, xq, gate, target)
 
+
+class _FusedStream(_Branch):
+    """Run one of two streams, before and after attention."""
+
+    def __init__(self, block: Any, parts: Stream) -> None:
+        norm, norm_mlp = (block.get_submodule(name) for name in parts.norms)
+        super().__init__(block, norm, parts.qkv, parts.head_norms, parts.out)
+        self.modulation = None if parts.modulation is None else block.get_submodule(parts.modulation)
+        self.mlp = Mlp(norm_mlp, getattr(block, parts.mlp))
+
     def add_mlp_(self, x: Tensor, modulation: Sequence[Tensor], target: Target | None) -> None:
         """Add the MLP to the stream, in place."""
         self.mlp.add_(x, modulation, target)
         clip_(x)
 
 
-class SelfAttention:
+class SelfAttention(_Branch):
     """Attend among the tokens of the image alone, beside the attention of both streams."""
 
     def __init__(self, block: Any, norm: Any, qkv: Sequence[str], out: str) -> None:
-        self.project = Projection(block, norm, qkv, HEAD_NORMS)
+        super().__init__(block, norm, qkv, HEAD_NORMS, out)
         self.processor = block.get_submodule(qkv[0].rpartition(".")[0]).processor
-        self.out_layer = block.get_submodule(out)
-        self.out = product_of(self.out_layer)
 
-    def __call__(self, x: Tensor, modulation: Sequence[Tensor]) -> tuple[Tensor, Product]:
-        """Return attention among what is modulated, quantized, and the product that takes it."""
+    def __call__(self, x: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        """Return attention ``[B, tokens, heads, D]`` among what is modulated."""
         qkv = x.new_empty(*x.shape[:2], 3 * x.shape[2])
         self.project(x, modulation, (None, None), qkv)
-        attended = attend(qkv.unflatten(2, (3, self.project.heads, -1)), self.processor)
-        return quantized(attended, self.out_layer, self.out)
+        return attend(qkv.unflatten(2, (3, self.project.heads, -1)), self.processor)
 
 
 ADALN_TEXT = Stream(
@@ -238,8 +242,7 @@ class TwoStreams:
         self.streams[0].add_mlp_(text, of_text[3:], None)
         self.streams[1].add_attention_(image, attended[1], of_image[2], targets[0])
         if self.beside is not None:
-            xq, out = self.beside(given[1], of_image[6:])
-            out.gate_residual_(image, xq, of_image[8], targets[2])
+            self.beside.add_attention_(image, self.beside(given[1], of_image[6:]), of_image[8], targets[2])
         self.streams[1].add_mlp_(image, of_image[3:], targets[1])
         return text, image
 
