@@ -548,11 +548,11 @@ def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
     return lines
 
 
-def by_turns_table(result: dict[str, Any]) -> list[str]:
-    """Compare medians of both in the same rounds."""
+def by_turns_table(result: dict[str, Any], what: str = "ms a forward", us: float = 1e3, digits: int = 1) -> list[str]:
+    """Compare medians of both in the same rounds, in a unit of so many microseconds."""
     rows = {(row["layer"], row["candidate"]): row for row in result["rows"] if "rival_median_us" in row}
     layers, names = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
-    lines = [f"| ms a forward: bf16, ours | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
+    lines = [f"| {what}: bf16, ours | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     for name in names:
         cells = []
         for layer in layers:
@@ -560,8 +560,9 @@ def by_turns_table(result: dict[str, Any]) -> list[str]:
             if row is None:
                 cells.append("")
                 continue
-            theirs, ours = row["rival_median_us"] / 1e3, row["median_us"] / 1e3
-            cells.append(f"{theirs:.1f}, {ours:.1f} (**{row.get('rival_ratio', theirs / ours):.2f}x**)")
+            theirs, ours = row["rival_median_us"] / us, row["median_us"] / us
+            ratio = row.get("rival_ratio", theirs / ours)
+            cells.append(f"{theirs:.{digits}f}, {ours:.{digits}f} (**{ratio:.2f}x**)")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -816,6 +817,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "models-fused.json": models_fused_table,  # of former runs, until models.json and model.json are measured anew
     "models-by-turns.json": by_turns_table,
     "models-graphs.json": by_turns_table,
+    "models-fused-by-turns.json": by_turns_table,
+    "images-fused.json": partial(by_turns_table, what="s an image of 28 steps", us=1e6, digits=2),
     "models-fp8.json": models_table,
     "model-drop-in.json": drop_in_table,
     "products.json": products_table,

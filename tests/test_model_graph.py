@@ -29,7 +29,7 @@ from qandc.fusion.graphs import unknown_part
 from qandc.fusion.model_graph import Graphed, UnknownArgumentError, rebuild, structure_of
 from qandc.support.watch import Watch
 from tests.conftest import make_dit
-from tests.tiny_models import inputs_of, make_tiny
+from tests.tiny_models import inputs_of, make_tiny, output_of
 
 GPU = pytest.mark.gpu
 
@@ -146,6 +146,18 @@ def test_refusals():
     compiled.compile(backend="eager")
     with pytest.raises(ModelError, match="was replaced"):
         graph(compiled)
+
+
+def test_what_a_capture_needs_changes_nothing():
+    """Chroma embeds its guidance without a copy from the host; copies of the model do so, too."""
+    model, inputs = make_tiny("ChromaTransformer2DModel").bfloat16(), inputs_of("ChromaTransformer2DModel")
+    inputs = {key: x.bfloat16() for key, x in inputs.items()}
+    cls, expected = type(model.time_text_embed), output_of(model, inputs)
+    for each in (graph(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(each.time_text_embed) is not cls
+        assert torch.equal(output_of(each, inputs), expected)
+        assert type(ungraph(each).time_text_embed) is cls
+        assert torch.equal(output_of(each, inputs), expected)
 
 
 @pytest.mark.parametrize("cached_first", [False, True])

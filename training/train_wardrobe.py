@@ -1,4 +1,4 @@
-"""Train wardrobe, the pipeline that draws from words: an autoencoder, then text encoders and transformer together.
+"""Train wardrobe, the pipeline that draws from words: an autoencoder, T5, then CLIP and transformer together.
 
     python training/train_wardrobe.py --work build/wardrobe --out qandc/assets      # on one GPU
     torchrun --nproc-per-node 4 training/train_wardrobe.py --out qandc/assets   # on four: batches four times as large
@@ -24,16 +24,18 @@ import typer
 from diffusers import AutoencoderKL, FluxPipeline
 from joblib import Parallel, delayed
 from torch import nn
+from transformers import T5EncoderModel
 
 from fashion_mnist import DEFAULT_DIRECTORY, Data
-from qandc.evaluation.scenes import draw_scenes, scene_arrays
+from qandc.evaluation.scenes import COLOURS, KINDS, PLACES, draw_scenes, scene_arrays
 from stage import Stage, autocast
 from train_fashion_dit import normalize_latents
-from wardrobe_model import TEXT_LENGTH, make_pipeline, make_tokenizer, make_vae
+from wardrobe_model import TEXT_LENGTH, make_pipeline, make_t5, make_tokenizer, make_vae
 from wardrobe_pictures import GarmentImages
 
 USUAL_TEXT_LENGTH = 512  # to which FluxPipeline pads where nobody says otherwise
 PORTION = 8192  # scenes that one process draws at a time
+GARMENTS = len(KINDS) * len(COLOURS)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Settings:
     scenes: int = 1 << 20
     vae_steps: int = 6000
     vae_kl_weight: float = 1e-4
+    reader_steps: int = 6000
     steps: int = 40000
     batch: int = 512
     learning_rate: float = 1e-3
@@ -81,11 +84,15 @@ class Source:
         *self.garments, self.words = (part.to(device) for part in scenes)
         self.images, self.device = garments, device
 
+    def scenes(self, generator: torch.Generator, count: int) -> list[torch.Tensor]:
+        """Return kinds, colours and places ``[count, 4]``, -1 where there is no garment, and tokens ``[count, 64]``."""
+        index = torch.randint(len(self.words), (count,), generator=generator, device=self.device)
+        return [part[index].long() for part in (*self.garments, self.words)]
+
     def __call__(self, generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return pictures ``[count, 3, 64, 64]`` in [-1, 1] and tokens ``[count, 64]``."""
-        index = torch.randint(len(self.words), (count,), generator=generator, device=self.device)
-        kinds, colours, places = (part[index] for part in self.garments)
-        return self.images.draw(kinds, colours, places, generator), self.words[index].long()
+        *garments, words = self.scenes(generator, count)
+        return self.images.draw(*garments, generator), words
 
 
 def train_vae(
@@ -117,24 +124,76 @@ def train_vae(
     return vae
 
 
+def read(t5: T5EncoderModel, words: torch.Tensor) -> torch.Tensor:
+    """Encode tokens ``[N, L]`` as ``FluxPipeline`` does, padding included: ``[N, L, 128]``."""
+    # without a mask, transformers makes one in a capture only, for which compiled blocks would be compiled anew
+    unmasked = torch.zeros(1, 1, words.shape[1], words.shape[1], device=words.device)
+    return t5(words, attention_mask=unmasked)[0]
+
+
+class Reader(nn.Module):
+    """Tell from a caption which kind of garment in which colour is where: by one attention, as a transformer asks."""
+
+    def __init__(self, t5: T5EncoderModel) -> None:
+        super().__init__()
+        width = t5.config.d_model
+        self.t5, self.places = t5, nn.Parameter(torch.randn(len(PLACES), width))
+        self.attention = nn.MultiheadAttention(width, t5.config.num_heads, batch_first=True)
+        self.answer = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, GARMENTS + 1)
+        )
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        """Map tokens ``[N, L]`` to logits ``[N, places, kinds x colours + 1]``; the last is no garment."""
+        text = read(self.t5, words)
+        return self.answer(self.attention(self.places.expand(len(text), -1, -1), text, text, need_weights=False)[0])
+
+
+def train_reader(
+    source: Source, settings: Settings, work: Path, *, compile_model: bool, batch: int = 1024
+) -> T5EncoderModel:
+    """Train T5 to say what a caption puts where: the loss of pictures alone takes millions to bind words to words."""
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        kinds, colours, places, words = source.scenes(generator, batch)
+        # where there is no garment, it goes to a place behind the last
+        target = torch.full((batch, len(PLACES) + 1), GARMENTS, device=source.device)
+        target.scatter_(1, places.where(places >= 0, len(PLACES)), kinds * len(COLOURS) + colours)
+        return words, target[:, :-1]
+
+    def loss(model: nn.Module, words: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with autocast(source.device):
+            logits = model(words)
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+
+    torch.manual_seed(settings.seed)
+    model = Reader(make_t5(len(make_tokenizer(start=False)))).to(source.device)
+    if compile_model:
+        for block in model.t5.encoder.block:
+            block.compile(dynamic=False)
+    stage = Stage(
+        "reader", model, draw, loss, settings.of("reader"), work, steps=settings.reader_steps, ema_decay=0.999
+    )
+    return stage.run().t5.requires_grad_(False)
+
+
 class TextToImage(nn.Module):
     """Predict the velocity of latents from a caption: what ``FluxPipeline`` computes in one step."""
 
     def __init__(self, pipe: FluxPipeline) -> None:
         super().__init__()
-        self.transformer, self.clip, self.t5 = pipe.transformer, pipe.text_encoder, pipe.text_encoder_2
+        self.transformer, self.clip = pipe.transformer, pipe.text_encoder
         self.register_buffer("img_ids", FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32))
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Map latents ``[N, C, 16, 16]``, noise levels ``[N]`` and T5's tokens ``[N, L]`` to ``[N, 64, 4 C]``."""
+    def forward(
+        self, latents: torch.Tensor, sigma: torch.Tensor, words: torch.Tensor, text: torch.Tensor
+    ) -> torch.Tensor:
+        """Map latents ``[N, C, 16, 16]``, noise levels ``[N]``, tokens and T5's output to ``[N, 64, 4 C]``."""
         start = torch.full_like(words[:, :1], self.clip.config.bos_token_id)
-        pooled = self.clip(torch.cat([start, words[:, : TEXT_LENGTH - 1]], 1)).pooler_output
-        # without one, transformers makes one in a capture only, for which compiled blocks would be compiled anew
-        unmasked = torch.zeros(1, 1, words.shape[1], words.shape[1], device=words.device)
         return self.transformer(
             hidden_states=pack(latents),
-            encoder_hidden_states=self.t5(words, attention_mask=unmasked)[0],
-            pooled_projections=pooled,
+            encoder_hidden_states=text,
+            pooled_projections=self.clip(torch.cat([start, words[:, : TEXT_LENGTH - 1]], 1)).pooler_output,
             timestep=sigma,
             img_ids=self.img_ids,
             txt_ids=torch.zeros(words.shape[1], 3, device=latents.device),
@@ -147,11 +206,12 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 def train_transformer(
-    vae: AutoencoderKL, source: Source, settings: Settings, work: Path, *, compile_model: bool
+    vae: AutoencoderKL, t5: T5EncoderModel, source: Source, settings: Settings, work: Path, *, compile_model: bool
 ) -> FluxPipeline:
     """Train by flow matching: ``x_σ = (1 - σ) x + σ ε``, loss ``(v̂ - (ε - x))²`` (Esser et al. 2024)."""
     vae.requires_grad_(False)
-    pipe = make_pipeline(settings.seed, vae.config.latent_channels, vae=vae)
+    fixed = {"vae": vae, "text_encoder_2": t5}
+    pipe = make_pipeline(settings.seed, vae.config.latent_channels, **fixed)
     model = TextToImage(pipe).to(source.device).requires_grad_(True)
 
     def posterior_of(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,27 +239,29 @@ def train_transformer(
         empty = torch.full_like(words, pad)
         empty[:, 0] = end
         words = F.pad(torch.where(dropped, empty, words), (0, length - TEXT_LENGTH), value=pad)
-        return mean.float() + std.float() * rest, noise, sigma, words
+        with autocast(device):
+            text = read(t5, words)
+        return mean.float() + std.float() * rest, noise, sigma, words, text
 
     def loss(
-        model: nn.Module, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, words: torch.Tensor
+        model: nn.Module, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, *text: torch.Tensor
     ) -> torch.Tensor:
         level = sigma[:, None, None, None]
         with autocast(source.device):
-            velocity = model(torch.lerp(latents, noise, level), sigma, words)
+            velocity = model(torch.lerp(latents, noise, level), sigma, *text)
         return F.mse_loss(velocity.float(), pack(noise - latents))
 
     if compile_model:
-        transformer, reader = pipe.transformer, pipe.text_encoder_2.encoder
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *reader.block):
+        transformer = pipe.transformer
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *t5.encoder.block):
             block.compile(dynamic=False)
     stage = Stage(
         "transformer", model, draw, loss, asdict(settings), work, steps=settings.steps, ema_decay=settings.ema,
         learning_rate=settings.learning_rate,
     )  # fmt: skip
     trained = stage.run()
-    parts = {"transformer": trained.transformer, "text_encoder": trained.clip, "text_encoder_2": trained.t5}
-    return make_pipeline(settings.seed, vae.config.latent_channels, vae=vae, **parts)
+    parts = {"transformer": trained.transformer, "text_encoder": trained.clip, **fixed}
+    return make_pipeline(settings.seed, vae.config.latent_channels, **parts)
 
 
 def export(pipe: FluxPipeline, out: Path) -> None:
@@ -224,6 +286,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, max=2**18)] = 0,
     scenes: int = Settings.scenes,
     vae_steps: int = Settings.vae_steps,
+    reader_steps: Annotated[int, typer.Option(help="Of T5, which learns to read before.")] = Settings.reader_steps,
     steps: int = Settings.steps,
     batch: Annotated[int, typer.Option(help="Pictures per step and GPU.")] = Settings.batch,
     channels: Annotated[int, typer.Option(help="Channels of the latents.")] = 4,
@@ -231,13 +294,15 @@ def main(
     compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile the models.")] = True,
     device: str = "cuda",
 ) -> None:
-    """Train wardrobe's autoencoder, text encoders and transformer, and export the pipeline."""
+    """Train wardrobe's autoencoder, T5, CLIP and transformer, and export the pipeline."""
     if "LOCAL_RANK" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
-    settings = Settings(seed=seed, scenes=scenes, vae_steps=vae_steps, steps=steps, batch=batch)
+    settings = Settings(
+        seed=seed, scenes=scenes, vae_steps=vae_steps, reader_steps=reader_steps, steps=steps, batch=batch
+    )
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     inductor_config.quiesce_async_compile_pool = False  # workers that are forked anew hang at times (torch PR 189290)
@@ -253,7 +318,8 @@ def main(
     vae = train_vae(source, settings, work, channels=channels, compile_model=compile_model)
     if stop_after_vae:
         return
-    pipe = train_transformer(vae, source, settings, work, compile_model=compile_model)
+    t5 = train_reader(source, settings, work, compile_model=compile_model)
+    pipe = train_transformer(vae, t5, source, settings, work, compile_model=compile_model)
     if rank == 0:
         export(pipe, out / "wardrobe")
         typer.echo(f"wrote {out / 'wardrobe'}")

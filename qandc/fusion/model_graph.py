@@ -23,6 +23,7 @@ from qandc.errors import ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.fusion.graphs import PLAIN, GraphCache
 from qandc.fusion.modulations import Ahead, Step, attached, handed
+from qandc.models import family_of
 from qandc.models.family import arguments_of
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import Attachment, attach, detach
@@ -229,9 +230,21 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: 
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
     check_planned(model, "it cannot run from CUDA graphs (remove_cache first)")
+    graphed = Graphed(limit, None if pipe is None else Ahead(model, pipe))
     with detached_cache(model):  # the graph is the inner of the two
-        attach(model, _GraphedModel, Graphed(limit, None if pipe is None else Ahead(model, pipe)))
+        for module, mixin in _captured(model):
+            attach(module, mixin)
+        attach(model, _GraphedModel, graphed)
     return model
+
+
+def _captured(model: Any) -> list[tuple[Any, Any]]:
+    """List what is attached within a model, as ``detach`` takes it, so that its forward can be captured."""
+    family = family_of(model)
+    if family is None or family.captured is None:
+        return []
+    name, mixin = family.captured
+    return [(getattr(model, name), mixin)]
 
 
 @checked
@@ -245,6 +258,6 @@ def ungraph(model: ModelT) -> ModelT:
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
     with detached_cache(model):
-        detach([(model, _GraphedModel), *attached(model)], Graphed.attribute, error=ModelError)
+        detach([(model, _GraphedModel), *_captured(model), *attached(model)], Graphed.attribute, error=ModelError)
     graphed.drop()
     return model

@@ -214,6 +214,8 @@ class Family:
             None where images are of other things.
         uncached: arguments with which a forward is no step of a run: it is computed as if no cache were attached.
         modulated: the vector that modulations are made of, where each block has layers of its own for that.
+        captured: a submodule by name, and what is attached to it within CUDA graphs: a forward that gives the same
+            without a copy from the host, which cannot be captured.
         named: adds ``hidden_states``, of which shape, dtype and device count, and a ``timestep`` of each sample, that
             falls, to the arguments of a forward that has others.
     """
@@ -227,6 +229,7 @@ class Family:
     run_mark: str | None = None
     named: Callable[[Call], Call] | None = None
     modulated: Modulated | None = None
+    captured: tuple[str, type[torch.nn.Module]] | None = None
 
     def call_of(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the arguments of ``transformer(*args, **kwargs)`` by name."""
