@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +188,41 @@ def test_what_training_exports_is_loaded_by_every_transformers(tmp_path, monkeyp
     pipe = load_pipeline(tmp_path / "wardrobe")
     assert pipe.tokenizer_2("a velvet dress").input_ids[1] == pipe.tokenizer_2.unk_token_id
     assert call_arguments(pipe, {}) == {"max_sequence_length": 64}
+
+
+def test_training_from_captions_to_a_pipeline(tmp_path, monkeypatch):
+    """T5 learns what is where and is fixed then; a step of the transformer is what the pipeline computes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "training")
+    train, model = (importlib.import_module(name) for name in ("train_wardrobe", "wardrobe_model"))
+    settings = train.Settings(scenes=16, reader_steps=2, steps=2, batch=2, long_text=0.0)
+    *garments, words = train.draw_all_scenes(settings, tmp_path / "scenes.pt")
+    black = SimpleNamespace(draw=lambda kinds, *rest: torch.zeros(len(kinds), 3, 64, 64))
+    source = train.Source((*garments, words), black, torch.device("cpu"))
+    drawn, stage = [], train.Stage
+
+    def noted(name, module, draw, *rest, **named):
+        return stage(name, module, lambda generator: drawn.append(draw(generator)) or drawn[-1], *rest, **named)
+
+    monkeypatch.setattr(train, "Stage", noted)
+    monkeypatch.setattr(train, "autocast", lambda device: nullcontext())
+    t5 = train.train_reader(source, settings, tmp_path, compile_model=False, batch=4)
+    for word, target in zip(*drawn[0], strict=True):
+        scene = next(i for i in range(16) if torch.equal(words[i].long(), word))
+        kinds, colours, places = (part[scene].long() for part in garments)
+        expected = {int(p): int(8 * k + c) for k, c, p in zip(kinds, colours, places, strict=True) if p >= 0}
+        assert {place: int(found) for place, found in enumerate(target) if found != 64} == expected
+
+    before = copy.deepcopy(t5.state_dict())
+    pipe = train.train_transformer(model.make_vae(), t5, source, settings, tmp_path, compile_model=False)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in pipe.text_encoder_2.state_dict().items())
+    assert not torch.equal(pipe.transformer.proj_out.weight, model.make_transformer().proj_out.weight)
+    pipe.transformer.requires_grad_(False).apply(lambda m: getattr(m, "reset_parameters", int)())  # no zeros
+    prompt, sigma, latents = "a red dress on the left", torch.tensor([0.5]), torch.randn(1, 4, 16, 16)
+    text, pooled, places = pipe.encode_prompt(prompt, prompt, max_sequence_length=64)
+    taught = train.TextToImage(pipe).eval()
+    expected = pipe.transformer(train.pack(latents), text, pooled, sigma, taught.img_ids, places, return_dict=False)[0]
+    word = pipe.tokenizer_2(prompt, padding="max_length", max_length=64, return_tensors="pt").input_ids
+    torch.testing.assert_close(taught(latents, sigma, word, train.read(t5, word)), expected)
 
 
 def images(pipe, prompts):

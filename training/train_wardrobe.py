@@ -46,7 +46,7 @@ class Settings:
     scenes: int = 1 << 20
     vae_steps: int = 6000
     vae_kl_weight: float = 1e-4
-    reader_steps: int = 6000
+    reader_steps: int = 3000
     steps: int = 40000
     batch: int = 512
     learning_rate: float = 1e-3
