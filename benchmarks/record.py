@@ -170,9 +170,10 @@ PORTIONS: tuple[Portion, ...] = (
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
     **dict.fromkeys(
-        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "graphs")),
+        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "fused-by-turns", "graphs")),
         "rows that models.json holds from now on",
     ),
+    "images-fused": "rows that images.json holds from now on",
     **dict.fromkeys(("model-torchao", "model-torchao-fp8", "model-drop-in"), "rows that model.json holds from now on"),
 }
 
