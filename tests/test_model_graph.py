@@ -158,6 +158,9 @@ def test_what_a_capture_needs_changes_nothing():
         assert torch.equal(output_of(each, inputs), expected)
         assert type(ungraph(each).time_text_embed) is cls
         assert torch.equal(output_of(each, inputs), expected)
+    other = copy.deepcopy(model.time_text_embed)
+    graph(model).time_text_embed = other  # which nothing was attached to
+    assert type(ungraph(model).time_text_embed) is cls
 
 
 @pytest.mark.parametrize("cached_first", [False, True])

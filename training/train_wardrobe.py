@@ -35,7 +35,7 @@ from wardrobe_pictures import GarmentImages
 
 USUAL_TEXT_LENGTH = 512  # to which FluxPipeline pads where nobody says otherwise
 PORTION = 8192  # scenes that one process draws at a time
-GARMENTS = len(KINDS) * len(COLOURS)
+LOOKS = len(KINDS) * len(COLOURS)  # of a garment
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Reader(nn.Module):
         self.t5, self.places = t5, nn.Parameter(torch.randn(len(PLACES), width))
         self.attention = nn.MultiheadAttention(width, t5.config.num_heads, batch_first=True)
         self.answer = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, GARMENTS + 1)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, LOOKS + 1)
         )
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ def train_reader(
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         kinds, colours, places, words = source.scenes(generator, batch)
         # where there is no garment, it goes to a place behind the last
-        target = torch.full((batch, len(PLACES) + 1), GARMENTS, device=source.device)
+        target = torch.full((batch, len(PLACES) + 1), LOOKS, device=source.device)
         target.scatter_(1, places.where(places >= 0, len(PLACES)), kinds * len(COLOURS) + colours)
         return words, target[:, :-1]
 
@@ -167,7 +167,7 @@ def train_reader(
         return F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
 
     torch.manual_seed(settings.seed)
-    model = Reader(make_t5(len(make_tokenizer(start=False)))).to(source.device)
+    model = Reader(make_t5()).to(source.device)
     if compile_model:
         for block in model.t5.encoder.block:
             block.compile(dynamic=False)

@@ -16,6 +16,7 @@ SIDE = 64
 TEXT_LENGTH = 64  # tokens that the tokenizers keep
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
 SPECIAL = (PAD, UNKNOWN, START, END)
+WORDS = len(VOCABULARY) + len(SPECIAL)  # that the encoders know
 
 
 def make_tokenizer(words: Sequence[str] = VOCABULARY, *, start: bool) -> PreTrainedTokenizerFast:
@@ -35,21 +36,21 @@ def make_tokenizer(words: Sequence[str] = VOCABULARY, *, start: bool) -> PreTrai
     )  # fmt: skip
 
 
-def make_t5(vocabulary: int) -> T5EncoderModel:
+def make_t5() -> T5EncoderModel:
     """Make the encoder that reads word by word: 3 layers of 4 heads x 32, without dropout."""
     return T5EncoderModel(
         T5Config(
-            vocab_size=vocabulary, d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=3, dropout_rate=0.0,
+            vocab_size=WORDS, d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=3, dropout_rate=0.0,
             feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=3,
         )
     )  # fmt: skip
 
 
-def make_clip(vocabulary: int) -> CLIPTextModel:
+def make_clip() -> CLIPTextModel:
     """Make the encoder whose one vector per prompt joins the timestep's: 2 layers of 2 heads x 32."""
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=vocabulary, hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
+            vocab_size=WORDS, hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
             num_attention_heads=2, max_position_embeddings=TEXT_LENGTH, pad_token_id=0, bos_token_id=2, eos_token_id=3,
         )
     )  # fmt: skip
@@ -100,13 +101,12 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def make_pipeline(seed: int = 0, channels: int = 4, **parts: Any) -> FluxPipeline:
     """Build the pipeline with random weights; ``parts`` take the place of its own."""
     torch.manual_seed(seed)
-    words = len(VOCABULARY) + len(SPECIAL)
     own = {
         "scheduler": make_scheduler(),
         "vae": make_vae(channels),
-        "text_encoder": make_clip(words),
+        "text_encoder": make_clip(),
         "tokenizer": make_tokenizer(start=True),
-        "text_encoder_2": make_t5(words),
+        "text_encoder_2": make_t5(),
         "tokenizer_2": make_tokenizer(start=False),
         "transformer": make_transformer(channels),
     }

@@ -230,8 +230,8 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: 
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
     check_planned(model, "it cannot run from CUDA graphs (remove_cache first)")
-    graphed = Graphed(limit, None if pipe is None else Ahead(model, pipe))
     with detached_cache(model):  # the graph is the inner of the two
+        graphed = Graphed(limit, None if pipe is None else Ahead(model, pipe))
         for module, mixin in _captured(model):
             attach(module, mixin)
         attach(model, _GraphedModel, graphed)
@@ -239,7 +239,7 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: 
 
 
 def _captured(model: Any) -> list[tuple[Any, Any]]:
-    """List what is attached within a model, as ``detach`` takes it, so that its forward can be captured."""
+    """List the submodule of a model that needs another forward to be captured, with that forward's class."""
     family = family_of(model)
     if family is None or family.captured is None:
         return []
@@ -258,6 +258,7 @@ def ungraph(model: ModelT) -> ModelT:
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
     with detached_cache(model):
-        detach([(model, _GraphedModel), *_captured(model), *attached(model)], Graphed.attribute, error=ModelError)
+        ours = [pair for pair in _captured(model) if isinstance(*pair)]  # not one that was put there since
+        detach([(model, _GraphedModel), *ours, *attached(model)], Graphed.attribute, error=ModelError)
     graphed.drop()
     return model
