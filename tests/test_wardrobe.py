@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,10 +192,13 @@ def test_what_training_exports_is_loaded_by_every_transformers(tmp_path, monkeyp
 
 
 def test_training_from_captions_to_a_pipeline(tmp_path, monkeypatch):
-    """T5 learns what is where and is fixed then; a step of the transformer is what the pipeline computes."""
+    """T5 learns what is where and is fixed then; a step of the transformer is what the pipeline computes.
+
+    Guidance is learned last.
+    """
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "training")
     train, model = (importlib.import_module(name) for name in ("train_wardrobe", "wardrobe_model"))
-    settings = train.Settings(scenes=16, reader_steps=2, steps=2, batch=2, long_text=0.0)
+    settings = train.Settings(scenes=16, reader_steps=2, steps=2, guidance_steps=2, batch=2, long_text=0.0)
     *garments, words = train.draw_all_scenes(settings, tmp_path / "scenes.pt")
     black = SimpleNamespace(draw=lambda kinds, *rest: torch.zeros(len(kinds), 3, 64, 64))
     source = train.Source((*garments, words), black, torch.device("cpu"))
@@ -213,7 +217,17 @@ def test_training_from_captions_to_a_pipeline(tmp_path, monkeypatch):
         assert {place: int(found) for place, found in enumerate(target) if found != 64} == expected
 
     before = copy.deepcopy(t5.state_dict())
-    pipe = train.train_transformer(model.make_vae(), t5, source, settings, tmp_path, compile_model=False)
+    vae = model.make_vae()
+    pipe = train.train_transformer(vae, t5, source, settings, tmp_path, compile_model=False)
+    *given, target = drawn[-1]
+    unguided = replace(settings, guidance_steps=0)  # goes on where the transformer was trained
+    (tmp_path / "guidance.pt").unlink()
+    teacher = train.TextToImage(train.train_transformer(vae, t5, source, unguided, tmp_path, compile_model=False))
+    noised, sigma, words, text = given
+    empty = torch.tensor([[pipe.tokenizer_2.eos_token_id] + 63 * [pipe.tokenizer_2.pad_token_id]] * 2)
+    free, told = teacher(noised, sigma, empty, train.read(t5, empty)), teacher(*given)
+    torch.testing.assert_close(target, free + settings.guidance_scale * (told - free))
+    assert not torch.equal(pipe.transformer.proj_out.weight, teacher.transformer.proj_out.weight)
     assert all(torch.equal(tensor, before[key]) for key, tensor in pipe.text_encoder_2.state_dict().items())
     assert not torch.equal(pipe.transformer.proj_out.weight, model.make_transformer().proj_out.weight)
     pipe.transformer.requires_grad_(False).apply(lambda m: getattr(m, "reset_parameters", int)())  # no zeros

@@ -1,4 +1,4 @@
-"""Train wardrobe, the pipeline that draws from words: an autoencoder, T5, then CLIP and transformer together.
+"""Train wardrobe, the pipeline that draws from words: an autoencoder, T5, CLIP and transformer, guidance into them.
 
     python training/train_wardrobe.py --work build/wardrobe --out qandc/assets      # on one GPU
     torchrun --nproc-per-node 4 training/train_wardrobe.py --out qandc/assets   # on four: batches four times as large
@@ -9,6 +9,7 @@ same settings it goes on where it stopped.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -17,14 +18,17 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, FluxPipeline
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from joblib import Parallel, delayed
 from torch import nn
 from transformers import T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Block
 
 from fashion_mnist import DEFAULT_DIRECTORY, Data
 from qandc.evaluation.scenes import COLOURS, KINDS, PLACES, draw_scenes, scene_arrays
@@ -53,10 +57,16 @@ class Settings:
     ema: float = 0.9997
     text_dropout: float = 0.1
     long_text: float = 0.05  # share of the steps whose texts are padded to 512 tokens
+    guidance_steps: int = 5000
+    guidance_scale: float = 3.5
 
     def of(self, *parts: str) -> dict[str, int | float]:
         """Return the settings whose names begin with one of these words, and those of all: seed and scenes."""
         return {key: value for key, value in asdict(self).items() if key.startswith(("seed", "scenes", *parts))}
+
+    def of_all_but(self, part: str) -> dict[str, int | float]:
+        """Return the settings whose names do not begin with this word."""
+        return {key: value for key, value in asdict(self).items() if not key.startswith(part)}
 
 
 def portion(count: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -131,6 +141,13 @@ def read(t5: T5EncoderModel, words: torch.Tensor) -> torch.Tensor:
     return t5(words, attention_mask=unmasked)[0]
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block of T5 or the transformer in place: alike ones once."""
+    for module in model.modules():
+        if isinstance(module, (T5Block, FluxTransformerBlock, FluxSingleTransformerBlock)):
+            module.compile(dynamic=False)
+
+
 class Reader(nn.Module):
     """Tell from a caption which kind of garment in which colour is where: by one attention, as a transformer asks."""
 
@@ -169,8 +186,7 @@ def train_reader(
     torch.manual_seed(settings.seed)
     model = Reader(make_t5()).to(source.device)
     if compile_model:
-        for block in model.t5.encoder.block:
-            block.compile(dynamic=False)
+        compile_blocks(model)
     stage = Stage(
         "reader", model, draw, loss, settings.of("reader"), work, steps=settings.reader_steps, ema_decay=0.999
     )
@@ -208,7 +224,11 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 def train_transformer(
     vae: AutoencoderKL, t5: T5EncoderModel, source: Source, settings: Settings, work: Path, *, compile_model: bool
 ) -> FluxPipeline:
-    """Train by flow matching: ``x_σ = (1 - σ) x + σ ε``, loss ``(v̂ - (ε - x))²`` (Esser et al. 2024)."""
+    """Train by flow matching: ``x_σ = (1 - σ) x + σ ε``, loss ``(v̂ - (ε - x))²`` (Esser et al. 2024).
+
+    Then the model learns from itself what guidance of scale s makes of it, ``v(∅) + s (v(text) - v(∅))``: one pass a
+    step does for two, as in FLUX.1-dev (Meng et al. 2023, "On Distillation of Guided Diffusion Models").
+    """
     vae.requires_grad_(False)
     fixed = {"vae": vae, "text_encoder_2": t5}
     pipe = make_pipeline(settings.seed, vae.config.latent_channels, **fixed)
@@ -221,6 +241,11 @@ def train_transformer(
     encode = torch.compile(posterior_of) if compile_model else posterior_of
     end, pad = pipe.tokenizer_2.eos_token_id, pipe.tokenizer_2.pad_token_id
 
+    def empty_like(words: torch.Tensor) -> torch.Tensor:
+        empty = torch.full_like(words, pad)
+        empty[:, 0] = end
+        return empty
+
     @torch.no_grad()
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         device, batch, length = source.device, settings.batch, TEXT_LENGTH
@@ -231,33 +256,47 @@ def train_transformer(
         with autocast(device):
             mean, std = encode(pictures)
         rest, noise = torch.randn(2, *mean.shape, generator=generator, device=device)
+        latents = mean.float() + std.float() * rest
         # half of the noise levels around the middle, where most is decided, as in the paper; half spread evenly
         sigma = torch.rand(batch, generator=generator, device=device)
         middle = torch.randn(batch, generator=generator, device=device).sigmoid()
         sigma = torch.where(torch.rand(batch, generator=generator, device=device) < 0.5, sigma, middle)
         dropped = torch.rand(batch, 1, generator=generator, device=device) < settings.text_dropout
-        empty = torch.full_like(words, pad)
-        empty[:, 0] = end
-        words = F.pad(torch.where(dropped, empty, words), (0, length - TEXT_LENGTH), value=pad)
+        words = torch.where(dropped, empty_like(words), words)
+        words = F.pad(words, (0, length - TEXT_LENGTH), value=pad)
         with autocast(device):
             text = read(t5, words)
-        return mean.float() + std.float() * rest, noise, sigma, words, text
+        return torch.lerp(latents, noise, sigma[:, None, None, None]), sigma, words, text, pack(noise - latents)
 
-    def loss(
-        model: nn.Module, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, *text: torch.Tensor
-    ) -> torch.Tensor:
-        level = sigma[:, None, None, None]
+    @torch.no_grad()
+    def draw_guided(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        *where, words, text, _ = draw(generator)
+        empty = empty_like(words)
         with autocast(source.device):
-            velocity = model(torch.lerp(latents, noise, level), sigma, *text)
-        return F.mse_loss(velocity.float(), pack(noise - latents))
+            free, told = teacher(*where, empty, read(t5, empty)), teacher(*where, words, text)
+        return *where, words, text, torch.lerp(free.float(), told.float(), settings.guidance_scale)
+
+    def loss(model: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
+        *given, target = batch
+        with autocast(source.device):
+            velocity = model(*given)
+        return F.mse_loss(velocity.float(), target)
 
     if compile_model:
-        transformer = pipe.transformer
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks, *t5.encoder.block):
-            block.compile(dynamic=False)
+        compile_blocks(t5)
+        compile_blocks(model)
     stage = Stage(
-        "transformer", model, draw, loss, asdict(settings), work, steps=settings.steps, ema_decay=settings.ema,
-        learning_rate=settings.learning_rate,
+        "transformer", model, draw, loss, settings.of_all_but("guidance"), work, steps=settings.steps,
+        ema_decay=settings.ema, learning_rate=settings.learning_rate,
+    )  # fmt: skip
+    teacher = stage.run()
+    model = copy.deepcopy(teacher).requires_grad_(True)
+    if compile_model:
+        compile_blocks(teacher)
+        compile_blocks(model)
+    stage = Stage(
+        "guidance", model, draw_guided, loss, asdict(settings), work, steps=settings.guidance_steps,
+        ema_decay=0.999, learning_rate=settings.learning_rate / 2,
     )  # fmt: skip
     trained = stage.run()
     parts = {"transformer": trained.transformer, "text_encoder": trained.clip, **fixed}
@@ -288,6 +327,8 @@ def main(
     vae_steps: int = Settings.vae_steps,
     reader_steps: Annotated[int, typer.Option(help="Of T5, which learns to read before.")] = Settings.reader_steps,
     steps: int = Settings.steps,
+    guidance_steps: Annotated[int, typer.Option(help="That build guidance in.")] = Settings.guidance_steps,
+    guidance_scale: Annotated[float, typer.Option(help="That is built in.")] = Settings.guidance_scale,
     batch: Annotated[int, typer.Option(help="Pictures per step and GPU.")] = Settings.batch,
     channels: Annotated[int, typer.Option(help="Channels of the latents.")] = 4,
     stop_after_vae: Annotated[bool, typer.Option("--stop-after-vae")] = False,
@@ -301,11 +342,13 @@ def main(
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
     settings = Settings(
-        seed=seed, scenes=scenes, vae_steps=vae_steps, reader_steps=reader_steps, steps=steps, batch=batch
-    )
+        seed=seed, scenes=scenes, vae_steps=vae_steps, reader_steps=reader_steps, steps=steps, batch=batch,
+        guidance_steps=guidance_steps, guidance_scale=guidance_scale,
+    )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     inductor_config.quiesce_async_compile_pool = False  # workers that are forked anew hang at times (torch PR 189290)
+    dynamo_config.recompile_limit = 16  # two lengths of text, with gradients and without, strides of the first block
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails at these sizes in torch 2.11
     torch.manual_seed(seed)
     if rank == 0:
