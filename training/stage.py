@@ -35,6 +35,7 @@ class Stage:
         draw: ``draw(generator) -> batch``, a tuple of tensors; each set of shapes is captured once.
         loss: ``loss(model, *batch) -> scalar``, without host synchronization.
         settings: what decides the result, ``"seed"`` among it: a checkpoint made with other settings is refused.
+        decay_steps: when the cosine ends; None: with the training.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Stage:
         steps: int,
         ema_decay: float,
         learning_rate: float = 2e-3,
+        decay_steps: int | None = None,
     ) -> None:
         self.name, self.model, self.draw, self.loss, self.steps = name, model, draw, loss, steps
         self.learning_rate, self.ema_decay, self.settings = learning_rate, ema_decay, settings
+        self.decay_steps = decay_steps or steps
         self.path = work / f"{name}.pt"
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.device = next(model.parameters()).device
@@ -181,7 +184,7 @@ class Stage:
             task = progress.add_task(self.name, total=self.steps, completed=self.step)
             while self.step < self.steps:
                 rate = self.learning_rate * min(
-                    (self.step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)) + 1e-3
+                    (self.step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * self.step / self.decay_steps)) + 1e-3
                 )
                 for group in self.optimizer.param_groups:
                     group["lr"].fill_(rate)

@@ -48,16 +48,17 @@ class Settings:
 
     seed: int = 0
     scenes: int = 1 << 20
-    vae_steps: int = 6000
+    vae_steps: int = 2500
     vae_kl_weight: float = 1e-4
     reader_steps: int = 3000
-    steps: int = 40000
-    batch: int = 512
+    steps: int = 16500
+    decay_steps: int = 26000  # of the cosine: guidance, which comes after, begins while the rate is still high
+    batch: int = 256
     learning_rate: float = 1e-3
     ema: float = 0.9997
     text_dropout: float = 0.1
     long_text: float = 0.05  # share of the steps whose texts are padded to 512 tokens
-    guidance_steps: int = 5000
+    guidance_steps: int = 4000
     guidance_scale: float = 3.5
 
     def of(self, *parts: str) -> dict[str, int | float]:
@@ -287,7 +288,7 @@ def train_transformer(
         compile_blocks(model)
     stage = Stage(
         "transformer", model, draw, loss, settings.of_all_but("guidance"), work, steps=settings.steps,
-        ema_decay=settings.ema, learning_rate=settings.learning_rate,
+        ema_decay=settings.ema, learning_rate=settings.learning_rate, decay_steps=settings.decay_steps,
     )  # fmt: skip
     teacher = stage.run()
     model = copy.deepcopy(teacher).requires_grad_(True)
@@ -327,6 +328,7 @@ def main(
     vae_steps: int = Settings.vae_steps,
     reader_steps: Annotated[int, typer.Option(help="Of T5, which learns to read before.")] = Settings.reader_steps,
     steps: int = Settings.steps,
+    decay_steps: Annotated[int, typer.Option(help="Until the learning rate were zero.")] = Settings.decay_steps,
     guidance_steps: Annotated[int, typer.Option(help="That build guidance in.")] = Settings.guidance_steps,
     guidance_scale: Annotated[float, typer.Option(help="That is built in.")] = Settings.guidance_scale,
     batch: Annotated[int, typer.Option(help="Pictures per step and GPU.")] = Settings.batch,
@@ -343,7 +345,7 @@ def main(
     rank = dist.get_rank() if dist.is_initialized() else 0
     settings = Settings(
         seed=seed, scenes=scenes, vae_steps=vae_steps, reader_steps=reader_steps, steps=steps, batch=batch,
-        guidance_steps=guidance_steps, guidance_scale=guidance_scale,
+        decay_steps=decay_steps, guidance_steps=guidance_steps, guidance_scale=guidance_scale,
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
