@@ -146,6 +146,14 @@ PORTIONS: tuple[Portion, ...] = (
         "generate", "", 1, "{python} -m qandc generate --json {out} -o {card}/generate.png", "check-processor", 0
     ),
     Portion(
+        "generate-wardrobe", "", 1,
+        "{python} -m qandc generate --model wardrobe --json {out} -o {card}/generate-wardrobe.png", "check-processor", 0,
+    ),
+    *script(
+        "wardrobe", "processor", 9, "training/evaluate_wardrobe.py --only ^model --prompts 200 --device cpu",
+        "--shard 0/2", "--shard 1/2", gpus=0,
+    ),
+    Portion(
         "experiment", "", 5,
         "{python} -m qandc ablate --out {scratch}/all && cp {scratch}/all/experiment_summary.json {out} && "
         "cp {scratch}/all/experiment_summary.png {card}/experiment.png", "check-processor", 0,

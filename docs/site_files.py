@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ("*.md", "LICENSE", "docs/**/*.md", "docs/*.png", "benchmarks/*.md", "benchmarks/*.py", "results/*/*")
-PUBLISHED += ("qandc/assets/fashion-dit/README.md",)
+PUBLISHED += ("qandc/assets/*/README.md",)
 
 
 def on_files(files: Files, config: Any) -> Files:

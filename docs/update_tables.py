@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/ and the model card from the measured files under results/.
+"""Write the tables of README.md, docs/ and the model cards from the measured files under results/.
 
 python docs/update_tables.py            # rewrite
 python docs/update_tables.py --check    # exit status 1 if a table is not what its file says
@@ -23,7 +23,7 @@ from qandc.caching.schedule import MODES
 from qandc.experiments.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "qandc/assets/fashion-dit/README.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted(p for d in ("docs", "qandc/assets") for p in (ROOT / d).rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -831,6 +831,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "ablation.json": ablation_table,
     "ablation.json rows": ablation_rows_table,
     "wardrobe.json": partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
+    "wardrobe.json model": partial(wardrobe_table, parts=("model",)),
     "wardrobe.json caches": partial(
         wardrobe_grid, part="cache", line=("precision", "mode", "schedule", "corrected"), column="interval"
     ),

@@ -8,6 +8,7 @@ docstring allows. Like the kernels these functions are for inference: no result 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 
 import torch
@@ -304,7 +305,19 @@ def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+@functools.cache
+def _cpu_multiplies_int8() -> bool:
+    """Tell whether torch multiplies int8 exactly on this CPU: without VNNI it does so slowly, and pairs saturate."""
+    if not getattr(torch.cpu, "_is_vnni_supported", bool)():
+        return False
+    x = torch.tensor([[127], [-128]], dtype=torch.int8).repeat(1, EXACT_CHUNK)
+    expected = torch.tensor([[127 * 127, 127 * -128], [127 * -128, 128 * 128]], dtype=torch.int32) * EXACT_CHUNK
+    return torch.equal(torch._int_mm(x, x.t()), expected)
+
+
 def _exact_sums(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
+    if xq.device.type == "cpu" and xq.numel() and wq.numel() and _cpu_multiplies_int8():
+        return torch._int_mm(xq.reshape(-1, xq.shape[-1]), wq.t()).view(*xq.shape[:-1], wq.shape[0])
     acc = torch.zeros(*xq.shape[:-1], wq.shape[0], dtype=torch.int32, device=xq.device)
     with _no_autocast(xq):  # bfloat16 sums would not be exact
         for x, w in zip(xq.split(EXACT_CHUNK, -1), wq.split(EXACT_CHUNK, -1), strict=True):

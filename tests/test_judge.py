@@ -153,9 +153,6 @@ def test_weights_are_loaded_from_a_file(tmp_path, seeded):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not judge_path().exists(), reason="no judge is shipped yet; training/train_wardrobe_judge.py makes one"
-)
 @pytest.mark.skipif(not DEFAULT_DIRECTORY.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 def test_the_shipped_judge_scores_what_it_says():
     said = json.loads(judge_path().with_name("score.json").read_text())

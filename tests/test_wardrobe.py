@@ -19,8 +19,8 @@ import qandc.method.saved
 import qandc.sampling.pipelines
 from qandc import ConfigError, ModelError, Preset, load, load_pipeline, optimize, restore, wardrobe_path
 from qandc.cli.main import main
-from qandc.evaluation.judge import Judge
-from qandc.evaluation.scenes import VOCABULARY, Garment
+from qandc.evaluation.judge import Judge, score_scenes
+from qandc.evaluation.scenes import VOCABULARY, Garment, draw_scenes
 from qandc.experiments.prompts import EXAMPLES
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt
@@ -33,6 +33,7 @@ from tests.test_readme import snippet
 from tests.tiny_models import make_tiny
 from tests.tiny_pipelines import make_pipeline
 
+SHIPPED = qandc.sampling.pipelines.ASSETS
 RUN = ("--steps", 6, "--device", "cpu")
 RESOLVED = {"height": 64, "width": 64, "max_sequence_length": 64}  # what commands give the pipeline
 
@@ -80,18 +81,6 @@ def run(capsys, *arguments):
     status = main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
-
-
-def test_without_weights_commands_tell_how_to_make_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(qandc.sampling.pipelines, "ASSETS", tmp_path)
-    with pytest.raises(
-        ModelError, match=r"^wardrobe is not trained yet: python training/train_wardrobe.py --out qandc/assets"
-    ):
-        load_pipeline(wardrobe_path())
-    status, _, err = run(capsys, "generate", "--model", "wardrobe", *RUN, "-o", tmp_path / "x.png")
-    assert status == 2
-    assert err.startswith("qandc: error: wardrobe is not trained yet")
-    assert len(err.splitlines()) == 1
 
 
 def test_it_is_loaded_by_its_name(wardrobe, tmp_path, monkeypatch):
@@ -168,6 +157,26 @@ def test_fashion_dit_has_a_name_too(capsys, tmp_path):
     assert "--steps is 3, but the settings that come with fashion-dit are for 50" in run(capsys, *command)[2]
     command = ("generate", "--model", "fashion-dit", "--prompt", "a coat", "-o", tmp_path / "x.png")
     assert "--prompt is for models that draw from prompts, and DiTPipeline draws classes" in run(capsys, *command)[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [None, "w8a8", "w4a8"])
+def test_the_shipped_pipeline_draws_what_it_is_told(settings):
+    """As anybody would use it; results/ say how often over thousands of prompts."""
+    assert sum(path.stat().st_size for path in (SHIPPED / "wardrobe").rglob("*") if path.is_file()) <= 18e6
+    pipe = diffusers.FluxPipeline.from_pretrained(SHIPPED / "wardrobe")
+    pipe.set_progress_bar_config(disable=True)
+    if settings:
+        directory = SHIPPED / "wardrobe-presets" / settings
+        assert sum(path.stat().st_size for path in directory.iterdir()) < 1e6
+        assert "steps to compute" in " ".join(str(optimize(pipe, calibrated=directory)).split())
+    for held_out in (False, True):
+        scenes = draw_scenes(12, 0, held_out)
+        noise = torch.Generator().manual_seed(0)
+        captions = [scene.caption for scene in scenes]
+        pictures = pipe(captions, height=64, width=64, max_sequence_length=64, generator=noise, output_type="pt").images
+        scores = score_scenes(Judge.load(), pictures * 2 - 1, scenes)
+        assert sum(scores.everything) >= 10
 
 
 @pytest.mark.slow

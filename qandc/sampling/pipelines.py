@@ -126,8 +126,6 @@ def _located(model: Any) -> tuple[str, bool]:
         return str(path), True
     if exists:
         raise ModelError(f"{source} is a file; give the directory of a diffusers pipeline")
-    if embedded == "wardrobe":
-        raise ModelError("wardrobe is not trained yet: python training/train_wardrobe.py --out qandc/assets does so")
     if not HUB_ID.fullmatch(source):
         raise ModelError(
             f"model directory {source!r} does not exist; give a pipeline directory or a hub id (owner/name)"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -91,6 +95,20 @@ def test_sums_are_exact_at_the_extremes(kernel_device):
     assert int(exact(xq, wq)[1, 0]) != int(exact(xq, wq)[1, 0].float())  # else this shows nothing
     assert torch.equal(reference.int8_matmul(xq, wq), exact(xq, wq))
     assert torch.equal(int8_matmul(xq.to(kernel_device), wq.to(kernel_device)).cpu(), exact(xq, wq))
+
+
+def test_a_cpu_multiplies_int8_or_float32_to_the_same_sums(monkeypatch, seeded):
+    """torch's int8 products saturate without VNNI, as oneDNN told to do without shows: they are not used there."""
+    told = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    asked = "from qandc_kernels import reference; assert not reference._cpu_multiplies_int8()"
+    subprocess.run([sys.executable, "-c", asked], env=told, check=True)
+    wide = random_int8((3, 5, 2 * 1100), seeded)
+    wide[0], wide[1] = 127, -128
+    for way in {False, reference._cpu_multiplies_int8()}:
+        monkeypatch.setattr(reference, "_cpu_multiplies_int8", lambda way=way: way)
+        for x in (wide[..., :1100], wide[..., ::2], wide[:1, :0, :1100], wide[0, 0, ::2]):
+            for w in (wide[:, 0, 1100:], random_int8((1100, 7), seeded).t(), wide[:0, 0, ::2]):
+                assert torch.equal(reference.int8_matmul(x, w), exact(x, w))
 
 
 @pytest.mark.parametrize(
