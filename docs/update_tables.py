@@ -80,6 +80,19 @@ def generate_table(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def prompts_table(result: dict[str, Any]) -> list[str]:
+    """Print what ``qandc generate`` found for a few prompts that a judge can score."""
+    lines = ["| 2 CPU cores | seconds an image | transformer | PSNR to FP | all right, by a judge |", "|---" * 5 + "|"]
+    for row in result["rows"]:
+        ratio, likeness = f" ({row['speed_ratio']:.2f}x)" if "speed_ratio" in row else "", ""
+        if "psnr_mean" in row:
+            likeness = f"{row['psnr_mean']:.1f} dB (worst {row['psnr_min']:.1f})"
+        right = f"{row['right']['everything'] * row['images']:.0f} of {row['images']}"
+        size = f"{row['transformer_bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {row['name']} | {row['seconds_per_image']:.2f}{ratio} | {size} | {likeness} | {right} |")
+    return lines
+
+
 def presets_table(result: dict[str, Any]) -> list[str]:
     """Print the likeness of many images drawn with the shipped settings, and what a compensation adds."""
     lines = [
@@ -789,6 +802,7 @@ def wardrobe_grid(result: dict[str, Any], part: str, line: tuple[str, ...], colu
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any card; cpu/ goes before
     "generate.json": generate_table,
+    "generate-wardrobe.json": prompts_table,
     "cpu/ablation.json": compensation_table,
     "outliers.json": outliers_table,
     "outliers-wardrobe.json": outliers_table,

@@ -233,3 +233,10 @@ def test_grid_of_colour_images_and_an_unfinished_row():
     rows = [ModelImages("a", 0, [torch.zeros(2, 3, 16, 16)]), ModelImages("b", 0, [torch.ones(1, 3, 16, 16)])]
     grid = draw_grid(rows, ["x" * 100, "two\nlines"], "caption " * 20)
     assert grid.height == 28 + 2 * (112 + 6) + 30
+    for words, lines in ((4, 2), (99, 4)):
+        grid = draw_grid(rows, ["words " * words, ""], "")
+        assert grid.height == 28 + 16 * (lines - 1) + 2 * (112 + 6) + 30
+        left = grid.width - 2 * (112 + 6)
+        dark = [y for y in range(grid.height) if any(grid.getpixel((left + x, y))[0] < 128 for x in range(112))]
+        assert min(dark) < 16
+        assert not set(dark) & set(range(24 + 16 * (lines - 1), 28 + 16 * (lines - 1)))  # between names and images

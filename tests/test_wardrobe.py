@@ -171,12 +171,12 @@ def test_the_shipped_pipeline_draws_what_it_is_told(settings):
         assert sum(path.stat().st_size for path in directory.iterdir()) < 1e6
         assert "steps to compute" in " ".join(str(optimize(pipe, calibrated=directory)).split())
     for held_out in (False, True):
-        scenes = draw_scenes(12, 0, held_out)
+        scenes = draw_scenes(6, 0, held_out)
         noise = torch.Generator().manual_seed(0)
         captions = [scene.caption for scene in scenes]
         pictures = pipe(captions, height=64, width=64, max_sequence_length=64, generator=noise, output_type="pt").images
         scores = score_scenes(Judge.load(), pictures * 2 - 1, scenes)
-        assert sum(scores.everything) >= 10
+        assert sum(scores.everything) >= 5
 
 
 @pytest.mark.slow

@@ -271,11 +271,11 @@ def train_transformer(
 
     @torch.no_grad()
     def draw_guided(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        *where, words, text, _ = draw(generator)
+        noised, sigma, words, text, _ = draw(generator)
         empty = empty_like(words)
         with autocast(source.device):
-            free, told = teacher(*where, empty, read(t5, empty)), teacher(*where, words, text)
-        return *where, words, text, torch.lerp(free.float(), told.float(), settings.guidance_scale)
+            free, told = teacher(noised, sigma, empty, read(t5, empty)), teacher(noised, sigma, words, text)
+        return noised, sigma, words, text, torch.lerp(free.float(), told.float(), settings.guidance_scale)
 
     def loss(model: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
         *given, target = batch

@@ -256,19 +256,32 @@ def comparison_record(result: Comparison, settings: Mapping[str, Any], device: s
     return {**header, "rows": [full, quantized], "goals": []}
 
 
+def _wrapped(text: str, fits: Callable[[str], bool], most: int = 4) -> list[str]:
+    """Break a text at spaces into lines that fit; what is too long, a word or the last line, ends before it does."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and fits(f"{lines[-1]} {word}"):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(next(word[:end] for end in range(len(word), -1, -1) if fits(word[:end])))
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]}…"]
+
+
 def draw_grid(rows: Sequence[ModelImages], column_names: Sequence[str], caption: str) -> Image.Image:
-    """Draw one labelled picture: a line of images per row, class names above, row names at the left, a caption below.
+    """Draw one labelled picture: a line of images per row, names of columns above, of rows beside, a caption below.
 
     Raises:
         DataError: an image contains NaN or inf.
     """
     height, width = rows[0].images.shape[-2:]
-    zoom = max(1, 112 // width)
+    zoom = max(1, round(110 / width))
     cell_h, cell_w, gap = height * zoom, width * zoom, 6
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = max(int(measure.textlength(row.name, font)) for row in rows) + 3 * gap
-    top, bottom = 28, 30
+    names = [_wrapped(name, lambda text: measure.textlength(text, small) <= cell_w) for name in column_names]
+    line_height, bottom = 16, 30
+    top = 12 + line_height * max(1, *map(len, names))
     caption_width = int(measure.textlength(caption, small)) + left + gap
     canvas_size = (
         max(left + len(column_names) * (cell_w + gap), caption_width),
@@ -276,11 +289,10 @@ def draw_grid(rows: Sequence[ModelImages], column_names: Sequence[str], caption:
     )
     canvas = Image.new("RGB", canvas_size, "white")
     draw = ImageDraw.Draw(canvas)
-    for column, name in enumerate(column_names):
-        name = " ".join(name.split())
-        while name and measure.textlength(name, small) > cell_w:
-            name = name[:-1]
-        draw.text((left + column * (cell_w + gap) + cell_w / 2, top / 2), name, "black", small, anchor="mm")
+    for column, lines in enumerate(names):
+        for i, text in enumerate(lines):
+            middle = left + column * (cell_w + gap) + cell_w / 2, top - 6 - line_height * (len(lines) - i - 0.5)
+            draw.text(middle, text, "black", small, anchor="mm")
     for line, row in enumerate(rows):
         y = top + line * (cell_h + gap)
         draw.text((left - 2 * gap, y + cell_h / 2), row.name, "black", font, anchor="rm")

@@ -16,7 +16,7 @@ from qandc.evaluation.scenes import Garment, Scene
 from qandc.experiments.generate import Comparison, ModelImages, module_bytes, name_of
 from qandc.optimize import OptimizationPlan, optimize, parts_of, restore
 from qandc.quantizer import QuantConfig
-from qandc.sampling.pipelines import embedded_name
+from qandc.sampling.pipelines import ASSETS, embedded_name
 from qandc.sampling.prompts import draw_prompt
 
 __all__ = ["EXAMPLES", "PromptDrawer", "PromptsConfig", "compare_prompts"]
@@ -67,12 +67,15 @@ class PromptsConfig:
     calibrated: Path | None = None
 
     def described(self) -> dict[str, Any]:
-        """Return what a record holds of it."""
+        """Return what a record holds of it; settings that are shipped are named without the place of the package."""
+        calibrated = self.calibrated
+        if calibrated is not None and calibrated.is_relative_to(ASSETS):
+            calibrated = calibrated.relative_to(ASSETS)
         return {
             **asdict(self),
             "arguments": dict(self.arguments),
-            "cache": str(self.cache),
-            "calibrated": str(self.calibrated),
+            "cache": self.cache and str(self.cache),
+            "calibrated": calibrated and str(calibrated),
         }
 
 
