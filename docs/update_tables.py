@@ -82,7 +82,7 @@ def generate_table(result: dict[str, Any]) -> list[str]:
 
 def prompts_table(result: dict[str, Any]) -> list[str]:
     """Print what ``qandc generate`` found for a few prompts that a judge can score."""
-    lines = ["| 2 CPU cores | seconds an image | transformer | PSNR to FP | all right, by a judge |", "|---" * 5 + "|"]
+    lines = ["| | seconds an image | transformer | PSNR to FP | all right, by a judge |", "|---" * 5 + "|"]
     for row in result["rows"]:
         ratio, likeness = f" ({row['speed_ratio']:.2f}x)" if "speed_ratio" in row else "", ""
         if "psnr_mean" in row:
