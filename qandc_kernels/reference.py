@@ -70,12 +70,22 @@ def quantize_per_tensor(
     Returns:
         int8, shape of ``x``, contiguous.
     """
+    return _per_tensor(x, scale, zero_point, bits, nan_flag)
+
+
+def _per_tensor(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bits: int,
+    nan_flag: torch.Tensor | None,
+) -> torch.Tensor:
     _tell_nan(x, nan_flag)
     qmin, qmax = -(1 << bits - 1), (1 << bits - 1) - 1
-    shift = torch.zeros_like(scale) if zero_point is None else zero_point.to(torch.float32)
-    y = (x.to(torch.float32) * (1.0 / scale)).nan_to_num_(nan=0.0)
-    y.clamp_(qmin - shift, qmax - shift).round_().add_(shift)
-    return y.to(torch.int8, memory_format=torch.contiguous_format)
+    y = (x.to(torch.float32) * (1.0 / scale)).nan_to_num_(nan=0.0).round_()
+    if zero_point is not None:
+        y.add_(zero_point)
+    return y.clamp_(qmin, qmax).to(torch.int8, memory_format=torch.contiguous_format)
 
 
 def _tell_nan(x: torch.Tensor, nan_flag: torch.Tensor | None) -> None:
@@ -361,7 +371,7 @@ def _linear(
         y *= x_scale if x_scale.ndim == 0 else x_scale[..., None]
     if w_scale.ndim == 1:
         y *= w_scale
-    return y if bias is None else y + bias
+    return y if bias is None else y.add_(bias)
 
 
 def _sums(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -666,9 +676,8 @@ def quantized_linear(
     if act_scale is None:
         xq, x_scale = _per_token(y, bits, 1)
     else:
-        xq, x_scale = quantize_per_tensor(y, act_scale, act_zero_point, bits, nan_flag), act_scale
-    linear = int4_linear if weight.dtype == torch.uint8 else int8_linear
-    return linear(xq, weight, x_scale, w_scale, bias, act_zero_point, w_sum, dtype)
+        xq, x_scale = _per_tensor(y, act_scale, act_zero_point, bits, nan_flag), act_scale
+    return _linear(xq, weight, x_scale, w_scale, bias, act_zero_point, w_sum).to(dtype)
 
 
 @checked
