@@ -147,7 +147,8 @@ PORTIONS: tuple[Portion, ...] = (
     ),
     Portion(
         "generate-wardrobe", "", 1,
-        "{python} -m qandc generate --model wardrobe --json {out} -o {card}/wardrobe.png", "check-processor", 0,
+        "{python} -m qandc generate --model wardrobe --json {out} -o {card}/generate-wardrobe.png",
+        "check-processor", 0,
     ),
     *script(
         "wardrobe", "processor", 9, "training/evaluate_wardrobe.py --only ^model --prompts 200 --device cpu",

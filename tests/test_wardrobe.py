@@ -17,11 +17,11 @@ from PIL import Image
 
 import qandc.method.saved
 import qandc.sampling.pipelines
-from qandc import ConfigError, ModelError, Preset, load, load_pipeline, optimize, restore, wardrobe_path
+from qandc import ConfigError, ModelError, Preset, QuantConfig, load, load_pipeline, optimize, restore, wardrobe_path
 from qandc.cli.main import main
 from qandc.evaluation.judge import Judge, score_scenes
 from qandc.evaluation.scenes import VOCABULARY, Garment, draw_scenes
-from qandc.experiments.prompts import EXAMPLES
+from qandc.experiments.prompts import EXAMPLES, PromptsConfig
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.prompts import call_arguments, draw_prompt
 
@@ -81,6 +81,23 @@ def run(capsys, *arguments):
     status = main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def test_a_package_without_its_weights_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(qandc.sampling.pipelines, "ASSETS", tmp_path)
+    with pytest.raises(ModelError, match=r"^model directory .*wardrobe' does not exist; give a pipeline directory"):
+        load_pipeline(wardrobe_path())
+    status, _, err = run(capsys, "generate", "--model", "wardrobe", *RUN, "-o", tmp_path / "x.png")
+    assert status == 2
+    assert err.startswith("qandc: error: model directory ")
+    assert len(err.splitlines()) == 1
+
+
+def test_records_name_shipped_settings_without_the_place_of_the_package(tmp_path):
+    places = {None: None, tmp_path: str(tmp_path), SHIPPED / "wardrobe-presets" / "w8a8": "wardrobe-presets/w8a8"}
+    for place, name in places.items():
+        described = PromptsConfig((), {}, QuantConfig(), None, calibrated=place).described()
+        assert (described["calibrated"], described["cache"]) == (name, None)
 
 
 def test_it_is_loaded_by_its_name(wardrobe, tmp_path, monkeypatch):
@@ -162,7 +179,7 @@ def test_fashion_dit_has_a_name_too(capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [None, "w8a8", "w4a8"])
 def test_the_shipped_pipeline_draws_what_it_is_told(settings):
-    """As anybody would use it; results/ say how often over thousands of prompts."""
+    """Draw six scenes with the shipped pipeline, as it is or with its settings: a judge finds five or more as asked."""
     assert sum(path.stat().st_size for path in (SHIPPED / "wardrobe").rglob("*") if path.is_file()) <= 18e6
     pipe = diffusers.FluxPipeline.from_pretrained(SHIPPED / "wardrobe")
     pipe.set_progress_bar_config(disable=True)
@@ -170,12 +187,13 @@ def test_the_shipped_pipeline_draws_what_it_is_told(settings):
         directory = SHIPPED / "wardrobe-presets" / settings
         assert sum(path.stat().st_size for path in directory.iterdir()) < 1e6
         assert "steps to compute" in " ".join(str(optimize(pipe, calibrated=directory)).split())
+    judge = Judge.load()
     for held_out in (False, True):
         scenes = draw_scenes(6, 0, held_out)
         noise = torch.Generator().manual_seed(0)
         captions = [scene.caption for scene in scenes]
         pictures = pipe(captions, height=64, width=64, max_sequence_length=64, generator=noise, output_type="pt").images
-        scores = score_scenes(Judge.load(), pictures * 2 - 1, scenes)
+        scores = score_scenes(judge, pictures * 2 - 1, scenes)
         assert sum(scores.everything) >= 5
 
 

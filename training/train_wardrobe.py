@@ -1,4 +1,4 @@
-"""Train wardrobe, the pipeline that draws from words: an autoencoder, T5, CLIP and transformer, guidance into them.
+"""Train wardrobe, the pipeline that draws from words: an autoencoder, T5, CLIP with transformer, and guidance.
 
     python training/train_wardrobe.py --work build/wardrobe --out qandc/assets      # on one GPU
     torchrun --nproc-per-node 4 training/train_wardrobe.py --out qandc/assets   # on four: batches four times as large
@@ -328,9 +328,9 @@ def main(
     vae_steps: int = Settings.vae_steps,
     reader_steps: Annotated[int, typer.Option(help="Of T5, which learns to read before.")] = Settings.reader_steps,
     steps: int = Settings.steps,
-    decay_steps: Annotated[int, typer.Option(help="Until the learning rate were zero.")] = Settings.decay_steps,
-    guidance_steps: Annotated[int, typer.Option(help="That build guidance in.")] = Settings.guidance_steps,
-    guidance_scale: Annotated[float, typer.Option(help="That is built in.")] = Settings.guidance_scale,
+    decay_steps: Annotated[int, typer.Option(help="Length of the learning rate's cosine.")] = Settings.decay_steps,
+    guidance_steps: Annotated[int, typer.Option(help="That build guidance in, last.")] = Settings.guidance_steps,
+    guidance_scale: Annotated[float, typer.Option(help="Of what is built in.")] = Settings.guidance_scale,
     batch: Annotated[int, typer.Option(help="Pictures per step and GPU.")] = Settings.batch,
     channels: Annotated[int, typer.Option(help="Channels of the latents.")] = 4,
     stop_after_vae: Annotated[bool, typer.Option("--stop-after-vae")] = False,

@@ -98,7 +98,7 @@ def test_sums_are_exact_at_the_extremes(kernel_device):
 
 
 def test_a_cpu_multiplies_int8_or_float32_to_the_same_sums(monkeypatch, seeded):
-    """torch's int8 products saturate without VNNI, as oneDNN told to do without shows: they are not used there."""
+    """Compare both ways of a CPU to multiply int8; torch's saturates without VNNI, and is not used then."""
     told = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     asked = "from qandc_kernels import reference; assert not reference._cpu_multiplies_int8()"
     subprocess.run([sys.executable, "-c", asked], env=told, check=True)
