@@ -154,6 +154,10 @@ PORTIONS: tuple[Portion, ...] = (
         "wardrobe", "processor", 9, "training/evaluate_wardrobe.py --only ^model --prompts 200 --device cpu",
         "--shard 0/2", "--shard 1/2", gpus=0,
     ),
+    *script(
+        "wardrobe-shift", "processor", 9,
+        "training/evaluate_wardrobe.py --only ^shift --prompts 200 --seeds 0 --device cpu", gpus=0,
+    ),
     Portion(
         "experiment", "", 5,
         "{python} -m qandc ablate --out {scratch}/all && cp {scratch}/all/experiment_summary.json {out} && "

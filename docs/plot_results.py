@@ -173,29 +173,29 @@ def draw_compensation(path: Path) -> None:
 
 
 def draw_wardrobe(path: Path) -> None:
-    """Draw the share of pictures with all right against speed: each cache, and runs of fewer steps."""
+    """Draw the share of pictures with all right against computed steps: each cache, and runs of fewer steps."""
     rows = [row for row in load(path)["rows"] if "everything" in row and not {"scenes", "fused"} & row.keys()]
     (full,) = [row for row in rows if (row["part"], row["name"]) == ("precision", "FP")]
     figure, grid = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
 
     def draw(axes: Any, wanted: dict[str, Any], style: str, colour: str, label: str) -> None:
         found = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-        found.sort(key=lambda row: row["images_per_second"])
-        speed = [row["images_per_second"] / full["images_per_second"] for row in found]
+        found.sort(key=lambda row: row["computed_steps"])
+        steps = [row["computed_steps"] for row in found]
         shares = [row["everything"] for row in found]
         low, high = ([abs(row["everything"] - row["everything_ci95"][end]) for row in found] for end in (0, 1))
-        axes.errorbar(speed, shares, [low, high], fmt=style, marker=".", color=colour, label=label, linewidth=1)
+        axes.errorbar(steps, shares, [low, high], fmt=style, marker=".", color=colour, label=label, linewidth=1)
 
     for precision, axes in zip(("FP", "W8A8"), grid, strict=True):
         of = {"precision": precision}
-        draw(axes, {**of, "part": "fewer steps"}, "-", "#c98b8b", "fewer steps, no cache")
+        draw(axes, {**of, "part": "fewer steps"}, "-", "#c0392b", "fewer steps, no cache")
         for mode, colour in WARDROBE_MODES.items():
             for schedule, style in (("uniform", ":"), ("calibrated", "-")):
                 cache = {"part": "cache", "mode": mode, "schedule": schedule, "corrected": None}
                 draw(axes, {**of, **cache}, style, colour, f"{mode}, {schedule}")
         axes.axhline(full["everything"], color="#555", linewidth=0.8)
         axes.set_title(precision, fontsize=9)
-        axes.set_xlabel("speed over full precision", fontsize=8)
+        axes.set_xlabel("steps computed", fontsize=8)
         axes.tick_params(labelsize=7)
         bare(axes)
     grid[0].set_ylabel("share of pictures with all right", fontsize=8)

@@ -846,6 +846,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "ablation.json rows": ablation_rows_table,
     "wardrobe.json": partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
     "wardrobe.json model": partial(wardrobe_table, parts=("model",)),
+    "wardrobe-shift.json": partial(wardrobe_table, parts=("shift",)),
+    "wardrobe.json shift": partial(wardrobe_table, parts=("shift",)),
     "wardrobe.json caches": partial(
         wardrobe_grid, part="cache", line=("precision", "mode", "schedule", "corrected"), column="interval"
     ),

@@ -30,6 +30,7 @@ from qandc.quantization.conversion import (
     quantization_report,
     quantize_model,
 )
+from qandc.quantization.plan import conditioning_of
 from qandc.quantization.ranges import StepRanges
 from qandc.sampling.corrected_scheduler import compensated_scheduler
 from qandc.sampling.prompts import usual_steps
@@ -214,7 +215,7 @@ def optimize(
     cache_interval: Steps | None = None,
     *,
     transformer: str | None = None,
-    conditioning: str | None = None,
+    conditioning: str | None = "W8A16",
     calibrate_on: Sequence[str] | None = None,
     calibrated: str | Path | CalibratedModel | None = None,
     compile: bool | None = None,
@@ -229,7 +230,10 @@ def optimize(
     Args:
         pipe: any pipeline with a ``transformer`` (Wan 2.2: both), or a ``unet``. Classes that no cache knows are
             quantized alone.
-        w_bits, a_bits, conditioning: as for :func:`qandc.quantize_model`.
+        w_bits, a_bits: as for :func:`qandc.quantize_model`.
+        conditioning: scheme of modulation layers, where a model has them, as for ``quantize_model``. By default their
+            weights get 8 bits, which cost wardrobe no quality (docs/wardrobe.md) and take 3 GB off FLUX.1; with None
+            they stay as they are.
         cache: a mode of :class:`qandc.CacheConfig`, a config or schedule, or None.
         cache_interval: with a mode, which steps are computed: every third by default.
         transformer: only this one, ``"transformer_2"`` for example; the other may be optimized by a call of its own.
@@ -255,12 +259,12 @@ def optimize(
     names = parts_of(pipe, transformer)
     config = _config_of(cache, cache_interval)
     _check(pipe, names, config, calibrate_on, calibrated, calibration)
-    bits: dict[str, Any] = {"w_bits": w_bits, "a_bits": a_bits, "conditioning": conditioning}
     state = _Optimized(pipe, names, restorable)
     parts = []
     try:
         for name in names:
             model = getattr(pipe, name)
+            bits = {"w_bits": w_bits, "a_bits": a_bits, "conditioning": conditioning_of(model, conditioning)}
             planned, own = quantization_plan(model, **bits), config if family_of(model) is not None else None
             others = {} if own is config else {"no cache": _no_cache(model)}
             model.__dict__[ORIGINALS] = state.originals[name]

@@ -93,7 +93,7 @@ def test_a_pipeline_is_optimized_as_by_hand_and_restored_bit_for_bit(prompted, c
     pipe, by_hand, given = prompted, make_pipeline(type(prompted).__name__), CELLS[cell]
     plain, before = draw(pipe), contents(pipe.transformer)
     (part,) = optimize(pipe, **given).transformers
-    quantize_model(by_hand.transformer, given.get("w_bits", 8), conditioning=given.get("conditioning"))
+    quantize_model(by_hand.transformer, given.get("w_bits", 8), conditioning=given.get("conditioning", "W8A16"))
     if part.cache is not None:
         assert part.cache.mode == cell
         apply_cache(by_hand.transformer, config=part.cache)
@@ -250,6 +250,20 @@ def test_models_that_no_cache_knows_are_quantized_alone(part, name):
     assert quant_layers(getattr(pipe, part))
     assert "no cache" not in str(optimize(Pipe(**{part: make_tiny(name)}), cache=None))
     assert quant_layers(getattr(restore(pipe), part)) == {}
+
+
+def test_modulation_gets_weights_of_8_bits_where_there_is_one(caplog):
+    schemes = {
+        name: {
+            layer.scheme.split()[0]
+            for layer in optimize(Pipe(transformer=make_tiny(name))).transformers[0].layers.quantized
+        }
+        for name in ("FluxTransformer2DModel", "WanTransformer3DModel")
+    }
+    assert schemes == {"FluxTransformer2DModel": {"W8A8", "W8A16"}, "WanTransformer3DModel": {"W8A8"}}
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    plain = optimize(Pipe(transformer=make_tiny("FluxTransformer2DModel")), conditioning=None).transformers[0]
+    assert {layer.scheme.split()[0] for layer in plain.layers.quantized} == {"W8A8"}
 
 
 @pytest.mark.parametrize("restorable", [True, False])

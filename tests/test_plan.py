@@ -19,7 +19,7 @@ from qandc import (
 )
 from qandc.quantization import plan as planning
 from qandc.quantization.conversion import quant_layers
-from qandc.quantization.plan import CONDITIONING, OUTSIDE, SENSITIVE, assign, roles_of
+from qandc.quantization.plan import CONDITIONING, OUTSIDE, SENSITIVE, assign, conditioning_of, resolved, roles_of
 from tests.conftest import make_dit
 from tests.real_models import REAL, make_real
 from tests.tiny_models import TINY, each_class, inputs_of, make_tiny, output_of
@@ -328,6 +328,24 @@ def test_no_modulation_is_a_warning(caplog):
     caplog.clear()
     quantize_model(make_tiny("FluxTransformer2DModel"), conditioning="W8A8")
     assert not caplog.text
+
+
+@pytest.mark.parametrize("conditioning", [None, "W8A16"])
+@pytest.mark.parametrize("name", TINY)
+def test_resolved_settings_choose_the_same_layers(name, conditioning):
+    model = make_tiny(name)
+    config = QuantConfig(conditioning=conditioning_of(model, conditioning))
+    assert assign(model, resolved(model, config), saved=True).bits == assign(model, config).bits
+
+
+def test_a_scheme_of_modulation_is_left_out_where_there_is_none(caplog):
+    assert conditioning_of(make_tiny("FluxTransformer2DModel"), "W8A16") == "W8A16"
+    for name in ("WanTransformer3DModel", "PixArtTransformer2DModel"):
+        with caplog.at_level("INFO"):
+            assert conditioning_of(make_tiny(name), "W8A16") is None
+        assert f"'W8A16': {name} has no modulation layers of its own" in caplog.text
+    with pytest.raises(ConfigError, match="'int8' is no scheme"):
+        conditioning_of(make_tiny("WanTransformer3DModel"), "int8")
 
 
 def test_a_table_of_groups():

@@ -54,7 +54,7 @@ def main(
             found = calibrate_on_prompts(pipe, captions, w_bits=bits, gptq=keep, progress=show, **found_with, **run)
         Preset.of(
             found.model,
-            QuantConfig(bits, 8, weight_clip="mse" if keep else "max"),
+            QuantConfig(bits, 8, weight_clip="mse" if keep else "max", conditioning="W8A16"),
             found.schedule,
             found.compensation,
             features=found.features,

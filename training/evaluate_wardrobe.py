@@ -8,7 +8,8 @@
 The unmodified ``FluxPipeline`` draws every picture. All rows have the same prompts and the same noise, both new for
 each seed, so that pictures are independent of each other (Wilson's intervals) and rows are compared picture by picture:
 ``*_lost`` is what full precision has right and the row has wrong, less the reverse. Speed is pictures a second, text
-encoders and autoencoder included, of all batches but the first.
+encoders and autoencoder included, of all batches but the first; shards that run beside each other on one GPU tell none
+(``--no-timed``).
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ JudgeFile = Annotated[Path | None, typer.Option(help="Weights of the judge; by d
 SCENES, NOISE, FIT = 700_000_000, 710_000_000, 720_000_000  # first seeds: of scenes, of noise, of both for fits
 MODEL_SEEDS = 5  # of the rows that say how good the model is
 POOL_PICTURES, SAMPLES_PER_CLUSTER = 16, 8  # as in calibrate_on_prompts, whose samples are 128, too
+PLAINLY = [(part, "none", None) for part in ("model", "precision", "shift")]  # in full precision: the reference itself
 RIGHT = ("objects", "colours", "places", "everything")
 PLAIN: dict[str, Any] = {
-    "scenes": "seen", "steps": None, "true_cfg_scale": None, "text_tokens": 64,
+    "scenes": "seen", "steps": None, "shift": None, "true_cfg_scale": None, "text_tokens": 64,
     "weights": "nearest", "ranges": "static", "smoothing": 0.5, "layers": "plan", "conditioning": None, "outliers": 1,
     "selection": "tap", "samples": 128, "repeat": 0, "pool": "uncached",
     "mode": "none", "interval": 1, "schedule": "uniform", "threshold": None,
@@ -83,6 +85,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 AS_ROUNDED = ("precision", "weights", "ranges", "smoothing", "layers", "conditioning", "outliers", "selection",
               "samples", "repeat", "pool")  # fmt: skip
 MODES = ("delta", "branch", "taylor", "hicache", "crf")
+SHIFT = 3.16  # of the timesteps of FLUX.1-dev at 1024 x 1024, e^1.15
 LAYERS = {  # a group to the regular expression of the names of its layers
     "modulation, two streams": r"transformer_blocks\.\d+\.norm1(_context)?\.linear",
     "modulation, one stream": r"single_transformer_blocks\.\d+\.norm\.linear",
@@ -159,6 +162,10 @@ def rows() -> Iterator[dict[str, Any]]:
         yield row("guidance and text", "FP", true_cfg_scale=scale)
     yield row("guidance and text", "FP", text_tokens=512)
     yield row("guidance and text", text_tokens=512)
+    for steps in (None, 10):
+        yield row("shift", "FP", shift=SHIFT, **({} if steps is None else {"steps": steps}))
+    for mode, schedule in itertools.product(MODES, ("uniform", "calibrated")):
+        yield row("shift", "FP", shift=SHIFT, mode=mode, interval=3, schedule=schedule)
     for precision, layers in itertools.product(("W8A8", "W4A8"), LAYERS):
         plainly = {"weights": "nearest, least error"} if precision == "W4A8" else {}
         yield row("layers", precision, layers=layers, ranges="per token", smoothing=None, **plainly)
@@ -239,16 +246,17 @@ class Wardrobe:
         seeds: of scenes and noise; the rows of part "model" have further ones.
         prompts: of each seed.
         fit: pictures of a schedule or compensation of features; of VC four times as many.
+        timed: tell speed.
     """
 
     def __init__(
         self, model: str, judge: Path | None, data: Path, seeds: list[int], prompts: int, steps: int,
-        batch: int, fit: int, true_cfg_scale: float, device: str, dtype: torch.dtype | None = None,
+        batch: int, fit: int, true_cfg_scale: float, device: str, dtype: torch.dtype | None = None, timed: bool = True,
     ) -> None:  # fmt: skip
         torch.set_float32_matmul_precision("high")
         self.cuda = device.startswith("cuda")
         self.model, self.device, self.prompts, self.batch, self.fit = model, device, prompts, batch, fit
-        self.seeds, self.steps, self.scale = seeds, steps, true_cfg_scale
+        self.seeds, self.steps, self.scale, self.timed = seeds, steps, true_cfg_scale, timed
         self.dtype = dtype or (torch.bfloat16 if self.cuda else torch.float32)
         self.settings = {"model": model, "seeds": seeds, "prompts": prompts, "steps": steps, "batch": batch, "fit": fit}
         self.settings |= {"true_cfg_scale": true_cfg_scale, "dtype": str(self.dtype).removeprefix("torch.")}
@@ -282,10 +290,14 @@ class Wardrobe:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     @contextmanager
-    def using(self, model: Any, scheduler: Any = None, dtype: torch.dtype | None = None) -> Iterator[Any]:
-        """Give the pipeline another transformer, and scheduler, for the block."""
+    def using(
+        self, model: Any, scheduler: Any = None, dtype: torch.dtype | None = None, shift: float | None = None
+    ) -> Iterator[Any]:
+        """Give the pipeline another transformer, and scheduler or shift of its own, for the block."""
         pipe = self.pipe(dtype or self.dtype)
         before = pipe.transformer, pipe.scheduler
+        if shift is not None:
+            scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=shift)
         pipe.transformer, pipe.scheduler = model, scheduler or pipe.scheduler
         try:
             yield pipe
@@ -333,11 +345,13 @@ class Wardrobe:
             set_per_token_behind_modulation(model)
         return model
 
-    def cache_of(self, settings: tuple[Any, ...], mode: str, interval: int, schedule: str, corrected: bool) -> Any:
+    def cache_of(
+        self, settings: tuple[Any, ...], mode: str, interval: int, schedule: str, shift: float | None, corrected: bool
+    ) -> Any:
         """Find which cache a row has, and what corrects its features."""
         model, features = self.rounded(settings), None
         config = CacheConfig(mode, interval=interval)
-        with self.using(model) as pipe:
+        with self.using(model, shift=shift) as pipe:
             if schedule == "calibrated":
                 found = schedule_from_run(
                     model, self.runs(pipe, self.fit), mode=mode, compensated=corrected,
@@ -363,10 +377,10 @@ class Wardrobe:
         if row["mode"] == "first_block":
             config = CacheConfig("first_block", threshold=row["threshold"])
         elif row["mode"] != "none":
-            how = (row[name] for name in ("mode", "interval", "schedule"))
+            how = (row[name] for name in ("mode", "interval", "schedule", "shift"))
             config, features = self.cache_of(settings, *how, row["corrected"] == "features")
         dtype = torch.float32 if row["precision"] == "FP32" else self.dtype
-        with self.using(model, dtype=dtype) as pipe, ExitStack() as stack:
+        with self.using(model, dtype=dtype, shift=row["shift"]) as pipe, ExitStack() as stack:
             if config is not None:
                 apply_cache(model, config=config, compensation=features)
                 stack.callback(remove_cache, model)
@@ -422,12 +436,14 @@ class Wardrobe:
             found: dict[str, Any] = {"computed_steps": steps}
             if config is not None:
                 found["computed_steps"] = sum(config.of_steps(steps)) if config.planned else None
-        later = times[1:] or times
-        return torch.cat(pictures), {**found, "images_per_second": len(later) / sum(later)}
+        if self.timed:
+            later = times[1:] or times
+            found["images_per_second"] = len(later) / sum(later)
+        return torch.cat(pictures), found
 
-    def reference(self, kind: str, seeds: tuple[int, ...]) -> tuple[Any, ...]:
+    def reference(self, kind: str, shift: float | None, seeds: tuple[int, ...]) -> tuple[Any, ...]:
         """Draw in full precision; return pictures, what is known of how, scores and features."""
-        pixels, found = self.draw(settings_of(row("", "FP", scenes=kind)), seeds)
+        pixels, found = self.draw(settings_of(row("", "FP", scenes=kind, shift=shift)), seeds)
         return pixels, found, *self.look(pixels, kind, seeds)
 
     def look(self, pixels: torch.Tensor, kind: str, seeds: tuple[int, ...]) -> tuple[dict[str, Any], FeatureStatistics]:
@@ -444,11 +460,11 @@ class Wardrobe:
         if row["part"] == "model":
             more = (seed for seed in itertools.count() if seed not in self.seeds)
             seeds = (*seeds, *itertools.islice(more, max(0, MODEL_SEEDS - len(seeds))))
-        full, of_full, right_of_full, features_of_full = self.reference(kind, seeds)
+        full, of_full, right_of_full, features_of_full = self.reference(kind, row["shift"], seeds)
         try:
             if row["precision"] in ("real", "autoencoded"):
                 pixels, found = self.real(kind, seeds, NOISE, row["precision"] == "autoencoded"), {}
-            elif row["part"] in ("model", "precision") and row["precision"] == "FP":
+            elif (row["part"], row["mode"], row["steps"]) in PLAINLY and row["precision"] == "FP":
                 pixels, found = full, of_full
             else:
                 pixels, found = self.draw(row, seeds)
@@ -483,6 +499,7 @@ def main(
     shard: Shard = "0/1",
     seconds: Seconds = 1e9,
     merge: Merge = None,
+    timed: Annotated[bool, typer.Option(help="Tell speed, too.")] = True,
     device: str = "cuda",
 ) -> None:
     """Measure what a row changes; a row that fails is logged, and the rest go on."""
@@ -490,7 +507,7 @@ def main(
         merge_rows(out, merge, rows(), goals)
         return
     numbers = [int(seed) for seed in seeds.split(",")]
-    bench = Wardrobe(model, judge, data, numbers, prompts, steps, batch, fit, true_cfg_scale, device)
+    bench = Wardrobe(model, judge, data, numbers, prompts, steps, batch, fit, true_cfg_scale, device, timed=timed)
     measure_chosen(out, bench.settings, rows(), bench.measure, goals, only, shard, seconds)
 
 

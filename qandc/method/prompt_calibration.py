@@ -25,6 +25,7 @@ from qandc.method.schedule_calibration import schedule_for
 from qandc.method.settings import COMPENSATIONS, Images
 from qandc.method.stages import Stage, StageProgress, attached, quantize_on
 from qandc.quantization.conversion import quant_layers
+from qandc.quantization.plan import conditioning_of
 from qandc.quantizer import QuantConfig
 from qandc.sampling.prompts import check_prompts, of_prompts, text_length
 from qandc.sampling.trajectories import compensation_from_run, trajectory_from_run
@@ -46,7 +47,7 @@ def calibrate_on_prompts(
     *,
     w_bits: int = 8,
     a_bits: int = 8,
-    conditioning: str | None = None,
+    conditioning: str | None = "W8A16",
     cache: CacheConfig | None = None,
     pool_images: Images = 16,
     samples: Count = 128,
@@ -69,7 +70,7 @@ def calibrate_on_prompts(
     Args:
         pipe: any pipeline of diffusers that takes ``prompt``, with its transformer in full precision, without a cache.
         prompts: taken in turn.
-        w_bits, a_bits, conditioning: as :func:`qandc.quantize_model`.
+        w_bits, a_bits, conditioning: as :func:`qandc.optimize`.
         cache: that the model will have: samples are taken from runs with it, as the paper does it. With an interval,
             as many steps are computed, those that serve the others best; a schedule is kept. None: no cache.
         pool_images: images that are drawn for each part of the work, pool, schedule and compensation, each from noise
@@ -107,7 +108,7 @@ def calibrate_on_prompts(
     if cache is not None:
         cache.check_planned("no schedule can be found for it")
     gptq = w_bits == 4 if gptq is None else gptq
-    config = QuantConfig(w_bits, a_bits, None, "mse" if gptq else "max", conditioning)
+    config = QuantConfig(w_bits, a_bits, None, "mse" if gptq else "max", conditioning_of(model, conditioning))
     if len(prompts) < pool_images:
         logger.info("%d prompts for %d images: they are taken in turn", len(prompts), pool_images)
     report: StageProgress = progress or (lambda stage, completed, total: None)

@@ -22,7 +22,7 @@ from qandc.quantization.readers import kept_layers
 from qandc.quantizer import COMPILED, QuantConfig, matches, parse_scheme
 from qandc.support.attach import original_class
 
-__all__ = ["Assignment", "Roles", "assign", "resolved", "roles_of"]
+__all__ = ["Assignment", "Roles", "assign", "conditioning_of", "resolved", "roles_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,31 @@ def _module_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
 
 
+def conditioning_of(model: nn.Module, scheme: str | None) -> str | None:
+    """Return the scheme of modulation layers, or None and a line of the log for a model that has none.
+
+    Raises:
+        ConfigError: it is no scheme.
+    """
+    if scheme is None:
+        return None
+    parse_scheme(scheme)
+    roles = roles_of(model)
+    for name, module in model.named_modules():
+        stays = any(matches(pattern, name) for pattern in roles.stays)
+        if original_class(module) is nn.Linear and not stays and any(matches(p, name) for p in roles.conditioning):
+            return scheme
+    logger.info("conditioning=%r: %s has no modulation layers of its own", scheme, original_class(model).__name__)
+    return None
+
+
 def resolved(model: nn.Module, config: QuantConfig) -> QuantConfig:
     """Replace ``skip_patterns=None`` by the patterns that it means for this model, which tables of later versions
     do not change."""
     if config.skip_patterns is not None:
         return config
     roles, names = roles_of(model), _module_names(model)
-    patterns = [*roles.stays, *roles.conditioning]
+    patterns = [*roles.stays, *(roles.conditioning if config.conditioning is None else ())]
     for pattern in tuple(patterns):  # those that say nothing beside the others are left out
         others = [other for other in patterns if other != pattern]
         if all(any(matches(other, name) for other in others) for name in names if matches(pattern, name)):
