@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -139,9 +140,10 @@ def _ours_cached(config: CacheConfig, pipe: Any, row: Row) -> Iterator[None]:
 
 
 @contextmanager
-def _ahead(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
-    """Compute the modulations of a run at its first step, as ``optimize`` has it."""
-    graph(ungraph(pipe.transformer), pipe=pipe)
+def _ahead(pipe: Any, row: Row, launch: Launch, offloaded: bool = False) -> Iterator[None]:
+    """Compute the modulations of a run at its first step, as ``optimize`` has it; weights in host memory or not."""
+    graph(ungraph(pipe.transformer), pipe=pipe, offload_modulation=offloaded)
+    row["gpu_bytes"] = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values() if tensor.is_cuda)
     try:
         yield
     finally:
@@ -225,6 +227,7 @@ CANDIDATES |= {  # the transformer that is cached, and how
 }
 CANDIDATES |= {
     f"{IMAGES_FUSED}, modulations ahead": (IMAGES_FUSED, _ahead),
+    f"{IMAGES_FUSED}, modulations ahead, offloaded": (IMAGES_FUSED, partial(_ahead, offloaded=True)),
     "bf16 compiled, diffusers' TaylorSeer": (TO_BE_COMPILED, _taylorseer),
     "bf16 compiled, diffusers' FirstBlockCache": (TO_BE_COMPILED, _first_block),
     "bf16 compiled, cache-dit": (TO_BE_COMPILED, _cache_dit),
@@ -235,7 +238,7 @@ CASES = [
     (layer, name, steps)
     for layer, pipe in PIPES.items()
     for name in ORDER
-    if layer != "PixArt-Sigma" or CANDIDATES[name][1] is not _ahead  # which has no layers of modulation
+    if layer != "PixArt-Sigma" or "modulations ahead" not in name  # which has no layers of modulation
     if CANDIDATES[name][0] != IMAGES_FUSED or fuses(layer)
     for steps in pipe.steps
 ]

@@ -604,7 +604,12 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "step_ranges": P(None, "None"),
     },
     "get_cache": lambda: {"transformer": P(dit(), MODULES)},
-    "graph": lambda: {"model": P(dit(), MODULES), "limit": P(2), "pipe": P(pipeline(), "None pipeline")},
+    "graph": lambda: {
+        "model": P(dit(), MODULES),
+        "limit": P(2),
+        "pipe": P(pipeline(), "None pipeline"),
+        "offload_modulation": P(False, FLAG),
+    },
     "input_hessians": lambda: {
         "model": P(dit()),
         "batches": batches(),
@@ -634,6 +639,7 @@ TABLE: dict[str, Callable[[], dict[str, P]]] = {
         "calibrate_on": P(None, "None"),
         "calibrated": P(None, "None"),
         "compile": P(False, f"None {FLAG}"),
+        "offload_modulation": P(False, FLAG),
         "restorable": P(True, FLAG),
     },
     "pool_from_run": lambda: running(directory=P(None, "None 'x' cuda:99"), about=P("x", TEXTS)),

@@ -13,6 +13,7 @@ from torch import nn
 
 from qandc import (
     CacheConfig,
+    ConfigError,
     ModelError,
     QuantLinear,
     apply_cache,
@@ -351,19 +352,73 @@ def test_threads_have_rows_of_their_own(model):
                 assert_near(output, output_of(plain, pipe.call(i, **text)))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", PIPELINES)
-@torch.no_grad()
-def test_graphs_of_fused_models(name):
+@pytest.mark.parametrize("kind", [nn.Linear, QuantLinear])
+def test_a_layer_whose_tensors_are_elsewhere_computes_where_its_input_is(kind):
+    model = make_tiny(FLUX) if kind is nn.Linear else quantize_model(make_tiny(FLUX), conditioning="W8A16")
+    graph(model, pipe=Pipe())
+    layer = modulation_layers(model)[1]
+    assert isinstance(layer, kind)
+    held = dict(layer.state_dict())
+    there = modulations._on(layer, torch.device("meta"))
+    assert {tensor.device.type for tensor in there.state_dict().values()} == {"meta"}
+    with torch.no_grad():
+        assert layer(torch.ones(2, 32, device="meta")).device.type == "meta"
+        assert modulations._on(layer, torch.device("cpu")) is layer
+        assert all(torch.equal(tensor, held[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_what_cannot_be_offloaded(model, caplog):
+    with pytest.raises(ConfigError, match="offload_modulation needs pipe="):
+        graph(model, offload_modulation=True)
+    graph(model, pipe=Pipe(), offload_modulation=True)  # on a CPU
+    assert "nothing is offloaded: no modulation layers on a GPU" in caplog.text
+    ungraph(model)
+
+
+def _on_gpu(name):
+    """Make a model that is large enough for fused blocks, fused, and calls of two runs."""
     size = {"num_attention_heads": 3, "attention_head_dim": 64}
     size |= {"caption_projection_dim": 192} if name == STABLE else {"axes_dims_rope": (16, 24, 24)}
     model = quantize_model(make_tiny(name, **size), conditioning="W8A16")
     calibrate(model, [inputs_of(name, time) for time in (0.9, 0.1)])
-    model, pipe = graph(fuse(model.cuda().bfloat16())), Pipe(device="cuda")
-    shared = [inputs_of(name, seed=seed) for seed in range(2)]
+    pipe, shared = Pipe(device="cuda"), [inputs_of(name, seed=seed) for seed in range(2)]
     for run in shared:
         run |= {key: value.cuda().bfloat16() for key, value in run.items() if isinstance(value, torch.Tensor)}
     calls = [pipe.call(i, name, **run) for i in range(4) for run in shared]
+    return fuse(model.cuda().bfloat16()), pipe, calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_weights_in_host_memory(name):
+    """The same rows, of the same weights; in place again when the graphs go."""
+    model, pipe, calls = _on_gpu(name)
+    calls.append({**calls[0], "timestep": calls[0]["timestep"] * 0.5})  # in no table
+
+    def draw(**options):
+        graph(model, pipe=pipe, **options)
+        return [output_of(model, call) for call in calls], torch.cuda.memory_allocated()
+
+    expected, before = draw()
+    ungraph(model)
+    found, after = draw(offload_modulation=True)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    tensors = [tensor for layer, _ in modulations.attached(model) for tensor in layer.state_dict().values()]
+    assert tensors
+    assert all(tensor.is_pinned() for tensor in tensors)
+    assert after <= before - sum(tensor.nbytes for tensor in tensors)
+    assert Graphed.of(model).graphs.captures == 1
+    ungraph(model)
+    assert all(tensor.is_cuda for tensor in model.state_dict().values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_graphs_of_fused_models(name):
+    model, pipe, calls = _on_gpu(name)
+    graph(model)
     calls.append({**calls[0], "timestep": calls[0]["timestep"] * 0.5})  # in no table
     expected = [output_of(model, call) for call in calls]
     graph(ungraph(model), pipe=pipe)

@@ -252,6 +252,12 @@ def test_models_that_no_cache_knows_are_quantized_alone(part, name):
     assert quant_layers(getattr(restore(pipe), part)) == {}
 
 
+def test_what_is_not_offloaded_is_said():
+    plan = optimize(Pipe(transformer=make_tiny("FluxTransformer2DModel")), offload_modulation=True)
+    assert "offload no: that takes fused blocks with modulation layers, on a GPU" in " ".join(str(plan).split())
+    assert "offload" not in str(optimize(Pipe(transformer=make_tiny("FluxTransformer2DModel"))))
+
+
 def test_modulation_gets_weights_of_8_bits_where_there_is_one(caplog):
     schemes = {
         name: {

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from qandc.cache import check_planned, detached_cache, get_cache
 from qandc.caching.plan import Plan
-from qandc.errors import ModelError
+from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.fusion.graphs import PLAIN, GraphCache
 from qandc.fusion.modulations import Ahead, Step, attached, handed
@@ -99,6 +99,11 @@ class Graphed(Attachment):
         self.watch = None
         self.graphs.clear()
 
+    def take_back(self) -> None:
+        """Move what is offloaded back to the GPU."""
+        if self.ahead is not None:
+            self.ahead.take_back()
+
     def look(self, model: nn.Module) -> None:
         """Drop graphs of a model that has changed since they were captured."""
         if self.watch is None or not self.watch.unchanged():
@@ -158,6 +163,9 @@ class _GraphedModel(nn.Module):
         plan = Plan() if cache is None else cache.plan
         if plan.key is None:  # the first step of a cache makes the memory of its features
             return eager()
+        if step is None and graphed.ahead is not None and graphed.ahead.homes:
+            graphed.say("weights of modulation are in host memory, and no rows were made of what this step is given")
+            return eager()
         tensors: list[torch.Tensor] = []
         try:
             structure = structure_of((args, kwargs, (plan.weights, plan.correction), rows), tensors)
@@ -193,7 +201,13 @@ class _GraphedModel(nn.Module):
 
 
 @checked
-def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: Any = None) -> ModelT:
+def graph(
+    model: ModelT,
+    *,
+    limit: Annotated[int, Between(1, 1024)] = 16,
+    pipe: Any = None,
+    offload_modulation: bool = False,
+) -> ModelT:
     """Replay the forwards of ``model`` from CUDA graphs, one for each structure, shapes and plain values of arguments.
 
     The first call of a kind runs the forward twice to compile and choose kernels, captures a graph, and replays it, as
@@ -213,6 +227,8 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: 
             steps are computed at the first, as its scheduler then knows the timesteps, and copied by each. A step of
             another timestep, guidance or prompt computes its own. The host waits until the GPU has come to a step,
             once it has started that.
+        offload_modulation: keep the weights that ``pipe`` lets no other step read in pinned host memory. The first step
+            of a run copies them layer by layer, as does each step of other values, which is no graph then.
 
     Returns:
         ``model``. :func:`ungraph` makes it again what it was.
@@ -220,7 +236,8 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: 
     Raises:
         ModelError: not a module, graphed or fused already, compiled as a whole, its ``forward`` was replaced on the
             instance, or ``pipe`` has no scheduler.
-        ConfigError: the limit is not an integer from 1 to 1024, or the attached cache decides while a step runs.
+        ConfigError: the limit is not an integer from 1 to 1024, the attached cache decides while a step runs, or
+            ``offload_modulation`` without ``pipe``.
     """
     if Graphed.of(model) is not None or is_fused(model):
         raise ModelError(f"this {type(model).__name__} has graphs already; call ungraph or unfuse first")
@@ -229,9 +246,13 @@ def graph(model: ModelT, *, limit: Annotated[int, Between(1, 1024)] = 16, pipe: 
             f"forward of this {type(model).__name__} was replaced (by torch.compile of the whole model, or by "
             "accelerate's offload hooks); compile its blocks, model.compile_repeated_blocks(), and graph it first"
         )
+    if offload_modulation and pipe is None:
+        raise ConfigError(
+            "offload_modulation needs pipe=, whose scheduler tells for which steps to compute modulations"
+        )
     check_planned(model, "it cannot run from CUDA graphs (remove_cache first)")
     with detached_cache(model):  # the graph is the inner of the two
-        graphed = Graphed(limit, None if pipe is None else Ahead(model, pipe))
+        graphed = Graphed(limit, None if pipe is None else Ahead(model, pipe, offload_modulation))
         for module, mixin in _captured(model):
             attach(module, mixin)
         attach(model, _GraphedModel, graphed)
@@ -261,4 +282,5 @@ def ungraph(model: ModelT) -> ModelT:
         ours = [pair for pair in _captured(model) if isinstance(*pair)]  # not one that was put there since
         detach([(model, _GraphedModel), *ours, *attached(model)], Graphed.attribute, error=ModelError)
     graphed.drop()
+    graphed.take_back()
     return model

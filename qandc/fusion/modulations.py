@@ -37,13 +37,40 @@ _now = threading.local()  # of each thread: what layers return in this step
 
 class _Modulation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        known: dict[nn.Module, torch.Tensor] = {} if torch.compiler.is_compiling() else getattr(_now, "rows", {})
-        return known[self] if self in known else super().forward(x)
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        known: dict[nn.Module, torch.Tensor] = getattr(_now, "rows", {})
+        return known[self] if self in known else super(_Modulation, _on(self, x.device)).forward(x)
+
+
+def _on(layer: Any, device: torch.device) -> Any:
+    """Return a layer whose tensors are on a device: itself, or one like it, for a layer that stays in host memory."""
+    held = {name: layer.__dict__[name] for name in ("_parameters", "_buffers")}
+    if all(tensor is None or tensor.device == device for tensors in held.values() for tensor in tensors.values()):
+        return layer
+    there = object.__new__(type(layer))
+    there.__dict__.update(layer.__dict__)  # other threads may be inside of the layer
+    for name, tensors in held.items():
+        there.__dict__[name] = {
+            key: None if tensor is None else tensor.to(device, non_blocking=True) for key, tensor in tensors.items()
+        }
+    return there
 
 
 def attached(model: nn.Module) -> list[tuple[Any, Any]]:
     """List the layers of a model that take rows, with what is attached to them, as ``detach`` takes them."""
     return [(module, _Modulation) for module in model.modules() if isinstance(module, _Modulation)]
+
+
+def _to_host(layer: Any) -> torch.device | None:
+    """Move the tensors of a layer from a GPU to pinned memory; return which GPU, if they were on one."""
+    device = None
+    for tensors in (layer._parameters, layer._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_cuda:
+                device, there = tensor.device, tensor.detach().cpu().pin_memory()
+                tensors[name] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+    return device
 
 
 class _Table:
@@ -126,9 +153,13 @@ class Ahead:
     Args:
         model: its transformer. Layers in compiled blocks are left alone: the code would be compiled again for rows.
         pipe: has a ``scheduler``, whose ``timesteps`` are those of the run that is going on.
+        offload: keep the weights of these layers in host memory, from where the first step of a run copies them.
+
+    Attributes:
+        homes: the device of each layer that is offloaded.
     """
 
-    def __init__(self, model: Any, pipe: Any) -> None:
+    def __init__(self, model: Any, pipe: Any, offload: bool = False) -> None:
         if not hasattr(pipe, "scheduler"):
             raise ModelError(f"pipe is the pipeline that runs the model; this {type(pipe).__name__} has no scheduler")
         self.pipe, self.said = weakref.ref(pipe), False
@@ -144,6 +175,17 @@ class Ahead:
                     activations = (type(part) for part in found.get(name.rpartition(".")[0], nn.Identity()).children())
                     if nn.SiLU in activations:
                         attach(found[name], _Modulation)
+        layers = [layer for layer, _ in attached(model)] if offload else []
+        homes = {layer: _to_host(layer) for layer in layers}
+        self.homes = {layer: device for layer, device in homes.items() if device is not None}
+        if offload and not self.homes:
+            logger.warning("nothing is offloaded: no modulation layers on a GPU, in blocks that are not compiled")
+
+    def take_back(self) -> None:
+        """Move the weights of offloaded layers back to their device."""
+        while self.homes:
+            layer, device = self.homes.popitem()
+            layer.to(device)
 
     def run(self, model: nn.Module, call: Call, forward: Callable[[Step | None], Any]) -> Any:
         """Return ``forward`` of a step, with modulations if they are known.
