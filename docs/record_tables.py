@@ -82,7 +82,7 @@ REASONS = (  # goals that are missed, by the first pattern that fits: why, and w
     (
         "all right gained by that over 10 steps",
         "a model with guidance built in loses 2.4 points in 10 steps: the cache gains all but 0.4 of them",
-        "none: it cannot be; at 1/5 of the steps `hicache` gains 3 over as many steps",
+        "none: it cannot be; with 7 steps `hicache` gains 3 over as many",
     ),
     (
         "over_no_cache_PixArt",

@@ -847,11 +847,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "wardrobe.json": partial(wardrobe_table, parts=("model", "precision", "fewer steps", "guidance and text")),
     "wardrobe.json model": partial(wardrobe_table, parts=("model",)),
     "wardrobe-shift.json": partial(wardrobe_table, parts=("shift",)),
-    "wardrobe.json shift": partial(wardrobe_table, parts=("shift",)),
     "wardrobe.json caches": partial(
         wardrobe_grid, part="cache", line=("precision", "mode", "schedule", "corrected"), column="interval"
     ),
-    "wardrobe.json rows": partial(wardrobe_table, parts=("cache", "VC", "TAP", "layers")),
     "wardrobe.json layers": partial(wardrobe_grid, part="layers", line=("layers",), column="precision"),
     "wardrobe.json samples": partial(
         wardrobe_grid, part="VC", line=("precision", "mode", "interval", "corrected"), column="form"

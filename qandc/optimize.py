@@ -18,7 +18,7 @@ from qandc.errors import ConfigError, ModelError
 from qandc.fusion.blocks import FusedBlocks, fuses_blocks
 from qandc.fusion.fuse import Fused, fuse, is_fused
 from qandc.fusion.model_graph import Graphed, graph
-from qandc.fusion.modulations import attached
+from qandc.fusion.modulations import attached, offloaded
 from qandc.method.prompt_calibration import calibrate_on_prompts
 from qandc.method.saved import CalibratedModel, load
 from qandc.models import FAMILIES, family_of
@@ -167,9 +167,8 @@ class _Optimized:
         homes: list[tuple[nn.Module, Any, Any]] = []
         for part, undo in self.undos.items():
             now = getattr(self.pipe, part)
-            graphed = Graphed.of(now)
-            if graphed is not None:
-                graphed.take_back()
+            for attachment in attachments(now):
+                attachment.take_back(now)
             for name, linear in self.originals[part].items():
                 layer: Any = now.get_submodule(name)
                 homes.append((linear, layer.qweight.device, layer.weight_dtype_holder.dtype))
@@ -244,8 +243,8 @@ def optimize(
         calibrate_on: prompts like those to come. Images are drawn from them, in minutes to hours, to find smoothing,
             static ranges, the steps to compute and a compensation (:func:`qandc.calibrate_on_prompts`).
         calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote, or what
-            :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits, and what it
-            was saved with is used. Settings without a model quantize the pipeline's own.
+            :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits and
+            schemes, and what it was saved with is used. Settings without a model quantize the pipeline's own.
         compile: compile the blocks, which takes a minute at the first image, or fuse them (DiT, FLUX.1, Chroma,
             Qwen-Image, SD3.5, PixArt, once calibrated), and replay steps from CUDA graphs. By default where the model
             is on a GPU.
@@ -275,7 +274,7 @@ def optimize(
                 "a_bits": a_bits,
                 "conditioning": conditioning_of(model, conditioning),
             }
-            planned, own = quantization_plan(model, **bits), config if family_of(model) is not None else None
+            planned, own = quantization_plan(model, w_bits, a_bits), config if family_of(model) is not None else None
             others = {} if own is config else {"no cache": _no_cache(model)}
             model.__dict__[ORIGINALS] = state.originals[name]
             try:
@@ -299,7 +298,7 @@ def optimize(
                 others["calibrated"] = _held(where, found)
             elif calibrate_on is not None:
                 others["calibrated"] = _held(f"on {len(calibrate_on)} prompts", found)
-            others |= _speed_up(pipe, found.model, own, compile, found.step_ranges, offload_modulation)
+            others |= _speed_up(pipe, found.model, own, compile, found.step_ranges)
             if offload_modulation:
                 others["offload"] = _offloaded(found.model)
             if own is not None:
@@ -390,7 +389,7 @@ def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> Qu
 
 
 def _speed_up(
-    pipe: Any, model: Any, cache: CacheConfig | None, wanted: bool | None, ranges: StepRanges | None, offload: bool
+    pipe: Any, model: Any, cache: CacheConfig | None, wanted: bool | None, ranges: StepRanges | None
 ) -> dict[str, str]:
     """Fuse, or compile and graph, what can be; returns what was done, or why not."""
     device = next(model.parameters()).device
@@ -413,18 +412,17 @@ def _speed_up(
         return {**said, "graph": UNPLANNED}
     if device.type != "cuda":
         return {**said, "graph": f"no: on {device} there are none"}
-    known = pipe if hasattr(pipe, "scheduler") else None
-    graph(model, pipe=known, offload_modulation=offload and known is not None)
+    graph(model, pipe=pipe if hasattr(pipe, "scheduler") else None)
     return {**said, "graph": "of each kind of step" + ("; modulations of all at the first" if attached(model) else "")}
 
 
 def _offloaded(model: Any) -> str:
-    """Say how much of a model is in host memory, or why nothing is."""
+    """Offload modulation; say how much, or why nothing."""
     graphed = Graphed.of(model)
-    layers = graphed.ahead.homes if graphed is not None and graphed.ahead is not None else {}
-    size = sum(tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
-    if not size:
-        return "no: that takes fused blocks with modulation layers, on a GPU (calibrate_on, or calibrated)"
+    if graphed is None or not attached(model):
+        return "no: that takes CUDA graphs of fused blocks with modulation layers of their own"
+    graphed.offload(model)
+    size = sum(tensor.nbytes for layer in offloaded(model) for tensor in (*layer.parameters(), *layer.buffers()))
     return f"{size_text(size)} of modulation in host memory, copied by the first step of a run"
 
 

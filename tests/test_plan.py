@@ -338,6 +338,13 @@ def test_resolved_settings_choose_the_same_layers(name, conditioning):
     assert assign(model, resolved(model, config), saved=True).bits == assign(model, config).bits
 
 
+def test_the_usual_layer_is_one_of_the_most():
+    plan = quantization_plan(make_tiny("FluxTransformer2DModel"), conditioning="W8A16")
+    assert plan.quantized[0].scheme == "W8A16 weight-only"  # modulation comes first in a block
+    assert plan.usual.scheme.startswith("W8A8")
+    assert plan.usual in plan.quantized
+
+
 def test_a_scheme_of_modulation_is_left_out_where_there_is_none(caplog):
     assert conditioning_of(make_tiny("FluxTransformer2DModel"), "W8A16") == "W8A16"
     for name in ("WanTransformer3DModel", "PixArtTransformer2DModel"):

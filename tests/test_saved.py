@@ -39,6 +39,7 @@ from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import describe_run
 from tests.conftest import made_once, make_dit
 from tests.test_calibration import dit_batches
+from tests.tiny_models import make_tiny
 
 RUN = {"num_inference_steps": 6, "guidance_scale": 1.5}
 LABELS = (1, 2)
@@ -183,6 +184,23 @@ def test_without_compensation(tmp_path):
     loaded = Preset.load(tmp_path)
     assert loaded.compensation is None
     assert (loaded.scheduler_name, loaded.num_inference_steps, loaded.guidance_scale) == ("ddim", 6, 1.5)
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_modulation_with_a_scheme_of_its_own(tmp_path, keep_weights):
+    """int8 weights beside int4 ones, of layers that a config without the scheme would leave."""
+    name, config = "FluxTransformer2DModel", QuantConfig(4, 8, conditioning="W8A16")
+    model = quantize_model(make_tiny(name), 4, conditioning="W8A16")
+    preset = Preset.of(
+        model, config, make_preset()[0].schedule, None, scheduler="x", guidance_scale=1, keep_weights=keep_weights
+    )
+    preset.save(tmp_path)
+    again = Preset.load(tmp_path).quantize(make_tiny(name))
+    schemes = {name: layer.scheme for name, layer in quant_layers(model).items()}
+    assert {name: layer.scheme for name, layer in quant_layers(again).items()} == schemes
+    assert {scheme.split()[0] for scheme in schemes.values()} == {"W4A8", "W8A16"}
+    for mine, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def rewrite(directory, change):

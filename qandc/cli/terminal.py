@@ -187,11 +187,11 @@ def comparison_rows(result: Comparison, dtype: str) -> list[tuple[str, ...]]:
 def said_of_layers(result: Comparison) -> tuple[str, str]:
     """Say in two lines what became of the layers, and which kernel runs them."""
     assert result.report is not None
-    layers, (before, after) = result.report.quantized, result.report.quantized_bytes
+    usual, (before, after) = result.report.usual, result.report.quantized_bytes
     weights = f"their weights {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
     return (
-        f"{len(layers)} layers quantized ({layers[0].scheme}), {weights}",
-        f"kernel: {layers[0].kernel} ({layers[0].reason})",
+        f"{len(result.report.quantized)} layers quantized ({usual.scheme}), {weights}",
+        f"kernel: {usual.kernel} ({usual.reason})",
     )
 
 
@@ -220,9 +220,9 @@ def print_settings(
     note: str | None = None,
 ) -> None:
     """Print what was found for a model, and the command that uses its directory."""
-    layers, (before, after) = quantization.quantized, quantization.quantized_bytes
+    before, after = quantization.quantized_bytes
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("layers", f"{len(layers)} ({layers[0].scheme})")
+    table.add_row("layers", f"{len(quantization.quantized)} ({quantization.usual.scheme})")
     table.add_row("their weights", f"{size_text(before)} -> {size_text(after)}")
     if schedule is not None:
         table.add_row("computed steps", f"{sum(schedule.schedule)} of {len(schedule.schedule)} ({schedule.mode})")

@@ -135,7 +135,7 @@ def compare_prompts(
     part = plan.transformers[0]
     result.report = part.layers
     try:
-        draw(name_of(part.layers.quantized[0].scheme.partition(" ")[0], part.cache))
+        draw(name_of(part.layers.usual.scheme.partition(" ")[0], part.cache))
     finally:
         if restored:
             restore(pipe)

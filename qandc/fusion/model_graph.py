@@ -22,7 +22,7 @@ from qandc.caching.plan import Plan
 from qandc.errors import ConfigError, ModelError
 from qandc.fusion.fuse import is_fused
 from qandc.fusion.graphs import PLAIN, GraphCache
-from qandc.fusion.modulations import Ahead, Step, attached, handed
+from qandc.fusion.modulations import Ahead, Step, attached, handed, offload, offloaded, take_back
 from qandc.models import family_of
 from qandc.models.family import arguments_of
 from qandc.support.arguments import Between, checked
@@ -70,7 +70,11 @@ def rebuild(structure: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 class Graphed(Attachment):
-    """Hold the graphs of a model, and what has been said about calls that take none."""
+    """Hold the graphs of a model, and what has been said about calls that take none.
+
+    Attributes:
+        offloads: weights of modulation were moved to host memory, where they may still be.
+    """
 
     attribute = "_qandc_graphed"
 
@@ -80,6 +84,7 @@ class Graphed(Attachment):
         self.graphs = GraphCache(limit)
         self.watch: Watch | None = None
         self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
+        self.offloads = False
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> Graphed:
@@ -99,10 +104,13 @@ class Graphed(Attachment):
         self.watch = None
         self.graphs.clear()
 
-    def take_back(self) -> None:
-        """Move what is offloaded back to the GPU."""
-        if self.ahead is not None:
-            self.ahead.take_back()
+    def offload(self, model: nn.Module) -> None:
+        """Move the weights of modulation to host memory."""
+        self.offloads = True
+        offload(model)
+
+    def take_back(self, model: nn.Module) -> None:
+        take_back(model)
 
     def look(self, model: nn.Module) -> None:
         """Drop graphs of a model that has changed since they were captured."""
@@ -163,7 +171,7 @@ class _GraphedModel(nn.Module):
         plan = Plan() if cache is None else cache.plan
         if plan.key is None:  # the first step of a cache makes the memory of its features
             return eager()
-        if step is None and graphed.ahead is not None and graphed.ahead.homes:
+        if step is None and graphed.offloads and offloaded(self):
             graphed.say("weights of modulation are in host memory, and no rows were made of what this step is given")
             return eager()
         tensors: list[torch.Tensor] = []
@@ -228,7 +236,9 @@ def graph(
             another timestep, guidance or prompt computes its own. The host waits until the GPU has come to a step,
             once it has started that.
         offload_modulation: keep the weights that ``pipe`` lets no other step read in pinned host memory. The first step
-            of a run copies them layer by layer, as does each step of other values, which is no graph then.
+            of a run copies them layer by layer, as does each step of other values, which is no graph then. Compile no
+            block afterwards. What moves the whole model (``to``, ``enable_model_cpu_offload``) and adapters take them
+            back.
 
     Returns:
         ``model``. :func:`ungraph` makes it again what it was.
@@ -252,10 +262,16 @@ def graph(
         )
     check_planned(model, "it cannot run from CUDA graphs (remove_cache first)")
     with detached_cache(model):  # the graph is the inner of the two
-        graphed = Graphed(limit, None if pipe is None else Ahead(model, pipe, offload_modulation))
+        graphed = Graphed(limit, None if pipe is None else Ahead(model, pipe))
         for module, mixin in _captured(model):
             attach(module, mixin)
         attach(model, _GraphedModel, graphed)
+    if offload_modulation:
+        try:
+            graphed.offload(model)
+        except BaseException:
+            ungraph(model)
+            raise
     return model
 
 
@@ -278,9 +294,9 @@ def ungraph(model: ModelT) -> ModelT:
     graphed = Graphed.of(model)
     if graphed is None:
         raise ModelError(f"this {type(model).__name__} is not graphed")
+    take_back(model)
     with detached_cache(model):
         ours = [pair for pair in _captured(model) if isinstance(*pair)]  # not one that was put there since
         detach([(model, _GraphedModel), *ours, *attached(model)], Graphed.attribute, error=ModelError)
     graphed.drop()
-    graphed.take_back()
     return model

@@ -8,6 +8,7 @@ timesteps of its run, so all rows can be made at once; a step copies those made 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import weakref
@@ -26,7 +27,7 @@ from qandc.models.family import Call, Modulated, forward_of
 from qandc.support.attach import attach
 from qandc.support.watch import Watch
 
-__all__ = ["Ahead", "Step", "attached", "handed"]
+__all__ = ["Ahead", "Step", "attached", "handed", "offload", "offloaded", "take_back"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +63,37 @@ def attached(model: nn.Module) -> list[tuple[Any, Any]]:
     return [(module, _Modulation) for module in model.modules() if isinstance(module, _Modulation)]
 
 
-def _to_host(layer: Any) -> torch.device | None:
-    """Move the tensors of a layer from a GPU to pinned memory; return which GPU, if they were on one."""
-    device = None
-    for tensors in (layer._parameters, layer._buffers):
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_cuda:
-                device, there = tensor.device, tensor.detach().cpu().pin_memory()
-                tensors[name] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
-    return device
+def offload(model: nn.Module) -> None:
+    """Move the weights of layers that take rows to pinned host memory, from a GPU."""
+    layers = [layer for layer, _ in attached(model)]
+    if not layers or _home(model).type != "cuda":
+        logger.warning("nothing is offloaded: no modulation layers on a GPU, in blocks that are not compiled")
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        for layer in layers:
+            layer._apply(lambda tensor: tensor.cpu().pin_memory())
+
+
+def offloaded(model: nn.Module) -> list[Any]:
+    """List the layers that take rows whose weights are in host memory, while the rest of the model is on a GPU."""
+    on_gpu = _home(model).type == "cuda"
+    return [layer for layer, _ in attached(model) if on_gpu and next(_tensors(layer)).device.type == "cpu"]
+
+
+def take_back(model: nn.Module) -> None:
+    """Move weights that are offloaded to where the model is."""
+    for layer in offloaded(model):
+        layer.to(_home(model))
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
+
+
+def _home(model: nn.Module) -> torch.device:
+    """Return the device of a model, but for what is offloaded."""
+    ours = {id(tensor) for layer, _ in attached(model) for tensor in _tensors(layer)}
+    return next((tensor.device for tensor in _tensors(model) if id(tensor) not in ours), torch.device("cpu"))
 
 
 class _Table:
@@ -153,13 +176,9 @@ class Ahead:
     Args:
         model: its transformer. Layers in compiled blocks are left alone: the code would be compiled again for rows.
         pipe: has a ``scheduler``, whose ``timesteps`` are those of the run that is going on.
-        offload: keep the weights of these layers in host memory, from where the first step of a run copies them.
-
-    Attributes:
-        homes: the device of each layer that is offloaded.
     """
 
-    def __init__(self, model: Any, pipe: Any, offload: bool = False) -> None:
+    def __init__(self, model: Any, pipe: Any) -> None:
         if not hasattr(pipe, "scheduler"):
             raise ModelError(f"pipe is the pipeline that runs the model; this {type(pipe).__name__} has no scheduler")
         self.pipe, self.said = weakref.ref(pipe), False
@@ -175,17 +194,6 @@ class Ahead:
                     activations = (type(part) for part in found.get(name.rpartition(".")[0], nn.Identity()).children())
                     if nn.SiLU in activations:
                         attach(found[name], _Modulation)
-        layers = [layer for layer, _ in attached(model)] if offload else []
-        homes = {layer: _to_host(layer) for layer in layers}
-        self.homes = {layer: device for layer, device in homes.items() if device is not None}
-        if offload and not self.homes:
-            logger.warning("nothing is offloaded: no modulation layers on a GPU, in blocks that are not compiled")
-
-    def take_back(self) -> None:
-        """Move the weights of offloaded layers back to their device."""
-        while self.homes:
-            layer, device = self.homes.popitem()
-            layer.to(device)
 
     def run(self, model: nn.Module, call: Call, forward: Callable[[Step | None], Any]) -> Any:
         """Return ``forward`` of a step, with modulations if they are known.

@@ -30,9 +30,9 @@ from torch import nn
 from qandc.caching.compensation import FeatureCompensation, FeatureHeader
 from qandc.caching.schedule import CalibratedSchedule
 from qandc.errors import ConfigError, DataError, ModelError, OutputError
-from qandc.quantization.conversion import layers_to_quantize, quant_layers, quantize_model
+from qandc.quantization.conversion import quant_layers, quantize_model
 from qandc.quantization.linear import OPTIONAL_BUFFERS, QUANTIZED_BUFFERS, skeleton_layer
-from qandc.quantization.plan import resolved
+from qandc.quantization.plan import assign, resolved
 from qandc.quantization.ranges import StepRanges, check_range_values, check_step_ranges
 from qandc.quantizer import QuantConfig, check_bits, fault_of_divisors
 from qandc.sampling.loop import SCHEDULERS, Guidance, set_timesteps
@@ -354,13 +354,14 @@ class Preset:
 
     def _check_layers(self, model: nn.Module) -> None:
         """Refuse ranges, smoothing and weights that the layers to be quantized do not take."""
-        linears, bits = layers_to_quantize(model, self.config), (self.config.w_bits, self.config.a_bits)
-        strangers = {name.rpartition(".")[0] for name in self.layers} - linears.keys()
+        bits = assign(model, self.config).bits
+        strangers = {name.rpartition(".")[0] for name in self.layers} - bits.keys()
         if strangers:
             raise ModelError(f"these settings are of another model: it has no quantized layer {min(strangers)!r}")
-        for name, linear in linears.items():
+        for name, scheme in bits.items():
+            linear: Any = model.get_submodule(name)
             sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
-            layer = skeleton_layer(*sizes, bias=False, bits=bits, dtype=dtype)
+            layer = skeleton_layer(*sizes, bias=False, bits=scheme, dtype=dtype)
             for buffer in KEPT:
                 kept = self.layers.get(f"{name}.{buffer}")
                 if kept is None and (buffer in OPTIONAL_BUFFERS or not self.buffers("qweight")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
@@ -272,6 +273,12 @@ class QuantizationReport:
         return tuple(layer for layer in self.layers if layer.quantized)
 
     @property
+    def usual(self) -> LayerReport:
+        """Return one of the quantized layers: the first of those that have the scheme of the most."""
+        schemes = Counter(layer.scheme for layer in self.quantized)
+        return next(layer for layer in self.quantized if layer.scheme == schemes.most_common(1)[0][0])
+
+    @property
     def quantized_bytes(self) -> tuple[int, int]:
         """Return weight bytes of the quantized layers alone, before and after."""
         return sum(layer.bytes_before for layer in self.quantized), sum(layer.bytes_after for layer in self.quantized)
@@ -386,7 +393,8 @@ def _row(name: str, module: nn.Module, reasons: Mapping[str, str], how: tuple[st
         weight: Any = module.weight
         size, dtype = weight.numel() * weight.element_size(), str(weight.dtype).removeprefix("torch.")
         return LayerReport(name, False, dtype, size, size, "torch linear", reasons.get(name, "not quantized"))
-    device = module.qweight.device
+    offloaded = module.qweight.is_pinned()  # such weights are copied to where the input is
+    device = torch.device("cuda") if offloaded else module.qweight.device
     kernel, reason = ("none", "on the meta device") if device.type == "meta" else _kernel_of(module, device)
     if how is not None and kernel.startswith("triton"):
         kernel, reason = f"{kernel}, {how[0]}", f"{reason}; {how[1]}"

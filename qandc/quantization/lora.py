@@ -19,6 +19,7 @@ from qandc.errors import ConfigError, ModelError
 from qandc.quantization.conversion import quant_layers, refuse_merge
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.readers import tuner_layers
+from qandc.support.attach import attachments
 
 __all__ = ["extend_flux_loader", "extend_fuse_lora", "extend_peft", "extend_saving", "lora_for_quantized"]
 
@@ -67,6 +68,8 @@ def extend_peft(module: ModuleType) -> None:
     def prepare(self: Any, peft_config: Any, model: nn.Module) -> None:
         if quant_layers(model):
             _check_not_fused(model)
+            for attachment in attachments(model):
+                attachment.take_back(model)  # PEFT puts adapters where a layer's weight is
             lora_for_quantized(peft_config)  # both refuse before the first layer is replaced
             targets = getattr(peft_config, "target_modules", None)
             if isinstance(targets, str) and targets.lower() == "all-linear":  # PEFT's own list has nn.Linear only

@@ -54,6 +54,9 @@ class Attachment:
     def reset(self) -> None:
         """Forget what was computed by the model as it was."""
 
+    def take_back(self, model: torch.nn.Module) -> None:
+        """Move weights that are kept elsewhere to where the model is."""
+
     def kernels_of(self, model: torch.nn.Module) -> dict[str, tuple[str, str]]:
         """Return by layer name what runs in the place of layers, and why."""
         return {}
