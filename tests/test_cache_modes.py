@@ -590,7 +590,6 @@ def test_lengths_of_steps():
     assert lengths.mean() == pytest.approx(1)
     assert (np.diff(lengths) > 0).all()
     rounded = torch.tensor(shifted).bfloat16().tolist()
-    assert len(set(rounded)) < 50
     np.testing.assert_allclose(step_lengths(rounded), lengths, rtol=0.35)
     twice = step_lengths([900, 700, 700, 500, 500, 100, 100])
     assert (twice > 0).all()
