@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 
-import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -28,7 +27,7 @@ from qandc import (
 )
 from qandc.caching.plan import Action
 from qandc.fusion.fuse import Fused
-from qandc.method.schedule_calibration import feature_moments, step_lengths
+from qandc.method.schedule_calibration import feature_moments
 from qandc.models.dit.fused import FusedBlock
 from qandc.support.attach import original_class
 from tests import definition
@@ -580,31 +579,6 @@ def test_a_scheduler_that_calls_the_model_twice_a_step(mode, order):
     apply_cache_to_dit(model, config=CacheConfig(interval=2, num_inference_steps=6))
     with pytest.raises(ConfigError, match=r"schedule has 6 steps and the run 11; .*one entry for each call"):
         sample_latents(model, heun(), [1], seeds=[0], **run)
-
-
-def test_lengths_of_steps():
-    for even in (range(980, -1, -20), [999.0, 899.0, 799.0], [500.0]):
-        assert step_lengths(even).tolist() == [1.0] * len(even)
-    shifted = [3.16 * s / (1 + 2.16 * s) for s in (1 - i / 50 for i in range(50))]
-    lengths = step_lengths(shifted)
-    assert lengths.mean() == pytest.approx(1)
-    assert (np.diff(lengths) > 0).all()
-    rounded = torch.tensor(shifted).bfloat16().tolist()
-    np.testing.assert_allclose(step_lengths(rounded), lengths, rtol=0.35)
-    twice = step_lengths([900, 700, 700, 500, 500, 100, 100])
-    assert (twice > 0).all()
-    assert twice[-1] > twice[1]
-
-
-def test_errors_count_by_the_length_of_their_step(monkeypatch):
-    """With long steps at the end that is where steps are computed."""
-    model, found = make_dit(num_layers=2), {}
-    for name, lengths in {"even": np.ones(8), "late": np.array([1e-3] * 5 + [1.0] * 3)}.items():
-        monkeypatch.setattr("qandc.method.schedule_calibration.step_lengths", lambda timesteps, made=lengths: made)
-        scheduler = make_scheduler("ddim", {"num_train_timesteps": 1000})
-        found[name] = calibrate_schedule(model, scheduler, [1], computed_steps=4, num_inference_steps=8).schedule
-    assert found["late"][5:] == (True, True, True)
-    assert found["even"] != found["late"]
 
 
 def test_a_calibrated_schedule_is_no_worse_than_an_even_one(monkeypatch):

@@ -395,9 +395,9 @@ class CalibratedSchedule:
         schedule: whether each step is computed, one entry for each call of the model.
         timesteps: of these calls.
         mode, order: as in :class:`CacheConfig`; order 0 of modes that do not forecast.
-        error, uniform_error: an estimate of the summed relative feature error of its reuse steps, by the length of each
-            where timesteps are not even, and of those of an evenly spaced schedule with as many compute steps
-            (:func:`qandc.calibrate_schedule` says what of); None of a uniform one, for which no features were compared.
+        error, uniform_error: an estimate of the summed relative feature error of its reuse steps, and of those of an
+            evenly spaced schedule with as many compute steps (:func:`qandc.calibrate_schedule` says what of); None of a
+            uniform one, for which no features were compared.
 
     Raises:
         ConfigError: a value is not one of these, timesteps rise, or no cache can follow the schedule.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -160,9 +161,8 @@ def schedule_from_run(
     ``schedule_from_run(pipe.transformer, lambda: pipe(prompts, num_inference_steps=20), computed_steps=8)``.
 
     Runs once without cache and compares, for every pair of steps a <= j, what the features of a would add at j (with
-    the gates of j) with what is added there. The sum of the relative errors of all reuse steps, each times
-    the length of its step where timesteps are not even, is minimised by dynamic programming, exactly for order 0 and 1,
-    and never to more than that of evenly spaced steps.
+    the gates of j) with what is added there. The sum of the relative errors of all reuse steps is minimised by dynamic
+    programming, exactly for order 0 and 1, and never to more than that of evenly spaced steps.
 
     The error is an estimate: as if errors of branches were independent, from some tokens and channels of them instead
     of all, and on a run without cache. It says which schedule to prefer, not how far images will be off.
@@ -205,12 +205,8 @@ def _best(
     moments: StepMoments, timesteps: tuple[float, ...], mode: str, order: int, computed_steps: int, compensated: bool
 ) -> CalibratedSchedule:
     order = _check_steps(mode, order, computed_steps, timesteps)
-    pull, lengths = DEFAULT_PULL[mode] if compensated else None, step_lengths(timesteps)
-
-    def errors(computed: tuple[int, ...]) -> np.ndarray:
-        found = moments.errors(computed, pull=pull, form=DEFAULT_FORM[mode], mode=mode)
-        return found * lengths[computed[0] + 1 :]
-
+    pull = DEFAULT_PULL[mode] if compensated else None
+    errors = partial(moments.errors, pull=pull, form=DEFAULT_FORM[mode], mode=mode)
     even = even_schedule(len(timesteps), computed_steps, order + 1)
     found = optimal_schedule(errors, len(timesteps), computed_steps, order=order, warm_up_steps=order + 1)
     # for order 2 not all schedules were tried
@@ -218,17 +214,6 @@ def _best(
     result = CalibratedSchedule(found, timesteps, mode, order, error, schedule_error(errors, even, order))
     logger.info("calibrated schedule: error %.4g, evenly spaced %.4g", result.error, result.uniform_error)
     return result
-
-
-def step_lengths(timesteps: Sequence[float]) -> np.ndarray:
-    """Compute how far the steps of a run reach, by timesteps two steps before and after; 1 on average.
-
-    Two, as a scheduler of second order takes two steps at one timestep, and bfloat16 rounds those of flow matching.
-    """
-    times, steps = np.array(timesteps, dtype=np.float64), np.arange(len(timesteps))
-    first, last = np.maximum(steps - 2, 0), np.minimum(steps + 2, len(times) - 1)
-    lengths = (times[first] - times[last]) / np.maximum(last - first, 1)
-    return lengths / lengths.mean() if lengths.any() else np.ones_like(times)
 
 
 @older_names
