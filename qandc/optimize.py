@@ -95,7 +95,7 @@ class TransformerPlan:
 
 
 def _counted(values: Iterable[Any]) -> Iterable[tuple[Any, int]]:
-    return Counter(values).items()
+    return Counter(values).most_common()
 
 
 @dataclass(frozen=True, repr=False)
@@ -384,7 +384,7 @@ def _no_cache(model: nn.Module) -> str:
 def _with_reasons(report: QuantizationReport, planned: QuantizationReport) -> QuantizationReport:
     """Say of layers that were left alone why, as the plan did."""
     reasons = {row.name: row.reason for row in planned.layers if not row.quantized}
-    rows = (replace(row, reason=reasons.get(row.name, row.reason)) for row in report.layers)
+    rows = (row if row.quantized else replace(row, reason=reasons.get(row.name, row.reason)) for row in report.layers)
     return QuantizationReport(tuple(rows), report.other_bytes)
 
 

@@ -158,8 +158,9 @@ def test_the_plan_says_what_was_done_and_why_not_more(dit_pipe, caplog):
     for said in (
         "DiTPipeline transformer (DiTTransformer2DModel)",
         "quantized 20 of 29 linear layers, W8A8 dynamic per-token, by reference int8_linear (plain torch",
-        "left 6 an embedder or a router; 3 modulation, which sees one row per sample",
-        "weights 0.7 MB -> 0.6 MB",
+        "quantized 3 of 29 linear layers, W8A16 weight-only, by reference weight_only_linear (plain torch",
+        "left 6 an embedder or a router",
+        "weights 0.7 MB -> ",
         "cache taylor of order 1, in a run of 50 steps 18 are computed (*): 0* 1* 2 3 4* 5 6 7*",
         "compile no: on cpu nothing is gained",
         "restore qandc.restore(pipe); what was replaced takes 0.2 MB of host memory",
@@ -253,8 +254,9 @@ def test_models_that_no_cache_knows_are_quantized_alone(part, name):
 
 
 def test_what_is_not_offloaded_is_said():
+    said = "offload no: that takes CUDA graphs of fused blocks with modulation layers of their own"
     plan = optimize(Pipe(transformer=make_tiny("FluxTransformer2DModel")), offload_modulation=True)
-    assert "offload no: that takes fused blocks with modulation layers, on a GPU" in " ".join(str(plan).split())
+    assert said in " ".join(str(plan).split())
     assert "offload" not in str(optimize(Pipe(transformer=make_tiny("FluxTransformer2DModel"))))
 
 

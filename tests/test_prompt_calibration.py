@@ -100,7 +100,7 @@ def test_it_is_what_its_parts_do_by_hand():
     pool = pool_from_run(model, lambda: run(POOL_SEED))
     remove_cache(model)
     chosen = pool.select(8, TapConfig(clusters=1))
-    quantize_model(model, smoothing=smoothing_factors(model, pool.batches(chosen)))
+    quantize_model(model, conditioning="W8A16", smoothing=smoothing_factors(model, pool.batches(chosen)))
     calibrate(model, pool.batches(chosen))
     schedule = schedule_from_run(
         model, lambda: run(SCHEDULE_SEED), computed_steps=sum(CACHE.of_steps(6)), compensated=True
@@ -143,7 +143,7 @@ def test_samples_and_steps_that_are_not_chosen():
     pool = pool_from_run(theirs.transformer, run)
     remove_cache(theirs.transformer)
     batches = pool.batches(pool.select(8, TapConfig(clusters=1), method="random"))
-    state = calibrate(quantize_model(theirs.transformer), batches).state_dict()
+    state = calibrate(quantize_model(theirs.transformer, conditioning="W8A16"), batches).state_dict()
     assert all(torch.equal(value, state[key]) for key, value in found.model.state_dict().items())
 
 
