@@ -393,7 +393,7 @@ def _on_gpu(name):
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
 def test_weights_in_host_memory(name):
-    """The same rows, of the same weights; in place again when the graphs go."""
+    """Offload the weights of modulation: outputs stay the same, and ``ungraph`` moves the weights back."""
     model, pipe, calls = _on_gpu(name)
     calls.append({**calls[0], "timestep": calls[0]["timestep"] * 0.5})  # in no table
 

@@ -45,6 +45,7 @@ def main(
     run: dict[str, Any] = {"height": SIZE, "width": SIZE, "num_inference_steps": steps}
     captions = [scene.caption for scene in draw_scenes(pool_images, CALIBRATION)]
     found_with: dict[str, Any] = {"pool_images": pool_images, "samples": samples, "compensation": compensation}
+    found_with["conditioning"] = "W8A16"
     found_with["cache"] = CacheConfig(cache_mode, interval=cache_interval)
     for bits in (8, 4):
         pipe = load_pipeline(model, device)
@@ -54,7 +55,7 @@ def main(
             found = calibrate_on_prompts(pipe, captions, w_bits=bits, gptq=keep, progress=show, **found_with, **run)
         Preset.of(
             found.model,
-            QuantConfig(bits, 8, weight_clip="mse" if keep else "max", conditioning="W8A16"),
+            QuantConfig(bits, 8, weight_clip="mse" if keep else "max", conditioning=found_with["conditioning"]),
             found.schedule,
             found.compensation,
             features=found.features,

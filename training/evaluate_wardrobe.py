@@ -67,7 +67,6 @@ JudgeFile = Annotated[Path | None, typer.Option(help="Weights of the judge; by d
 SCENES, NOISE, FIT = 700_000_000, 710_000_000, 720_000_000  # first seeds: of scenes, of noise, of both for fits
 MODEL_SEEDS = 5  # of the rows that say how good the model is
 POOL_PICTURES, SAMPLES_PER_CLUSTER = 16, 8  # as in calibrate_on_prompts, whose samples are 128, too
-PLAINLY = [(part, "none", None) for part in ("model", "precision", "shift")]  # in full precision: the reference itself
 RIGHT = ("objects", "colours", "places", "everything")
 PLAIN: dict[str, Any] = {
     "scenes": "seen", "steps": None, "shift": None, "true_cfg_scale": None, "text_tokens": 64,
@@ -162,8 +161,8 @@ def rows() -> Iterator[dict[str, Any]]:
         yield row("guidance and text", "FP", true_cfg_scale=scale)
     yield row("guidance and text", "FP", text_tokens=512)
     yield row("guidance and text", text_tokens=512)
-    for steps in (None, 10):
-        yield row("shift", "FP", shift=SHIFT, **({} if steps is None else {"steps": steps}))
+    yield row("shift", "FP", shift=SHIFT)
+    yield row("shift", "FP", shift=SHIFT, steps=10)
     for mode, schedule in itertools.product(MODES, ("uniform", "calibrated")):
         yield row("shift", "FP", shift=SHIFT, mode=mode, interval=3, schedule=schedule)
     for precision, layers in itertools.product(("W8A8", "W4A8"), LAYERS):
@@ -460,11 +459,12 @@ class Wardrobe:
         if row["part"] == "model":
             more = (seed for seed in itertools.count() if seed not in self.seeds)
             seeds = (*seeds, *itertools.islice(more, max(0, MODEL_SEEDS - len(seeds))))
-        full, of_full, right_of_full, features_of_full = self.reference(kind, row["shift"], seeds)
+        same = {name: row[name] for name in ("scenes", "shift")}
+        full, of_full, right_of_full, features_of_full = self.reference(*same.values(), seeds)
         try:
             if row["precision"] in ("real", "autoencoded"):
                 pixels, found = self.real(kind, seeds, NOISE, row["precision"] == "autoencoded"), {}
-            elif (row["part"], row["mode"], row["steps"]) in PLAINLY and row["precision"] == "FP":
+            elif row.items() >= {**PLAIN, **PRECISIONS["FP"], "precision": "FP", **same}.items():  # the reference
                 pixels, found = full, of_full
             else:
                 pixels, found = self.draw(row, seeds)

@@ -66,7 +66,7 @@ def attached(model: nn.Module) -> list[tuple[Any, Any]]:
 def offload(model: nn.Module) -> None:
     """Move the weights of layers that take rows to pinned host memory, from a GPU."""
     layers = [layer for layer, _ in attached(model)]
-    if not layers or _home(model).type != "cuda":
+    if not layers or not next(model.parameters()).is_cuda:
         logger.warning("nothing is offloaded: no modulation layers on a GPU, in blocks that are not compiled")
         return
     with torch.inference_mode(False), torch.no_grad():
@@ -76,24 +76,15 @@ def offload(model: nn.Module) -> None:
 
 def offloaded(model: nn.Module) -> list[Any]:
     """List the layers that take rows whose weights are in host memory, while the rest of the model is on a GPU."""
-    on_gpu = _home(model).type == "cuda"
-    return [layer for layer, _ in attached(model) if on_gpu and next(_tensors(layer)).device.type == "cpu"]
+    layers = [layer for layer, _ in attached(model)]
+    held = [layer for layer in layers if next(itertools.chain(layer.parameters(), layer.buffers())).is_cpu]
+    return held if held and next(model.parameters()).is_cuda else []  # of an embedder, before all blocks
 
 
 def take_back(model: nn.Module) -> None:
     """Move weights that are offloaded to where the model is."""
     for layer in offloaded(model):
-        layer.to(_home(model))
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())
-
-
-def _home(model: nn.Module) -> torch.device:
-    """Return the device of a model, but for what is offloaded."""
-    ours = {id(tensor) for layer, _ in attached(model) for tensor in _tensors(layer)}
-    return next((tensor.device for tensor in _tensors(model) if id(tensor) not in ours), torch.device("cpu"))
+        layer.to(next(model.parameters()).device)
 
 
 class _Table:

@@ -68,9 +68,9 @@ def extend_peft(module: ModuleType) -> None:
     def prepare(self: Any, peft_config: Any, model: nn.Module) -> None:
         if quant_layers(model):
             _check_not_fused(model)
+            lora_for_quantized(peft_config)  # both refuse before the first layer is replaced
             for attachment in attachments(model):
                 attachment.take_back(model)  # PEFT puts adapters where a layer's weight is
-            lora_for_quantized(peft_config)  # both refuse before the first layer is replaced
             targets = getattr(peft_config, "target_modules", None)
             if isinstance(targets, str) and targets.lower() == "all-linear":  # PEFT's own list has nn.Linear only
                 peft_config.target_modules = _all_linear(model)

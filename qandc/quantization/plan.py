@@ -141,11 +141,8 @@ def conditioning_of(model: nn.Module, scheme: str | None) -> str | None:
     if scheme is None:
         return None
     parse_scheme(scheme)
-    roles = roles_of(model)
-    for name, module in model.named_modules():
-        stays = any(matches(pattern, name) for pattern in roles.stays)
-        if original_class(module) is nn.Linear and not stays and any(matches(p, name) for p in roles.conditioning):
-            return scheme
+    if CONDITIONING in assign(model, QuantConfig(), saved=True).reasons.values():
+        return scheme
     logger.info("conditioning=%r: %s has no modulation layers of its own", scheme, original_class(model).__name__)
     return None
 
