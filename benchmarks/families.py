@@ -1,6 +1,6 @@
 """The models that people run, at real sizes with random weights, and what their pipelines pass to them.
 
-Pictures are 1024², Wan's videos 81 frames of 832 x 480.
+Pictures are 1024², 512² where a name ends so, Wan's videos 81 frames of 832 x 480.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from benchmarks.timing import DEVICE
 from qandc import calibrate, fuse, graph, quantization_plan, quantize_model
 from qandc.fusion.blocks import fuses_blocks
 from qandc.models import FAMILIES as KNOWN
+from qandc.quantization.linear import QuantLinear
 
 __all__ = [
     "FAMILIES",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Model = Any
+MODULATED = ("to_q", "to_k", "to_v", "_proj", "net.0.proj", "proj_mlp")  # layers that are given what is modulated
 TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
 
 
@@ -45,9 +47,9 @@ class Family(NamedTuple):
     tokens: int
 
 
-def _pixart(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+def _pixart(noise: Callable[..., torch.Tensor], timestep: torch.Tensor, side: int = 128) -> dict[str, Any]:
     return {
-        "hidden_states": noise(2, 4, 128, 128),
+        "hidden_states": noise(2, 4, side, side),
         "encoder_hidden_states": noise(2, 300, 4096),
         "timestep": timestep.expand(2),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
@@ -55,9 +57,9 @@ def _pixart(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[
     }
 
 
-def _sd3(noise: Callable[..., torch.Tensor], timestep: torch.Tensor) -> dict[str, Any]:
+def _sd3(noise: Callable[..., torch.Tensor], timestep: torch.Tensor, side: int = 128) -> dict[str, Any]:
     return {
-        "hidden_states": noise(2, 16, 128, 128),
+        "hidden_states": noise(2, 16, side, side),
         "encoder_hidden_states": noise(2, 333, 4096),
         "pooled_projections": noise(2, 2048),
         "timestep": timestep.expand(2),
@@ -127,6 +129,22 @@ FAMILIES = {
     "Z-Image": Family("ZImageTransformer2DModel", {}, _z_image, 2 * (4096 + 128)),
     "Wan-2.1-1.3B": Family(
         "WanTransformer3DModel", {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}, _wan, 21 * 30 * 52
+    ),
+    "PixArt-Sigma-512": Family(
+        "PixArtTransformer2DModel",
+        {"sample_size": 64, "use_additional_conditions": False, "caption_channels": 4096},
+        partial(_pixart, side=64),
+        2 * 1024,
+    ),
+    "SD3.5-medium-512": Family(
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 64, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
+            "caption_projection_dim": 1536, "joint_attention_dim": 4096, "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13)),
+        },
+        partial(_sd3, side=64),
+        2 * (1024 + 333),
     ),
 }  # fmt: skip
 
@@ -202,9 +220,16 @@ def fuses(layer: str) -> bool:
     return fuses_blocks(KNOWN[FAMILIES[layer].name])
 
 
-def fused(model: Model, layer: str, w_bits: int) -> Model:
-    """Quantize modulation too, its weights alone, and run blocks on fused kernels within a graph."""
-    return graph(fuse(quantized(model, layer, w_bits, f"W{w_bits}A16")))
+def fused(model: Model, layer: str, w_bits: int, per_token: bool = False) -> Model:
+    """Quantize modulation too, its weights alone, and run blocks on fused kernels within a graph.
+
+    ``per_token``: layers that read what is modulated get a scale for each token in the place of a static range.
+    """
+    model = quantized(model, layer, w_bits, f"W{w_bits}A16")
+    for name, module in model.named_modules() if per_token else ():
+        if isinstance(module, QuantLinear) and name.endswith(MODULATED) and not module.weight_only:
+            module.set_static_range(None)
+    return graph(fuse(model))
 
 
 def torchao_quantized(model: Model, config: str, per_row: bool = False) -> Model:

@@ -263,16 +263,29 @@ def models_goals(rows: list[Row]) -> Iterator[Row]:
 
 def images_goals(rows: list[Row]) -> Iterator[Row]:
     """Seconds for an image with every third step computed, and how many times faster that is than without a cache."""
-    runs = (("FLUX.1-dev", 28), ("FLUX.1-dev", 50), ("Qwen-Image", 50), ("SD3.5-large", 28), ("PixArt-Sigma", 20))
-    bounds = {28: (1.6, 1.3), 50: (2.3, 1.9)}
-    for layer, steps in runs:
+    runs = {
+        ("FLUX.1-dev", 28): (1.4, 1.2),
+        ("FLUX.1-dev", 50): (2.3, 1.9),
+        ("Qwen-Image", 50): (),
+        ("SD3.5-large", 28): (),
+    }
+    runs[("PixArt-Sigma", 20)] = ()
+    for (layer, steps), bounds in runs.items():
         ours = IMAGES_FUSED if layer == "FLUX.1-dev" else IMAGES_OURS
         for mode in IMAGES_CACHED:
             plain, cached = (median(rows, "images", layer, steps, ours + end) for end in ("", f", {mode} cache"))
-            if layer == "FLUX.1-dev":
+            if bounds:
                 seconds = None if cached is None else cached / 1e6
-                yield _goal(f"seconds_{layer}_{steps}_steps_{mode}", seconds, *bounds[steps], "lower", "s")
+                yield _goal(f"seconds_{layer}_{steps}_steps_{mode}", seconds, *bounds, "lower", "s")
             yield _goal(f"{mode}_over_no_cache_{layer}_{steps}_steps", ratio(plain, cached), 2.2)
+    taylor = find(rows, "images", "FLUX.1-dev", 28, f"{IMAGES_FUSED}, taylor cache", "latents_us")
+    seconds = None if taylor is None else taylor / 1e6
+    yield _goal("seconds_FLUX.1-dev_28_steps_taylor_without_decoder", seconds, 1.0, 0.85, "lower", "s")
+    for layer, steps in (*runs, ("PixArt-Sigma-512", 20), ("SD3.5-medium-512", 28)):
+        alone, called = (
+            find(rows, "images", layer, steps, IMAGES_FUSED, f"{key}_us") for key in ("replays", "latents")
+        )
+        yield _goal(f"graphs_alone_over_run_as_called_{layer}_{steps}_steps", ratio(alone, called), 0.95, 0.98)
 
 
 def _words(candidate: str) -> str:

@@ -78,11 +78,12 @@ def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> I
 
 BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each run of what takes no turns with it
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
+SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
 IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
-    for layer, steps in zip((LARGE[0], *LARGE, *OTHERS), (28, 50, 50, 28, 20, 50, 20), strict=True)
+    for layer, steps in zip((LARGE[0], *LARGE, *SMALL, *OTHERS), (28, 50, 50, 28, 20, 20, 28, 50, 20), strict=True)
     for which in ("bf16 or torchao", "graph and not fused", "fused", "not bf16 and not torchao and not graph")
-    if which != "fused" or layer in LARGE
+    if which != "fused" or layer not in OTHERS
 ]  # fmt: skip
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
 SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
@@ -107,11 +108,15 @@ PORTIONS: tuple[Portion, ...] = (
     *bench("pipeline", "steps", 8, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
     *bench(
         "models", "models", 4, "test_models.py",
-        *(f"--layers {layer} -k '{k}'" for layer in (*LARGE, *OTHERS) for k in (
+        *(f"--layers {layer} -k '{k}'" for layer in (*LARGE, *SMALL, *OTHERS) for k in (
             "not graph and not torchao", "graph", f"torchao or {BF16}"
         )),
     ),
     *bench("images", "models", 5, "test_images.py", *IMAGES),
+    *script(
+        "parts", "models", 2, "-m training.measure_parts",
+        *(f"--layer {layer} --w-bits {bits}" for layer in LARGE for bits in (8, 4)), "--per-token",
+    ),
     *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),
     *script("presets", "steps", 2, "training/evaluate_presets.py"),
     *script("cache", "steps", 3, "training/evaluate_cache.py", *(f"--precisions {p}" for p in ("FP", "W8A8", "W4A8"))),

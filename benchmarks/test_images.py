@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -21,9 +24,10 @@ from qandc import CacheConfig, apply_cache, graph, remove_cache, ungraph
 
 Model = Any
 Row = dict[str, Any]
-Launch = Callable[[int], torch.Tensor]
+Launch = Callable[..., torch.Tensor]  # of the number of a launch, and of what else the pipeline is to be given
 INTERVAL = 3  # of steps one is computed, where something is cached
-TEXT, PIXELS = 512, 1024
+TEXT = 512
+SHARES = 5  # times that parts of a run are measured
 CACHED_BOUND = 2.0  # random weights draw no images; what is reused must all the same not be far off or NaN
 TO_BE_COMPILED = "bf16"  # by what caches it
 COMPILED = IMAGES_OURS.removesuffix(", graph()")
@@ -39,10 +43,11 @@ class Pipe(NamedTuple):
     guided: bool
     call: dict[str, Any]
     steps: tuple[int, ...]
+    pixels: int = 1024
 
 
 def _decoder(channels: int) -> Any:
-    return autoencoder_kl(channels, PIXELS, shift_factor=0.1)
+    return autoencoder_kl(channels, 1024, shift_factor=0.1)
 
 
 def _decoder_of(name: str) -> Any:
@@ -52,7 +57,7 @@ def _decoder_of(name: str) -> Any:
 
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
-PIPES = {
+PIPES: dict[str, Pipe] = {
     "FLUX.1-dev": Pipe(
         "FluxPipeline",
         (FLOW, {"shift": 3.0, "use_dynamic_shifting": True}),
@@ -107,6 +112,10 @@ PIPES = {
         {"guidance_scale": 5.0, "height": 480, "width": 832, "num_frames": 81},
         (20,),
     ),
+}
+PIPES |= {  # where a step is short, and what the host does between steps counts most
+    "PixArt-Sigma-512": PIPES["PixArt-Sigma"]._replace(pixels=512),
+    "SD3.5-medium-512": PIPES["SD3.5-large"]._replace(pixels=512),
 }
 
 
@@ -238,7 +247,7 @@ CASES = [
     (layer, name, steps)
     for layer, pipe in PIPES.items()
     for name in ORDER
-    if layer != "PixArt-Sigma" or "modulations ahead" not in name  # which has no layers of modulation
+    if not (layer.startswith("PixArt") and "modulations ahead" in name)  # which has no layers of modulation
     if CANDIDATES[name][0] != IMAGES_FUSED or fuses(layer)
     for steps in pipe.steps
 ]
@@ -293,12 +302,12 @@ def images(layer: str, pipe: Any, steps: int) -> Launch:
 
     pipe.vae.decode = kept
 
-    def launch(i: int) -> torch.Tensor:
+    def launch(i: int, **others: Any) -> torch.Tensor:
         texts = {name: value.to(DEVICE) for name, value in given.items()}  # new ones, as an encoder makes them
         noise = torch.Generator().manual_seed(0)
         if layer == "Z-Image":  # prompts of all lengths
             texts = {name: list(value) for name, value in texts.items()}
-        call = {"height": PIXELS, "width": PIXELS, "num_inference_steps": steps, **about.call}
+        call = {"height": about.pixels, "width": about.pixels, "num_inference_steps": steps, **about.call, **others}
         pipe(**texts, **call, generator=noise)
         return seen[0]
 
@@ -332,10 +341,47 @@ def build(layer: str, name: str, steps: int, row: Row, held: ExitStack) -> Candi
                 raise
             raise NotInstalled(f"{type(reason).__name__}: {reason}") from reason
 
+    current["launch"] = launch
+
     def error(y: torch.Tensor, i: int) -> float:
         return relative_error(y, expected[layer, steps])
 
     return Candidate(launch, error, RECIPES[recipe][1] if cache is None else CACHED_BOUND, 1, wall_clock=True)
+
+
+def shares(launch: Launch) -> Row:
+    """Return the times of a call without its decoder, and of the graphs alone that it replays, one behind the other.
+
+    A whole run as one graph could take no less than these.
+    """
+    graphs: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        graphs.append(graph)
+        replay(graph)
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", noted):
+        launch(0, output_type="latent")
+
+    def latents() -> None:
+        launch(0, output_type="latent")
+
+    def replays() -> None:
+        for each in graphs:
+            replay(each)
+
+    times = [[_wall(call) for call in (latents, replays)] for _ in range(SHARES)]
+    called, alone = (statistics.median(taken) for taken in zip(*times, strict=True))
+    return {"replays": len(graphs), "latents_us": 1e6 * called, "replays_us": 1e6 * alone}
+
+
+def _wall(call: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 @pytest.mark.parametrize(("layer", "name", "m"), CASES)
@@ -348,3 +394,6 @@ def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, na
     with ExitStack() as held:
         against = (IMAGES_BF16, lambda: rival(layer, m)) if name.startswith("W8A8") else None
         measure(row, lambda: build(layer, name, m, row, held), skip, rival=against)
+        if "median_us" in row and "graph()" in name:
+            with torch.no_grad():
+                row |= shares(current["launch"])

@@ -531,6 +531,42 @@ def models_fused_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def runs_table(result: dict[str, Any]) -> list[str]:
+    """Tabulate what a run costs beside the graphs that it replays, which a run as one graph would take as well."""
+    lines = ["| a run, decoder excluded | steps | ms, as called | ms of its graphs alone | share |", "|---" * 5 + "|"]
+    for row in (row for row in result["rows"] if row.get("replays")):
+        if row["replays"] % row["m"]:  # a step that is no graph
+            continue
+        called, alone = row["latents_us"] / 1e3, row["replays_us"] / 1e3
+        name = f"{row['layer']}, {row['candidate']}"
+        lines.append(f"| {name} | {row['m']} | {called:.1f} | {alone:.1f} | {alone / called:.1%} |")
+    return lines
+
+
+PARTS = {  # of ops, by the first pattern that fits
+    "attention": "attention",
+    "products with GELU": "linear_gelu",
+    "products with gate": "linear_gate",
+    "other products": "linear_into|quantized_linear|int._linear|int._matmul",
+    "norms, rotary embeddings, quantization": "adaln|qk_norm|quantize_per",
+}
+
+
+def parts_table(result: dict[str, Any]) -> list[str]:
+    """Tabulate where the time of a fused forward goes: ops by their kind, and the whole as one graph."""
+    names = [*PARTS, "rest"]
+    lines = [f"| ms of a fused forward | whole, a graph | {' | '.join(names)} | launches |", "|---" * 9 + "|"]
+    for row in result["rows"]:
+        sums, count = dict.fromkeys(names, 0.0), 0
+        for op in row["ops"]:
+            kind = next((name for name, pattern in PARTS.items() if re.search(pattern, op["op"].split()[0])), "rest")
+            sums[kind], count = sums[kind] + op["ms"], count + op["count"]
+        model = f"{row['layer']} W{row['w_bits']}A8" + (", scales per token" if row["per_token"] else "")
+        cells = " | ".join(f"{value:.1f}" for value in (row["graph_ms"], *sums.values()))
+        lines.append(f"| {model} | {cells} | {count} |")
+    return lines
+
+
 def short_images_table(result: dict[str, Any]) -> list[str]:
     """Leave out what is eager, other caches of ours, and rivals that save less."""
     names = ("bf16 compiled", "torchao fp8 rowwise, compiled", "bf16 compiled, cache-dit")
@@ -823,6 +859,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "models.json": models_table,
     "images.json": images_table,
     "images.json short": short_images_table,
+    "images.json runs": runs_table,
+    "parts.json": parts_table,
     **{f"images.json {page}": of_family(images_table, model) for page, (_, model) in PAGES.items() if model},
     **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, (kind, _) in PAGES.items()},
     "models.json fused": models_fused_table,

@@ -268,6 +268,34 @@ def test_a_rival_takes_turns():
     assert found["rival_min_us"] == 2e6 * 12
 
 
+def test_shares_of_a_run(monkeypatch):
+    """The graphs of a call are replayed again alone, in their order; the decoder is left out."""
+    from benchmarks import test_images as images
+
+    class Graph:
+        def __init__(self, name):
+            self.name = name
+
+        def replay(self):
+            ran.append(self.name)
+
+    def launch(i, output_type):
+        assert output_type == "latent"
+        ran.append("host")
+        for each in (first, second, second):
+            each.replay()
+
+    ran, first, second = [], Graph("first"), Graph("second")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(images, "SHARES", 2)
+    found = images.shares(launch)
+    run = ["first", "second", "second"]
+    assert ran == ["host", *run, *["host", *run, *run] * 2]
+    assert found["replays"] == 3
+    assert found["latents_us"] > 0 < found["replays_us"]
+
+
 @pytest.mark.slow
 def test_parts_of_a_fused_forward(fused_anywhere):
     from training import measure_parts
