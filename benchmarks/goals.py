@@ -26,6 +26,7 @@ __all__ = [
     "IMAGES_BF16",
     "IMAGES_CACHED",
     "IMAGES_FUSED",
+    "IMAGES_FUSED4",
     "IMAGES_OURS",
     "INT_MM",
     "INT_MM_COMPILED",
@@ -73,6 +74,7 @@ IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = (
     ("delta", "branch", "taylor"),
 )
 IMAGES_FUSED = "W8A8 + W8A16, fused, graph()"
+IMAGES_FUSED4 = "W4A8 + W4A16, fused, graph()"
 FUSED_BLOCKS = f"QuantLinear {IMAGES_FUSED}"
 PIPELINE_EAGER, PIPELINE_COMPILED = "diffusers bf16, eager", "bf16 compiled, a graph per step"
 FULL_METHOD = "fused W8A8 + branch cache + VC"

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
 from benchmarks.families import clone, compiled, fused, fuses, model_of, quantized, torchao_quantized
-from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_FUSED, IMAGES_OURS
+from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_FUSED, IMAGES_FUSED4, IMAGES_OURS
 from benchmarks.models import autoencoder_kl
 from benchmarks.rivals import NotInstalled, library
 from benchmarks.timing import DEVICE, Candidate, relative_error
@@ -27,10 +27,11 @@ Row = dict[str, Any]
 Launch = Callable[..., torch.Tensor]  # of the number of a launch, and of what else the pipeline is to be given
 INTERVAL = 3  # of steps one is computed, where something is cached
 TEXT = 512
-SHARES = 5  # times that parts of a run are measured
+SHARES = 3  # times that parts of a run are measured
 CACHED_BOUND = 2.0  # random weights draw no images; what is reused must all the same not be far off or NaN
 TO_BE_COMPILED = "bf16"  # by what caches it
 COMPILED = IMAGES_OURS.removesuffix(", graph()")
+AHEAD = ", modulations ahead"
 
 
 class Pipe(NamedTuple):
@@ -131,6 +132,7 @@ RECIPES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     COMPILED: (_ours, 0.4),
     IMAGES_OURS: (lambda model, layer: graph(_ours(model, layer)), 0.4),
     IMAGES_FUSED: (lambda model, layer: fused(model, layer, 8), 0.4),
+    IMAGES_FUSED4: (lambda model, layer: fused(model, layer, 4), 0.6),
     "torchao fp8 rowwise, compiled": (
         lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
         0.4,
@@ -152,7 +154,6 @@ def _ours_cached(config: CacheConfig, pipe: Any, row: Row) -> Iterator[None]:
 def _ahead(pipe: Any, row: Row, launch: Launch, offloaded: bool = False) -> Iterator[None]:
     """Compute the modulations of a run at its first step, as ``optimize`` has it; weights in host memory or not."""
     graph(ungraph(pipe.transformer), pipe=pipe, offload_modulation=offloaded)
-    row["gpu_bytes"] = sum(tensor.nbytes for tensor in pipe.transformer.state_dict().values() if tensor.is_cuda)
     try:
         yield
     finally:
@@ -235,8 +236,8 @@ CANDIDATES |= {  # the transformer that is cached, and how
     for mode in IMAGES_CACHED
 }
 CANDIDATES |= {
-    f"{IMAGES_FUSED}, modulations ahead": (IMAGES_FUSED, _ahead),
-    f"{IMAGES_FUSED}, modulations ahead, offloaded": (IMAGES_FUSED, partial(_ahead, offloaded=True)),
+    **{f"{ours}{AHEAD}": (ours, _ahead) for ours in (IMAGES_FUSED, IMAGES_FUSED4)},
+    **{f"{ours}{AHEAD}, offloaded": (ours, partial(_ahead, offloaded=True)) for ours in (IMAGES_FUSED, IMAGES_FUSED4)},
     "bf16 compiled, diffusers' TaylorSeer": (TO_BE_COMPILED, _taylorseer),
     "bf16 compiled, diffusers' FirstBlockCache": (TO_BE_COMPILED, _first_block),
     "bf16 compiled, cache-dit": (TO_BE_COMPILED, _cache_dit),
@@ -247,8 +248,8 @@ CASES = [
     (layer, name, steps)
     for layer, pipe in PIPES.items()
     for name in ORDER
-    if not (layer.startswith("PixArt") and "modulations ahead" in name)  # which has no layers of modulation
-    if CANDIDATES[name][0] != IMAGES_FUSED or fuses(layer)
+    if not (layer.startswith("PixArt") and AHEAD in name)  # which has no layers of modulation
+    if "fused" not in name or fuses(layer)
     for steps in pipe.steps
 ]
 
@@ -314,12 +315,12 @@ def images(layer: str, pipe: Any, steps: int) -> Launch:
     return launch
 
 
-def rival(layer: str, steps: int) -> Candidate:
+def rival(layer: str, steps: int, recipe: str) -> Candidate:
     """Make what ours take turns with; it stays beside the transformer used last."""
-    make, bound = RECIPES[IMAGES_BF16]
-    if "rival" not in current:
-        current["rival"] = make(model_of(layer), layer)
-    launch = images(layer, pipeline(layer, current["rival"]), steps)
+    make, bound = RECIPES[recipe]
+    if current.get("rival", ("",))[0] != recipe:
+        current["rival"] = recipe, make(model_of(layer), layer)
+    launch = images(layer, pipeline(layer, current["rival"][1]), steps)
     return Candidate(launch, lambda y, i: relative_error(y, expected[layer, steps]), bound, 1, wall_clock=True)
 
 
@@ -392,8 +393,11 @@ def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, na
     if any(word in name for word in ("torchao", "cache-dit")) and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
     with ExitStack() as held:
-        against = (IMAGES_BF16, lambda: rival(layer, m)) if name.startswith("W8A8") else None
+        theirs = CANDIDATES[name][0] if AHEAD in name else IMAGES_BF16  # what is ahead, with the same that is not
+        against = (theirs, lambda: rival(layer, m, theirs)) if name[:2] in ("W8", "W4") else None
         measure(row, lambda: build(layer, name, m, row, held), skip, rival=against)
         if "median_us" in row and "graph()" in name:
+            held_now = current["model"].state_dict().values()
+            row["gpu_bytes"] = sum(tensor.nbytes for tensor in held_now if tensor.is_cuda)
             with torch.no_grad():
                 row |= shares(current["launch"])

@@ -514,7 +514,9 @@ def images_table(result: dict[str, Any]) -> list[str]:
         row = found.get((*run, name))
         if row is None or "median_us" not in row:
             return "" if row is None else "no such cache" if "no such" in row["skipped"] else "did not run"
-        faster = f"{row['median_us'] / 1e6:.2f} ({row['ratio_to_compiled_bf16']:.2f}x)"
+        faster = f"{row['median_us'] / 1e6:.2f}"
+        if "ratio_to_compiled_bf16" in row:
+            faster += f" ({row['ratio_to_compiled_bf16']:.2f}x)"
         return f"{faster}, computes {row['compute_steps']}" if "FirstBlock" in name else faster
 
     return [*lines, *(f"| {name} | {' | '.join(cell(run, name) for run in runs)} |" for name in names)]
