@@ -535,13 +535,14 @@ def models_fused_table(result: dict[str, Any]) -> list[str]:
 
 def runs_table(result: dict[str, Any]) -> list[str]:
     """Tabulate what a run costs beside the graphs that it replays, which a run as one graph would take as well."""
-    lines = ["| a run, decoder excluded | steps | ms, as called | ms of its graphs alone | share |", "|---" * 5 + "|"]
+    titles = "as called | host before the first step | graphs alone | share of graphs"
+    lines = [f"| ms of a run, decoder excluded | steps | {titles} |", "|---" * 6 + "|"]
     for row in (row for row in result["rows"] if row.get("replays")):
         if row["replays"] % row["m"]:  # a step that is no graph
             continue
-        called, alone = row["latents_us"] / 1e3, row["replays_us"] / 1e3
+        called, before, alone = (row[f"{which}_us"] / 1e3 for which in ("latents", "before", "replays"))
         name = f"{row['layer']}, {row['candidate']}"
-        lines.append(f"| {name} | {row['m']} | {called:.1f} | {alone:.1f} | {alone / called:.1%} |")
+        lines.append(f"| {name} | {row['m']} | {called:.1f} | {before:.1f} | {alone:.1f} | {alone / called:.1%} |")
     return lines
 
 

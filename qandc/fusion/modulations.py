@@ -230,8 +230,8 @@ class Ahead:
         """Compute the modulations of all steps; None where they would be too large."""
         layers, timestep = [layer for layer, _ in attached(model)], call["timestep"]
         samples = max(len(each) for each in (timestep, *given) if each is not None)
-        sizes = [samples * layer.out_features for layer in layers]
-        count = len(timesteps) * sum(sizes) * call["hidden_states"].element_size()
+        width = samples * sum(layer.out_features for layer in layers)
+        count = len(timesteps) * width * call["hidden_states"].element_size()
         if not 0 < count <= LARGEST:
             if count and not self.said:
                 logger.warning(
@@ -241,11 +241,15 @@ class Ahead:
                 self.said = True
             return None
         times = timesteps.to(timestep.device, timestep.dtype) / modulated.divisor
-        steps = [time.expand(timestep.shape) for time in times]
-        vectors = F.silu(torch.cat([modulated.vector(model, {**call, "timestep": step}) for step in steps]))
-        rows = vectors.new_empty(len(steps), sum(sizes))
-        for layer, part in zip(layers, rows.split(sizes, 1), strict=True):
-            x = vectors.view_as(vectors)  # a tensor of its own, or layers would form a group of shared products
-            part.copy_(layer.forward(x).view(len(steps), -1))  # without hooks, which each step runs
-        keys = torch.stack([_key((step, *given)) for step in steps])
+        steps = len(times)
+        of_steps = {
+            name: each.expand(samples, *each.shape[1:]).repeat(steps, *[1] * (each.ndim - 1))
+            for name, each in zip(modulated.arguments, given, strict=True)
+            if each is not None
+        }
+        vectors = F.silu(modulated.vector(model, {**call, **of_steps, "timestep": times.repeat_interleave(samples)}))
+        # tensors of their own, or layers would form a group of shared products; without hooks, which each step runs
+        rows = torch.cat([layer.forward(vectors.view_as(vectors)).view(steps, -1) for layer in layers], 1)
+        parts = [part.double().flatten().expand(steps, -1) for part in given if part is not None]
+        keys = torch.cat([times.double()[:, None].expand(-1, timestep.numel()), *parts], 1)
         return _Table(layers, model.get_submodule(modulated.embedder), keys, rows)
