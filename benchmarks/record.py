@@ -159,10 +159,6 @@ PORTIONS: tuple[Portion, ...] = (
         "wardrobe", "processor", 9, "training/evaluate_wardrobe.py --only ^model --prompts 200 --device cpu",
         "--shard 0/2", "--shard 1/2", gpus=0,
     ),
-    *script(
-        "wardrobe-shift", "processor", 9,
-        "training/evaluate_wardrobe.py --only ^shift --prompts 200 --seeds 0 --device cpu", gpus=0,
-    ),
     Portion(
         "experiment", "", 5,
         "{python} -m qandc ablate --out {scratch}/all && cp {scratch}/all/experiment_summary.json {out} && "
@@ -191,8 +187,12 @@ HISTORICAL = {  # files that no portion writes any more, and why they are kept: 
         (f"models-{which}" for which in ("by-turns", "fp8", "fused", "fused-by-turns", "graphs")),
         "rows that models.json holds from now on",
     ),
-    "images-fused": "rows that images.json holds from now on",
-    **dict.fromkeys(("model-torchao", "model-torchao-fp8", "model-drop-in"), "rows that model.json holds from now on"),
+    **dict.fromkeys(("images-fused", "images-ahead", "images-runs"), "rows that images.json holds from now on"),
+    **dict.fromkeys(
+        (f"model-{which}" for which in ("torchao", "torchao-fp8", "drop-in", "fused")),
+        "rows that model.json holds from now on",
+    ),
+    "wardrobe-shift": "rows that wardrobe.json holds from now on",
 }
 
 

@@ -492,10 +492,13 @@ def models_table(result: dict[str, Any]) -> list[str]:
         return f"{row['median_us'] / 1e3:.1f} ({faster:.2f}x)"
 
     lines += [f"| {name} | {' | '.join(cell(layer, name) for layer in layers)} |" for name in names]
-    kept = ("bf16 eager", "QuantLinear W8A8", *(name for name in names if name.endswith("A16, compiled, graph()")))
-    for name in kept:
+    weights: dict[str, list[str]] = {}  # by scheme, however it is run
+    for name in names:
         cells = [f"{found[layer, name]['model_bytes'] / 1e9:.1f}" if (layer, name) in found else "" for layer in layers]
-        lines.append(f"| GB of weights, {name.removesuffix(', compiled, graph()')} | {' | '.join(cells)} |")
+        scheme = re.sub("( eager)?(, fused)?(, compiled)?(, graph\\(\\))?$", "", name)
+        before = weights.setdefault(scheme, cells)
+        weights[scheme] = [one or other for one, other in zip(before, cells, strict=True)]
+    lines += [f"| GB of weights, {scheme} | {' | '.join(cells)} |" for scheme, cells in weights.items()]
     return lines
 
 
@@ -522,14 +525,14 @@ def images_table(result: dict[str, Any]) -> list[str]:
     return [*lines, *(f"| {name} | {' | '.join(cell(run, name) for run in runs)} |" for name in names)]
 
 
-def models_fused_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| a forward of FLUX.1-dev | ms, as called | GB of weights | error |", "|---|---|---|---|"]
-    for row in result["rows"]:
-        shown = re.search("fused, graph|W8A16, compiled, graph", row["candidate"])
-        if row["layer"] != "FLUX.1-dev" or not shown or "median_us" not in row:
-            continue
-        figures = f"{row['median_us'] / 1e3:.1f} | {row['model_bytes'] / 1e9:.1f} | {row['error']:.1%}"
-        lines.append(f"| {row['candidate']} | {figures} |")
+def ahead_table(result: dict[str, Any]) -> list[str]:
+    """Compare images whose modulations are computed ahead with those of the same model without that."""
+    lines = ["| s an image: own, ahead | steps | | GB of weights on the GPU |", "|---" * 4 + "|"]
+    for row in (row for row in result["rows"] if "ahead" in row["candidate"]):
+        own, ahead = row["rival_median_us"] / 1e6, row["median_us"] / 1e6
+        name = f"{row['layer']}, {row['candidate'].removesuffix(', modulations ahead')}"
+        figures = f"{own:.2f}, {ahead:.2f} (**{row['rival_ratio']:.3f}x**) | {row['gpu_bytes'] / 1e9:.1f}"
+        lines.append(f"| {name.replace(', modulations ahead, offloaded', ', offloaded')} | {row['m']} | {figures} |")
     return lines
 
 
@@ -540,9 +543,10 @@ def runs_table(result: dict[str, Any]) -> list[str]:
     for row in (row for row in result["rows"] if row.get("replays")):
         if row["replays"] % row["m"]:  # a step that is no graph
             continue
-        called, before, alone = (row[f"{which}_us"] / 1e3 for which in ("latents", "before", "replays"))
+        called, alone = row["latents_us"] / 1e3, row["replays_us"] / 1e3
+        before = f"{row['before_us'] / 1e3:.1f}" if "before_us" in row else ""
         name = f"{row['layer']}, {row['candidate']}"
-        lines.append(f"| {name} | {row['m']} | {called:.1f} | {before:.1f} | {alone:.1f} | {alone / called:.1%} |")
+        lines.append(f"| {name} | {row['m']} | {called:.1f} | {before} | {alone:.1f} | {alone / called:.1%} |")
     return lines
 
 
@@ -601,8 +605,9 @@ def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
 
 
 def by_turns_table(result: dict[str, Any], what: str = "ms a forward", us: float = 1e3, digits: int = 1) -> list[str]:
-    """Compare medians of both in the same rounds, in a unit of so many microseconds."""
-    rows = {(row["layer"], row["candidate"]): row for row in result["rows"] if "rival_median_us" in row}
+    """Compare medians of ours and bf16 in the same rounds, in a unit of so many microseconds."""
+    measured = (row for row in result["rows"] if "rival_median_us" in row and "bf16" in row["rival"])
+    rows = {(row["layer"], row["candidate"]): row for row in measured}
     layers, names = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
     lines = [f"| {what}: bf16, ours | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     for name in names:
@@ -863,16 +868,21 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "images.json": images_table,
     "images.json short": short_images_table,
     "images.json runs": runs_table,
+    "images-runs.json": runs_table,
+    "images.json ahead": ahead_table,
+    "images-runs.json ahead": ahead_table,
+    "images-ahead.json": ahead_table,
+    "images-ahead.json runs": runs_table,
     "parts.json": parts_table,
     **{f"images.json {page}": of_family(images_table, model) for page, (_, model) in PAGES.items() if model},
     **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, (kind, _) in PAGES.items()},
-    "models.json fused": models_fused_table,
     "models.json turns": by_turns_table,
     "model.json drop": drop_in_table,
-    "models-fused.json": models_fused_table,  # of former runs, until models.json and model.json are measured anew
+    "models-fused.json": models_table,  # of former runs, until models.json and model.json are measured anew
     "models-by-turns.json": by_turns_table,
     "models-graphs.json": by_turns_table,
     "models-fused-by-turns.json": by_turns_table,
+    "images-ahead.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2),
     "images-fused.json": partial(by_turns_table, what="s an image of 28 steps", us=1e6, digits=2),
     "models-fp8.json": models_table,
     "model-drop-in.json": drop_in_table,
