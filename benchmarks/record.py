@@ -29,6 +29,7 @@ from qandc.support.files import read_json, write_json
 from qandc.support.results import ROOT, source_commit
 
 logger = logging.getLogger("record")
+POLL = 0.1  # seconds
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
 IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
-    for layer, steps in zip((LARGE[0], *LARGE, *SMALL, *OTHERS), (28, 50, 50, 28, 20, 20, 28, 50, 20), strict=True)
-    for which in ("bf16 or torchao", "graph and not fused", "fused", "not bf16 and not torchao and not graph")
+    for layer, steps in zip((*LARGE, *SMALL, *OTHERS), (28, 50, 28, 20, 20, 28, 50, 20), strict=True)
+    for which in ("bf16 or torchao", "graph and not fused", "fused")
     if which != "fused" or layer not in OTHERS
 ]  # fmt: skip
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
@@ -196,6 +197,24 @@ HISTORICAL = {  # files that no portion writes any more, and why they are kept: 
 }
 
 
+@dataclass(frozen=True)
+class Running:
+    """Hold a portion that is being measured, and the GPUs that it has for itself."""
+
+    portion: Portion
+    process: subprocess.Popen[bytes]
+    scratch: tempfile.TemporaryDirectory[str]
+    gpus: list[str]
+    begun: float
+
+
+def _gpus() -> list[str]:
+    """Name the GPUs as CUDA_VISIBLE_DEVICES does; one that is none where there are none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+    return list(names) if torch.cuda.is_available() else [""]
+
+
 def card_name() -> str:
     """Return the directory of this machine's results: "h200", "h100", "cpu"."""
     if not torch.cuda.is_available():
@@ -256,45 +275,74 @@ class Record:
             )
 
     def run(self, portions: Sequence[Portion], seconds: float) -> bool:
-        """Measure what is not done, last what was cut before; tell whether all that was begun came through."""
-        begun, passed = time.monotonic(), True
-        for portion in sorted(portions, key=lambda p: not p.is_check and self.state(p) == "cut"):
-            state, guards = self.state(portion), [p for p in self.portions if p.name == portion.check]
-            if state == "done" or state.startswith("needs"):
-                continue
-            if any(self.state(guard) != "done" for guard in guards):
-                logger.error("%s: not measured, as %s failed", portion.name, portion.check)
-                passed = False
-                continue
-            if time.monotonic() - begun + self.expected(portion) > seconds:
-                logger.warning(
-                    "%s: not begun, may take %.0f s; the same command goes on", portion.name, self.expected(portion)
-                )
-                break
-            if status := self._measure(portion):
-                logger.error("%s: failed with status %d; the rest goes on", portion.name, status)
-                passed = False
+        """Measure what is not done, last what was cut before; tell whether all that was begun came through.
+
+        Portions run side by side on all GPUs, each on its own; those that continue the same file follow each other.
+        """
+        end, passed, free, running = time.monotonic() + seconds, True, _gpus(), list[Running]()
+        waiting = sorted(portions, key=lambda p: not p.is_check and self.state(p) == "cut")
+        waiting = [p for p in waiting if self.state(p) != "done" and not self.state(p).startswith("needs")]
+        try:
+            while waiting or running:
+                for portion in list(waiting):
+                    if len(free) < max(1, portion.gpus):
+                        break
+                    guards = [p for p in self.portions if p.name == portion.check]
+                    ahead = [*waiting, *(each.portion for each in running)]
+                    if portion.file in {each.portion.file for each in running} or any(p in ahead for p in guards):
+                        continue
+                    if any(self.state(guard) != "done" for guard in guards):
+                        logger.error("%s: not measured, as %s failed", portion.name, portion.check)
+                        waiting.remove(portion)
+                        passed = False
+                        continue
+                    if time.monotonic() + self.expected(portion) > end:
+                        logger.warning(
+                            "%s: not begun, may take %.0f s; the same command goes on",
+                            portion.name, self.expected(portion),
+                        )  # fmt: skip
+                        waiting.clear()
+                        break
+                    waiting.remove(portion)
+                    running.append(self._start(portion, [free.pop(0) for _ in range(max(1, portion.gpus))]))
+                time.sleep(POLL)
+                for each in [each for each in running if each.process.poll() is not None]:
+                    running.remove(each)
+                    free += each.gpus
+                    if status := self._ended(each):
+                        logger.error("%s: failed with status %d; the rest goes on", each.portion.name, status)
+                        passed = False
+        finally:
+            for each in running:
+                each.process.kill()
+                each.scratch.cleanup()
         return passed
 
-    def _measure(self, portion: Portion) -> int:
+    def _start(self, portion: Portion, gpus: list[str]) -> Running:
         path, begun = self.path(portion).resolve(), time.monotonic()
         if self.file_commit(portion) != self.commit:
             path.unlink()
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "QANDC_COMMAND": f"python -m benchmarks.record --only '^{portion.file}( |$)'"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+        if portion.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if self.commit is not None:
             environment["QANDC_COMMIT"] = self.commit
         self._note(portion, None, 0)  # so it stays, if this is killed
-        with tempfile.TemporaryDirectory() as scratch:
-            places = {"python": sys.executable, "out": str(path), "card": str(path.parent), "scratch": scratch}
-            command = portion.command.format(**{name: shlex.quote(place) for name, place in places.items()})
-            logger.info("%s: %s", portion.name, command)
-            status = subprocess.run(command, shell=True, cwd=ROOT, env=environment, check=False).returncode
-        if not status and not portion.is_check and not path.exists():
-            logger.error("%s: wrote no %s", portion.name, path)
+        scratch = tempfile.TemporaryDirectory()
+        places = {"python": sys.executable, "out": str(path), "card": str(path.parent), "scratch": scratch.name}
+        command = portion.command.format(**{name: shlex.quote(place) for name, place in places.items()})
+        logger.info("%s: %s", portion.name, command)
+        return Running(portion, subprocess.Popen(command, shell=True, cwd=ROOT, env=environment), scratch, gpus, begun)
+
+    def _ended(self, running: Running) -> int:
+        portion, status = running.portion, running.process.returncode
+        running.scratch.cleanup()
+        if not status and not portion.is_check and not self.path(portion).exists():
+            logger.error("%s: wrote no %s", portion.name, self.path(portion).resolve())
             status = 1
-        self._note(portion, status, time.monotonic() - begun)
+        self._note(portion, status, time.monotonic() - running.begun)
         return status
 
     def _note(self, portion: Portion, status: int | None, seconds: float) -> None:

@@ -197,6 +197,30 @@ def test_portions_that_would_not_end_in_time_are_left(tiny):
     assert json.loads(notes.read_text())["check-all"]["commit"] == "a"
 
 
+def test_portions_run_side_by_side_on_all_gpus(tmp_path, monkeypatch):
+    """Two wait for each other; of one file the second waits for the first; what takes two GPUs has both."""
+    monkeypatch.setattr(record, "_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(record, "card_name", lambda: "h200")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ran = tmp_path / "ran"
+
+    def portion(file, options="", waits="", gpus=1):
+        say = f"echo {file}{options} $CUDA_VISIBLE_DEVICES >> {ran}; touch {tmp_path}/{file}; "
+        there = f"test -e {tmp_path}/{waits}"
+        wait = f"for i in $(seq 200); do {there} && break; sleep 0.1; done; {there} && "
+        result = """printf '{{"commit": "a"}}' > {out}"""
+        return record.Portion(file, options, 1, say + (wait if waits else "") + result, None, gpus)
+
+    portions = [portion("a", waits="b"), portion("a", "2"), portion("b", waits="a"), portion("both", gpus=2)]
+    book = record.Record(portions, tmp_path / "h200", "a")
+    assert book.run(portions, 1e9)
+    lines = ran.read_text().splitlines()
+    assert sorted(lines[:2]) == ["a 0", "b 1"]
+    assert lines[2].startswith("a2 ")
+    assert lines[3] in ("both 0,1", "both 1,0")
+    assert {book.state(each) for each in portions} == {"done"}
+
+
 def test_results_do_not_make_the_source_dirty(tmp_path, monkeypatch):
     monkeypatch.delenv("QANDC_COMMIT", raising=False)
     monkeypatch.setattr(results, "ROOT", tmp_path)
