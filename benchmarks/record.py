@@ -81,10 +81,13 @@ BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each r
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
-IMAGES = [f"--layers {layer} --rows {steps} -k '{which}'"
-    for layer, steps in zip((*LARGE, *SMALL, *OTHERS), (28, 50, 28, 20, 20, 28, 50, 20), strict=True)
-    for which in ("bf16 or torchao", "graph and not fused", "fused")
-    if which != "fused" or layer not in OTHERS
+IMAGES = [f"--layers {layer} -k '{which}'"
+    for layer in (*LARGE, *SMALL, *OTHERS)
+    for which in (
+        "bf16 and not diffusers and not cache-dit", "cache-dit", "graph and not fused",
+        *(("torchao", "diffusers") if layer == LARGE[0] else ()),
+        *(("fused and not W4A8 and not cache", "fused and cache", "W4A8") if layer not in OTHERS else ()),
+    )
 ]  # fmt: skip
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
 SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
@@ -113,10 +116,10 @@ PORTIONS: tuple[Portion, ...] = (
             "not graph and not torchao", "graph", f"torchao or {BF16}"
         )),
     ),
-    *bench("images", "models", 5, "test_images.py", *IMAGES),
+    *bench("images", "models", 8, "test_images.py", *IMAGES),
     *script(
         "parts", "models", 2, "-m training.measure_parts",
-        *(f"--layer {layer} --w-bits {bits}" for layer in LARGE for bits in (8, 4)), "--per-token",
+        *(f"--layer {layer} --w-bits {bits}" for layer in LARGE for bits in (8, 4)),
     ),
     *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),
     *script("presets", "steps", 2, "training/evaluate_presets.py"),

@@ -232,7 +232,7 @@ CANDIDATES |= {  # the transformer that is cached, and how
     for mode in IMAGES_CACHED
 }
 CANDIDATES |= {
-    **{f"{ours}{AHEAD}": (ours, _ahead) for ours in (IMAGES_FUSED, IMAGES_FUSED4)},
+    f"{IMAGES_FUSED}{AHEAD}": (IMAGES_FUSED, _ahead),
     f"{IMAGES_FUSED4}{AHEAD}, offloaded": (IMAGES_FUSED4, partial(_ahead, offloaded=True)),
     "bf16 compiled, diffusers' TaylorSeer": (TO_BE_COMPILED, _taylorseer),
     "bf16 compiled, diffusers' FirstBlockCache": (TO_BE_COMPILED, _first_block),
@@ -240,13 +240,23 @@ CANDIDATES |= {
 }
 # a transformer is made once for all that follow each other with it
 ORDER = sorted(CANDIDATES, key=lambda name: ("torchao" in name, list(RECIPES).index(CANDIDATES[name][0])))
+
+
+def _compared(layer: str, name: str) -> bool:
+    if "diffusers" in name or "torchao" in name:  # once: they take long, and what they gain others gain, too
+        return layer == "FLUX.1-dev"
+    if AHEAD in name and layer.startswith("PixArt"):  # which has no layers of modulation
+        return False
+    if "fused" in name or name.startswith(f"{IMAGES_OURS}, "):  # cached as fused blocks where there are any
+        return ("fused" in name) == fuses(layer)
+    return True
+
+
 CASES = [
     (layer, name, steps)
     for layer, pipe in PIPES.items()
     for name in ORDER
-    if not (layer.startswith("PixArt") and AHEAD in name)  # which has no layers of modulation
-    if fuses(layer) or "fused" not in name
-    if not (fuses(layer) and name.startswith(f"{IMAGES_OURS}, "))  # which are cached as fused blocks
+    if _compared(layer, name)
     for steps in pipe.steps
 ]
 
@@ -398,7 +408,7 @@ def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, na
         skip = "rivals: none"
     with ExitStack() as held:
         theirs = CANDIDATES[name][0] if AHEAD in name else IMAGES_BF16  # what is ahead, with the same that is not
-        against = (theirs, lambda: rival(layer, m, theirs)) if name[:2] in ("W8", "W4") else None
+        against = None if name in ("bf16 eager", IMAGES_BF16) else (theirs, lambda: rival(layer, m, theirs))
         measure(row, lambda: build(layer, name, m, row, held), skip, rival=against)
         if "median_us" in row and "graph()" in name:
             held_now = current["model"].state_dict().values()

@@ -495,7 +495,7 @@ def models_table(result: dict[str, Any]) -> list[str]:
     weights: dict[str, list[str]] = {}  # by scheme, however it is run
     for name in names:
         cells = [f"{found[layer, name]['model_bytes'] / 1e9:.1f}" if (layer, name) in found else "" for layer in layers]
-        scheme = re.sub("( eager)?(, fused)?(, compiled)?(, graph\\(\\))?$", "", name)
+        scheme = re.sub("( eager| compiled)?(, fused)?(, compiled)?(, graph\\(\\))?$", "", name)
         before = weights.setdefault(scheme, cells)
         weights[scheme] = [one or other for one, other in zip(before, cells, strict=True)]
     lines += [f"| GB of weights, {scheme} | {' | '.join(cells)} |" for scheme, cells in weights.items()]
@@ -538,7 +538,7 @@ def ahead_table(result: dict[str, Any]) -> list[str]:
 
 def runs_table(result: dict[str, Any]) -> list[str]:
     """Tabulate what a run costs beside the graphs that it replays, which a run as one graph would take as well."""
-    titles = "as called | host before the first step | graphs alone | share of graphs"
+    titles = "as called | until the first graph | graphs alone | share of graphs"
     lines = [f"| ms of a run, decoder excluded | steps | {titles} |", "|---" * 6 + "|"]
     for row in (row for row in result["rows"] if row.get("replays")):
         if row["replays"] % row["m"]:  # a step that is no graph
@@ -882,7 +882,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "models-by-turns.json": by_turns_table,
     "models-graphs.json": by_turns_table,
     "models-fused-by-turns.json": by_turns_table,
-    "images-ahead.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2),
+    **{
+        f"images-{which}.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2)
+        for which in ("ahead", "runs")
+    },
     "images-fused.json": partial(by_turns_table, what="s an image of 28 steps", us=1e6, digits=2),
     "models-fp8.json": models_table,
     "model-drop-in.json": drop_in_table,
