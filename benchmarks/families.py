@@ -18,7 +18,6 @@ from benchmarks.timing import DEVICE
 from qandc import calibrate, fuse, graph, quantization_plan, quantize_model
 from qandc.fusion.blocks import fuses_blocks
 from qandc.models import FAMILIES as KNOWN
-from qandc.quantization.linear import QuantLinear
 
 __all__ = [
     "FAMILIES",
@@ -34,7 +33,6 @@ __all__ = [
 ]
 
 Model = Any
-MODULATED = ("to_q", "to_k", "to_v", "_proj", "net.0.proj", "proj_mlp")  # layers that are given what is modulated
 TEXT = 512  # tokens of a prompt; SD3.5 has 77 more, Qwen-Image's prompt is shorter
 
 
@@ -220,16 +218,9 @@ def fuses(layer: str) -> bool:
     return fuses_blocks(KNOWN[FAMILIES[layer].name])
 
 
-def fused(model: Model, layer: str, w_bits: int, per_token: bool = False) -> Model:
-    """Quantize modulation too, its weights alone, and run blocks on fused kernels within a graph.
-
-    ``per_token``: layers that read what is modulated get a scale for each token in the place of a static range.
-    """
-    model = quantized(model, layer, w_bits, f"W{w_bits}A16")
-    for name, module in model.named_modules() if per_token else ():
-        if isinstance(module, QuantLinear) and name.endswith(MODULATED) and not module.weight_only:
-            module.set_static_range(None)
-    return graph(fuse(model))
+def fused(model: Model, layer: str, w_bits: int) -> Model:
+    """Quantize modulation too, its weights alone, and run blocks on fused kernels within a graph."""
+    return graph(fuse(quantized(model, layer, w_bits, f"W{w_bits}A16")))
 
 
 def torchao_quantized(model: Model, config: str, per_row: bool = False) -> Model:

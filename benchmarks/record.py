@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from qandc.support.files import read_json, write_json
 from qandc.support.results import ROOT, source_commit
 
 logger = logging.getLogger("record")
-POLL = 0.1  # seconds
+POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,19 @@ class Portion:
     def is_check(self) -> bool:
         return self.check is None
 
+    @property
+    def width(self) -> int:
+        """Count the GPUs that it takes, or the processor as one."""
+        return max(1, self.gpus)
+
 
 def checks(name: str, minutes: float, tests: str, gpus: int = 1) -> Portion:
     """Name the tests that must pass before what they guard is measured."""
-    marker, files = "gpu" if gpus else "not gpu and not slow", " ".join(f"tests/{test}" for test in tests.split())
+    files, _, options = tests.partition(" -")
+    marker, files = "gpu" if gpus else "not gpu and not slow", " ".join(f"tests/{test}" for test in files.split())
     side_by_side = "-n auto --maxprocesses 8 " if find_spec("xdist") else ""  # most of their time compiles kernels
     run = f"{{python}} -m pytest -q -p no:cacheprovider {side_by_side}-m '{marker}' {files}"
+    run += f" -{options}" if options else ""
     return Portion(f"check-{name}", "", minutes, run, gpus=gpus)
 
 
@@ -81,16 +89,14 @@ BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each r
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
-IMAGES = [f"--layers {layer} -k '{which}'"
-    for layer in (*LARGE, *SMALL, *OTHERS)
-    for which in (
-        "bf16 and not diffusers and not cache-dit", "cache-dit", "graph and not fused",
-        *(("torchao", "diffusers") if layer == LARGE[0] else ()),
-        *(("fused and not W4A8 and not cache", "fused and cache", "W4A8") if layer not in OTHERS else ()),
-    )
-]  # fmt: skip
+SLOW = ("Qwen-Image", *OTHERS)  # whose images take ten seconds and more
+IMAGES = {layer: [f"--layers {layer} -k '{which}'" for which in (
+    "bf16", "graph and not fused", *(("torchao",) if layer == LARGE[0] else ()),
+    *(("fused and not W4A8 and not cache", "fused and cache", "W4A8") if layer not in OTHERS else ()),
+)] for layer in (*LARGE, *SMALL, *OTHERS)}  # fmt: skip
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
-SAMPLE = "torchrun --nproc-per-node={0} -m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
+SAMPLE = "-m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
+SAMPLE = f"torchrun --standalone --nproc-per-node={{0}} {SAMPLE}"
 PORTIONS: tuple[Portion, ...] = (
     checks("kernels", 4, "kernels"),
     checks("layers", 4, "test_linear.py test_rounding.py test_shared_products.py test_block_hessians.py"),
@@ -116,7 +122,10 @@ PORTIONS: tuple[Portion, ...] = (
             "not graph and not torchao", "graph", f"torchao or {BF16}"
         )),
     ),
-    *bench("images", "models", 8, "test_images.py", *IMAGES),
+    *(
+        portion for layer, options in IMAGES.items()
+        for portion in bench("images", "models", 8 if layer in SLOW else 4, "test_images.py", *options)
+    ),
     *script(
         "parts", "models", 2, "-m training.measure_parts",
         *(f"--layer {layer} --w-bits {bits}" for layer in LARGE for bits in (8, 4)),
@@ -149,7 +158,8 @@ PORTIONS: tuple[Portion, ...] = (
     *script("gptq", "layers", 6, "-m training.measure_gptq", "--samples 16", "--samples 16 --offload", "--samples 64"),
     *script("large-model", "steps", 3, "training/measure_large_model.py", "--w-bits 8", "--w-bits 4"),
     Portion("sample", "", 2, SAMPLE.format(1), "check-steps"),
-    Portion("sample-2", "", 2, SAMPLE.format(2), "check-steps", 2),
+    checks("gpus", 2, "kernels/test_launch.py test_fused_dit.py -k 'another_gpu or second_gpu'", 2),
+    Portion("sample-2", "", 2, SAMPLE.format(2), "check-gpus", 2),
     checks("processor", 3, "test_linear.py test_quantizer.py test_sampling.py test_cache_modes.py", 0),
     Portion(
         "generate", "", 1, "{python} -m qandc generate --json {out} -o {card}/generate.png", "check-processor", 0
@@ -212,10 +222,11 @@ class Running:
 
 
 def _gpus() -> list[str]:
-    """Name the GPUs as CUDA_VISIBLE_DEVICES does; one that is none where there are none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
-    return list(names) if torch.cuda.is_available() else [""]
+    """Name the GPUs like the first one, as CUDA_VISIBLE_DEVICES does; one that is none where there are none."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
+    cards = [torch.cuda.get_device_name(i) for i in range(count)]
+    return [name for name, card in zip(names, cards, strict=True) if card == cards[0]] or [""]
 
 
 def card_name() -> str:
@@ -280,46 +291,55 @@ class Record:
     def run(self, portions: Sequence[Portion], seconds: float) -> bool:
         """Measure what is not done, last what was cut before; tell whether all that was begun came through.
 
-        Portions run side by side on all GPUs, each on its own; those that continue the same file follow each other.
+        Portions run side by side, each on GPUs of its own, but for those of one file, and none beside a check.
         """
-        end, passed, free, running = time.monotonic() + seconds, True, _gpus(), list[Running]()
+        end, passed, free, late = time.monotonic() + seconds, True, _gpus(), set[str]()
+        running: list[Running] = []
         waiting = sorted(portions, key=lambda p: not p.is_check and self.state(p) == "cut")
         waiting = [p for p in waiting if self.state(p) != "done" and not self.state(p).startswith("needs")]
         try:
             while waiting or running:
-                for portion in list(waiting):
-                    if len(free) < max(1, portion.gpus):
-                        break
-                    guards = [p for p in self.portions if p.name == portion.check]
-                    ahead = [*waiting, *(each.portion for each in running)]
-                    if portion.file in {each.portion.file for each in running} or any(p in ahead for p in guards):
-                        continue
-                    if any(self.state(guard) != "done" for guard in guards):
-                        logger.error("%s: not measured, as %s failed", portion.name, portion.check)
-                        waiting.remove(portion)
-                        passed = False
-                        continue
-                    if time.monotonic() + self.expected(portion) > end:
-                        logger.warning(
-                            "%s: not begun, may take %.0f s; the same command goes on",
-                            portion.name, self.expected(portion),
-                        )  # fmt: skip
-                        waiting.clear()
-                        break
-                    waiting.remove(portion)
-                    running.append(self._start(portion, [free.pop(0) for _ in range(max(1, portion.gpus))]))
-                time.sleep(POLL)
-                for each in [each for each in running if each.process.poll() is not None]:
-                    running.remove(each)
-                    free += each.gpus
-                    if status := self._ended(each):
-                        logger.error("%s: failed with status %d; the rest goes on", each.portion.name, status)
-                        passed = False
+                portion = self._next(waiting, running, len(free))
+                if portion is None:
+                    time.sleep(POLL)
+                    for each in [each for each in running if each.process.poll() is not None]:
+                        running.remove(each)
+                        free += each.gpus
+                        if status := self._ended(each):
+                            logger.error("%s: failed with status %d; the rest goes on", each.portion.name, status)
+                            passed = False
+                    continue
+                waiting.remove(portion)
+                if {portion.file, portion.check} & late:
+                    continue
+                if any(p.name == portion.check and self.state(p) != "done" for p in self.portions):
+                    logger.error("%s: not measured, as %s failed", portion.name, portion.check)
+                    passed = False
+                elif time.monotonic() + self.expected(portion) > end:
+                    logger.warning(
+                        "%s: not begun, may take %.0f s; the same command goes on", portion.name, self.expected(portion)
+                    )
+                    late.add(portion.file)
+                else:
+                    running.append(self._start(portion, [free.pop(0) for _ in range(portion.width)]))
         finally:
             for each in running:
                 each.process.kill()
+            for each in running:
+                each.process.wait()
                 each.scratch.cleanup()
         return passed
+
+    def _next(self, waiting: list[Portion], running: list[Running], free: int) -> Portion | None:
+        """Return the first portion that waits for nothing: neither its file, its check nor GPUs."""
+        held = {each.portion.file for each in running}
+        kinds = {each.portion.is_check for each in running}
+        unchecked = held | {portion.file for portion in waiting if portion.is_check}
+        for portion in waiting:
+            beside = kinds <= {portion.is_check}  # tests would take the host's time from what is timed
+            if beside and portion.width <= free and portion.file not in held and portion.check not in unchecked:
+                return portion
+        return None
 
     def _start(self, portion: Portion, gpus: list[str]) -> Running:
         path, begun = self.path(portion).resolve(), time.monotonic()
@@ -333,11 +353,12 @@ class Record:
         if self.commit is not None:
             environment["QANDC_COMMIT"] = self.commit
         self._note(portion, None, 0)  # so it stays, if this is killed
-        scratch = tempfile.TemporaryDirectory()
+        scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         places = {"python": sys.executable, "out": str(path), "card": str(path.parent), "scratch": scratch.name}
         command = portion.command.format(**{name: shlex.quote(place) for name, place in places.items()})
         logger.info("%s: %s", portion.name, command)
-        return Running(portion, subprocess.Popen(command, shell=True, cwd=ROOT, env=environment), scratch, gpus, begun)
+        shell = command if "&&" in command else f"exec {command}"  # so that killing it kills what it runs
+        return Running(portion, subprocess.Popen(shell, shell=True, cwd=ROOT, env=environment), scratch, gpus, begun)
 
     def _ended(self, running: Running) -> int:
         portion, status = running.portion, running.process.returncode
@@ -380,6 +401,7 @@ def record(portions: Sequence[Portion]) -> None:
         raise typer.Exit(0 if book.run(chosen, seconds) else 1)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is measured ends with it
     try:
         typer.run(main)
     except QandCError as error:

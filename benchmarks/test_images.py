@@ -21,7 +21,7 @@ from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_FUSED, IMAGES_FU
 from benchmarks.models import autoencoder_kl
 from benchmarks.rivals import NotInstalled, library
 from benchmarks.timing import DEVICE, Candidate, relative_error
-from qandc import CacheConfig, apply_cache, graph, remove_cache, ungraph
+from qandc import CacheConfig, apply_cache, fuse, graph, remove_cache, ungraph
 
 Model = Any
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ class Pipe(NamedTuple):
     embeddings: dict[str, tuple[int, ...]]  # shapes of a batch of one; of a negative prompt, too, if guided
     guided: bool
     call: dict[str, Any]
-    steps: tuple[int, ...]
+    steps: int
     pixels: int = 1024
 
 
@@ -66,7 +66,7 @@ PIPES: dict[str, Pipe] = {
         {"prompt_embeds": (TEXT, 4096), "pooled_prompt_embeds": (768,)},
         False,
         {"guidance_scale": 3.5},
-        (28,),
+        28,
     ),
     "Qwen-Image": Pipe(
         "QwenImagePipeline",
@@ -75,7 +75,7 @@ PIPES: dict[str, Pipe] = {
         {"prompt_embeds": (128, 3584)},
         True,
         {"true_cfg_scale": 4.0},
-        (50,),
+        50,
     ),
     "SD3.5-large": Pipe(
         "StableDiffusion3Pipeline",
@@ -84,7 +84,7 @@ PIPES: dict[str, Pipe] = {
         {"prompt_embeds": (333, 4096), "pooled_prompt_embeds": (2048,)},
         True,
         {"guidance_scale": 3.5},
-        (28,),
+        28,
     ),
     "PixArt-Sigma": Pipe(
         "PixArtSigmaPipeline",
@@ -93,7 +93,7 @@ PIPES: dict[str, Pipe] = {
         {"prompt_embeds": (300, 4096), "prompt_attention_mask": (300,)},
         True,
         {"guidance_scale": 4.5, "negative_prompt": None},
-        (20,),
+        20,
     ),
     "Z-Image": Pipe(
         "ZImagePipeline",
@@ -102,7 +102,7 @@ PIPES: dict[str, Pipe] = {
         {"prompt_embeds": (128, 2560)},
         True,
         {"guidance_scale": 4.0},
-        (50,),
+        50,
     ),
     "Wan-2.1-1.3B": Pipe(
         "WanPipeline",
@@ -111,7 +111,7 @@ PIPES: dict[str, Pipe] = {
         {"prompt_embeds": (TEXT, 4096)},
         True,
         {"guidance_scale": 5.0, "height": 480, "width": 832, "num_frames": 81},
-        (20,),
+        20,
     ),
 }
 PIPES |= {  # where a step is short, and what the host does between steps counts most
@@ -127,8 +127,8 @@ RECIPES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     TO_BE_COMPILED: (lambda model, layer: clone(model), 0.2),
     IMAGES_OURS: (lambda model, layer: graph(compiled(quantized(model, layer, 8, "W8A16"))), 0.4),
     IMAGES_FUSED: (lambda model, layer: fused(model, layer, 8), 0.4),
-    # of weights of its own, as those of modulation may leave the GPU
-    IMAGES_FUSED4: (lambda model, layer: fused(copy.deepcopy(model), layer, 4), 0.6),
+    # of weights that are its own: those of modulation may leave the GPU
+    IMAGES_FUSED4: (lambda model, layer: graph(fuse(copy.deepcopy(quantized(model, layer, 4, "W4A16")))), 0.6),
     "torchao fp8 rowwise, compiled": (
         lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
         0.4,
@@ -252,13 +252,7 @@ def _compared(layer: str, name: str) -> bool:
     return True
 
 
-CASES = [
-    (layer, name, steps)
-    for layer, pipe in PIPES.items()
-    for name in ORDER
-    if _compared(layer, name)
-    for steps in pipe.steps
-]
+CASES = [(layer, name, pipe.steps) for layer, pipe in PIPES.items() for name in ORDER if _compared(layer, name)]
 
 current: dict[str, Any] = {}  # the transformer used last, by what it is made of
 expected: dict[tuple[str, int], torch.Tensor] = {}  # latents of the bf16 model
@@ -326,6 +320,7 @@ def rival(layer: str, steps: int, recipe: str) -> Candidate:
     """Make what ours take turns with; it stays beside the transformer used last."""
     make, bound = RECIPES[recipe]
     if current.get("rival", ("",))[0] != recipe:
+        current.pop("rival", None)  # whose memory this one may need
         current["rival"] = recipe, make(model_of(layer), layer)
     launch = images(layer, pipeline(layer, current["rival"][1]), steps)
     return Candidate(launch, lambda y, i: relative_error(y, expected[layer, steps]), bound, 1, wall_clock=True)
@@ -348,8 +343,6 @@ def build(layer: str, name: str, steps: int, row: Row, held: ExitStack) -> Candi
             if not theirs or isinstance(reason, NotInstalled):
                 raise
             raise NotInstalled(f"{type(reason).__name__}: {reason}") from reason
-
-    current["launch"] = launch
 
     def error(y: torch.Tensor, i: int) -> float:
         return relative_error(y, expected[layer, steps])
@@ -408,10 +401,11 @@ def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, na
         skip = "rivals: none"
     with ExitStack() as held:
         theirs = CANDIDATES[name][0] if AHEAD in name else IMAGES_BF16  # what is ahead, with the same that is not
-        against = None if name in ("bf16 eager", IMAGES_BF16) else (theirs, lambda: rival(layer, m, theirs))
-        measure(row, lambda: build(layer, name, m, row, held), skip, rival=against)
-        if "median_us" in row and "graph()" in name:
+        against = None if name.startswith("bf16") else (theirs, lambda: rival(layer, m, theirs))
+        made: list[Candidate] = []
+        measure(row, lambda: made.append(build(layer, name, m, row, held)) or made[0], skip, rival=against)
+        if "median_us" in row and "graph()" in name:  # the row that measure has kept
             held_now = current["model"].state_dict().values()
             row["gpu_bytes"] = sum(tensor.nbytes for tensor in held_now if tensor.is_cuda)
             with torch.no_grad():
-                row |= shares(current["launch"])
+                row |= shares(made[0].launch)

@@ -134,6 +134,8 @@ class Group(NamedTuple):
 def _against(row: dict[str, Any]) -> tuple[str, float] | None:
     """Return whom a row is compared with and the speed over it: the one it took turns with, else its baseline."""
     if "rival_median_us" in row:
+        if not any(mark in row["rival"] for mark in report.THEIRS):  # ours beside ours
+            return None
         return row["rival"], row.get("rival_ratio", row["rival_median_us"] / row["median_us"])
     if row["op"] == "host" or "called" in row["candidate"]:  # by turns alone
         return None

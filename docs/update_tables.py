@@ -528,11 +528,11 @@ def images_table(result: dict[str, Any]) -> list[str]:
 def ahead_table(result: dict[str, Any]) -> list[str]:
     """Compare images whose modulations are computed ahead with those of the same model without that."""
     lines = ["| s an image: own, ahead | steps | | GB of weights on the GPU |", "|---" * 4 + "|"]
-    for row in (row for row in result["rows"] if "ahead" in row["candidate"]):
+    for row in (row for row in result["rows"] if "ahead" in row["candidate"] and "median_us" in row):
         own, ahead = row["rival_median_us"] / 1e6, row["median_us"] / 1e6
-        name = f"{row['layer']}, {row['candidate'].removesuffix(', modulations ahead')}"
+        name = f"{row['layer']}, {row['candidate'].replace(', modulations ahead', '')}"
         figures = f"{own:.2f}, {ahead:.2f} (**{row['rival_ratio']:.3f}x**) | {row['gpu_bytes'] / 1e9:.1f}"
-        lines.append(f"| {name.replace(', modulations ahead, offloaded', ', offloaded')} | {row['m']} | {figures} |")
+        lines.append(f"| {name} | {row['m']} | {figures} |")
     return lines
 
 
@@ -867,9 +867,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "models.json": models_table,
     "images.json": images_table,
     "images.json short": short_images_table,
-    "images.json runs": runs_table,
     "images-runs.json": runs_table,
-    "images.json ahead": ahead_table,
     "images-runs.json ahead": ahead_table,
     "images-ahead.json": ahead_table,
     "images-ahead.json runs": runs_table,

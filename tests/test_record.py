@@ -221,6 +221,48 @@ def test_portions_run_side_by_side_on_all_gpus(tmp_path, monkeypatch):
     assert {book.state(each) for each in portions} == {"done"}
 
 
+def test_what_would_not_end_in_time_holds_up_its_own_file_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(record, "card_name", lambda: "cpu")
+    result = """printf '{{"commit": "a"}}' > {out}"""
+    given = (("check-all", 1, "true"), ("long", 9, result), ("long", 1, result), ("short", 1, result))
+    portions = [
+        record.Portion(file, str(i), minutes, command, "check-all" if i else None, 0)
+        for i, (file, minutes, command) in enumerate(given)
+    ]
+    portions[0] = record.Portion("check-all", "", 1, "true", gpus=0)
+    book = record.Record(portions, tmp_path / "cpu", "a")
+    assert book.run(portions, 300)
+    assert [book.state(each) for each in portions] == ["done", "missing", "missing", "done"]
+    assert [each.message for each in caplog.records if "not begun" in each.message] == [
+        "long 1: not begun, may take 540 s; the same command goes on"
+    ]
+
+
+@pytest.mark.slow
+def test_what_runs_ends_with_the_record(tiny):
+    process = tiny.start(check="sleep 100")
+    deadline = time.monotonic() + 60
+    while not (tiny.out / "cpu" / "record.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)  # which waits for all that could write there
+    assert process.returncode not in (0, None), output
+    assert tiny.states("--only", "first")["check-all"] == "cut"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "names"),
+    [("", 0, [""]), ("", 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("0,9", 1, ["0"]), ("GPU-a,GPU-b", 2, ["GPU-a"])],
+)
+def test_gpus_are_named_as_they_are_made_visible(monkeypatch, visible, count, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    cards = ["H200", "L4" if visible.startswith("GPU") else "H200"]  # another kind would spoil the card's files
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: cards[i])
+    assert record._gpus() == names
+
+
 def test_results_do_not_make_the_source_dirty(tmp_path, monkeypatch):
     monkeypatch.delenv("QANDC_COMMIT", raising=False)
     monkeypatch.setattr(results, "ROOT", tmp_path)

@@ -17,12 +17,13 @@ import torch
 import typer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.families import fused, inputs, model_of
+from benchmarks.families import inputs, model_of, quantized
 from benchmarks.timing import DEVICE, capture
-from qandc import ungraph
+from qandc import QuantLinear, fuse
 from qandc.support.files import write_json
 from qandc.support.results import measured_rows, result_header
 
+MODULATED = ("to_q", "to_k", "to_v", "_proj", "net.0.proj", "proj_mlp")  # layers that are given what is modulated
 TINY = {"num_layers": 1, "num_attention_heads": 2}
 HEAD_START = 100_000_000  # cycles that the GPU spins while the host launches some ops ahead of it
 AHEAD = 200  # ops; with their events fewer than the launches that a stream queues before the host has to wait
@@ -64,7 +65,11 @@ def _milliseconds(begin: Any, end: Any) -> float:
 @torch.no_grad()
 def parts(layer: str, w_bits: int, per_token: bool = False, **sizes: Any) -> tuple[dict[str, tuple[int, float]], float]:
     """Return how often each op runs in a forward with how many ms in all, and the ms of a graph of the forward."""
-    model = ungraph(fused(model_of(layer, **sizes), layer, w_bits, per_token))
+    model = quantized(model_of(layer, **sizes), layer, w_bits, f"W{w_bits}A16")
+    for name, module in model.named_modules() if per_token else ():
+        if isinstance(module, QuantLinear) and name.endswith(MODULATED) and not module.weight_only:
+            module.set_static_range(None)
+    fuse(model)
     arguments = inputs(layer)
     for _ in range(2):
         model(**arguments)
@@ -92,10 +97,10 @@ def main(
     found, whole = parts(layer, w_bits, per_token, **(TINY if tiny else {}))
     launches, total = sum(count for count, _ in found.values()), sum(ms for _, ms in found.values())
     if out:
-        row = {"layer": layer, "w_bits": w_bits, "per_token": per_token, "graph_ms": whole}
-        rows = [other for other in rows if not row.items() - {("graph_ms", whole)} <= other.items()]
-        row["ops"] = [{"op": name, "count": count, "ms": ms} for name, (count, ms) in found.items()]
-        write_json(out, {**header, "rows": [*rows, row], "goals": []})
+        key = {"layer": layer, "w_bits": w_bits, "per_token": per_token}
+        ops = [{"op": name, "count": count, "ms": ms} for name, (count, ms) in found.items()]
+        rows = [row for row in rows if not key.items() <= row.items()]
+        write_json(out, {**header, "rows": [*rows, {**key, "graph_ms": whole, "ops": ops}], "goals": []})
     typer.echo(f"{layer} W{w_bits}A8 fused: {whole:.2f} ms as a graph, {total:.2f} in {launches} ops")
     for name, (count, ms) in found.items():
         typer.echo(f"{ms:8.3f} ms {count:4d} x {1e3 * ms / count:8.1f} µs  {name}")

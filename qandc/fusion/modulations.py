@@ -31,7 +31,7 @@ __all__ = ["Ahead", "Step", "attached", "handed", "offload", "offloaded", "take_
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 512 << 20  # bytes of a table
+LARGEST = 512 << 20  # bytes of a table; making it takes twice as many
 RUNS = 4  # that take turns: a step may have passes for other prompts, and one without some layers
 _now = threading.local()  # of each thread: what layers return in this step
 
