@@ -124,7 +124,7 @@ PORTIONS: tuple[Portion, ...] = (
     ),
     *(
         portion for layer, options in IMAGES.items()
-        for portion in bench("images", "models", 8 if layer in SLOW else 4, "test_images.py", *options)
+        for portion in bench("images", "models", 7 if layer in SLOW else 4, "test_images.py", *options)
     ),
     *script(
         "parts", "models", 2, "-m training.measure_parts",

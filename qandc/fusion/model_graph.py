@@ -202,7 +202,7 @@ class _GraphedModel(nn.Module):
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
                 graphed.graphs.keep_newest()
                 graphed.watch = Watch(self)
-        elif watch is not None and graphed.graphs.replays != replays and not watch.unchanged():
+        elif watch is not None and graphed.graphs.replays != replays and not watch.same():
             graphed.drop()
             return _GraphedModel._replay(self, step, args, kwargs)
         return output
