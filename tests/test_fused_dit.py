@@ -830,13 +830,17 @@ def test_graphs_are_bounded_and_a_failed_capture_is_survived(caplog):
     graphs = GraphCache(limit=2)
     for n in (1, 2, 3, 1):
         x = torch.full((n,), 2.0, device="cuda")
-        assert torch.equal(graphs(lambda t: t * 3, (x,)), x * 3)
+        for expected in ("captured", "replayed"):
+            result, how = graphs.run(lambda t: t * 3, (x,))
+            assert torch.equal(result, x * 3)
+            assert how == expected
         assert len(graphs) <= 2
     assert graphs.captures == 4
     with caplog.at_level(logging.WARNING):
         x = torch.full((5,), 2.0, device="cuda")
         for _ in range(2):
-            assert graphs(lambda t: t * t.sum().item(), (x,))[0] == 20
+            result, how = graphs.run(lambda t: t * t.sum().item(), (x,))
+            assert (result[0], how) == (20, "eager")
             assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert len([r for r in caplog.records if "no CUDA graph for inputs of (5,)" in r.message]) == 1
     assert torch.equal(graphs(lambda t: t * 3, (x[:4],)), x[:4] * 3)

@@ -79,11 +79,21 @@ class GraphCache:
         otherwise: Callable[..., Any] | None = None,
     ) -> Any:
         """Return ``function(*inputs)``; ``otherwise(*inputs)`` if that is given and the function can't be captured."""
+        return self.run(function, inputs, kind, otherwise)[0]
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        inputs: tuple[torch.Tensor, ...],
+        kind: Hashable = None,
+        otherwise: Callable[..., Any] | None = None,
+    ) -> tuple[Any, str]:
+        """Return the result of a call, and whether its graph was "captured" or "replayed", or it ran "eager"."""
         key = (kind, *((t.shape, t.dtype, t.device) for t in inputs))
         device = inputs[0].device
         with self.lock.threads, torch.cuda.device(device):
-            done = self.lock.done.setdefault(device, torch.cuda.Event())
-            if key in self._graphs:
+            done, known = self.lock.done.setdefault(device, torch.cuda.Event()), key in self._graphs
+            if known:
                 self._graphs.move_to_end(key)
                 captured = self._graphs[key]
             else:
@@ -94,7 +104,7 @@ class GraphCache:
                 while len(self._graphs) > self.limit:
                     self._graphs.popitem(last=False)
             if captured is None and otherwise is None:
-                return function(*inputs)
+                return function(*inputs), "eager"
             if captured is not None:
                 stream = torch.cuda.current_stream()
                 stream.wait_event(done)  # a call on another stream may still run
@@ -104,9 +114,9 @@ class GraphCache:
                 self.replays += 1
                 output = pytree.tree_map_only(torch.Tensor, torch.clone, captured.output)
                 done.record(stream)
-                return output
+                return output, "replayed" if known else "captured"
         assert otherwise is not None
-        return otherwise(*inputs)
+        return otherwise(*inputs), "eager"
 
     def keep_newest(self) -> None:
         """Give up all graphs but the one used last."""

@@ -194,15 +194,14 @@ class _GraphedModel(nn.Module):
             with nullcontext() if cache is None else cache.planned(*of_plan), handed(layers, rows):
                 return forward(*args, **kwargs)
 
-        captures, replays = graphed.graphs.captures, graphed.graphs.replays
         with torch.inference_mode(False), torch.no_grad():
-            output = graphed.graphs(function, tuple(tensors), kind=(structure, plan.key))
-        if graphed.graphs.captures != captures:
+            output, how = graphed.graphs.run(function, tuple(tensors), kind=(structure, plan.key))
+        if how == "captured":
             assert graphed.watch is not None
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
                 graphed.graphs.keep_newest()
                 graphed.watch = Watch(self)
-        elif watch is not None and graphed.graphs.replays != replays and not watch.same():
+        elif watch is not None and how == "replayed" and not watch.unchanged():
             graphed.drop()
             return _GraphedModel._replay(self, step, args, kwargs)
         return output

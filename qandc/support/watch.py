@@ -19,8 +19,8 @@ _chain = itertools.chain.from_iterable
 class Watch:
     """Notice that something a forward can read from its modules was replaced: weights, settings, hooks, submodules.
 
-    Tensors are compared by identity, all else by value, in passes that run in C. Writing into a tensor needs no notice:
-    whoever reads it reads what is there.
+    Objects are compared by identity, in passes that run in C. Writing into a tensor needs no notice: whoever reads it
+    reads what is there.
 
     Args:
         model: the module that is watched, with all that it holds.
@@ -40,12 +40,10 @@ class Watch:
             held, self.lists = [own[name] for own in attributes for name in STRUCTURE], []
             self.sized = [*held, *attributes[1:]]  # the model's own attributes are for others to use
         self.settings = [(own, name) for own in attributes for name in settings or () if name in own]
-        filled = [one for one in held if one]
-        self.names = filled if settings is None else []  # modules and weights are not renamed in place
-        self.with_tensors = [one for one in filled if any(isinstance(value, torch.Tensor) for value in one.values())]
-        of_tensors = set(map(id, self.with_tensors))
-        self.without = [one for one in filled if id(one) not in of_tensors]
-        self.sizes, self.identical, self.equal = self._sizes(), self._identical(), self._equal()
+        self.filled = [one for one in held if one]
+        self.names = self.filled if settings is None else []  # modules and weights are not renamed in place
+        self.sizes = self._sizes()
+        self.held = self._held()
         kinds = ("_parameters", "_buffers") if settings is None else ("_parameters",)
         tensors = [t for own in attributes for kind in kinds for t in own[kind].values()]
         self.tensors = [t for t in tensors if t is not None]
@@ -54,14 +52,10 @@ class Watch:
     def _sizes(self) -> list[int]:
         return list(map(len, self.sized))
 
-    def _identical(self) -> list[Any]:
-        """List what must be the very objects: tensors and what is beside them."""
-        settings = (own.get(name) for own, name in self.settings)
-        return [*_chain(map(dict.values, self.with_tensors)), *settings]
-
-    def _equal(self) -> list[Any]:
-        """List what must be equal: names and all other values. Lists see in C that nearly all are the very objects."""
-        return [*_chain(self.names), *_chain(map(dict.values, self.without)), *_chain(self.lists)]
+    def _held(self) -> list[Any]:
+        """List names and values; the objects themselves, whose ids nothing else can get meanwhile."""
+        settings = [own.get(name) for own, name in self.settings]
+        return [*_chain(self.names), *_chain(map(dict.values, self.filled)), *_chain(self.lists), *settings]
 
     def _addresses(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self.tensors))
@@ -73,17 +67,6 @@ class Watch:
         """
         return self._addresses() == self.addresses
 
-    def same(self) -> bool:
-        """Tell whether nothing was replaced by something else; whether memory has moved is left open."""
-        try:
-            return (
-                self._sizes() == self.sizes
-                and all(map(operator.is_, self._identical(), self.identical))
-                and self._equal() == self.equal
-            )
-        except (RuntimeError, ValueError):  # a tensor or an array in the place of something
-            return False
-
     def unchanged(self) -> bool:
         """Tell whether nothing was replaced or moved."""
-        return self.in_place() and self.same()
+        return self.in_place() and self._sizes() == self.sizes and all(map(operator.is_, self._held(), self.held))
