@@ -26,6 +26,7 @@ import torch
 import typer
 
 from qandc.errors import ConfigError, QandCError
+from qandc.support.arguments import regular_expression
 from qandc.support.files import read_json, write_json
 from qandc.support.results import ROOT, source_commit
 
@@ -386,8 +387,11 @@ def record(portions: Sequence[Portion]) -> None:
         any_commit: Annotated[bool, typer.Option("--any-commit", help="Replace files of other commits.")] = False,
     ) -> None:
         """Measure each portion that is not done at this commit; one that fails is told, and the rest go on."""
-        book = Record(portions, out / (card or card_name()), source_commit())
-        chosen = [portion for portion in book.portions if re.search(only, portion.name)]
+        book, wanted = (
+            Record(portions, out / (card or card_name()), source_commit()),
+            regular_expression(only, "--only"),
+        )
+        chosen = [portion for portion in book.portions if wanted.search(portion.name)]
         guards = {portion.check for portion in chosen}
         chosen = [portion for portion in book.portions if portion in chosen or portion.name in guards]
         if listed:

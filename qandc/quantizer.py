@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qandc.errors import ConfigError, DataError
-from qandc.support.arguments import check_fields
+from qandc.support.arguments import check_fields, regular_expression
 from qandc_kernels import reference
 
 __all__ = ["A_BITS", "W_BITS", "QuantConfig", "gptq_round", "quantize_weight", "scale_and_zero_point"]
@@ -66,10 +66,7 @@ class QuantConfig:
             )
         for pattern in patterns:
             if pattern.startswith(REGULAR):
-                try:
-                    re.compile(pattern.removeprefix(REGULAR))
-                except re.error as error:
-                    raise ConfigError(f"skip pattern {pattern!r} is no regular expression: {error}") from error
+                regular_expression(pattern.removeprefix(REGULAR), f"skip pattern {pattern!r}")
         object.__setattr__(self, "skip_patterns", tuple(patterns))
 
     @property

@@ -172,6 +172,8 @@ def test_other_commits_are_refused_and_replaced_if_told(tiny):
     assert commits == {"first": "b", "third": "a"}
     assert tiny.states("--only", "first|third") == {"check-all": "missing", "first": "older", "third": "done"}
     assert "files differ from commit c: commit them" in tiny.run(commit="c-dirty")[1]
+    status, output = tiny.run("--only", "[")
+    assert (status, output) == (2, "--only is no regular expression: unterminated character set at position 0\n")
 
 
 @pytest.mark.slow

@@ -237,3 +237,24 @@ def test_outliers_of_wardrobe_are_measured_alike(tmp_path, matrix, pipeline):
     assert len({*likeness.values()}) == 6
     for ranges in study.RANGES:
         assert likeness[ranges, 0.5] > likeness[ranges, None]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"only": "["}, "--only is no regular expression: unterminated"),
+        ({"shard": "1"}, "--shard is '1'; give i/n"),
+        ({"shard": "1/0"}, "--shard is '1/0'; give i/n"),
+    ],
+)
+def test_rows_are_chosen_or_refused_in_a_line(matrix, tmp_path, capsys, monkeypatch, given, message):
+    def main():
+        choice = {"only": "", "shard": "0/1", **given}
+        matrix.measure_chosen(tmp_path / "x.json", {}, [], lambda row: row, lambda rows: [], seconds=1, **choice)
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as left:
+        matrix.command(main)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from diffusers import DiTPipeline
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
 from qandc import CacheConfig, apply_cache, fashion_dit_path, remove_cache
 from qandc.caching.feature_cache import FeatureCache
-from qandc.errors import QandCError
+from qandc.errors import ConfigError, QandCError
 from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import (
     EfficientNetFeatures,
@@ -32,6 +33,7 @@ from qandc.evaluation.metrics import (
 )
 from qandc.experiments.report import measure_rows
 from qandc.sampling.loop import Corrector, decode_latents, make_scheduler
+from qandc.support.arguments import regular_expression
 
 Out = Annotated[Path, typer.Option(help="JSON file to write; one that is there is continued.")]
 Images = Annotated[int, typer.Option(min=20, help="Samples of a row, class-balanced.")]
@@ -172,8 +174,11 @@ def measure_chosen(
     goals: Callable[[list[Any]], list[Any]], only: str, shard: str, seconds: float,
 ) -> None:  # fmt: skip
     """Measure some of the rows into one file; a row that fails is logged, and the rest go on."""
+    if not re.fullmatch(r"\d+/[1-9]\d*", shard):
+        raise ConfigError(f"--shard is {shard!r}; give i/n, e.g. 0/4")
     index, count = (int(part) for part in shard.split("/"))
-    work = [row for row in rows if re.search(only, f"{row['part']}: {row['name']}")][index::count]
+    wanted = regular_expression(only, "--only")
+    work = [row for row in rows if wanted.search(f"{row['part']}: {row['name']}")][index::count]
     failed, started = [], time.perf_counter()
     for number, each in enumerate(work):
         if time.perf_counter() - started > seconds:
@@ -196,4 +201,8 @@ def measure_chosen(
 def command(main: Callable[..., None]) -> None:
     """Run a script's ``main`` with options of the command line; each row is told as it is measured."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    typer.run(main)
+    try:
+        typer.run(main)
+    except QandCError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(2)

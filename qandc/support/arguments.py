@@ -14,6 +14,7 @@ import inspect
 import itertools
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -43,6 +44,7 @@ __all__ = [
     "check_fields",
     "check_value",
     "checked",
+    "regular_expression",
 ]
 
 LARGEST_INTEGER = 2**63 - 1
@@ -361,6 +363,18 @@ def checked(function: Function) -> Function:
         return function(*bound.args, **bound.kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def regular_expression(text: str, what: str) -> re.Pattern[str]:
+    """Compile a regular expression that a user gave.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{what} is no regular expression: {error}") from error
 
 
 def check_fields(settings: Any) -> None:
