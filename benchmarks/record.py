@@ -296,8 +296,9 @@ class Record:
         """
         end, passed, free, late = time.monotonic() + seconds, True, _gpus(), set[str]()
         running: list[Running] = []
-        waiting = sorted(portions, key=lambda p: not p.is_check and self.state(p) == "cut")
-        waiting = [p for p in waiting if self.state(p) != "done" and not self.state(p).startswith("needs")]
+        states = {portion: self.state(portion) for portion in portions}  # each reads the file of its results
+        waiting = [portion for portion in portions if not states[portion].startswith(("done", "needs"))]
+        waiting.sort(key=lambda p: not p.is_check and states[p] == "cut")
         try:
             while waiting or running:
                 portion = self._next(waiting, running, len(free))
@@ -387,10 +388,8 @@ def record(portions: Sequence[Portion]) -> None:
         any_commit: Annotated[bool, typer.Option("--any-commit", help="Replace files of other commits.")] = False,
     ) -> None:
         """Measure each portion that is not done at this commit; one that fails is told, and the rest go on."""
-        book, wanted = (
-            Record(portions, out / (card or card_name()), source_commit()),
-            regular_expression(only, "--only"),
-        )
+        book = Record(portions, out / (card or card_name()), source_commit())
+        wanted = regular_expression(only, "--only")
         chosen = [portion for portion in book.portions if wanted.search(portion.name)]
         guards = {portion.check for portion in chosen}
         chosen = [portion for portion in book.portions if portion in chosen or portion.name in guards]

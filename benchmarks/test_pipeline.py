@@ -68,7 +68,7 @@ class Graphed(nn.Module):
         self.module, self.graphs = module, GraphCache()
 
     def forward(self, x: torch.Tensor, *nothing: None) -> torch.Tensor:
-        return self.graphs(self.module, (x,))
+        return self.graphs.run(self.module, (x,))[0]
 
 
 @cache
@@ -98,7 +98,7 @@ def transformer(name: str) -> Any:
             return forward(x, timestep=timestep, class_labels=labels, return_dict=False)[0]
 
         def graphed(x: torch.Tensor, timestep: Any, class_labels: Any, return_dict: bool) -> tuple[torch.Tensor]:
-            return (graphs(step, (x, timestep, class_labels)),)
+            return (graphs.run(step, (x, timestep, class_labels))[0],)
 
         model.forward = graphed
     return model

@@ -79,20 +79,20 @@ class AsIfReplayed:
     def __init__(self):
         self.captured = {}
 
-    def __call__(self, function, inputs, kind, otherwise):
-        key = (kind, *(t.shape for t in inputs))
+    def run(self, function, inputs, kind, otherwise):
+        key, how = (kind, *(t.shape for t in inputs)), "replayed"
         if key not in self.captured:
             static = tuple(t.clone() for t in inputs)
             for _ in range(2):
                 function(*static)
-            self.captured[key] = (function, static, {})
+            self.captured[key], how = (function, static, {}), "captured"
         function, static, outputs = self.captured[key]
         values = tuple(t.numpy().tobytes() for t in inputs)
         if values not in outputs:
             for t, given in zip(static, inputs, strict=True):
                 t.copy_(given)
             outputs[values] = function(*static)
-        return outputs[values].clone()
+        return outputs[values].clone(), how
 
     def clear(self):
         self.captured.clear()

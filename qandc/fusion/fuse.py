@@ -165,7 +165,7 @@ def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -
     graphs = latents.is_cuda and fused.cuda_graphs and step.graphable and len(latents) > 0
     graphs = graphs and fused.launching != threading.get_ident()
     if graphs and not torch.cuda.is_current_stream_capturing():
-        return fused.graphs(launch.function, inputs, kind=launch.kind)
+        return fused.graphs.run(launch.function, inputs, kind=launch.kind)[0]
     with torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext():
         return launch.function(*inputs)
 

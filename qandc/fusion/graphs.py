@@ -71,16 +71,6 @@ class GraphCache:
     def __len__(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
 
-    def __call__(
-        self,
-        function: Callable[..., Any],
-        inputs: tuple[torch.Tensor, ...],
-        kind: Hashable = None,
-        otherwise: Callable[..., Any] | None = None,
-    ) -> Any:
-        """Return ``function(*inputs)``; ``otherwise(*inputs)`` if that is given and the function can't be captured."""
-        return self.run(function, inputs, kind, otherwise)[0]
-
     def run(
         self,
         function: Callable[..., Any],
@@ -88,7 +78,10 @@ class GraphCache:
         kind: Hashable = None,
         otherwise: Callable[..., Any] | None = None,
     ) -> tuple[Any, str]:
-        """Return the result of a call, and whether its graph was "captured" or "replayed", or it ran "eager"."""
+        """Return ``function(*inputs)``, and whether its graph was "captured" or "replayed", or it ran "eager".
+
+        ``otherwise(*inputs)`` takes its place if that is given and the function can't be captured.
+        """
         key = (kind, *((t.shape, t.dtype, t.device) for t in inputs))
         device = inputs[0].device
         with self.lock.threads, torch.cuda.device(device):

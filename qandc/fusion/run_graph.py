@@ -69,4 +69,4 @@ def run_as_graph(
             held[:] = cache.take_finished()
         return output
 
-    return fused.run_graphs(function, inputs, kind=key, otherwise=lambda *inputs: run()(*inputs))
+    return fused.run_graphs.run(function, inputs, kind=key, otherwise=lambda *inputs: run()(*inputs))[0]
