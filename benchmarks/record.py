@@ -89,6 +89,7 @@ def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> I
 BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each run of what takes no turns with it
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
+QUICK = ("PixArt-Sigma", *SMALL)
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
 SLOW = ("Qwen-Image", *OTHERS)  # whose images take ten seconds and more
 IMAGES = {layer: [f"--layers {layer} -k '{which}'" for which in (
@@ -102,7 +103,7 @@ PORTIONS: tuple[Portion, ...] = (
     checks("kernels", 4, "kernels"),
     checks("layers", 4, "test_linear.py test_rounding.py test_shared_products.py test_block_hessians.py"),
     checks("steps", 5, "test_fused_dit.py test_run_graph.py test_cache_modes.py test_generate.py test_nan_flags.py"),
-    checks("models", 5, "test_fused_blocks.py test_modulations.py test_model_graph.py test_families.py test_models.py"),
+    checks("models", 5, "test_fused_blocks.py test_kept_prompt.py test_modulations.py test_model_graph.py test_families.py test_models.py"),
     *bench("host", "layers", 1, "test_host.py"),
     *bench(
         "kernels", "kernels", 2, "test_linear.py test_epilogues.py test_adaln.py",
@@ -117,18 +118,20 @@ PORTIONS: tuple[Portion, ...] = (
     *bench("cache-cost", "steps", 3, "test_cache.py", "-k test_step", "-k test_run"),
     *bench("pipeline", "steps", 3, "test_pipeline.py", *(f"-k 'not 250' --rows {m}" for m in (1, 8, 32))),
     *bench("pipeline", "steps", 8, "test_pipeline.py", *(f"-k 250 --rows {m}" for m in (1, 8, 32))),
-    *bench(
-        "models", "models", 4, "test_models.py",
-        *(f"--layers {layer} -k '{k}'" for layer in (*LARGE, *SMALL, *OTHERS) for k in (
-            "not graph and not torchao", "graph", f"torchao or {BF16}"
-        )),
+    *(
+        portion for layer in (*LARGE, *SMALL, *OTHERS)
+        for portion in bench("models", "models", 2 if layer in QUICK else 4, "test_models.py", *(
+            f"--layers {layer} -k '{k}'" for k in ("not graph and not torchao", "graph", f"torchao or {BF16}")
+        ))
     ),
     *(
         portion for layer, options in IMAGES.items()
-        for portion in bench("images", "models", 7 if layer in SLOW else 4, "test_images.py", *options)
+        for portion in bench(
+            "images", "models", 7 if layer in SLOW else 2 if layer in QUICK else 4, "test_images.py", *options
+        )
     ),
     *script(
-        "parts", "models", 2, "-m training.measure_parts",
+        "parts", "models", 1, "-m training.measure_parts",
         *(f"--layer {layer} --w-bits {bits}" for layer in LARGE for bits in (8, 4)),
     ),
     *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),

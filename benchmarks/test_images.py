@@ -157,6 +157,13 @@ def _ahead(pipe: Any, row: Row, launch: Launch, offloaded: bool = False) -> Iter
 
 
 @contextmanager
+def _cached_ahead(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
+    """Cache and compute modulations ahead, as ``optimize`` does with a calibrated model."""
+    with _ahead(pipe, row, launch), _ours_cached(CacheConfig("taylor", interval=INTERVAL), pipe, row):
+        yield
+
+
+@contextmanager
 def _taylorseer(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
     from diffusers import TaylorSeerCacheConfig
 
@@ -233,6 +240,7 @@ CANDIDATES |= {  # the transformer that is cached, and how
 }
 CANDIDATES |= {
     f"{IMAGES_FUSED}{AHEAD}": (IMAGES_FUSED, _ahead),
+    f"{IMAGES_FUSED}, taylor cache{AHEAD}": (IMAGES_FUSED, _cached_ahead),
     f"{IMAGES_FUSED4}{AHEAD}, offloaded": (IMAGES_FUSED4, partial(_ahead, offloaded=True)),
     "bf16 compiled, diffusers' TaylorSeer": (TO_BE_COMPILED, _taylorseer),
     "bf16 compiled, diffusers' FirstBlockCache": (TO_BE_COMPILED, _first_block),
@@ -400,7 +408,8 @@ def test_images(measure: Measure, request: pytest.FixtureRequest, layer: str, na
     if any(word in name for word in ("torchao", "cache-dit")) and request.config.getoption("--rivals") == "none":
         skip = "rivals: none"
     with ExitStack() as held:
-        theirs = CANDIDATES[name][0] if AHEAD in name else IMAGES_BF16  # what is ahead, with the same that is not
+        alone = AHEAD in name and "cache" not in name
+        theirs = CANDIDATES[name][0] if alone else IMAGES_BF16  # what is ahead, with the same that is not
         against = None if name.startswith("bf16") else (theirs, lambda: rival(layer, m, theirs))
         made: list[Candidate] = []
         measure(row, lambda: made.append(build(layer, name, m, row, held)) or made[0], skip, rival=against)

@@ -41,7 +41,15 @@ from qandc.models.family import (
 from qandc.support.arguments import Steps, checked
 from qandc.support.attach import attach, attachments, detach, has_other_forward, original_class
 
-__all__ = ["FeatureCache", "apply_cache", "apply_cache_to_dit", "get_cache", "remove_cache", "reset_all_caches"]
+__all__ = [
+    "FeatureCache",
+    "apply_cache",
+    "apply_cache_to_dit",
+    "get_cache",
+    "remove_cache",
+    "reset_all_caches",
+    "unread",
+]
 
 CACHE = "_qandc_cache"
 PLACE = "_qandc_place"
@@ -269,6 +277,13 @@ def reset_all_caches(transformer: nn.Module) -> None:
     cache = get_cache(transformer)
     if cache is not None:
         cache.reset()
+
+
+def unread(transformer: nn.Module) -> list[nn.Module]:
+    """List the modules that no reuse step reads: all in blocks but what makes gates, which DiT's output reads too."""
+    blocks = _known(transformer).blocks(transformer).blocks
+    parts = ((block, *part) for block in blocks for part in block.module.named_children())
+    return [part for block, name, part in parts if name not in block.stack.gated_by]
 
 
 def check_planned(transformer: nn.Module, what: str) -> None:

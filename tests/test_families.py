@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qandc import (
     CacheConfig,
@@ -33,6 +34,7 @@ from qandc import (
     schedule_from_run,
     unfuse,
 )
+from qandc.cache import unread
 from qandc.caching.timestep_watch import TimestepWatch
 from qandc.models import FAMILIES, family_of
 from qandc.models.family import arguments_of
@@ -192,6 +194,23 @@ def test_without_fused_kernels_nothing_is_fused(name):
     model = calibrate(quantize_model(make_tiny(name)), [inputs_of(name)])
     with pytest.raises(ModelError, match=f"fused kernels for diffusers' DiT.* and Flux.* and QwenImage.*; got {name}"):
         fuse(model)
+
+
+@pytest.mark.parametrize("mode", ["delta", "branch"])
+@each_class(FAMILIES)
+@torch.no_grad()
+def test_no_reuse_step_enters_what_is_unread(name, mode):
+    model = make_tiny(name)
+    cache = apply_cache(model, config=CacheConfig(mode, interval=2))
+    left = {part for module in unread(model) for part in module.modules()}
+    entered = []
+    for call in run_of(name, STEPS[:2]):
+        entered.append(set())
+        with register_module_forward_pre_hook(lambda module, args, found=entered[-1]: found.add(module)):
+            model(**call)
+    assert (cache.compute_steps, cache.reuse_steps) == (1, 1)
+    assert left & entered[0]
+    assert not left & entered[1]
 
 
 @each_class(FAMILIES)

@@ -28,6 +28,7 @@ from qandc import (
 )
 from qandc.fusion import modulations
 from qandc.fusion.model_graph import Graphed
+from qandc.models import family_of
 from tests.tiny_models import each_class, inputs_of, make_tiny, output_of
 
 FLUX, QWEN, STABLE = "FluxTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel"
@@ -208,10 +209,11 @@ def test_weights_that_change_within_a_run(change, computed):
         assert_near(output, expected)
 
 
+@pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("mode", ["delta", "branch"])
 @each_class(PIPELINES)
-def test_fused_and_cached(fused_anywhere, computed, name, mode):
-    """Reuse steps take their gates from the rows too: no step after the first reads weights of modulation."""
+def test_fused_and_cached(fused_anywhere, computed, name, mode, offloads):
+    """No step that computes, after the first, reads weights of modulation; none that reuses where they are away."""
     model = quantize_model(make_tiny(name), conditioning="W8A16")
     calibrate(model, [inputs_of(name, time) for time in (0.9, 0.1)])
     pipe, shared = Pipe(), inputs_of(name)
@@ -220,10 +222,15 @@ def test_fused_and_cached(fused_anywhere, computed, name, mode):
     expected = [output_of(model, call) for call in calls]
     remove_cache(model)
     apply_cache(graph(model, pipe=pipe), config=config)
+    Graphed.of(model).offloads = offloads
+    gated_by = tuple(name for stack in family_of(model).stacks for name in stack.gated_by)
+    gates = [m for name, m in model.named_modules() if m in modulation_layers(model) and name.split(".")[2] in gated_by]
     for i, call in enumerate(calls):
         computed.clear()
         assert_near(output_of(model, call), expected[i])
-        assert {computed[layer] for layer in modulation_layers(model)} == {int(i == 0)}
+        own = gates if i % 2 and mode == "branch" and not offloads else []
+        expected_of = {layer: int(i == 0 or layer in own) for layer in modulation_layers(model)}
+        assert {layer: computed[layer] for layer in modulation_layers(model)} == expected_of
     assert (get_cache(model).compute_steps, get_cache(model).reuse_steps) == (2, 2)
 
 

@@ -72,6 +72,23 @@ def test_changes_are_noticed(change):
     assert Watch(layer).unchanged()
 
 
+def test_modules_are_left_out_with_what_they_hold():
+    def model():
+        return nn.Sequential(Layer(), nn.ModuleDict({"kept": Layer()}))
+
+    for changed, left in ((lambda m: m[0].linear, False), (lambda m: m[1]["kept"].linear, True)):
+        whole = model()
+        watch = Watch(whole, without=[whole[0]])
+        changed(whole).weight = nn.Parameter(torch.zeros(3, 3))
+        assert watch.unchanged() == (not left)
+        watch = Watch(whole, without=[whole[0]])
+        changed(whole).weight.data = torch.ones(3, 3)
+        assert watch.in_place() == (not left)
+    watch = Watch(whole, without=[whole[0]])
+    whole[0] = Layer()
+    assert not watch.unchanged()
+
+
 def test_what_is_written_in_place_stays():
     """Whoever reads a tensor reads what is there now."""
     layer = Layer()

@@ -45,6 +45,11 @@ class Plan:
     gates: list[torch.Tensor] = field(default_factory=list)
 
     @property
+    def passes_blocks(self) -> bool:
+        """Tell whether no block has a part in the step, nor the gates of its branches."""
+        return self.action is Action.REUSE and self.store is not None and not self.store.per_branch
+
+    @property
     def key(self) -> Hashable:
         """Return what a CUDA graph of the step depends on beside its tensors; None before the store has its buffers."""
         if self.store is None or self.action is Action.COMPUTE:

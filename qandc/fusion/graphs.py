@@ -71,6 +71,14 @@ class GraphCache:
     def __len__(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
 
+    @staticmethod
+    def _key(inputs: Iterable[torch.Tensor], kind: Hashable) -> Hashable:
+        return kind, *((t.shape, t.dtype, t.device) for t in inputs)
+
+    def has(self, inputs: Iterable[torch.Tensor], kind: Hashable = None) -> bool:
+        """Tell whether :meth:`run` has been called with such inputs, so that it would capture nothing."""
+        return self._key(inputs, kind) in self._graphs
+
     def run(
         self,
         function: Callable[..., Any],
@@ -82,7 +90,7 @@ class GraphCache:
 
         ``otherwise(*inputs)`` takes its place if that is given and the function can't be captured.
         """
-        key = (kind, *((t.shape, t.dtype, t.device) for t in inputs))
+        key = self._key(inputs, kind)
         device = inputs[0].device
         with self.lock.threads, torch.cuda.device(device):
             done, known = self.lock.done.setdefault(device, torch.cuda.Event()), key in self._graphs

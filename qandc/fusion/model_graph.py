@@ -9,6 +9,8 @@ plans a step, and each kind of step is a graph, which finds features where the c
 from __future__ import annotations
 
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import nullcontext
 from typing import Annotated, Any, TypeVar
@@ -17,14 +19,16 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qandc.cache import check_planned, detached_cache, get_cache
-from qandc.caching.plan import Plan
+from qandc.cache import check_planned, detached_cache, get_cache, unread
+from qandc.caching.plan import Action, Plan
 from qandc.errors import ConfigError, ModelError
+from qandc.fusion.blocks import FusedBlocks
 from qandc.fusion.fuse import is_fused
-from qandc.fusion.graphs import PLAIN, GraphCache
+from qandc.fusion.graphs import PLAIN, GraphCache, versions
 from qandc.fusion.modulations import Ahead, Step, attached, handed, offload, offloaded, take_back
 from qandc.models import family_of
 from qandc.models.family import arguments_of
+from qandc.models.kept_prompt import KeptPrompt, keeping
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import Attachment, attach, detach
 from qandc.support.watch import Watch
@@ -34,6 +38,7 @@ __all__ = ["Graphed", "UnknownArgumentError", "graph", "rebuild", "structure_of"
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+PROMPTS = 4  # kept at a time: one for each kind of call and thread
 
 
 class UnknownArgumentError(Exception):
@@ -83,8 +88,10 @@ class Graphed(Attachment):
         self.ahead = ahead
         self.graphs = GraphCache(limit)
         self.watch: Watch | None = None
+        self.reuse_watch: Watch | None = None  # of what reuse steps of a cache read
         self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
         self.offloads = False
+        self.prompts: OrderedDict[Hashable, KeptPrompt] = OrderedDict()
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> Graphed:
@@ -101,8 +108,9 @@ class Graphed(Attachment):
 
     def drop(self) -> None:
         """Forget all graphs; the next forward captures anew."""
-        self.watch = None
+        self.watch = self.reuse_watch = None
         self.graphs.clear()
+        self.prompts.clear()
 
     def offload(self, model: nn.Module) -> None:
         """Move the weights of modulation to host memory."""
@@ -112,12 +120,38 @@ class Graphed(Attachment):
     def take_back(self, model: nn.Module) -> None:
         take_back(model)
 
+    def makes_its_own(self, plan: Plan) -> bool:
+        """Tell whether a step takes no modulations from a table: waiting for the GPU costs more than a reuse step's own.
+
+        But for weights in host memory, unless the step has no gates either.
+        """
+        return plan.action is Action.REUSE and (plan.passes_blocks or not self.offloads)
+
+    def kind_of(
+        self, model: nn.Module, call: tuple[Any, Any], plan: Plan, structure: Hashable, tensors: list[torch.Tensor]
+    ) -> tuple[KeptPrompt | None, Hashable]:
+        """Return what fused blocks keep of the prompt of a call, if anything, and what its graph is known by."""
+        family, kept = family_of(model), None
+        if family is not None and family.prompt is not None and self.watch is not None and plan.action != Action.REUSE:
+            prompt = arguments_of(model, *call).get(family.prompt)
+            if FusedBlocks.of(model) is not None and isinstance(prompt, torch.Tensor):
+                key = threading.get_ident(), structure, *(tensor.shape for tensor in tensors)
+                kept = self.prompts.setdefault(key, KeptPrompt())
+                self.prompts.move_to_end(key)
+                while len(self.prompts) > PROMPTS:
+                    self.prompts.popitem(last=False)
+                kept.look(prompt, self.watch, *versions(self.watch.tensors))
+        return kept, (structure, plan.key, None if kept is None else (kept.serial, kept.filled))
+
     def look(self, model: nn.Module) -> None:
         """Drop graphs of a model that has changed since they were captured."""
         if self.watch is None or not self.watch.unchanged():
             self.drop()
             self.reason = _why_not_model(model)
             self.watch = Watch(model)
+        cache = get_cache(model)
+        if cache is not None and cache.plan.action is Action.REUSE and self.reuse_watch is None:
+            self.reuse_watch = Watch(model, without=unread(model))
 
 
 def _why_not_model(model: nn.Module) -> str | None:
@@ -153,7 +187,8 @@ class _GraphedModel(nn.Module):
         graphed: Graphed = getattr(self, Graphed.attribute)
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return super().forward(*args, **kwargs)  # part of something larger
-        if graphed.ahead is None:
+        cache = get_cache(self)
+        if graphed.ahead is None or (cache is not None and graphed.makes_its_own(cache.plan)):
             return self._replay(None, args, kwargs)
         call = arguments_of(self, args, kwargs)
         return graphed.ahead.run(self, call, lambda step: self._replay(step, args, kwargs))
@@ -171,7 +206,7 @@ class _GraphedModel(nn.Module):
         plan = Plan() if cache is None else cache.plan
         if plan.key is None:  # the first step of a cache makes the memory of its features
             return eager()
-        if step is None and graphed.offloads and offloaded(self):
+        if step is None and graphed.offloads and not plan.passes_blocks and offloaded(self):
             graphed.say("weights of modulation are in host memory, and no rows were made of what this step is given")
             return eager()
         tensors: list[torch.Tensor] = []
@@ -180,30 +215,39 @@ class _GraphedModel(nn.Module):
             reason = _why_not_now(self, tensors)
         except UnknownArgumentError as error:
             reason = str(error)
-        # a replay reads memory that is there, and is looked through while the GPU works
-        watch = graphed.watch if graphed.watch is not None and graphed.watch.in_place() else None
-        if reason is None and (watch is None or graphed.reason is not None):
-            graphed.look(self)
-            reason = graphed.reason
+        watch = None
+        if reason is None:
+            kept, kind = graphed.kind_of(self, (args, kwargs), plan, structure, tensors)
+            seen = graphed.reuse_watch if plan.action is Action.REUSE else graphed.watch
+            # a replay reads memory that is there, and is looked through while the GPU works
+            if seen is not None and seen.in_place() and graphed.graphs.has(tensors, kind):
+                watch = seen
+            if watch is None or graphed.reason is not None:
+                graphed.look(self)
+                reason = graphed.reason
+                kept, kind = graphed.kind_of(self, (args, kwargs), plan, structure, tensors)
         if reason is not None:
             graphed.say(reason)
             return eager()
 
         def function(*given: torch.Tensor) -> Any:  # kept with its graph: nothing of one run
             args, kwargs, of_plan, rows = rebuild(structure, iter(given))
-            with nullcontext() if cache is None else cache.planned(*of_plan), handed(layers, rows):
+            with nullcontext() if cache is None else cache.planned(*of_plan), handed(layers, rows), keeping(kept):
                 return forward(*args, **kwargs)
 
         with torch.inference_mode(False), torch.no_grad():
-            output, how = graphed.graphs.run(function, tuple(tensors), kind=(structure, plan.key))
+            output, how = graphed.graphs.run(function, tuple(tensors), kind=kind)
         if how == "captured":
             assert graphed.watch is not None
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
                 graphed.graphs.keep_newest()
-                graphed.watch = Watch(self)
+                graphed.watch, graphed.reuse_watch = Watch(self), None
+                return output
         elif watch is not None and how == "replayed" and not watch.unchanged():
             graphed.drop()
             return _GraphedModel._replay(self, step, args, kwargs)
+        if kept is not None:
+            kept.fill()
         return output
 
 

@@ -142,6 +142,7 @@ class Stack:
             end of it, behind the text.
         fused: runs one of these blocks on fused kernels; None where there are none, or ``Family.program`` runs all.
         modulations: layers of a block that are given SiLU of the vector of ``Family.modulated``; a block may lack some.
+        gated_by: modules of a block that ``gates`` calls, beside reading attributes of the block itself.
     """
 
     blocks: str
@@ -151,6 +152,7 @@ class Stack:
     returns: tuple[str, ...] = ("hidden_states",)
     fused: type[BlockProgram] | None = None
     modulations: tuple[str, ...] = ()
+    gated_by: tuple[str, ...] = ()
 
     def returned(self, call: Call, x: torch.Tensor) -> Any:
         """Return what a block called so returns, with ``x`` as its last stream and the others as they come."""
@@ -216,6 +218,8 @@ class Family:
         modulated: the vector that modulations are made of, where each block has layers of its own for that.
         captured: a submodule by name, and what is attached to it within CUDA graphs: a forward that gives the same
             without a copy from the host, which cannot be captured.
+        prompt: the argument that fused blocks make something of which is the same at all steps of a run
+            (:func:`qandc.models.kept_prompt.of_prompt`).
         named: adds ``hidden_states``, of which shape, dtype and device count, and a ``timestep`` of each sample, that
             falls, to the arguments of a forward that has others.
     """
@@ -230,6 +234,7 @@ class Family:
     named: Callable[[Call], Call] | None = None
     modulated: Modulated | None = None
     captured: tuple[str, type[torch.nn.Module]] | None = None
+    prompt: str | None = None
 
     def call_of(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the arguments of ``transformer(*args, **kwargs)`` by name."""

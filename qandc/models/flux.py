@@ -32,6 +32,7 @@ FLUX = Family(
             _STREAMS,
             FusedDoubleBlock,
             ("norm1.linear", "norm1_context.linear"),
+            gated_by=("norm1",),
         ),
         Stack(
             "single_transformer_blocks",
@@ -41,6 +42,7 @@ FLUX = Family(
             _STREAMS,
             FusedSingleBlock,
             ("norm.linear",),
+            gated_by=("norm",),
         ),
     ),
     run_mark="txt_ids",

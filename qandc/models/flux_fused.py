@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qandc.caching.features import Target
+from qandc.models.attention import attend
 from qandc.models.family import Call
 from qandc.models.products import (
     divided,
@@ -32,7 +33,6 @@ from qandc.models.two_streams import (
     Projection,
     Tables,
     TwoStreams,
-    attend,
     clip_,
     outer_mask,
     plain_adaln,

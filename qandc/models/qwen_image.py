@@ -29,7 +29,14 @@ def _vector(transformer: Any, call: Call) -> torch.Tensor:
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
 _BLOCKS = Stack(
-    "transformer_blocks", ("attn", "img_mlp"), _gates, _why_not, _STREAMS, FusedQwenBlock, ("img_mod.1", "txt_mod.1")
+    "transformer_blocks",
+    ("attn", "img_mlp"),
+    _gates,
+    _why_not,
+    _STREAMS,
+    FusedQwenBlock,
+    ("img_mod.1", "txt_mod.1"),
+    gated_by=("img_mod",),
 )
 QWEN_IMAGE = Family(
     "QwenImageTransformer2DModel",

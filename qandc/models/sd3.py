@@ -32,6 +32,7 @@ _BLOCKS = Stack(
     _STREAMS,
     FusedJointBlock,
     ("norm1.linear", "norm1_context.linear"),
+    gated_by=("norm1",),
 )
 SD3 = Family(
     "SD3Transformer2DModel",

@@ -10,16 +10,14 @@ What a block is given is left alone, as others may hold it: the first kernel cop
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qandc.caching.features import Target
-from qandc.errors import ModelError
+from qandc.models.attention import attend
 from qandc.models.family import Call
 from qandc.models.products import (
     Mlp,
@@ -48,7 +46,6 @@ __all__ = [
     "Stream",
     "Tables",
     "TwoStreams",
-    "attend",
     "clip_",
     "outer_mask",
     "plain_adaln",
@@ -61,12 +58,6 @@ ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
 HEAD_NORMS, ADDED_HEAD_NORMS = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")  # of attention
 LARGEST = 65504  # of float16, to which these blocks clip
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 Tensor = torch.Tensor
 Tables = tuple[Tensor, Tensor] | tuple[None, None]  # cosines and sines of each token, if heads are rotated
 
@@ -250,31 +241,6 @@ class TwoStreams:
 def outer_mask(mask: Tensor | None) -> Tensor | None:
     """Return the mask of pairs ``[B, 1, tokens, tokens]`` that blocks of Chroma make of theirs, ``[B, tokens]``."""
     return None if mask is None else mask[:, None, None, :] * mask[:, None, :, None]
-
-
-def attend(qkv: Tensor, processor: Any, mask: Tensor | None = None) -> Tensor:
-    """Return attention ``[B, tokens, heads, D]`` by diffusers' backend, if one was chosen, or the fastest of torch."""
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise ModelError("enable_parallelism was called after fuse, which then lacks tokens; call unfuse before it")
-    q, k, v = qkv.unbind(2)
-    with _fastest(q) if mask is None else nullcontext():  # with a mask torch chooses
-        return dispatch_attention_fn(q, k, v, mask, backend=getattr(processor, "_attention_backend", None))
-
-
-def _fastest(q: Tensor) -> AbstractContextManager[Any]:
-    """Prefer cuDNN's attention on sm_90 and newer, for 4,608 tokens of 24 heads of 128 twice as fast as torch's flash.
-
-    Not cuDNN before 9.15.1 where the number of tokens is no multiple of 128, which it got wrong (pytorch#169849).
-    """
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return nullcontext()
-    cuda = torch.backends.cuda
-    if not (cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):
-        return nullcontext()  # somebody has chosen, with sdpa_kernel for example
-    right = q.shape[1] % 128 == 0 or (torch.backends.cudnn.version() or 0) >= 91501
-    return sdpa_kernel(CUDNN_FIRST, set_priority=True) if right else nullcontext()
 
 
 def clip_(x: Tensor) -> None:

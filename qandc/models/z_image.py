@@ -27,5 +27,12 @@ def _named(call: Call) -> Call:
     return {**call, "hidden_states": latents, "timestep": 1 - call["t"], "first_text": texts[0], "last_text": texts[-1]}
 
 
-_BLOCKS = Stack("layers", ("attention_norm2", "ffn_norm2"), _gates, partial(only, "ZImageTransformerBlock"), ("x",))
+_BLOCKS = Stack(
+    "layers",
+    ("attention_norm2", "ffn_norm2"),
+    _gates,
+    partial(only, "ZImageTransformerBlock"),
+    ("x",),
+    gated_by=("adaLN_modulation",),
+)
 Z_IMAGE = Family("ZImageTransformer2DModel", "first_text", (_BLOCKS,), run_mark="last_text", named=_named)

@@ -24,12 +24,15 @@ class Watch:
 
     Args:
         model: the module that is watched, with all that it holds.
+        without: modules in it that are not, nor what they hold; that another takes the place of one is noticed.
         settings: attributes that are watched beside submodules, weights, buffers, hooks and a replaced forward. None
             for all attributes, those that are dictionaries or lists by what they hold: four times as many objects.
     """
 
-    def __init__(self, model: nn.Module, settings: Collection[str] | None = None) -> None:
-        attributes = [module.__dict__ for module in model.modules()]
+    def __init__(
+        self, model: nn.Module, settings: Collection[str] | None = None, without: Collection[nn.Module] = ()
+    ) -> None:
+        attributes = [module.__dict__ for _, module in model.named_modules(memo=set(without))]
         self.sized: list[Any]
         if settings is None:
             values = list(_chain(map(dict.values, attributes)))

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import statistics
@@ -127,7 +128,7 @@ def launcher(problem: Problem, copies: int) -> Callable[[GemmTile, int], torch.T
     shape, dtype = ((copies, n, k // 2), torch.uint8) if packed else ((copies, n, k), torch.int8)
     weights = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cuda").view(dtype).unbind()
     one = torch.full((), 1e-4, device="cuda")
-    vector = torch.randn(max(1, m // TOKENS), 6 * n, generator=generator, device="cuda", dtype=torch.bfloat16)
+    vector = torch.randn(math.ceil(m / TOKENS), 6 * n, generator=generator, device="cuda", dtype=torch.bfloat16)
     epilogue = Epilogue(None if halves else one, torch.ones(n, device="cuda"), vector[0, :n])
     if ending == "token":
         epilogue = epilogue._replace(x_scale=torch.full((m,), 1e-4, device="cuda"))

@@ -113,7 +113,7 @@ def heuristic_tile(batch: int, tokens: int, heads: int, width: int, gpu: Gpu) ->
         return AttentionTile(128, 64, 8, 2, overlap=1)
     if batch * heads * triton.cdiv(tokens, 128) < gpu.multiprocessors:
         return AttentionTile(64, 128, 4, 3, overlap=1)
-    return AttentionTile(128, 64, 4, 3, overlap=1)
+    return AttentionTile(128, 64, 4 if tokens < 1024 else 8, 3, overlap=1)
 
 
 def attention_quantize_triton(

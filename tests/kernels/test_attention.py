@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qandc.models import attention
 from qandc_kernels import attention_quantize_per_tensor, capturing, reference
 from qandc_kernels.tiles.tables import Gpu
 from tests.kernels.oracle import assert_rounded, float_dtypes
@@ -68,6 +69,30 @@ def test_against_float64(kernel_device, shape, seeded):
         assert_quantized(out, q, k, v)
         out = attention_quantize_per_tensor(q, k, v, scale.to(kernel_device))
         assert_quantized(out, q, k, v, zero_point=0)
+
+
+@pytest.mark.parametrize("tokens", [2000, 2048])
+def test_blocks_take_cudnn_for_many_keys(kernel_device, monkeypatch, seeded, tokens):
+    hopper = kernel_device.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    if kernel_device.type == "cpu":
+        monkeypatch.setattr(attention, "_cudnn_is_first", lambda q: True)
+    calls, dtype = [], torch.float32 if kernel_device.type == "cpu" else torch.bfloat16
+    own = lambda *args: calls.append(args) or attention_quantize_per_tensor(*args)  # noqa: E731
+    monkeypatch.setattr(attention, "attention_quantize_per_tensor", own)
+    scale = torch.tensor(SCALE, device=kernel_device)
+    zero_point = torch.tensor(ZERO_POINT, dtype=torch.int32, device=kernel_device)
+    flag = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    q, k, v = make((1, tokens, 2, 72), seeded, dtype, kernel_device)
+    assert_quantized(attention.attend_quantized(q[:, :64], k, v, scale, zero_point, flag), q[:, :64], k, v)
+    assert len(calls) == (not hopper or tokens < 2048)
+    assert not flag
+    v[0, 5, 1, 70] = float("nan")
+    attention.attend_quantized(q[:, :64], k, v, scale, zero_point, flag)
+    assert flag
+    calls.clear()
+    bias = torch.zeros(1, tokens, dtype=dtype, device=kernel_device)
+    attention.attend_quantized(q[:, :64], k[:], v[:].nan_to_num(), scale, zero_point, flag, bias)
+    assert len(calls) == 1
 
 
 def test_reference(seeded):

@@ -31,7 +31,7 @@ def _classes(transformer: Any) -> int:
     return int(transformer.config.num_embeds_ada_norm)
 
 
-_BLOCKS = Stack("transformer_blocks", ("attn1", "ff"), _gates, _why_not)
+_BLOCKS = Stack("transformer_blocks", ("attn1", "ff"), _gates, _why_not, gated_by=("norm1",))
 DIT = Family("DiTTransformer2DModel", "class_labels", (_BLOCKS,), FusedStep, _classes)
 
 

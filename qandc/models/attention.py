@@ -1,0 +1,66 @@
+"""Compute attention of fused blocks by what measured fastest for its shape: torch's backends, or our kernel."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qandc.errors import ModelError
+from qandc_kernels import attention_quantize_per_tensor, quantize_per_tensor
+
+__all__ = ["attend", "attend_quantized"]
+
+Tensor = torch.Tensor
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+MANY_KEYS = 1536  # from here on cuDNN was as fast as our kernel or faster with heads of 72 (H200; docs/kernel-notes.md)
+
+
+def attend(qkv: Tensor, processor: Any, mask: Tensor | None = None) -> Tensor:
+    """Return attention ``[B, tokens, heads, D]`` by diffusers' backend, if one was chosen, or the fastest of torch."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ModelError("enable_parallelism was called after fuse, which then lacks tokens; call unfuse before it")
+    q, k, v = qkv.unbind(2)
+    first = mask is None and _cudnn_is_first(q)  # with a mask torch chooses
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True) if first else nullcontext():
+        return dispatch_attention_fn(q, k, v, mask, backend=getattr(processor, "_attention_backend", None))
+
+
+def attend_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    nan_flag: Tensor | None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """Return attention ``[B, tokens, heads, D]`` as int8; arguments are :func:`attention_quantize_per_tensor`'s."""
+    if key_bias is not None or k.shape[1] < MANY_KEYS or not _cudnn_is_first(q):
+        return attention_quantize_per_tensor(q, k, v, scale, zero_point, nan_flag, key_bias)
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return quantize_per_tensor(y.transpose(1, 2), scale, zero_point, 8, nan_flag)
+
+
+def _cudnn_is_first(q: Tensor) -> bool:
+    """Prefer cuDNN's attention on sm_90 and newer, for 4,608 tokens of 24 heads of 128 twice as fast as torch's flash.
+
+    Not cuDNN before 9.15.1 where the number of tokens is no multiple of 128, which it got wrong (pytorch#169849).
+    """
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    cuda = torch.backends.cuda
+    if not (cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):
+        return False  # somebody has chosen, with sdpa_kernel for example
+    return q.shape[1] % 128 == 0 or (torch.backends.cudnn.version() or 0) >= 91501
