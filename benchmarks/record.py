@@ -104,8 +104,8 @@ PORTIONS: tuple[Portion, ...] = (
     checks("layers", 4, "test_linear.py test_rounding.py test_shared_products.py test_block_hessians.py"),
     checks("steps", 5, "test_fused_dit.py test_run_graph.py test_cache_modes.py test_generate.py test_nan_flags.py"),
     checks(
-        "models", 5, "test_fused_blocks.py test_kept_prompt.py test_modulations.py test_model_graph.py test_families.py "
-        "test_models.py",
+        "models", 5, "test_fused_blocks.py test_kept_prompt.py test_modulations.py test_model_graph.py "
+        "test_families.py test_models.py",
     ),
     *bench("host", "layers", 1, "test_host.py"),
     *bench(

@@ -145,7 +145,7 @@ def test_graphs_read_what_is_kept(monkeypatch, config):
         apply_cache(model, config=config)
     prompts = [run.call(i)["encoder_hidden_states"] for i in range(2)]
     for prompt in (*prompts, *prompts):
-        run.change("encoder_hidden_states", lambda x, prompt=prompt: prompt)
+        run.change("encoder_hidden_states", lambda x, prompt=prompt: prompt.clone())  # a run of a cache has its own
         for i in range(len(TIMES)):
             run.step(i)
     taken = Graphed.of(run.model).graphs.captures
