@@ -205,10 +205,10 @@ PORTIONS: tuple[Portion, ...] = (
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
     **dict.fromkeys(
-        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "fused-by-turns", "graphs")),
+        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "fused-by-turns", "graphs", "pixart")),
         "rows that models.json holds from now on",
     ),
-    **dict.fromkeys(("images-fused", "images-ahead", "images-runs"), "rows that images.json holds from now on"),
+    **dict.fromkeys(("images-ahead", "images-cached", "images-runs"), "rows that images.json holds from now on"),
     **dict.fromkeys(
         (f"model-{which}" for which in ("torchao", "torchao-fp8", "drop-in", "fused")),
         "rows that model.json holds from now on",

@@ -879,12 +879,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "models-fused.json": models_table,  # of former runs, until models.json and model.json are measured anew
     "models-by-turns.json": by_turns_table,
     "models-graphs.json": by_turns_table,
+    "models-pixart.json": by_turns_table,
     "models-fused-by-turns.json": by_turns_table,
     **{
         f"images-{which}.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2)
-        for which in ("ahead", "runs")
+        for which in ("ahead", "cached", "runs")
     },
-    "images-fused.json": partial(by_turns_table, what="s an image of 28 steps", us=1e6, digits=2),
+    "images-cached.json runs": runs_table,
     "models-fp8.json": models_table,
     "model-drop-in.json": drop_in_table,
     "products.json": products_table,
