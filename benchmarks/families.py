@@ -29,7 +29,7 @@ __all__ = [
     "inputs",
     "model_of",
     "quantized",
-    "torchao_quantized",
+    "torchao_fp8",
 ]
 
 Model = Any
@@ -223,12 +223,14 @@ def fused(model: Model, layer: str, w_bits: int) -> Model:
     return graph(fuse(quantized(model, layer, w_bits, f"W{w_bits}A16")))
 
 
-def torchao_quantized(model: Model, config: str, per_row: bool = False) -> Model:
-    """Quantize by torchao the layers that ``quantize_model`` would, and compile the blocks."""
+def torchao_fp8(model: Model) -> Model:
+    """Quantize by torchao to fp8 the layers that ``quantize_model`` would, a scale a row, and compile the blocks."""
     library("torchao")
     quantization = importlib.import_module("torchao.quantization")
     names = {row.name for row in quantization_plan(model).quantized}
-    options = {"granularity": quantization.PerRow()} if per_row else {}
-    chosen, model = getattr(quantization, config)(set_inductor_config=False, **options), copy.deepcopy(model)
-    quantization.quantize_(model, chosen, filter_fn=lambda module, name: name in names)
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow(), set_inductor_config=False
+    )
+    model = copy.deepcopy(model)
+    quantization.quantize_(model, config, filter_fn=lambda module, name: name in names)
     return compiled(model)

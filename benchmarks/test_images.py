@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.conftest import WITHOUT_GPU, Measure
-from benchmarks.families import clone, compiled, fused, fuses, model_of, quantized, torchao_quantized
+from benchmarks.families import clone, compiled, fused, fuses, model_of, quantized, torchao_fp8
 from benchmarks.goals import IMAGES_BF16, IMAGES_CACHED, IMAGES_FUSED, IMAGES_FUSED4, IMAGES_OURS
 from benchmarks.models import autoencoder_kl
 from benchmarks.rivals import NotInstalled, library
@@ -130,7 +130,7 @@ RECIPES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     # of weights that are its own: those of modulation may leave the GPU
     IMAGES_FUSED4: (lambda model, layer: graph(fuse(copy.deepcopy(quantized(model, layer, 4, "W4A16")))), 0.6),
     "torchao fp8 rowwise, compiled": (
-        lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
+        lambda model, layer: torchao_fp8(model),
         0.4,
     ),
 }
@@ -249,8 +249,12 @@ CANDIDATES |= {
 # a transformer is made once for all that follow each other with it
 ORDER = sorted(CANDIDATES, key=lambda name: ("torchao" in name, list(RECIPES).index(CANDIDATES[name][0])))
 
+EACH_CACHE = ("FLUX.1-dev", "PixArt-Sigma-512", "SD3.5-medium-512")  # of the others the default one alone
+
 
 def _compared(layer: str, name: str) -> bool:
+    if any(f"{mode} cache" in name for mode in IMAGES_CACHED if mode != "taylor") and layer not in EACH_CACHE:
+        return False
     if "diffusers" in name or "torchao" in name:  # once: they take long, and what they gain others gain, too
         return layer == "FLUX.1-dev"
     if AHEAD in name and layer.startswith("PixArt"):  # which has no layers of modulation

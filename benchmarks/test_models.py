@@ -18,7 +18,7 @@ from benchmarks.families import (
     inputs,
     model_of,
     quantized,
-    torchao_quantized,
+    torchao_fp8,
 )
 from benchmarks.models import tensor_bytes
 from benchmarks.timing import Candidate, relative_error
@@ -49,11 +49,7 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
     ),
     "QuantLinear W4A8 + W4A16, fused, graph()": (lambda model, layer: fused(model, layer, 4), 0.6),
     "torchao fp8 rowwise, compiled": (
-        lambda model, layer: torchao_quantized(model, "Float8DynamicActivationFloat8WeightConfig", per_row=True),
-        0.3,
-    ),
-    "torchao int8dq, compiled": (
-        lambda model, layer: torchao_quantized(model, "Int8DynamicActivationInt8WeightConfig"),
+        lambda model, layer: torchao_fp8(model),
         0.3,
     ),
 }

@@ -190,9 +190,9 @@ def model_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def pipeline_table(result: dict[str, Any], steps: int) -> list[str]:
+def pipeline_table(result: dict[str, Any]) -> list[str]:
     """Milliseconds of a call and speed relative to compiled bf16, per number of images; images per second; energy."""
-    measured = [row for row in result["rows"] if "median_us" in row and row["layer"] == f"{steps} steps"]
+    measured = [row for row in result["rows"] if "median_us" in row and row["layer"] == "50 steps"]
     rows = {(row["m"], row["candidate"]): row for row in measured}
     counts = sorted({m for m, _ in rows})
     energy = any(row.get("joules_per_image") for row in rows.values())
@@ -890,8 +890,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "model-drop-in.json": drop_in_table,
     "products.json": products_table,
     "host.json": host_table,
-    "pipeline.json": partial(pipeline_table, steps=50),
-    "pipeline.json 250": partial(pipeline_table, steps=250),
+    "pipeline.json": pipeline_table,
     "cache-cost.json": cache_cost_table,
     "cache.json": cache_quality_table,
     "cache.json rows": cache_rows_table,

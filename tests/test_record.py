@@ -127,9 +127,7 @@ def test_portions_select_all_benchmarks(tmp_path):
     *found, every, _ = (set(re.findall("^benchmarks/.*::.*$", part, re.MULTILINE)) for part in done.stdout.split("=\n"))
     assert [line for line, measured in zip(lines, found, strict=True) if not measured] == []
     left = every - set().union(*found)
-    assert {name.partition("[")[2] for name in left} == {  # do not end
-        f"DiT-XL/2-512-{rows}-torchao int8dq, compiled]" for rows in (2, 16)
-    }
+    assert not left
 
 
 @pytest.mark.slow
