@@ -103,10 +103,7 @@ PORTIONS: tuple[Portion, ...] = (
     checks("kernels", 4, "kernels"),
     checks("layers", 4, "test_linear.py test_rounding.py test_shared_products.py test_block_hessians.py"),
     checks("steps", 5, "test_fused_dit.py test_run_graph.py test_cache_modes.py test_generate.py test_nan_flags.py"),
-    checks(
-        "models", 5, "test_fused_blocks.py test_kept_prompt.py test_modulations.py test_model_graph.py "
-        "test_families.py test_models.py",
-    ),
+    checks("models", 5, "test_fused_blocks.py test_modulations.py test_model_graph.py test_families.py test_models.py"),
     *bench("host", "layers", 1, "test_host.py"),
     *bench(
         "kernels", "kernels", 2, "test_linear.py test_epilogues.py test_adaln.py",
@@ -204,7 +201,7 @@ PORTIONS: tuple[Portion, ...] = (
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
     **dict.fromkeys(
-        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "fused-by-turns", "graphs", "pixart")),
+        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "fused-by-turns", "graphs")),
         "rows that models.json holds from now on",
     ),
     **dict.fromkeys(("images-ahead", "images-cached", "images-runs"), "rows that images.json holds from now on"),

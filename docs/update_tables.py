@@ -879,7 +879,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "models-fused.json": models_table,  # of former runs, until models.json and model.json are measured anew
     "models-by-turns.json": by_turns_table,
     "models-graphs.json": by_turns_table,
-    "models-pixart.json": by_turns_table,
     "models-fused-by-turns.json": by_turns_table,
     **{
         f"images-{which}.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2)

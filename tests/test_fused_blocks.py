@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
 import pickle
@@ -32,6 +33,7 @@ from qandc import (
     unfuse,
     ungraph,
 )
+from qandc.fusion.blocks import BLOCK
 from qandc.models.chroma import CHROMA
 from qandc.models.chroma_fused import FusedChromaSingleBlock
 from qandc.models.family import arguments_of
@@ -43,6 +45,7 @@ from qandc.models.qwen_fused import FusedQwenBlock
 from qandc.models.qwen_image import QWEN_IMAGE
 from qandc.models.sd3 import SD3
 from qandc.models.sd3_fused import FusedJointBlock
+from qandc.support.watch import Watch
 from qandc_kernels import Backend
 from tests.tiny_models import inputs_of, make_tiny, output_of
 
@@ -327,6 +330,28 @@ def test_longer_sequences(fused_anywhere, ran, device, tokens):
             for mine, theirs in zip(block(**call), outputs, strict=True):
                 assert error(mine, theirs) <= BOUND[dtype]
     assert len(ran) == 4
+
+
+@each_name
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["to", "block to", "load"])
+def test_graphs_notice_what_is_built_anew(fused_anywhere, name, change):
+    """Graphs read tensors that were made of weights: what holds them stays as long as the watch over the model."""
+    model = fuse(make_quantized(name=name, smoothing=True))
+    output_of(model, given(name=name))
+    watch, block = Watch(model), blocks_of(model)[0]
+    kept = weakref.ref(block.__dict__[BLOCK].program)
+    if change == "load":
+        model.load_state_dict(model.state_dict())
+    else:
+        (model if change == "to" else block).to("cpu")
+    assert not watch.unchanged()
+    output_of(model, given(name=name))
+    assert kept() is not None
+    assert block.__dict__[BLOCK].program is not kept()
+    del watch
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ overrides ``forward``. Nothing in it waits for the GPU, so that :func:`qandc.gra
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from typing import Any
@@ -109,12 +110,13 @@ class _FusedBlock(nn.Module):
         branches = (getattr(self, name) for name in fused.stack.branches)
         return program(call, tuple(None if part is None else part.__dict__.get(TARGET) for part in branches))
 
+    # a program holds tensors that .to() replaces, or made of weights; those that graphs read stay with the old one
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        getattr(self, BLOCK).drop()  # .to() replaces tensors that the program holds
+        self.__dict__[BLOCK] = copy.copy(getattr(self, BLOCK))
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        getattr(self, BLOCK).drop()
+        self.__dict__[BLOCK] = copy.copy(getattr(self, BLOCK))
         super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -76,7 +76,7 @@ class GraphCache:
         return kind, *((t.shape, t.dtype, t.device) for t in inputs)
 
     def has(self, inputs: Iterable[torch.Tensor], kind: Hashable = None) -> bool:
-        """Tell whether :meth:`run` has been called with such inputs, so that it would capture nothing."""
+        """Tell whether there is a graph for such inputs, or a refusal, so that :meth:`run` would capture nothing."""
         return self._key(inputs, kind) in self._graphs
 
     def run(

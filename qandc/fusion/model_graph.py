@@ -9,8 +9,6 @@ plans a step, and each kind of step is a graph, which finds features where the c
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import nullcontext
 from typing import Annotated, Any, TypeVar
@@ -22,13 +20,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from qandc.cache import check_planned, detached_cache, get_cache, unread
 from qandc.caching.plan import Action, Plan
 from qandc.errors import ConfigError, ModelError
-from qandc.fusion.blocks import FusedBlocks
 from qandc.fusion.fuse import is_fused
-from qandc.fusion.graphs import PLAIN, GraphCache, versions
+from qandc.fusion.graphs import PLAIN, GraphCache
 from qandc.fusion.modulations import Ahead, Step, attached, handed, offload, offloaded, take_back
 from qandc.models import family_of
 from qandc.models.family import arguments_of
-from qandc.models.kept_prompt import KeptPrompt, keeping
 from qandc.support.arguments import Between, checked
 from qandc.support.attach import Attachment, attach, detach
 from qandc.support.watch import Watch
@@ -38,7 +34,6 @@ __all__ = ["Graphed", "UnknownArgumentError", "graph", "rebuild", "structure_of"
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-PROMPTS = 4  # kept at a time: one for each kind of call and thread
 
 
 class UnknownArgumentError(Exception):
@@ -91,7 +86,6 @@ class Graphed(Attachment):
         self.reuse_watch: Watch | None = None  # of what reuse steps of a cache read
         self.reason: str | None = None  # why no call can be a graph, for the modules that are watched
         self.offloads = False
-        self.prompts: OrderedDict[Hashable, KeptPrompt] = OrderedDict()
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> Graphed:
@@ -110,7 +104,6 @@ class Graphed(Attachment):
         """Forget all graphs; the next forward captures anew."""
         self.watch = self.reuse_watch = None
         self.graphs.clear()
-        self.prompts.clear()
 
     def offload(self, model: nn.Module) -> None:
         """Move the weights of modulation to host memory."""
@@ -121,27 +114,11 @@ class Graphed(Attachment):
         take_back(model)
 
     def makes_its_own(self, plan: Plan) -> bool:
-        """Tell whether a step takes no modulations from a table: waiting for the GPU costs more than a reuse step's own.
+        """Tell whether a step that reuses makes its gates itself, if any: to wait for those of a table costs more.
 
-        But for weights in host memory, unless the step has no gates either.
+        With weights in host memory the table's are taken.
         """
         return plan.action is Action.REUSE and (plan.passes_blocks or not self.offloads)
-
-    def kind_of(
-        self, model: nn.Module, call: tuple[Any, Any], plan: Plan, structure: Hashable, tensors: list[torch.Tensor]
-    ) -> tuple[KeptPrompt | None, Hashable]:
-        """Return what fused blocks keep of the prompt of a call, if anything, and what its graph is known by."""
-        family, kept = family_of(model), None
-        if family is not None and family.prompt is not None and self.watch is not None and plan.action != Action.REUSE:
-            prompt = arguments_of(model, *call).get(family.prompt)
-            if FusedBlocks.of(model) is not None and isinstance(prompt, torch.Tensor):
-                key = threading.get_ident(), structure, *(tensor.shape for tensor in tensors)
-                kept = self.prompts.setdefault(key, KeptPrompt())
-                self.prompts.move_to_end(key)
-                while len(self.prompts) > PROMPTS:
-                    self.prompts.popitem(last=False)
-                kept.look(prompt, self.watch, *versions(self.watch.tensors))
-        return kept, (structure, plan.key, None if kept is None else (kept.serial, kept.filled))
 
     def look(self, model: nn.Module) -> None:
         """Drop graphs of a model that has changed since they were captured."""
@@ -217,22 +194,20 @@ class _GraphedModel(nn.Module):
             reason = str(error)
         watch = None
         if reason is None:
-            kept, kind = graphed.kind_of(self, (args, kwargs), plan, structure, tensors)
-            seen = graphed.reuse_watch if plan.action is Action.REUSE else graphed.watch
+            kind, seen = (structure, plan.key), graphed.reuse_watch if plan.action is Action.REUSE else graphed.watch
             # a replay reads memory that is there, and is looked through while the GPU works
             if seen is not None and seen.in_place() and graphed.graphs.has(tensors, kind):
                 watch = seen
             if watch is None or graphed.reason is not None:
                 graphed.look(self)
                 reason = graphed.reason
-                kept, kind = graphed.kind_of(self, (args, kwargs), plan, structure, tensors)
         if reason is not None:
             graphed.say(reason)
             return eager()
 
         def function(*given: torch.Tensor) -> Any:  # kept with its graph: nothing of one run
             args, kwargs, of_plan, rows = rebuild(structure, iter(given))
-            with nullcontext() if cache is None else cache.planned(*of_plan), handed(layers, rows), keeping(kept):
+            with nullcontext() if cache is None else cache.planned(*of_plan), handed(layers, rows):
                 return forward(*args, **kwargs)
 
         with torch.inference_mode(False), torch.no_grad():
@@ -242,12 +217,9 @@ class _GraphedModel(nn.Module):
             if not graphed.watch.unchanged():  # by the forward itself: what others read may be gone
                 graphed.graphs.keep_newest()
                 graphed.watch, graphed.reuse_watch = Watch(self), None
-                return output
         elif watch is not None and how == "replayed" and not watch.unchanged():
             graphed.drop()
             return _GraphedModel._replay(self, step, args, kwargs)
-        if kept is not None:
-            kept.fill()
         return output
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from qandc_kernels import attention_quantize_per_tensor, quantize_per_tensor
 __all__ = ["attend", "attend_quantized"]
 
 Tensor = torch.Tensor
+_lock = threading.Lock()
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -32,7 +35,7 @@ def attend(qkv: Tensor, processor: Any, mask: Tensor | None = None) -> Tensor:
         raise ModelError("enable_parallelism was called after fuse, which then lacks tokens; call unfuse before it")
     q, k, v = qkv.unbind(2)
     first = mask is None and _cudnn_is_first(q)  # with a mask torch chooses
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True) if first else nullcontext():
+    with _cudnn_first() if first else contextlib.nullcontext():
         return dispatch_attention_fn(q, k, v, mask, backend=getattr(processor, "_attention_backend", None))
 
 
@@ -48,9 +51,16 @@ def attend_quantized(
     """Return attention ``[B, tokens, heads, D]`` as int8; arguments are :func:`attention_quantize_per_tensor`'s."""
     if key_bias is not None or k.shape[1] < MANY_KEYS or not _cudnn_is_first(q):
         return attention_quantize_per_tensor(q, k, v, scale, zero_point, nan_flag, key_bias)
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+    with _cudnn_first():
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return quantize_per_tensor(y.transpose(1, 2), scale, zero_point, 8, nan_flag)
+
+
+@contextlib.contextmanager
+def _cudnn_first() -> Iterator[None]:
+    """Have torch prefer cuDNN inside the block: for all threads, one of ours at a time, or what was would be lost."""
+    with _lock, sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        yield
 
 
 def _cudnn_is_first(q: Tensor) -> bool:
@@ -58,7 +68,7 @@ def _cudnn_is_first(q: Tensor) -> bool:
 
     Not cuDNN before 9.15.1 where the number of tokens is no multiple of 128, which it got wrong (pytorch#169849).
     """
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (9, 0):
+    if not q.is_cuda or q.element_size() != 2 or torch.cuda.get_device_capability(q.device) < (9, 0):
         return False
     cuda = torch.backends.cuda
     if not (cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):

@@ -218,8 +218,6 @@ class Family:
         modulated: the vector that modulations are made of, where each block has layers of its own for that.
         captured: a submodule by name, and what is attached to it within CUDA graphs: a forward that gives the same
             without a copy from the host, which cannot be captured.
-        prompt: the argument that fused blocks make something of which is the same at all steps of a run
-            (:func:`qandc.models.kept_prompt.of_prompt`).
         named: adds ``hidden_states``, of which shape, dtype and device count, and a ``timestep`` of each sample, that
             falls, to the arguments of a forward that has others.
     """
@@ -234,7 +232,6 @@ class Family:
     named: Callable[[Call], Call] | None = None
     modulated: Modulated | None = None
     captured: tuple[str, type[torch.nn.Module]] | None = None
-    prompt: str | None = None
 
     def call_of(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Return the arguments of ``transformer(*args, **kwargs)`` by name."""

@@ -26,4 +26,4 @@ def _why_not(block: Any) -> str | None:
 
 
 _BLOCKS = Stack("transformer_blocks", ("attn1", "attn2", "ff"), _gates, _why_not, fused=FusedPixArtBlock)
-PIXART = Family("PixArtTransformer2DModel", "encoder_hidden_states", (_BLOCKS,), prompt="encoder_hidden_states")
+PIXART = Family("PixArtTransformer2DModel", "encoder_hidden_states", (_BLOCKS,))

@@ -2,8 +2,7 @@
 
 A block is LayerNorm + modulate + quantize, one product for q, k and v, attention that stores int8, a product that adds
 gate · y to the residual stream; then quantize, a product for q, attention to the caption, a product that adds y; then
-the MLP in three launches. The caption, quantized for each block, and its k and v take two more, in the first step that
-graphs run of a prompt.
+the MLP in three launches. The caption, quantized for each block, and its k and v take two more.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 from qandc.caching.features import Target
 from qandc.models.attention import attend_quantized
 from qandc.models.family import Call
-from qandc.models.kept_prompt import of_prompt
 from qandc.models.products import (
     Mlp,
     Product,
@@ -100,15 +98,12 @@ class FusedPixArtBlock:
         self._attend_(x, (q, k, v), self.outs[0], modulation[2], targets[0])
         xq, to_q = quantized(x[:, :, None], self.q_layer, self.q)
         (q,) = self._heads(to_q(xq, x.dtype), 1)
-        k, v = self._heads(of_prompt(self, lambda: self._of_caption(call["encoder_hidden_states"])), 2)
+        xq, to_kv = quantized(call["encoder_hidden_states"][:, :, None], self.k_layer, self.kv)
+        k, v = self._heads(to_kv(xq, x.dtype), 2)
         gate, bias = self.ungated.expand(len(x), -1), None if mask is None else mask[:, 0]
         self._attend_(x, (q, k, v), self.outs[1], gate, targets[1], bias)
         self.mlp.add_(x, modulation[3:], targets[2])
         return x
-
-    def _of_caption(self, caption: Tensor) -> Tensor:
-        xq, to_kv = quantized(caption[:, :, None], self.k_layer, self.kv)
-        return to_kv(xq, caption.dtype)
 
     def _heads(self, product: Tensor, parts: int) -> tuple[Tensor, ...]:
         return product.unflatten(2, (parts, self.heads, -1)).unbind(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -93,6 +94,23 @@ def test_blocks_take_cudnn_for_many_keys(kernel_device, monkeypatch, seeded, tok
     bias = torch.zeros(1, tokens, dtype=dtype, device=kernel_device)
     attention.attend_quantized(q[:, :64], k[:], v[:].nan_to_num(), scale, zero_point, flag, bias)
     assert len(calls) == 1
+
+
+def test_one_thread_at_a_time_prefers_cudnn():
+    """Torch's order of backends is one for all threads: of two at once the second would leave that of the first."""
+    entered = []
+
+    def other():
+        with attention._cudnn_first():
+            entered.append(True)
+
+    thread = threading.Thread(target=other)
+    with attention._cudnn_first():
+        thread.start()
+        thread.join(0.2)
+        assert not entered
+    thread.join()
+    assert entered
 
 
 def test_reference(seeded):
