@@ -17,7 +17,6 @@ from qandc_kernels import attention_quantize_per_tensor, quantize_per_tensor
 __all__ = ["attend", "attend_quantized"]
 
 Tensor = torch.Tensor
-_lock = threading.Lock()
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -25,6 +24,7 @@ CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 MANY_KEYS = 1536  # from here on cuDNN was as fast as our kernel or faster with heads of 72 (H200; docs/kernel-notes.md)
+_lock = threading.Lock()
 
 
 def attend(qkv: Tensor, processor: Any, mask: Tensor | None = None) -> Tensor:
