@@ -589,7 +589,7 @@ def of_family(table: Callable[[dict[str, Any]], list[str]], layer: str) -> Calla
 
 def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
     """Tabulate bytes of the transformers of a class, as they are and quantized, but for schemes that change nothing."""
-    rows = [row for row in result["rows"] if row["class"] == of_class]
+    rows = [row for row in result["rows"] if row["class"] == of_class and not row["model"].endswith("-512")]
     schemes = ["bf16", "W8A8", "W8A8 + W8A16", "W4A8 + W4A16"]
     names = {name: tuple(row[name] for row in rows) for name in schemes}
     if names["W8A8"] == names["W8A8 + W8A16"]:
