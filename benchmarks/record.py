@@ -32,6 +32,7 @@ from qandc.support.results import ROOT, source_commit
 
 logger = logging.getLogger("record")
 POLL = 0.2  # seconds
+ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -301,8 +302,12 @@ class Record:
         states = {portion: self.state(portion) for portion in portions}  # each reads the file of its results
         waiting = [portion for portion in portions if not states[portion].startswith(("done", "needs"))]
         waiting.sort(key=lambda p: not p.is_check and states[p] == "cut")
+        asked: list[int] = []  # noted here, or what has just been started could be left behind
+        handlers = {number: signal.signal(number, lambda *given: asked.append(given[0])) for number in ENDS}
         try:
             while waiting or running:
+                if asked:
+                    raise KeyboardInterrupt
                 portion = self._next(waiting, running, len(free))
                 if portion is None:
                     time.sleep(POLL)
@@ -332,6 +337,8 @@ class Record:
             for each in running:
                 each.process.wait()
                 each.scratch.cleanup()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return passed
 
     def _next(self, waiting: list[Portion], running: list[Running], free: int) -> Portion | None:
@@ -406,7 +413,6 @@ def record(portions: Sequence[Portion]) -> None:
         raise typer.Exit(0 if book.run(chosen, seconds) else 1)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is measured ends with it
     try:
         typer.run(main)
     except QandCError as error:

@@ -251,6 +251,23 @@ def test_what_runs_ends_with_the_record(tiny):
     assert tiny.states("--only", "first")["check-all"] == "cut"
 
 
+def test_what_is_just_started_ends_with_the_record_too(tmp_path, monkeypatch):
+    """A signal between a start and its note."""
+    started, start, handler = [], subprocess.Popen, signal.getsignal(signal.SIGTERM)
+
+    def popen(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    book = record.Record([record.Portion("check-all", "", 1, "sleep 100", gpus=0)], tmp_path / "cpu", "a")
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        book.run(book.portions, 1000)
+    assert started[0].poll() == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 @pytest.mark.parametrize(
     ("visible", "count", "names"),
     [("", 0, [""]), ("", 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("0,9", 1, ["0"]), ("GPU-a,GPU-b", 2, ["GPU-a"])],
