@@ -282,8 +282,9 @@ def reset_all_caches(transformer: nn.Module) -> None:
 def unread(transformer: nn.Module) -> list[nn.Module]:
     """List the modules that no reuse step reads: all in blocks but what makes gates, which DiT's output reads too."""
     blocks = _known(transformer).blocks(transformer).blocks
-    parts = ((block, *part) for block in blocks for part in block.module.named_children())
-    return [part for block, name, part in parts if name not in block.stack.gated_by]
+    return [
+        part for block in blocks for name, part in block.module.named_children() if name not in block.stack.gated_by
+    ]
 
 
 def check_planned(transformer: nn.Module, what: str) -> None:

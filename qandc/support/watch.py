@@ -24,9 +24,9 @@ class Watch:
 
     Args:
         model: the module that is watched, with all that it holds.
-        without: modules in it that are not, nor what they hold; that another takes the place of one is noticed.
         settings: attributes that are watched beside submodules, weights, buffers, hooks and a replaced forward. None
             for all attributes, those that are dictionaries or lists by what they hold: four times as many objects.
+        without: modules that are not watched, nor what they hold; that another takes the place of one is noticed.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def test_against_float64(kernel_device, shape, seeded):
 def test_blocks_take_cudnn_for_many_keys(kernel_device, monkeypatch, seeded, tokens):
     hopper = kernel_device.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
     if kernel_device.type == "cpu":
-        monkeypatch.setattr(attention, "_cudnn_is_first", lambda q: True)
+        monkeypatch.setattr(attention, "_cudnn_is_fastest", lambda q: True)
     calls, dtype = [], torch.float32 if kernel_device.type == "cpu" else torch.bfloat16
     own = lambda *args: calls.append(args) or attention_quantize_per_tensor(*args)  # noqa: E731
     monkeypatch.setattr(attention, "attention_quantize_per_tensor", own)
@@ -101,11 +101,11 @@ def test_one_thread_at_a_time_prefers_cudnn():
     entered = []
 
     def other():
-        with attention._cudnn_first():
+        with attention._preferring_cudnn():
             entered.append(True)
 
     thread = threading.Thread(target=other)
-    with attention._cudnn_first():
+    with attention._preferring_cudnn():
         thread.start()
         thread.join(0.2)
         assert not entered
