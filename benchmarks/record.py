@@ -307,6 +307,8 @@ class Record:
         try:
             while waiting or running:
                 if asked:
+                    cut = ", ".join(each.portion.name for each in running) or "nothing"
+                    logger.warning("ended by %s; cut: %s; the same command goes on", signal.Signals(asked[0]).name, cut)
                     raise KeyboardInterrupt
                 portion = self._next(waiting, running, len(free))
                 if portion is None:
