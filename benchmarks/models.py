@@ -126,7 +126,7 @@ class SimulatedLinear(torch.nn.Module):
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
-        self.register_buffer("weight", layer.weight)
+        self.register_buffer("weight", layer.weight.clone())  # a plain tensor
         self.register_buffer("scale", layer.act_scale)
         self.register_buffer("zero_point", layer.act_zero_point)
         self.bias = layer.bias
