@@ -204,12 +204,14 @@ def compiled(model: Model, fullgraph: bool = True) -> Model:
     return model
 
 
-def quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None) -> Model:
-    """The default plan with static ranges; modulation stays in bf16, or its weights alone are quantized.
+def quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None, calibrated: bool = True) -> Model:
+    """The default plan with static ranges, or scales per token; modulation in bf16, or its weights alone quantized.
 
     PixArt has none in its blocks.
     """
     found = quantize_model(clone(model), w_bits=w_bits, conditioning=conditioning)
+    if not calibrated:
+        return found
     return calibrate(found, [inputs(layer, timestep) for timestep in (900.0, 500.0, 100.0)])
 
 
@@ -218,9 +220,9 @@ def fuses(layer: str) -> bool:
     return fuses_blocks(KNOWN[FAMILIES[layer].name])
 
 
-def fused(model: Model, layer: str, w_bits: int) -> Model:
+def fused(model: Model, layer: str, w_bits: int, calibrated: bool = True) -> Model:
     """Quantize modulation too, its weights alone, and run blocks on fused kernels within a graph."""
-    return graph(fuse(quantized(model, layer, w_bits, f"W{w_bits}A16")))
+    return graph(fuse(quantized(model, layer, w_bits, f"W{w_bits}A16", calibrated)))
 
 
 def torchao_fp8(model: Model) -> Model:

@@ -94,7 +94,7 @@ QUICK = ("PixArt-Sigma", *SMALL)
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
 SLOW = ("Qwen-Image", *OTHERS)  # whose images take ten seconds and more
 IMAGES = {layer: [f"--layers {layer} -k '{which}'" for which in (
-    "bf16", "graph and not fused", *(("torchao",) if layer == LARGE[0] else ()),
+    "bf16", "optimize", "graph and not fused", *(("torchao",) if layer == LARGE[0] else ()),
     *(("fused and not W4A8 and not cache", "fused and cache", "W4A8") if layer not in OTHERS else ()),
 )] for layer in (*LARGE, *SMALL, *OTHERS)}  # fmt: skip
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"

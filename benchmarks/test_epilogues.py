@@ -12,11 +12,20 @@ from benchmarks.conftest import Measure
 from benchmarks.goals import GATE, GELU, PLAIN
 from benchmarks.problems import DIT_XL_2, DTYPE, ROWS, TOKENS, Problem, problem
 from benchmarks.timing import DEVICE, Candidate, relative_error
-from qandc_kernels import int8_linear, linear_gate_residual_, linear_gelu_quantize, quantize_per_tensor, reference
+from qandc_kernels import (
+    gelu_quantize_per_token,
+    int8_linear,
+    linear_gate_residual_,
+    linear_gelu_quantize,
+    quantize_per_tensor,
+    reference,
+)
 
 GELU_AFTER = "W8A8, then GELU, then quantize"
+GELU_PER_TOKEN = "W8A8, then gelu_quantize_per_token"
 GATE_AFTER = "W8A8, then gate + residual"
-CANDIDATES = {layer: (PLAIN, GELU, GELU_AFTER) if layer == "fc1" else (PLAIN, GATE, GATE_AFTER) for layer in DIT_XL_2}
+OF_GELU, OF_GATE = (PLAIN, GELU, GELU_PER_TOKEN, GELU_AFTER), (PLAIN, GATE, GATE_AFTER)
+CANDIDATES = {layer: OF_GELU if layer == "fc1" else OF_GATE for layer in DIT_XL_2}
 CASES = [(layer, m, name) for layer in ("fc1", "out", "fc2") for m in ROWS for name in CANDIDATES[layer]]
 BOUND = 0.01  # to the reference of the op: rounding to bf16, and few codes that differ by one
 
@@ -56,6 +65,22 @@ def gelu(p: Problem, fused: bool) -> Candidate:
     return Candidate(launch, error, BOUND, p.launches)
 
 
+def gelu_per_token(p: Problem) -> Candidate:
+    w, scale = p.int8
+
+    def launch(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        i %= p.copies
+        return gelu_quantize_per_token(int8_linear(p.xq, w[i], p.x_scale, scale[i], p.bias))
+
+    def error(result: tuple[torch.Tensor, torch.Tensor], i: int) -> float:
+        i %= p.copies
+        y = F.gelu(reference.int8_linear(p.xq, w[i], p.x_scale, scale[i], p.bias).float(), approximate="tanh")
+        q, token_scale = result
+        return relative_error(q * token_scale[..., None], y)
+
+    return Candidate(launch, error, BOUND, p.launches)
+
+
 def gate(p: Problem, fused: bool) -> Candidate:
     w, scale = p.int8
     samples = -(-p.m // TOKENS)
@@ -84,8 +109,8 @@ def gate(p: Problem, fused: bool) -> Candidate:
 
 def candidate(layer: str, m: int, name: str) -> Candidate:
     p = problem(layer, m)
-    if name == PLAIN:
-        return plain(p)
+    if name in (PLAIN, GELU_PER_TOKEN):
+        return plain(p) if name == PLAIN else gelu_per_token(p)
     return gelu(p, name == GELU) if layer == "fc1" else gate(p, name == GATE)
 
 

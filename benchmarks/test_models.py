@@ -42,6 +42,10 @@ CANDIDATES: dict[str, tuple[Callable[[Model, str], Model], float]] = {
         0.2,
     ),
     "QuantLinear W8A8 + W8A16, fused, graph()": (lambda model, layer: fused(model, layer, 8), 0.2),
+    "QuantLinear W8A8 + W8A16, per token, fused, graph()": (
+        lambda model, layer: fused(model, layer, 8, calibrated=False),
+        0.2,
+    ),
     "QuantLinear W4A8 + W4A16": (lambda model, layer: quantized(model, layer, 4, "W4A16"), 0.6),
     "QuantLinear W4A8 + W4A16, compiled, graph()": (
         lambda model, layer: graph(compiled(quantized(model, layer, 4, "W4A16"))),

@@ -25,6 +25,7 @@ from qandc_kernels.ops.linear import (
 from qandc_kernels.ops.quantize import (
     adaln_quantize_per_tensor,
     adaln_quantize_per_token,
+    gelu_quantize_per_token,
     quantize_per_tensor,
     quantize_per_token,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "capturing",
     "corrected_gates",
     "gated_sum",
+    "gelu_quantize_per_token",
     "guided_step",
     "int4_linear",
     "int8_linear",

@@ -24,6 +24,7 @@ __all__ = [
     "batched_linear",
     "corrected_gates",
     "gated_sum",
+    "gelu_quantize_per_token",
     "guided_step",
     "int4_linear",
     "int8_linear",
@@ -119,6 +120,33 @@ def _per_token(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.Tenso
     y = (y * (1.0 / scale)[..., None]).nan_to_num_(nan=0.0)
     y.clamp_(-qmax, qmax).round_()
     return y.to(torch.int8, memory_format=torch.contiguous_format).view(x.shape), scale
+
+
+@checked
+@torch.no_grad()
+def gelu_quantize_per_token(
+    x: torch.Tensor, multiplier: torch.Tensor | None = None, beside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply GELU and quantize each token with its own scale: ``s = max|y| / 127``, ``q = round(y · (1/s))``.
+
+    ``y`` is ``gelu(x) · multiplier`` in float32, GELU the tanh form, behind ``beside``. Integers equal those of float64
+    except where ``y / s`` comes within 1e-3 of a rounding boundary.
+
+    Args:
+        x: ``[..., K]`` float16, bfloat16 or float32: what a product gave.
+        multiplier: ``[K] float32``, one factor per channel, e.g. of smoothing.
+        beside: ``[..., heads, D]`` of those dtypes, any strides, from attention, where the next layer takes both.
+
+    Returns:
+        ``q`` int8 ``[..., K]``, or ``[..., heads · D + K]``, contiguous, of at most 65535 channels, and ``scale``
+        float32 ``[...]``. A token of zeros gets zeros and a tiny positive scale, one with NaN the scale NaN.
+    """
+    y = F.gelu(x.to(torch.float32), approximate="tanh")
+    if multiplier is not None:
+        y *= multiplier
+    if beside is not None:
+        y = torch.cat([beside.to(torch.float32).flatten(-2), y], -1)
+    return _per_token(y, 8, 1)
 
 
 @torch.no_grad()

@@ -315,6 +315,6 @@ def test_parts_of_a_fused_forward(fused_anywhere):
         counts[name.split()[0]] = counts.get(name.split()[0], 0) + count
         assert milliseconds > 0
     assert whole == pytest.approx(sum(milliseconds for _, milliseconds in found.values()))
-    fused = {"linear_into_": 2, "qk_norm_rope_": 2, "linear_gelu_quantize": 2, "linear_gate_residual_": 4}
-    fused |= {"adaln_quantize_per_token": 4, "quantize_per_tensor": 2}
+    fused = {"linear_into_": 2, "qk_norm_rope_": 2, "gelu_quantize_per_token": 2, "linear_gate_residual_": 4}
+    fused |= {"adaln_quantize_per_token": 4, "quantize_per_token": 2}
     assert {op: counts[f"qandc.{op}"] for op in fused} == fused

@@ -63,6 +63,7 @@ ONE_INPUT = (
     *(("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")),
     *(("attn2.to_q",), ("attn1.to_out.0",), ("attn2.to_out.0",)),
 )
+MODULATED = {True: "behind modulation", False: "behind attention and GELU"}
 # as in test_fused_dit.py: a value next to the middle of two codes may take the other one; few do in float32
 BOUND = {torch.float32: 0.005, torch.float16: 0.02, torch.bfloat16: 0.05}
 
@@ -200,13 +201,22 @@ def test_equals_the_unfused_model(fused_anywhere, ran, name, w_bits, smoothing):
 
 @each_name
 @pytest.mark.parametrize(("w_bits", "smoothing"), [(8, True), (4, False)])
-def test_scales_per_token_behind_modulation(fused_anywhere, ran, name, w_bits, smoothing):
-    """Layers that are given what is modulated may have no static range: q, k, v and the first of each MLP."""
+@pytest.mark.parametrize("where", ["behind modulation", "behind attention and GELU", "everywhere"])
+def test_scales_per_token(fused_anywhere, ran, name, w_bits, smoothing, where):
+    """Layers may have no static range: q, k, v and the first of each MLP, the others, or all of them."""
     model = make_quantized(w_bits, smoothing, name=name)
     for layer_name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear) and layer_name.endswith(("_q", "_k", "_v", "_proj", ".proj", "_mlp")):
+        modulated = layer_name.endswith(("_q", "_k", "_v", "_proj", ".proj", "_mlp"))
+        if isinstance(layer, QuantLinear) and where in ("everywhere", MODULATED[modulated]):
             layer.set_static_range(None)
-    assert sum(getattr(layer, "act_scale", 0) is None for layer in model.modules()) >= 4 * len(blocks_of(model))
+    found = sum(getattr(layer, "act_scale", 0) is None for layer in model.modules())
+    assert found >= (1 if where == MODULATED[False] else 4) * len(blocks_of(model))
+    assert_equals_unfused(model, given(name=name), ran)
+
+
+@each_name
+def test_no_calibration_is_needed(fused_anywhere, ran, name):
+    model = quantize_model(make_tiny(class_of(name), **({"dual_attention_layers": (0,)} if name == MEDIUM else {})))
     assert_equals_unfused(model, given(name=name), ran)
 
 
@@ -496,10 +506,6 @@ def another_processor(model):
     blocks_of(model)[1].attn.set_processor(Doubling())
 
 
-def a_dynamic_layer(model):
-    blocks_of(model)[1].ff_context.net[2].set_static_range(None)
-
-
 def other_bits(model):
     blocks_of(model)[3].attn.to_k.a_bits = 4
 
@@ -520,7 +526,6 @@ CHANGES = [
     (range_of_the_mlp, "q, k, v and proj_mlp, which see one input, have different ranges for it"),
     (range_of_added_k, "add_q_proj, add_k_proj and add_v_proj, which see one input, have different ranges"),
     (another_processor, "attention is not the plain one of FLUX.1"),
-    (a_dynamic_layer, "ff_context.net.2 has no static range"),
     (other_bits, "attn.to_k quantizes activations to 4 bits"),
     (another_gelu, "not tanh-GELU"),
     (norms_of_heads_without_weights, "norms of its heads"),
@@ -584,10 +589,6 @@ def of_two_ranges(attention):
     attention.to_v.act_scale = 2 * attention.to_v.act_scale
 
 
-def without_range(attention):
-    attention.to_out[0].set_static_range(None)
-
-
 def in_chunks(model):
     blocks_of(model)[1].set_chunk_feed_forward(4, 1)
 
@@ -604,7 +605,6 @@ def in_chunks(model):
         (SIGMA, in_the_caption_attention(normed), "attention is not the plain one of PixArt"),
         (SIGMA, in_the_caption_attention(hooked), "to_out.1 has forward hooks"),
         (SIGMA, in_the_caption_attention(of_two_ranges), "k and v, which see one input, have different ranges"),
-        (SIGMA, in_the_caption_attention(without_range), "attn2.to_out.0 has no static range"),
         (SIGMA, in_chunks, "a chunked feed-forward"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -645,7 +645,6 @@ def processed_otherwise(attention):
         (without_weights, "norms of its heads are not those of its family"),
         (hooked, "to_out.1 has forward hooks"),
         (of_two_ranges, "q, k and v, which see one input, have different ranges"),
-        (without_range, "attn2.to_out.0 has no static range"),
         (processed_otherwise, "its attention is not the plain one of SD3"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -902,8 +901,6 @@ def test_sums_beyond_float16_are_clipped(fused_anywhere):
 def test_refusals():
     with pytest.raises(ModelError, match=r"no block of this transformer can run fused: .* not a QuantLinear"):
         fuse(quantize_model(make_tiny(NAME), skip_patterns=["blocks.0", "blocks.1"]))
-    with pytest.raises(ModelError, match=r"no block of this transformer can run fused: .* no static range"):
-        fuse(quantize_model(make_tiny(NAME)))
     with pytest.raises(ModelError, match="is not quantized"):
         fuse(make_tiny(NAME))
     with pytest.raises(ConfigError, match="step_ranges are for a DiT"):

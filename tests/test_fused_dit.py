@@ -87,7 +87,7 @@ def make_quantized(dtype=torch.float32, device="cpu", w_bits=8, smoothing=False,
     batches = [{**inputs, "timestep": inputs["timestep"] * 0 + t} for t in (999, 500, 10)]
     calibrate(model, batches, symmetric=ranges == "symmetric")
     for name, layer in quant_layers(model).items():
-        if ranges == "per token" and name.endswith(MODULATED):
+        if ranges == "per token everywhere" or (ranges == "per token" and name.endswith(MODULATED)):
             layer.set_static_range(None)
     return torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own .to() warns
 
@@ -150,7 +150,7 @@ def test_weight_only_modulation_stays_quantized(fused_anywhere, w_bits):
 
 @pytest.mark.parametrize("w_bits", [8, 4])
 @pytest.mark.parametrize("smoothing", [False, True])
-@pytest.mark.parametrize("ranges", ["static", "symmetric", "per token"])
+@pytest.mark.parametrize("ranges", ["static", "symmetric", "per token", "per token everywhere"])
 def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, ranges):
     model = make_quantized(w_bits=w_bits, smoothing=smoothing, ranges=ranges, num_layers=6)
     expected, actual = assert_blocks_equal(model, make_inputs(), BLOCK_BOUND[torch.float32])
@@ -160,7 +160,7 @@ def test_equals_the_unfused_model(fused_anywhere, w_bits, smoothing, ranges):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("w_bits", [8, 4])
-@pytest.mark.parametrize("ranges", ["static", "per token"])
+@pytest.mark.parametrize("ranges", ["static", "per token", "per token everywhere"])
 def test_equals_the_unfused_model_on_kernels(fused_anywhere, kernel_device, monkeypatch, w_bits, ranges):
     """In Triton's interpreter with one small block, on the GPU with blocks of the embedded model's size."""
     on_gpu = kernel_device.type == "cuda"
@@ -301,7 +301,7 @@ def test_ranges_of_each_step(fused_anywhere):
 
 
 @pytest.mark.parametrize("w_bits", [8, 4])
-@pytest.mark.parametrize("per_step", [BLOCK_LAYERS, ("attn1.to_out.0", "ff.net.2")])
+@pytest.mark.parametrize("per_step", [BLOCK_LAYERS, ("attn1.to_out.0", "ff.net.2"), ("attn1.to_out.0",)])
 def test_smoothing_that_is_found_fits_every_block(fused_anywhere, w_bits, per_step):
     """Layers of one input have common factors, so all blocks run fused, with a cache, ranges of each step or token."""
     model = make_dit()
@@ -518,10 +518,6 @@ def range_of_k(model):
     model.transformer_blocks[1].attn1.to_k.act_scale *= 2
 
 
-def a_dynamic_layer(model):
-    model.transformer_blocks[1].ff.net[2].set_static_range(None)
-
-
 def a_weight_only_layer(model):
     linear = make_dit().transformer_blocks[1].ff.net[2]
     model.transformer_blocks[1].ff.net[2] = QuantLinear.from_linear(linear, a_bits=16)
@@ -539,7 +535,6 @@ def another_gelu(model):
         (a_layer_around_q, "is Sequential, not a QuantLinear"),
         (other_processor, "attention is not the plain one"),
         (range_of_k, "q, k and v"),
-        (a_dynamic_layer, "no static range"),
         (other_bits, "4 bits"),
         (a_weight_only_layer, "weight-only"),
         (another_gelu, "tanh-GELU"),
@@ -777,8 +772,6 @@ def test_refused_models():
         fuse_dit(torch.nn.Linear(2, 2))
     with pytest.raises(ModelError, match="not quantized"):
         fuse_dit(make_dit())
-    with pytest.raises(ModelError, match=r"no static range \(calibrate"):
-        fuse_dit(quantize_model(make_dit()))
     with pytest.raises(ModelError, match=r"call transformer\.eval"):
         fuse_dit(make_quantized().train())
     with pytest.raises(ModelError, match="fused already"):
@@ -791,7 +784,7 @@ def test_refused_models():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("w_bits", [8, 4])
-@pytest.mark.parametrize("ranges", ["static", "per token"])
+@pytest.mark.parametrize("ranges", ["static", "per token", "per token everywhere"])
 def test_graphs_follow_their_inputs(w_bits, ranges):
     model = make_quantized(torch.bfloat16, "cuda", w_bits, ranges=ranges, heads=6, head_dim=32, sample_size=16)
     fused = fuse_dit(model)

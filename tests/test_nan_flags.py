@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import qandc.models.dit.fused
+import qandc.models.attention
 from qandc import DataError, calibrate, fuse_dit, graph, quantize_model, sample_latents
 from qandc.fusion.model_graph import Graphed
 from qandc.quantization.linear import QuantLinear
@@ -67,7 +67,7 @@ def test_attention_of_a_fused_block(fused_anywhere, monkeypatch):
     """The only place of a fused block where int8 hides NaN."""
     model = fuse_dit(make_static())
     expected = sample_latents(model, DDIMScheduler(), [1], **RUN)
-    original = qandc.models.dit.fused.attention_quantize_per_tensor
+    original = qandc.models.attention.attention_quantize_per_tensor
     calls = []
 
     def attention(q, k, v, *others):
@@ -77,7 +77,7 @@ def test_attention_of_a_fused_block(fused_anywhere, monkeypatch):
             v[0, 0, 0, 0] = float("nan")
         return original(q, k, v, *others)
 
-    monkeypatch.setattr(qandc.models.dit.fused, "attention_quantize_per_tensor", attention)
+    monkeypatch.setattr(qandc.models.attention, "attention_quantize_per_tensor", attention)
     with pytest.raises(DataError, match=r"^transformer_blocks\.1\.attn1\.to_out\.0 was given NaN"):
         sample_latents(model, DDIMScheduler(), [1], **RUN)
     assert torch.equal(sample_latents(model, DDIMScheduler(), [1], **RUN), expected)

@@ -35,7 +35,7 @@ from qandc import (
     unfuse,
 )
 from qandc.caching.schedule import MODES
-from qandc.fusion.fuse import is_fused
+from qandc.fusion.fuse import Fused, is_fused
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor
 from tests import tiny_pipelines
@@ -467,9 +467,41 @@ def test_a_calibrated_flux_runs_on_fused_blocks(tmp_path, fused_anywhere):
     unfuse(pipe.transformer)  # refused if nothing is fused
     restore(pipe)
     assert torch.equal(output_of(pipe.transformer, inputs_of(name)), plain)
-    plan = " ".join(str(optimize(pipe, compile=True)).split())  # not calibrated
-    assert "fused no: no block of this transformer can run fused" in plan
-    assert "compile 4 blocks" in plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel"])
+def test_without_calibration_blocks_are_fused_too(fused_anywhere, name):
+    pipe = Pipe(transformer=make_tiny(name))
+    plain = output_of(pipe.transformer, inputs_of(name))
+    whole = name.startswith("DiT")
+    given = {"cache": None, "conditioning": None if whole else "W8A16"}
+    optimize(pipe, **given, compile=False)
+    expected = output_of(pipe.transformer, inputs_of(name))
+    restore(pipe)
+    plan = str(optimize(pipe, **given, compile=True))
+    assert f"fused      {'whole steps, with CUDA graphs' if whole else 'blocks, each by itself'}\n" in plan
+    assert "W8A8 dynamic per-token" in plan
+    assert "compile" not in plan
+    found = output_of(pipe.transformer, inputs_of(name))
+    assert (found - expected).norm() < 0.01 * plain.norm()
+    if whole:
+        assert Fused.of(pipe.transformer).built.graphable
+    unfuse(pipe.transformer)  # refused if nothing is fused
+    restore(pipe)
+    assert torch.equal(output_of(pipe.transformer, inputs_of(name)), plain)
+
+
+@pytest.mark.parametrize("cache", ["taylor", None])
+def test_steps_that_would_run_fused_in_part_are_compiled(dit_pipe, fused_anywhere, cache):
+    """Of a DiT modulation is a part of fused steps, and in few bits it is none."""
+    plain = images(dit_pipe)
+    plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True)).split())
+    assert "fused no: parts of the model beside its blocks cannot; modulation layers only in full precision" in plan
+    assert "compile 3 blocks" in plan
+    assert not is_fused(dit_pipe.transformer)
+    restore(dit_pipe)
+    assert torch.equal(images(dit_pipe), plain)
 
 
 def test_a_calibrated_model_of_another_class_is_refused(dit_pipe, tmp_path):
@@ -524,8 +556,7 @@ def test_blocks_are_compiled_in_place(dit_pipe, monkeypatch, cache):
     assert "compile    3 blocks" in str(plan)
     why = "the cache decides while a step runs" if cache == "first_block" else "on cpu there are none"
     assert f"graph      no: {why}" in str(plan)
-    why = "the cache decides while a step runs" if cache == "first_block" else "no block of this transformer can run"
-    assert f"fused      no: {why}" in str(plan)
+    assert "fused      no: on cpu there are no fused kernels" in str(plan)
     torch.testing.assert_close(images(dit_pipe), eager, atol=1e-3, rtol=0)
     assert graphs
     restore(dit_pipe)

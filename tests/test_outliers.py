@@ -45,7 +45,7 @@ def test_planting_changes_no_output_and_many_inputs(study, bench):
 
 def test_rows_have_names_of_their_own(study):
     unfused, fused = ([row["name"] for row in study.rows(how)] for how in (False, True))
-    assert len({*unfused, *fused}) == len(unfused) + len(fused) == 64 + 48
+    assert len({*unfused, *fused}) == len(unfused) + len(fused) == 64 + 64
     assert "W4A8, outliers 30, ranges static, per token behind modulation, smoothing 0.5, fused" in fused
     with pytest.raises(typer.BadParameter, match="needs a GPU"):
         study.main(fused=True, device="cpu")
@@ -71,14 +71,15 @@ def test_smoothing_withstands_outliers(study, tmp_path):
     for times, smoothing in ((1, 0.5), (100, 0.5), (1, None), (100, None)):
         assert found[times, static, smoothing] < found[times, behind, smoothing] < found[times, per_token, smoothing]
     lost = {goal["name"]: goal["value"] for goal in result["goals"]}
-    assert len(lost) == 4
+    assert len(lost) == 6
     name = f"dB of predictions lost, fashion-dit, W8A8, outliers 100, ranges {behind}, smoothing 0.5"
     assert lost[name] == found[1, behind, 0.5] - found[100, behind, 0.5]
 
 
 @pytest.mark.slow
-def test_fused_rows_measure_the_same(study, bench, fused_anywhere):
-    how = {"outliers": 10, "ranges": study.RANGES[2], "smoothing": 0.5}
+@pytest.mark.parametrize("ranges", ["per token", "static, per token behind modulation"])
+def test_fused_rows_measure_the_same(study, bench, fused_anywhere, ranges):
+    how = {"outliers": 10, "ranges": ranges, "smoothing": 0.5}
     unfused, fused = (bench.measure(study.row("outliers", **how, **more)) for more in ({}, {"fused": True}))
     assert fused != unfused
     assert fused["prediction_snr"] == pytest.approx(unfused["prediction_snr"], abs=0.5)

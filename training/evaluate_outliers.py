@@ -42,21 +42,20 @@ MUST = 1.0  # dB that outliers of the largest size may cost with smoothing
 
 
 def rows(fused: bool) -> Iterator[dict[str, Any]]:
-    """Give the rows; fused none with scales per token everywhere, as attention and GELU store with static ranges."""
+    """Give the rows, of models as they are or fused."""
     how = {"fused": True} if fused else {}
     for precision, times, (smoothing, ranges) in itertools.product(("W8A8", "W4A8"), SIZES, SMOOTHING.items()):
         for kind in ranges:
-            if not (fused and kind == "per token"):
-                yield row("outliers", precision, outliers=times, ranges=kind, smoothing=smoothing, **how)
+            yield row("outliers", precision, outliers=times, ranges=kind, smoothing=smoothing, **how)
 
 
 def goals(model: str, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Make the goals: what the largest outliers cost with smoothing and ranges that run fused, where it is measured."""
+    """Make the goals: what the largest outliers cost with smoothing, where it is measured."""
     known = {row["name"]: row for row in measured if "refused" not in row}
     found = []
     for name, last in known.items():
         none = known.get(name.replace(f"outliers {SIZES[-1]}", "outliers 1"))
-        if last["outliers"] == SIZES[-1] and last["smoothing"] == 0.5 and last["ranges"] != "per token" and none:
+        if last["outliers"] == SIZES[-1] and last["smoothing"] == 0.5 and none:
             goal = {"unit": "dB", "better": "lower", "must": MUST, "goal": None}
             for key, what in (("prediction_snr", "predictions"), ("psnr_to_fp", "images")):
                 if key in last:

@@ -2,7 +2,7 @@
 
 python -m training.measure_parts --layer FLUX.1-dev --w-bits 8   # on a GPU: a minute or two
 python -m training.measure_parts --out results/h200/parts.json   # a row of a file that others continue
-python -m training.measure_parts --per-token                     # scales per token behind modulation
+python -m training.measure_parts --per-token                     # scales per token, as without calibration
 python -m training.measure_parts --tiny                          # a try, on a CPU too, where nothing is fused
 """
 
@@ -19,11 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.families import inputs, model_of, quantized
 from benchmarks.timing import DEVICE, capture
-from qandc import QuantLinear, fuse
+from qandc import fuse
 from qandc.support.files import write_json
 from qandc.support.results import measured_rows, result_header
 
-MODULATED = ("to_q", "to_k", "to_v", "_proj", "net.0.proj", "proj_mlp")  # layers that are given what is modulated
 TINY = {"num_layers": 1, "num_attention_heads": 2}
 HEAD_START = 100_000_000  # cycles that the GPU spins while the host launches some ops ahead of it
 AHEAD = 200  # ops; with their events fewer than the launches that a stream queues before the host has to wait
@@ -65,11 +64,7 @@ def _milliseconds(begin: Any, end: Any) -> float:
 @torch.no_grad()
 def parts(layer: str, w_bits: int, per_token: bool = False, **sizes: Any) -> tuple[dict[str, tuple[int, float]], float]:
     """Return how often each op runs in a forward with how many ms in all, and the ms of a graph of the forward."""
-    model = quantized(model_of(layer, **sizes), layer, w_bits, f"W{w_bits}A16")
-    for name, module in model.named_modules() if per_token else ():
-        if isinstance(module, QuantLinear) and name.endswith(MODULATED) and not module.weight_only:
-            module.set_static_range(None)
-    fuse(model)
+    model = fuse(quantized(model_of(layer, **sizes), layer, w_bits, f"W{w_bits}A16", not per_token))
     arguments = inputs(layer)
     for _ in range(2):
         model(**arguments)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qandc.errors import ModelError
-from qandc_kernels import attention_quantize_per_tensor, quantize_per_tensor
+from qandc.models.products import Product, quantized
+from qandc_kernels import attention_quantize_per_tensor
 
 __all__ = ["attend", "attend_quantized"]
 
@@ -40,20 +41,22 @@ def attend(qkv: Tensor, processor: Any, mask: Tensor | None = None) -> Tensor:
 
 
 def attend_quantized(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    nan_flag: Tensor | None,
-    key_bias: Tensor | None = None,
-) -> Tensor:
-    """Return attention ``[B, tokens, heads, D]`` as int8; arguments are :func:`attention_quantize_per_tensor`'s."""
-    if key_bias is not None or k.shape[1] < MANY_KEYS or not _cudnn_is_fastest(q):
-        return attention_quantize_per_tensor(q, k, v, scale, zero_point, nan_flag, key_bias)
-    with _preferring_cudnn():
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return quantize_per_tensor(y.transpose(1, 2), scale, zero_point, 8, nan_flag)
+    q: Tensor, k: Tensor, v: Tensor, product: Product, nan_flag: Tensor | None, key_bias: Tensor | None = None
+) -> tuple[Tensor, Product]:
+    """Return attention as int8 ``[B, tokens, K]`` for a product, and the product for it; heads are [B, keys, heads, D].
+
+    Our kernel takes the range of the product (:func:`qandc_kernels.attention_quantize_per_tensor`). A scale per token
+    needs all heads of a token first: then, as with many keys, torch attends.
+    """
+    scale, zero_point = product.x_scale, product.x_zero_point
+    many = scale is None or k.shape[1] >= MANY_KEYS
+    first = key_bias is None and many and _cudnn_is_fastest(q)
+    if scale is not None and not first:
+        return attention_quantize_per_tensor(q, k, v, scale, zero_point, nan_flag, key_bias).flatten(2), product
+    mask = None if key_bias is None else key_bias[:, None, None]
+    with _preferring_cudnn() if first else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+    return quantized(y.transpose(1, 2), product, nan_flag)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ class FusedSingleBlock(_FluxBlock):
         return (
             why_not_attention(block)
             or why_not_heads(block.attn, (HEAD_NORMS,), nn.RMSNorm)
-            or why_not_layers(block, cls.layers, (*QKV, "proj_mlp"))
+            or why_not_layers(block, cls.layers)
             or why_not_one_product(block, QKV)
             or why_not_one_input(block, (*QKV, "proj_mlp"))
         )
@@ -111,8 +111,8 @@ class FusedSingleBlock(_FluxBlock):
         mask = outer_mask(call.get("attention_mask"))
         attended = divided(attend(qkv.unflatten(2, (3, self.heads, -1)), self.processor, mask), self.out_layer)
         mlp = self.mlp._replace(x_scale=x_scale)
-        both = mlp.gelu_quantize(xq, self.out, self.multiplier, attended, self.out_layer.nan_flag)
-        self.out.gate_residual_(x, both, modulation[2], target)
+        both, out = mlp.gelu_quantize(xq, self.out, self.multiplier, x.dtype, attended, self.out_layer.nan_flag)
+        out.gate_residual_(x, both, modulation[2], target)
         clip_(x)
         return x
 

@@ -17,6 +17,7 @@ from qandc.models.family import Call
 from qandc.models.products import (
     Mlp,
     Product,
+    divided,
     is_gelu_mlp,
     joined,
     modulated,
@@ -35,14 +36,13 @@ __all__ = ["FusedPixArtBlock"]
 
 Tensor = torch.Tensor
 IMAGE, CAPTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")
-OTHERS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")  # whose ranges are static
-PER_TOKEN = (*IMAGE, "attn2.to_q", *CAPTION, "ff.net.0.proj")
+OTHERS = ("attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 class FusedPixArtBlock:
     """Run a block of PixArt-alpha or -Sigma."""
 
-    layers: ClassVar[tuple[str, ...]] = (*PER_TOKEN, *OTHERS)
+    layers: ClassVar[tuple[str, ...]] = (*IMAGE, *CAPTION, *OTHERS)
     arguments: ClassVar[tuple[str, ...]] = (
         "hidden_states",
         "encoder_hidden_states",
@@ -84,7 +84,7 @@ class FusedPixArtBlock:
             return "its norms have weights"
         if not is_gelu_mlp(block.ff):
             return "its activation is not tanh-GELU"
-        reason = why_not_layers(block, cls.layers, PER_TOKEN)
+        reason = why_not_layers(block, cls.layers)
         for names in (IMAGE, CAPTION):
             reason = reason or why_not_one_product(block, names) or why_not_one_input(block, names)
         return reason
@@ -96,9 +96,10 @@ class FusedPixArtBlock:
         xq, qkv = modulated(given, modulation, self.qkv, self.smoothing, self.eps, x)
         q, k, v = self._heads(qkv(xq, x.dtype), 3)
         self._attend_(x, (q, k, v), self.outs[0], modulation[2], targets[0])
-        xq, to_q = quantized(x[:, :, None], self.q_layer, self.q)
+        xq, to_q = quantized(divided(x[:, :, None], self.q_layer), self.q, self.q_layer.nan_flag)
         (q,) = self._heads(to_q(xq, x.dtype), 1)
-        xq, to_kv = quantized(call["encoder_hidden_states"][:, :, None], self.k_layer, self.kv)
+        caption = divided(call["encoder_hidden_states"][:, :, None], self.k_layer)
+        xq, to_kv = quantized(caption, self.kv, self.k_layer.nan_flag)
         k, v = self._heads(to_kv(xq, x.dtype), 2)
         gate, bias = self.ungated.expand(len(x), -1), None if mask is None else mask[:, 0]
         self._attend_(x, (q, k, v), self.outs[1], gate, targets[1], bias)
@@ -119,5 +120,5 @@ class FusedPixArtBlock:
     ) -> None:
         """Add attention behind its output layer to the stream, times the gate."""
         (q, k, v), (layer, product) = qkv, out
-        xq = attend_quantized(q, k, v, product.x_scale, product.x_zero_point, layer.nan_flag, bias)
-        product.gate_residual_(x, xq.flatten(2), gate, target)
+        xq, product = attend_quantized(q, k, v, product, layer.nan_flag, bias)
+        product.gate_residual_(x, xq, gate, target)

@@ -18,6 +18,7 @@ from qandc.support.attach import original_class
 from qandc_kernels import (
     adaln_quantize_per_tensor,
     adaln_quantize_per_token,
+    gelu_quantize_per_token,
     int4_linear,
     int8_linear,
     linear_gate_residual_,
@@ -84,11 +85,18 @@ class Product(NamedTuple):
         xq: torch.Tensor,
         following: Product,
         multiplier: torch.Tensor | None,
+        dtype: torch.dtype,
         beside: torch.Tensor | None = None,
         nan_flag: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the product after GELU, quantized for the product ``following``, behind heads that it takes too."""
-        return linear_gelu_quantize(
+    ) -> tuple[torch.Tensor, Product]:
+        """Apply GELU to the product and quantize for ``following``, behind heads that it takes too; gives both.
+
+        The largest of a token is known only behind all of it: without a range what GELU takes is stored as ``dtype``.
+        """
+        if following.x_scale is None:
+            hidden, x_scale = gelu_quantize_per_token(self(xq, dtype), multiplier, beside)
+            return hidden, following._replace(x_scale=x_scale)
+        hidden = linear_gelu_quantize(
             xq,
             self.weight,
             self.x_scale,
@@ -102,6 +110,7 @@ class Product(NamedTuple):
             beside,
             nan_flag,
         )
+        return hidden, following
 
     def gate_residual_(self, x: torch.Tensor, xq: torch.Tensor, gate: torch.Tensor, target: Target | None) -> None:
         """Add the product y to the residual stream, ``x += gate · y``; ``target`` takes y, or the end of its tokens."""
@@ -174,19 +183,18 @@ def divided(x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
     return x.float() * (1.0 / layer.smoothing[: x.shape[2] * x.shape[3]]).view(x.shape[2:])
 
 
-def quantized(x: torch.Tensor, layer: QuantLinear, product: Product) -> tuple[torch.Tensor, Product]:
-    """Quantize heads ``[B, tokens, heads, D]`` as a layer does; gives ``[B, tokens, K]`` and the product for them."""
-    x = divided(x, layer)
+def quantized(x: torch.Tensor, product: Product, nan_flag: torch.Tensor | None) -> tuple[torch.Tensor, Product]:
+    """Quantize heads ``[B, tokens, heads, D]`` for a product; gives ``[B, tokens, K]`` and the product for them."""
     if product.x_scale is None:
         xq, x_scale = quantize_per_token(x, token_dims=2)
         product = product._replace(x_scale=x_scale)
     else:
-        xq = quantize_per_tensor(x, product.x_scale, product.x_zero_point, 8, layer.nan_flag)
+        xq = quantize_per_tensor(x, product.x_scale, product.x_zero_point, 8, nan_flag)
     return xq.flatten(2), product
 
 
 class Mlp:
-    """Run a feed-forward of diffusers, with the norm before it, as three launches."""
+    """Run a feed-forward of diffusers, with the norm before it, as three launches, or four without a range of GELU."""
 
     def __init__(
         self, norm: Any, feed_forward: Any, of_fc1: Ranges | None = None, of_fc2: Ranges | None = None
@@ -199,8 +207,8 @@ class Mlp:
     def add_(self, x: torch.Tensor, modulation: Sequence[torch.Tensor], target: Target | None) -> None:
         """Add its output to the stream that it reads; ``modulation`` is shift, scale and gate."""
         xq, fc1 = modulated(x, modulation, self.fc1, self.smoothing, self.eps)
-        hidden = fc1.gelu_quantize(xq, self.fc2, self.multiplier)
-        self.fc2.gate_residual_(x, hidden, modulation[2], target)
+        hidden, fc2 = fc1.gelu_quantize(xq, self.fc2, self.multiplier, x.dtype)
+        fc2.gate_residual_(x, hidden, modulation[2], target)
 
 
 def touched(module: nn.Module) -> str | None:
@@ -244,33 +252,27 @@ def is_gelu_mlp(module: Any) -> bool:
     return type(first) is GELU and first.approximate == "tanh"
 
 
-def why_not_layer(
-    name: str, layer: Any, prefix: str = "", ranges: StepRanges | None = None, static: bool = True
-) -> str | None:
-    """Say why a layer can't be a product of a fused block, or None; ``ranges`` know it as ``prefix + name``."""
+def why_not_layer(name: str, layer: Any) -> str | None:
+    """Say why a layer can't be a product of a fused block, or None."""
     if original_class(layer) is not QuantLinear:  # of a branch that is cached too
         return f"{name} is {type(layer).__name__}, not a QuantLinear"
     if layer.weight_only:
         return f"{name} is weight-only (a_bits 16), fused kernels quantize activations to 8 bits"
     if layer.a_bits != 8:
         return f"{name} quantizes activations to {layer.a_bits} bits, fused kernels to 8"
-    if static and _range_of(prefix + name, layer, ranges)[0] is None:
-        return f"{name} has no static range (calibrate the model)"
     return None
 
 
-def why_not_layers(
-    block: Any, names: Sequence[str], modulated_for: Sequence[str], prefix: str = "", ranges: StepRanges | None = None
-) -> str | None:
-    """Say why layers of a block can't be products of a fused one, or None; those behind modulation need no range."""
-    layers = ((name, block.get_submodule(name), prefix, ranges, name not in modulated_for) for name in names)
-    return touched(block) or next((reason for layer in layers if (reason := why_not_layer(*layer)) is not None), None)
+def why_not_layers(block: Any, names: Sequence[str]) -> str | None:
+    """Say why layers of a block can't be products of a fused one, or None."""
+    reasons = (why_not_layer(name, block.get_submodule(name)) for name in names)
+    return touched(block) or next((reason for reason in reasons if reason is not None), None)
 
 
 def why_not_one_input(
     block: Any, names: Sequence[str], prefix: str = "", ranges: StepRanges | None = None
 ) -> str | None:
-    """Say why layers of a block can't be given one quantized input, or None."""
+    """Say why layers of a block can't be given one quantized input, or None; ``ranges`` know ``prefix + name``."""
     layers = {name: block.get_submodule(name) for name in names}
     first, *others = ((layer.smoothing, *_range_of(prefix + name, layer, ranges)) for name, layer in layers.items())
     if all(_equal(mine, theirs) for other in others for mine, theirs in zip(first, other, strict=True)):

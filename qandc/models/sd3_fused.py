@@ -63,7 +63,7 @@ class FusedJointBlock(TwoStreams):
             return reason
         return (
             why_not_heads(block.attn2, (HEAD_NORMS,), RMSNorm)
-            or why_not_layers(block, (*QKV, OUT), QKV)
+            or why_not_layers(block, (*QKV, OUT))
             or why_not_one_product(block, QKV)
             or why_not_one_input(block, QKV)
         )

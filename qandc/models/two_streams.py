@@ -21,6 +21,7 @@ from qandc.models.attention import attend
 from qandc.models.family import Call
 from qandc.models.products import (
     Mlp,
+    divided,
     is_gelu_mlp,
     joined,
     modulated,
@@ -122,7 +123,7 @@ class _Branch:
 
     def add_attention_(self, x: Tensor, attended: Tensor, gate: Tensor, target: Target | None) -> None:
         """Add attention to the stream, in place."""
-        xq, out = quantized(attended, self.out_layer, self.out)
+        xq, out = quantized(divided(attended, self.out_layer), self.out, self.out_layer.nan_flag)
         out.gate_residual_(x, xq, gate, target)
 
 
@@ -208,7 +209,7 @@ class TwoStreams:
             return "its activation is not tanh-GELU"
         reason = why_not_heads(block.attn, [stream.head_norms for stream in streams], kind)
         for stream in streams:
-            reason = reason or why_not_layers(block, stream.layers, (*stream.qkv, _mlp_of(stream.mlp)[0]))
+            reason = reason or why_not_layers(block, stream.layers)
             reason = reason or why_not_one_product(block, stream.qkv) or why_not_one_input(block, stream.qkv)
         return reason
 

@@ -94,13 +94,19 @@ def check_linear_gelu_quantize(
     if multiplier is not None:
         check_tensor(op, "multiplier", multiplier, FLOAT32, ((weight.shape[0],),))
     if beside is not None:
-        check_tensor(op, "beside", beside, FLOAT_DTYPES)
-        if beside.ndim != xq.ndim + 1 or beside.shape[:-2] != xq.shape[:-1]:
-            raise ArgumentError(f"{op}: beside must be [..., heads, D] as xq [..., K]; got {tuple(beside.shape)}")
+        _check_beside(op, "xq", xq, beside)
         check_elements(op, "the result", xq.shape[:-1].numel() * weight.shape[0] + beside.numel())
     operands = (xq, weight, x_scale, w_scale, bias, x_zero_point, w_sum, out_scale, out_zero_point, multiplier, beside)
     check_nan_flag(op, nan_flag, GELU_NAMES, *operands)
     check_devices(op, GELU_NAMES, *operands, nan_flag)
+
+
+def _check_beside(op, name, x, beside):
+    """Check heads that belong to the rows of ``x``, and count the channels of a token."""
+    check_tensor(op, "beside", beside, FLOAT_DTYPES)
+    if beside.ndim != x.ndim + 1 or beside.shape[:-2] != x.shape[:-1]:
+        raise ArgumentError(f"{op}: beside must be [..., heads, D] as {name} [..., K]; got {tuple(beside.shape)}")
+    return beside.shape[-2:].numel()
 
 
 def check_linear_into_(out, xq, weight, x_scale, w_scale, bias=None, x_zero_point=None, w_sum=None):
@@ -174,6 +180,18 @@ def check_quantize_per_tensor(x, scale, zero_point=None, bits=8, nan_flag=None):
 def check_quantize_per_token(x, bits=8, token_dims=1):
     check_activations("quantize_per_token", x, token_dims)
     check_integer("quantize_per_token", "bits", bits, 2, 8)
+
+
+def check_gelu_quantize_per_token(x, multiplier=None, beside=None):
+    op, first = "gelu_quantize_per_token", 0
+    check_activations(op, x)
+    if multiplier is not None:
+        check_tensor(op, "multiplier", multiplier, FLOAT32, (tuple(x.shape[-1:]),))
+    if beside is not None:
+        first = _check_beside(op, "x", x, beside)
+    if first + x.shape[-1] > LARGEST_K:
+        raise ArgumentError(f"{op}: a token has at most {LARGEST_K} channels; got {first} + {x.shape[-1]}")
+    check_devices(op, "x multiplier beside", x, multiplier, beside)
 
 
 def _check_adaln(op, x, shift, scale, eps, out_x, q_scale=None, zero_point=None):

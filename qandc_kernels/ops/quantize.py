@@ -8,7 +8,13 @@ from qandc_kernels import reference
 from qandc_kernels.backend import launching_on
 from qandc_kernels.ops._register import launcher, public_op
 
-__all__ = ["adaln_quantize_per_tensor", "adaln_quantize_per_token", "quantize_per_tensor", "quantize_per_token"]
+__all__ = [
+    "adaln_quantize_per_tensor",
+    "adaln_quantize_per_token",
+    "gelu_quantize_per_token",
+    "quantize_per_tensor",
+    "quantize_per_token",
+]
 
 
 adaln_quantize_triton = launcher("adaln.adaln_quantize_triton")
@@ -31,6 +37,11 @@ def _per_token(x, token_dims=1):
     return _per_tensor(x), x.new_empty(x.shape[: x.ndim - token_dims], dtype=torch.float32)
 
 
+def _gelu_per_token(x, multiplier, beside):
+    first = 0 if beside is None else beside.shape[-2:].numel()
+    return _per_token(x.new_empty((*x.shape[:-1], first + x.shape[-1])))
+
+
 quantize_per_tensor = public_op(
     reference.quantize_per_tensor, launcher("quantize.quantize_per_tensor_triton"), _per_tensor, writes=("nan_flag",)
 )
@@ -38,6 +49,9 @@ quantize_per_token = public_op(
     reference.quantize_per_token,
     launcher("quantize.quantize_per_token_triton"),
     lambda x, bits, token_dims: _per_token(x, token_dims),
+)
+gelu_quantize_per_token = public_op(
+    reference.gelu_quantize_per_token, launcher("quantize.gelu_quantize_per_token_triton"), _gelu_per_token
 )
 adaln_quantize_per_tensor = public_op(
     reference.adaln_quantize_per_tensor, lambda *given: _adaln(*given)[0], _per_tensor, writes=("out_x",)

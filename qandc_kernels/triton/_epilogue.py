@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["NO_EPILOGUE", "Epilogue", "start_early", "store_tile", "tile_position", "to_int8"]
+__all__ = ["NO_EPILOGUE", "Epilogue", "gelu_tanh", "start_early", "store_tile", "tile_position", "to_symmetric_int8"]
 
 # Triton's interpreter knows neither assembly nor additions in memory; it takes the plain way to the same values
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -42,6 +42,12 @@ def to_int8(y):
     """Round -128 <= y <= 127 to integers, half to even."""
     # in the sum with 1.5 · 2^23 the low byte of the bits is the integer; a conversion would be slower
     return (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def to_symmetric_int8(y, QMAX: tl.constexpr):
+    """Clip to -QMAX..QMAX and round; NaN becomes 0."""
+    return to_int8(tl.minimum(tl.maximum(tl.where(y == y, y, 0.0), -QMAX), QMAX))
 
 
 @triton.jit

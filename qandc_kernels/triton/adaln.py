@@ -8,7 +8,7 @@ import triton.language as tl
 
 from qandc_kernels.reference import SMALLEST_AMAX
 from qandc_kernels.tiles.tables import gpu_of
-from qandc_kernels.triton._epilogue import quantize_static, start_early, to_int8
+from qandc_kernels.triton._epilogue import quantize_static, start_early, to_symmetric_int8
 
 __all__ = ["adaln_quantize_triton"]
 
@@ -79,10 +79,8 @@ def _adaln_quantize_kernel(
             bad = tl.sum((y0 != y0).to(tl.int32)) + tl.sum((y1 != y1).to(tl.int32))
             tl.store(token_scale_ptr + row, tl.where(bad > 0, float("nan"), scale))
             to_integers = tl.div_rn(1.0, scale)
-            y0 *= to_integers
-            y1 *= to_integers
-            q0 = to_int8(tl.minimum(tl.maximum(tl.where(y0 == y0, y0, 0.0), -127.0), 127.0))
-            q1 = to_int8(tl.minimum(tl.maximum(tl.where(y1 == y1, y1, 0.0), -127.0), 127.0))
+            q0 = to_symmetric_int8(y0 * to_integers, 127)
+            q1 = to_symmetric_int8(y1 * to_integers, 127)
         tl.store(q_row + head, q0)
         tl.store(q_row + tail, q1, mask=inside)
 

@@ -8,23 +8,33 @@ import torch
 import triton
 import triton.language as tl
 
+from qandc_kernels.ops._register import rows_of
 from qandc_kernels.reference import SMALLEST_AMAX
-from qandc_kernels.triton._epilogue import to_int8
+from qandc_kernels.triton._epilogue import gelu_tanh, to_symmetric_int8
 from qandc_kernels.triton._launch import Launches, Start
 
-__all__ = ["per_tensor_start", "per_token_start", "quantize_per_tensor_triton", "quantize_per_token_triton"]
+__all__ = [
+    "gelu_quantize_per_token_triton",
+    "per_tensor_start",
+    "per_token_start",
+    "quantize_per_tensor_triton",
+    "quantize_per_token_triton",
+]
 
-_PER_TENSOR, _PER_TOKEN = Launches(), Launches()
+_PER_TENSOR, _PER_TOKEN, _GELU_PER_TOKEN = Launches(), Launches(), Launches()
+
+
+@triton.jit
+def _offsets(i, inner, stride_outer, stride_inner):
+    i = i.to(tl.int64)
+    return i // inner * stride_outer + i % inner * stride_inner
 
 
 @triton.jit
 def _addresses(rows, columns, inner_rows, stride_0, stride_1, stride_2, stride_3, WIDTH: tl.constexpr):
     """Return offsets of ``[row // inner_rows, row % inner_rows, column // WIDTH, column % WIDTH]``: [rows, columns]."""
-    rows = rows.to(tl.int64)
-    row_offsets = rows // inner_rows * stride_0 + rows % inner_rows * stride_1
-    columns = columns.to(tl.int64)
-    column_offsets = columns // WIDTH * stride_2 + columns % WIDTH * stride_3
-    return row_offsets[:, None] + column_offsets[None, :]
+    of_rows = _offsets(rows, inner_rows, stride_0, stride_1)
+    return of_rows[:, None] + _offsets(columns, WIDTH, stride_2, stride_3)[None, :]
 
 
 @triton.jit
@@ -77,11 +87,46 @@ def _quantize_per_token_kernel(
     scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_AMAX) * (1.0 / QMAX)  # [BLOCK_M]
     # tl.max passes over NaN; a scale of NaN carries it to the output of the product
     scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
-    y = x * tl.div_rn(1.0, scale)[:, None]
-    y = tl.where(y == y, y, 0.0)
-    q = to_int8(tl.minimum(tl.maximum(y, -QMAX), QMAX))
+    q = to_symmetric_int8(x * tl.div_rn(1.0, scale)[:, None], QMAX)
     tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=mask)
     tl.store(scale_ptr + rows, scale, mask=rows < M)
+
+
+@triton.jit
+def _gelu_quantize_per_token_kernel(
+    x_ptr, multiplier_ptr, beside_ptr, q_ptr, scale_ptr,
+    stride_x, inner_rows, stride_0, stride_1, stride_2, stride_3,
+    K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_FIRST: tl.constexpr,
+):  # fmt: skip
+    # a row in two pieces, powers of two: 12288 = 8192 + 4096 leaves no lane idle
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEAD)
+    tail = HEAD + tl.arange(0, TAIL)
+    inside = tail < K
+    x_row = x_ptr + row * stride_x
+    y0 = gelu_tanh(tl.load(x_row + head).to(tl.float32))
+    y1 = gelu_tanh(tl.load(x_row + tail, mask=inside, other=0.0).to(tl.float32))
+    if multiplier_ptr is not None:
+        y0 *= tl.load(multiplier_ptr + head)
+        y1 *= tl.load(multiplier_ptr + tail, mask=inside, other=0.0)
+    amax = tl.maximum(tl.max(tl.abs(y0)), tl.max(tl.abs(y1)))
+    bad = tl.sum((y0 != y0).to(tl.int32)) + tl.sum((y1 != y1).to(tl.int32))
+    columns = tl.arange(0, BLOCK_FIRST)
+    if beside_ptr is not None:
+        at = _offsets(row, inner_rows, stride_0, stride_1) + _offsets(columns, WIDTH, stride_2, stride_3)
+        beside = tl.load(beside_ptr + at, mask=columns < FIRST, other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, tl.max(tl.abs(beside)))
+        bad += tl.sum((beside != beside).to(tl.int32))
+    scale = tl.maximum(amax, SMALLEST_AMAX) * (1.0 / 127)
+    # maxima pass over NaN; a scale of NaN carries it to the output of the product
+    tl.store(scale_ptr + row, tl.where(bad > 0, float("nan"), scale))
+    to_integers = tl.div_rn(1.0, scale)
+    q_row = q_ptr + row * (FIRST + K)
+    if beside_ptr is not None:
+        tl.store(q_row + columns, to_symmetric_int8(beside * to_integers, 127), mask=columns < FIRST)
+    tl.store(q_row + FIRST + head, to_symmetric_int8(y0 * to_integers, 127))
+    tl.store(q_row + FIRST + tail, to_symmetric_int8(y1 * to_integers, 127), mask=inside)
 
 
 def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
@@ -206,3 +251,54 @@ def quantize_per_token_triton(x: torch.Tensor, bits: int = 8, token_dims: int = 
 
     _PER_TOKEN((x, q, scale, None), (bits, token_dims), prepare)
     return q, scale
+
+
+def gelu_quantize_per_token_triton(
+    x: torch.Tensor, multiplier: torch.Tensor | None = None, beside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch on ``x [..., K]`` and ``beside [..., heads, D]`` of any strides, a program for each token."""
+    k, first = x.shape[-1], 0 if beside is None else beside.shape[-2:].numel()
+    q = torch.empty((*x.shape[:-1], first + k), dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if scale.numel() == 0:
+        return q, scale
+    if k == 0:
+        return quantize_per_token_triton(x if beside is None else beside.flatten(-2))
+    if first == 0:
+        beside = None
+
+    def prepare() -> tuple[tuple[Start, ...], tuple[torch.Tensor | None, ...]]:
+        rows, heads = rows_of(x), beside
+        walk: tuple[int, ...] = (1, 0, 0, 0, 0, 1)
+        rows = rows if rows.stride(1) == 1 or k == 1 else rows.contiguous()
+        if beside is not None:
+            heads, (_, _, inner_rows, strides, width) = _as_matrix(beside, 2)
+            walk = (inner_rows, *strides, width)
+        start = _gelu_start(rows, first, walk)
+        vector = None if multiplier is None else multiplier.contiguous()
+        return (start,), (rows, vector, heads, q, scale)
+
+    _GELU_PER_TOKEN((x, multiplier, beside, q, scale), None, prepare)
+    return q, scale
+
+
+def _gelu_start(x: torch.Tensor, first: int, walk: tuple[int, ...]) -> Start:
+    *strides, width = walk
+    k = x.shape[1]
+    head = max(1, triton.next_power_of_2(k) // 2)
+
+    def arrange(x_row: Any, multiplier: Any, beside: Any, q: Any, scale: Any) -> tuple[Any, ...]:
+        return (x_row, multiplier, beside, q, scale, x.stride(0), *strides)
+
+    constants = {
+        "K": k,
+        "FIRST": first,
+        "WIDTH": width,
+        "SMALLEST_AMAX": SMALLEST_AMAX,
+        "HEAD": head,
+        "TAIL": triton.next_power_of_2(max(1, k - head)),
+        "BLOCK_FIRST": triton.next_power_of_2(max(1, first)),
+        "num_warps": min(8, max(1, head // 1024)),
+        "enable_fp_fusion": True,
+    }
+    return Start(_gelu_quantize_per_token_kernel, (len(x), 1, 1), arrange, constants)

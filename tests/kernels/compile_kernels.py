@@ -237,6 +237,10 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             yield record(arch, "quantize_per_tensor", [width, flag is not None])
         quantize.quantize_per_token_triton(x)
         yield record(arch, "quantize_per_token", [width])
+    for width, heads in ((4608, None), (12288, 24), (12288, None), (10240, None), (15360, 24)):
+        beside = None if heads is None else torch.zeros(1, heads, 128).bfloat16()
+        quantize.gelu_quantize_per_token_triton(torch.zeros(1, width).bfloat16(), torch.ones(width), beside)
+        yield record(arch, "gelu_quantize_per_token", [width, heads or 0])
     x = torch.zeros(2, 16, 256, 72).bfloat16().transpose(1, 2)
     quantize.quantize_per_tensor_triton(x, one, integer)
     yield record(arch, "quantize_per_tensor", [16, 72])

@@ -64,6 +64,11 @@ TABLE: dict[str, dict[str, Parameter]] = {
         "bits": BITS,
         "token_dims": Parameter(1),
     },
+    "gelu_quantize_per_token": {
+        "x": tensor(2, 3, 64, dtypes=FLOATS, any_shape=True),
+        "multiplier": tensor(64, optional=True),
+        "beside": tensor(2, 3, 7, 2, dtypes=FLOATS, optional=True),
+    },
     "int8_matmul": {"xq": XQ._replace(any_shape=True), "wq": WQ},
     "int8_linear": {"xq": XQ._replace(any_shape=True), "wq": WQ, **LINEAR, "out_dtype": OUT_DTYPE},
     "int4_linear": {

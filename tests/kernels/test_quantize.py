@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qandc_kernels import quantize_per_tensor, quantize_per_token, reference
-from tests.kernels.oracle import float_dtypes
+from qandc_kernels import gelu_quantize_per_token, quantize_per_tensor, quantize_per_token, reference
+from tests.kernels.oracle import assert_rounded, float_dtypes, gelu
 
 SHAPES = [(1, 1), (1, 192), (17, 33), (256, 100), (727, 7), (3, 1152), (2, 4608)]
 ZERO_POINTS = [None, -128, 11]
@@ -204,6 +204,77 @@ def test_random_shapes_and_scales(kernel_device, rows, columns, scale, zero_poin
     s, z = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
     expected = reference.quantize_per_tensor(x, s, z)
     assert torch.equal(quantize_per_tensor(*(t.to(kernel_device) for t in (x, s, z))).cpu(), expected)
+
+
+def assert_gelu_per_token(x, multiplier=None, beside=None):
+    """Against float64; what is quantized follows the scale that was found."""
+    y = gelu(x.cpu().double())
+    if multiplier is not None:
+        y = y * multiplier.cpu().double()
+    if beside is not None:
+        y = torch.cat([beside.cpu().double().flatten(-2), y], -1)
+    amax = y.abs().amax(-1) if y.shape[-1] else y.new_zeros(y.shape[:-1])
+    for function in (gelu_quantize_per_token, reference.gelu_quantize_per_token):
+        q, scale = function(x, multiplier, beside)
+        assert q.is_contiguous()
+        torch.testing.assert_close(scale.cpu().double(), amax.clamp(min=1e-10) / 127, atol=0, rtol=1e-5)
+        assert_rounded(q, y / scale.cpu().double()[..., None])
+        assert (q != -128).all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # where GELU is 0
+@pytest.mark.parametrize("heads", [None, (1, 1), (3, 5), (2, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (17, 33), (2, 5, 300), (3, 1152), (1, 2, 4608)], ids=str)
+def test_gelu_per_token(kernel_device, shape, heads, seeded):
+    multiplier = torch.rand(shape[-1], generator=seeded) + 0.5
+    for dtype in float_dtypes(kernel_device):
+        x = (torch.randn(shape, generator=seeded) * 3).to(dtype).to(kernel_device)
+        beside = None
+        if heads is not None:
+            beside = (torch.randn(*shape[:-1], *heads, generator=seeded) * 4).to(dtype).to(kernel_device)
+        assert_gelu_per_token(x, None, beside)
+        assert_gelu_per_token(x, multiplier.to(kernel_device), beside)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+def test_gelu_per_token_of_any_strides(kernel_device, seeded):
+    base = torch.randn(4, 40, 66, generator=seeded).to(kernel_device)
+    heads = torch.randn(4, 2, 40, 24, generator=seeded).to(kernel_device).transpose(1, 2)  # as attention leaves them
+    wild = torch.randn(24, 40, 2, 2, 4, generator=seeded).to(kernel_device).permute(4, 1, 2, 3, 0).flatten(2, 3)
+    factors = torch.rand(132, generator=seeded).to(kernel_device)[::2] + 0.5
+    for beside in (heads, wild, heads[..., ::2], None):
+        assert_gelu_per_token(base, factors, beside)
+    assert_gelu_per_token(base.mT, factors[:40], heads[:, :1].expand(-1, 66, -1, -1))
+    assert_gelu_per_token(base[:, ::3, ::2], factors[::2], heads[:, ::3])
+    assert_gelu_per_token(base[:, :, 5:38], factors[:33])
+
+
+def test_gelu_per_token_of_nothing(kernel_device, seeded):
+    x, heads = torch.randn(3, 8, generator=seeded).to(kernel_device), torch.randn(3, 2, 4, generator=seeded)
+    for k, columns in ((0, 4), (8, 0), (0, 0)):
+        assert_gelu_per_token(x[:, :k], None, heads[..., :columns].to(kernel_device))
+    q, scale = gelu_quantize_per_token(x[:0], None, heads[:0].to(kernel_device))
+    assert (q.shape, scale.shape) == ((0, 16), (0,))
+    q, scale = gelu_quantize_per_token(torch.zeros(3, 40, device=kernel_device))
+    assert torch.equal(q.cpu(), torch.zeros(3, 40, dtype=torch.int8))
+    assert (scale > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("where", ["x", "beside"])
+def test_gelu_per_token_of_nan_and_infinities(kernel_device, where):
+    """NaN says so by the scale of its row, and others do not notice; of what is infinite all else is zero."""
+    x, beside = torch.full((4, 6), 2.0), torch.full((4, 1, 2), -3.0)
+    spoiled = x if where == "x" else beside[:, 0]
+    spoiled[1, 1], spoiled[2, 1] = float("nan"), float("inf")
+    for function in (gelu_quantize_per_token, reference.gelu_quantize_per_token):
+        q, scale = (t.cpu() for t in function(x.to(kernel_device), None, beside.to(kernel_device)))
+        torch.testing.assert_close(scale[0], torch.tensor(3 / 127))
+        assert scale[1].isnan()
+        assert scale[2] == float("inf")
+        assert not q[2].any()
+        assert torch.equal(scale[::3], scale[:1].expand(2))
+        assert torch.equal(q[::3], torch.tensor([[-127, -127, *[83] * 6]] * 2, dtype=torch.int8))
 
 
 def test_ops_keep_leading_dimensions(seeded):

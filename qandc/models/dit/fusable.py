@@ -51,7 +51,7 @@ def why_not_block(block: Any, prefix: str, ranges: StepRanges | None) -> str | N
     if not is_gelu_mlp(block.ff):
         return "its activation is not tanh-GELU"
     return (
-        why_not_layers(block, BLOCK_LAYERS, (*QKV, "ff.net.0.proj"), prefix, ranges)
+        why_not_layers(block, BLOCK_LAYERS)
         or why_not_one_product(block, QKV)
         or why_not_one_input(block, QKV, prefix, ranges)
     )
@@ -61,7 +61,7 @@ def why_not_output(transformer: Any) -> str | None:
     """Say why the last norm and projection can't run fused, or None."""
     if not plain_norm(transformer.norm_out):
         return "norm_out is not a LayerNorm without weights"
-    reason = why_not_layer(OUTPUT, transformer.proj_out_2, static=False)
+    reason = why_not_layer(OUTPUT, transformer.proj_out_2)
     return reason or touched(transformer.proj_out_2) or touched(transformer.norm_out)
 
 

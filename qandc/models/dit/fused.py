@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from qandc.caching.features import FeatureStore, Target, corrected
 from qandc.caching.plan import Action, Plan
 from qandc.errors import DataError
+from qandc.models.attention import attend_quantized
 from qandc.models.dit.conditioning import Conditioning
 from qandc.models.dit.fusable import (
     BLOCK_LAYERS,
@@ -36,7 +37,6 @@ from qandc.models.products import SETTINGS, Mlp, Product, Ranges, modulated, pro
 from qandc.quantization.linear import QuantLinear
 from qandc.quantization.ranges import StepRanges
 from qandc.support.watch import Watch
-from qandc_kernels import attention_quantize_per_tensor
 
 __all__ = ["FusedStep"]
 
@@ -83,7 +83,7 @@ def _qkv(attention: Any, ranges: Ranges, out_smoothing: torch.Tensor | None) -> 
 
 
 class FusedBlock:
-    """Run a transformer block whose layers are all quantized: behind modulation static or per token, else static."""
+    """Run a transformer block whose layers are all quantized."""
 
     def __init__(self, block: Any, ranges: dict[str, Ranges], nan_flag: torch.Tensor) -> None:
         attention = block.attn1
@@ -104,8 +104,8 @@ class FusedBlock:
         parts = modulation.chunk(6, 1)  # shift, scale and gate of attention, and of the MLP
         xq, qkv = modulated(x, parts, self.qkv, None, self.eps)
         q, k, v = qkv(xq, x.dtype).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
-        xq = attention_quantize_per_tensor(q, k, v, self.out.x_scale, self.out.x_zero_point, self.nan_flag)
-        self.out.gate_residual_(x, xq.flatten(2), parts[2], of_attn)
+        xq, out = attend_quantized(q, k, v, self.out, self.nan_flag)
+        out.gate_residual_(x, xq, parts[2], of_attn)
         self.mlp.add_(x, parts[3:], of_mlp)
         return x
 
