@@ -109,7 +109,9 @@ def record(arch: int, kernel: str, tile) -> dict:
     }
 
 
-def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None, branch: bool = False) -> None:
+def launch_gemm(
+    kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None, branch: bool = False, per_token: bool = False
+) -> None:
     """As the ops do, with every optional operand."""
     family, _, ending = kernel.partition(" ")
     halves, packed = family.endswith("a16"), family.startswith("int4")
@@ -122,7 +124,7 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
     elif ending == "gate":
         parameters = parameters._replace(gate=torch.zeros(m // 256 + 1, n).bfloat16(), gate_stride=n, tokens=256)
     out = torch.zeros(m, n, dtype=torch.int8 if ending == "gelu" else torch.bfloat16)
-    if ending == "token":
+    if ending == "token" or per_token:
         parameters = parameters._replace(x_scale=torch.ones(m))
     elif not halves:
         parameters = parameters._replace(x_zero_point=integer, w_sum=vector.int())
@@ -166,8 +168,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
                     continue
                 yield record(arch, kernel, tile)
                 if kernel.endswith("gate") and not every_candidate:
-                    launch_gemm(kernel, m, n, k, tile, branch=True)
-                    yield record(arch, kernel + " branch", tile)
+                    for branch, per_token in ((True, False), (True, True), (False, True)):
+                        launch_gemm(kernel, m, n, k, tile, branch, per_token)
+                        yield record(arch, f"{kernel}{' branch' * branch}{' token' * per_token}", tile)
     if every_candidate:
         return
     sums = torch.zeros(512, 1152, dtype=torch.int32), tiles.GemmTile(64, 64, 64, 8, 4, 3)
