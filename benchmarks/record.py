@@ -87,6 +87,12 @@ def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> I
         yield Portion(file, option, minutes, f"{{python}} {run} {files} {option}", f"check-{check}")
 
 
+def sampling(file: str, check: str, gpus: int) -> Portion:
+    """Name a run that draws as many images on each GPU."""
+    run = f"torchrun --standalone --nproc-per-node={gpus} -m qandc sample -n {12000 * gpus} --batch-size 500"
+    return Portion(file, "", 2, f"{run} -o {{scratch}}/a.npz --json {{out}}", f"check-{check}", gpus)
+
+
 BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each run of what takes no turns with it
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
@@ -94,33 +100,32 @@ QUICK = ("PixArt-Sigma", *SMALL)
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
 SLOW = ("Qwen-Image", *OTHERS)  # whose images take ten seconds and more
 IMAGES = {layer: [f"--layers {layer} -k '{which}'" for which in (
-    "bf16", "optimize", "graph and not fused", *(("torchao",) if layer == LARGE[0] else ()),
-    *(("fused and not W4A8 and not cache", "fused and cache", "W4A8") if layer not in OTHERS else ()),
+    "bf16", "optimize", *(("torchao",) if layer == LARGE[0] else ()), *(
+        ("graph",) if layer in OTHERS else ("fused and not W4A8 and not cache", "fused and cache", "W4A8")
+    ),
 )] for layer in (*LARGE, *SMALL, *OTHERS)}  # fmt: skip
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
-SAMPLE = "-m qandc sample -n {0}2000 --batch-size 500 -o {{scratch}}/a.npz --json {{out}}"
-SAMPLE = f"torchrun --standalone --nproc-per-node={{0}} {SAMPLE}"
 PORTIONS: tuple[Portion, ...] = (
     checks("kernels", 4, "kernels"),
-    checks("layers", 4, "test_linear.py test_rounding.py test_shared_products.py test_block_hessians.py"),
-    checks("steps", 5, "test_fused_dit.py test_run_graph.py test_cache_modes.py test_generate.py test_nan_flags.py"),
-    checks("models", 5, "test_fused_blocks.py test_modulations.py test_model_graph.py test_families.py test_models.py"),
+    checks("layers", 1.5, "test_linear.py test_rounding.py test_shared_products.py test_block_hessians.py"),
+    checks("steps", 2, "test_fused_dit.py test_run_graph.py test_cache_modes.py test_generate.py test_nan_flags.py"),
+    checks("models", 3, "test_fused_blocks.py test_modulations.py test_model_graph.py test_families.py test_models.py"),
     *bench("host", "layers", 1, "test_host.py"),
     *bench(
-        "kernels", "kernels", 2, "test_linear.py test_epilogues.py test_adaln.py",
+        "kernels", "kernels", 3, "test_linear.py test_epilogues.py test_adaln.py",
         *(f"--layers 8192^3,{layer}" for layer in ("qkv", "out", "fc1", "fc2")), "--layers 'LN,1 GiB,38 MB'",
     ),
-    *bench("products", "kernels", 2, "test_products.py"),
+    *bench("products", "kernels", 1.5, "test_products.py"),
     *bench("model", "kernels", 1, "test_attention.py"),
-    *bench("model", "steps", 5, "test_model.py", *(f"-k '{k}'" for k in (
+    *bench("model", "steps", 4, "test_model.py", *(f"-k '{k}'" for k in (
         "256 and not torchao", "512 and not torchao", f"fp8 or {BF16}"
     ))),
     *bench("model", "steps", 7, "test_model.py", f"-k '256 and (int8dq or {BF16})' --rows 16"),
-    *bench("cache-cost", "steps", 3, "test_cache.py", "-k test_step", "-k test_run"),
-    *bench("pipeline", "steps", 3, "test_pipeline.py", *(f"--rows {m}" for m in (1, 8, 32))),
+    *bench("cache-cost", "steps", 2.5, "test_cache.py", "-k test_step", "-k test_run"),
+    *bench("pipeline", "steps", 2.5, "test_pipeline.py", *(f"--rows {m}" for m in (1, 8, 32))),
     *(
         portion for layer in (*LARGE, *SMALL, *OTHERS)
-        for portion in bench("models", "models", 2 if layer in QUICK else 4, "test_models.py", *(
+        for portion in bench("models", "models", 1.5 if layer in QUICK else 3, "test_models.py", *(
             f"--layers {layer} -k '{k}'" for k in ("not graph and not torchao", "graph", f"torchao or {BF16}")
         ))
     ),
@@ -161,9 +166,9 @@ PORTIONS: tuple[Portion, ...] = (
     ),
     *script("gptq", "layers", 6, "-m training.measure_gptq", "--samples 16", "--samples 16 --offload", "--samples 64"),
     *script("large-model", "steps", 3, "training/measure_large_model.py", "--w-bits 8", "--w-bits 4"),
-    Portion("sample", "", 2, SAMPLE.format(1), "check-steps"),
+    sampling("sample", "steps", 1),
     checks("gpus", 2, "kernels/test_launch.py test_fused_dit.py -k 'another_gpu or second_gpu'", 2),
-    Portion("sample-2", "", 2, SAMPLE.format(2), "check-gpus", 2),
+    sampling("sample-2", "gpus", 2),
     checks("processor", 3, "test_linear.py test_quantizer.py test_sampling.py test_cache_modes.py", 0),
     Portion(
         "generate", "", 1, "{python} -m qandc generate --json {out} -o {card}/generate.png", "check-processor", 0

@@ -241,11 +241,10 @@ def _cache_dit(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
 Cache = Callable[[Any, Row, Launch], Any]
 CANDIDATES: dict[str, tuple[str, Cache | None]] = {name: (name, None) for name in RECIPES if name != TO_BE_COMPILED}
 CANDIDATES |= {  # the transformer that is cached, and how
-    f"{ours}, {mode} cache": (
-        ours,
+    f"{IMAGES_FUSED}, {mode} cache": (
+        IMAGES_FUSED,
         lambda pipe, row, launch, mode=mode: _ours_cached(CacheConfig(mode, interval=INTERVAL), pipe, row),
     )
-    for ours in (IMAGES_OURS, IMAGES_FUSED)
     for mode in IMAGES_CACHED
 }
 CANDIDATES |= {
@@ -270,9 +269,7 @@ def _compared(layer: str, name: str) -> bool:
         return layer == "FLUX.1-dev"
     if AHEAD in name and layer.startswith("PixArt"):  # which has no layers of modulation
         return False
-    if "fused" in name or name.startswith(f"{IMAGES_OURS}, "):  # cached as fused blocks where there are any
-        return ("fused" in name) == fuses(layer)
-    return True
+    return not name.startswith("W") or ("fused" in name) == fuses(layer)  # ours: fused where there are kernels for it
 
 
 CASES = [(layer, name, pipe.steps) for layer, pipe in PIPES.items() for name in ORDER if _compared(layer, name)]

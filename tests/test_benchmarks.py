@@ -16,7 +16,9 @@ import torch
 
 from benchmarks import conftest, goals, models, report
 from benchmarks.timing import relative_error
+from qandc import get_cache
 from tests.conftest import make_dit
+from tests.tiny_models import inputs_of, make_tiny, output_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -272,6 +274,21 @@ def test_a_rival_takes_turns():
     assert found["rival_ratio_range"] == pytest.approx([2, 2])
     assert found["rival_ratio"] == pytest.approx(2)
     assert found["rival_min_us"] == 2e6 * 12
+
+
+def test_one_line_leaves_the_model_alone_that_others_are_made_of():
+    from benchmarks import families
+    from benchmarks import test_images as images
+
+    name = "FluxTransformer2DModel"
+    base, inputs = make_tiny(name), inputs_of(name)
+    expected = output_of(base, inputs)
+    pipe, row = types.SimpleNamespace(transformer=families.clone(base), components={}), {"m": 6}
+    with images._one_line(pipe, row, None):
+        assert row["compute_steps"] == 3
+        assert get_cache(pipe.transformer) is not None
+        assert not torch.equal(output_of(pipe.transformer, inputs), expected)
+    assert torch.equal(output_of(base, inputs), expected)
 
 
 def test_shares_of_a_run(monkeypatch):
