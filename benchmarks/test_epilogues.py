@@ -74,9 +74,9 @@ def gelu_per_token(p: Problem) -> Candidate:
 
     def error(result: tuple[torch.Tensor, torch.Tensor], i: int) -> float:
         i %= p.copies
-        y = F.gelu(reference.int8_linear(p.xq, w[i], p.x_scale, scale[i], p.bias).float(), approximate="tanh")
-        q, token_scale = result
-        return relative_error(q * token_scale[..., None], y)
+        y = reference.int8_linear(p.xq, w[i], p.x_scale, scale[i], p.bias)
+        (q, s), (expected, expected_s) = result, reference.gelu_quantize_per_token(y)
+        return relative_error(q * s[..., None], expected * expected_s[..., None])
 
     return Candidate(launch, error, BOUND, p.launches)
 

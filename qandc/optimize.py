@@ -16,7 +16,7 @@ from qandc.cache import apply_cache, get_cache, reset_all_caches
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of, format_schedule
 from qandc.errors import ConfigError, ModelError
 from qandc.fusion.blocks import FusedBlocks, fuses_blocks, why_not_here
-from qandc.fusion.fuse import Fused, fuse, is_fused, unfuse
+from qandc.fusion.fuse import Fused, fuse, is_fused
 from qandc.fusion.model_graph import Graphed, graph
 from qandc.fusion.modulations import attached, offloaded
 from qandc.method.prompt_calibration import calibrate_on_prompts
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 PARTS = ("transformer", "transformer_2", "unet")  # names of what denoises in pipelines of diffusers
 OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline: what undoes each call, in order
 INTERVAL = 3
-NOT_WHOLE = "parts of the model beside its blocks cannot; modulation layers only in full precision (conditioning=None)"
 UNPLANNED = "no: the cache decides while a step runs"
 ADD_A_FAMILY = "docs/models.md says how a family is added"
 
@@ -246,8 +245,9 @@ def optimize(
         calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote, or what
             :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits and
             schemes, and what it was saved with is used. Settings without a model quantize the pipeline's own.
-        compile: fuse the blocks (DiT, FLUX.1, Chroma, Qwen-Image, SD3.5, PixArt), or compile them, which takes a
-            minute at the first image, and replay steps from CUDA graphs. By default where the model is on a GPU.
+        compile: fuse the blocks (FLUX.1, Chroma, Qwen-Image, SD3.5, PixArt; DiT with ``conditioning=None``), or
+            compile those of other models, which takes a minute at the first image, and replay steps from CUDA graphs.
+            By default where the model is on a GPU.
         offload_modulation: keep the weights of modulation in host memory, where blocks are fused: 6.9 GB less of a
             Qwen-Image in 8 bits on the GPU, 3.6 in 4. The first step of each run copies them, layer by layer.
         restorable: keep what is replaced, in host memory.
@@ -432,16 +432,14 @@ def _fused(model: Any, planned: bool, ranges: StepRanges | None) -> dict[str, st
     if family is None or (family.program is None and not fuses_blocks(family)):
         return {}
     reason = why_not_here(model, next(model.parameters()).device)
+    if reason is None and family.program is not None and ranges is None:  # in part it would be slower than compiled
+        reason = family.program.why_not_whole(model, ranges)
     if reason is not None or not planned:
         return {"fused": f"no: {reason}" if reason is not None else UNPLANNED}
     try:
         fuse(model, step_ranges=ranges)
     except ModelError as error:
         return {"fused": f"no: {error}"}
-    fused = Fused.of(model)
-    if fused is not None and not fused.step(model).graphable:  # compiled it is faster
-        unfuse(model)
-        return {"fused": f"no: {NOT_WHOLE}"}
     return {"fused": "whole steps, with CUDA graphs" if is_fused(model) else "blocks, each by itself"}
 
 

@@ -36,6 +36,7 @@ from qandc import (
 )
 from qandc.caching.schedule import MODES
 from qandc.fusion.fuse import Fused, is_fused
+from qandc.models import products
 from qandc.quantization.conversion import quant_layers
 from qandc.variance_compensation import FittedFor
 from tests import tiny_pipelines
@@ -471,7 +472,9 @@ def test_a_calibrated_flux_runs_on_fused_blocks(tmp_path, fused_anywhere):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel"])
-def test_without_calibration_blocks_are_fused_too(fused_anywhere, name):
+def test_without_calibration_blocks_are_fused_too(fused_anywhere, monkeypatch, name):
+    quantize, ran = products.gelu_quantize_per_token, []
+    monkeypatch.setattr(products, "gelu_quantize_per_token", lambda *given: ran.append(0) or quantize(*given))
     pipe = Pipe(transformer=make_tiny(name))
     plain = output_of(pipe.transformer, inputs_of(name))
     whole = name.startswith("DiT")
@@ -485,6 +488,7 @@ def test_without_calibration_blocks_are_fused_too(fused_anywhere, name):
     assert "compile" not in plan
     found = output_of(pipe.transformer, inputs_of(name))
     assert (found - expected).norm() < 0.01 * plain.norm()
+    assert ran
     if whole:
         assert Fused.of(pipe.transformer).built.graphable
     unfuse(pipe.transformer)  # refused if nothing is fused
@@ -493,15 +497,19 @@ def test_without_calibration_blocks_are_fused_too(fused_anywhere, name):
 
 
 @pytest.mark.parametrize("cache", ["taylor", None])
-def test_steps_that_would_run_fused_in_part_are_compiled(dit_pipe, fused_anywhere, cache):
+def test_steps_that_would_run_fused_in_part_are_compiled(dit_pipe, fused_anywhere, caplog, cache):
     """Of a DiT modulation is a part of fused steps, and in few bits it is none."""
     plain = images(dit_pipe)
     plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True)).split())
-    assert "fused no: parts of the model beside its blocks cannot; modulation layers only in full precision" in plan
+    assert "fused no: modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)" in plan
     assert "compile 3 blocks" in plan
     assert not is_fused(dit_pipe.transformer)
+    assert not caplog.text
     restore(dit_pipe)
     assert torch.equal(images(dit_pipe), plain)
+    dit_pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda module, args, output: output)
+    plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True, conditioning=None)).split())
+    assert "fused no: ff has forward hooks" in plan
 
 
 def test_a_calibrated_model_of_another_class_is_refused(dit_pipe, tmp_path):

@@ -174,20 +174,22 @@ def _run(transformer: Any, fused: Fused, step: Program, call: Any, plan: Plan) -
 def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepRanges | None = None) -> Any:
     """Run a quantized DiT, FLUX.1, Chroma, Qwen-Image, SD3.5 or PixArt on fused kernels, in its pipeline.
 
-    A block becomes seven launches (of the others a few more) without an int32 or a 16-bit copy of int8 data in
-    between; layers without static ranges get a scale per token, which behind attention and GELU takes a pass. Of DiT the conditioning of all blocks becomes a few batched products, and a forward one CUDA graph for each
-    batch size and resolution (at most 8 are kept); of the others blocks alone are fused, and :func:`qandc.graph` makes
-    the forward a graph. Results equal those of the unfused model to rounding. Weights are used where they are, those of
-    q, k, v and of DiT's adaLN layers become parts of larger tensors; no weight is stored twice.
+    A block with static ranges becomes seven launches (of the others a few more) without an int32 or a 16-bit copy of
+    int8 data in between; without them tokens get a scale each, which behind attention and GELU takes a pass. Of DiT the
+    conditioning of all blocks becomes a few batched products, and a forward one CUDA graph for each batch size and
+    resolution (at most 8 are kept); of the others blocks alone are fused, and :func:`qandc.graph` makes the forward a
+    graph. Results equal those of the unfused model to rounding. Weights are used where they are, those of q, k, v and
+    of DiT's adaLN layers become parts of larger tensors; no weight is stored twice.
 
     A block that can't run fused (a layer is not quantized, activations of fewer than 8 bits, hooks, LoRA,
-    parametrizations, another attention processor, arguments that it does not read) runs as before, in DiT then without CUDA graphs, and ``quantization_report`` says why. On a CPU, under autocast,
-    with global hooks of modules and in training mode the whole model does, and logs it.
+    parametrizations, another attention processor, arguments that it does not read) runs as before, in DiT then without
+    CUDA graphs, and ``quantization_report`` says why. On a CPU, under autocast, with global hooks of modules and in
+    training mode the whole model does, and logs it.
     Changes to modules, hooks, ranges, dtype or device are noticed; writing into a tensor of a layer need not be, unless
     ``load_state_dict`` of the transformer, or of a module that holds it, does so.
 
     Args:
-        transformer: after :func:`qandc.quantize_model` and, for static ranges, :func:`qandc.calibrate`; changed in place.
+        transformer: after :func:`qandc.quantize_model`, and :func:`qandc.calibrate` for static ranges; changed in place.
         cuda_graphs: of a DiT, False launches kernels one by one.
         step_ranges: of a DiT, activation ranges that change from step to step, instead of those in the layers.
 

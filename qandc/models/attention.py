@@ -49,8 +49,7 @@ def attend_quantized(
     needs all heads of a token first: then, as with many keys, torch attends.
     """
     scale, zero_point = product.x_scale, product.x_zero_point
-    many = scale is None or k.shape[1] >= MANY_KEYS
-    first = key_bias is None and many and _cudnn_is_fastest(q)
+    first = key_bias is None and k.shape[1] >= MANY_KEYS and _cudnn_is_fastest(q)
     if scale is not None and not first:
         return attention_quantize_per_tensor(q, k, v, scale, zero_point, nan_flag, key_bias).flatten(2), product
     mask = None if key_bias is None else key_bias[:, None, None]

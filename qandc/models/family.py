@@ -65,6 +65,10 @@ class Program(Protocol):
     def why_not(transformer: Any, ranges: StepRanges | None) -> dict[str, str | None]:
         """Return ``reasons`` of a program that is not built."""
 
+    @classmethod
+    def why_not_whole(cls, transformer: Any, ranges: StepRanges | None) -> str | None:
+        """Say why a program that is not built would not be ``graphable``, or None."""
+
     @staticmethod
     def why_not_call(call: Call) -> str | None:
         """Say why a forward with these arguments can't run fused, or None."""

@@ -1,8 +1,9 @@
 """Run the blocks of FLUX.1 on fused kernels: those of two streams, text and image, and those of one sequence of both.
 
 A block of one sequence is LayerNorm + modulate + quantize, one product for q, k and v, norms and rotation of their
-heads, attention, its quantization, a product that applies GELU and quantizes, and one that adds gate · y to the
-residual stream. What a block is given is left alone, as others may hold it.
+heads, attention, its quantization, a product that applies GELU and quantizes (without a static range another kernel
+does both), and one that adds gate · y to the residual stream. What a block is given is left alone, as others may hold
+it.
 """
 
 from __future__ import annotations

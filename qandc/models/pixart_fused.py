@@ -1,8 +1,8 @@
 """Run the blocks of PixArt on fused kernels.
 
-A block is LayerNorm + modulate + quantize, one product for q, k and v, attention that stores int8, a product that adds
-gate · y to the residual stream; then quantize, a product for q, attention to the caption, a product that adds y; then
-the MLP in three launches. The caption, quantized for each block, and its k and v take two more.
+A block with static ranges is LayerNorm + modulate + quantize, one product for q, k and v, attention that stores int8, a
+product that adds gate · y to the residual stream; then quantize, a product for q, attention to the caption, a product
+that adds y; then the MLP in three launches. The caption, quantized for each block, and its k and v take two more.
 """
 
 from __future__ import annotations

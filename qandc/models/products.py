@@ -91,7 +91,8 @@ class Product(NamedTuple):
     ) -> tuple[torch.Tensor, Product]:
         """Apply GELU to the product and quantize for ``following``, behind heads that it takes too; gives both.
 
-        The largest of a token is known only behind all of it: without a range what GELU takes is stored as ``dtype``.
+        The largest of a token is known only behind all of it: without a range what GELU takes is stored as ``dtype``,
+        in which it may overflow as that of the unfused layer may.
         """
         if following.x_scale is None:
             hidden, x_scale = gelu_quantize_per_token(self(xq, dtype), multiplier, beside)

@@ -2,7 +2,8 @@
 
 Each stream is LayerNorm + modulate + quantize, one product for q, k and v, norms and rotation of their heads; then
 comes one attention; then of each stream its quantization, a product that adds gate · y to the residual stream, and the
-MLP: LayerNorm + modulate + quantize, a product that applies GELU and quantizes, and one more that adds gate · y.
+MLP: LayerNorm + modulate + quantize, a product that applies GELU and quantizes (without a static range another kernel
+does), and one more that adds gate · y.
 
 What a block is given is left alone, as others may hold it: the first kernel copies it while it reads it.
 """

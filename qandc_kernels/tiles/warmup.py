@@ -13,6 +13,7 @@ from qandc_kernels.ops.linear import int4_linear, int8_linear, linear_gelu_quant
 from qandc_kernels.ops.quantize import (
     adaln_quantize_per_tensor,
     adaln_quantize_per_token,
+    gelu_quantize_per_token,
     quantize_per_tensor,
     quantize_per_token,
 )
@@ -67,13 +68,10 @@ def warm_up(
             weight = torch.zeros(n, k // (8 // w_bits), dtype=torch.uint8 if w_bits == 4 else torch.int8, device=device)
             w_scale, w_sum = torch.ones(n, device=device), torch.zeros(n, dtype=torch.int32, device=device)
             linear = int4_linear if w_bits == 4 else int8_linear
-            for z in (None, zero_point):
+            for s, z in ((one, None), (one, zero_point), (one.expand(x.shape[:2]), None)):
                 xq = quantize_per_tensor(x, one, z)
                 adaln_quantize_per_tensor(x, modulation[:, :k], modulation[:, :k], one, z)
-                linear(xq, weight, one, w_scale, modulation[0, :n], z, w_sum, out_dtype=dtype)
-                linear_gelu_quantize(xq, weight, one, w_scale, one, modulation[0, :n], z, None, z, w_sum)
+                gelu_quantize_per_token(linear(xq, weight, s, w_scale, modulation[0, :n], z, w_sum, out_dtype=dtype))
+                linear_gelu_quantize(xq, weight, s, w_scale, one, modulation[0, :n], z, None, z, w_sum)
                 residual = torch.zeros(samples, m // samples, n, dtype=dtype, device=device)
-                linear_gate_residual_(
-                    residual, xq, weight, one, w_scale, modulation[:, :n], modulation[0, :n], z, w_sum
-                )
-            linear(xq, weight, one.expand(samples, m // samples), w_scale, modulation[0, :n], out_dtype=dtype)
+                linear_gate_residual_(residual, xq, weight, s, w_scale, modulation[:, :n], modulation[0, :n], z, w_sum)

@@ -285,7 +285,7 @@ def gelu_quantize_per_token_triton(
 def _gelu_start(x: torch.Tensor, first: int, walk: tuple[int, ...]) -> Start:
     *strides, width = walk
     k = x.shape[1]
-    head = max(1, triton.next_power_of_2(k) // 2)
+    head, block_first = max(1, triton.next_power_of_2(k) // 2), triton.next_power_of_2(max(1, first))
 
     def arrange(x_row: Any, multiplier: Any, beside: Any, q: Any, scale: Any) -> tuple[Any, ...]:
         return (x_row, multiplier, beside, q, scale, x.stride(0), *strides)
@@ -297,8 +297,8 @@ def _gelu_start(x: torch.Tensor, first: int, walk: tuple[int, ...]) -> Start:
         "SMALLEST_AMAX": SMALLEST_AMAX,
         "HEAD": head,
         "TAIL": triton.next_power_of_2(max(1, k - head)),
-        "BLOCK_FIRST": triton.next_power_of_2(max(1, first)),
-        "num_warps": min(8, max(1, head // 1024)),
+        "BLOCK_FIRST": block_first,
+        "num_warps": min(16, max(1, max(head, block_first) // 1024)),
         "enable_fp_fusion": True,
     }
     return Start(_gelu_quantize_per_token_kernel, (len(x), 1, 1), arrange, constants)

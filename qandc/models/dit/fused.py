@@ -1,9 +1,9 @@
 """Run the forward of a quantized DiT on fused kernels: what is prepared once, and what runs each step.
 
-A block is seven launches: LayerNorm + modulate + quantize, one product for q, k and v, attention that stores int8, a
-product that adds gate · y to the residual stream; LayerNorm + modulate + quantize, a product that applies GELU and
-stores int8, a product that adds. Between two of them stand int8 activations, or q, k and v in 16 bits; never int32,
-never a 16-bit copy of something int8.
+A block with static ranges is seven launches: LayerNorm + modulate + quantize, one product for q, k and v, attention
+that stores int8, a product that adds gate · y to the residual stream; LayerNorm + modulate + quantize, a product that
+applies GELU and stores int8, a product that adds. Between two of them stand int8 activations, or q, k and v in 16 bits;
+never int32, never a 16-bit copy of something int8.
 
 Nothing here waits for the GPU once a step is built, so a CUDA graph can hold it.
 """
@@ -142,7 +142,7 @@ class FusedStep:
         blocks = list(transformer.transformer_blocks)
         fused = [self.reasons[f"transformer_blocks.{i}.{BLOCK_LAYERS[0]}"] is None for i in range(len(blocks))]
         batched = is_batchable(blocks)
-        self.graphable = all(fused) and batched and is_graphable(transformer)
+        self.graphable = self.why_not_whole(transformer, ranges) is None
         self.transformer = transformer
         self.device = transformer.proj_out_1.bias.device
         self.table = None if ranges is None else StepRangeTable(ranges, self.device)
@@ -174,6 +174,17 @@ class FusedStep:
             reasons |= dict.fromkeys((prefix + name for name in BLOCK_LAYERS), why_not_block(block, prefix, ranges))
         no_block = None if None in reasons.values() else "no block runs fused"
         return {**reasons, OUTPUT: no_block or why_not_output(transformer)}
+
+    @classmethod
+    def why_not_whole(cls, transformer: Any, ranges: StepRanges | None) -> str | None:
+        for name, reason in cls.why_not(transformer, ranges).items():
+            if reason is not None and name != OUTPUT:
+                return reason
+        if not is_batchable(list(transformer.transformer_blocks)):
+            return (
+                "modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)"
+            )
+        return None if is_graphable(transformer) else "what is around its blocks is not as diffusers made it"
 
     @staticmethod
     def why_not_call(call: Call) -> str | None:
