@@ -246,8 +246,8 @@ def optimize(
             :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits and
             schemes, and what it was saved with is used. Settings without a model quantize the pipeline's own.
         compile: fuse the blocks (FLUX.1, Chroma, Qwen-Image, SD3.5, PixArt; DiT with ``conditioning=None``), or
-            compile those of other models, which takes a minute at the first image, and replay steps from CUDA graphs.
-            By default where the model is on a GPU.
+            compile those of other models, and those that cannot run fused, with an adapter for example, which takes a
+            minute at the first image; and replay steps from CUDA graphs. By default where the model is on a GPU.
         offload_modulation: keep the weights of modulation in host memory, where blocks are fused: 6.9 GB less of a
             Qwen-Image in 8 bits on the GPU, 3.6 in 4. The first step of each run copies them, layer by layer.
         restorable: keep what is replaced, in host memory.
@@ -401,7 +401,10 @@ def _speed_up(
     said = _fused(model, cache is None or cache.planned, ranges)
     if is_fused(model):
         return said  # with graphs of its own
-    if FusedBlocks.of(model) is None:
+    blocks_fused = FusedBlocks.of(model)
+    if blocks_fused is not None:
+        blocks_fused.compiled = True  # what cannot run fused, after an adapter was loaded for example
+    else:
         blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
         kinds = getattr(model, "_repeated_blocks", None) or ()
         blocks = blocks or [module for module in model.modules() if type(module).__name__ in kinds]

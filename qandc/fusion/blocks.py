@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ BLOCK = "_qandc_fused_block"
 
 
 class FusedBlocks(Attachment):
-    """Stand for the fused blocks of a transformer, and log once why some run as they are."""
+    """Stand for the fused blocks of a transformer, and log once why some run as they are.
+
+    Attributes:
+        compiled: whether those are compiled, when they first run.
+    """
 
     attribute = "_qandc_fused_blocks"
 
     def __init__(self) -> None:
+        self.compiled = False
         self._said: set[str] = set()
 
     def say(self, reason: str, how_many: str = "") -> None:
@@ -59,6 +65,7 @@ class _Fused:
 
     def __init__(self, owner: FusedBlocks, stack: Stack) -> None:
         self.owner, self.stack = owner, stack
+        self.compiled: Callable[..., Any] | None = None
         self.drop()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -70,11 +77,15 @@ class _Fused:
         self.reason: str | None = None
         self.watch: Watch | None = None
 
-    def find(self, block: Any, call: Call) -> BlockProgram | None:
-        """Return the program for a call of the block, built anew where layers have changed; None if it runs unfused."""
+    def find(self, block: Any, call: Call, reason: str | None) -> BlockProgram | None:
+        """Return the program for a call of the block, built anew where layers have changed; None if it runs unfused.
+
+        Args:
+            reason: why no block can run fused now, or None.
+        """
         kind = self.stack.fused
         assert kind is not None
-        reason = why_not_here(block, call["hidden_states"].device) or _unread(kind, call) or kind.why_not_call(call)
+        reason = reason or _unread(kind, call) or kind.why_not_call(call)
         if reason is None and torch.is_grad_enabled():
             reason = "gradients are enabled, which fused kernels do not compute; use torch.no_grad()"
         if reason is None:
@@ -85,6 +96,14 @@ class _Fused:
             self.owner.say(reason)
             return None
         return self.program
+
+    def unfused(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward that diffusers wrote for the block, compiled if the others of its kind are to be."""
+        if not self.owner.compiled:
+            return forward
+        if self.compiled is None:
+            self.compiled = torch.compile(forward)
+        return self.compiled
 
     def _build(self, kind: type[BlockProgram], block: Any) -> None:
         self.drop()
@@ -104,9 +123,11 @@ class _FusedBlock(nn.Module):
             return super().forward(*args, **kwargs)
         fused: _Fused = getattr(self, BLOCK)
         call = arguments_of(self, args, kwargs)
-        program = fused.find(self, call)
+        reason = why_not_here(self, call["hidden_states"].device)
+        program = fused.find(self, call, reason)
         if program is None:
-            return super().forward(*args, **kwargs)
+            forward = super().forward if reason is not None else fused.unfused(super().forward)
+            return forward(*args, **kwargs)
         branches = (getattr(self, name) for name in fused.stack.branches)
         return program(call, tuple(None if part is None else part.__dict__.get(TARGET) for part in branches))
 

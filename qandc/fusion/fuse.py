@@ -189,7 +189,7 @@ def fuse(transformer: nn.Module, *, cuda_graphs: bool = True, step_ranges: StepR
     ``load_state_dict`` of the transformer, or of a module that holds it, does so.
 
     Args:
-        transformer: after :func:`qandc.quantize_model`, and :func:`qandc.calibrate` for static ranges; changed in place.
+        transformer: after :func:`qandc.quantize_model`, and, for static ranges, :func:`qandc.calibrate`; it is changed.
         cuda_graphs: of a DiT, False launches kernels one by one.
         step_ranges: of a DiT, activation ranges that change from step to step, instead of those in the layers.
 

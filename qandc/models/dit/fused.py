@@ -181,9 +181,7 @@ class FusedStep:
             if reason is not None and name != OUTPUT:
                 return reason
         if not is_batchable(list(transformer.transformer_blocks)):
-            return (
-                "modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)"
-            )
+            return "modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)"
         return None if is_graphable(transformer) else "what is around its blocks is not as diffusers made it"
 
     @staticmethod
