@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("transformer", "transformer_2", "unet")  # names of what denoises in pipelines of diffusers
 OPTIMIZED = "_qandc_optimized"  # attribute of a pipeline: what undoes each call, in order
 INTERVAL = 3
+AUTO = "auto"
 UNPLANNED = "no: the cache decides while a step runs"
 ADD_A_FAMILY = "docs/models.md says how a family is added"
 
@@ -217,7 +218,7 @@ def optimize(
     cache_interval: Steps | None = None,
     *,
     transformer: str | None = None,
-    conditioning: str | None = "W8A16",
+    conditioning: str | None = AUTO,
     calibrate_on: Sequence[str] | None = None,
     calibrated: str | Path | CalibratedModel | None = None,
     compile: bool | None = None,
@@ -234,9 +235,9 @@ def optimize(
         pipe: any pipeline with a ``transformer`` (Wan 2.2: both), or a ``unet``. Classes that no cache knows are
             quantized alone.
         w_bits, a_bits: as for :func:`qandc.quantize_model`.
-        conditioning: scheme of modulation layers, where a model has them, as for ``quantize_model``. By default their
-            weights get 8 bits, which cost wardrobe no quality (docs/wardrobe.md) and take 3 GB off FLUX.1; with None
-            they stay as they are.
+        conditioning: scheme of modulation layers, where a model has them, as for ``quantize_model``. "auto" is "W8A16",
+            weights of 8 bits, which cost wardrobe no quality (docs/wardrobe.md) and take 3 GB off FLUX.1; and None of a
+            DiT, whose fused steps take them as they are.
         cache: a mode of :class:`qandc.CacheConfig`, a config or schedule, or None.
         cache_interval: with a mode, which steps are computed: every third by default.
         transformer: only this one, ``"transformer_2"`` for example; the other may be optimized by a call of its own.
@@ -245,9 +246,9 @@ def optimize(
         calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote, or what
             :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits and
             schemes, and what it was saved with is used. Settings without a model quantize the pipeline's own.
-        compile: fuse the blocks (FLUX.1, Chroma, Qwen-Image, SD3.5, PixArt; DiT with ``conditioning=None``), or
-            compile those of other models, and those that cannot run fused, with an adapter for example, which takes a
-            minute at the first image; and replay steps from CUDA graphs. By default where the model is on a GPU.
+        compile: fuse the blocks (DiT, FLUX.1, Chroma, Qwen-Image, SD3.5, PixArt), or compile those of other models, and
+            those that cannot run fused, with an adapter for example, which takes a minute at the first image; and
+            replay steps from CUDA graphs. By default where the model is on a GPU.
         offload_modulation: keep the weights of modulation in host memory, where blocks are fused: 6.9 GB less of a
             Qwen-Image in 8 bits on the GPU, 3.6 in 4. The first step of each run copies them, layer by layer.
         restorable: keep what is replaced, in host memory.
@@ -272,7 +273,7 @@ def optimize(
             bits: dict[str, Any] = {
                 "w_bits": w_bits,
                 "a_bits": a_bits,
-                "conditioning": conditioning_of(model, conditioning),
+                "conditioning": _conditioning(model, conditioning),
             }
             planned, own = quantization_plan(model, w_bits, a_bits), config if family_of(model) is not None else None
             others = {} if own is config else {"no cache": _no_cache(model)}
@@ -320,6 +321,13 @@ def optimize(
     plan = OptimizationPlan(type(pipe).__name__, tuple(parts))
     logger.info("%s", plan)
     return plan
+
+
+def _conditioning(model: Any, scheme: str | None) -> str | None:
+    family = family_of(model)
+    if scheme == AUTO:
+        scheme = None if family is not None and family.program is not None else "W8A16"
+    return conditioning_of(model, scheme)
 
 
 def _check(

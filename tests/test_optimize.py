@@ -160,8 +160,7 @@ def test_the_plan_says_what_was_done_and_why_not_more(dit_pipe, caplog):
     for said in (
         "DiTPipeline transformer (DiTTransformer2DModel)",
         "quantized 20 of 29 linear layers, W8A8 dynamic per-token, by reference int8_linear (plain torch",
-        "quantized 3 of 29 linear layers, W8A16 weight-only, by reference weight_only_linear (plain torch",
-        "left 6 an embedder or a router",
+        "left 6 an embedder or a router; 3 modulation, which sees one row per sample; give conditioning='W8A16' or",
         "weights 0.7 MB -> ",
         "cache taylor of order 1, in a run of 50 steps 18 are computed (*): 0* 1* 2 3 4* 5 6 7*",
         "compile no: on cpu nothing is gained",
@@ -169,6 +168,9 @@ def test_the_plan_says_what_was_done_and_why_not_more(dit_pipe, caplog):
     ):
         assert said in lines
     assert max(map(len, str(plan).splitlines())) <= 120
+    restore(dit_pipe)
+    lines = " ".join(str(optimize(dit_pipe, conditioning="W8A16")).split())
+    assert "quantized 3 of 29 linear layers, W8A16 weight-only, by reference weight_only_linear (plain torch" in lines
 
 
 def test_a_calibrated_schedule_is_printed_with_its_timesteps(dit_pipe):
@@ -479,11 +481,10 @@ def test_without_calibration_blocks_are_fused_too(fused_anywhere, monkeypatch, n
     pipe = Pipe(transformer=make_tiny(name))
     plain = output_of(pipe.transformer, inputs_of(name))
     whole = name.startswith("DiT")
-    given = {"cache": None, "conditioning": None if whole else "W8A16"}
-    optimize(pipe, **given, compile=False)
+    optimize(pipe, cache=None, compile=False)
     expected = output_of(pipe.transformer, inputs_of(name))
     restore(pipe)
-    plan = str(optimize(pipe, **given, compile=True))
+    plan = str(optimize(pipe, cache=None, compile=True))
     assert f"fused      {'whole steps, with CUDA graphs' if whole else 'blocks, each by itself'}\n" in plan
     assert "W8A8 dynamic per-token" in plan
     assert "compile" not in plan
@@ -533,7 +534,7 @@ def test_blocks_that_cannot_run_fused_any_more_are_compiled(fused_anywhere, monk
 def test_steps_that_would_run_fused_in_part_are_compiled(dit_pipe, fused_anywhere, caplog, cache):
     """Of a DiT modulation is a part of fused steps, and in few bits it is none."""
     plain = images(dit_pipe)
-    plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True)).split())
+    plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True, conditioning="W8A16")).split())
     why = "modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)"
     assert f"fused no: {why}" in plan
     assert "compile 3 blocks" in plan
@@ -542,7 +543,7 @@ def test_steps_that_would_run_fused_in_part_are_compiled(dit_pipe, fused_anywher
     restore(dit_pipe)
     assert torch.equal(images(dit_pipe), plain)
     dit_pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda module, args, output: output)
-    plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True, conditioning=None)).split())
+    plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True)).split())
     assert "fused no: ff has forward hooks" in plan
 
 

@@ -36,7 +36,7 @@ class FusedBlocks(Attachment):
     """Stand for the fused blocks of a transformer, and log once why some run as they are.
 
     Attributes:
-        compiled: whether those are compiled, when they first run.
+        compiled: whether these are compiled when they first run.
     """
 
     attribute = "_qandc_fused_blocks"
@@ -98,7 +98,7 @@ class _Fused:
         return self.program
 
     def unfused(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the forward that diffusers wrote for the block, compiled if the others of its kind are to be."""
+        """Return the forward that diffusers wrote for the block, compiled where all such are."""
         if not self.owner.compiled:
             return forward
         if self.compiled is None:
