@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qandc.models import attention
+from qandc.models.products import Product
 from qandc_kernels import attention_quantize_per_tensor, capturing, reference
 from qandc_kernels.tiles.tables import Gpu
 from tests.kernels.oracle import assert_rounded, float_dtypes
@@ -83,17 +84,34 @@ def test_blocks_take_cudnn_for_many_keys(kernel_device, monkeypatch, seeded, tok
     scale = torch.tensor(SCALE, device=kernel_device)
     zero_point = torch.tensor(ZERO_POINT, dtype=torch.int32, device=kernel_device)
     flag = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    product = Product(None, scale, None, None, zero_point, None)
     q, k, v = make((1, tokens, 2, 72), seeded, dtype, kernel_device)
-    assert_quantized(attention.attend_quantized(q[:, :64], k, v, scale, zero_point, flag), q[:, :64], k, v)
+    out, following = attention.attend_quantized(q[:, :64], k, v, product, flag)
+    assert following is product
+    assert_quantized(out.unflatten(2, (2, 72)), q[:, :64], k, v)
     assert len(calls) == (not hopper or tokens < attention.MANY_KEYS)
     assert not flag
     v[0, 5, 1, 70] = float("nan")
-    attention.attend_quantized(q[:, :64], k, v, scale, zero_point, flag)
+    attention.attend_quantized(q[:, :64], k, v, product, flag)
     assert flag
     calls.clear()
     bias = torch.zeros(1, tokens, dtype=dtype, device=kernel_device)
-    attention.attend_quantized(q[:, :64], k[:], v[:].nan_to_num(), scale, zero_point, flag, bias)
+    attention.attend_quantized(q[:, :64], k[:], v[:].nan_to_num(), product, flag, bias)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_without_a_range_take_scales_per_token(kernel_device, seeded, masked):
+    q, k, v = make((2, 40, 3, 24), seeded, torch.float32, kernel_device)
+    bias = torch.zeros(2, 40, device=kernel_device)
+    if masked:
+        bias[0, 30:], bias[1, 7:] = float("-inf"), float("-inf")
+    product = Product(None, None, None, None, None, None)
+    out, following = attention.attend_quantized(q[:, :9], k, v, product, None, bias if masked else None)
+    expected, scale = exact(q[:, :9], k, v, bias if masked else None).flatten(2), following.x_scale.cpu().double()
+    torch.testing.assert_close(scale, expected.abs().amax(2) / 127, atol=0, rtol=2e-3)  # on a GPU torch may take TF32
+    assert out.dtype == torch.int8
+    assert ((out.cpu() * scale[..., None] - expected).abs() <= 0.7 * scale[..., None]).all()
 
 
 def test_one_thread_at_a_time_prefers_cudnn():
