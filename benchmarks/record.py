@@ -138,6 +138,7 @@ PORTIONS: tuple[Portion, ...] = (
     *script(
         "parts", "models", 1, "-m training.measure_parts",
         *(f"--layer {layer} --w-bits {bits}" for layer in LARGE for bits in (8, 4)),
+        f"--layer {LARGE[0]} --w-bits 8 --per-token",
     ),
     *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),
     *script("presets", "steps", 2, "training/evaluate_presets.py"),

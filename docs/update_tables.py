@@ -576,7 +576,7 @@ def parts_table(result: dict[str, Any]) -> list[str]:
 
 def short_images_table(result: dict[str, Any]) -> list[str]:
     """Leave out what is eager, other caches of ours, and rivals that save less."""
-    names = ("bf16 compiled", "torchao fp8 rowwise, compiled", "bf16 compiled, cache-dit")
+    names = ("bf16 compiled", "torchao fp8 rowwise, compiled", "bf16 compiled, cache-dit", "optimize(pipe)")
     own = [r["candidate"] for r in result["rows"] if "graph()" in r["candidate"]]
     kept = (*names, *(name for name in own if name.endswith(("graph()", "taylor cache"))))
     return images_table({**result, "rows": [row for row in result["rows"] if row["candidate"] in kept]})
