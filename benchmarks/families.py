@@ -205,9 +205,9 @@ def compiled(model: Model, fullgraph: bool = True) -> Model:
 
 
 def quantized(model: Model, layer: str, w_bits: int, conditioning: str | None = None, calibrated: bool = True) -> Model:
-    """The default plan with static ranges, or scales per token; modulation in bf16, or its weights alone quantized.
+    """Quantize a model by the default plan, with static ranges or scales per token.
 
-    PixArt has none in its blocks.
+    Modulation stays in bf16, or its weights alone are quantized; PixArt has none in its blocks.
     """
     found = quantize_model(clone(model), w_bits=w_bits, conditioning=conditioning)
     if not calibrated:

@@ -109,8 +109,10 @@ def gate(p: Problem, fused: bool) -> Candidate:
 
 def candidate(layer: str, m: int, name: str) -> Candidate:
     p = problem(layer, m)
-    if name in (PLAIN, GELU_PER_TOKEN):
-        return plain(p) if name == PLAIN else gelu_per_token(p)
+    if name == PLAIN:
+        return plain(p)
+    if name == GELU_PER_TOKEN:
+        return gelu_per_token(p)
     return gelu(p, name == GELU) if layer == "fc1" else gate(p, name == GATE)
 
 

@@ -166,7 +166,7 @@ def _cached_ahead(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
 
 @contextmanager
 def _one_line(pipe: Any, row: Row, launch: Launch) -> Iterator[None]:
-    """Do what README does first: what is fused, compiled, cached and captured is the call's own choice."""
+    """Optimize a pipeline as README does first: what is fused, compiled, cached and captured is the call's choice."""
     (plan,) = optimize(pipe, restorable=False).transformers
     assert plan.cache is not None
     row["compute_steps"] = sum(plan.cache.of_steps(row["m"]))

@@ -324,6 +324,7 @@ def optimize(
 
 
 def _conditioning(model: Any, scheme: str | None) -> str | None:
+    """Return the scheme of the modulation layers of a model, or None where they stay as they are."""
     family = family_of(model)
     if scheme == AUTO:
         scheme = None if family is not None and family.program is not None else "W8A16"
@@ -411,7 +412,7 @@ def _speed_up(
         return said  # with graphs of its own
     blocks_fused = FusedBlocks.of(model)
     if blocks_fused is not None:
-        blocks_fused.compiled = True  # what cannot run fused, after an adapter was loaded for example
+        blocks_fused.compile_unfused = True  # what cannot run fused, after an adapter was loaded for example
     else:
         blocks = [block.module for block in family.blocks(model).blocks] if family is not None else []
         kinds = getattr(model, "_repeated_blocks", None) or ()
@@ -444,7 +445,7 @@ def _fused(model: Any, planned: bool, ranges: StepRanges | None) -> dict[str, st
         return {}
     reason = why_not_here(model, next(model.parameters()).device)
     if reason is None and family.program is not None and ranges is None:  # in part it would be slower than compiled
-        reason = family.program.why_not_whole(model, ranges)
+        reason = family.program.why_not_whole(model)
     if reason is not None or not planned:
         return {"fused": f"no: {reason}" if reason is not None else UNPLANNED}
     try:

@@ -118,7 +118,7 @@ def test_losses_and_missing_rows_are_printed(rows):
 
 @pytest.mark.parametrize("name", [name for name in models.CANDIDATES if "torchao" not in name])
 def test_candidates_for_a_step(monkeypatch, name):
-    """As they are built, from a small model; traced, but not compiled."""
+    """Build each candidate from a small model, and run it; blocks are traced for the compiler, but not compiled."""
 
     def trace_blocks(model):
         for block in model.transformer_blocks:

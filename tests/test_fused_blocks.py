@@ -203,7 +203,7 @@ def test_equals_the_unfused_model(fused_anywhere, ran, name, w_bits, smoothing):
 @pytest.mark.parametrize(("w_bits", "smoothing"), [(8, True), (4, False)])
 @pytest.mark.parametrize("where", ["behind modulation", "behind attention and GELU", "everywhere"])
 def test_scales_per_token(fused_anywhere, ran, name, w_bits, smoothing, where):
-    """Layers may have no static range: q, k, v and the first of each MLP, the others, or all of them."""
+    """Fuse blocks without static ranges of q, k, v and the first layer of each MLP, of the other layers, or of all."""
     model = make_quantized(w_bits, smoothing, name=name)
     for layer_name, layer in model.named_modules():
         modulated = layer_name.endswith(("_q", "_k", "_v", "_proj", ".proj", "_mlp"))

@@ -500,7 +500,7 @@ def test_without_calibration_blocks_are_fused_too(fused_anywhere, monkeypatch, n
 
 @pytest.mark.slow
 def test_blocks_that_cannot_run_fused_any_more_are_compiled(fused_anywhere, monkeypatch):
-    """As those are that an adapter comes to; nothing is where no block can run fused, in training mode for example."""
+    """Compile a block once that was changed after ``optimize``; compile none in training mode, or after ``fuse``."""
     name, compiled = "FluxTransformer2DModel", []
     compile = functools.partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward.__self__) or compile(forward))
@@ -532,7 +532,7 @@ def test_blocks_that_cannot_run_fused_any_more_are_compiled(fused_anywhere, monk
 
 @pytest.mark.parametrize("cache", ["taylor", None])
 def test_steps_that_would_run_fused_in_part_are_compiled(dit_pipe, fused_anywhere, caplog, cache):
-    """Of a DiT modulation is a part of fused steps, and in few bits it is none."""
+    """Compile a DiT whose modulation is quantized, or one layer hooked, in the place of fusing a part of each step."""
     plain = images(dit_pipe)
     plan = " ".join(str(optimize(dit_pipe, cache=cache, compile=True, conditioning="W8A16")).split())
     why = "modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)"

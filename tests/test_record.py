@@ -254,7 +254,7 @@ def test_what_runs_ends_with_the_record(tiny):
 
 
 def test_what_is_just_started_ends_with_the_record_too(tmp_path, monkeypatch):
-    """A signal between a start and its note."""
+    """Send a signal to the record between the start of a portion and its note."""
     started, start, handler = [], subprocess.Popen, signal.getsignal(signal.SIGTERM)
 
     def popen(*args, **kwargs):

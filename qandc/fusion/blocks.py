@@ -36,13 +36,13 @@ class FusedBlocks(Attachment):
     """Stand for the fused blocks of a transformer, and log once why some run as they are.
 
     Attributes:
-        compiled: whether these are compiled when they first run.
+        compile_unfused: compile these when they first run.
     """
 
     attribute = "_qandc_fused_blocks"
 
     def __init__(self) -> None:
-        self.compiled = False
+        self.compile_unfused = False
         self._said: set[str] = set()
 
     def say(self, reason: str, how_many: str = "") -> None:
@@ -98,8 +98,8 @@ class _Fused:
         return self.program
 
     def unfused(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the forward that diffusers wrote for the block, compiled where all such are."""
-        if not self.owner.compiled:
+        """Return the forward that diffusers wrote for the block, compiled if the owner of the blocks says so."""
+        if not self.owner.compile_unfused:
             return forward
         if self.compiled is None:
             self.compiled = torch.compile(forward)

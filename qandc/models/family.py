@@ -66,7 +66,7 @@ class Program(Protocol):
         """Return ``reasons`` of a program that is not built."""
 
     @classmethod
-    def why_not_whole(cls, transformer: Any, ranges: StepRanges | None) -> str | None:
+    def why_not_whole(cls, transformer: Any) -> str | None:
         """Say why a program that is not built would not be ``graphable``, or None."""
 
     @staticmethod

@@ -207,7 +207,7 @@ def test_random_shapes_and_scales(kernel_device, rows, columns, scale, zero_poin
 
 
 def assert_gelu_per_token(x, multiplier=None, beside=None):
-    """Against float64; what is quantized follows the scale that was found."""
+    """Compare the op and its reference with float64: the scales, and the integers for the scales that were found."""
     y = gelu(x.cpu().double())
     if multiplier is not None:
         y = y * multiplier.cpu().double()
@@ -263,7 +263,7 @@ def test_gelu_per_token_of_nothing(kernel_device, seeded):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("where", ["x", "beside"])
 def test_gelu_per_token_of_nan_and_infinities(kernel_device, where):
-    """NaN says so by the scale of its row, and others do not notice; of what is infinite all else is zero."""
+    """Give a token with NaN the scale NaN, one with an infinity only zeros, and leave the other tokens alone."""
     x, beside = torch.full((4, 6), 2.0), torch.full((4, 1, 2), -3.0)
     spoiled = x if where == "x" else beside[:, 0]
     spoiled[1, 1], spoiled[2, 1] = float("nan"), float("inf")

@@ -142,7 +142,7 @@ class FusedStep:
         blocks = list(transformer.transformer_blocks)
         fused = [self.reasons[f"transformer_blocks.{i}.{BLOCK_LAYERS[0]}"] is None for i in range(len(blocks))]
         batched = is_batchable(blocks)
-        self.graphable = self.why_not_whole(transformer, ranges) is None
+        self.graphable = _why_not_whole(transformer, self.reasons, batched) is None
         self.transformer = transformer
         self.device = transformer.proj_out_1.bias.device
         self.table = None if ranges is None else StepRangeTable(ranges, self.device)
@@ -176,13 +176,9 @@ class FusedStep:
         return {**reasons, OUTPUT: no_block or why_not_output(transformer)}
 
     @classmethod
-    def why_not_whole(cls, transformer: Any, ranges: StepRanges | None) -> str | None:
-        for name, reason in cls.why_not(transformer, ranges).items():
-            if reason is not None and name != OUTPUT:
-                return reason
-        if not is_batchable(list(transformer.transformer_blocks)):
-            return "modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)"
-        return None if is_graphable(transformer) else "what is around its blocks is not as diffusers made it"
+    def why_not_whole(cls, transformer: Any) -> str | None:
+        batched = is_batchable(list(transformer.transformer_blocks))
+        return _why_not_whole(transformer, cls.why_not(transformer, None), batched)
 
     @staticmethod
     def why_not_call(call: Call) -> str | None:
@@ -391,3 +387,13 @@ class FusedStep:
         p, channels = self.transformer.patch_size, self.transformer.out_channels
         grid = patches.view(-1, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         return grid.reshape(-1, channels, side * p, side * p)
+
+
+def _why_not_whole(transformer: Any, reasons: Mapping[str, str | None], batched: bool) -> str | None:
+    """Say why a step of a DiT can't be a graph, or None; ``reasons`` of its layers, ``batched``: its conditioning."""
+    for name, reason in reasons.items():
+        if reason is not None and name != OUTPUT:
+            return reason
+    if not batched:
+        return "modulation or its embedders are not as diffusers made them (conditioning=None leaves them so)"
+    return None if is_graphable(transformer) else "what is around its blocks is not as diffusers made it"
