@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.goals import SUITES
+from benchmarks.goals import SUITES, file_of
 from benchmarks.rivals import NotInstalled
 from qandc.support.files import write_json
 from qandc.support.results import measured_rows, result_header
@@ -106,7 +106,8 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None:
-        _continued(request.config, row["op"])
+        if request.config.getoption("--save") is not None:
+            _continued(request.config, row)
         row |= {"n": row.get("n"), "k": row.get("k")}
         benchmark.group = f"{row['op']} {row['layer']}" + (f" M={row['m']}" if row["m"] else "")
         if skip is None:
@@ -193,12 +194,10 @@ def by_turns(benchmark: Any, ours: timing.Timed, theirs: timing.Timed, rounds: i
     )
 
 
-def _continued(config: pytest.Config, op: str) -> tuple[Path, list[dict[str, Any]]] | None:
-    """Return the file that rows of a kind are saved to and what it held; refuse one of another commit or card."""
-    directory, before = config.getoption("--save"), config.stash[RUN].before
-    if directory is None:
-        return None
-    path: Path = directory / f"{next(name for name, (ops, _) in SUITES.items() if op in ops)}.json"
+def _continued(config: pytest.Config, row: dict[str, Any]) -> tuple[Path, list[dict[str, Any]]]:
+    """Return the file that a row is saved to and what it held; refuse one of another commit or card."""
+    before = config.stash[RUN].before
+    path: Path = config.getoption("--save") / f"{file_of(row)}.json"
     if path not in before:
         before[path] = measured_rows(path, _header(config))
     return path, before[path]
@@ -227,20 +226,25 @@ def _versions() -> dict[str, str | None]:
 
 
 def _write(config: pytest.Config) -> None:
-    """Save all rows so far, each suite to its file. Ratios are of this run; rows that it repeats replace others."""
+    """Save all rows so far, each to its file, if something was measured for it; others stay but for those repeated.
+
+    Ratios are of this run.
+    """
     measured = config.stash[RUN].rows
     report.complete(measured)
     if config.getoption("--save") is None:
         return
-    for ops, goals in SUITES.values():
-        rows = [row for row in measured if row["op"] in ops]
-        if not rows or (found := _continued(config, rows[0]["op"])) is None:
+    for name in dict.fromkeys(map(file_of, measured)):
+        rows = [row for row in measured if file_of(row) == name]
+        if not any("median_us" in row for row in rows):
             continue
-        path, before = found
+        path, before = _continued(config, rows[0])
+        goals = next(goals for ops, goals in SUITES.values() if rows[0]["op"] in ops)
         known = {_key(row) for row in rows}
         rows = [row for row in before if _key(row) not in known] + rows
+        found = [goal for goal in goals(rows) if goal["value"] is not None]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**_header(config), "rows": rows, "goals": list(goals(rows))})
+        write_json(path, {**_header(config), "rows": rows, "goals": found})
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ __all__ = [
     "CUDNN",
     "DROP_IN",
     "EAGER",
+    "FILE_A_MODEL",
     "FP8",
     "FP32",
     "FULL_METHOD",
@@ -42,6 +43,7 @@ __all__ = [
     "STATIC",
     "SUITES",
     "cache_goals",
+    "file_of",
     "goals",
     "images_goals",
     "median",
@@ -301,6 +303,14 @@ SUITES: dict[str, tuple[set[str], Callable[[list[Row]], Iterator[Row]]]] = {
     "products": ({"products"}, products_goals),
 }
 """Name of a file of results to the kinds of rows that it holds, and its goals."""
+FILE_A_MODEL = ("models", "images")
+"""Those of which each model has a file of its own, so that models are measured side by side, and anew one by one."""
+
+
+def file_of(row: Row) -> str:
+    """Name the file of results that holds a row."""
+    suite = next(name for name, (ops, _) in SUITES.items() if row["op"] in ops)
+    return f"{suite}-{row['layer']}" if suite in FILE_A_MODEL else suite
 
 
 def reached(goal: Row, which: str) -> bool | None:

@@ -40,6 +40,7 @@ class Portion:
     """Name a command that writes a file of results, or rows of one; of a check, which writes none, its status counts.
 
     In the command ``{out}`` is the file, ``{card}`` its directory, ``{scratch}`` one that is removed afterwards.
+    Where time is no result, several portions share a GPU.
     """
 
     file: str
@@ -48,6 +49,7 @@ class Portion:
     command: str
     check: str | None = None
     gpus: int = 1
+    timed: bool = True
 
     @property
     def name(self) -> str:
@@ -73,10 +75,12 @@ def checks(name: str, minutes: float, tests: str, gpus: int = 1) -> Portion:
     return Portion(f"check-{name}", "", minutes, run, gpus=gpus)
 
 
-def script(file: str, check: str, minutes: float, run: str, *options: str, gpus: int = 1) -> Iterator[Portion]:
+def script(
+    file: str, check: str, minutes: float, run: str, *options: str, gpus: int = 1, timed: bool = True
+) -> Iterator[Portion]:
     """Name a script that continues its file, once for each of the options."""
     for option in options or ("",):
-        yield Portion(file, option, minutes, f"{{python}} {run} {option} --out {{out}}", f"check-{check}", gpus)
+        yield Portion(file, option, minutes, f"{{python}} {run} {option} --out {{out}}", f"check-{check}", gpus, timed)
 
 
 def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> Iterator[Portion]:
@@ -95,15 +99,18 @@ def sampling(file: str, check: str, gpus: int) -> Portion:
 
 BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each run of what takes no turns with it
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
-SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
-QUICK = ("PixArt-Sigma", *SMALL)
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
-SLOW = ("Qwen-Image", *OTHERS)  # whose images take ten seconds and more
-IMAGES = {layer: [f"--layers {layer} -k '{which}'" for which in (
-    "bf16", "optimize", *(("torchao",) if layer == LARGE[0] else ()), *(
-        ("graph",) if layer in OTHERS else ("fused and not W4A8 and not cache", "fused and cache", "W4A8")
-    ),
-)] for layer in (*LARGE, *SMALL, *OTHERS)}  # fmt: skip
+FORWARDS = dict.fromkeys((*LARGE, *OTHERS), ("not graph and not torchao", "graph"))
+FORWARDS["FLUX.1-dev"] += (f"torchao or {BF16}",)
+IMAGES = {
+    "FLUX.1-dev": (5, "bf16", "optimize", "torchao", "fused and not W4A8 and not cache", "fused and cache", "W4A8"),
+    **{layer: (minutes, "bf16", "optimize", "fused and not W4A8", "W4A8") for layer, minutes in (
+        ("Qwen-Image", 7), ("SD3.5-large", 4), ("PixArt-Sigma", 2),
+    )},
+    **dict.fromkeys(("PixArt-Sigma-512", "SD3.5-medium-512"), (3, "not torchao")),
+    **dict.fromkeys(OTHERS, (9, "not torchao")),
+}  # fmt: skip
+SHARED = 4  # portions that share a GPU
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
 PORTIONS: tuple[Portion, ...] = (
     checks("kernels", 4, "kernels"),
@@ -113,7 +120,8 @@ PORTIONS: tuple[Portion, ...] = (
     *bench("host", "layers", 1, "test_host.py"),
     *bench(
         "kernels", "kernels", 3, "test_linear.py test_epilogues.py test_adaln.py",
-        *(f"--layers 8192^3,{layer}" for layer in ("qkv", "out", "fc1", "fc2")), "--layers 'LN,1 GiB,38 MB'",
+        *(f"--rivals fast --layers 8192^3,{layer}" for layer in ("qkv", "out", "fc1", "fc2")),
+        "--layers 'LN,1 GiB,38 MB'",
     ),
     *bench("products", "kernels", 1.5, "test_products.py"),
     *bench("model", "kernels", 1, "test_attention.py"),
@@ -124,15 +132,15 @@ PORTIONS: tuple[Portion, ...] = (
     *bench("cache-cost", "steps", 2.5, "test_cache.py", "-k test_step", "-k test_run"),
     *bench("pipeline", "steps", 2.5, "test_pipeline.py", *(f"--rows {m}" for m in (1, 8, 32))),
     *(
-        portion for layer in (*LARGE, *SMALL, *OTHERS)
-        for portion in bench("models", "models", 1.5 if layer in QUICK else 3, "test_models.py", *(
-            f"--layers {layer} -k '{k}'" for k in ("not graph and not torchao", "graph", f"torchao or {BF16}")
-        ))
+        portion for layer, which in FORWARDS.items()
+        for portion in bench(
+            f"models-{layer}", "models", 3, "test_models.py", *(f"--layers {layer} -k '{k}'" for k in which)
+        )
     ),
     *(
-        portion for layer, options in IMAGES.items()
+        portion for layer, (minutes, *which) in IMAGES.items()
         for portion in bench(
-            "images", "models", 7 if layer in SLOW else 2 if layer in QUICK else 5, "test_images.py", *options
+            f"images-{layer}", "models", minutes, "test_images.py", *(f"--layers {layer} -k '{k}'" for k in which)
         )
     ),
     *script(
@@ -147,7 +155,7 @@ PORTIONS: tuple[Portion, ...] = (
         "ablation", "steps", 3, f"training/ablate_fashion_dit.py {SECOND_OPINION}",
         *(f"--repeats {repeat} --parts '{parts}'" for repeat in range(3) for parts in (
             "ranges,block,branch", "compensation block,compensation branch", "selection block,selection branch"
-        )),
+        )), timed=False,
     ),
     *script(  # at last all rows in their order
         "feature-compensation", "steps", 3, f"training/evaluate_feature_compensation.py {SECOND_OPINION}",
@@ -159,13 +167,13 @@ PORTIONS: tuple[Portion, ...] = (
     ),
     *script(
         "outliers", "steps", 3, "training/evaluate_outliers.py",
-        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}",
+        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}", timed=False,
     ),
     *script(
         "outliers-wardrobe", "models", 3, "training/evaluate_outliers.py --model wardrobe",
-        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}",
+        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}", timed=False,
     ),
-    *script("gptq", "layers", 6, "-m training.measure_gptq", "--samples 16", "--samples 16 --offload", "--samples 64"),
+    *script("gptq", "layers", 6, "-m training.measure_gptq", "--samples 16", "--samples 16 --offload"),
     *script("large-model", "steps", 3, "training/measure_large_model.py", "--w-bits 8", "--w-bits 4"),
     sampling("sample", "steps", 1),
     checks("gpus", 2, "kernels/test_launch.py test_fused_dit.py -k 'another_gpu or second_gpu'", 2),
@@ -208,21 +216,24 @@ PORTIONS: tuple[Portion, ...] = (
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
     **dict.fromkeys(
-        (f"models-{which}" for which in ("by-turns", "fp8", "fused", "fused-by-turns", "graphs")),
-        "rows that models.json holds from now on",
+        (
+            *(f"models-{which}" for which in ("by-turns", "fused", "fused-by-turns", "graphs")),
+            *(f"images-{which}" for which in ("ahead", "runs")),
+        ),
+        "rows that the files of models hold from now on",
     ),
-    **dict.fromkeys(("images-ahead", "images-cached", "images-runs"), "rows that images.json holds from now on"),
     **dict.fromkeys(
         (f"model-{which}" for which in ("torchao", "torchao-fp8", "drop-in", "fused")),
         "rows that model.json holds from now on",
     ),
+    "parts-per-token": "a row that parts.json holds from now on",
     "wardrobe-shift": "rows that wardrobe.json holds from now on",
 }
 
 
 @dataclass(frozen=True)
 class Running:
-    """Hold a portion that is being measured, and the GPUs that it has for itself."""
+    """Hold a portion that is being measured, and the GPUs that it runs on."""
 
     portion: Portion
     process: subprocess.Popen[bytes]
@@ -245,6 +256,11 @@ def card_name() -> str:
         return "cpu"
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
     return re.sub(r"-\d+gb.*", "", name)
+
+
+def _fits(portion: Portion, others: list[Portion]) -> bool:
+    """Say whether a GPU has room for a portion beside others."""
+    return not others or (len(others) < SHARED and not any(each.timed for each in (portion, *others)))
 
 
 class Record:
@@ -301,9 +317,10 @@ class Record:
     def run(self, portions: Sequence[Portion], seconds: float) -> bool:
         """Measure what is not done, last what was cut before; tell whether all that was begun came through.
 
-        Portions run side by side, each on GPUs of its own, but for those of one file, and none beside a check.
+        Portions run side by side, those of which times are taken on GPUs of their own, but for those of one file, and
+        none beside a check.
         """
-        end, passed, free, late = time.monotonic() + seconds, True, _gpus(), set[str]()
+        end, passed, gpus, late = time.monotonic() + seconds, True, _gpus(), set[str]()
         running: list[Running] = []
         states = {portion: self.state(portion) for portion in portions}  # each reads the file of its results
         waiting = [portion for portion in portions if not states[portion].startswith(("done", "needs"))]
@@ -316,12 +333,11 @@ class Record:
                     cut = ", ".join(each.portion.name for each in running) or "nothing"
                     logger.warning("ended by %s; cut: %s; the same command goes on", signal.Signals(asked[0]).name, cut)
                     raise KeyboardInterrupt
-                portion = self._next(waiting, running, len(free))
+                portion, free = self._next(waiting, running, gpus)
                 if portion is None:
                     time.sleep(POLL)
                     for each in [each for each in running if each.process.poll() is not None]:
                         running.remove(each)
-                        free += each.gpus
                         if status := self._ended(each):
                             logger.error("%s: failed with status %d; the rest goes on", each.portion.name, status)
                             passed = False
@@ -338,7 +354,7 @@ class Record:
                     )
                     late.add(portion.file)
                 else:
-                    running.append(self._start(portion, [free.pop(0) for _ in range(portion.width)]))
+                    running.append(self._start(portion, free[: portion.width]))
         finally:
             for each in running:
                 each.process.kill()
@@ -349,16 +365,20 @@ class Record:
                 signal.signal(number, handler)
         return passed
 
-    def _next(self, waiting: list[Portion], running: list[Running], free: int) -> Portion | None:
-        """Return the first portion that waits for nothing: neither its file, its check nor GPUs."""
+    def _next(
+        self, waiting: list[Portion], running: list[Running], gpus: list[str]
+    ) -> tuple[Portion | None, list[str]]:
+        """Return the first portion that waits for nothing, neither its file, its check nor GPUs, and those free."""
         held = {each.portion.file for each in running}
         kinds = {each.portion.is_check for each in running}
         unchecked = held | {portion.file for portion in waiting if portion.is_check}
+        there = {gpu: [each.portion for each in running if gpu in each.gpus] for gpu in gpus}
         for portion in waiting:
             beside = kinds <= {portion.is_check}  # tests would take the host's time from what is timed
-            if beside and portion.width <= free and portion.file not in held and portion.check not in unchecked:
-                return portion
-        return None
+            free = [gpu for gpu, others in there.items() if _fits(portion, others)]
+            if beside and portion.width <= len(free) and portion.file not in held and portion.check not in unchecked:
+                return portion, sorted(free, key=lambda gpu: len(there[gpu]))
+        return None, []
 
     def _start(self, portion: Portion, gpus: list[str]) -> Running:
         path, begun = self.path(portion).resolve(), time.monotonic()

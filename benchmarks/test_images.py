@@ -33,6 +33,7 @@ CACHED_BOUND = 2.0  # random weights draw no images; what is reused must all the
 TO_BE_COMPILED = "bf16"  # by what caches it
 AHEAD = ", modulations ahead"
 ONE_LINE = "optimize(pipe)"
+CACHE_DIT, OFFLOADED = "bf16 compiled, cache-dit", f"{IMAGES_FUSED4}{AHEAD}, offloaded"
 
 
 class Pipe(NamedTuple):
@@ -250,26 +251,27 @@ CANDIDATES |= {  # the transformer that is cached, and how
 CANDIDATES |= {
     f"{IMAGES_FUSED}{AHEAD}": (IMAGES_FUSED, _ahead),
     f"{IMAGES_FUSED}, taylor cache{AHEAD}": (IMAGES_FUSED, _cached_ahead),
-    f"{IMAGES_FUSED4}{AHEAD}, offloaded": (IMAGES_FUSED4, partial(_ahead, offloaded=True)),
+    OFFLOADED: (IMAGES_FUSED4, partial(_ahead, offloaded=True)),
     ONE_LINE: (TO_BE_COMPILED, _one_line),
     "bf16 compiled, diffusers' TaylorSeer": (TO_BE_COMPILED, _taylorseer),
     "bf16 compiled, diffusers' FirstBlockCache": (TO_BE_COMPILED, _first_block),
-    "bf16 compiled, cache-dit": (TO_BE_COMPILED, _cache_dit),
+    CACHE_DIT: (TO_BE_COMPILED, _cache_dit),
 }
 # a transformer is made once for all that follow each other with it
 ORDER = sorted(CANDIDATES, key=lambda name: ("torchao" in name, list(RECIPES).index(CANDIDATES[name][0])))
 
-EACH_CACHE = ("FLUX.1-dev", "PixArt-Sigma-512", "SD3.5-medium-512")  # of the others the default one alone
+SHORT = (ONE_LINE, IMAGES_FUSED, IMAGES_OURS)
+USUAL = ("bf16 eager", IMAGES_BF16, CACHE_DIT, *SHORT, f"{IMAGES_FUSED}, taylor cache", IMAGES_FUSED4, OFFLOADED)
 
 
 def _compared(layer: str, name: str) -> bool:
-    if any(f"{mode} cache" in name for mode in IMAGES_CACHED if mode != "taylor") and layer not in EACH_CACHE:
+    """Say what is drawn with a model: with FLUX.1 all, with others what decides a claim."""
+    if name.startswith("W") and ("fused" in name) != fuses(layer):  # ours is fused where there are kernels for it
         return False
-    if "diffusers" in name or "torchao" in name:  # once: they take long, and what they gain others gain, too
-        return layer == "FLUX.1-dev"
-    if AHEAD in name and layer.startswith("PixArt"):  # which has no layers of modulation
-        return False
-    return not name.startswith("W") or ("fused" in name) == fuses(layer)  # ours: fused where there are kernels for it
+    if layer.endswith("-512") or not fuses(layer):
+        return name in SHORT
+    modulated = not layer.startswith("PixArt")
+    return layer == "FLUX.1-dev" or (name in USUAL and (modulated or name != OFFLOADED))
 
 
 CASES = [(layer, name, pipe.steps) for layer, pipe in PIPES.items() for name in ORDER if _compared(layer, name)]

@@ -48,6 +48,11 @@ REASONS = (  # goals that are missed, by the first pattern that fits: why, and w
         "scales per token (1 to 6 % faster); such warps, when Triton has them",
     ),
     (
+        "host_QuantLinear_W8A8_static_compiled",
+        "quantization is a launch of its own, and the product goes through torch's dispatcher and Python, 35 µs",
+        "`qandc.graph`, or `fuse`: a replay calls neither",
+    ),
+    (
         "compiled_quantlinear|the_same_as_called",
         "quantization is a pass of its own; called, Python takes longer than the GPU",
         "`qandc.graph`, or `fuse`",

@@ -24,6 +24,7 @@ from qandc.experiments.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted(p for d in ("docs", "qandc/assets") for p in (ROOT / d).rglob("*.md"))]
+MODELS = re.compile(r"-\{(?P<names>.*)\}")  # in a path: several files, one for each model
 BLOCK = re.compile(r"(<!-- table: (?P<path>\S+)(?P<part> \w+)? -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -32,23 +33,35 @@ def load(path: Path) -> Any:
     return json.loads(re.sub(r'("(?:mode|part|candidate)": "(?:[a-z]+ )?)block\b', r"\1delta", path.read_text()))
 
 
+def paths(path: str) -> list[str]:
+    """List the files that a path with braces names."""
+    found = MODELS.search(path)
+    return [MODELS.sub(f"-{name}", path) for name in found["names"].split(",")] if found else [path]
+
+
 def directory_of(result: dict[str, Any]) -> Path:
     """Return the directory of the card that a result was measured on."""
     return ROOT / "results" / ("h100" if "H100" in result["machine"]["gpu"] else "h200")
 
 
-def source(result: dict[str, Any], path: str) -> str:
-    """Machine, versions, command and commit of a result, in a line."""
-    machine, versions = result["machine"], result["versions"]
-    where = machine["gpu"] or f"{machine['cores']} CPU cores ({machine['processor']})"
-    installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions[name])
-    commit = (result["commit"] or "unknown")[:10]
-    command = textwrap.shorten(result["command"], 200, placeholder=" ...")  # all of it is in the file
-    ranges = [
-        high / low - 1 for low, high in (r["rival_ratio_range"] for r in result["rows"] if "rival_ratio_range" in r)
-    ]
-    spread = f" ratios by turns, within {statistics.median(ranges):.1%} (median of rows);" if ranges else ""
-    return f"{where}, {installed}; `{command}` at {commit};{spread} [{path}](/{path})."
+def source(results: dict[str, dict[str, Any]]) -> str:
+    """Machine, versions, command and commit of the results at some paths, in a line."""
+    found: dict[str, list[str]] = {}  # by what several have in common
+    for path, result in results.items():
+        machine, versions = result["machine"], result["versions"]
+        where = machine["gpu"] or f"{machine['cores']} CPU cores ({machine['processor']})"
+        installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions[name])
+        commit = (result["commit"] or "unknown")[:10]
+        command = textwrap.shorten(result["command"], 200, placeholder=" ...")  # all of it is in the file
+        found.setdefault(f"{where}, {installed}; `{command}` at {commit};", []).append(path)
+
+    def files(measured: list[str]) -> str:
+        turns = (row["rival_ratio_range"] for p in measured for row in results[p]["rows"] if "rival_ratio_range" in row)
+        ranges = [high / low - 1 for low, high in turns]
+        spread = f"ratios by turns, within {statistics.median(ranges):.1%} (median of rows); " if ranges else ""
+        return spread + ", ".join(f"[{path}](/{path})" for path in measured)
+
+    return "\n".join(f"{head} {files(measured)}." for head, measured in found.items())
 
 
 def with_machine(lines: list[str], result: dict[str, Any]) -> list[str]:
@@ -477,10 +490,16 @@ def compensation_table(result: dict[str, Any]) -> list[str]:
     return lines + [f"| {row['row']['compensation']} | {row['psnr_to_fp']:.1f} dB |" for row in rows]
 
 
+def _theirs_first(rows: list[dict[str, Any]]) -> list[str]:
+    """Name candidates: bf16, other libraries, what one line gives, then ours by hand."""
+    names = dict.fromkeys(row["candidate"] for row in rows)
+    return sorted(names, key=lambda name: (name[:4] != "bf16", "torchao" not in name, name != "optimize(pipe)"))
+
+
 def models_table(result: dict[str, Any]) -> list[str]:
     """Cells of what was not measured stay empty."""
     rows = [row for row in result["rows"] if "median_us" in row and "not shared" not in row["candidate"]]
-    layers, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "candidate"))
+    layers, names = list(dict.fromkeys(row["layer"] for row in rows)), _theirs_first(rows)
     found = {(row["layer"], row["candidate"]): row for row in rows}
     lines = [f"| ms a forward, as called | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
 
@@ -495,7 +514,7 @@ def models_table(result: dict[str, Any]) -> list[str]:
     weights: dict[str, list[str]] = {}  # by scheme, however it is run
     for name in names:
         cells = [f"{found[layer, name]['model_bytes'] / 1e9:.1f}" if (layer, name) in found else "" for layer in layers]
-        scheme = re.sub("( eager| compiled)?(, fused)?(, compiled)?(, graph\\(\\))?$", "", name)
+        scheme = re.sub("( eager| compiled)?(, per token)?(, fused)?(, compiled)?(, graph\\(\\))?$", "", name)
         before = weights.setdefault(scheme, cells)
         weights[scheme] = [one or other for one, other in zip(before, cells, strict=True)]
     lines += [f"| GB of weights, {scheme} | {' | '.join(cells)} |" for scheme, cells in weights.items()]
@@ -505,10 +524,7 @@ def models_table(result: dict[str, Any]) -> list[str]:
 def images_table(result: dict[str, Any]) -> list[str]:
     """Tabulate seconds for an image by pipeline and candidate; a candidate that could not run says why."""
     rows = result["rows"]
-    runs, names = (
-        list(dict.fromkeys((r["layer"], r["m"]) for r in rows)),
-        list(dict.fromkeys(r["candidate"] for r in rows)),
-    )
+    runs, names = list(dict.fromkeys((row["layer"], row["m"]) for row in rows)), _theirs_first(rows)
     found = {(row["layer"], row["m"], row["candidate"]): row for row in rows}
     titles = (f"{layer}, {steps} steps" for layer, steps in runs)
     lines = [f"| seconds for an image, as called | {' | '.join(titles)} |", "|---" * (1 + len(runs)) + "|"]
@@ -528,7 +544,9 @@ def images_table(result: dict[str, Any]) -> list[str]:
 def ahead_table(result: dict[str, Any]) -> list[str]:
     """Compare images whose modulations are computed ahead with those of the same model without that."""
     lines = ["| s an image: own, ahead | steps | | GB of weights on the GPU |", "|---" * 4 + "|"]
-    for row in (row for row in result["rows"] if "ahead" in row["candidate"] and "median_us" in row):
+    for row in result["rows"]:
+        if "ahead" not in row["candidate"] or not row["candidate"].startswith(row["rival"]):  # beside bf16
+            continue
         own, ahead = row["rival_median_us"] / 1e6, row["median_us"] / 1e6
         name = f"{row['layer']}, {row['candidate'].replace(', modulations ahead', '')}"
         figures = f"{own:.2f}, {ahead:.2f} (**{row['rival_ratio']:.3f}x**) | {row['gpu_bytes'] / 1e9:.1f}"
@@ -580,11 +598,6 @@ def short_images_table(result: dict[str, Any]) -> list[str]:
     own = [r["candidate"] for r in result["rows"] if "graph()" in r["candidate"]]
     kept = (*names, *(name for name in own if name.endswith(("graph()", "taylor cache"))))
     return images_table({**result, "rows": [row for row in result["rows"] if row["candidate"] in kept]})
-
-
-def of_family(table: Callable[[dict[str, Any]], list[str]], layer: str) -> Callable[[dict[str, Any]], list[str]]:
-    """Keep the rows of one model."""
-    return lambda result: table({**result, "rows": [row for row in result["rows"] if row["layer"] == layer]})
 
 
 def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
@@ -867,25 +880,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "models.json": models_table,
     "images.json": images_table,
     "images.json short": short_images_table,
-    "images-runs.json": runs_table,
-    "images-runs.json ahead": ahead_table,
-    "images-ahead.json": ahead_table,
-    "images-ahead.json runs": runs_table,
+    "images.json runs": runs_table,
+    "images.json ahead": ahead_table,
     "parts.json": parts_table,
-    **{f"images.json {page}": of_family(images_table, model) for page, (_, model) in PAGES.items() if model},
     **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, (kind, _) in PAGES.items()},
     "models.json turns": by_turns_table,
     "model.json drop": drop_in_table,
-    "models-fused.json": models_table,  # of former runs, until models.json and model.json are measured anew
-    "models-by-turns.json": by_turns_table,
-    "models-graphs.json": by_turns_table,
-    "models-fused-by-turns.json": by_turns_table,
-    **{
-        f"images-{which}.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2)
-        for which in ("ahead", "cached", "runs")
-    },
-    "images-cached.json runs": runs_table,
-    "models-fp8.json": models_table,
+    "images.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2),
     "model-drop-in.json": drop_in_table,
     "products.json": products_table,
     "host.json": host_table,
@@ -925,9 +926,12 @@ def render(match: re.Match[str]) -> str:
     elif not file:
         lines = ACROSS[part]()
     else:
-        result = load(ROOT / path)
+        results = {each: load(ROOT / each) for each in paths(path)}
+        first = next(iter(results.values()))
+        result = {**first, "rows": [row for each in results.values() for row in each["rows"]]}
+        file = MODELS.sub("", file)
         table = TABLES.get(f"{card}/{file}{part}") or TABLES[file + part]
-        lines = [*with_machine(table(result), result), "", source(result, path)]
+        lines = [*with_machine(table(result), result), "", source(results)]
     return "\n".join([match[1].rstrip(), *lines, match["end"]])
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import record
+from benchmarks import goals, record
 from benchmarks.goals import SUITES
 from qandc.support import results
 from tests.test_benchmarks import environment
@@ -101,7 +101,10 @@ def test_portions_can_run():
         }
         command = portion.command.format(python="python", out="/r/x.json", card="/r", scratch="/s")
         assert portion.minutes < 10
-        assert "--save" not in command or portion.file in SUITES
+        if "--save" in command:
+            layer = re.sub(r".*--layers ([^ ,]*).*|.*", r"\1", portion.options)
+            rows = [{"op": op, "layer": layer} for ops, _ in SUITES.values() for op in ops]
+            assert portion.file in map(goals.file_of, rows)
         for word in shlex.split(command):
             if re.match(r"(tests|benchmarks|training)/", word):
                 assert (ROOT / word).exists(), word
@@ -219,6 +222,38 @@ def test_portions_run_side_by_side_on_all_gpus(tmp_path, monkeypatch):
     assert lines[2].startswith("a2 ")
     assert lines[3] in ("both 0,1", "both 1,0")
     assert {book.state(each) for each in portions} == {"done"}
+
+
+def test_what_takes_no_times_shares_a_gpu(tmp_path, monkeypatch):
+    """Two wait for each other, a third for its turn; what is timed has the GPU for itself, before or afterwards."""
+    monkeypatch.setattr(record, "_gpus", lambda: ["0"])
+    monkeypatch.setattr(record, "card_name", lambda: "h200")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(record, "SHARED", 2)
+    ran = tmp_path / "ran"
+
+    def portion(name, waits=None, timed=False):
+        there = f"test -e {tmp_path}/{waits or name}"
+        wait = f"for i in $(seq 200); do {there} && break; sleep 0.1; done; {there}"
+        result = """printf '{{"commit": "a"}}' > {out}"""
+        steps = (
+            f"echo +{name} >> {ran}",
+            f"touch {tmp_path}/{name}",
+            wait,
+            "sleep 0.3",
+            f"echo -{name} >> {ran}",
+            result,
+        )
+        return record.Portion(name, "", 1, " && ".join(steps), None, 1, timed)
+
+    portions = [portion("a", "b"), portion("clock", timed=True), portion("b", "a"), portion("c")]
+    assert record.Record(portions, tmp_path / "h200", "a").run(portions, 1e9)
+    going, most = set(), 0
+    for mark, name in ((line[0], line[1:]) for line in ran.read_text().split()):
+        (going.add if mark == "+" else going.remove)(name)
+        assert "clock" not in going or len(going) == 1
+        most = max(most, len(going))
+    assert most == 2
 
 
 def test_what_would_not_end_in_time_holds_up_its_own_file_alone(tmp_path, monkeypatch, caplog):
