@@ -161,9 +161,13 @@ PORTIONS: tuple[Portion, ...] = (
         "feature-compensation", "steps", 3, f"training/evaluate_feature_compensation.py {SECOND_OPINION}",
         *(f"--share {i}/6" for i in range(6)), "--merge {out}",
     ),
+    *script(  # tables tell the speed of these alone
+        "wardrobe", "steps", 4, "training/evaluate_wardrobe.py --only '^(model|precision|fewer)'",
+        *(f"--shard {i}/3" for i in range(3)),
+    ),
     *script(
-        "wardrobe", "steps", 4, "training/evaluate_wardrobe.py",
-        *(f"--shard {i}/12" for i in range(12)), "--merge {out}",
+        "wardrobe", "steps", 4, "training/evaluate_wardrobe.py --no-timed",
+        *(f"--shard {i}/10" for i in range(10)), "--merge {out}", timed=False,
     ),
     *script(
         "outliers", "steps", 3, "training/evaluate_outliers.py",

@@ -7,8 +7,21 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["NO_EPILOGUE", "Epilogue", "gelu_tanh", "start_early", "store_tile", "tile_position", "to_symmetric_int8"]
+from qandc_kernels.reference import SMALLEST_AMAX
 
+__all__ = [
+    "NO_EPILOGUE",
+    "Epilogue",
+    "by_own_scale",
+    "gelu_tanh",
+    "magnitude",
+    "scale_of",
+    "start_early",
+    "store_tile",
+    "tile_position",
+]
+
+SMALLEST = tl.constexpr(SMALLEST_AMAX)
 # Triton's interpreter knows neither assembly nor additions in memory; it takes the plain way to the same values
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
@@ -45,9 +58,22 @@ def to_int8(y):
 
 
 @triton.jit
-def to_symmetric_int8(y, QMAX: tl.constexpr):
-    """Clip to -QMAX..QMAX and round; NaN becomes 0."""
-    return to_int8(tl.minimum(tl.maximum(tl.where(y == y, y, 0.0), -QMAX), QMAX))
+def magnitude(y):
+    """Return the bits of ``|y|``, float32: as integers in the order of the numbers, and NaN above all of them."""
+    return y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_of(largest, QMAX: tl.constexpr):
+    """Return the scale of numbers by their largest magnitude: NaN, which a product takes on, if one of them is NaN."""
+    amax = largest.to(tl.float32, bitcast=True)
+    return tl.where(amax == amax, tl.maximum(amax, SMALLEST) * (1.0 / QMAX), amax)
+
+
+@triton.jit
+def by_own_scale(y, scale):
+    """Round ``y / scale``, the scale being of these numbers, so that none is clipped; 0 by one of NaN or infinity."""
+    return tl.where(scale < float("inf"), to_int8(y * tl.div_rn(1.0, scale)), 0)
 
 
 @triton.jit

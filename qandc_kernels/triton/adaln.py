@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qandc_kernels.reference import SMALLEST_AMAX
 from qandc_kernels.tiles.tables import gpu_of
-from qandc_kernels.triton._epilogue import quantize_static, start_early, to_symmetric_int8
+from qandc_kernels.triton._epilogue import by_own_scale, magnitude, quantize_static, scale_of, start_early
 
 __all__ = ["adaln_quantize_triton"]
 
@@ -27,7 +26,7 @@ def _adaln_quantize_kernel(
     M, tokens,
     stride_xm, stride_shift, stride_scale,
     q_scale_ptr, zero_point_ptr, eps,
-    K: tl.constexpr, ONE_SAMPLE: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
+    K: tl.constexpr, ONE_SAMPLE: tl.constexpr,
     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -73,14 +72,10 @@ def _adaln_quantize_kernel(
             q0 = quantize_static(y0, factor, zero_point)
             q1 = quantize_static(y1, factor, zero_point)
         else:
-            amax = tl.maximum(tl.max(tl.abs(y0)), tl.max(tl.abs(y1)))  # beyond the edge y1 is 0
-            scale = tl.maximum(amax, SMALLEST_AMAX) * (1.0 / 127)
-            # maxima pass over NaN; a scale of NaN carries it to the output of the product
-            bad = tl.sum((y0 != y0).to(tl.int32)) + tl.sum((y1 != y1).to(tl.int32))
-            tl.store(token_scale_ptr + row, tl.where(bad > 0, float("nan"), scale))
-            to_integers = tl.div_rn(1.0, scale)
-            q0 = to_symmetric_int8(y0 * to_integers, 127)
-            q1 = to_symmetric_int8(y1 * to_integers, 127)
+            scale = scale_of(tl.maximum(tl.max(magnitude(y0)), tl.max(magnitude(y1))), 127)  # beyond the edge y1 is 0
+            tl.store(token_scale_ptr + row, scale)
+            q0 = by_own_scale(y0, scale)
+            q1 = by_own_scale(y1, scale)
         tl.store(q_row + head, q0)
         tl.store(q_row + tail, q1, mask=inside)
 
@@ -119,7 +114,7 @@ def adaln_quantize_triton(
         m, tokens,
         x.stride(0), shift.stride(0), scale.stride(0),  # stride_xm, stride_shift, stride_scale
         q_scale, zero_point, eps,
-        K=k, ONE_SAMPLE=tokens % rows == 0, SMALLEST_AMAX=SMALLEST_AMAX,
+        K=k, ONE_SAMPLE=tokens % rows == 0,
         ROWS=rows, HEAD=head, TAIL=tail, STAGES=3 if k <= 4096 else 1,
         OVERLAP=overlap, launch_pdl=overlap,
         num_warps=4 if m <= 8 * multiprocessors else min(8, max(1, head // 1024)),

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from qandc_kernels.ops._register import rows_of
 from qandc_kernels.reference import SMALLEST_AMAX
-from qandc_kernels.triton._epilogue import gelu_tanh, to_symmetric_int8
+from qandc_kernels.triton._epilogue import by_own_scale, gelu_tanh, magnitude, scale_of
 from qandc_kernels.triton._launch import Launches, Start
 
 __all__ = [
@@ -74,7 +74,7 @@ def _quantize_per_token_kernel(
     x_ptr, q_ptr, scale_ptr, smoothing_ptr,
     M, K, inner_rows,
     stride_0, stride_1, stride_2, stride_3,
-    QMAX: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
+    QMAX: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -84,10 +84,8 @@ def _quantize_per_token_kernel(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if smoothing_ptr is not None:
         x *= tl.div_rn(1.0, tl.load(smoothing_ptr + columns, mask=columns < K, other=1.0))[None, :]
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), SMALLEST_AMAX) * (1.0 / QMAX)  # [BLOCK_M]
-    # tl.max passes over NaN; a scale of NaN carries it to the output of the product
-    scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
-    q = to_symmetric_int8(x * tl.div_rn(1.0, scale)[:, None], QMAX)
+    scale = scale_of(tl.max(magnitude(x), axis=1), QMAX)  # [BLOCK_M]
+    q = by_own_scale(x, scale[:, None])
     tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=mask)
     tl.store(scale_ptr + rows, scale, mask=rows < M)
 
@@ -96,7 +94,7 @@ def _quantize_per_token_kernel(
 def _gelu_quantize_per_token_kernel(
     x_ptr, multiplier_ptr, beside_ptr, q_ptr, scale_ptr,
     stride_x, inner_rows, stride_0, stride_1, stride_2, stride_3,
-    K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, SMALLEST_AMAX: tl.constexpr,
+    K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_FIRST: tl.constexpr,
 ):  # fmt: skip
     # a row in two pieces, powers of two: 12288 = 8192 + 4096 leaves no lane idle
@@ -110,23 +108,19 @@ def _gelu_quantize_per_token_kernel(
     if multiplier_ptr is not None:
         y0 *= tl.load(multiplier_ptr + head)
         y1 *= tl.load(multiplier_ptr + tail, mask=inside, other=0.0)
-    amax = tl.maximum(tl.max(tl.abs(y0)), tl.max(tl.abs(y1)))
-    bad = tl.sum((y0 != y0).to(tl.int32)) + tl.sum((y1 != y1).to(tl.int32))
+    largest = tl.maximum(tl.max(magnitude(y0)), tl.max(magnitude(y1)))
     columns = tl.arange(0, BLOCK_FIRST)
     if beside_ptr is not None:
         at = _offsets(row, inner_rows, stride_0, stride_1) + _offsets(columns, WIDTH, stride_2, stride_3)
         beside = tl.load(beside_ptr + at, mask=columns < FIRST, other=0.0).to(tl.float32)
-        amax = tl.maximum(amax, tl.max(tl.abs(beside)))
-        bad += tl.sum((beside != beside).to(tl.int32))
-    scale = tl.maximum(amax, SMALLEST_AMAX) * (1.0 / 127)
-    # maxima pass over NaN; a scale of NaN carries it to the output of the product
-    tl.store(scale_ptr + row, tl.where(bad > 0, float("nan"), scale))
-    to_integers = tl.div_rn(1.0, scale)
+        largest = tl.maximum(largest, tl.max(magnitude(beside)))
+    scale = scale_of(largest, 127)
+    tl.store(scale_ptr + row, scale)
     q_row = q_ptr + row * (FIRST + K)
     if beside_ptr is not None:
-        tl.store(q_row + columns, to_symmetric_int8(beside * to_integers, 127), mask=columns < FIRST)
-    tl.store(q_row + FIRST + head, to_symmetric_int8(y0 * to_integers, 127))
-    tl.store(q_row + FIRST + tail, to_symmetric_int8(y1 * to_integers, 127), mask=inside)
+        tl.store(q_row + columns, by_own_scale(beside, scale), mask=columns < FIRST)
+    tl.store(q_row + FIRST + head, by_own_scale(y0, scale))
+    tl.store(q_row + FIRST + tail, by_own_scale(y1, scale), mask=inside)
 
 
 def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
@@ -201,7 +195,6 @@ def per_token_start(x: torch.Tensor, bits: int, token_dims: int) -> tuple[torch.
 
     constants = {
         "QMAX": (1 << bits - 1) - 1,
-        "SMALLEST_AMAX": SMALLEST_AMAX,
         "WIDTH": width,
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
@@ -294,7 +287,6 @@ def _gelu_start(x: torch.Tensor, first: int, walk: tuple[int, ...]) -> Start:
         "K": k,
         "FIRST": first,
         "WIDTH": width,
-        "SMALLEST_AMAX": SMALLEST_AMAX,
         "HEAD": head,
         "TAIL": triton.next_power_of_2(max(1, k - head)),
         "BLOCK_FIRST": block_first,

@@ -11,6 +11,8 @@ from qandc_kernels import pack_int4, unpack_int4
 
 # of |expected| and of the typical size of what was added up: a few ulp in float32, half an ulp after a cast
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+NAN = torch.tensor(0x7FC000FF, dtype=torch.int32).view(torch.float32)
+"""A NaN whose lowest byte is not 0, as a GPU makes them: that shows where bits of a number are taken for an integer."""
 
 
 def float_dtypes(device: torch.device) -> list[torch.dtype]:
