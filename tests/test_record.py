@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -24,18 +27,17 @@ from qandc.support import results
 from tests.test_benchmarks import environment
 
 ROOT = Path(__file__).parents[1]
-TINY = """
-from benchmarks.record import Portion, record
-from tests.test_record import write
-record([
-    Portion("check-all", "", 1, {check!r}, gpus=0),
-    Portion("first", "", 1, write("first"), "check-all", 0),
-    Portion("second", "-k a", 1, {middle!r} + " && " + write("second"), "check-all", 0),
-    Portion("third", "", 1, write("third"), "check-all", 0),
-    Portion("fourth", "", 1, "true", None if {check!r} == "false" else "check-all", 0),
-    Portion("large", "", 1, "false", "check-all", 1),
-])
-"""
+
+
+def tiny_portions(check, middle):
+    return [
+        record.Portion("check-all", "", 1, check, gpus=0),
+        record.Portion("first", "", 1, write("first"), "check-all", 0),
+        record.Portion("second", "-k a", 1, f"{middle} && {write('second')}", "check-all", 0),
+        record.Portion("third", "", 1, write("third"), "check-all", 0),
+        record.Portion("fourth", "", 1, "true", None if check == "false" else "check-all", 0),
+        record.Portion("large", "", 1, "false", "check-all", 1),
+    ]
 
 
 def write(name: str) -> str:
@@ -45,17 +47,19 @@ def write(name: str) -> str:
 
 
 class Tiny:
-    """Start the command line with portions of a second."""
+    """Run the command line with portions of a second: in this process, or in one of its own, to be killed."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
-    def start(self, *options, commit="a", check="true", middle="true"):
+    def start(self, check="true", middle="true"):
         kept = {name: value for name, value in os.environ.items() if name != "QANDC_COMMAND"}
-        environment = {**kept, "PYTHONPATH": str(ROOT), "QANDC_COMMIT": commit, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-c", TINY.format(check=check, middle=middle), "--out", self.out, *options]
+        environment = {**kept, "PYTHONPATH": str(ROOT), "QANDC_COMMIT": "a", "CUDA_VISIBLE_DEVICES": ""}
+        code = (
+            f"from tests.test_record import record, tiny_portions\nrecord.record(tiny_portions({check!r}, {middle!r}))"
+        )
         return subprocess.Popen(
-            command,
+            [sys.executable, "-c", code, "--out", self.out],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -63,10 +67,23 @@ class Tiny:
             start_new_session=True,
         )
 
-    def run(self, *options, **changes):
-        process = self.start(*options, **changes)
-        output, _ = process.communicate(timeout=120)
-        return process.returncode, output
+    def run(self, *options, commit="a", check="true", middle="true"):
+        output = io.StringIO()
+        handler = logging.StreamHandler(output)
+        with pytest.MonkeyPatch.context() as patched, redirect_stdout(output), redirect_stderr(output):
+            patched.delenv("QANDC_COMMAND", raising=False)
+            patched.setenv("QANDC_COMMIT", commit)
+            patched.setattr(record, "card_name", lambda: "cpu")
+            patched.setattr(record, "_gpus", lambda: [""])
+            patched.setattr(sys, "argv", ["record", "--out", str(self.out), *options])
+            record.logger.addHandler(handler)
+            try:
+                record.record(tiny_portions(check, middle))
+            except SystemExit as end:
+                return end.code or 0, output.getvalue()
+            finally:
+                record.logger.removeHandler(handler)
+        raise AssertionError("the command line ends its process")
 
     @property
     def ran(self):

@@ -72,7 +72,7 @@ def scale_of(largest, QMAX: tl.constexpr):
 
 @triton.jit
 def by_own_scale(y, scale):
-    """Round ``y / scale``, the scale being of these numbers, so that none is clipped; 0 by one of NaN or infinity."""
+    """Round ``y / scale``, a scale of these very numbers, so that none is clipped; 0 where it is NaN or infinite."""
     return tl.where(scale < float("inf"), to_int8(y * tl.div_rn(1.0, scale)), 0)
 
 
