@@ -260,7 +260,7 @@ CANDIDATES |= {
 # a transformer is made once for all that follow each other with it
 ORDER = sorted(CANDIDATES, key=lambda name: ("torchao" in name, list(RECIPES).index(CANDIDATES[name][0])))
 
-SHORT = (ONE_LINE, IMAGES_FUSED, IMAGES_OURS)
+SHORT = (ONE_LINE, IMAGES_FUSED, IMAGES_OURS)  # each by turns with compiled bf16
 USUAL = ("bf16 eager", IMAGES_BF16, CACHE_DIT, *SHORT, f"{IMAGES_FUSED}, taylor cache", IMAGES_FUSED4, OFFLOADED)
 
 

@@ -544,8 +544,8 @@ def images_table(result: dict[str, Any]) -> list[str]:
 def ahead_table(result: dict[str, Any]) -> list[str]:
     """Compare images whose modulations are computed ahead with those of the same model without that."""
     lines = ["| s an image: own, ahead | steps | | GB of weights on the GPU |", "|---" * 4 + "|"]
-    for row in result["rows"]:
-        if "ahead" not in row["candidate"] or not row["candidate"].startswith(row["rival"]):  # beside bf16
+    for row in (row for row in result["rows"] if "ahead" in row["candidate"] and "rival" in row):
+        if not row["candidate"].startswith(row["rival"]):  # beside bf16
             continue
         own, ahead = row["rival_median_us"] / 1e6, row["median_us"] / 1e6
         name = f"{row['layer']}, {row['candidate'].replace(', modulations ahead', '')}"
@@ -798,14 +798,14 @@ def products_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-PAGES = {  # of docs/families, to the class of the transformer and the model that was measured
-    "flux": ("FluxTransformer2DModel", "FLUX.1-dev"),
-    "qwen_image": ("QwenImageTransformer2DModel", "Qwen-Image"),
-    "sd3": ("SD3Transformer2DModel", "SD3.5-large"),
-    "pixart": ("PixArtTransformer2DModel", "PixArt-Sigma"),
-    "chroma": ("ChromaTransformer2DModel", None),
-    "z_image": ("ZImageTransformer2DModel", None),
-    "wan": ("WanTransformer3DModel", None),
+PAGES = {  # of docs/families, to the class of the transformer
+    "flux": "FluxTransformer2DModel",
+    "qwen_image": "QwenImageTransformer2DModel",
+    "sd3": "SD3Transformer2DModel",
+    "pixart": "PixArtTransformer2DModel",
+    "chroma": "ChromaTransformer2DModel",
+    "z_image": "ZImageTransformer2DModel",
+    "wan": "WanTransformer3DModel",
 }
 
 
@@ -883,7 +883,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "images.json runs": runs_table,
     "images.json ahead": ahead_table,
     "parts.json": parts_table,
-    **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, (kind, _) in PAGES.items()},
+    **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, kind in PAGES.items()},
     "models.json turns": by_turns_table,
     "model.json drop": drop_in_table,
     "images.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2),
