@@ -192,18 +192,19 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             yield record(arch, "adaln", [samples, width])
     for batch, tokens, width in ((2, 256, 72), (16, 256, 72), (64, 256, 72), (16, 1024, 72), (2, 64, 32), (2, 50, 128)):
         parts = torch.zeros(batch, tokens, 3, 16, width).bfloat16().unbind(2)
-        for flag, bias in ((None, None), (integer, None), (integer, torch.zeros(batch, tokens).bfloat16())):
+        least, most = (None, None), (integer, torch.zeros(batch, tokens).bfloat16())
+        for flag, bias in (least, (integer, None), most) if batch == 64 else (most,):
             attention.attention_quantize_triton(*parts, one, integer, flag, bias)
             yield record(arch, "attention", [batch, tokens, width, bias is not None, flag is not None])
         cos, sin = torch.zeros(2, tokens, width)
-        for tables in ((cos, sin), (cos[:, ::2], sin[:, ::2]), (None, None)):
+        for tables in ((cos, sin), (cos[:, ::2], sin[:, ::2]), (None, None)) if batch == 64 else ((cos, sin),):
             rotary.qk_norm_rope_triton(torch.stack(parts, 2), cos[0].bfloat16(), sin[0].bfloat16(), *tables, 1e-6)
             yield record(arch, "qk_norm_rope", [batch, tokens, width])
     for rows, inner, columns in ((2, 1152, 6912), (16, 256, 1152), (64, 1152, 6912), (5, 100, 70)):
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
         yield record(arch, "batched_linear", [rows, inner, columns])
-    for packed, rows, columns, inner in itertools.product((False, True), (1, 2, 16), (18432, 577), (3072, 858)):
+    for packed, rows, (columns, inner) in itertools.product((False, True), (1, 2, 16), ((18432, 3072), (577, 858))):
         x, out = torch.zeros(rows, inner).bfloat16(), torch.zeros(rows, columns).bfloat16()
         weight = torch.zeros(columns, inner // 2 if packed else inner, dtype=torch.int8)
         parameters = Epilogue(None, torch.ones(columns), torch.zeros(columns).bfloat16())
