@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.goals import SUITES, file_of
+from benchmarks.goals import SUITES, file_of, suite_of
 from benchmarks.rivals import NotInstalled
 from qandc.support.files import write_json
 from qandc.support.results import measured_rows, result_header
@@ -239,7 +239,7 @@ def _write(config: pytest.Config) -> None:
         if not any("median_us" in row for row in rows):
             continue
         path, before = _continued(config, rows[0])
-        goals = next(goals for ops, goals in SUITES.values() if rows[0]["op"] in ops)
+        _, goals = SUITES[suite_of(rows[0])]
         known = {_key(row) for row in rows}
         rows = [row for row in before if _key(row) not in known] + rows
         found = [goal for goal in goals(rows) if goal["value"] is not None]

@@ -50,6 +50,7 @@ __all__ = [
     "model_goals",
     "models_goals",
     "pipeline_goals",
+    "suite_of",
 ]
 
 FP8, STATIC, PER_TOKEN = "fp8 _scaled_mm rowwise", "W8A8", "W8A8 per token"
@@ -302,14 +303,19 @@ SUITES: dict[str, tuple[set[str], Callable[[list[Row]], Iterator[Row]]]] = {
     "host": ({"host"}, host_goals),
     "products": ({"products"}, products_goals),
 }
-"""Name of a file of results to the kinds of rows that it holds, and its goals."""
+"""Map the name of a suite of benchmarks to the kinds of rows that it measures, and to its goals."""
 FILE_A_MODEL = ("models", "images")
-"""Those of which each model has a file of its own, so that models are measured side by side, and anew one by one."""
+"""Suites of benchmarks that write a file of results for each model, so that models are measured side by side."""
+
+
+def suite_of(row: Row) -> str:
+    """Name the suite of benchmarks that a row belongs to."""
+    return next(name for name, (ops, _) in SUITES.items() if row["op"] in ops)
 
 
 def file_of(row: Row) -> str:
     """Name the file of results that holds a row."""
-    suite = next(name for name, (ops, _) in SUITES.items() if row["op"] in ops)
+    suite = suite_of(row)
     return f"{suite}-{row['layer']}" if suite in FILE_A_MODEL else suite
 
 

@@ -109,8 +109,10 @@ def record(arch: int, kernel: str, tile) -> dict:
     }
 
 
-def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None, most: bool = False) -> None:
-    """Launch as the ops do, with every operand but, unless ``most``, a gated product's branch and scales per token."""
+def launch_gemm(
+    kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None, branch: bool = False, per_token: bool = False
+) -> None:
+    """As the ops do, with every optional operand."""
     family, _, ending = kernel.partition(" ")
     halves, packed = family.endswith("a16"), family.startswith("int4")
     x = torch.zeros(m, k, dtype=torch.bfloat16 if halves else torch.int8)
@@ -122,11 +124,11 @@ def launch_gemm(kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None
     elif ending == "gate":
         parameters = parameters._replace(gate=torch.zeros(m // 256 + 1, n).bfloat16(), gate_stride=n, tokens=256)
     out = torch.zeros(m, n, dtype=torch.int8 if ending == "gelu" else torch.bfloat16)
-    if ending == "token" or most:
+    if ending == "token" or per_token:
         parameters = parameters._replace(x_scale=torch.ones(m))
     elif not halves:
         parameters = parameters._replace(x_zero_point=integer, w_sum=vector.int())
-    kept = torch.zeros_like(out) if most else None
+    kept = torch.zeros_like(out) if branch else None
     if family == "int8":
         int8_gemm_triton(x, weight, out, parameters, tile, kept)
     else:
@@ -166,8 +168,9 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
                     continue
                 yield record(arch, kernel, tile)
                 if kernel.endswith("gate") and not every_candidate:
-                    launch_gemm(kernel, m, n, k, tile, most=True)
-                    yield record(arch, f"{kernel} branch token", tile)
+                    for branch, per_token in ((True, False), (True, True), (False, True)):
+                        launch_gemm(kernel, m, n, k, tile, branch, per_token)
+                        yield record(arch, f"{kernel}{' branch' * branch}{' token' * per_token}", tile)
     if every_candidate:
         return
     sums = torch.zeros(512, 1152, dtype=torch.int32), tiles.GemmTile(64, 64, 64, 8, 4, 3)
@@ -192,19 +195,18 @@ def records(arch: int, every_candidate: bool) -> Iterator[dict]:
             yield record(arch, "adaln", [samples, width])
     for batch, tokens, width in ((2, 256, 72), (16, 256, 72), (64, 256, 72), (16, 1024, 72), (2, 64, 32), (2, 50, 128)):
         parts = torch.zeros(batch, tokens, 3, 16, width).bfloat16().unbind(2)
-        least, most = (None, None), (integer, torch.zeros(batch, tokens).bfloat16())
-        for flag, bias in (least, (integer, None), most) if batch == 64 else (most,):
+        for flag, bias in ((None, None), (integer, None), (integer, torch.zeros(batch, tokens).bfloat16())):
             attention.attention_quantize_triton(*parts, one, integer, flag, bias)
             yield record(arch, "attention", [batch, tokens, width, bias is not None, flag is not None])
         cos, sin = torch.zeros(2, tokens, width)
-        for tables in ((cos, sin), (cos[:, ::2], sin[:, ::2]), (None, None)) if batch == 64 else ((cos, sin),):
+        for tables in ((cos, sin), (cos[:, ::2], sin[:, ::2]), (None, None)):
             rotary.qk_norm_rope_triton(torch.stack(parts, 2), cos[0].bfloat16(), sin[0].bfloat16(), *tables, 1e-6)
             yield record(arch, "qk_norm_rope", [batch, tokens, width])
     for rows, inner, columns in ((2, 1152, 6912), (16, 256, 1152), (64, 1152, 6912), (5, 100, 70)):
         x, bias = torch.zeros(1, rows, inner).bfloat16(), torch.zeros(1, columns).bfloat16()
         batched.batched_gemm_triton(x, torch.zeros(1, columns, inner).bfloat16(), bias, 0.25)
         yield record(arch, "batched_linear", [rows, inner, columns])
-    for packed, rows, (columns, inner) in itertools.product((False, True), (1, 2, 16), ((18432, 3072), (577, 858))):
+    for packed, rows, columns, inner in itertools.product((False, True), (1, 2, 16), (18432, 577), (3072, 858)):
         x, out = torch.zeros(rows, inner).bfloat16(), torch.zeros(rows, columns).bfloat16()
         weight = torch.zeros(columns, inner // 2 if packed else inner, dtype=torch.int8)
         parameters = Epilogue(None, torch.ones(columns), torch.zeros(columns).bfloat16())
