@@ -1,4 +1,4 @@
-"""Define what all matrix products share: the order of tiles, and what becomes of the sums when they are stored."""
+"""Define what kernels share: how they round and scale, the order of a product's tiles, and what becomes of its sums."""
 
 from __future__ import annotations
 
