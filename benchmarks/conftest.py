@@ -52,7 +52,7 @@ class Measure(Protocol):
         build: Callable[[], timing.Candidate],
         skip: str | None = WITHOUT_GPU,
         *,
-        rival: tuple[str, Callable[[], timing.Candidate]] | None = None,
+        rival: tuple[str, Callable[[], timing.Candidate | timing.Timed]] | None = None,
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None: ...
@@ -61,6 +61,7 @@ class Measure(Protocol):
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernels")
     group.addoption("--save", type=Path, metavar="DIR", help="write kernels.json, model.json, ... or add rows to them")
+    group.addoption("--resume", action="store_true", help="leave out the rows that files of --save have")
     group.addoption(
         "--rivals", choices=("none", "fast", "all"), default="all", help="gemlite and torchao: fast is M = 4096 alone"
     )
@@ -102,12 +103,14 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         build: Callable[[], timing.Candidate],
         skip: str | None = WITHOUT_GPU,
         *,
-        rival: tuple[str, Callable[[], timing.Candidate]] | None = None,
+        rival: tuple[str, Callable[[], timing.Candidate | timing.Timed]] | None = None,
         operations: float | None = None,
         nbytes: float | None = None,
     ) -> None:
         if request.config.getoption("--save") is not None:
-            _continued(request.config, row)
+            _, before = _continued(request.config, row)
+            if request.config.getoption("--resume") and any("median_us" in r for r in before if _key(r) == _key(row)):
+                pytest.skip("measured before")
         row |= {"n": row.get("n"), "k": row.get("k")}
         benchmark.group = f"{row['op']} {row['layer']}" + (f" M={row['m']}" if row["m"] else "")
         if skip is None:
@@ -137,17 +140,19 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
 
 
 def time_candidate(
-    benchmark: Any, candidate: timing.Candidate, rival: Callable[[], timing.Candidate] | None
+    benchmark: Any, candidate: timing.Candidate, rival: Callable[[], timing.Candidate | timing.Timed] | None
 ) -> dict[str, Any]:
     """Check the result, then take times, by turns with the rival's if there is one: the entries of a row."""
-    error, timed = checked(candidate)
+    error, timed = timing.checked(candidate)
     rounds = timed.rounds()
     found = {"error": error, "method": timed.method, "launches": timed.launches}
     if rival is None:
         benchmark.pedantic(timing.CLOCK.run, args=(timed,), warmup_rounds=min(2, rounds - 2), rounds=rounds)
     else:
-        rounds = max(rounds + rounds % 2, 4)
-        found |= by_turns(benchmark, timed, checked(rival())[1], rounds)
+        theirs = rival()
+        if isinstance(theirs, timing.Candidate):  # else it has been checked before
+            _, theirs = timing.checked(theirs)
+        found |= by_turns(benchmark, timed, theirs, rounds)
     if timed.why_no_graph is not None:
         found["why_no_graph"] = timed.why_no_graph
     if benchmark.stats is not None:
@@ -156,24 +161,11 @@ def time_candidate(
     return found
 
 
-def checked(candidate: timing.Candidate) -> tuple[float, timing.Timed]:
-    """Return the error of a candidate, and how it is timed; one that is wrong fails."""
-    error = candidate.error(candidate.launch(0), 0)
-    assert error <= candidate.bound, f"relative error {error:.3g}; allowed {candidate.bound}"
-    if not candidate.wall_clock:
-        candidate.launch(0)  # what the first launch compiled or tuned is launched as it will be
-    timed = timing.prepare(candidate)
-    if timed.method == "graph" and not candidate.in_place:
-        timed.seconds()
-        replayed = candidate.error(timed.result, candidate.launches - 1)
-        assert replayed <= candidate.bound, f"relative error {replayed:.3g} in a graph; allowed {candidate.bound}"
-    return error, timed
-
-
 def by_turns(benchmark: Any, ours: timing.Timed, theirs: timing.Timed, rounds: int) -> dict[str, Any]:
     """Take times in the order theirs, ours, ours, theirs: what drifts falls on both alike. Ratios are of each four."""
     times: tuple[list[float], list[float]] = ([], [])
-    theirs.seconds()
+    if rounds > timing.LEAST_ROUNDS[1][1]:  # what takes seconds is warm after its check
+        theirs.seconds()
 
     def run_theirs() -> None:
         turn = len(times[0])
@@ -228,20 +220,21 @@ def _versions() -> dict[str, str | None]:
 def _write(config: pytest.Config) -> None:
     """Save all rows so far, each to its file, if something was measured for it; others stay but for those repeated.
 
-    Ratios are of this run.
+    Ratios are of this run, or of all rows of a file that is resumed.
     """
-    measured = config.stash[RUN].rows
-    report.complete(measured)
+    measured, before = config.stash[RUN].rows, config.stash[RUN].before
+    resumed = [row for rows in before.values() for row in rows] if config.getoption("--resume") else []
+    report.complete([*resumed, *measured])
     if config.getoption("--save") is None:
         return
     for name in dict.fromkeys(map(file_of, measured)):
         rows = [row for row in measured if file_of(row) == name]
         if not any("median_us" in row for row in rows):
             continue
-        path, before = _continued(config, rows[0])
+        path, older = _continued(config, rows[0])
         _, goals = SUITES[suite_of(rows[0])]
         known = {_key(row) for row in rows}
-        rows = [row for row in before if _key(row) not in known] + rows
+        rows = [row for row in older if _key(row) not in known] + rows
         found = [goal for goal in goals(rows) if goal["value"] is not None]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**_header(config), "rows": rows, "goals": found})

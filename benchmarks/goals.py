@@ -28,7 +28,6 @@ __all__ = [
     "IMAGES_CACHED",
     "IMAGES_FUSED",
     "IMAGES_FUSED4",
-    "IMAGES_OURS",
     "INT_MM",
     "INT_MM_COMPILED",
     "LARGE_LAYERS",
@@ -71,11 +70,7 @@ ATTENTION_SIZES = (  # tokens, or queries x keys, and samples; the last two are 
     ("4096 tokens", 2), ("4096 x 300 tokens", 2),
 )  # fmt: skip
 COMPUTE, RUN = "compute step", "no cache"
-IMAGES_BF16, IMAGES_OURS, IMAGES_CACHED = (
-    "bf16 compiled",
-    "W8A8 + W8A16, compiled, graph()",
-    ("delta", "branch", "taylor"),
-)
+IMAGES_BF16, IMAGES_CACHED = "bf16 compiled", ("delta", "branch", "taylor")
 IMAGES_FUSED = "W8A8 + W8A16, fused, graph()"
 IMAGES_FUSED4 = "W4A8 + W4A16, fused, graph()"
 FUSED_BLOCKS = f"QuantLinear {IMAGES_FUSED}"

@@ -2,7 +2,7 @@
 
 python -m benchmarks.record --list                   # portions: what is done, failed, older or missing here
 python -m benchmarks.record --out build/record       # measure them; the same command goes on
-python -m benchmarks.record --only '^images' --seconds 540
+python -m benchmarks.record --only '^images' --seconds 540   # what is not done then goes on next time
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Portion:
     """Name a command that writes a file of results, or rows of one; of a check, which writes none, its status counts.
 
     In the command ``{out}`` is the file, ``{card}`` its directory, ``{scratch}`` one that is removed afterwards.
-    Where time is no result, several portions share a GPU.
+    One that resumes goes on with the next row wherever it was cut, and may take ``minutes`` for each; others on the
+    whole. Where time is no result, several portions share a GPU.
     """
 
     file: str
@@ -50,6 +51,7 @@ class Portion:
     check: str | None = None
     gpus: int = 1
     timed: bool = True
+    resumes: bool = False
 
     @property
     def name(self) -> str:
@@ -80,15 +82,16 @@ def script(
 ) -> Iterator[Portion]:
     """Name a script that continues its file, once for each of the options."""
     for option in options or ("",):
-        yield Portion(file, option, minutes, f"{{python}} {run} {option} --out {{out}}", f"check-{check}", gpus, timed)
+        command = f"{{python}} {run} {option} --out {{out}}"
+        yield Portion(file, option, minutes, command, f"check-{check}", gpus, timed, resumes=True)
 
 
 def bench(file: str, check: str, minutes: float, tests: str, *options: str) -> Iterator[Portion]:
-    """Name benchmarks that add their rows to a file, once for each of the options."""
-    run = "-m pytest --benchmark-only --benchmark-quiet -q -p no:cacheprovider --save {card}"
-    files = " ".join(f"benchmarks/{test}" for test in tests.split())
+    """Name benchmarks that add the rows that a file lacks, once for each of the options."""
+    run = "-m pytest --benchmark-only --benchmark-quiet -q -p no:cacheprovider --save {card} --resume"
+    run += "".join(f" benchmarks/{test}" if test.endswith(".py") else f" {test}" for test in tests.split())
     for option in options or ("",):
-        yield Portion(file, option, minutes, f"{{python}} {run} {files} {option}", f"check-{check}")
+        yield Portion(file, option, minutes, f"{{python}} {run} {option}", f"check-{check}", resumes=True)
 
 
 def sampling(file: str, check: str, gpus: int) -> Portion:
@@ -97,19 +100,9 @@ def sampling(file: str, check: str, gpus: int) -> Portion:
     return Portion(file, "", 2, f"{run} -o {{scratch}}/a.npz --json {{out}}", f"check-{check}", gpus)
 
 
-BF16 = "(bf16 and compiled and not called)"  # the baseline, once more in each run of what takes no turns with it
 LARGE = ("FLUX.1-dev", "Qwen-Image", "SD3.5-large", "PixArt-Sigma")
 OTHERS = ("Z-Image", "Wan-2.1-1.3B")  # without fused blocks
-FORWARDS = dict.fromkeys((*LARGE, *OTHERS), ("not graph and not torchao", "graph"))
-FORWARDS["FLUX.1-dev"] += (f"torchao or {BF16}",)
-IMAGES = {
-    "FLUX.1-dev": (5, "bf16", "optimize", "torchao", "fused and not W4A8 and not cache", "fused and cache", "W4A8"),
-    **{layer: (minutes, "bf16", "optimize", "fused and not W4A8", "W4A8") for layer, minutes in (
-        ("Qwen-Image", 7), ("SD3.5-large", 4), ("PixArt-Sigma", 2),
-    )},
-    **dict.fromkeys(("PixArt-Sigma-512", "SD3.5-medium-512"), (3, "not torchao")),
-    **dict.fromkeys(OTHERS, (9, "not torchao")),
-}  # fmt: skip
+SMALL = ("PixArt-Sigma-512", "SD3.5-medium-512")
 SHARED = 4  # portions that share a GPU
 SECOND_OPINION = "--efficientnet {scratch}/statistics.npz"
 PORTIONS: tuple[Portion, ...] = (
@@ -118,68 +111,41 @@ PORTIONS: tuple[Portion, ...] = (
     checks("steps", 2, "test_fused_dit.py test_run_graph.py test_cache_modes.py test_generate.py test_nan_flags.py"),
     checks("models", 3, "test_fused_blocks.py test_modulations.py test_model_graph.py test_families.py test_models.py"),
     *bench("host", "layers", 1, "test_host.py"),
-    *bench(
-        "kernels", "kernels", 3, "test_linear.py test_epilogues.py test_adaln.py",
-        *(f"--rivals fast --layers 8192^3,{layer}" for layer in ("qkv", "out", "fc1", "fc2")),
-        "--layers 'LN,1 GiB,38 MB'",
-    ),
+    *bench("kernels", "kernels", 1.5, "test_linear.py test_epilogues.py test_adaln.py", "--rivals fast"),
     *bench("products", "kernels", 1.5, "test_products.py"),
-    *bench("model", "kernels", 1, "test_attention.py"),
-    *bench("model", "steps", 4, "test_model.py", *(f"-k '{k}'" for k in (
-        "256 and not torchao", "512 and not torchao", f"fp8 or {BF16}"
-    ))),
-    *bench("model", "steps", 7, "test_model.py", f"-k '256 and (int8dq or {BF16})' --rows 16"),
-    *bench("cache-cost", "steps", 2.5, "test_cache.py", "-k test_step", "-k test_run"),
-    *bench("pipeline", "steps", 2.5, "test_pipeline.py", *(f"--rows {m}" for m in (1, 8, 32))),
+    *bench("model", "steps", 1.5, "test_attention.py test_model.py", "-k 'not int8dq'"),
+    *bench("cache-cost", "steps", 1.5, "test_cache.py"),
+    *bench("pipeline", "steps", 1.5, "test_pipeline.py"),
     *(
-        portion for layer, which in FORWARDS.items()
-        for portion in bench(
-            f"models-{layer}", "models", 3, "test_models.py", *(f"--layers {layer} -k '{k}'" for k in which)
-        )
+        portion for layer in (*LARGE, *OTHERS)
+        for portion in bench(f"models-{layer}", "models", 1.5, f"test_models.py --layers={layer}")
     ),
     *(
-        portion for layer, (minutes, *which) in IMAGES.items()
-        for portion in bench(
-            f"images-{layer}", "models", minutes, "test_images.py", *(f"--layers {layer} -k '{k}'" for k in which)
-        )
+        portion for layer in (*LARGE, *SMALL, *OTHERS)
+        for portion in bench(f"images-{layer}", "models", 2.5, f"test_images.py --layers={layer}")
     ),
     *script(
         "parts", "models", 1, "-m training.measure_parts",
         *(f"--layer {layer} --w-bits {bits}" for layer in LARGE for bits in (8, 4)),
         f"--layer {LARGE[0]} --w-bits 8 --per-token",
     ),
-    *script("fashion-dit", "steps", 3, "training/evaluate_fashion_dit.py --seeds 2"),
+    *script("fashion-dit", "steps", 2, "training/evaluate_fashion_dit.py --seeds 2"),
     *script("presets", "steps", 2, "training/evaluate_presets.py"),
-    *script("cache", "steps", 3, "training/evaluate_cache.py", *(f"--precisions {p}" for p in ("FP", "W8A8", "W4A8"))),
-    *script(
-        "ablation", "steps", 3, f"training/ablate_fashion_dit.py {SECOND_OPINION}",
-        *(f"--repeats {repeat} --parts '{parts}'" for repeat in range(3) for parts in (
-            "ranges,block,branch", "compensation block,compensation branch", "selection block,selection branch"
-        )), timed=False,
-    ),
-    *script(  # at last all rows in their order
-        "feature-compensation", "steps", 3, f"training/evaluate_feature_compensation.py {SECOND_OPINION}",
-        *(f"--share {i}/6" for i in range(6)), "--merge {out}",
-    ),
+    *script("cache", "steps", 2, "training/evaluate_cache.py"),
+    *script("ablation", "steps", 2, f"training/ablate_fashion_dit.py {SECOND_OPINION}", timed=False),
+    *script("feature-compensation", "steps", 2, f"training/evaluate_feature_compensation.py {SECOND_OPINION}"),
     *script(  # tables tell the speed of these alone
-        "wardrobe", "steps", 4, "training/evaluate_wardrobe.py --only '^(model|precision|fewer)'",
-        *(f"--shard {i}/3" for i in range(3)),
+        "wardrobe", "steps", 2, "training/evaluate_wardrobe.py", "--only '^(model|precision|fewer)'"
     ),
+    *script("wardrobe", "steps", 2, "training/evaluate_wardrobe.py", "--no-timed", timed=False),
+    *script("outliers", "steps", 2, "training/evaluate_outliers.py", "", "--fused", timed=False),
     *script(
-        "wardrobe", "steps", 4, "training/evaluate_wardrobe.py --no-timed",
-        *(f"--shard {i}/10" for i in range(10)), "--merge {out}", timed=False,
-    ),
-    *script(
-        "outliers", "steps", 3, "training/evaluate_outliers.py",
-        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}", timed=False,
-    ),
-    *script(
-        "outliers-wardrobe", "models", 3, "training/evaluate_outliers.py --model wardrobe",
-        *(f"--shard {i}/4{fused}" for fused in ("", " --fused") for i in range(4)), "--merge {out}", timed=False,
+        "outliers-wardrobe", "models", 2, "training/evaluate_outliers.py --model wardrobe", "", "--fused", timed=False
     ),
     *script("gptq", "layers", 6, "-m training.measure_gptq", "--samples 16", "--samples 16 --offload"),
     *script("large-model", "steps", 3, "training/measure_large_model.py", "--w-bits 8", "--w-bits 4"),
     sampling("sample", "steps", 1),
+    *bench("model", "steps", 8, "test_model.py", "-k int8dq"),  # minutes of tuning
     checks("gpus", 2, "kernels/test_launch.py test_fused_dit.py -k 'another_gpu or second_gpu'", 2),
     sampling("sample-2", "gpus", 2),
     checks("processor", 3, "test_linear.py test_quantizer.py test_sampling.py test_cache_modes.py", 0),
@@ -192,8 +158,7 @@ PORTIONS: tuple[Portion, ...] = (
         "check-processor", 0,
     ),
     *script(
-        "wardrobe", "processor", 9, "training/evaluate_wardrobe.py --only ^model --prompts 200 --device cpu",
-        "--shard 0/2", "--shard 1/2", gpus=0,
+        "wardrobe", "processor", 9, "training/evaluate_wardrobe.py --only ^model --prompts 200 --device cpu", gpus=0,
     ),
     Portion(
         "experiment", "", 5,
@@ -302,9 +267,9 @@ class Record:
         return "cut" if note["status"] is None else "failed"
 
     def expected(self, portion: Portion) -> float:
-        """Return the seconds that a portion took when it last ended, else those that it may take."""
+        """Return the seconds that must be left for a portion: that it took when it last ended, or that it may take."""
         note = self.notes.get(portion.name, {"status": None})
-        return note["seconds"] if note["status"] == 0 else 60 * portion.minutes
+        return note["seconds"] if note["status"] == 0 and not portion.resumes else 60 * portion.minutes
 
     def refuse_others(self) -> None:
         """Refuse to measure what nobody could check, or beside files of other commits."""
@@ -319,27 +284,29 @@ class Record:
             )
 
     def run(self, portions: Sequence[Portion], seconds: float) -> bool:
-        """Measure what is not done, last what was cut before; tell whether all that was begun came through.
+        """Measure what is not done; tell whether all that was begun came through.
 
         Portions run side by side, those of which times are taken on GPUs of their own, but for those of one file, and
-        none beside a check.
+        none beside a check. What was cut before, and begins anew, comes last; what resumes is cut after ``seconds``.
         """
         end, passed, gpus, late = time.monotonic() + seconds, True, _gpus(), set[str]()
         running: list[Running] = []
         states = {portion: self.state(portion) for portion in portions}  # each reads the file of its results
         waiting = [portion for portion in portions if not states[portion].startswith(("done", "needs"))]
-        waiting.sort(key=lambda p: not p.is_check and states[p] == "cut")
+        waiting.sort(key=lambda p: not (p.is_check or p.resumes) and states[p] == "cut")
         asked: list[int] = []  # noted here, or what has just been started could be left behind
         handlers = {number: signal.signal(number, lambda *given: asked.append(given[0])) for number in ENDS}
         try:
             while waiting or running:
                 if asked:
-                    cut = ", ".join(each.portion.name for each in running) or "nothing"
-                    logger.warning("ended by %s; cut: %s; the same command goes on", signal.Signals(asked[0]).name, cut)
+                    logger.warning("ended by %s", signal.Signals(asked[0]).name)
                     raise KeyboardInterrupt
                 portion, free = self._next(waiting, running, gpus)
                 if portion is None:
                     time.sleep(POLL)
+                    for each in [each for each in running if each.portion.resumes and time.monotonic() > end]:
+                        running.remove(each)
+                        self._cut(each)
                     for each in [each for each in running if each.process.poll() is not None]:
                         running.remove(each)
                         if status := self._ended(each):
@@ -363,8 +330,7 @@ class Record:
             for each in running:
                 each.process.kill()
             for each in running:
-                each.process.wait()
-                each.scratch.cleanup()
+                self._cut(each)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return passed
@@ -403,6 +369,13 @@ class Record:
         shell = command if "&&" in command else f"exec {command}"  # so that killing it kills what it runs
         return Running(portion, subprocess.Popen(shell, shell=True, cwd=ROOT, env=environment), scratch, gpus, begun)
 
+    def _cut(self, running: Running) -> None:
+        """End a portion, whose note still says that it is cut."""
+        running.process.kill()
+        running.process.wait()
+        running.scratch.cleanup()
+        logger.warning("%s: cut; the same command goes on", running.portion.name)
+
     def _ended(self, running: Running) -> int:
         portion, status = running.portion, running.process.returncode
         running.scratch.cleanup()
@@ -423,7 +396,7 @@ def record(portions: Sequence[Portion]) -> None:
     def main(
         listed: Annotated[bool, typer.Option("--list", help="Show portions, and measure nothing.")] = False,
         only: Annotated[str, typer.Option(help="Portions whose name this regular expression finds.")] = "",
-        seconds: Annotated[float, typer.Option(help="Begin no portion that may not end in so long.")] = 1e9,
+        seconds: Annotated[float, typer.Option(help="Begin nothing that may take longer; cut the rest.")] = 1e9,
         out: Annotated[Path, typer.Option(help="Directory of the cards' directories.")] = ROOT / "results",
         card: Annotated[str, typer.Option(help="A card's directory, for --list; this machine's by default.")] = "",
         any_commit: Annotated[bool, typer.Option("--any-commit", help="Replace files of other commits.")] = False,

@@ -13,13 +13,13 @@ import torch
 
 from qandc_kernels import capturing
 
-__all__ = ["CLOCK", "DEVICE", "Candidate", "Timed", "capture", "launches_for", "prepare", "relative_error"]
+__all__ = ["CLOCK", "DEVICE", "Candidate", "Timed", "capture", "checked", "launches_for", "prepare", "relative_error"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRAPH_SECONDS = 1.5e-3  # a replay lasts about this long or longer: events resolve half a microsecond
 MEASURED_SECONDS = 0.075  # of each candidate
 SHORTEST_LAUNCH = 4e-6
-LONG_SECONDS = 2.0
+LEAST_ROUNDS = ((1.0, 6), (8.0, 4), (math.inf, 2))  # of calls that take less than so many seconds
 EAGER_LAUNCHES = 64
 # cycles that the GPU spins before a measurement, while the processor queues what is to be measured
 GRAPH_HEAD_START, EAGER_HEAD_START = 1_000_000, 20_000_000
@@ -69,12 +69,12 @@ class Timed:
         return begin.elapsed_time(end) / 1e3 / self.launches
 
     def rounds(self) -> int:
-        """So many that the measurement takes ``MEASURED_SECONDS``, within 5 to 50; fewer of what takes seconds."""
+        """An even number that takes ``MEASURED_SECONDS``, within 6 to 50; fewer of what takes seconds."""
         seconds = self.seconds() * self.launches
-        if seconds > LONG_SECONDS:
-            return 2
-        seconds = self.seconds() * self.launches  # the first replay uploads the graph
-        return min(max(round(MEASURED_SECONDS / seconds), 5), 50)
+        if seconds < LEAST_ROUNDS[0][0]:
+            seconds = self.seconds() * self.launches  # the first replay uploads the graph
+        least = next(rounds for limit, rounds in LEAST_ROUNDS if seconds < limit)
+        return min(max(2 * round(MEASURED_SECONDS / seconds / 2), least), 50)
 
 
 class LaunchClock:
@@ -133,6 +133,20 @@ def prepare(candidate: Candidate) -> Timed:
             launch(i)
 
     return Timed(call, launches, "events", why_no_graph=reason)
+
+
+def checked(candidate: Candidate) -> tuple[float, Timed]:
+    """Return the error of a candidate, and how it is timed; one that is wrong fails."""
+    error = candidate.error(candidate.launch(0), 0)
+    assert error <= candidate.bound, f"relative error {error:.3g}; allowed {candidate.bound}"
+    if not candidate.wall_clock:
+        candidate.launch(0)  # what the first launch compiled or tuned is launched as it will be
+    timed = prepare(candidate)
+    if timed.method == "graph" and not candidate.in_place:
+        timed.seconds()
+        replayed = candidate.error(timed.result, candidate.launches - 1)
+        assert replayed <= candidate.bound, f"relative error {replayed:.3g} in a graph; allowed {candidate.bound}"
+    return error, timed
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import conftest, goals, models, report
+from benchmarks import conftest, goals, models, report, timing
 from benchmarks.timing import relative_error
 from qandc import get_cache
 from tests.conftest import make_dit
@@ -223,6 +223,14 @@ def test_run_on_a_cpu(tmp_path):
     changed = [r for r in kept["rows"] if r not in result["rows"]]
     assert [(r["layer"], r["candidate"]) for r in changed] == [("qkv", goals.FP32)]
     assert len(kept["rows"]) == len(result["rows"])
+    ours = [r for r in kept["rows"] if r["layer"] == "qkv" and "median_us" in r and r["candidate"] != goals.FP32]
+    path.write_text(json.dumps({**kept, "rows": [r for r in kept["rows"] if r not in ours]}))
+    resumed = run("benchmarks/test_linear.py", "--resume", "--layers", "qkv")
+    assert resumed.returncode == 0, resumed.stdout
+    before, kept = kept, json.loads(path.read_text())
+    changed = [r for r in kept["rows"] if r not in before["rows"]]
+    assert [(r["layer"], r["candidate"]) for r in changed] == [("qkv", r["candidate"]) for r in ours]
+    assert all(r["ratio_to_fp32"] > 0 for r in changed)  # to what was measured before
     other = run("benchmarks/test_linear.py", "--layers", "qkv", "-k", "fp32", commit="b")
     assert other.returncode == 1
     assert "was measured at commit a, this is b" in other.stdout
@@ -260,8 +268,12 @@ class Rounds:
             target(*args)
 
 
-def test_a_rival_takes_turns():
-    """Both get slower all the time: halves of theirs before and behind ours see none of it in a ratio."""
+@pytest.mark.parametrize(("rounds", "before"), [(2, []), (4, []), (6, ["theirs"])])
+def test_a_rival_takes_turns(rounds, before):
+    """Both get slower all the time: halves of theirs before and behind ours see none of it in a ratio.
+
+    What takes seconds, and has fewer rounds, is not called once more before.
+    """
     ran = []
 
     def timed(name, factor):
@@ -271,11 +283,23 @@ def test_a_rival_takes_turns():
 
         return types.SimpleNamespace(seconds=seconds)
 
-    found = conftest.by_turns(Rounds(), timed("ours", 1), timed("theirs", 2), 4)
-    assert ran == ["theirs", *["theirs", "ours", "ours", "theirs"] * 2]
+    found = conftest.by_turns(Rounds(), timed("ours", 1), timed("theirs", 2), rounds)
+    assert ran == [*before, *["theirs", "ours", "ours", "theirs"] * (rounds // 2)]
     assert found["rival_ratio_range"] == pytest.approx([2, 2])
     assert found["rival_ratio"] == pytest.approx(2)
-    assert found["rival_min_us"] == 2e6 * 12
+    assert found["rival_min_us"] == 2e6 * (11 + len(before))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "calls"),
+    [(1e-4, 50, 2), (2e-3, 38, 2), (5e-3, 16, 2), (0.5, 6, 2), (3.9, 4, 1), (25.0, 2, 1)],
+)
+def test_what_takes_long_has_fewer_rounds(monkeypatch, seconds, rounds, calls):
+    ran = []
+    timed = timing.Timed(lambda: ran.append(1), 1, "wall clock")
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: seconds * len(ran))
+    assert timed.rounds() == rounds
+    assert len(ran) == calls
 
 
 def test_one_line_leaves_the_model_alone_that_others_are_made_of():
@@ -291,6 +315,35 @@ def test_one_line_leaves_the_model_alone_that_others_are_made_of():
         assert get_cache(pipe.transformer) is not None
         assert not torch.equal(output_of(pipe.transformer, inputs), expected)
     assert torch.equal(output_of(base, inputs), expected)
+
+
+def test_a_rival_of_images_is_checked_once(monkeypatch):
+    """It stays beside other transformers, and is called shortly where its blocks are to be compiled once more."""
+    from benchmarks import test_images as images
+
+    calls, made = [], []
+
+    def launch(i, **others):
+        calls.append(others)
+        return torch.ones(2)
+
+    monkeypatch.setattr(images, "rivals", {})
+    monkeypatch.setattr(images, "current", {})
+    monkeypatch.setattr(images, "RECIPES", {name: (lambda model, layer: made.append(layer), 0.1) for name in "ab"})
+    monkeypatch.setattr(images, "model_of", lambda layer: None)
+    monkeypatch.setattr(images, "pipeline", lambda layer, model: None)
+    monkeypatch.setattr(images, "images", lambda layer, pipe, steps: launch)
+    monkeypatch.setattr(images, "expected", {("x", 6): torch.ones(2)})
+    images.transformer("x", "b", fresh=False)
+    first = images.rival("x", 6, "a")
+    assert images.rival("x", 6, "a") is first
+    assert calls == [{}]
+    images.transformer("x", "b", fresh=True)
+    assert images.rival("x", 6, "a") is images.rival("x", 6, "a") is first
+    assert calls == [{}, {"num_inference_steps": 2}]
+    assert images.rival("x", 6, "b") is not first
+    assert len(calls) == 3
+    assert made == ["x"] * 4
 
 
 def test_shares_of_a_run(monkeypatch):

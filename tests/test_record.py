@@ -119,7 +119,7 @@ def test_portions_can_run():
         command = portion.command.format(python="python", out="/r/x.json", card="/r", scratch="/s")
         assert portion.minutes < 10
         if "--save" in command:
-            layer = re.sub(r".*--layers ([^ ,]*).*|.*", r"\1", portion.options)
+            layer = re.sub(r".*--layers=([^ ,]*).*|.*", r"\1", command)
             rows = [{"op": op, "layer": layer} for ops, _ in SUITES.values() for op in ops]
             assert portion.file in map(goals.file_of, rows)
         for word in shlex.split(command):
@@ -291,6 +291,30 @@ def test_what_would_not_end_in_time_holds_up_its_own_file_alone(tmp_path, monkey
     ]
 
 
+def test_what_resumes_is_cut_in_time_and_goes_on_first(tmp_path, monkeypatch):
+    """Cut rows that would take too long; then go on with them, before what begins anew."""
+    monkeypatch.setattr(record, "card_name", lambda: "cpu")
+    content = """printf '{{"commit": "a"}}' > {out}"""
+    wait, ran = f"&& {{{{ test -e {tmp_path}/fast || exec sleep 100; }}}}", tmp_path / "ran"
+
+    def portion(name, wait="", **how):
+        return record.Portion(name, "", 0, f"{content} && echo {name} >> {ran} {wait}", "check-all", 0, **how)
+
+    anew, rows, fresh = portion("anew"), portion("rows", wait, resumes=True), portion("fresh")
+    portions = [anew, rows, fresh]
+    book = record.Record(portions, tmp_path / "cpu", "a")
+    book.directory.mkdir()
+    book._note(anew, None, 0)
+    begun = time.monotonic()
+    assert book.run([rows], 0.5)
+    assert 0.5 <= time.monotonic() - begun < 50
+    assert [book.state(each) for each in portions] == ["cut", "cut", "missing"]
+    (tmp_path / "fast").touch()
+    assert book.run(portions, 1000)
+    assert [book.state(each) for each in portions] == ["done"] * 3
+    assert ran.read_text().split() == ["rows", "rows", "fresh", "anew"]
+
+
 @pytest.mark.slow
 def test_what_runs_ends_with_the_record(tiny):
     process = tiny.start(check="sleep 100")
@@ -301,7 +325,7 @@ def test_what_runs_ends_with_the_record(tiny):
     process.terminate()
     output, _ = process.communicate(timeout=60)  # which waits for all that could write there
     assert process.returncode == 130, output
-    assert "ended by SIGTERM; cut: check-all; the same command goes on" in output
+    assert "ended by SIGTERM\ncheck-all: cut; the same command goes on" in output
     assert "Traceback" not in output
     assert tiny.states("--only", "first")["check-all"] == "cut"
 

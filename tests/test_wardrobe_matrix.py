@@ -16,9 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from qandc import quantization_plan
-from qandc.errors import ConfigError
 from qandc.evaluation.judge import Judge
-from qandc.experiments.report import measure_rows, merge_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,20 +167,6 @@ def test_tables_have_a_cell_for_each_row(matrix, monkeypatch):
     assert {line.count("|") for line in lines} == {heads.count("|")}
 
 
-def test_merged_files_are_in_the_order_of_the_rows(tmp_path):
-    rows = [{"name": name} for name in "abcd"]
-    paths = [tmp_path / "0.json", tmp_path / "1.json"]
-    for path, part in zip(paths, (rows[::2], rows[1::2][:1]), strict=True):
-        measure_rows(path, {"seed": 0}, part, lambda row: {"value": ord(row["name"])})
-    merge_rows(tmp_path / "all.json", paths, rows, lambda rows: [{"value": sum(row["value"] for row in rows)}])
-    joined = json.loads((tmp_path / "all.json").read_text())
-    assert joined["rows"] == [{"name": name, "value": ord(name)} for name in "abc"]
-    assert joined["goals"] == [{"value": sum(map(ord, "abc"))}]
-    measure_rows(tmp_path / "2.json", {"seed": 1}, rows[3:], lambda row: {})
-    with pytest.raises(ConfigError, match="was measured with"):
-        merge_rows(tmp_path / "all.json", [*paths, tmp_path / "2.json"], rows)
-
-
 @pytest.mark.slow
 def test_script_measures_rows_and_goes_on(tmp_path, matrix, pipeline):
     data = matrix.DEFAULT_DIRECTORY
@@ -239,22 +223,13 @@ def test_outliers_of_wardrobe_are_measured_alike(tmp_path, matrix, pipeline):
         assert likeness[ranges, 0.5] > likeness[ranges, None]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"only": "["}, "--only is no regular expression: unterminated"),
-        ({"shard": "1"}, "--shard is '1'; give i/n"),
-        ({"shard": "1/0"}, "--shard is '1/0'; give i/n"),
-    ],
-)
-def test_rows_are_chosen_or_refused_in_a_line(matrix, tmp_path, capsys, monkeypatch, given, message):
+def test_rows_are_chosen_or_refused_in_a_line(matrix, tmp_path, capsys, monkeypatch):
     def main():
-        choice = {"only": "", "shard": "0/1", **given}
-        matrix.measure_chosen(tmp_path / "x.json", {}, [], lambda row: row, lambda rows: [], seconds=1, **choice)
+        matrix.measure_chosen(tmp_path / "x.json", {}, [], lambda row: row, lambda rows: [], only="[", seconds=1)
 
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(SystemExit) as left:
         matrix.command(main)
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(message)
+    assert line.startswith("--only is no regular expression: unterminated")

@@ -6,7 +6,7 @@ python training/evaluate_feature_compensation.py --images 20 --steps 10 --fit 10
 Every row of a repeat denoises the same noise. PSNR is that of images and of latents to those of the full-precision
 model without a cache, of the same scheduler, guidance and steps. Fits are made on other noise; those of samples (Eq. 9
 of the paper) on 256 images. Speed is images per second, decoding left out, of all batches but the first. A file that is
-there is continued; several processes may each take a ``--share`` and write a file, which ``--merge`` joins.
+there is continued.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qandc import (
 from qandc.caching.compensation import DEFAULT_PULL
 from qandc.caching.schedule import optimal_schedule
 from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
-from qandc.experiments.report import measure_rows, merge_rows
+from qandc.experiments.report import measure_rows
 from qandc.method.schedule_calibration import feature_moments
 from quality import Bench, Images, Out, Seconds, command
 
@@ -203,16 +203,11 @@ def main(
     efficientnet: Annotated[
         Path | None, typer.Option(help="Its statistics of the training images, .npz; made if missing.")
     ] = None,
-    share: Annotated[str, typer.Option(help="i/n: measure every n-th row from the i-th on.")] = "0/1",
     seconds: Seconds = 1e9,
-    merge: Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")] = None,
     device: str = "cuda",
 ) -> None:
     """Draw with every configuration and score."""
     work = [{**PLAIN, "fit": fit, "steps": steps, **row} for row in rows()]
-    if merge:
-        merge_rows(out, merge, work, goals)
-        return
     bench = Study(device, images, batch, steps, 1.5, "ddim", efficientnet=efficientnet)
 
     def statistics(pixels: torch.Tensor) -> FeatureStatistics:
@@ -309,9 +304,8 @@ def main(
         second = row["part"] == "main" and row["precision"] == "W8A8" and row["interval"] >= 5
         return {**found, **bench.score(pixels, pixels_of_full, bench.labels, second=second)}
 
-    index, count = (int(part) for part in share.split("/"))
     settings = {**bench.settings, "ranges": "static per tensor, min-max, from one run without cache"}
-    measure_rows(out, settings, work[index::count], measure, goals=goals, seconds=seconds)
+    measure_rows(out, settings, work, measure, goals=goals, seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,9 @@ from fashion_mnist import DEFAULT_DIRECTORY, Data
 from outliers import plant_outliers, set_per_token_behind_modulation
 from qandc import calibrate, fuse, input_hessians, quantize_model, smoothing_factors
 from qandc.evaluation.metrics import snr
-from qandc.experiments.report import merge_rows
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.pipelines import CLASS_CONDITIONAL, pipeline_class
-from quality import Bench, Merge, Only, Out, Seconds, Shard, command, measure_chosen
+from quality import Bench, Only, Out, Seconds, command, measure_chosen
 
 FIT, OTHERS = 20_000_000, 30_000_000  # seeds of the samples to calibrate with, and of the predictions that are compared
 SIZES = (1, 10, 30, 100)  # 1 plants none
@@ -123,16 +122,11 @@ def main(
     fit: Annotated[int, typer.Option(min=1, help="Images to calibrate with.")] = 16,
     fused: Annotated[bool, typer.Option(help="Measure on fused kernels; needs a GPU.")] = False,
     only: Only = "",
-    shard: Shard = "0/1",
     seconds: Seconds = 1e9,
-    merge: Merge = None,
     device: str = "cuda",
 ) -> None:
     """Draw the same noise with every configuration, and compare with full precision."""
     make_goals = functools.partial(goals, Path(model).name)
-    if merge:
-        merge_rows(out, merge, [*rows(False), *rows(True)], make_goals)
-        return
     if fused and not device.startswith("cuda"):
         raise typer.BadParameter("--fused needs a GPU; give --device cuda, or leave it out")
     bench: Any
@@ -140,7 +134,7 @@ def main(
         bench = ClassConditional(model, device, images, steps or 50, batch, fit)
     else:
         bench = Wardrobe(model, judge, data, [0], images, steps or 28, batch, fit, 1.0, device, DTYPE)
-    measure_chosen(out, bench.settings, rows(fused), bench.measure, make_goals, only, shard, seconds)
+    measure_chosen(out, bench.settings, rows(fused), bench.measure, make_goals, only, seconds)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """Measure what quantization, caches, TAP and VC do to following a prompt, on wardrobe.
 
     python training/evaluate_wardrobe.py                                   # on a GPU; a file that is there is continued
-    python training/evaluate_wardrobe.py --shard 0/4 --out build/part-0.json           # a quarter of the rows; later
-    python training/evaluate_wardrobe.py --merge build/part-0.json --merge build/part-1.json ...     # one file of all
     python training/evaluate_wardrobe.py --prompts 4 --seeds 0 --steps 6 --fit 2 --device cpu --out /tmp/wardrobe.json
 
 The unmodified ``FluxPipeline`` draws every picture. All rows have the same prompts and the same noise, both new for
 each seed, so that pictures are independent of each other (Wilson's intervals) and rows are compared picture by picture:
 ``*_lost`` is what full precision has right and the row has wrong, less the reverse. Speed is pictures a second, text
-encoders and autoencoder included, of all batches but the first; shards that run beside each other on one GPU tell none
+encoders and autoencoder included, of all batches but the first; what runs beside other things on a GPU tells none
 (``--no-timed``).
 """
 
@@ -57,8 +55,7 @@ from qandc.errors import QandCError
 from qandc.evaluation.judge import Judge, score_scenes
 from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
 from qandc.evaluation.scenes import SIZE, Scene, draw_scenes, scene_arrays
-from qandc.experiments.report import merge_rows
-from quality import Merge, Only, Out, Seconds, Shard, command, measure_chosen
+from quality import Only, Out, Seconds, command, measure_chosen
 from wardrobe_pictures import GarmentImages
 
 logger = logging.getLogger("evaluate_wardrobe")
@@ -496,19 +493,14 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Pictures of a call.")] = 1000,
     fit: Annotated[int, typer.Option(min=1, help="Pictures that schedules and compensations are fitted on.")] = 64,
     only: Only = "",
-    shard: Shard = "0/1",
     seconds: Seconds = 1e9,
-    merge: Merge = None,
     timed: Annotated[bool, typer.Option(help="Tell speed, too.")] = True,
     device: str = "cuda",
 ) -> None:
     """Measure what a row changes; a row that fails is logged, and the rest go on."""
-    if merge:
-        merge_rows(out, merge, rows(), goals)
-        return
     numbers = [int(seed) for seed in seeds.split(",")]
     bench = Wardrobe(model, judge, data, numbers, prompts, steps, batch, fit, true_cfg_scale, device, timed=timed)
-    measure_chosen(out, bench.settings, rows(), bench.measure, goals, only, shard, seconds)
+    measure_chosen(out, bench.settings, rows(), bench.measure, goals, only, seconds)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from diffusers import DiTPipeline
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
 from qandc import CacheConfig, apply_cache, fashion_dit_path, remove_cache
 from qandc.caching.feature_cache import FeatureCache
-from qandc.errors import ConfigError, QandCError
+from qandc.errors import QandCError
 from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import (
     EfficientNetFeatures,
@@ -39,8 +38,6 @@ Out = Annotated[Path, typer.Option(help="JSON file to write; one that is there i
 Images = Annotated[int, typer.Option(min=20, help="Samples of a row, class-balanced.")]
 Seconds = Annotated[float, typer.Option(help="Begin no row after so long.")]
 Only = Annotated[str, typer.Option(help='Measure rows whose "part: name" this regular expression finds.')]
-Shard = Annotated[str, typer.Option(help="i/n: measure every n-th row from the i-th on.")]
-Merge = Annotated[list[Path] | None, typer.Option(help="Join these files into one, and measure nothing.")]
 logger = logging.getLogger("training")
 
 
@@ -171,14 +168,11 @@ def cached(model: Any, config: CacheConfig | None) -> Iterator[FeatureCache | No
 
 def measure_chosen(
     out: Path, settings: dict[str, Any], rows: Iterable[dict[str, Any]], measure: Callable[[Any], dict[str, Any]],
-    goals: Callable[[list[Any]], list[Any]], only: str, shard: str, seconds: float,
+    goals: Callable[[list[Any]], list[Any]], only: str, seconds: float,
 ) -> None:  # fmt: skip
     """Measure some of the rows into one file; a row that fails is logged, and the rest go on."""
-    if not re.fullmatch(r"\d+/[1-9]\d*", shard):
-        raise ConfigError(f"--shard is {shard!r}; give i/n, e.g. 0/4")
-    index, count = (int(part) for part in shard.split("/"))
     wanted = regular_expression(only, "--only")
-    work = [row for row in rows if wanted.search(f"{row['part']}: {row['name']}")][index::count]
+    work = [row for row in rows if wanted.search(f"{row['part']}: {row['name']}")]
     failed, started = [], time.perf_counter()
     for number, each in enumerate(work):
         if time.perf_counter() - started > seconds:

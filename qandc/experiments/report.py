@@ -12,10 +12,10 @@ from typing import Any, cast
 import numpy as np
 
 from qandc.experiments.scores import load_images
-from qandc.support.files import make_directory, read_json, write_json, write_whole
-from qandc.support.results import measured_rows, result_header, same_origin
+from qandc.support.files import make_directory, write_json, write_whole
+from qandc.support.results import measured_rows, result_header
 
-__all__ = ["METRICS", "markdown_table", "measure_rows", "merge_rows", "write_report"]
+__all__ = ["METRICS", "markdown_table", "measure_rows", "write_report"]
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -73,23 +73,6 @@ def measure_rows(
         )
         logger.info("%.0f s: %s", time.perf_counter() - started, said)
     return measured
-
-
-def merge_rows(
-    path: Path, files: Sequence[Path], rows: Iterable[Row], goals: Callable[[list[Row]], list[Row]] = lambda rows: []
-) -> None:
-    """Join files that :func:`measure_rows` wrote, each of some of ``rows``, into one: in their order, with all goals.
-
-    Raises:
-        ConfigError: the files were measured with different settings, at different commits or on different cards.
-        OutputError: a file is no result, or cannot be written.
-    """
-    parts = [read_json(file, "result", "leave it out", names=("settings", "rows")) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        same_origin(file, part, parts[0])
-    measured = [row for part in parts for row in part["rows"]]
-    joined = [found for row in rows for found in [_found(measured, row)] if found is not None]
-    write_json(path, {**parts[0], "rows": joined, "goals": goals(joined)})
 
 
 def _found(measured: list[Row], row: Row) -> Row | None:

@@ -57,12 +57,12 @@ def qk_norm_rope_triton(
         return
     strides = (0,) * 4 if cos is None or sin is None else (*cos.stride(), *sin.stride())
     block_d = triton.next_power_of_2(width)
-    block_h = min(triton.next_power_of_2(heads), max(1, 2048 // block_d))
+    block_h = min(triton.next_power_of_2(heads), max(1, 1024 // block_d))
     _qk_norm_rope_kernel[(samples * tokens * triton.cdiv(heads, block_h) * 2,)](
         qkv, q_weight, k_weight, cos, sin,
         tokens, heads,
         *qkv.stride()[:4], *strides,
         eps,
         D=width, PAIR=1 if cos is None else width // cos.shape[1], BLOCK_H=block_h, BLOCK_D=block_d,
-        num_warps=4, enable_fp_fusion=False,  # rounds as the reference does
+        num_warps=2, enable_fp_fusion=False,  # rounds as the reference does
     )  # fmt: skip
