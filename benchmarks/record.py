@@ -187,7 +187,7 @@ HISTORICAL = {  # files that no portion writes any more, and why they are kept: 
     **dict.fromkeys(
         (
             *(f"models-{which}" for which in ("by-turns", "fused", "fused-by-turns", "graphs")),
-            *(f"images-{which}" for which in ("ahead", "runs")),
+            *(f"images-{which}" for which in ("ahead", "earlier", "runs")),
         ),
         "rows that the files of models hold from now on",
     ),
