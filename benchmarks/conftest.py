@@ -164,7 +164,7 @@ def time_candidate(
 def by_turns(benchmark: Any, ours: timing.Timed, theirs: timing.Timed, rounds: int) -> dict[str, Any]:
     """Take times in the order theirs, ours, ours, theirs: what drifts falls on both alike. Ratios are of each four."""
     times: tuple[list[float], list[float]] = ([], [])
-    if rounds > timing.LEAST_ROUNDS[1][1]:  # what takes seconds is warm after its check
+    if rounds >= timing.LEAST_ROUNDS[0][1]:  # what takes seconds is warm after its check
         theirs.seconds()
 
     def run_theirs() -> None:
@@ -224,7 +224,7 @@ def _write(config: pytest.Config) -> None:
     """
     measured, before = config.stash[RUN].rows, config.stash[RUN].before
     resumed = [row for rows in before.values() for row in rows] if config.getoption("--resume") else []
-    report.complete([*resumed, *measured])
+    report.complete([*measured, *resumed])  # the first of two counts: one that failed before is measured now
     if config.getoption("--save") is None:
         return
     for name in dict.fromkeys(map(file_of, measured)):

@@ -304,14 +304,14 @@ class Record:
                 portion, free = self._next(waiting, running, gpus)
                 if portion is None:
                     time.sleep(POLL)
-                    for each in [each for each in running if each.portion.resumes and time.monotonic() > end]:
-                        running.remove(each)
-                        self._cut(each)
                     for each in [each for each in running if each.process.poll() is not None]:
                         running.remove(each)
                         if status := self._ended(each):
                             logger.error("%s: failed with status %d; the rest goes on", each.portion.name, status)
                             passed = False
+                    for each in [each for each in running if each.portion.resumes and time.monotonic() > end]:
+                        running.remove(each)
+                        self._cut(each)
                     continue
                 waiting.remove(portion)
                 if {portion.file, portion.check} & late:
@@ -327,8 +327,6 @@ class Record:
                 else:
                     running.append(self._start(portion, free[: portion.width]))
         finally:
-            for each in running:
-                each.process.kill()
             for each in running:
                 self._cut(each)
             for number, handler in handlers.items():

@@ -54,7 +54,7 @@ class Timed:
     why_no_graph: str | None = None
 
     def seconds(self) -> float:
-        """Of one launch, of this call."""
+        """Return the seconds of one launch in this call."""
         if self.method == "wall clock":
             start = time.perf_counter()
             self.call()
@@ -69,7 +69,7 @@ class Timed:
         return begin.elapsed_time(end) / 1e3 / self.launches
 
     def rounds(self) -> int:
-        """An even number that takes ``MEASURED_SECONDS``, within 6 to 50; fewer of what takes seconds."""
+        """Return an even number of rounds, 6 to 50 in ``MEASURED_SECONDS``; fewer of what takes seconds."""
         seconds = self.seconds() * self.launches
         if seconds < LEAST_ROUNDS[0][0]:
             seconds = self.seconds() * self.launches  # the first replay uploads the graph

@@ -112,7 +112,7 @@ def record(arch: int, kernel: str, tile) -> dict:
 def launch_gemm(
     kernel: str, m: int, n: int, k: int, tile: tiles.GemmTile | None, branch: bool = False, per_token: bool = False
 ) -> None:
-    """As the ops do, with every optional operand."""
+    """Launch a matrix product as the ops do, with every optional operand of its kernel."""
     family, _, ending = kernel.partition(" ")
     halves, packed = family.endswith("a16"), family.startswith("int4")
     x = torch.zeros(m, k, dtype=torch.bfloat16 if halves else torch.int8)
