@@ -184,13 +184,7 @@ PORTIONS: tuple[Portion, ...] = (
     ),
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
-    **dict.fromkeys(
-        (
-            *(f"models-{which}" for which in ("by-turns", "fused", "fused-by-turns", "graphs")),
-            *(f"images-{which}" for which in ("ahead", "earlier", "runs")),
-        ),
-        "rows that the files of models hold from now on",
-    ),
+    "images-earlier": "a row that images-Qwen-Image.json holds from now on",
     **dict.fromkeys(
         (f"model-{which}" for which in ("torchao", "torchao-fp8", "drop-in", "fused")),
         "rows that model.json holds from now on",
