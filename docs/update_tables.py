@@ -496,6 +496,14 @@ def _theirs_first(rows: list[dict[str, Any]]) -> list[str]:
     return sorted(names, key=lambda name: (name[:4] != "bf16", "torchao" not in name, name != "optimize(pipe)"))
 
 
+def _speed(row: dict[str, Any], key: str) -> str:
+    """Print a ratio of a row; its least and greatest, where turns with the rival differ by more than a tenth."""
+    least, greatest = row.get("rival_ratio_range", (1, 1))
+    if greatest > 1.1 * least and row[key] == row["rival_ratio"]:
+        return f"{least:.2f}x to {greatest:.2f}x"
+    return f"{row[key]:.2f}x"
+
+
 def models_table(result: dict[str, Any]) -> list[str]:
     """Cells of what was not measured stay empty."""
     rows = [row for row in result["rows"] if "median_us" in row and "not shared" not in row["candidate"]]
@@ -507,8 +515,8 @@ def models_table(result: dict[str, Any]) -> list[str]:
         row = found.get((layer, name))
         if row is None:
             return ""
-        faster = row["ratio_to_compiled_bf16" if "compiled" in name or "fused" in name else "ratio_to_eager"]
-        return f"{row['median_us'] / 1e3:.1f} ({faster:.2f}x)"
+        faster = "ratio_to_compiled_bf16" if "compiled" in name or "fused" in name else "ratio_to_eager"
+        return f"{row['median_us'] / 1e3:.1f} ({_speed(row, faster)})"
 
     lines += [f"| {name} | {' | '.join(cell(layer, name) for layer in layers)} |" for name in names]
     weights: dict[str, list[str]] = {}  # by scheme, however it is run
@@ -535,7 +543,7 @@ def images_table(result: dict[str, Any]) -> list[str]:
             return "" if row is None else "no such cache" if "no such" in row["skipped"] else "did not run"
         faster = f"{row['median_us'] / 1e6:.2f}"
         if "ratio_to_compiled_bf16" in row:
-            faster += f" ({row['ratio_to_compiled_bf16']:.2f}x)"
+            faster += f" ({_speed(row, 'ratio_to_compiled_bf16')})"
         return f"{faster}, computes {row['compute_steps']}" if "FirstBlock" in name else faster
 
     return [*lines, *(f"| {name} | {' | '.join(cell(run, name) for run in runs)} |" for name in names)]
