@@ -91,8 +91,8 @@ def _per_tensor(
 
 def _tell_nan(x: torch.Tensor, nan_flag: torch.Tensor | None) -> None:
     """Store 1 in ``nan_flag`` if there is NaN in ``x``; nothing is read back."""
-    if nan_flag is not None:
-        nan_flag.masked_fill_(x.isnan().any(), 1)
+    if nan_flag is not None and x.numel():
+        nan_flag.masked_fill_(x.amax().isnan(), 1)  # the largest of all is NaN if one is
 
 
 @checked
@@ -336,7 +336,7 @@ def int8_matmul(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
     Returns:
         int32 ``[..., N]``.
     """
-    return _exact_sums(xq, wq)
+    return _exact_sums(xq, wq).to(torch.int32)
 
 
 def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -354,13 +354,15 @@ def _cpu_multiplies_int8() -> bool:
 
 
 def _exact_sums(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
+    """Sum products of int8 as int32, or as float32 where that holds every sum and saves converting it."""
     if xq.device.type == "cpu" and xq.numel() and wq.numel() and _cpu_multiplies_int8():
         return torch._int_mm(xq.reshape(-1, xq.shape[-1]), wq.t()).view(*xq.shape[:-1], wq.shape[0])
-    acc = torch.zeros(*xq.shape[:-1], wq.shape[0], dtype=torch.int32, device=xq.device)
+    chunks = zip(xq.split(EXACT_CHUNK, -1), wq.split(EXACT_CHUNK, -1), strict=True)
     with _no_autocast(xq):  # bfloat16 sums would not be exact
-        for x, w in zip(xq.split(EXACT_CHUNK, -1), wq.split(EXACT_CHUNK, -1), strict=True):
-            acc += torch.matmul(x.to(torch.float32), w.to(torch.float32).t()).to(torch.int32)
-    return acc
+        sums = (torch.matmul(x.to(torch.float32), w.to(torch.float32).t()) for x, w in chunks)
+        if xq.shape[-1] <= EXACT_CHUNK:
+            return next(sums)
+        return functools.reduce(torch.Tensor.add_, (part.to(torch.int32) for part in sums))
 
 
 def weight_sum(weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:

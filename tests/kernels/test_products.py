@@ -111,6 +111,22 @@ def test_a_cpu_multiplies_int8_or_float32_to_the_same_sums(monkeypatch, seeded):
                 assert torch.equal(reference.int8_matmul(x, w), exact(x, w))
 
 
+@pytest.mark.parametrize("k", [0, 8, 1024, 1025, 4096])
+def test_a_layer_takes_the_same_values_from_float32_sums_as_from_int32(monkeypatch, seeded, k):
+    """Compare a CPU's layers, both ways, with sums and zero point in int32: above 2^24 they are rounded once."""
+    xq, wq = random_int8((6, k), seeded), random_int8((5, k), seeded)
+    xq[:2], wq[:2], xq[2], wq[2], wq[2, -1:] = -128, -128, 127, 127, 126
+    zero_point, w_sum = torch.tensor(127, dtype=torch.int32), wq.sum(1, dtype=torch.int32)
+    sums = exact(xq, wq) - zero_point * w_sum
+    assert k < 1000 or (sums.abs() > 2**24).any()  # else this shows nothing
+    scales = torch.tensor(0.037), torch.rand(5, generator=seeded)
+    expected = sums.to(torch.float32) * scales[0] * scales[1]
+    for way in {False, reference._cpu_multiplies_int8()}:
+        monkeypatch.setattr(reference, "_cpu_multiplies_int8", lambda way=way: way)
+        actual = reference.int8_linear(xq, wq, *scales, None, zero_point, w_sum, out_dtype=torch.float32)
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("bits", "per_token", "plain"),  # each pair of values is there
     [(8, False, False), (8, True, True), (4, False, True), (4, True, False)],
