@@ -168,7 +168,7 @@ def groups() -> list[Group]:
     for result in results():
         for row in result.content["rows"]:
             name = row.get("candidate", "")
-            ours = not any(mark in name for mark in report.THEIRS) and "not shared" not in name
+            ours = not any(mark in name for mark in report.THEIRS)
             if not ours or row.get("op") in (None, "cache", "copy") or "skipped" in row:
                 continue
             against = _against(row)

@@ -506,7 +506,7 @@ def _speed(row: dict[str, Any], key: str) -> str:
 
 def models_table(result: dict[str, Any]) -> list[str]:
     """Cells of what was not measured stay empty."""
-    rows = [row for row in result["rows"] if "median_us" in row and "not shared" not in row["candidate"]]
+    rows = [row for row in result["rows"] if "median_us" in row]
     layers, names = list(dict.fromkeys(row["layer"] for row in rows)), _theirs_first(rows)
     found = {(row["layer"], row["candidate"]): row for row in rows}
     lines = [f"| ms a forward, as called | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
@@ -625,12 +625,12 @@ def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
     return lines
 
 
-def by_turns_table(result: dict[str, Any], what: str = "ms a forward", us: float = 1e3, digits: int = 1) -> list[str]:
-    """Compare medians of ours and bf16 in the same rounds, in a unit of so many microseconds."""
+def by_turns_table(result: dict[str, Any]) -> list[str]:
+    """Compare seconds for an image, ours and bf16 in the same rounds."""
     measured = (row for row in result["rows"] if "rival_median_us" in row and "bf16" in row["rival"])
     rows = {(row["layer"], row["candidate"]): row for row in measured}
     layers, names = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
-    lines = [f"| {what}: bf16, ours | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
+    lines = [f"| s an image: bf16, ours | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
     for name in names:
         cells = []
         for layer in layers:
@@ -638,9 +638,8 @@ def by_turns_table(result: dict[str, Any], what: str = "ms a forward", us: float
             if row is None:
                 cells.append("")
                 continue
-            theirs, ours = row["rival_median_us"] / us, row["median_us"] / us
-            ratio = row.get("rival_ratio", theirs / ours)
-            cells.append(f"{theirs:.{digits}f}, {ours:.{digits}f} (**{ratio:.2f}x**)")
+            theirs, ours = row["rival_median_us"] / 1e6, row["median_us"] / 1e6
+            cells.append(f"{theirs:.2f}, {ours:.2f} (**{_speed(row, 'rival_ratio')}**)")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -892,9 +891,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     "images.json ahead": ahead_table,
     "parts.json": parts_table,
     **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, kind in PAGES.items()},
-    "models.json turns": by_turns_table,
     "model.json drop": drop_in_table,
-    "images.json turns": partial(by_turns_table, what="s an image", us=1e6, digits=2),
+    "images.json turns": by_turns_table,
     "model-drop-in.json": drop_in_table,
     "products.json": products_table,
     "host.json": host_table,
