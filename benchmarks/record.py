@@ -184,9 +184,8 @@ PORTIONS: tuple[Portion, ...] = (
     ),
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
-    "images-earlier": "a row that images-Qwen-Image.json holds from now on",
     **dict.fromkeys(
-        (f"model-{which}" for which in ("torchao", "torchao-fp8", "drop-in", "fused")),
+        (f"model-{which}" for which in ("torchao", "torchao-fp8")),
         "rows that model.json holds from now on",
     ),
     "parts-per-token": "a row that parts.json holds from now on",

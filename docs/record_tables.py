@@ -60,9 +60,18 @@ REASONS = (  # goals that are missed, by the first pattern that fits: why, and w
     ),
     (
         "w8a8_over_.*_16384",
-        "the GPU draws all of its power, and clocks fall: 133 to 152 µs for fc2; tiles of qkv and fc1 were tuned on "
-        "another card, and with zero points",
-        "tiles in four pieces, measured beside those of two",
+        "the GPU draws all of its power, and clocks fall: 133 to 152 µs for fc2",
+        "tiles 64 deep in four pieces, which take 126 and 167 µs where qkv's and fc1's take 133 and 179 at such clocks",
+    ),
+    (
+        "compiled_quantlinear_.*_64",
+        "quantization is a pass of its own, and products of 16,384 rows run at fallen clocks",
+        "`fuse`: 1.72x",
+    ),
+    (
+        "attention_over_cudnn_.*4096_tokens",
+        "cuDNN's kernel overlaps the softmax of a tile with products, Triton waits for each",
+        "none: blocks of PixArt take cuDNN from 1,536 keys on",
     ),
     (
         "compiled_quantlinear|the_same_as_called",

@@ -57,7 +57,7 @@ def source(results: dict[str, dict[str, Any]]) -> str:
 
     def files(measured: list[str]) -> str:
         turns = (row["rival_ratio_range"] for p in measured for row in results[p]["rows"] if "rival_ratio_range" in row)
-        ranges = [high / low - 1 for low, high in turns]
+        ranges = [high / low - 1 for low, high in turns if high > low]  # of a single turn nothing is known
         spread = f"ratios by turns, within {statistics.median(ranges):.1%} (median of rows); " if ranges else ""
         return spread + ", ".join(f"[{path}](/{path})" for path in measured)
 
@@ -893,7 +893,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {  # of a file on any
     **{f"model-bytes.json {page}": partial(bytes_table, of_class=kind) for page, kind in PAGES.items()},
     "model.json drop": drop_in_table,
     "images.json turns": by_turns_table,
-    "model-drop-in.json": drop_in_table,
     "products.json": products_table,
     "host.json": host_table,
     "pipeline.json": pipeline_table,
