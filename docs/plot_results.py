@@ -17,6 +17,7 @@ from update_tables import (
     QUALITY_FORMS,
     ROOT,
     ablation_cells,
+    form,
     load,
     model_rows,
     study,
@@ -24,6 +25,7 @@ from update_tables import (
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 SHOWN = {
@@ -48,7 +50,7 @@ def bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_model(path: Path) -> None:
+def draw_model(path: Path) -> Figure:
     rows = model_rows(load(path))
     measured = {name for _, _, name in rows}
     shown = {name: colour for name, colour in SHOWN.items() if name in measured}
@@ -69,10 +71,10 @@ def draw_model(path: Path) -> None:
     axes.legend(fontsize=6.5, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
     bare(axes)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    return figure
 
 
-def draw_cache(path: Path) -> None:
+def draw_cache(path: Path) -> Figure:
     """Draw distance and PSNR against speed, a line per mode through its intervals."""
     rows = load(path)["rows"]
     intervals = {p: {row["interval"] for row in rows if row["precision"] == p} for p in ("FP", "W8A8", "W4A8")}
@@ -91,10 +93,8 @@ def draw_cache(path: Path) -> None:
                 for schedule, style in (("uniform", ":"), ("calibrated", "-")):
                     chosen = [r for r in mine if (r["mode"], r["order"], r["schedule"]) == (mode, order, schedule)]
                     speed = [r["images_per_second"] / plain["images_per_second"] for r in chosen]
-                    name = f"{mode} {order}" if order else mode
-                    axes.plot(
-                        speed, [r[key] for r in chosen], style, marker=".", color=colour, label=f"{name}, {schedule}"
-                    )
+                    name = f"{form(mode, order)}, {schedule}"
+                    axes.plot(speed, [r[key] for r in chosen], style, marker=".", color=colour, label=name)
             if key == "frechet_distance":
                 axes.axhline(plain[key], color="#555", linewidth=0.8)
                 axes.set_yscale("log", base=2)
@@ -108,10 +108,10 @@ def draw_cache(path: Path) -> None:
             bare(axes)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, ncols=len(QUALITY_FORMS), loc="outside lower center", frameon=False)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    return figure
 
 
-def draw_ablation(path: Path) -> None:
+def draw_ablation(path: Path) -> Figure:
     """Draw mean and standard deviation of distance, IS and PSNR for each configuration, W8A8."""
     result = load(path)
     cells = ablation_cells(result)
@@ -134,10 +134,10 @@ def draw_ablation(path: Path) -> None:
         bare(axes)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    return figure
 
 
-def draw_compensation(path: Path) -> None:
+def draw_compensation(path: Path) -> Figure:
     """Draw PSNR of latents and distance against speed: each cache plain and corrected, and runs of fewer steps."""
     result = load(path)
     plain = study(result, part="main", precision="W8A8", mode="none")[0]
@@ -169,10 +169,10 @@ def draw_compensation(path: Path) -> None:
     grid[1].set_yscale("log", base=2)
     grid[1].yaxis.set_major_formatter(ScalarFormatter())
     figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center", frameon=False)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    return figure
 
 
-def draw_wardrobe(path: Path) -> None:
+def draw_wardrobe(path: Path) -> Figure:
     """Draw the share of pictures with all right against computed steps: each cache, and runs of fewer steps."""
     rows = [row for row in load(path)["rows"] if "everything" in row and not {"scenes", "fused"} & row.keys()]
     (full,) = [row for row in rows if (row["part"], row["name"]) == ("precision", "FP")]
@@ -201,10 +201,10 @@ def draw_wardrobe(path: Path) -> None:
     grid[0].set_ylabel("share of pictures with all right", fontsize=8)
     grid[0].yaxis.set_major_formatter(PercentFormatter(1, 0))
     figure.legend(*grid[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center", frameon=False)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    return figure
 
 
-def draw_residuals(path: Path) -> None:
+def draw_residuals(path: Path) -> Figure:
     """Draw errors of reused features by step and block, plain and corrected."""
     rows = load(path)["rows"]
     figure, grid = plt.subplots(len(rows), 2, figsize=(9, 4.4), layout="constrained", sharey=True)
@@ -222,7 +222,7 @@ def draw_residuals(path: Path) -> None:
         line[0].set_ylabel("block", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("reuse step", fontsize=8)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
+    return figure
 
 
 PLOTS = {  # what is drawn beside a file of any card, where a page shows it
@@ -238,5 +238,6 @@ if __name__ == "__main__":
     shown = "".join(document.read_text() for document in DOCUMENTS)
     for pattern, draw in PLOTS.items():
         for found in sorted((ROOT / "results").glob(pattern)):
-            if found.relative_to(ROOT).with_suffix(".png").as_posix() in shown:
-                draw(found)
+            picture = found.with_suffix(".png")
+            if picture.relative_to(ROOT).as_posix() in shown:
+                draw(found).savefig(picture, dpi=130)

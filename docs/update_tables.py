@@ -279,7 +279,7 @@ def _quality(result: dict[str, Any]) -> dict[tuple[str, str, int, int, str], dic
     }
 
 
-def _form(mode: str, order: int) -> str:
+def form(mode: str, order: int) -> str:
     return f"{mode} {order}" if order else mode
 
 
@@ -306,7 +306,7 @@ def cache_quality_table(result: dict[str, Any]) -> list[str]:
                 if not any(found):
                     continue
                 cells = ["" if r is None else f"{r['frechet_distance']:.2f} / {r['psnr_to_fp']:.1f}" for r in found]
-                lines.append(f"| {precision} | {_form(mode, order)} | {schedule} | {' | '.join(cells)} |")
+                lines.append(f"| {precision} | {form(mode, order)} | {schedule} | {' | '.join(cells)} |")
     return lines
 
 
@@ -318,7 +318,7 @@ def cache_rows_table(result: dict[str, Any]) -> list[str]:
     ]
     for row in result["rows"]:
         lines.append(
-            f"| {row['precision']} | {_form(row['mode'], row['order'])} | {row['interval']} | {row['schedule']} | "
+            f"| {row['precision']} | {form(row['mode'], row['order'])} | {row['interval']} | {row['schedule']} | "
             f"{row.get('compute_steps', result['settings']['steps'])} | {row['frechet_distance']:.3f} | "
             f"{row['inception_score']:.2f} | {row['class_accuracy']:.1%} | "
             + ("" if row["psnr_to_fp"] >= 100 else f"{row['psnr_to_fp']:.1f} dB")

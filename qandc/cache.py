@@ -295,6 +295,21 @@ def check_planned(transformer: nn.Module, what: str) -> None:
 
 
 @contextlib.contextmanager
+def attached_cache(
+    transformer: nn.Module, config: CacheConfig | None = None, compensation: FeatureCompensation | None = None
+) -> Iterator[FeatureCache | None]:
+    """Attach a cache inside the block, of the compensation's own config if that alone is given; with neither, none."""
+    if config is None and compensation is None:
+        yield None
+        return
+    cache = apply_cache(transformer, config=config, compensation=compensation)
+    try:
+        yield cache
+    finally:
+        remove_cache(transformer)
+
+
+@contextlib.contextmanager
 def detached_cache(transformer: nn.Module) -> Iterator[None]:
     """Detach a cache inside the block, and attach the same one, emptied, afterwards."""
     cache = get_cache(transformer)

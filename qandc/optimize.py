@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from qandc.cache import apply_cache, get_cache, reset_all_caches
+from qandc.caching.compensation import config_for
 from qandc.caching.schedule import CacheConfig, CalibratedSchedule, cache_of, format_schedule
 from qandc.errors import ConfigError, ModelError
 from qandc.fusion.blocks import FusedBlocks, fuses_blocks, why_not_here
@@ -130,8 +131,9 @@ class _Optimized:
         self.pipe, self.restorable = pipe, restorable
         self.undos = {name: Undo(getattr(pipe, name)) for name in names}
         self.originals: dict[str, dict[str, nn.Linear]] = {name: {} for name in names}
-        self.scheduler = getattr(pipe, "scheduler", None)
-        self.left: dict[str, Any] = {}
+        self.given: list[Undo] = []  # of calibrated models that took the place of the pipeline's
+        self.scheduler = self.left_scheduler = getattr(pipe, "scheduler", None)
+        self.left: dict[str, tuple[Any, Any]] = {}  # by name the transformer and its dtype
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -143,10 +145,10 @@ class _Optimized:
         """Refuse to undo what cannot be, with a ModelError."""
         if not self.restorable:
             raise ModelError("optimize(restorable=False) kept no full-precision layers; load the pipeline again")
-        for name, model in self.left.items():
+        for name, (model, _) in self.left.items():
             if getattr(self.pipe, name) is not model:
                 raise ModelError(f"pipe.{name} was replaced since; put back the one that optimize left there")
-        for undo in self.undos.values():
+        for undo in (*self.undos.values(), *self.given):
             undo.check()
 
     def host_bytes(self, name: str) -> int:
@@ -157,15 +159,18 @@ class _Optimized:
 
     def settle(self) -> None:
         """Take the pipeline as it is now for what is to be undone."""
-        for name, undo in self.undos.items():
+        for undo in (*self.undos.values(), *self.given):
             undo.settle()
-            self.left[name] = getattr(self.pipe, name)
+        models = {name: getattr(self.pipe, name) for name in self.undos}
+        self.left = {name: (model, getattr(model, "dtype", None)) for name, model in models.items()}
+        self.left_scheduler = getattr(self.pipe, "scheduler", None)
         if not self.restorable:
-            self.undos, self.originals = {}, {}
+            self.undos, self.originals, self.given = {}, {}, []
 
     def undo(self) -> None:
         """Make all transformers again what they were; what was kept goes where the quantized layers were, now gone."""
         homes: list[tuple[nn.Module, Any, Any]] = []
+        keeps_scheduler = bool(self.left) and getattr(self.pipe, "scheduler", None) is not self.left_scheduler
         for part, undo in self.undos.items():
             now = getattr(self.pipe, part)
             for attachment in attachments(now):
@@ -175,16 +180,19 @@ class _Optimized:
                 homes.append((linear, layer.qweight.device, layer.weight_dtype_holder.dtype))
                 del layer
             if now is not undo.model:
-                homes.append((undo.model, now.device, undo.model.dtype))
+                changed = part in self.left and now.dtype != self.left[part][1]
+                homes.append((undo.model, now.device, now.dtype if changed else None))
             for attachment in attachments(now):
                 attachment.drop() if isinstance(attachment, Fused | Graphed) else attachment.reset()
             undo.undo()
             setattr(self.pipe, part, undo.model)
             del now
+        for given in self.given:
+            given.undo()
         self.left.clear()
         for module, device, dtype in homes:
-            nn.Module.to(module, device, dtype)
-        if self.scheduler is not None:
+            nn.Module.to(module, device=device, dtype=dtype)
+        if self.scheduler is not None and not keeps_scheduler:
             self.pipe.scheduler = self.scheduler
 
 
@@ -289,11 +297,13 @@ def optimize(
             finally:
                 del model.__dict__[ORIGINALS]
             if found.model is not model:
+                if isinstance(calibrated, CalibratedModel):
+                    state.given.append(Undo(found.model))
                 setattr(pipe, name, found.model)
                 if restorable:
                     nn.Module.to(model, "cpu")
             if found.schedule is not None:
-                own = found.schedule.config(None if config is None else config.storage_dtype)
+                own = config_for(found.schedule, found.features, None if config is None else config.storage_dtype)
             if calibrated is not None:
                 where = "before" if isinstance(calibrated, CalibratedModel) else f"in {calibrated}"
                 others["calibrated"] = _held(where, found)
@@ -340,6 +350,11 @@ def _check(
         raise ConfigError("give calibrate_on or calibrated, not both: prompts to calibrate on now, or what was found")
     if calibration and calibrate_on is None:
         raise ConfigError(f"{min(calibration)} is no argument of optimize without calibrate_on; leave it out")
+    if calibration.get("compensation") == "samples" and len(names) > 1:
+        raise ConfigError(
+            f"compensation 'samples' corrects in the scheduler, and this {kind} has one for {', '.join(names)}; give "
+            "'features', or 'none'"
+        )
     single = "a calibrated model" if calibrated is not None else None
     if config is not None and config.length is not None:
         single = f"a schedule of {config.length} steps"
@@ -382,6 +397,10 @@ def _loaded(calibrated: str | Path | CalibratedModel, name: str, model: Any) -> 
         raise ModelError(
             f"calibrated holds a {original_class(calibrated.model).__name__}, and pipe.{name} is a "
             f"{original_class(model).__name__}; give the model that was calibrated for this pipeline"
+        )
+    if attachments(calibrated.model):
+        raise ModelError(
+            "the calibrated model is cached, fused or in another pipeline that is optimized; load it anew, or undo that"
         )
     return calibrated
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from qandc import historical
 from qandc.errors import ConfigError, DataError
+from qandc.historical import LARGEST_DENSE
 from qandc.support.arguments import Between, Count, Share, check_fields, checked
 
 __all__ = [
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 KERNELS = ("laplace", "gaussian")
 METHODS = ("tap", "random", "uniform", "kmeans")
-LARGEST_DENSE = 4000  # samples whose pairwise distances are held at once; others join the nearest cluster
 BLOCK = 1 << 20  # similarities of the pool to a sub-sample that are held at once
 ClusterSeed = Annotated[int, Between(0, 2**32 - 1001)]  # scikit-learn's, and one for each sub-sample
 MEMBERS_PER_CLUSTER = 5  # of a sub-sample at least: clusters of single samples tell nothing
@@ -190,11 +190,11 @@ def _tap(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) 
     return _kmeans(z @ root / config.subsamples, clusters, seed)
 
 
-def _kmeans_clusters(features: np.ndarray, times: np.ndarray, config: TapConfig, seed: int) -> np.ndarray:
-    return _kmeans(features, config.clusters, seed)
-
-
-CLUSTERERS = {"tap": _tap, "kmeans": _kmeans_clusters, **historical.CLUSTERERS}
+CLUSTERERS = {
+    "tap": _tap,
+    "kmeans": lambda features, times, config, seed: _kmeans(features, config.clusters, seed),
+    **historical.CLUSTERERS,
+}
 
 
 @checked
@@ -259,10 +259,6 @@ def pick_samples(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.concatenate([m[:n] for m, n in zip(members, taken, strict=True)]))
 
 
-def _uniform_in_time(times: np.ndarray, count: int, seed: int) -> np.ndarray:
-    return pick_samples(np.unique(times, return_inverse=True)[1], count, seed)
-
-
 @checked
 def select_samples(
     features: np.ndarray,
@@ -291,5 +287,5 @@ def select_samples(
     if method == "random":
         return np.sort(np.random.default_rng(seed).choice(len(features), count, replace=False))
     if method == "uniform":
-        return _uniform_in_time(times, count, seed)
+        return pick_samples(np.unique(times, return_inverse=True)[1], count, seed)
     return pick_samples(cluster_pool(features, times, config, method=method, seed=seed), count, seed)

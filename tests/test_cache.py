@@ -118,6 +118,17 @@ def test_every_rising_timestep_begins_a_run(shapes):
     assert (get_cache(model).compute_steps, get_cache(model).reuse_steps) == (4, 1)
 
 
+def test_a_first_timestep_twice_begins_a_run():
+    """Pipelines that hand on ``prompt_embeds=`` give two calls one tensor, and the first may end after a step."""
+    model, plain, labels = apply(make_dit(), 3), make_dit(), LABELS.clone()
+    for seed in range(3):
+        with torch.no_grad():
+            given = {**inputs(0, seed=seed), "class_labels": labels}
+            assert torch.equal(model(**given).sample, plain(**given).sample)
+    run(model, 1, labels=labels)
+    assert torch.equal(run(model, 5, labels=labels)[4], run(apply(make_dit(), 3), 5)[4])
+
+
 def test_labels_written_in_place_begin_a_new_run():
     model = apply(make_dit(), 3)
     labels = LABELS.clone()

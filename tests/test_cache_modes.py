@@ -311,6 +311,18 @@ def test_timesteps_that_arrive_later_from_a_gpu_are_compared_then(arrivals):
     assert list(steps_of_a_gpu(cache, model, (600, 300, 0), labels)) == kinds  # nothing is left of it
 
 
+@pytest.mark.parametrize("timesteps", [(600, 600, 300), (600, 300, 600, 300)], ids=["after one step", "after two"])
+def test_a_run_that_begins_anew_within_one_is_an_error_when_its_timesteps_arrive(arrivals, timesteps):
+    model = make_dit(num_layers=1)
+    cache = apply_cache_to_dit(model, config=CacheConfig("branch", interval=4))
+    arrivals["here"] = True
+    late = steps_of_a_gpu(cache, model, timesteps, torch.tensor([1]))
+    for _ in timesteps[1:]:
+        next(late)
+    with pytest.raises(CacheError, match="timesteps began anew within one run"):
+        next(late)
+
+
 @pytest.mark.parametrize("expected", [(0.75, 0.5, 0.25), (999.5, 999.25, 999)])
 def test_fractions_of_timesteps_are_compared(expected):
     model = make_dit(num_layers=1)
@@ -763,7 +775,7 @@ def test_timesteps_that_rise_on_a_gpu_are_an_error():
             run(model, 2, device="cuda", labels=labels)
             torch.cuda.synchronize()
 
-    with pytest.raises(CacheError, match="timesteps rose within one run"):
+    with pytest.raises(CacheError, match="timesteps began anew within one run"):
         repeated()
     run(model, 4, device="cuda")
 

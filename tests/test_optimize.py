@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import weakref
@@ -559,6 +560,71 @@ def test_a_calibrated_model_of_another_class_is_refused(dit_pipe, tmp_path):
     two = Pipe(transformer=make_tiny("WanTransformer3DModel"), transformer_2=make_tiny("WanTransformer3DModel"))
     with pytest.raises(ConfigError, match=r"a calibrated model is for one transformer.* transformer='transformer'"):
         optimize(two, calibrated=tmp_path / "saved")
+
+
+@pytest.mark.slow
+def test_a_calibrated_model_is_given_back_as_it_was(tmp_path):
+    pytest.importorskip("transformers")
+    pipe, other = make_pipeline("FluxPipeline"), make_pipeline("FluxPipeline")
+    plain, own = draw(pipe), pipe.transformer
+    save(quantize_model(copy.deepcopy(own)), tmp_path / "saved")
+    found = load(tmp_path / "saved")
+    pipe.transformer = found.model
+    draw(pipe)  # diffusers adds an attribute
+    pipe.transformer, before = own, contents(found.model)
+    for cache in ("taylor", None):
+        optimize(pipe, cache=cache, calibrated=found)
+        assert (get_cache(pipe.transformer) is None) == (cache is None)
+        draw(pipe)
+        if cache is not None:
+            with pytest.raises(ModelError, match="is cached, fused or in another pipeline that is optimized; load it"):
+                optimize(other, calibrated=found)
+        restore(pipe)
+        assert_as_before(found.model, before)
+        assert pipe.transformer is own
+    assert torch.equal(draw(pipe), plain)
+    fitted_for = FittedFor("DDPMScheduler", (2.0, 1.0), 4.0, "x")
+    gains = Compensation(torch.ones(2, 4), torch.zeros(2, 4), "sample", "paper", fitted_for)
+    with pytest.raises(ConfigError, match="DDPMScheduler"):
+        optimize(pipe, calibrated=dataclasses.replace(found, compensation=gains))
+    assert_as_before(found.model, before)
+    assert pipe.transformer is own
+
+
+@pytest.mark.slow
+def test_what_is_cast_after_optimize_stays_so(tmp_path):
+    pytest.importorskip("transformers")
+    pipe, mixed = make_pipeline("FluxPipeline"), make_pipeline("FluxPipeline")
+    save(quantize_model(copy.deepcopy(pipe.transformer)), tmp_path / "saved")
+    for given in ({}, {"calibrated": tmp_path / "saved"}):
+        optimize(pipe, **given)
+        pipe.to(torch.bfloat16)
+        draw(pipe)
+        restore(pipe)
+        assert pipe.transformer.dtype == torch.bfloat16
+        draw(pipe)
+        pipe.to(torch.float32)
+    mixed.transformer.norm_out.double()
+    optimize(mixed, calibrated=tmp_path / "saved")
+    restore(mixed)
+    assert {p.dtype for p in mixed.transformer.norm_out.parameters()} == {torch.float64}
+    assert mixed.transformer.dtype == torch.float32
+
+
+def test_a_scheduler_set_after_optimize_stays(dit_pipe):
+    before, mine = dit_pipe.scheduler, copy.deepcopy(dit_pipe.scheduler)
+    optimize(dit_pipe)
+    dit_pipe.scheduler = mine
+    restore(dit_pipe)
+    assert dit_pipe.scheduler is mine
+    dit_pipe.scheduler = before
+
+
+def test_samples_of_two_transformers_are_not_compensated_in_one_scheduler():
+    two = Pipe(transformer=make_tiny("WanTransformer3DModel"), transformer_2=make_tiny("WanTransformer3DModel"))
+    with pytest.raises(ConfigError, match=r"'samples' corrects in the scheduler, .* one for transformer, "):
+        optimize(two, calibrate_on=PROMPTS, compensation="samples")
+    assert not quant_layers(two.transformer)
 
 
 REFUSED = {

@@ -9,6 +9,7 @@ import torch
 
 from qandc import (
     CacheConfig,
+    Compensation,
     ConfigError,
     ModelError,
     TapConfig,
@@ -18,6 +19,7 @@ from qandc import (
     compensation_from_run,
     fit_feature_compensation,
     load,
+    optimize,
     pool_from_run,
     quantize_model,
     remove_cache,
@@ -34,6 +36,7 @@ from qandc.method.prompt_calibration import (
     calibrate_on_prompts,
 )
 from qandc.quantization.conversion import quant_layers, quantization_report
+from qandc.variance_compensation import FittedFor
 from tests.conftest import recorded_calls
 
 pytest.importorskip("transformers")
@@ -159,12 +162,15 @@ def test_four_bits_are_rounded_with_hessians():
     assert not any(torch.equal(layer.qweight, nearest[name].qweight) for name, layer in ours.items() if "attn" in name)
 
 
-def test_a_schedule_and_what_is_stored_are_kept():
+def test_a_schedule_and_what_is_stored_are_kept(tmp_path):
     name, pipe = "PixArtSigmaPipeline", make_pipeline("PixArtSigmaPipeline")
     cache = CacheConfig("taylor", schedule=(True, True, False, False, True, False), order=1, storage_dtype="bfloat16")
     found = calibrate_on_prompts(pipe, PROMPTS, cache=cache, **BRIEF, **arguments(name))
     assert found.schedule.schedule == cache.schedule
     assert found.features.config == found.schedule.config("bfloat16")
+    save(found.model, tmp_path / "saved", schedule=found.schedule, features=found.features)
+    (part,) = optimize(make_pipeline(name), calibrated=tmp_path / "saved").transformers
+    assert part.cache == found.features.config
     pipe = make_pipeline(name)
     found = calibrate_on_prompts(pipe, PROMPTS, cache=cache, compensation="none", **BRIEF, **arguments(name))
     assert found.features is None
@@ -273,6 +279,17 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(pipeline_dir):
         calibrate_on_prompts(DiTPipeline.from_pretrained(pipeline_dir), PROMPTS)
     with pytest.raises(ModelError, match="has no model 'transformer_2'"):
         calibrate_on_prompts(pipe, PROMPTS, transformer="transformer_2")
+    scheduler, fitted_for = pipe.scheduler, FittedFor("DPMSolverMultistepScheduler", (2.0, 1.0), 4.0, "x")
+    gains = Compensation(torch.ones(2, 4), torch.zeros(2, 4), "sample", "paper", fitted_for)
+    pipe.scheduler = compensated_scheduler(scheduler, gains)
+    for again in (
+        lambda: compensated_scheduler(pipe.scheduler, gains),
+        lambda: trajectory_from_run(pipe, lambda: draw(pipe)),
+        lambda: calibrate_on_prompts(pipe, PROMPTS, compensation="samples"),
+    ):
+        with pytest.raises(ConfigError, match=r"this DPMSolver\S* is compensated already; give the one that it "):
+            again()
+    pipe.scheduler = scheduler
     apply_cache(pipe.transformer)
     with pytest.raises(ModelError, match="transformer is quantized or has a cache already"):
         calibrate_on_prompts(pipe, PROMPTS)

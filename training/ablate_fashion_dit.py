@@ -43,12 +43,13 @@ from qandc import (
     smoothing_factors,
     uniform_schedule,
 )
+from qandc.cache import attached_cache
 from qandc.caching.schedule import Errors, optimal_schedule
 from qandc.experiments.report import measure_rows
 from qandc.method.schedule_calibration import feature_moments
 from qandc.quantization.ranges import RangeConfig
 from qandc.variance_compensation import epsilon_scaling
-from quality import Bench, Images, Out, Seconds, cached, command
+from quality import Bench, Images, Out, Seconds, command
 
 MODES, INTERVALS = ("block", "branch"), (3, 5)
 SELECTIONS = ("uniform", "kmeans", "agglomerative", "dbscan")
@@ -201,7 +202,7 @@ class Method(Bench):
     def pool(self, mode: str, interval: int) -> CandidatePool:
         """Record candidates of the full-precision model, with a cache or ("none") without."""
         labels, seeds = self.runs(self.pool_images)
-        with cached(self.base, None if mode == "none" else CacheConfig(mode, interval=interval)):
+        with attached_cache(self.base, None if mode == "none" else CacheConfig(mode, interval=interval)):
             return record_pool(self.base, self.scheduler, labels, seeds=seeds, batch_size=len(labels), **self.run)
 
     @cache  # noqa: B019
@@ -315,7 +316,7 @@ def main(
 
     def draw(row: Configuration, repeat: int) -> torch.Tensor:
         model = quantized(row.model(), repeat)
-        with cached(model, bench.cache_of(row)):
+        with attached_cache(model, bench.cache_of(row)):
             corrector = None if row.compensation == "none" else bench.compensation(model, row.compensation)
             return bench.sample(model, 1000 * repeat, corrector)[0]
 

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from qandc import CacheConfig, calibrate, fuse_dit, quantize_model, sample_latents, uniform_schedule
+from qandc.cache import attached_cache
 from qandc.caching.schedule import optimal_schedule, schedule_error
 from qandc.experiments.report import measure_rows
 from qandc.method.schedule_calibration import feature_moments
-from quality import Bench, Images, Out, Seconds, cached, command
+from quality import Bench, Images, Out, Seconds, command
 
 INTERVALS = (2, 3, 4, 5, 8)
 FORMS = (("block", 0), ("branch", 0), ("taylor", 1), ("taylor", 2))
@@ -85,7 +86,7 @@ def main(
             config = CacheConfig(mode, schedule=computed, order=max(1, order))
             schedule = {"compute_steps": sum(computed), "steps": "".join(".C"[step] for step in computed)}
             schedule["feature_error"] = schedule_error(errors, computed, order)
-        with cached(model, config) as cache:
+        with attached_cache(model, config) as cache:
             pixels, seconds_per_image = bench.sample(model)
             nbytes = 0 if cache is None else cache.nbytes
         figures = bench.score(pixels, reference)

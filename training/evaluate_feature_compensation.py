@@ -26,7 +26,6 @@ from diffusers import DPMSolverMultistepScheduler
 from qandc import (
     CacheConfig,
     FeatureCompensation,
-    apply_cache,
     calibrate,
     fit_compensation,
     fit_feature_compensation,
@@ -34,10 +33,10 @@ from qandc import (
     make_scheduler,
     quantize_model,
     record_trajectory,
-    remove_cache,
     sample_latents,
     uniform_schedule,
 )
+from qandc.cache import attached_cache
 from qandc.caching.compensation import DEFAULT_PULL
 from qandc.caching.schedule import optimal_schedule
 from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
@@ -277,23 +276,18 @@ def main(
         of_run = ("repeat", "scheduler", "steps", "guidance_scale", "classes")
         pixels_of_full, latents_of_full, statistics_of_full = reference(tuple(full[name] for name in of_run))
         bench.set(row)
-        try:
-            if row["mode"] != "none":
-                features = None
-                if corrected in ("features", "both"):
-                    features = fitted(json.dumps({**row, "part": "", "corrected": "features"}, sort_keys=True))
-                config = config_of(row) if features is None else features.config
-                apply_cache(fused, config=config, compensation=features)
-                found = {"compute_steps": sum(config.of_steps(row["steps"]))}
-                if features is not None:
-                    found["compensation_bytes"] = features.nbytes
-                if corrected in ("samples", "both"):
-                    given = trajectories(row["scheduler"])
-                    corrector = fit_compensation(given, fused, bench.scheduler, form="variance_ratio")
+        config = features = None
+        if row["mode"] != "none":
+            if corrected in ("features", "both"):
+                features = fitted(json.dumps({**row, "part": "", "corrected": "features"}, sort_keys=True))
+                found["compensation_bytes"] = features.nbytes
+            config = config_of(row) if features is None else features.config
+            found["compute_steps"] = sum(config.of_steps(row["steps"]))
+        with attached_cache(fused, config, features):
+            if config is not None and corrected in ("samples", "both"):
+                given = trajectories(row["scheduler"])
+                corrector = fit_compensation(given, fused, bench.scheduler, form="variance_ratio")
             pixels, latents, seconds_per_image = bench.draw(fused, row["repeat"], corrector)
-        finally:
-            if row["mode"] != "none":
-                remove_cache(fused)
         peak = float(latents_of_full.max() - latents_of_full.min())
         likeness = psnr(latents, latents_of_full, peak).clamp(max=100)
         found |= {

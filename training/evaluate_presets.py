@@ -19,7 +19,6 @@ import typer
 from diffusers import DiTPipeline
 
 from qandc import (
-    apply_cache,
     fashion_dit_path,
     fashion_dit_preset,
     fit_compensation,
@@ -27,9 +26,9 @@ from qandc import (
     fuse,
     make_scheduler,
     record_trajectory,
-    remove_cache,
     sample_latents,
 )
+from qandc.cache import attached_cache
 from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import (
     FeatureStatistics,
@@ -94,14 +93,11 @@ def main(
             noise = {"seeds": range(FIT, FIT + few), **run}
             fitted_on = functools.partial(sample_latents, model, scheduler, labels[:few], **noise)
             features = fit_feature_compensation(model, fitted_on, config=config)
-        apply_cache(drawing, config=config, compensation=features)
-        try:
+        with attached_cache(drawing, config, features):
             if kind == "samples":
                 trajectory = record_trajectory(base, scheduler, labels, seeds=range(FIT, FIT + fit), **run)
                 samples = fit_compensation(trajectory, drawing, scheduler)
             return draw(drawing, samples)
-        finally:
-            remove_cache(drawing)
 
     def measure(row: dict[str, Any]) -> dict[str, Any]:
         pixels = drawn(row["w_bits"], row["compensation"])

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from scipy.stats import binomtest
 
 from fashion_mnist import DEFAULT_DIRECTORY, Data
 from outliers import plant_outliers, set_per_token_behind_modulation
@@ -33,7 +34,6 @@ from qandc import (
     CacheConfig,
     RangeConfig,
     TapConfig,
-    apply_cache,
     block_hessians,
     calibrate,
     compensated_scheduler,
@@ -44,13 +44,13 @@ from qandc import (
     load_pipeline,
     pool_from_run,
     quantize_model,
-    remove_cache,
     schedule_from_run,
     smoothing_factors,
     trajectory_from_run,
     unfuse,
     ungraph,
 )
+from qandc.cache import attached_cache
 from qandc.errors import QandCError
 from qandc.evaluation.judge import Judge, score_scenes
 from qandc.evaluation.metrics import FeatureStatistics, extract_features, frechet_distance, psnr
@@ -187,10 +187,8 @@ def skip_patterns(layers: str, model: Any) -> list[str] | None:
 
 def wilson(right: int, count: int) -> tuple[float, float]:
     """Compute Wilson's 95 % interval of a share, ``right`` of ``count`` independent pictures (Wilson 1927)."""
-    z, share = 1.959964, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+    low, high = binomtest(right, count).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def lost(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
@@ -307,10 +305,8 @@ class Wardrobe:
 
     def pool(self, cached: bool) -> Any:
         """Record calls of the model in full precision, one picture a run."""
-        with self.using(self.base) as pipe, ExitStack() as stack:
-            if cached:
-                apply_cache(self.base, config=CacheConfig("branch", interval=3))
-                stack.callback(remove_cache, self.base)
+        config = CacheConfig("branch", interval=3) if cached else None
+        with self.using(self.base) as pipe, attached_cache(self.base, config):
             return pool_from_run(self.base, [self.runs(pipe, 1, i) for i in range(min(POOL_PICTURES, self.fit))])
 
     def rounded(self, settings: tuple[Any, ...]) -> Any:
@@ -377,9 +373,7 @@ class Wardrobe:
             config, features = self.cache_of(settings, *how, row["corrected"] == "features")
         dtype = torch.float32 if row["precision"] == "FP32" else self.dtype
         with self.using(model, dtype=dtype, shift=row["shift"]) as pipe, ExitStack() as stack:
-            if config is not None:
-                apply_cache(model, config=config, compensation=features)
-                stack.callback(remove_cache, model)
+            stack.enter_context(attached_cache(model, config, features))
             if reference is not None:
                 target = "sample" if row["corrected"] == "samples" else "noise"
                 run = self.runs(pipe, 4 * self.fit, 2)

@@ -20,13 +20,12 @@ from diffusers import DDIMScheduler, DiTPipeline
 
 from qandc import (
     CacheConfig,
-    apply_cache,
     fashion_dit_path,
     fit_feature_compensation,
-    remove_cache,
     sample_latents,
     schedule_from_run,
 )
+from qandc.cache import attached_cache
 from qandc.caching.compensation import DEFAULT_PULL
 from qandc.evaluation.metrics import psnr
 from qandc.experiments.report import measure_rows
@@ -68,11 +67,8 @@ def main(
         if row["pull"] is not None:
             how = {"form": "least_squares", "along": along, "pull": row["pull"]}
             found = fit_feature_compensation(model, lambda: draw(0, fit), config=config, **how)
-        apply_cache(model, config=config, compensation=found)
-        try:
+        with attached_cache(model, config, found):
             values = psnr(draw(FIRST_OF_OTHERS, images), true, peak)
-        finally:
-            remove_cache(model)
         bytes_ = 0 if found is None else found.nbytes
         computed = "".join(".C"[step] for step in config.of_steps(steps))
         figures = {"psnr": float(values.mean()), "psnr_std": float(values.std()), "compensation_bytes": bytes_}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +14,7 @@ import typer
 from diffusers import DiTPipeline
 
 from fashion_mnist import DEFAULT_DIRECTORY, load_split
-from qandc import CacheConfig, apply_cache, fashion_dit_path, remove_cache
-from qandc.caching.feature_cache import FeatureCache
+from qandc import fashion_dit_path
 from qandc.errors import QandCError
 from qandc.evaluation.compare import ReferenceStatistics
 from qandc.evaluation.metrics import (
@@ -152,18 +150,6 @@ class Bench:
             statistics = FeatureStatistics.of(extract_features(model, pixels)[0])
             found["frechet_distance_efficientnet"] = frechet_distance(statistics, train)
         return found
-
-
-@contextlib.contextmanager
-def cached(model: Any, config: CacheConfig | None) -> Iterator[FeatureCache | None]:
-    """Attach a cache for the block; None attaches none."""
-    if config is None:
-        yield None
-        return
-    try:
-        yield apply_cache(model, config=config)
-    finally:
-        remove_cache(model)
 
 
 def measure_chosen(

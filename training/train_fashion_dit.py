@@ -9,6 +9,7 @@ randomness of a step is drawn from a generator seeded by (seed, stage, step), so
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -84,27 +85,38 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(images: torch.Tensor, settings: Settings, work: Path, *, compile_model: bool) -> AutoencoderKL:
-    device = images.device
+def train_autoencoder(
+    model: AutoencoderKL,
+    draw: Callable[[torch.Generator], tuple[torch.Tensor, ...]],
+    decides: dict[str, int | float],
+    work: Path,
+    *,
+    compile_model: bool,
+) -> AutoencoderKL:
+    """Train an autoencoder with squared error and a small Kullback-Leibler weight; ``draw`` gives a batch and noise."""
+    steps, kl_weight = int(decides["vae_steps"]), decides["vae_kl_weight"]
 
     def forward(model: AutoencoderKL, batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         posterior = model.encode(batch).latent_dist
         latents = posterior.mean + posterior.std * noise
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
-        return F.mse_loss(model.decode(latents).sample.float(), batch) + settings.vae_kl_weight * kl.float().mean()
+        return F.mse_loss(model.decode(latents).sample.float(), batch) + kl_weight * kl.float().mean()
 
     compiled = torch.compile(forward) if compile_model else forward
 
-    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        batch = to_float(images[pick(generator, images, 512)])
-        return batch, torch.randn(512, 4, 16, 16, generator=generator, device=device)
-
     def loss(model: nn.Module, batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        with autocast(device):
+        with autocast(batch.device):
             return compiled(model, batch, noise)
 
-    model = make_vae().to(device)
-    return Stage("vae", model, draw, loss, settings.of("vae"), work, steps=settings.vae_steps, ema_decay=0.999).run()
+    return Stage("vae", model, draw, loss, decides, work, steps=steps, ema_decay=0.999).run()
+
+
+def train_vae(images: torch.Tensor, settings: Settings, work: Path, *, compile_model: bool) -> AutoencoderKL:
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        batch = to_float(images[pick(generator, images, 512)])
+        return batch, torch.randn(512, 4, 16, 16, generator=generator, device=images.device)
+
+    return train_autoencoder(make_vae().to(images.device), draw, settings.of("vae"), work, compile_model=compile_model)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 from fashion_mnist import DEFAULT_DIRECTORY, Data
 from qandc.evaluation.scenes import COLOURS, KINDS, PLACES, draw_scenes, scene_arrays
 from stage import Stage, autocast
-from train_fashion_dit import normalize_latents
+from train_fashion_dit import normalize_latents, train_autoencoder
 from wardrobe_model import TEXT_LENGTH, make_pipeline, make_t5, make_tokenizer, make_vae
 from wardrobe_pictures import GarmentImages
 
@@ -109,27 +109,14 @@ class Source:
 def train_vae(
     source: Source, settings: Settings, work: Path, *, channels: int, compile_model: bool, batch: int = 256
 ) -> AutoencoderKL:
-    """Train the autoencoder with squared error and a small Kullback-Leibler weight; latents get mean 0, variance 1."""
-
-    def forward(model: AutoencoderKL, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        posterior = model.encode(pictures).latent_dist
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
-        drawn = model.decode(posterior.mean + posterior.std * noise).sample.float()
-        return F.mse_loss(drawn, pictures) + settings.vae_kl_weight * kl.float().mean()
-
-    compiled = torch.compile(forward) if compile_model else forward
+    """Train the autoencoder; latents get mean 0, variance 1."""
 
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         noise = torch.randn(batch, channels, 16, 16, generator=generator, device=source.device)
         return source(generator, batch)[0], noise
 
-    def loss(model: nn.Module, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        with autocast(source.device):
-            return compiled(model, pictures, noise)
-
     decides = settings.of("vae") | {"channels": channels}
-    model = make_vae(channels).to(source.device)
-    vae = Stage("vae", model, draw, loss, decides, work, steps=settings.vae_steps, ema_decay=0.999).run()
+    vae = train_autoencoder(make_vae(channels).to(source.device), draw, decides, work, compile_model=compile_model)
     pictures = source(torch.Generator(source.device).manual_seed(settings.seed), min(16384, 8 * settings.scenes))[0]
     normalize_latents(vae, pictures.add(1).mul(127.5).round().to(torch.uint8))
     return vae

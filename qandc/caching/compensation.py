@@ -14,12 +14,12 @@ from pathlib import Path
 import msgspec
 import torch
 
-from qandc.caching.schedule import FORECASTS, MODES, CacheConfig
+from qandc.caching.schedule import FORECASTS, MODES, CacheConfig, CalibratedSchedule
 from qandc.errors import ConfigError, DataError
 from qandc.support.arguments import check_fields, checked
 from qandc.support.files import FileKind, reading
 
-__all__ = ["FORMS", "FeatureCompensation", "FeatureHeader", "FeatureMoments", "gain_and_offset"]
+__all__ = ["FORMS", "FeatureCompensation", "FeatureHeader", "FeatureMoments", "config_for", "gain_and_offset"]
 
 FORMS = ("least_squares", "variance_ratio")
 SMALLEST_SHARE = 1e-6  # of a feature's mean square; below it a channel does not vary, and its gain is 1
@@ -195,3 +195,11 @@ class FeatureCompensation:
                 raise ConfigError(
                     f"the feature compensation was fitted for {name} {fitted!r}; this cache has {given!r}"
                 )
+
+
+def config_for(
+    schedule: CalibratedSchedule, features: FeatureCompensation | None, storage_dtype: str | None = None
+) -> CacheConfig:
+    """Make the config of a cache that follows a schedule; it stores as the compensation was fitted, if not told how."""
+    fitted = None if features is None else features.config.storage_dtype
+    return schedule.config(storage_dtype or fitted)

@@ -1,4 +1,4 @@
-"""Notice that timesteps rise, or are not those of a schedule, without waiting for the GPU."""
+"""Notice that timesteps begin anew, or are not those of a schedule, without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class TimestepWatch:
         self._on_the_way: deque[tuple[int, torch.Tensor, Any]] = deque()
 
     def rises(self, step: int, timestep: torch.Tensor) -> bool:
-        """Note the timesteps ``[B]`` of a step and tell whether a row rises: then this step is the first of a run.
+        """Note the timesteps ``[B]`` of a step and tell whether this step is the first of a run.
 
-        Those on a GPU are compared by later calls.
+        It is if a row rises, or if all are as on the first step: a run that ended there is followed by another, as no
+        scheduler begins with a timestep twice. Those on a GPU are compared by later calls.
 
         Raises:
-            CacheError: a timestep is not the one expected, or one that came from a GPU rises.
+            CacheError: a timestep is not the one expected, or those that came from a GPU begin anew.
         """
         if not timestep.is_cuda:
             return self._compare(step, timestep.detach().clone())
@@ -53,15 +54,15 @@ class TimestepWatch:
             step, timestep, _ = self._on_the_way.popleft()
             if self._compare(step, timestep):
                 raise CacheError(
-                    "timesteps rose within one run, so features of another run were reused since; give every run a "
-                    "tensor of labels or of the prompt of its own, or call reset_all_caches(transformer) before each"
+                    "timesteps began anew within one run, so features of another run were reused since; give every run "
+                    "a tensor of labels or of the prompt of its own, or call reset_all_caches(transformer) before each"
                 )
 
     def _compare(self, step: int, timestep: torch.Tensor) -> bool:
         last, self._last = self._last, timestep
         rises = False
         if last is not None and (last.shape == timestep.shape or 1 in (last.numel(), timestep.numel())):
-            rises = bool((timestep > last).any())
+            rises = bool((timestep > last).any()) or (step == 1 and bool((timestep == last).all()))
         if rises:
             step = 0
         if self._expected is not None and step < len(self._expected):

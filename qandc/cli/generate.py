@@ -97,6 +97,7 @@ def generate(
     json_output: Annotated[Path | None, typer.Option("--json", help="Also write the table to this JSON file.")] = None,
 ) -> None:
     """Draw each class or prompt in full precision and quantized + cached, from the same noise, into one PNG."""
+    from qandc.caching.compensation import config_for
     from qandc.caching.schedule import CalibratedSchedule, cache_of
     from qandc.experiments.generate import Comparison, GenerateConfig, quantized_name
     from qandc.experiments.generate import generate as run
@@ -136,7 +137,7 @@ def generate(
     chosen = resolve(given, held, DEFAULTS, f"in {str(calibrated)!r}")
     if preset is not None:
         chosen |= calibrated_options(preset)
-        config, cache = preset.config, preset.schedule.config()
+        config, cache = preset.config, config_for(preset.schedule, preset.features)
     else:
         config = QuantConfig(chosen["w_bits"], chosen["a_bits"])
         if schedule is not None:

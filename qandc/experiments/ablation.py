@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from qandc.cache import apply_cache, get_cache, remove_cache
+from qandc.caching.compensation import config_for
 from qandc.errors import ConfigError, DataError, ModelError, ProcessError
 from qandc.experiments.generate import module_bytes
 from qandc.experiments.many_images import ImageDrawer, describe_pipeline, memory_of
@@ -336,7 +337,7 @@ class _Experiment:
         if preset is not None and kind.compensated:
             compensation, features = preset.compensation, preset.features
         if kind.cached and preset is not None:
-            apply_cache(model, config=preset.schedule.config(), compensation=features)
+            apply_cache(model, config=config_for(preset.schedule, features), compensation=features)
         return ImageDrawer(self.pipe.vae, model, self.scheduler, self.run, compensation), model
 
     def full(self, kind: RowKind) -> Any:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from qandc.cache import apply_cache, remove_cache
+from qandc.cache import attached_cache
 from qandc.caching.schedule import CacheConfig
 from qandc.evaluation.metrics import psnr
 from qandc.evaluation.pixels import to_uint8
@@ -204,11 +204,8 @@ def generate(
     result.rows.append(quantized)
     result.report = quantization_report(pipe.transformer)
     compensation, features = (None, None) if preset is None else (preset.compensation, preset.features)
-    apply_cache(pipe.transformer, config=settings.cache, compensation=features)
-    try:
+    with attached_cache(pipe.transformer, settings.cache, features):
         _sample(pipe, settings, quantized, lambda done: progress(quantized.name, done), compensation)
-    finally:
-        remove_cache(pipe.transformer)
 
 
 def quantized_name(settings: GenerateConfig) -> str:

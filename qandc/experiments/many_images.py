@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qandc.cache import apply_cache, get_cache, remove_cache
+from qandc.cache import attached_cache, get_cache
+from qandc.caching.compensation import config_for
 from qandc.errors import OutputError, ProcessError
 from qandc.experiments.processes import Processes
 from qandc.experiments.prompts import PromptDrawer
@@ -147,8 +148,7 @@ def sample_file(
             preset.quantize(model)
             if model.device.type == "cuda":
                 fuse(model)
-            apply_cache(model, config=preset.schedule.config(), compensation=preset.features)
-            stack.callback(remove_cache, model)
+            stack.enter_context(attached_cache(model, config_for(preset.schedule, preset.features), preset.features))
         run = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         return ImageDrawer(pipe.vae, model, noise_schedule, run, None if preset is None else preset.compensation)
 

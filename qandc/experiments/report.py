@@ -111,7 +111,7 @@ def write_report(
 
     Args:
         directory: to write to.
-        rows: of :func:`qandc.experiment.run_experiment`, of one or more numbers of steps.
+        rows: of :func:`qandc.experiments.ablation.run_experiment`, of one or more numbers of steps.
         settings: noted in the JSON file beside versions, machine and command.
         images: row name to the ``.npz`` whose first images the figure shows.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 
-from qandc.cache import apply_cache, detached_cache, remove_cache
+from qandc.cache import attached_cache, detached_cache
 from qandc.caching.compensation import DEFAULT_FORM, DEFAULT_PULL, FORMS, FeatureCompensation, FeatureMoments
 from qandc.caching.features import FeatureStore, corrected
 from qandc.caching.plan import Action, Position
@@ -203,11 +203,8 @@ def _best(
     with detached_cache(model):
         true, errors = draw(), []
         for compensation in fitted:
-            apply_cache(model, compensation=compensation)
-            try:
+            with attached_cache(model, compensation=compensation):
                 errors.append(float((draw() - true).square().mean()))
-            finally:
-                remove_cache(model)
     for pull, error in zip(pulls, errors, strict=True):
         logger.info("feature compensation pulled by %g: mean squared error %.4g of held-out images", pull, error)
     return fitted[errors.index(min(errors))]

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qandc.cache import get_cache
+from qandc.cache import attached_cache, get_cache
 from qandc.caching.compensation import FeatureCompensation
 from qandc.caching.schedule import CalibratedSchedule
 from qandc.errors import ModelError, OutputError
@@ -28,7 +27,7 @@ from qandc.method.pool import CandidatePool, record_pool
 from qandc.method.saved import PIPELINE_FILES, Preset, check_target, is_finished
 from qandc.method.schedule_calibration import calibrate_schedule
 from qandc.method.settings import CalibrationConfig
-from qandc.method.stages import Stage, StageProgress, attached, quantize_on
+from qandc.method.stages import Stage, StageProgress, quantize_on
 from qandc.models import class_conditional
 from qandc.quantization.conversion import QuantizationReport, quant_layers, quantization_report
 from qandc.sampling.loop import check_sampling, decode_latents, make_scheduler, sample_latents, set_timesteps
@@ -165,10 +164,10 @@ def calibrate_pipeline(
         work.quantize(pool, work.choose(pool))
         schedule = work.find_schedule()
         work.preset(schedule).save(quantized)
-    with attached(model, schedule.config()):
+    with attached_cache(model, schedule.config()):
         plain = psnr(work.draw("without compensation"), full)
     features = work.compensate_features(schedule)
-    with attached(model, schedule.config(), features):
+    with attached_cache(model, schedule.config(), features):
         compensation, compensated = work.compensate(reference), None
         if features is not None or compensation is not None:
             compensated = psnr(work.draw("with compensation", compensation), full)
@@ -221,8 +220,8 @@ class _Calibration:
 
     def record_pool(self, directory: Path) -> CandidatePool:
         count = self.settings.pool_images
-        cached = attached(self.model, self.settings.cache) if self.settings.pool_with_cache else nullcontext()
-        with cached, self._stage("candidate pool", count) as stage:
+        cache = self.settings.cache if self.settings.pool_with_cache else None
+        with attached_cache(self.model, cache), self._stage("candidate pool", count) as stage:
             return record_pool(
                 self.model,
                 self.scheduler,

@@ -6,7 +6,6 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import torch
 
 from qandc import historical
-from qandc.cache import get_cache
+from qandc.cache import attached_cache, get_cache
 from qandc.caching.schedule import CacheConfig
 from qandc.errors import ConfigError, ModelError
 from qandc.method.feature_compensation import fit_feature_compensation
@@ -23,10 +22,11 @@ from qandc.method.run_pool import pool_from_run
 from qandc.method.saved import CalibratedModel
 from qandc.method.schedule_calibration import schedule_for
 from qandc.method.settings import COMPENSATIONS, Images
-from qandc.method.stages import Stage, StageProgress, attached, quantize_on
+from qandc.method.stages import Stage, StageProgress, quantize_on
 from qandc.quantization.conversion import quant_layers
 from qandc.quantization.plan import conditioning_of
 from qandc.quantizer import QuantConfig
+from qandc.sampling.corrected_scheduler import check_uncorrected
 from qandc.sampling.prompts import check_prompts, of_prompts, text_length
 from qandc.sampling.trajectories import compensation_from_run, trajectory_from_run
 from qandc.support.arguments import Count, Pipeline, checked
@@ -105,6 +105,8 @@ def calibrate_on_prompts(
     ):
         if given not in allowed:
             raise ConfigError(f"{what} {given!r} is unknown; choose one of {', '.join(filter(None, allowed))}")
+    if compensation == "samples":
+        check_uncorrected(pipe.scheduler)
     if cache is not None:
         cache.check_planned("no schedule can be found for it")
     gptq = w_bits == 4 if gptq is None else gptq
@@ -127,7 +129,7 @@ def calibrate_on_prompts(
     def stage_of(name: str, count: int = pool_images) -> Stage:
         return Stage(name, count, report)
 
-    with attached(model, cache) if cache else nullcontext(), stage_of("candidate pool") as stage:
+    with attached_cache(model, cache), stage_of("candidate pool") as stage:
         about = json.dumps([prompts, pipeline_arguments], default=lambda value: type(value).__name__)
         pool = pool_from_run(model, images(stage, POOL_SEED), pool_directory, about=about)
     together, reference = range(pool_images), None
@@ -154,7 +156,7 @@ def calibrate_on_prompts(
             with stage_of("features") as stage:
                 features = fit_feature_compensation(model, partial(one_by_one, stage, FEATURES_SEED), config=cache)
     if reference is not None:
-        with attached(model, cache) if cache else nullcontext(), stage_of("compensation") as stage:
+        with attached_cache(model, cache), stage_of("compensation") as stage:
             gains = compensation_from_run(pipe, partial(draw, stage, FIRST_SEED, together), reference)
     return CalibratedModel(model, schedule, gains, features=features)
 

@@ -27,7 +27,7 @@ import msgspec
 import torch
 from torch import nn
 
-from qandc.caching.compensation import FeatureCompensation, FeatureHeader
+from qandc.caching.compensation import FeatureCompensation, FeatureHeader, config_for
 from qandc.caching.schedule import CalibratedSchedule
 from qandc.errors import ConfigError, DataError, ModelError, OutputError
 from qandc.quantization.conversion import quant_layers, quantize_model
@@ -198,7 +198,7 @@ class Preset:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.features is not None:
-            self.features.check(self.schedule.config())
+            self.features.check(config_for(self.schedule, self.features))
         object.__setattr__(self, "guidance_scale", float(self.guidance_scale))
         if self.structure.keys() - {SINGLE} != set(STRUCTURE):
             raise ConfigError(f"structure has {sorted(self.structure)}; it must have {', '.join(STRUCTURE)}")
@@ -498,7 +498,7 @@ def save(
     if step_ranges is not None:
         check_step_ranges(step_ranges, quant_layers(model))
     if features is not None and schedule is not None:
-        features.check(schedule.config())
+        features.check(config_for(schedule, features))
     _write(
         directory,
         functools.partial(_write_model, model),
@@ -618,7 +618,7 @@ class _Directory:
         with reading(self.directory / TENSORS, WHAT, AGAIN):
             found = None if header is None else FeatureCompensation.of_parts(self._tensors, header)
             if found is not None and schedule is not None:
-                found.check(schedule.config())
+                found.check(config_for(schedule, found))
         return found
 
 

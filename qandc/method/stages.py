@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from qandc.cache import apply_cache, remove_cache
-from qandc.caching.compensation import FeatureCompensation
-from qandc.caching.schedule import CacheConfig
 from qandc.method.block_hessians import BlockHessians
 from qandc.models import family_of
 from qandc.quantization.conversion import quantize_model
@@ -18,19 +14,9 @@ from qandc.quantization.observe import calibrate, input_hessians, smoothing_fact
 from qandc.quantization.ranges import RangeConfig
 from qandc.quantizer import QuantConfig
 
-__all__ = ["Stage", "StageProgress", "attached", "quantize_on"]
+__all__ = ["Stage", "StageProgress", "quantize_on"]
 
 StageProgress = Callable[[str, int, int], None]
-
-
-@contextmanager
-def attached(model: Any, config: CacheConfig, features: FeatureCompensation | None = None) -> Iterator[None]:
-    """Attach a cache inside the block."""
-    apply_cache(model, config=config, compensation=features)
-    try:
-        yield
-    finally:
-        remove_cache(model)
 
 
 class Stage:

@@ -235,6 +235,7 @@ class QandCQuantizer(DiffusersQuantizer):
             if self.pre_quantized:
                 layers[name].check_state(name)
         keep_fused_quantized(model)
+        model.is_quantized = False  # for diffusers, which else refuses to cast it: quantized layers follow
         return model
 
     def _dequantize(self, model: Any) -> Any:

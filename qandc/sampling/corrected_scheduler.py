@@ -16,7 +16,7 @@ from qandc.support.arguments import Scheduler, checked
 from qandc.support.attach import attach
 from qandc.variance_compensation import Compensation, channels_first
 
-__all__ = ["compensated_scheduler", "run_with"]
+__all__ = ["check_uncorrected", "compensated_scheduler", "run_with"]
 
 STEPS = "_qandc_steps"
 
@@ -112,7 +112,18 @@ class _CorrectedScheduler:
         return step
 
 
+def check_uncorrected(scheduler: Any) -> None:
+    """Refuse, with a ConfigError, a scheduler that corrects its steps already: it has one corrector."""
+    if STEPS in vars(scheduler):
+        name = type(scheduler).__name__
+        raise ConfigError(
+            f"this {name} is compensated already; give the one that it was made from, or "
+            f"{name}.from_config(scheduler.config)"
+        )
+
+
 def _corrected(scheduler: Any, steps: _Steps) -> Any:
+    check_uncorrected(scheduler)
     found = copy.deepcopy(scheduler)
     attach(found, _CorrectedScheduler, **{STEPS: steps})
     return found
@@ -122,7 +133,8 @@ def run_with(pipe: Any, run: Callable[[], Any], corrector: Corrector, steps: int
     """Call ``run`` while the scheduler of a pipeline has a corrector; return the scheduler that took its one run.
 
     Raises:
-        ConfigError: the pipeline is called more than once, or has another number of steps than ``steps``.
+        ConfigError: its scheduler is compensated already, or the pipeline is called more than once, or has another
+            number of steps than ``steps``.
         DataError: it is not called.
     """
     scheduler, once = pipe.scheduler, _Once(corrector, expected=steps)
@@ -147,7 +159,8 @@ def compensated_scheduler(scheduler: Scheduler, compensation: Compensation, *, f
 
     Raises:
         ConfigError: another scheduler, or, when the run begins, other timesteps than those of the fit; unless forced.
-            Forced or not, when the run begins, more steps than there are gains; in its first step, other channels.
+            Forced or not, one that is compensated already; when the run begins, more steps than there are gains; in
+            its first step, other channels.
     """
     name = type(scheduler).__name__
     if not force:
