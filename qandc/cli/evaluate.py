@@ -9,8 +9,8 @@ import typer
 
 from qandc.cli.options import Device
 from qandc.cli.terminal import check_output, err, out, print_evaluation, stage_bars
-from qandc.errors import ConfigError
 from qandc.evaluation.images import MAX_PIXELS
+from qandc.support.arguments import Count, Seed, check_value
 from qandc.support.files import write_json
 
 __all__ = ["evaluate"]
@@ -56,10 +56,8 @@ def evaluate(
     for path, suffix in ((save_statistics, ".npz"), (json_output, ".json")):
         if path is not None:
             check_output(path, suffix)
-    if kernel_subsets < 1 or not 0 <= seed < 2**62:
-        raise ConfigError(
-            f"--kernel-subsets is {kernel_subsets} and --seed {seed}; give integers >= 1 and from 0 to 2^62 - 1"
-        )
+    check_value("--kernel-subsets", Count, kernel_subsets)
+    check_value("--seed", Seed, seed)
     where = resolve_device(device)
     with err.status("loading the network"):
         extractor = load_extractor(features, where, inception_weights)

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -49,6 +49,7 @@ from qandc.optimize import optimize, parts_of
 from qandc.quantization.conversion import quant_layers
 from qandc.sampling.loop import check_sampling, make_scheduler
 from qandc.sampling.pipelines import class_names
+from qandc.support.arguments import Between, check_value
 from qandc.support.files import FileKind, keep_settings, locked, make_directory
 
 __all__ = ["ROWS", "ExperimentConfig", "RowKind", "check_experiment", "run_experiment"]
@@ -109,8 +110,7 @@ class ExperimentConfig:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.images, int) or self.images < 2:
-            raise ConfigError(f"images is {self.images!r}; give an integer >= 2")
+        check_value("images", Annotated[int, Between(2)], self.images)
         if self.calibration.vc == "none":
             raise ConfigError("vc is 'none', but one row is with VC; give a form")
         if not self.calibration.uniform:

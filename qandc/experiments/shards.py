@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch
 from qandc.errors import ConfigError, DataError, ProcessError
 from qandc.evaluation.pixels import to_uint8
 from qandc.experiments.processes import Processes, finish_on_terminate
+from qandc.support.arguments import Between, Count, check_fields
 from qandc.support.files import FileKind, write_whole
 
 __all__ = ["Draw", "ImageSet", "delete_shards", "draw_shards", "merge_shards", "missing_shards"]
@@ -48,23 +49,15 @@ class ImageSet:
         ConfigError: a number is out of range, or there is no class.
     """
 
-    count: int
-    classes: tuple[int, ...]
-    first_seed: int = 0
-    batch_size: int = 50
+    count: Count
+    classes: tuple[Annotated[int, Between(0, 2**63 - 1)], ...]
+    first_seed: Annotated[int, Between(0, 2**62 - 1)] = 0  # the images have this one and those that follow
+    batch_size: Count = 50
 
     def __post_init__(self) -> None:
-        for name in ("count", "batch_size"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; give an integer >= 1")
-        if self.count >= 2**31:  # shards are listed, labels kept
-            raise ConfigError(f"count is {self.count}; give less than 2^31 images, or several sets")
-        if not isinstance(self.classes, (tuple, list)) or not self.classes:
-            raise ConfigError(f"classes are {self.classes!r}; an image set needs a tuple of at least one class")
-        if not all(isinstance(label, int) and 0 <= label < 2**63 for label in self.classes):
-            raise ConfigError(f"classes are {self.classes!r}; give integers >= 0")
-        if not isinstance(self.first_seed, int) or not 0 <= self.first_seed < 2**62:
-            raise ConfigError(f"first_seed is {self.first_seed!r}; give an integer from 0 to 2^62 - 1")
+        check_fields(self)
+        if not self.classes:
+            raise ConfigError("classes is (); an image set needs a tuple of at least one class")
 
     @property
     def labels(self) -> np.ndarray:
