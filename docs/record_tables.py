@@ -123,6 +123,11 @@ REASONS = (  # goals that are missed, by the first pattern that fits: why, and w
 )
 
 
+def header(titles: str) -> list[str]:
+    """Begin a table with a line of titles."""
+    return [titles, "|---" * (titles.count("|") - 1) + "|"]
+
+
 class Result(NamedTuple):
     """A file of results and what is in it."""
 
@@ -190,7 +195,7 @@ def groups() -> list[Group]:
 
 def benchmarks_table(card: str) -> list[str]:
     """Print ours beside a rival on a card, with least and greatest speed over it."""
-    lines = ["| what | rival | speed over it | shapes | command | file |", "|---|---|---|---|---|---|"]
+    lines = header("| what | rival | speed over it | shapes | command | file |")
     for group in (group for group in groups() if group.card == card):
         values, measured = zip(*group.speeds.values(), strict=True)
         speed = f"{min(values):.2f}x" + (f" to {max(values):.2f}x" if len(values) > 1 else "")
@@ -202,7 +207,7 @@ def benchmarks_table(card: str) -> list[str]:
 
 def losses_table() -> list[str]:
     """Print where ours is slower than the rival: how much at worst, and in how many shapes."""
-    lines = ["| card | what | rival | speed over it at worst | slower in | file |", "|---|---|---|---|---|---|"]
+    lines = header("| card | what | rival | speed over it at worst | slower in | file |")
     for group in groups():
         slower = {shape: found for shape, found in group.speeds.items() if found[0] < 1}
         if slower:
@@ -230,7 +235,7 @@ def reason(name: str) -> tuple[str, str]:
 
 def missed_table() -> list[str]:
     """Print goals that are missed, why and what to try next, and those that nothing has measured."""
-    lines = ["| card | figure | measured | must | why | next | file |", "|---|---|---|---|---|---|---|"]
+    lines = header("| card | figure | measured | must | why | next | file |")
     for result, goal in goals():
         if not reached(goal, "must"):
             why, idea = reason(goal["name"])
@@ -243,7 +248,7 @@ def missed_table() -> list[str]:
 
 def reached_table() -> list[str]:
     """Print goals that are reached."""
-    lines = ["| card | figure | measured | must | goal | | file |", "|---|---|---|---|---|---|---|"]
+    lines = header("| card | figure | measured | must | goal | | file |")
     for result, goal in goals():
         if reached(goal, "must"):
             wished = "" if goal["goal"] is None else f"{goal['goal']:.4g}"

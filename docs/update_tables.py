@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import record_tables
+from record_tables import header
 
 from qandc.caching.schedule import MODES
 from qandc.experiments.report import markdown_table
@@ -82,8 +83,7 @@ def generate_table(result: dict[str, Any]) -> list[str]:
     many = next(row for row in load(ROOT / PRESETS)["rows"] if row["w_bits"] == 8 and row["compensation"] == "none")
     before, after = (quantized[f"quantized_bytes_{when}"] / 1e6 for when in ("before", "after"))
     return [
-        f"| | speed | transformer | PSNR to FP | [of {many['images']:,} others](/{PRESETS}), on an H200 |",
-        "|---|---|---|---|---|",
+        *header(f"| | speed | transformer | PSNR to FP | [of {many['images']:,} others](/{PRESETS}), on an H200 |"),
         f"| {full['name']} | 1x | {full['transformer_bytes'] / 1e6:.1f} MB | | |",
         f"| {quantized['name']} | {quantized['speed_ratio']:.2f}x | {quantized['transformer_bytes'] / 1e6:.1f} MB | "
         f"{quantized['psnr_mean']:.1f} dB (worst {quantized['psnr_min']:.1f}) | "
@@ -95,7 +95,7 @@ def generate_table(result: dict[str, Any]) -> list[str]:
 
 def prompts_table(result: dict[str, Any]) -> list[str]:
     """Print what ``qandc generate`` found for a few prompts that a judge can score."""
-    lines = ["| | seconds an image | transformer | PSNR to FP | all right, by a judge |", "|---" * 5 + "|"]
+    lines = header("| | seconds an image | transformer | PSNR to FP | all right, by a judge |")
     for row in result["rows"]:
         ratio, likeness = f" ({row['speed_ratio']:.2f}x)" if "speed_ratio" in row else "", ""
         if "psnr_mean" in row:
@@ -108,10 +108,7 @@ def prompts_table(result: dict[str, Any]) -> list[str]:
 
 def presets_table(result: dict[str, Any]) -> list[str]:
     """Print the likeness of many images drawn with the shipped settings, and what a compensation adds."""
-    lines = [
-        "| settings | compensation | PSNR to FP | gained | Fréchet distance | class accuracy |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = header("| settings | compensation | PSNR to FP | gained | Fréchet distance | class accuracy |")
     for row in result["rows"]:
         gained = f"{row['psnr_gained']:+.2f} ± {row['psnr_gained_ci95']:.2f} dB"
         likeness = f"{row['psnr_mean']:.1f} dB (worst {row['psnr_min']:.1f})"
@@ -124,7 +121,7 @@ def presets_table(result: dict[str, Any]) -> list[str]:
 
 
 def fashion_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| images | Fréchet distance to the training images | IS | class accuracy |", "|---|---|---|---|"]
+    lines = header("| images | Fréchet distance to the training images | IS | class accuracy |")
     for row in result["rows"]:
         name = row["name"]
         if "first_seed" in row:
@@ -145,10 +142,7 @@ def kernels_table(result: dict[str, Any]) -> list[str]:
         if row["op"] == "linear" and "ratio_to_bf16" in row
     }
     sizes = (512, 4096, 16384)
-    lines = [
-        "| layer (N x K) | M | W8A8 | W4A8 | quantize + W8A8 | best of others, M 4096 |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = header("| layer (N x K) | M | W8A8 | W4A8 | quantize + W8A8 | best of others, M 4096 |")
     shapes = {row["layer"]: f"{row['n']} x {row['k']}" for row in result["rows"] if row["op"] == "linear"}
     for layer in ("qkv", "out", "fc1", "fc2"):
         others = ("gemlite A8W8", "gemlite A8W4", "torchao int8dq, compiled", "torch._int_mm + dequantize, compiled")
@@ -186,10 +180,7 @@ def model_rows(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, A
 def model_table(result: dict[str, Any]) -> list[str]:
     """Milliseconds of a step and speed relative to compiled bf16, per batch; images per second; memory."""
     rows = model_rows(result)
-    lines = [
-        "| | 256², rows 2 | 16 | 64 | 512², rows 2 | 16 | images/s, 256², rows 64 | model |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = header("| | 256², rows 2 | 16 | 64 | 512², rows 2 | 16 | images/s, 256², rows 64 | model |")
     for name in dict.fromkeys(name for _, _, name in rows):
         cells = []
         for layer, m in MODEL_SIZES:
@@ -211,7 +202,7 @@ def pipeline_table(result: dict[str, Any]) -> list[str]:
     energy = any(row.get("joules_per_image") for row in rows.values())
     head = [f"{m} image{'s' * (m > 1)}" for m in counts] + [f"images/s, {counts[-1]} images"]
     head += [f"J per image, {counts[0]} / {counts[-1]}"] * energy
-    lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    lines = header("| | " + " | ".join(head) + " |")
     for name in dict.fromkeys(name for _, name in rows):
         found = [rows.get((m, name)) for m in counts]
         cells = [
@@ -232,7 +223,7 @@ def breakdown_table(result: dict[str, Any]) -> list[str]:
     """Microseconds per block of each of its seven launches; what is outside of blocks in all."""
     found = [row for row in result["rows"] if "kernels_us" in row and row["layer"] == "DiT-XL/2-256"]
     parts = [name for name in found[0]["kernels_us"] if name != "rest"]
-    lines = ["| | rows | " + " | ".join(parts) + " | outside of blocks |", "|---" * (len(parts) + 3) + "|"]
+    lines = header("| | rows | " + " | ".join(parts) + " | outside of blocks |")
     for row in found:
         times = [f"{row['kernels_us'][name] / 28:.1f}" for name in parts]
         lines.append(f"| {row['candidate']} | {row['m']} | {' | '.join(times)} | {row['kernels_us']['rest']:.0f} |")
@@ -247,11 +238,8 @@ def cache_cost_table(result: dict[str, Any]) -> list[str]:
     """Per form: share of a compute step that a reuse step takes, what keeping adds, a run of 50 steps, memory."""
     rows = {(row["layer"], row["m"], row["candidate"]): row for row in result["rows"] if "median_us" in row}
     steps, sizes = "DiT-XL/2-256", (2, 16, 64)
-    lines = [
-        "| mode | reuse step, rows 2 / 16 / 64 | with the conditioning ahead | a compensation adds | keeping | "
-        "50 steps, rows 64 | rows 2 | features, rows 64 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = "| mode | reuse step, rows 2 / 16 / 64 | with the conditioning ahead | a compensation adds | keeping | "
+    lines = header(titles + "50 steps, rows 64 | rows 2 | features, rows 64 |")
 
     def share(name: str, m: int, ahead: str = "") -> float:
         return rows[steps, m, name + ahead]["median_us"] / rows[steps, m, "compute step" + ahead]["median_us"]
@@ -286,10 +274,7 @@ def form(mode: str, order: int) -> str:
 def cache_quality_table(result: dict[str, Any]) -> list[str]:
     """Distance and PSNR by precision, form, schedule and interval; forms of which nothing was measured are left out."""
     rows, intervals = _quality(result), (2, 3, 4, 5, 8)
-    lines = [
-        "| | mode | schedule | " + " | ".join(f"N = {n}" for n in intervals) + " |",
-        "|---" * (len(intervals) + 3) + "|",
-    ]
+    lines = header("| | mode | schedule | " + " | ".join(f"N = {n}" for n in intervals) + " |")
     for precision in ("FP", "W8A8", "W4A8"):
         plain = rows.get((precision, "none", 0, 1, "all"))
         if plain is None:
@@ -312,10 +297,7 @@ def cache_quality_table(result: dict[str, Any]) -> list[str]:
 
 def cache_rows_table(result: dict[str, Any]) -> list[str]:
     """Every row."""
-    lines = [
-        "| | mode | N | schedule | computed | distance | IS | class accuracy | PSNR to FP | images/s |",
-        "|---" * 10 + "|",
-    ]
+    lines = header("| | mode | N | schedule | computed | distance | IS | class accuracy | PSNR to FP | images/s |")
     for row in result["rows"]:
         lines.append(
             f"| {row['precision']} | {form(row['mode'], row['order'])} | {row['interval']} | {row['schedule']} | "
@@ -395,10 +377,7 @@ def ablation_table(result: dict[str, Any]) -> list[str]:
     cells = ablation_cells(result)
     columns = [(bits, mode, n) for bits in (8, 4) for mode in ("delta", "branch") for n in (3, 5)]
     full = spread([row for row in result["rows"] if row["part"] == "FP"], "frechet_distance", 3)
-    lines = [
-        "| | " + " | ".join(f"W{bits}A8, {mode}, N = {n}" for bits, mode, n in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
+    lines = header("| | " + " | ".join(f"W{bits}A8, {mode}, N = {n}" for bits, mode, n in columns) + " |")
     alone = {bits: quantized_only(result, bits) for bits in (8, 4)}
     found = {"quantized only": [alone[bits] for bits, _, _ in columns]}
     found["cached only"] = [cached_only(result, mode, n) for _, mode, n in columns]
@@ -413,10 +392,9 @@ def ablation_table(result: dict[str, Any]) -> list[str]:
 
 
 def ablation_rows_table(result: dict[str, Any]) -> list[str]:
-    lines = [
-        "| | mode | N | | repeats | distance | on EfficientNet features | IS | class accuracy | PSNR to FP |",
-        "|---" * 10 + "|",
-    ]
+    lines = header(
+        "| | mode | N | | repeats | distance | on EfficientNet features | IS | class accuracy | PSNR to FP |"
+    )
 
     full = [row for row in result["rows"] if row["part"] == "FP"]
     lines.append(f"| FP | | | | {len(full)} | {metrics(full)} |")
@@ -443,10 +421,7 @@ def ablation_parts_table(result: dict[str, Any], what: str) -> list[str]:
         else:
             name = f"{settings['selection']}, {settings['samples']} samples"
         cells.setdefault((settings["w_bits"], settings["mode"], settings["interval"], name), []).append(row)
-    lines = [
-        "| | | | repeats | distance | on EfficientNet features | IS | class accuracy | PSNR to FP |",
-        "|---" * 9 + "|",
-    ]
+    lines = header("| | | | repeats | distance | on EfficientNet features | IS | class accuracy | PSNR to FP |")
     for (bits, mode, interval, name), rows in cells.items():
         cache = "no cache" if mode == "none" else f"{mode}, N = {interval}"
         lines.append(f"| W{bits}A8 | {cache} | {name} | {len(rows)} | {metrics(rows)} |")
@@ -459,7 +434,7 @@ def experiment_table(result: dict[str, Any]) -> list[str]:
 
 
 def large_model_table(result: dict[str, Any]) -> list[str]:
-    lines = ["| | time | peak memory of the process | of the GPU | |", "|---|---|---|---|---|"]
+    lines = header("| | time | peak memory of the process | of the GPU | |")
     for row in result["rows"]:
         what = ""
         if row["part"] == "calibrate":
@@ -477,7 +452,7 @@ def sample_table(result: dict[str, Any]) -> list[str]:
     more = directory_of(result) / "sample-2.json"
     result["rows"] += load(more)["rows"] if more.exists() else []
     alone = next(row["images_per_second"] for row in result["rows"] if row["processes"] == 1)
-    lines = ["| | processes | images | images/s | of what one would make of it |", "|---|---|---|---|---|"]
+    lines = header("| | processes | images | images/s | of what one would make of it |")
     for row in result["rows"]:
         speed, n = row["images_per_second"], row["processes"]
         lines.append(f"| {row['name']} | {n} | {row['images']:,} | {speed:.0f} | {speed / (n * alone):.1%} |")
@@ -486,7 +461,7 @@ def sample_table(result: dict[str, Any]) -> list[str]:
 
 def compensation_table(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if row["part"].startswith("compensation")]
-    lines = ["| compensation | PSNR to FP |", "|---|---|"]
+    lines = header("| compensation | PSNR to FP |")
     return lines + [f"| {row['row']['compensation']} | {row['psnr_to_fp']:.1f} dB |" for row in rows]
 
 
@@ -509,7 +484,7 @@ def models_table(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if "median_us" in row]
     layers, names = list(dict.fromkeys(row["layer"] for row in rows)), _theirs_first(rows)
     found = {(row["layer"], row["candidate"]): row for row in rows}
-    lines = [f"| ms a forward, as called | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
+    lines = header(f"| ms a forward, as called | {' | '.join(layers)} |")
 
     def cell(layer: str, name: str) -> str:
         row = found.get((layer, name))
@@ -535,7 +510,7 @@ def images_table(result: dict[str, Any]) -> list[str]:
     runs, names = list(dict.fromkeys((row["layer"], row["m"]) for row in rows)), _theirs_first(rows)
     found = {(row["layer"], row["m"], row["candidate"]): row for row in rows}
     titles = (f"{layer}, {steps} steps" for layer, steps in runs)
-    lines = [f"| seconds for an image, as called | {' | '.join(titles)} |", "|---" * (1 + len(runs)) + "|"]
+    lines = header(f"| seconds for an image, as called | {' | '.join(titles)} |")
 
     def cell(run: tuple[str, int], name: str) -> str:
         row = found.get((*run, name))
@@ -551,7 +526,7 @@ def images_table(result: dict[str, Any]) -> list[str]:
 
 def ahead_table(result: dict[str, Any]) -> list[str]:
     """Compare images whose modulations are computed ahead with those of the same model without that."""
-    lines = ["| s an image: own, ahead | steps | | GB of weights on the GPU |", "|---" * 4 + "|"]
+    lines = header("| s an image: own, ahead | steps | | GB of weights on the GPU |")
     for row in (row for row in result["rows"] if "ahead" in row["candidate"] and "rival" in row):
         if not row["candidate"].startswith(row["rival"]):  # beside bf16
             continue
@@ -565,7 +540,7 @@ def ahead_table(result: dict[str, Any]) -> list[str]:
 def runs_table(result: dict[str, Any]) -> list[str]:
     """Tabulate what a run costs beside the graphs that it replays, which a run as one graph would take as well."""
     titles = "as called | until the first graph | graphs alone | share of graphs"
-    lines = [f"| ms of a run, decoder excluded | steps | {titles} |", "|---" * 6 + "|"]
+    lines = header(f"| ms of a run, decoder excluded | steps | {titles} |")
     for row in (row for row in result["rows"] if row.get("replays")):
         if row["replays"] % row["m"]:  # a step that is no graph
             continue
@@ -588,7 +563,7 @@ PARTS = {  # of ops, by the first pattern that fits
 def parts_table(result: dict[str, Any]) -> list[str]:
     """Tabulate where the time of a fused forward goes: ops by their kind, and the whole as one graph."""
     names = [*PARTS, "rest"]
-    lines = [f"| ms of a fused forward | whole, a graph | {' | '.join(names)} | launches |", "|---" * 9 + "|"]
+    lines = header(f"| ms of a fused forward | whole, a graph | {' | '.join(names)} | launches |")
     for row in result["rows"]:
         sums, count = dict.fromkeys(names, 0.0), 0
         for op in row["ops"]:
@@ -618,7 +593,7 @@ def bytes_table(result: dict[str, Any], of_class: str) -> list[str]:
     elif any(row["of it modulation"] for row in rows):
         names["of it modulation"] = ()
     heads = [name if len(names) >= len(schemes) else name.partition(" ")[0] for name in names]
-    lines = [f"| GB of the transformer | parameters | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    lines = header(f"| GB of the transformer | parameters | {' | '.join(heads)} |")
     for row in rows:
         cells = " | ".join(f"{row[name] / 1e9:.1f}" for name in names)
         lines.append(f"| {row['model']} | {row['parameters'] / 1e9:.1f} B | {cells} |")
@@ -630,7 +605,7 @@ def by_turns_table(result: dict[str, Any]) -> list[str]:
     measured = (row for row in result["rows"] if "rival_median_us" in row and "bf16" in row["rival"])
     rows = {(row["layer"], row["candidate"]): row for row in measured}
     layers, names = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
-    lines = [f"| s an image: bf16, ours | {' | '.join(layers)} |", "|---" * (1 + len(layers)) + "|"]
+    lines = header(f"| s an image: bf16, ours | {' | '.join(layers)} |")
     for name in names:
         cells = []
         for layer in layers:
@@ -656,7 +631,7 @@ def feature_compensation_table(result: dict[str, Any], what: str = "pull") -> li
             found[pulls[row["pull"]]] = row["psnr"]
         if row["pull"] == (0.5 if row["mode"] == "taylor" else 0.0):
             found[schedule] = row["psnr"]
-    lines = [f"| dB | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    lines = header(f"| dB | {' | '.join(heads)} |")
     for mode, order, interval in sorted(rows, key=lambda key: (MODES.index(key[0]), *key[1:])):
         found = rows[mode, order, interval]
         if all(head in found for head in heads):
@@ -690,7 +665,7 @@ def corrections_table(result: dict[str, Any], scheduler: str) -> list[str]:
     """Print PSNR of latents / Fréchet distance of W8A8: a line for each cache, a column for each correction."""
     part = "main" if scheduler == "ddim" else scheduler
     columns = {**CORRECTIONS, **(SCHEDULED if scheduler == "ddim" else {})}
-    lines = [f"| {scheduler.upper()}, W8A8 | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines = header(f"| {scheduler.upper()}, W8A8 | {' | '.join(columns)} |")
     common = {"part": part, "precision": "W8A8", "scheduler": scheduler}
     common |= {"pull": None, "target": "self", "along": "uncached", "fitted_on": "as drawn"}
     plain = _corrected_cell(study(result, **common, mode="none"))
@@ -705,10 +680,7 @@ def corrections_table(result: dict[str, Any], scheduler: str) -> list[str]:
 
 def equal_time_table(result: dict[str, Any]) -> list[str]:
     """Print runs of fewer steps without a cache beside caches that compute as many."""
-    lines = [
-        "| W8A8 | computed steps | images/s | PSNR of latents | of images | distance | class accuracy |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = header("| W8A8 | computed steps | images/s | PSNR of latents | of images | distance | class accuracy |")
 
     def line(name: str, row: dict[str, Any], computed: int) -> None:
         figures = f"{row['psnr_latents']:.1f} dB | {row['psnr_to_fp']:.1f} dB | {row['frechet_distance']:.2f}"
@@ -728,10 +700,7 @@ def equal_time_table(result: dict[str, Any]) -> list[str]:
 
 def compensation_rest_table(result: dict[str, Any]) -> list[str]:
     """Print all other rows: how a compensation is fitted, on what, for which precision, and where it carries over."""
-    lines = [
-        "| what | cache | compensation | PSNR of latents | of images | distance |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = header("| what | cache | compensation | PSNR of latents | of images | distance |")
     shown = ("scheduler", "guidance_scale", "classes", "fit", "fitted_on", "target", "along", "form", "pull")
     usual = study(result, part="main", precision="W8A8", mode="none")[0]
     for row in result["rows"]:
@@ -761,14 +730,13 @@ def outliers_table(result: dict[str, Any]) -> list[str]:
         figures.append(f"{row['psnr_to_fp']:.1f} ± {row['psnr_to_fp_ci95']:.1f}")
         figures += [_points_lost([row])] if "everything_lost" in row else []
         found.setdefault(name, {})[row["outliers"]] = " / ".join(figures)
-    lines = [f"| | ranges | smoothing α | {' | '.join(f'x {size}' for size in sizes)} |"]
-    lines.append("|---" * (len(sizes) + 3) + "|")
+    lines = header(f"| | ranges | smoothing α | {' | '.join(f'x {size}' for size in sizes)} |")
     return [*lines, *(f"| {name} | {' | '.join(cells.get(n, '') for n in sizes)} |" for name, cells in found.items())]
 
 
 def host_table(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if "median_us" in row]
-    return ["| a call | µs of the host |", "|---|---|", *(f"| {r['candidate']} | {r['median_us']:.0f} |" for r in rows)]
+    return [*header("| a call | µs of the host |"), *(f"| {r['candidate']} | {r['median_us']:.0f} |" for r in rows)]
 
 
 def drop_in_table(result: dict[str, Any]) -> list[str]:
@@ -776,7 +744,7 @@ def drop_in_table(result: dict[str, Any]) -> list[str]:
     rows = {(m, name): row for (layer, m, name), row in model_rows(result).items() if layer == "DiT-XL/2-256"}
     rows = {key: row for key, row in rows.items() if re.match("(bf16|QuantLinear).*compiled", key[1])}
     counts = sorted({m for m, _ in rows})
-    lines = [f"| ms a step | {' | '.join(f'rows {m}' for m in counts)} |", "|---" * (1 + len(counts)) + "|"]
+    lines = header(f"| ms a step | {' | '.join(f'rows {m}' for m in counts)} |")
     for name in dict.fromkeys(name for _, name in rows):
         rival = "bf16 compiled, called" if name.endswith("called") else "bf16 compiled"
         pairs = [(rows.get((m, name)), rows.get((m, rival), {}).get("median_us", math.nan)) for m in counts]
@@ -795,7 +763,7 @@ def products_table(result: dict[str, Any]) -> list[str]:
     """Speed of ours over fp8's, and ours in TOP/s, by layer and rows."""
     rows = {(row["layer"], row["m"], row["candidate"]): row for row in result["rows"] if "median_us" in row}
     counts = sorted({m for _, m, _ in rows})
-    lines = [f"| N x K | {' | '.join(f'M {m}' for m in counts)} |", "|---" * (1 + len(counts)) + "|"]
+    lines = header(f"| N x K | {' | '.join(f'M {m}' for m in counts)} |")
     for layer in dict.fromkeys(layer for layer, _, _ in rows):
         cells = []
         for m in counts:
@@ -819,7 +787,7 @@ PAGES = {  # of docs/families, to the class of the transformer
 def wardrobe_table(result: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
     """Print all rows of some parts, with what a judge finds right in them."""
     heads = "| | all right | points lost | objects | colours | places | Fréchet distance | PSNR to FP | images/s |"
-    lines = [heads, "|---" * 9 + "|"]
+    lines = header(heads)
     for row in result["rows"]:
         if row["part"] not in parts:
             continue
@@ -853,8 +821,7 @@ def wardrobe_grid(result: dict[str, Any], part: str, line: tuple[str, ...], colu
             name = ", ".join(v if isinstance(v, str) else f"{key} {v}" if v else f"no {key}" for key, v in values)
             found.setdefault(name, {}).setdefault(str(row[column]), []).append(row)
     columns = dict.fromkeys(value for cells in found.values() for value in cells)
-    lines = [f"| points lost / PSNR, dB | {' | '.join(f'{column} {c}' for c in columns)} |"]
-    lines.append("|---" * (1 + len(columns)) + "|")
+    lines = header(f"| points lost / PSNR, dB | {' | '.join(f'{column} {c}' for c in columns)} |")
     for name, cells in found.items():
         texts = []
         for rows in (cells.get(value, []) for value in columns):
