@@ -252,8 +252,8 @@ def optimize(
         calibrate_on: prompts like those to come. Images are drawn from them, in minutes to hours, to find smoothing,
             static ranges, the steps to compute and a compensation (:func:`qandc.calibrate_on_prompts`).
         calibrated: instead of these, a directory that :func:`qandc.save` or ``qandc calibrate`` wrote, or what
-            :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, in its bits and
-            schemes, and what it was saved with is used. Settings without a model quantize the pipeline's own.
+            :func:`qandc.load` made of it: its transformer takes the place of the pipeline's, on the same device, in its
+            bits and schemes, and what it was saved with is used. Settings without a model quantize the pipeline's own.
         compile: fuse the blocks (DiT, FLUX.1, Chroma, Qwen-Image, SD3.5, PixArt), or compile those of other models, and
             those that cannot run fused, with an adapter for example, which takes a minute at the first image; and
             replay steps from CUDA graphs. By default where the model is on a GPU.
@@ -299,6 +299,7 @@ def optimize(
             if found.model is not model:
                 if isinstance(calibrated, CalibratedModel):
                     state.given.append(Undo(found.model))
+                    nn.Module.to(found.model, model.device)
                 setattr(pipe, name, found.model)
                 if restorable:
                     nn.Module.to(model, "cpu")

@@ -591,6 +591,14 @@ def test_a_calibrated_model_is_given_back_as_it_was(tmp_path):
     assert pipe.transformer is own
 
 
+def test_a_calibrated_model_goes_where_the_pipeline_is(dit_pipe, tmp_path):
+    save(quantize_model(copy.deepcopy(dit_pipe.transformer)), tmp_path / "saved")
+    found = load(tmp_path / "saved")
+    dit_pipe.transformer.to("meta")
+    optimize(dit_pipe, cache=None, calibrated=found, restorable=False)
+    assert {tensor.device.type for tensor in found.model.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.slow
 def test_what_is_cast_after_optimize_stays_so(tmp_path):
     pytest.importorskip("transformers")
