@@ -20,6 +20,7 @@ from qandc import (
 )
 from qandc.caching.features import FeatureStore
 from qandc.caching.plan import Action
+from qandc.caching.timestep_watch import TimestepWatch
 from qandc.support.attach import class_before, derived_class
 from tests.conftest import make_dit
 from tests.definition import inputs_of_dit as inputs
@@ -127,6 +128,16 @@ def test_a_first_timestep_twice_begins_a_run():
             assert torch.equal(model(**given).sample, plain(**given).sample)
     run(model, 1, labels=labels)
     assert torch.equal(run(model, 5, labels=labels)[4], run(apply(make_dit(), 3), 5)[4])
+
+
+def test_first_timesteps_that_half_precision_rounds_to_one_are_of_one_run():
+    """FLUX.1 in bfloat16: 1000 and 998.3 of a run of 200 steps, and a scheduler that says itself that two are alike."""
+    for expected, dtype in ((None, torch.bfloat16), (None, torch.float16), ((1000.0, 1000.0, 992.0), torch.float32)):
+        watch = TimestepWatch(expected)
+        steps = torch.tensor([1000, 1000, 992], dtype=dtype)
+        assert not any(watch.rises(step, timestep[None]) for step, timestep in enumerate(steps))
+    watch, first = TimestepWatch((1000.0, 992.0)), torch.tensor([1000.0])
+    assert [watch.rises(0, first), watch.rises(1, first), watch.rises(1, first - 8)] == [False, True, False]
 
 
 def test_labels_written_in_place_begin_a_new_run():
