@@ -234,7 +234,7 @@ def _check_pool(features: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np
     if features.ndim != 2 or times.shape != (len(features),) or features.size == 0:
         raise DataError(f"a pool is features [N, D] and times [N]; got shapes {features.shape} and {times.shape}")
     times = times.astype(np.float64)
-    if not np.issubdtype(features.dtype, np.floating):
+    if features.dtype not in (np.float32, np.float64):  # lengths of vectors in half precision overflow
         features = features.astype(np.float32)
     if not np.isfinite(features).all() or not np.isfinite(times).all():
         raise DataError("the pool holds NaN or infinite values; drop those samples, or check where they come from")

@@ -311,7 +311,9 @@ def test_timesteps_that_arrive_later_from_a_gpu_are_compared_then(arrivals):
     assert list(steps_of_a_gpu(cache, model, (600, 300, 0), labels)) == kinds  # nothing is left of it
 
 
-@pytest.mark.parametrize("timesteps", [(600, 600, 300), (600, 300, 600, 300)], ids=["after one step", "after two"])
+@pytest.mark.parametrize(
+    "timesteps", [(600.0, 600.0, 300.0), (600, 300, 600, 300)], ids=["after one step", "after two"]
+)
 def test_a_run_that_begins_anew_within_one_is_an_error_when_its_timesteps_arrive(arrivals, timesteps):
     model = make_dit(num_layers=1)
     cache = apply_cache_to_dit(model, config=CacheConfig("branch", interval=4))
@@ -321,6 +323,7 @@ def test_a_run_that_begins_anew_within_one_is_an_error_when_its_timesteps_arrive
         next(late)
     with pytest.raises(CacheError, match="timesteps began anew within one run"):
         next(late)
+    assert len(list(steps_of_a_gpu(cache, model, (999, 999, 998), torch.tensor([1])))) == 3  # rounded by a scheduler
 
 
 @pytest.mark.parametrize("expected", [(0.75, 0.5, 0.25), (999.5, 999.25, 999)])

@@ -212,6 +212,19 @@ def test_a_scheduler_that_compensates_is_copied_and_pickled():
         assert torch.equal(other.step(noise, 500, x).prev_sample, scheduler.step(noise, 500, x).prev_sample)
 
 
+def test_what_the_class_of_an_object_makes_has_nothing_attached(tmp_path):
+    ddim = make_scheduler("ddim", {"num_train_timesteps": 1000})
+    corrected = compensated_scheduler(ddim, epsilon_scaling(1.01, 4, FittedFor("DDIMScheduler", (500, 0), 1.5, "x")))
+    other = type(corrected).from_config(corrected.config, clip_sample=False)
+    assert type(other) is type(ddim)
+    assert other.config.clip_sample is False
+    model = cached(make_dit(num_layers=1))
+    model.save_pretrained(tmp_path)
+    for other in (type(model).from_config(model.config), type(model).from_pretrained(tmp_path)):
+        assert type(other) is type(make_dit(num_layers=1))
+        assert get_cache(other) is None
+
+
 def test_what_another_tool_derives_from_a_derived_class_is_copied():
     model = cached(make_dit(num_layers=1))
     torch.nn.utils.parametrize.register_parametrization(model.transformer_blocks[0].norm1.linear, "bias", nn.Identity())

@@ -466,6 +466,7 @@ def test_ablate_takes_the_settings_that_calibrate_wrote(capsys, pipeline_dir, tm
     [
         (("--preset", "large"), "--size 'large' is unknown; choose one of small, paper"),
         (("--steps", "4;5"), "--steps is '4;5'; give numbers, separated by commas"),
+        (("--steps", ""), "--steps is ''; give numbers, separated by commas"),
         (("--images", "1"), "images is 1; give an integer >= 2"),
         (("--features", "x"), "choose one of auto, none"),
         (("--features", "inception"), "need the path of their weights"),
@@ -501,6 +502,7 @@ def test_sample(capsys, pipeline_dir, tmp_path):
         (("--full-precision", "--calibrated", tmp_path), "contradict each other"),
         ((), "--steps is 3, but the settings that come with fashion-dit are for 50; leave it out, or give other"),
         (("-n", "0"), "--images is 0; give an integer >= 1"),
+        (("--full-precision", "--w-bits", "4"), "--w-bits is for a model that is quantized here: leave it out"),
         (("--full-precision", "-o", tmp_path / "x.png"), "must end in .npz"),
     ):
         status, _, err = run(capsys, *arguments, *options)

@@ -332,6 +332,12 @@ def test_gradient_is_that_of_the_dequantized_product(w_bits, smooth, is_static, 
         module(given).backward(upstream)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+    tangent = torch.randn(shape, generator=seeded)
+    y, derivative = torch.func.jvp(layer, (x,), (tangent,))
+    assert torch.equal(y, layer(x))
+    torch.testing.assert_close(derivative, torch.func.jvp(plain, (x,), (tangent,))[1])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jacfwd(layer)(x), torch.func.jacfwd(plain)(x))
 
 
 @pytest.mark.slow

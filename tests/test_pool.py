@@ -120,6 +120,10 @@ def test_select_is_that_of_tap_over_looks_and_steps(dit, scheduler):
         found = pool.select(9, config, method=method, seed=4)
         looks = pool.hidden_states.flatten(1).numpy()
         assert (found == select_samples(looks, pool.steps.numpy(), 9, config, method=method, seed=4)).all()
+        half = replace(pool, hidden_states=pool.hidden_states.bfloat16())
+        looks = half.hidden_states.flatten(1).float().numpy()
+        chosen = select_samples(looks, pool.steps.numpy(), 9, config, method=method, seed=4)
+        assert (half.select(9, config, method=method, seed=4) == chosen).all()
 
 
 def test_calibrates_a_model(dit, scheduler):

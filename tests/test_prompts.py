@@ -54,7 +54,7 @@ def run(capsys, *arguments):
 
 def test_generate_compares_what_a_pipeline_draws_from_prompts(capsys, tmp_path, flux_dir):
     file, target, record = tmp_path / "prompts.txt", tmp_path / "x.png", tmp_path / "x.json"
-    file.write_text("a blue hat\n\n a bag \n")
+    file.write_text("a blue hat\n\n a bag \n", encoding="utf-8-sig")  # with a mark, as Windows writes it
     status, out, _ = run(
         capsys, "generate", "--model", flux_dir, "--prompt", "a red coat", "--prompts", file, *SMALL, "--seed", 3,
         "--guidance-scale", 2, "--w-bits", 4, "--cache-mode", "branch", "--cache-interval", 2, "-o", target,

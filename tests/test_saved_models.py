@@ -139,6 +139,27 @@ def test_layers_left_in_full_precision_and_other_structures(tmp_path, dit_inputs
     assert torch.equal(output(loaded, dit_inputs), output(model, dit_inputs))
 
 
+@pytest.mark.parametrize("kind", ["as loaded", "all cast", "a module"])
+def test_modules_that_have_a_precision_of_their_own_keep_it(tmp_path, kind):
+    """diffusers keeps some of Wan in float32; whatever is cast besides comes back as it was saved."""
+    model = make_tiny("WanTransformer3DModel")
+    model.save_pretrained(tmp_path / "plain")
+    model = type(model).from_pretrained(tmp_path / "plain", torch_dtype=torch.bfloat16).eval()
+    if kind == "all cast":
+        nn.Module.to(model, torch.bfloat16)
+    if kind == "a module":
+        model.proj_out.float()
+        with torch.no_grad():
+            model.proj_out.weight.mul_(1.001)  # in no bfloat16
+    quantize_model(model, skip_patterns=["proj_out", "patch_embedding", "condition_embedder"])
+    save(model, tmp_path / "saved")
+    found = load(tmp_path / "saved").model
+    assert found.dtype == torch.bfloat16
+    ours, theirs = model.state_dict(), found.state_dict()  # of buffers that no file holds nothing is known
+    assert {name: tensor.dtype for name, tensor in theirs.items()} == {name: t.dtype for name, t in ours.items()}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def test_another_dtype_leaves_the_scales_alone(tmp_path, dit_inputs):
     model = make_quantized(4, 8, ["static", "smoothing"])
     save(model, tmp_path / "saved")

@@ -141,6 +141,13 @@ def test_clusters_are_served_alike_whatever_their_size(method):
     assert (labels[chosen] == 1).sum() == 20
 
 
+def test_lengths_of_half_precision_do_not_overflow():
+    """The squares of 131,072 numbers of unit variance add up to twice the largest float16."""
+    labels, features, times = blobs(clusters=2, each=20, width=131_072)
+    config = TapConfig(clusters=2, alpha=1.0)
+    assert agreement(cluster_pool(features.astype(np.float16), times, config), labels) == 1
+
+
 def test_pick_samples():
     labels = np.array([0] * 10 + [1] * 2 + [2] * 5)
     chosen = labels[pick_samples(labels, 11)]

@@ -13,6 +13,8 @@ from qandc.errors import CacheError
 
 __all__ = ["TimestepWatch"]
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class TimestepWatch:
     """Compare the timesteps of the steps of one run: at once on the CPU, on a GPU when they have arrived from there.
@@ -29,15 +31,15 @@ class TimestepWatch:
     def rises(self, step: int, timestep: torch.Tensor) -> bool:
         """Note the timesteps ``[B]`` of a step and tell whether this step is the first of a run.
 
-        It is if a row rises, or if all are as on the first step: a run that ended there is followed by another, as no
-        scheduler begins with a timestep twice, though half precision may round two to one. Those on a GPU are compared
-        by later calls.
+        It is if a row rises, or if all are as on the first step: then a run that ended there is followed by another.
+        Half precision rounds two to one, and is left out. Whole numbers may be alike where steps are many: on a CPU
+        such a run computes one step more. Those on a GPU are compared by later calls.
 
         Raises:
             CacheError: a timestep is not the one expected, or those that came from a GPU begin anew.
         """
         if not timestep.is_cuda:
-            return self._compare(step, timestep.detach().clone())
+            return self._compare(step, timestep.detach().clone(), timestep.dtype not in HALF)
         self.settle()
         if not torch.cuda.is_current_stream_capturing():
             copy = torch.empty(timestep.shape, dtype=timestep.dtype, pin_memory=True)
@@ -53,17 +55,18 @@ class TimestepWatch:
         """
         while self._on_the_way and self._on_the_way[0][2].query():
             step, timestep, _ = self._on_the_way.popleft()
-            if self._compare(step, timestep):
+            if self._compare(step, timestep, timestep.dtype in (torch.float32, torch.float64)):
                 raise CacheError(
                     "timesteps began anew within one run, so features of another run were reused since; give every run "
                     "a tensor of labels or of the prompt of its own, or call reset_all_caches(transformer) before each"
                 )
 
-    def _compare(self, step: int, timestep: torch.Tensor) -> bool:
+    def _compare(self, step: int, timestep: torch.Tensor, exact: bool) -> bool:
         last, self._last = self._last, timestep
         rises = False
         if last is not None and (last.shape == timestep.shape or 1 in (last.numel(), timestep.numel())):
-            rises = bool((timestep > last).any()) or (step == 1 and self._is_first(timestep, last))
+            twice = exact and step == 1 and (self._expected is None or len({*self._expected[:2]}) > 1)
+            rises = bool((timestep > last).any()) or (twice and bool((timestep == last).all()))
         if rises:
             step = 0
         if self._expected is not None and step < len(self._expected):
@@ -78,9 +81,3 @@ class TimestepWatch:
                     "of another scheduler: calibrate a schedule for it, or give an interval"
                 )
         return rises
-
-    def _is_first(self, timestep: torch.Tensor, first: torch.Tensor) -> bool:
-        """Say whether timesteps are those of a first step, and cannot be those of a second one as well."""
-        exact = not timestep.is_floating_point() or torch.finfo(timestep.dtype).bits >= 32
-        differ = self._expected is None or len({*self._expected[:2]}) > 1
-        return exact and differ and bool((timestep == first).all())

@@ -266,7 +266,7 @@ def read_prompts(text: Text, kind: str, of_classes: Mapping[str, Any]) -> list[s
     prompts, file = list(text["prompt"] or ()), text["prompts"]
     if file is not None:
         try:
-            prompts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts += [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
             raise ConfigError(f"--prompts {str(file)!r} cannot be read ({reason}); give a text file") from None

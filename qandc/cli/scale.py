@@ -145,7 +145,9 @@ def sample(
     elif calibrated is not None:
         preset = Preset.load(calibrated)
         model = preset.base_model(model)
-    elif not full_precision:
+    elif full_precision:
+        refuse({"--w-bits": given["w_bits"]}, "is for a model that is quantized here: leave it out")
+    else:
         if model is not None:
             raise ConfigError(
                 f"--model {model} needs --calibrated, which qandc calibrate writes for it, or --full-precision"
@@ -259,7 +261,7 @@ def ablate(
     if kind is not None:
         chosen = {name: chosen[name] for name in ABLATED} | {"clusters": 1}  # there follow from the samples
     try:
-        counts = [int(part) for part in steps.split(",")] if steps else []
+        counts = [int(part) for part in steps.split(",")] if steps is not None else []
     except ValueError:
         raise ConfigError(f"--steps is {steps!r}; give numbers, separated by commas") from None
 

@@ -71,7 +71,8 @@ class CandidatePool:
         self, count: int = 800, config: TapConfig | None = None, *, method: str = "tap", seed: int = 0
     ) -> np.ndarray:
         """Choose the samples to calibrate with, by number: :func:`qandc.select_samples` on x_t and steps."""
-        features = self.hidden_states.flatten(1).numpy()
+        looks = self.hidden_states.flatten(1)
+        features = looks.to(torch.promote_types(looks.dtype, torch.float32)).numpy()  # NumPy has no bfloat16
         return select_samples(features, self.steps.numpy(), count, config, method=method, seed=seed)
 
     @checked

@@ -503,7 +503,7 @@ def save(
         directory,
         functools.partial(_write_model, model),
         {} if step_ranges is None else _flat(step_ranges),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         schedule=schedule,
         compensation=compensation,
         features=features,
@@ -549,7 +549,7 @@ def load(
             base = load_pipeline(preset.base_model(), target, dtype or torch.float32).transformer
         model = preset.quantize(base)
     else:
-        model = _load_model(directory / found.model_prefix, dtype or DTYPES[str(found.manifest.dtype)])
+        model = _load_model(directory / found.model_prefix, dtype, DTYPES[str(found.manifest.dtype)])
         if base is not None and original_class(model) is not original_class(base):
             raise ModelError(
                 f"{str(directory)!r} holds a {original_class(model).__name__}, and the model that it is for is a "
@@ -567,7 +567,7 @@ def load(
     return CalibratedModel(model.eval(), *of_runs)
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
+def _load_model(folder: Path, dtype: torch.dtype | None, saved: torch.dtype) -> Any:
     import diffusers
 
     config = read_json(folder / CONFIG, WHAT, AGAIN, names=("_class_name", "quantization_config"))
@@ -577,9 +577,12 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Any:
         if not isinstance(model_class, type) or not issubclass(model_class, diffusers.ModelMixin):
             raise ValueError(f"its class {str(config['_class_name'])[:40]!r} is no model of diffusers")
         _check_names(model_class, config, state)
-        model = model_class.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+        model = model_class.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype or saved)
     if not getattr(model, "_keep_in_fp32_modules", None):
-        nn.Module.to(model, dtype=dtype)  # buffers that no file holds
+        nn.Module.to(model, dtype=dtype or saved)  # buffers that no file holds
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()) if dtype is None else ():
+        if name in state and state[name].dtype != tensor.dtype:  # of a module that had a precision of its own
+            tensor.data = state[name]
     return model
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from qandc.errors import ModelError
 from qandc_kernels import packing
 
-__all__ = ["DequantizedWeight", "StraightThrough", "dequantize", "refuse_write"]
+__all__ = ["DequantizedWeight", "ForwardMode", "StraightThrough", "dequantize", "refuse_write"]
 
 # what torch does not dispatch: run on ordinary tensors, or refused
 NEED_VALUES = {"numpy", "__array__", "tolist", "__deepcopy__", "__reduce_ex__", "__repr__", "__format__", "__dlpack__"}
@@ -132,3 +132,22 @@ class StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return None, x_grad, bias_grad, None, None, None
+
+
+class ForwardMode(StraightThrough):
+    """Give ``y`` the derivative along a tangent, too: a class of its own, as no compiler takes one that has that."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor | None, ...], output: torch.Tensor) -> None:
+        StraightThrough.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[3:])
+
+    @staticmethod
+    def jvp(ctx: Any, y: Any, x: torch.Tensor | None, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor | None:
+        found = None
+        if x is not None:
+            qweight, scale, smoothing = ctx.saved_tensors
+            found = x @ dequantize(qweight, scale, smoothing, x.dtype).T
+        return found if bias is None else bias if found is None else found + bias

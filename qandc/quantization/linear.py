@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 from qandc.errors import ConfigError, DataError, ModelError
-from qandc.quantization.dequantized import DequantizedWeight, StraightThrough, dequantize, refuse_write
+from qandc.quantization.dequantized import DequantizedWeight, ForwardMode, StraightThrough, dequantize, refuse_write
 from qandc.quantization.shared_products import Membership, shared_output, shared_output_to_compile
 from qandc.quantizer import check_bits, check_hessian, fault_of_divisors, gptq_round, quantize_weight
 from qandc.support.arguments import Between, checked
@@ -322,9 +323,13 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
-        if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+        dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0  # nothing public tells
+        if dual or (
+            torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        ):
             y = self._product(input.detach())
-            return StraightThrough.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
+            derived: Any = ForwardMode if dual else StraightThrough
+            return derived.apply(y, input, self.bias, self.qweight, self.weight_scale, self.smoothing)
         if torch.compiler.is_compiling():
             shared = shared_output_to_compile(self, input)
         else:

@@ -84,7 +84,10 @@ def paused(model: torch.nn.Module) -> Iterator[None]:
 
 @functools.cache
 def derived_class(mixin: Any, base: Any) -> Any:
-    """Derive ``base`` with the methods of ``mixin`` first: one class for each pair, so that it can be recognised."""
+    """Derive ``base`` with the methods of ``mixin`` first: one class for each pair, so that it can be recognised.
+
+    A call of it, as ``type(x).from_config(...)`` makes one, gives an object of ``base``, which nothing is attached to.
+    """
     # the name of the base, because diffusers writes it into saved configurations
     names = {
         "__module__": base.__module__,
@@ -93,7 +96,9 @@ def derived_class(mixin: Any, base: Any) -> Any:
         "__reduce_ex__": _reduce,
         "_qandc_lineage": (mixin, base),
     }
-    return type(base.__name__, (mixin, base), names)
+    found: Any = type(base.__name__, (mixin, base), names)
+    found.__new__ = lambda cls, *given, **named: base(*given, **named) if cls is found else object.__new__(cls)
+    return found
 
 
 def attach(module: Any, mixin: Any, *attachments: Attachment, **attributes: Any) -> None:
