@@ -582,7 +582,7 @@ def _load_model(folder: Path, dtype: torch.dtype | None, saved: torch.dtype) -> 
         nn.Module.to(model, dtype=dtype or saved)  # buffers that no file holds
     for name, tensor in (*model.named_parameters(), *model.named_buffers()) if dtype is None else ():
         if name in state and state[name].dtype != tensor.dtype:  # of a module that had a precision of its own
-            tensor.data = state[name]
+            tensor.data = state[name].clone()  # which the file may be mapped to
     return model
 
 
