@@ -495,7 +495,7 @@ def test_unexpected_errors_are_one_line_and_keep_what_is_finished(capsys, tmp_pa
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    monkeypatch.setattr(qandc.experiments.generate, "apply_cache", fail)
+    monkeypatch.setattr(qandc.experiments.generate, "attached_cache", fail)
     target = tmp_path / "x.png"
     status, _, err = run(
         capsys, "generate", "--model", pipeline_dir, "--steps", 1, "--classes", "1", "--device", "cpu", "-o", target

@@ -385,8 +385,12 @@ def test_what_a_quantized_model_refuses(saved):
     model = load(saved)
     with pytest.raises(ModelError, match="quantized weights do not turn back"):
         model.dequantize()
-    with pytest.raises(ValueError, match="`torch_dtype` argument"):
-        model.to(torch.bfloat16)
+
+
+def test_a_loaded_model_is_cast_as_another(saved):
+    model = load(saved).to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert {layer.weight_scale.dtype for layer in quant_layers(model).values()} == {torch.float32}
 
 
 def test_a_registry_that_is_not_where_we_know_it(monkeypatch, caplog):

@@ -840,8 +840,8 @@ def test_images_of_z_image_that_share_a_prompt_are_other_runs():
     cache = apply_cache(model, cache_interval=5)
     a, b = given["cap_feats"]
     for texts in ([a, b], [a, a.clone(), b], [a, b.clone(), b.clone()]):
-        for _ in range(2):
-            rows = {"x": given["x"][:1] * len(texts), "t": given["t"][:1].repeat(len(texts))}
+        for step in range(2):
+            rows = {"x": given["x"][:1] * len(texts), "t": given["t"][:1].repeat(len(texts)) + 0.1 * step}
             output_of(model, {**rows, "cap_feats": texts})
     assert (cache.compute_steps, cache.reuse_steps) == (3, 3)
 
