@@ -184,10 +184,7 @@ PORTIONS: tuple[Portion, ...] = (
     ),
 )  # fmt: skip
 HISTORICAL = {  # files that no portion writes any more, and why they are kept: until their figures are measured anew
-    **dict.fromkeys(
-        (f"model-{which}" for which in ("torchao", "torchao-fp8")),
-        "rows that model.json holds from now on",
-    ),
+    **dict.fromkeys(("model-torchao", "model-torchao-fp8"), "rows that model.json holds from now on"),
     "parts-per-token": "a row that parts.json holds from now on",
     "wardrobe-shift": "rows that wardrobe.json holds from now on",
 }

@@ -580,9 +580,10 @@ def _load_model(folder: Path, dtype: torch.dtype | None, saved: torch.dtype) -> 
         model = model_class.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype or saved)
     if not getattr(model, "_keep_in_fp32_modules", None):
         nn.Module.to(model, dtype=dtype or saved)  # buffers that no file holds
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()) if dtype is None else ():
-        if name in state and state[name].dtype != tensor.dtype:  # of a module that had a precision of its own
-            tensor.data = state[name].clone()  # which the file may be mapped to
+    if dtype is None:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if state[name].dtype != tensor.dtype:  # of a module that had a precision of its own
+                tensor.data = state[name].clone()  # which the file may be mapped to
     return model
 
 

@@ -323,7 +323,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., K]`` float16, bfloat16 or float32 to ``[..., N]`` of that dtype, or of autocast's."""
-        dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0  # nothing public tells
+        dual = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()  # nothing public tells
         if dual or (
             torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
         ):
